@@ -1,0 +1,44 @@
+"""The command `rq-ep`: calibrate a model, place its experts, and look at the result. Serving is `-m rq_ep.serve`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from rq_ep.core.errors import UserError
+
+COMMANDS = {
+    "tiny-model": "train a small MoE language model from text at hand: something real to try the rest on",
+    "calibrate": "run text through a model; write each expert's load and sensitivity to low bits",
+    "place": "choose replicas, formats and ranks inside a byte budget; print the bound beside the result",
+    "simulate": "replay recorded loads under several strategies; print the load of every rank",
+    "eval": "compare a placement with the dense model on held-out text: load, time, bytes, quality",
+    "env": "say what this machine has: devices, backends, versions",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rq-ep", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command = import_module(f"rq_ep.commands.{name.replace('-', '_')}")
+        command.configure(subparser)
+        subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"rq-ep {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

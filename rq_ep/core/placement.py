@@ -1,0 +1,302 @@
+"""Placement: which rank holds a replica of which expert, in which format, for what share of its pairs."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import index
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.files import replacing
+from rq_ep.core.stats import ExpertStats, ModelIdentity
+from rq_ep.core.topology import Topology, home_ranks
+
+FORMAT = "rq_ep.placement/1"
+
+
+class Replica(NamedTuple):
+    """One physical copy of an expert: the rank that holds it and the weight format it is stored in."""
+
+    rank: int
+    expert: int
+    format: str
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """P replicas of one layer, at most one per (rank, expert), sorted by these: the order of every `_P` axis."""
+
+    ranks_P: IntArray
+    experts_P: IntArray
+    formats_P: tuple[str, ...]
+
+    @classmethod
+    def of(cls, replicas: Iterable[Replica]) -> "Replicas":
+        ordered = sorted(replicas)
+        ranks, experts, formats = zip(*ordered, strict=True) if ordered else ((), (), ())
+        if len(set(zip(ranks, experts, strict=True))) < len(ordered):
+            raise UserError("a rank holds two replicas of one expert")
+        return cls(np.array(ranks, np.int64), np.array(experts, np.int64), tuple(formats))
+
+    def __len__(self) -> int:
+        return len(self.formats_P)
+
+    def __getitem__(self, p: int) -> Replica:
+        return Replica(int(self.ranks_P[p]), int(self.experts_P[p]), self.formats_P[p])
+
+    def __iter__(self) -> Iterator[Replica]:
+        return map(Replica, self.ranks_P.tolist(), self.experts_P.tolist(), self.formats_P)
+
+    @cached_property
+    def by_expert_P(self) -> IntArray:
+        """[P] replica indices sorted by (expert, rank): the order in which a source fills an expert's replicas."""
+        return np.lexsort((self.ranks_P, self.experts_P))
+
+    def on_rank(self, rank: int) -> range:
+        """Replica indices held by `rank`; their position in the range is the local replica number."""
+        first, last = np.searchsorted(self.ranks_P, [rank, rank + 1])
+        return range(int(first), int(last))
+
+
+@dataclass(frozen=True)
+class LayerPlacement:
+    """The replicas of one MoE layer and what the solver expects of them.
+
+    `predicted` and `bound` are max/mean load over ranks, averaged over calibration steps; `bound` holds for every
+    placement of the same bytes. `binding` says what keeps the bound from being lower.
+    """
+
+    layer: int  # index of the layer in the model
+    num_experts: int
+    replicas: Replicas
+    shares_P: FloatArray  # planned fraction of the expert's pairs; sums to 1 over an expert's replicas
+    predicted: float | None = None
+    bound: float | None = None
+    binding: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"layer {self.layer}"
+        experts_P = self.replicas.experts_P
+        if experts_P.size and (experts_P.min() < 0 or experts_P.max() >= self.num_experts):
+            raise UserError(f"{where}: expert numbers must lie in 0..{self.num_experts - 1}")
+        copies_E = np.bincount(experts_P, minlength=self.num_experts)
+        if not copies_E.all():
+            raise UserError(f"{where}: expert {int(np.argmin(copies_E))} has no replica")
+        sums_E = np.bincount(experts_P, weights=self.shares_P, minlength=self.num_experts)
+        if (self.shares_P < 0).any() or not np.allclose(sums_E, 1, atol=1e-6):
+            worst = int(np.argmax(np.abs(sums_E - 1)))
+            raise UserError(f"{where}: shares of expert {worst} sum to {sums_E[worst]:g}, not to 1")
+        formats: dict[int, str] = {}
+        for expert, format_ in zip(experts_P.tolist(), self.replicas.formats_P, strict=True):
+            if formats.setdefault(expert, format_) != format_:
+                raise UserError(f"{where}: replicas of expert {expert} mix formats {formats[expert]} and {format_}")
+
+    @property
+    def gap(self) -> float | None:
+        """How far `predicted` lies above the bound, as a fraction of the bound."""
+        return None if self.predicted is None or self.bound is None else self.predicted / self.bound - 1
+
+    @classmethod
+    def even(cls, layer: int, num_experts: int, replicas: Iterable[Replica], **notes: Any) -> "LayerPlacement":
+        """A layer whose replicas share their expert's pairs evenly."""
+        table = Replicas.of(replicas)
+        copies_E = np.bincount(table.experts_P, minlength=num_experts)
+        return cls(layer, num_experts, table, 1 / np.maximum(copies_E, 1)[table.experts_P], **notes)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A placement of all layers, with the bytes it takes on each rank (expert bytes, summed over layers)."""
+
+    layers: tuple[LayerPlacement, ...]
+    strategy: str
+    topology: Topology
+    bytes_R: tuple[int, ...]
+    budget_bytes_R: tuple[int, ...] | None = None
+    model: ModelIdentity | None = None
+    tokens_per_step: int | None = None
+    low_precision_cap: float | None = None
+    low_precision_planned: float = 0.0  # share of calibration pairs computed in a format below the native one
+    certificate: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Every format that some replica is stored in."""
+        return tuple(sorted({name for layer in self.layers for name in layer.replicas.formats_P}))
+
+    def check_serves(self, model: ModelIdentity | None, num_ranks: int, what: str = "the placement") -> None:
+        """Raise a `UserError` with both values unless this placement is for `model` on `num_ranks` ranks."""
+        if num_ranks != self.topology.num_ranks:
+            raise UserError(
+                f"{what} is for {self.topology.num_ranks} ranks, but {num_ranks} were started: "
+                f"start {self.topology.num_ranks} or place again with --num-ranks {num_ranks}"
+            )
+        if model is not None and self.model is not None:
+            model.check(self.model, what)
+
+    def save(self, path: str | Path) -> None:
+        """Write `placement.json`."""
+        document = {
+            "format": FORMAT,
+            "model": None if self.model is None else {"id": self.model.id, "hash": self.model.hash},
+            "strategy": self.strategy,
+            "num_ranks": self.topology.num_ranks,
+            "ranks_per_node": self.topology.ranks_per_node,
+            "tokens_per_step": self.tokens_per_step,
+            "low_precision_share": {"cap": self.low_precision_cap, "planned": self.low_precision_planned},
+            "budget_bytes": self.budget_bytes_R,
+            "bytes": self.bytes_R,
+            "certificate": dict(self.certificate),
+            "layers": [_layer_document(layer) for layer in self.layers],
+        }
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Placement":
+        """Read `placement.json`; `UserError` says what is wrong with one that is foreign, incomplete or cut short."""
+        try:
+            document = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; write it with `rq-ep place --out {path}`") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{path}: not a readable placement file ({error})") from None
+        found = document.get("format") if isinstance(document, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{path}: format is {found!r}, expected {FORMAT!r}")
+        try:
+            share, model, budget = document["low_precision_share"], document["model"], document["budget_bytes"]
+            return cls(
+                layers=tuple(_read_layer(layer, document["num_ranks"]) for layer in document["layers"]),
+                strategy=document["strategy"],
+                topology=Topology(document["num_ranks"], document["ranks_per_node"]),
+                bytes_R=tuple(document["bytes"]),
+                budget_bytes_R=None if budget is None else tuple(budget),
+                model=None if model is None else ModelIdentity(**model),
+                tokens_per_step=document["tokens_per_step"],
+                low_precision_cap=share["cap"],
+                low_precision_planned=share["planned"],
+                certificate=document["certificate"],
+            )
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: incomplete placement file ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class PlacementProblem:
+    """What a strategy is asked to place: the statistics, the ranks, and the limits it must keep.
+
+    `budget_bytes_R` None means that bytes are not limited (the result says how many it takes).
+    """
+
+    stats: ExpertStats
+    topology: Topology
+    budget_bytes_R: tuple[int, ...] | None = None
+    formats: tuple[str, ...] = ()  # formats that may be used; default: the native one alone
+    max_low_precision_share: float = 0.25  # of routed pairs computed in a format below the native one
+    tokens_per_step: int | None = None  # the batch size that will be served; None: as calibrated
+    num_redundant_experts: int = 0  # extra replicas per layer, for strategies that count slots instead of bytes
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.formats:
+            object.__setattr__(self, "formats", (self.stats.native_format,))
+        if self.stats.native_format not in self.formats:
+            native = self.stats.native_format
+            raise UserError(f"--formats {','.join(self.formats)}: must name the native format {native}")
+        if missing := [name for name in self.formats if name not in self.stats.expert_bytes]:
+            raise UserError(
+                f"--formats {','.join(self.formats)}: {self.stats.source} has no sizes for {', '.join(missing)}; "
+                f"it knows {', '.join(self.stats.formats)}"
+            )
+        if not 0 <= self.max_low_precision_share <= 1:
+            raise UserError(f"--max-low-precision-share {self.max_low_precision_share}: must lie between 0 and 1")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise UserError(f"--tokens-per-step {self.tokens_per_step}: must be at least 1")
+        if self.num_redundant_experts < 0:
+            raise UserError(f"--num-redundant-experts {self.num_redundant_experts}: must not be negative")
+        if self.budget_bytes_R is not None and len(self.budget_bytes_R) != self.topology.num_ranks:
+            raise UserError(
+                f"--budget names {len(self.budget_bytes_R)} ranks, but --num-ranks is {self.topology.num_ranks}"
+            )
+
+    def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
+        """Put layers together: add up bytes and low-precision pairs, and refuse what does not fit the budget."""
+        size = self.stats.expert_bytes
+        bytes_R = np.zeros(self.topology.num_ranks, np.int64)
+        low_pairs = 0.0
+        loads_LE = self.stats.counts.sum(axis=0)
+        for layer, loads_E in zip(layers, loads_LE, strict=True):
+            table = layer.replicas
+            sizes_P = np.array([size[name] for name in table.formats_P], np.int64)
+            bytes_R += np.bincount(table.ranks_P, weights=sizes_P, minlength=len(bytes_R)).astype(np.int64)
+            low_P = np.array([name != self.stats.native_format for name in table.formats_P])
+            low_pairs += float((loads_E[table.experts_P] * layer.shares_P)[low_P].sum())
+        if self.budget_bytes_R is not None:
+            over_R = bytes_R - np.array(self.budget_bytes_R)
+            worst = int(np.argmax(over_R))
+            if over_R[worst] > 0:
+                raise UserError(
+                    f"strategy {strategy!r}: {bytes_R[worst]} bytes of experts on rank {worst} exceed its budget of "
+                    f"{self.budget_bytes_R[worst]}: raise --budget to {int(bytes_R.max())}"
+                )
+        return Placement(
+            layers=tuple(layers),
+            strategy=strategy,
+            topology=self.topology,
+            bytes_R=tuple(bytes_R.tolist()),
+            budget_bytes_R=self.budget_bytes_R,
+            model=self.stats.model,
+            tokens_per_step=self.tokens_per_step,
+            low_precision_cap=self.max_low_precision_share if len(self.formats) > 1 else None,
+            low_precision_planned=low_pairs / max(int(loads_LE.sum()), 1),
+            **notes,
+        )
+
+
+def contiguous(problem: PlacementProblem) -> list[LayerPlacement]:
+    """Standard EP's layers: one native replica of each expert, on its home rank."""
+    stats = problem.stats
+    homes_E = home_ranks(stats.num_experts, problem.topology.num_ranks).tolist()
+    replicas = [Replica(rank, expert, stats.native_format) for expert, rank in enumerate(homes_E)]
+    return [LayerPlacement.even(layer, stats.num_experts, replicas) for layer in stats.layers]
+
+
+def standard_ep_bytes(stats: ExpertStats, num_ranks: int) -> int:
+    """Expert bytes of standard EP's fullest rank, over all layers, in the native format: the budget `ep`."""
+    per_layer = -(-stats.num_experts // num_ranks)
+    return per_layer * stats.num_layers * stats.expert_bytes[stats.native_format]
+
+
+def _layer_document(layer: LayerPlacement) -> dict[str, Any]:
+    replicas = [
+        {"expert": replica.expert, "rank": replica.rank, "format": replica.format, "share": share}
+        for replica, share in zip(layer.replicas, layer.shares_P.tolist(), strict=True)
+    ]
+    return {
+        "layer": layer.layer, "num_experts": layer.num_experts, "replicas": replicas,
+        "predicted": layer.predicted, "bound": layer.bound, "gap": layer.gap, "binding": layer.binding,
+    }  # fmt: skip
+
+
+def _read_layer(document: Mapping[str, Any], num_ranks: int) -> LayerPlacement:
+    rows = sorted(document["replicas"], key=lambda row: (row["rank"], row["expert"]))
+    if outside := [row["rank"] for row in rows if not 0 <= row["rank"] < num_ranks]:
+        raise UserError(f"layer {document['layer']}: rank {outside[0]} lies outside 0..{num_ranks - 1}")
+    num_experts = document.get("num_experts", max((row["expert"] for row in rows), default=-1) + 1)
+    return LayerPlacement(
+        layer=document["layer"],
+        num_experts=num_experts,
+        replicas=Replicas.of(Replica(index(row["rank"]), index(row["expert"]), str(row["format"])) for row in rows),
+        shares_P=np.array([row["share"] for row in rows], np.float64),
+        predicted=document["predicted"],
+        bound=document["bound"],
+        binding=document["binding"],
+    )

@@ -1,0 +1,23 @@
+"""The strategies, one file each. Adding one is a file and a line in this table."""
+
+from typing import Any
+
+from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.strategy import Strategy
+from rq_ep.strategies.standard import Standard
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "standard": Standard,
+}
+
+
+def make_strategy(name: str, **knobs: Any) -> Strategy:
+    """Build a strategy from its name and its knobs; unknown ones are refused by name."""
+    kind = STRATEGIES[check_choice("strategy", name, STRATEGIES)]
+    known = getattr(kind, "__dataclass_fields__", {})
+    for knob in knobs:
+        check_choice(f"setting of strategy {name!r}", knob, known)
+    try:
+        return kind(**knobs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"strategy {name!r}: {error}") from None

@@ -1,0 +1,29 @@
+"""Standard expert parallelism: contiguous blocks of experts, every pair goes to its expert's home rank."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.cost import CostModel
+from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, contiguous
+from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.strategy import Planner
+from rq_ep.core.topology import Topology
+
+
+@dataclass(frozen=True)
+class Standard:
+    """One native replica of each expert, as GShard (arXiv 2006.16668) and every engine since place them."""
+
+    name: ClassVar[str] = "standard"
+
+    def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
+        return problem.placement(self.name, contiguous(problem))
+
+    def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
+        replicas = layer.replicas
+
+        def plan(counts_RE: IntArray) -> DispatchPlan:
+            return DispatchPlan(replicas, counts_RE[:, replicas.experts_P])
+
+        return plan
