@@ -64,4 +64,5 @@ def intervals(counts_R: IntArray, cuts_n: IntArray) -> IntArray:
     ends_R = np.cumsum(counts_R)
     starts_R = ends_R - counts_R
     overlap_Rn = np.minimum(ends_R[:, None], cuts_n[1:]) - np.maximum(starts_R[:, None], cuts_n[:-1])
-    return overlap_Rn.clip(min=0)
+    pairs_Rn: IntArray = overlap_Rn.clip(min=0)
+    return pairs_Rn
