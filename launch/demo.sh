@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The whole road on this machine's CPU: train a tiny MoE, calibrate, place, serve on 4 ranks, ask, compare, picture.
+#   bash launch/demo.sh [--keep] [--port N]      --keep leaves the server running
+set -euo pipefail
+
+keep=false port=8000
+while [ $# -gt 0 ]; do
+    case $1 in
+        --keep) keep=true ;;
+        --port) port=$2; shift ;;
+        -h | --help) sed -n '2,3s/^# *//p' "$0"; exit ;;
+        *) echo "demo: error: unknown option $1; try --help" >&2; exit 2 ;;
+    esac
+    shift
+done
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+run=runs/demo ranks=4
+mkdir -p "$run"
+step() { printf '\n== %s\n' "$*"; "$@"; }
+
+step rq-ep tiny-model --out "$run/model" --corpus "$run/text"
+step rq-ep calibrate --model "$run/model" --text "$run/text/train" --out "$run/stats.safetensors"
+step rq-ep place --stats "$run/stats.safetensors" --num-ranks $ranks --budget ep --formats bf16,int8 \
+    --strategy rq --out "$run/placement.rq.json"
+step rq-ep place --stats "$run/stats.safetensors" --num-ranks $ranks --budget ep --formats bf16 \
+    --strategy eplb --out "$run/placement.eplb.json"
+
+printf '\n== torchrun --nproc-per-node %s -m rq_ep.serve (log: %s)\n' $ranks "$run/serve.log"
+OMP_NUM_THREADS=1 torchrun --nproc-per-node $ranks -m rq_ep.serve --model "$run/model" \
+    --placement "$run/placement.rq.json" --port "$port" --served-model-name tiny > "$run/serve.log" 2>&1 &
+server=$!
+trap 'kill -TERM $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
+until python -c "import sys, urllib.request as u; u.urlopen('http://127.0.0.1:$port/health', timeout=2)" 2>/dev/null; do
+    if ! kill -0 $server 2>/dev/null; then
+        echo "demo: error: the server ended; the end of its log:" >&2
+        tail -n 5 "$run/serve.log" >&2
+        exit 1
+    fi
+    sleep 1
+done
+step python launch/demo_requests.py --base-url "http://127.0.0.1:$port/v1"
+if $keep; then
+    trap - EXIT
+    disown $server
+else
+    kill -TERM $server
+    wait $server || true # torchrun answers a signal with exit code 1
+    trap - EXIT
+    echo "server stopped"
+fi
+
+OMP_NUM_THREADS=1 step rq-ep eval --model "$run/model" --text "$run/text/held_out" --num-ranks $ranks \
+    --strategies standard,eplb,llep,rq --set llep.min_tokens_per_gemm=16 \
+    --placement "$run/placement.eplb.json" "$run/placement.rq.json" --json "$run/eval.json" --plot "$run/load.png"
+
+cat <<END
+
+Everything is in $run/ (load.png shows the load of every rank). The same on your own model:
+
+  rq-ep calibrate --model MODEL_DIR --text TEXT_DIR --out stats.safetensors
+  rq-ep place --stats stats.safetensors --num-ranks 8 --budget ep --formats bf16,int8 --out placement.json
+  torchrun --nproc-per-node 8 -m rq_ep.serve --model MODEL_DIR --placement placement.json
+END
+if $keep; then
+    echo
+    echo "The server still runs on port $port; stop it with: kill $server"
+fi

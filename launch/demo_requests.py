@@ -1,0 +1,24 @@
+"""Talk to the demo's server the way any client would: the openai package, one answer at once and one streamed."""
+
+import argparse
+
+from openai import OpenAI
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1", help="where the server listens")
+options = parser.parse_args()
+
+client = OpenAI(base_url=options.base_url, api_key="none", timeout=60)
+model = client.models.list().data[0].id
+
+for prompt in ("def __init__(self, ", "#ifndef _", "The following operations are "):
+    completion = client.completions.create(model=model, prompt=prompt, max_tokens=48, temperature=0)
+    usage = completion.usage
+    print(f"{prompt!r} -> {completion.choices[0].text!r}  ({usage.prompt_tokens} + {usage.completion_tokens} tokens)")
+
+print("streamed chat: ", end="", flush=True)
+messages = [{"role": "user", "content": "What is a list?"}]
+for chunk in client.chat.completions.create(model=model, messages=messages, max_tokens=64, temperature=0, stream=True):
+    if chunk.choices:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+print()

@@ -1,0 +1,71 @@
+"""What users rely on by name: the API, the command lines, the tables, and how little the deciding side imports."""
+
+import argparse
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import rq_ep
+from rq_ep.__main__ import COMMANDS, main
+from rq_ep.formats import FORMATS
+from rq_ep.strategies import STRATEGIES
+
+ROOT = Path(__file__).parents[1]
+
+# Options may be added; none of these may go.
+FROZEN_OPTIONS = {
+    "tiny-model": {"--out", "--family", "--steps", "--seed"},
+    "calibrate": {"--model", "--text", "--out"},
+    "place": {
+        "--stats", "--num-ranks", "--ranks-per-node", "--budget", "--formats", "--strategy",
+        "--max-low-precision-share", "--tokens-per-step", "--num-redundant-experts", "--out",
+    },
+    "simulate": {"--stats", "--placement", "--strategies", "--num-ranks"},
+    "eval": {"--model", "--placement", "--text"},
+    "env": set(),
+}  # fmt: skip
+
+
+def test_public_names() -> None:
+    assert set(rq_ep.__all__) == {"calibrate", "place", "load"}
+    assert all(callable(getattr(rq_ep, name)) for name in rq_ep.__all__)
+    with pytest.raises(AttributeError, match="placee"):
+        _ = rq_ep.placee  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_keeps_its_options(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    import_module(f"rq_ep.commands.{name.replace('-', '_')}").configure(parser)
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert options >= FROZEN_OPTIONS[name]
+    undocumented = [action.dest for action in parser._actions if not action.help]
+    assert not undocumented
+
+
+def test_tables_and_readme_agree() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert list(STRATEGIES) == ["standard", "eplb", "llep", "rq"]
+    for name in [*STRATEGIES, *FORMATS]:
+        assert f"`{name}`" in readme, f"README.md does not mention {name}"
+
+
+def test_help_teaches_without_importing_torch() -> None:
+    code = (
+        "import sys, rq_ep.strategies.place, rq_ep.sim, rq_ep.__main__ as m\n"
+        "try: m.main(['place', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--max-low-precision-share" in output
+
+
+def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["place", "--stats", "nowhere.safetensors", "--num-ranks", "4", "--out", "unused.json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "nowhere.safetensors" in captured.err
