@@ -1,0 +1,83 @@
+"""Weight formats, one file each. Adding one is a file and a line in this table."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rq_ep.core.errors import UserError, check_choice
+from rq_ep.formats.int8 import Int8
+from rq_ep.formats.layout import ExpertLayout, Packing, Views, checksum, is_intact
+from rq_ep.formats.native import Native
+
+
+class WeightFormat(Protocol):
+    """How one expert is stored: all its tensors, scales and biases in one sealed byte buffer, and computed with.
+
+    `max_error` bounds the round trip: |weight - dequantized| <= max_error * (largest |weight| of its output channel).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def is_native(self) -> bool: ...  # keeps weights as they are
+    @property
+    def max_error(self) -> float: ...
+
+    def packing(self, layout: ExpertLayout) -> Packing:
+        """Where the stored tensors lie."""
+        ...
+
+    def nbytes(self, layout: ExpertLayout) -> int:
+        """Bytes of one packed expert: scales, biases, alignment and seal included."""
+        ...
+
+    def pack(self, weights: Mapping[str, Tensor], layout: ExpertLayout) -> Tensor:
+        """Store one expert: uint8 [nbytes] on the weights' device; the same weights give the same bytes.
+
+        Raises:
+            UserError: names or shapes differ from the layout, or the weights cannot be stored.
+        """
+        ...
+
+    def views(self, packed: Tensor, layout: ExpertLayout) -> Views:
+        """Views into uint8 [nbytes], or into a stack of experts, uint8 [n, nbytes]."""
+        ...
+
+    def dequantize(self, views: Views, name: str, layout: ExpertLayout, dtype: torch.dtype) -> Tensor:
+        """One tensor of one expert, shaped as in the layout."""
+        ...
+
+    def linear(self, x_ND: Tensor, views: Views, name: str, layout: ExpertLayout) -> Tensor:
+        """Product of rows [N, in] with matrix `name` of one expert, its bias added: [N, out] in the rows' dtype."""
+        ...
+
+
+FORMATS: dict[str, WeightFormat] = {
+    "fp32": Native("fp32", torch.float32),
+    "bf16": Native("bf16", torch.bfloat16),
+    "fp16": Native("fp16", torch.float16),
+    "int8": Int8(),
+}
+
+_NATIVE_NAMES = {format_.dtype: name for name, format_ in FORMATS.items() if isinstance(format_, Native)}
+
+
+def get_format(name: str) -> WeightFormat:
+    """The format called `name`; a `UserError` suggests the nearest one if there is none."""
+    return FORMATS[check_choice("format", name, FORMATS)]
+
+
+def native_format_name(dtype: torch.dtype) -> str:
+    """The name of the format that keeps weights of `dtype` as they are."""
+    if dtype not in _NATIVE_NAMES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in _NATIVE_NAMES)
+        raise UserError(f"--dtype {str(dtype).removeprefix('torch.')}: experts compute in {known}")
+    return _NATIVE_NAMES[dtype]
+
+
+__all__ = [
+    "FORMATS", "ExpertLayout", "Packing", "Views", "WeightFormat", "checksum", "get_format", "is_intact",
+    "native_format_name",
+]  # fmt: skip

@@ -1,0 +1,112 @@
+"""How the tensors of one expert lie in one byte buffer: every tensor on a 16-byte boundary, a seal at the end."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rq_ep.core.errors import UserError
+
+ALIGNMENT = 16  # bytes; grouped kernels want strides in multiples of it
+_SEAL_BYTES = 16
+_SEAL_BLOCK = 512  # words
+
+Views = Mapping[str, Tensor]  # tensors of one packed expert, or of a stack of them, without a copy
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Names and shapes of the tensors of one expert, as transformers keeps them in memory.
+
+    Two-dimensional tensors are matrices, one-dimensional ones biases, named `<matrix>_bias`.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    is_transposed: bool = False  # matrices are stored [in, out] instead of [out, in]
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return tuple(name for name, shape in self.shapes.items() if len(shape) == 2)
+
+    def out_axis(self, name: str) -> int:
+        """The axis of matrix `name` that numbers its output channels."""
+        assert len(self.shapes[name]) == 2, name
+        return 1 if self.is_transposed else 0
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise a `UserError` unless `weights` holds exactly the tensors of this layout."""
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if found != dict(self.shapes):
+            raise UserError(f"an expert of this model has tensors {dict(self.shapes)}, not {found}")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor inside a packed expert."""
+
+    offset: int  # bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.offset + prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each tensor of a packed expert lies, and how many bytes the whole takes."""
+
+    fields: Mapping[str, Field]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> "Packing":
+        fields: dict[str, Field] = {}
+        offset = 0
+        for name, shape, dtype in sorted(tensors, key=lambda tensor: tensor[0]):
+            fields[name] = Field(offset, shape, dtype)
+            offset = -(-fields[name].end // ALIGNMENT) * ALIGNMENT
+        return cls(fields, offset + _SEAL_BYTES)
+
+    def views(self, packed: Tensor) -> Views:
+        """Views into a packed expert, uint8 [nbytes], or into a stack of them, uint8 [n, nbytes]."""
+        assert (packed.dtype, packed.shape[-1]) == (torch.uint8, self.nbytes), (packed.dtype, packed.shape)
+        stack = packed.shape[:-1]
+        return {
+            name: packed[..., field.offset : field.end].view(field.dtype).view(*stack, *field.shape)
+            for name, field in self.fields.items()
+        }
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy `tensors`, cast to their fields' dtypes, into a new sealed buffer on their device."""
+        device = next(iter(tensors.values())).device
+        packed = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+        for name, view in self.views(packed).items():
+            view.copy_(tensors[name])
+        _seal(packed).copy_(checksum(packed))
+        return packed
+
+
+def checksum(packed: Tensor) -> Tensor:
+    """Sum of a packed expert's bytes without its seal: int64 scalar on the expert's device.
+
+    Blocks of 4 KiB are added as 64-bit words and weighted by their position, so that bytes which changed, went missing
+    or came from another expert or place are found. It runs at memory speed on every device; integers wrap alike.
+    """
+    words = packed[:-_SEAL_BYTES].view(torch.int64)
+    num_whole = len(words) // _SEAL_BLOCK * _SEAL_BLOCK
+    blocks = words[:num_whole].view(-1, _SEAL_BLOCK).sum(1)
+    weights = torch.arange(len(blocks), device=packed.device).mul_(2).add_(1)
+    return (blocks * weights).sum() - words[num_whole:].sum()
+
+
+def is_intact(packed: Tensor) -> Tensor:
+    """Whether a packed expert still matches the checksum it was sealed with: bool scalar on its device."""
+    return checksum(packed) == _seal(packed)
+
+
+def _seal(packed: Tensor) -> Tensor:
+    return packed[-_SEAL_BYTES:].view(torch.int64)[0]
