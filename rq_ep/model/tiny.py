@@ -1,0 +1,275 @@
+"""A tiny Mixture-of-Experts language model, trained on the spot: something real to try everything else on.
+
+A minute of training on text at hand gives what random weights cannot: experts that specialise by domain, a perplexity
+that low bits could harm, and answers that look like words. The recipe was found by search on one core: many small steps,
+large initial weights, and a balance loss for each layer by itself.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import cos, pi
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from rq_ep.core.errors import UserError, check_choice
+from rq_ep.model import corpus
+from rq_ep.model.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, byte_tokenizer
+
+RECIPE_FILE = "tiny_model.json"
+TEXT_DIRECTORY = "text"
+MAX_LENGTH = 512
+
+# Called after every step: steps done, steps in all, this step's loss in nats a byte, bytes seen so far.
+Progress = Callable[[int, int, float, int], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out of training, so that a finished model can be recognised and kept."""
+
+    family: str = "qwen3_moe"
+    steps: int = 1000
+    seed: int = 0
+    num_experts: int = 16
+    top_k: int = 2
+    num_layers: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 64
+    num_heads: int = 4
+    batch_size: int = 8
+    sequence_length: int = 64
+    peak_lr: float = 3e-3
+    aux_coefficient: float = 0.01  # of the balance loss; less lets the load skew, more evens it out
+
+    def __post_init__(self) -> None:
+        check_choice("family", self.family, FAMILIES)
+        if self.steps < 1:
+            raise UserError(f"--steps {self.steps}: at least one step is needed")
+
+
+def tiny_model(directory: str | Path, recipe: Recipe | None = None, progress: Progress | None = None) -> bool:
+    """Train the model of `recipe` and save it, with its tokenizer and its text, as an ordinary checkpoint.
+
+    A directory that already holds this very model is left as it is. The finished checkpoint appears all at once: an
+    interrupted run leaves the directory as it was.
+
+    Args:
+        directory: where the checkpoint goes; the text goes to `directory`/text/{train,held-out}/DOMAIN.
+        progress: called after every step.
+
+    Returns:
+        True if a model was trained, False if one was found.
+
+    Raises:
+        UserError: the directory holds something that this function did not write.
+    """
+    recipe = recipe or Recipe()
+    target = Path(directory)
+    if _recipe_of(target) == asdict(recipe):
+        return False
+    if target.exists() and not (target.is_dir() and ((target / RECIPE_FILE).exists() or not any(target.iterdir()))):
+        raise UserError(f"--out {target}: exists and holds something else; name another directory")
+    model = train(recipe, progress)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        finished = Path(scratch, "model")
+        save(model, recipe, finished)
+        if _recipe_of(target) == asdict(recipe):  # somebody else was faster
+            return False
+        if target.exists():
+            target.rename(Path(scratch, "old"))
+        finished.rename(target)
+    return True
+
+
+def train(recipe: Recipe, progress: Progress | None = None) -> PreTrainedModel:
+    """Train in fp32 on the CPU; the same recipe on the same machine and number of threads gives the same bits."""
+    with _training_settings(recipe.seed):
+        model = _new_model(recipe).train()
+        optimizer = torch.optim.AdamW(_parameter_groups(model), lr=recipe.peak_lr, betas=(0.9, 0.95), fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe.steps))
+        batches = _batches(recipe)
+        with _balance_losses(model) as balance_losses:
+            for step in range(1, recipe.steps + 1):
+                tokens_BS = next(batches)
+                balance_losses.clear()
+                logits_BSV = model(tokens_BS[:, :-1], use_cache=False).logits
+                loss = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
+                (loss + recipe.aux_coefficient * torch.stack(balance_losses).mean()).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                if progress:
+                    progress(step, recipe.steps, loss.item(), step * recipe.batch_size * recipe.sequence_length)
+    return model.eval()
+
+
+def save(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
+    """Write checkpoint (bf16), tokenizer, generation settings, text, and last the recipe that vouches for the rest."""
+    model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    model.save_pretrained(directory)
+    byte_tokenizer(MAX_LENGTH).save_pretrained(directory)
+    corpus.write_corpus(directory / TEXT_DIRECTORY)
+    (directory / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+
+
+def config_for(recipe: Recipe) -> Any:
+    """The transformers configuration of `recipe`: common sizes, and what each family calls the rest."""
+    common = {
+        "vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+        "hidden_size": recipe.hidden_size, "num_hidden_layers": recipe.num_layers,
+        "num_attention_heads": recipe.num_heads, "num_key_value_heads": recipe.num_heads,
+        "num_experts_per_tok": recipe.top_k, "max_position_embeddings": MAX_LENGTH,
+        "initializer_range": 0.06, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return AutoConfig.for_model(recipe.family, **common, **FAMILIES[recipe.family](recipe))
+
+
+def _qwen3_moe(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "num_experts": recipe.num_experts, "moe_intermediate_size": recipe.intermediate_size,
+        "head_dim": recipe.hidden_size // recipe.num_heads, "norm_topk_prob": True, "router_aux_loss_coef": 0.0,
+    }  # fmt: skip
+
+
+def _olmoe(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "num_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size, "router_aux_loss_coef": 0.0
+    }  # fmt: skip
+
+
+def _mixtral(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "num_local_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size,
+        "head_dim": recipe.hidden_size // recipe.num_heads, "sliding_window": None, "router_aux_loss_coef": 0.0,
+    }  # fmt: skip
+
+
+def _deepseek(recipe: Recipe) -> dict[str, Any]:
+    head_dim = recipe.hidden_size // recipe.num_heads
+    return {
+        "n_routed_experts": recipe.num_experts, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "moe_intermediate_size": recipe.intermediate_size, "intermediate_size": 2 * recipe.intermediate_size,
+        "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+        "q_lora_rank": None, "kv_lora_rank": recipe.hidden_size // 2,
+        "qk_nope_head_dim": head_dim // 2, "qk_rope_head_dim": head_dim // 2, "v_head_dim": head_dim,
+    }  # fmt: skip
+
+
+def _deepseek_v2(recipe: Recipe) -> dict[str, Any]:
+    return {**_deepseek(recipe), "topk_method": "group_limited_greedy"}
+
+
+def _gpt_oss(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "num_local_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size,
+        "head_dim": recipe.hidden_size // recipe.num_heads, "sliding_window": 128, "router_aux_loss_coef": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+
+
+FAMILIES: dict[str, Callable[[Recipe], dict[str, Any]]] = {
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "mixtral": _mixtral,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek,
+    "gpt_oss": _gpt_oss,
+}
+
+
+def _new_model(recipe: Recipe) -> PreTrainedModel:
+    attention = "eager" if recipe.family == "gpt_oss" else "sdpa"  # attention sinks have no sdpa form
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config_for(recipe), dtype=torch.float32, attn_implementation=attention, experts_implementation="grouped_mm"
+    )
+    return model
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices are decayed; norms and biases are not."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _lr_factor(step: int, num_steps: int, num_warmup: int = 20, floor: float = 0.02) -> float:
+    """Linear warm-up, then a cosine down to `floor`."""
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
+    return floor + (1 - floor) * (1 + cos(pi * min(progress, 1.0))) / 2
+
+
+def _batches(recipe: Recipe) -> Iterator[Tensor]:
+    """Endless [B, S + 1] batches; row i is a random excerpt from domain i mod 4."""
+    train = corpus.texts("train")
+    streams = [np.frombuffer("".join(train[domain]).encode(), np.uint8) for domain in corpus.DOMAINS]
+    generator = np.random.default_rng(recipe.seed)
+    length = recipe.sequence_length + 1
+    while True:
+        rows = []
+        for row in range(recipe.batch_size):
+            stream = streams[row % len(streams)]
+            start = generator.integers(len(stream) - length)
+            rows.append(stream[start : start + length])
+        yield torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+@contextmanager
+def _balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect each MoE layer's balance loss during forward passes (Switch Transformers, arXiv 2101.03961, eq. 4).
+
+    1.0 is perfect balance. transformers' own loss averages the routers of all layers before it looks, which leaves
+    single layers skewed with dead experts. Every family's router returns (logits, weights, ids) and ends in "Router".
+    """
+    losses: list[Tensor] = []
+
+    def record(router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        logits_TE, _, topk_ids_TK = output
+        num_experts = logits_TE.shape[-1]
+        load_E = torch.bincount(topk_ids_TK.flatten(), minlength=num_experts) / topk_ids_TK.numel()
+        losses.append(num_experts * (load_E * logits_TE.float().softmax(-1).mean(0)).sum())
+
+    routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
+    assert routers, f"{type(model).__name__} has no router to balance"
+    handles = [router.register_forward_hook(record) for router in routers]
+    try:
+        yield losses
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _training_settings(seed: int) -> Iterator[None]:
+    """One thread (small matrices gain nothing from more), no denormals, a random state of our own; then all as before."""
+    num_threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        try:
+            yield
+        finally:
+            torch.set_flush_denormal(False)
+            torch.set_num_threads(num_threads)
+
+
+def _recipe_of(directory: Path) -> dict[str, Any] | None:
+    try:
+        recipe: dict[str, Any] = json.loads((directory / RECIPE_FILE).read_text())
+        return recipe
+    except (OSError, json.JSONDecodeError):
+        return None

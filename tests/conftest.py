@@ -1,0 +1,26 @@
+"""Small real things that many tests share."""
+
+from hashlib import sha256
+from inspect import getsource
+from pathlib import Path
+
+import pytest
+
+from rq_ep.model import corpus, tiny, tokenizer
+
+TINY_RECIPE = tiny.Recipe(
+    steps=200, num_experts=8, top_k=2, num_layers=2, hidden_size=64, intermediate_size=32, peak_lr=6e-3
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained checkpoint (bf16, 8 experts top-2, 2 layers, hidden 64) with its tokenizer and, in text/, its text.
+
+    It is trained once in a few seconds and kept in pytest's cache until the code that makes it changes. Read only.
+    """
+    code = sha256("".join(map(getsource, (tiny, corpus, tokenizer))).encode()).hexdigest()[:12]
+    cache = getattr(request.config, "cache", None)
+    home = cache.mkdir("tiny-checkpoint") if cache else tmp_path_factory.mktemp("tiny-checkpoint")
+    tiny.tiny_model(home / code, TINY_RECIPE)
+    return home / code
