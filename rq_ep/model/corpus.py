@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import md5
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 DOMAINS = ("code", "prose", "c", "table")
 SPLITS = ("train", "held-out")
@@ -74,9 +75,7 @@ def _c() -> Iterator[tuple[str, str]]:
     include = Path(sysconfig.get_path("include"))
     files = list(include.rglob("*.h"))
     if not files:  # a Python without its development headers; torch's wheel ships its own
-        torch = find_spec("torch")
-        assert torch is not None and torch.origin is not None
-        include = Path(torch.origin).parent / "include"
+        include = Path(torch.__file__).parent / "include"
         files = list(include.rglob("*.h"))
     return _read(include, files)
 

@@ -1,8 +1,8 @@
 """A tiny Mixture-of-Experts language model, trained on the spot: something real to try everything else on.
 
 A minute of training on text at hand gives what random weights cannot: experts that specialise by domain, a perplexity
-that low bits could harm, and answers that look like words. The recipe was found by search on one core: many small steps,
-large initial weights, and a balance loss for each layer by itself.
+that low bits could harm, and answers that look like words. The recipe was found by search on one core: many small
+steps, large initial weights, and a balance loss for each layer by itself.
 """
 
 import json
@@ -111,12 +111,13 @@ def train(recipe: Recipe, progress: Progress | None = None) -> PreTrainedModel:
                 schedule.step()
                 if progress:
                     progress(step, recipe.steps, loss.item(), step * recipe.batch_size * recipe.sequence_length)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
     """Write checkpoint (bf16), tokenizer, generation settings, text, and last the recipe that vouches for the rest."""
-    model.to(torch.bfloat16)
+    model.bfloat16()
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(directory)
     byte_tokenizer(MAX_LENGTH).save_pretrained(directory)
@@ -254,7 +255,7 @@ def _balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _training_settings(seed: int) -> Iterator[None]:
-    """One thread (small matrices gain nothing from more), no denormals, a random state of our own; then all as before."""
+    """One thread (small matrices gain nothing from more), no denormals, own random numbers; afterwards all as before."""
     num_threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
