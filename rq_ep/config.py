@@ -1,0 +1,260 @@
+"""Settings as frozen dataclasses: the command line over a YAML file over defaults. The only reader of `os.environ`.
+
+A settings class declares its fields with `option`; their names are the YAML keys and, with dashes, the flags.
+"""
+
+import argparse
+import os
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from rq_ep.core.errors import UserError, check_choice
+
+Settings = TypeVar("Settings")
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    required: bool = False,
+) -> Any:
+    """Declare a settings field: its default, its help text, and the values it takes.
+
+    `required` marks a field that only the command line or the file can know; its default stands for "not given".
+    """
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "required": required}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Who this process is among the ranks, as torchrun and every launcher like it says in the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+    @classmethod
+    def from_os(cls, environ: Mapping[str, str] | None = None) -> "Environment":
+        """Read the launcher's variables; a process started by hand is the only rank.
+
+        Raises:
+            UserError: a variable is not a number, or one is set without the others it needs.
+        """
+        given = os.environ if environ is None else environ
+        if "WORLD_SIZE" not in given and "RANK" not in given:
+            return cls()
+        if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in given]:
+            raise UserError(f"the environment sets some of torchrun's variables, but not {', '.join(missing)}")
+        world_size = _environment_int(given, "WORLD_SIZE", 1)
+        rank = _environment_int(given, "RANK", 0)
+        if not 0 <= rank < world_size:
+            raise UserError(f"RANK={rank} does not lie in 0..{world_size - 1}, as WORLD_SIZE={world_size} wants it")
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=_environment_int(given, "LOCAL_RANK", rank),
+            local_world_size=_environment_int(given, "LOCAL_WORLD_SIZE", world_size),
+            master_addr=given["MASTER_ADDR"],
+            master_port=_environment_int(given, "MASTER_PORT", 0),
+        )
+
+
+def _environment_int(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} in the environment is not a number") from None
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """A strategy by name, and its settings: `rq`, or `{name: llep, min_tokens_per_gemm: 16}`."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, value: Any) -> "StrategyConfig":
+        """Read a plain name or a mapping; text that looks like a mapping is read as YAML."""
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            value = _parse_yaml(value, "--strategy")
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+            return cls(value["name"], {str(key): setting for key, setting in value.items() if key != "name"})
+        raise UserError(f"strategy: expected a name or a mapping with a `name`, not {value!r}")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What `python -m rq_ep.serve` is told. Limits are per rank, as each rank batches its own requests."""
+
+    model: str = option("", help="directory of the checkpoint, or its name on the hub", required=True)
+    placement: str | None = option(None, help="placement.json of `rq-ep place`; without it the strategy places itself")
+    strategy: StrategyConfig | None = option(
+        None,
+        help="standard, eplb, llep, rq: a name or {name: ..., setting: ...}; default: the placement's, or standard",
+    )
+    dtype: str = option("auto", help="dtype to compute in; auto: the checkpoint's", choices=DTYPES)
+    device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)
+    attn_implementation: str | None = option(None, help="attention of transformers; default: sdpa, or eager without it")
+    seed: int = option(0, help="seed of sampled requests that bring none", minimum=0)
+
+    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
+    port: int = option(8000, help="port to listen on; 0 picks a free one", minimum=0, maximum=65535)
+    served_model_name: str | None = option(None, help="name of the model in requests; default: as given by --model")
+    max_num_seqs: int = option(64, help="requests that run at once on a rank", minimum=1)
+    max_num_batched_tokens: int = option(1024, help="tokens of one step on a rank", minimum=1)
+    max_model_len: int | None = option(None, help="tokens of prompt and answer; default: the model's", minimum=2)
+    kv_cache_tokens: int | None = option(
+        None, help="room of a rank's KV cache; default: what a GPU has left, on CPU 16384", minimum=1
+    )
+    max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
+    max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)
+    shutdown_timeout: float = option(30.0, help="seconds running requests get to finish after SIGTERM", minimum=0)
+    rank_timeout: float = option(300.0, help="seconds a rank may be silent inside a step", minimum=1)
+    log_level: str = option("info", help="how much to log", choices=LOG_LEVELS)
+
+    @property
+    def model_name(self) -> str:
+        """The name clients ask for."""
+        return self.served_model_name or self.model
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
+    """Add `--config` and a flag for each field of a settings class; dashes and underscores are both accepted."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags given here win")
+    hints = get_type_hints(settings)
+    for item in fields(settings):
+        names = list(dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"]))
+        help_ = _help(item)
+        if hints[item.name] is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(*names, dest=item.name, action=action, default=argparse.SUPPRESS, help=help_)
+        else:
+            metavar = item.name.rpartition("_")[2].upper()
+            parser.add_argument(*names, dest=item.name, default=argparse.SUPPRESS, metavar=metavar, help=help_)
+
+
+def _help(item: Field[Any]) -> str:
+    text = str(item.metadata["help"]).replace("%", "%%")
+    if choices := item.metadata["choices"]:
+        text += f" ({', '.join(choices)})"
+    return text if item.default in (None, "") else f"{text} [{item.default}]"
+
+
+def read_settings(settings: type[Settings], args: argparse.Namespace) -> Settings:
+    """Build a settings object from parsed flags, over the file they name, over the defaults.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range, a missing or malformed file.
+    """
+    hints = get_type_hints(settings)
+    items = {item.name: item for item in fields(settings)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    if args.config is not None:
+        for key, value in read_yaml(args.config).items():
+            name = check_choice(f"setting in {args.config}", str(key).replace("-", "_"), items)
+            values[name] = _checked(items[name], _typed(hints[name], value, f"{args.config}: {key}"), args.config)
+    for name, value in vars(args).items():
+        if name in items:
+            flag = f"--{name.replace('_', '-')}"
+            values[name] = _checked(items[name], _from_text(hints[name], value, flag), flag)
+    for name, item in items.items():
+        if item.metadata["required"] and not values.get(name):
+            raise UserError(f"--{name.replace('_', '-')} is needed: {item.metadata['help']}")
+    return settings(**values)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; everything wrong with it is one line."""
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not readable ({error})") from None
+    document = _parse_yaml(text, str(path))
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected `key: value` lines, not {type(document).__name__}")
+    return document
+
+
+def resolved(settings: Any) -> str:
+    """The settings as the YAML that would give them again."""
+    document = asdict(settings)
+    if isinstance(strategy := document.get("strategy"), dict):
+        document["strategy"] = {"name": strategy["name"], **strategy["settings"]}
+    return yaml.safe_dump(document, sort_keys=False).rstrip()
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: malformed YAML ({problem})") from None
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """Check a YAML value against a field's type."""
+    choices = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if value is None and type(None) in choices:
+        return None
+    kind = choices[0]
+    if hasattr(kind, "parse"):
+        return kind.parse(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{where}: expected {_NAMES[kind]}, not {value!r}")
+    return value
+
+
+def _from_text(kind: Any, value: Any, flag: str) -> Any:
+    """Convert a flag's text to its field's type."""
+    kind = get_args(kind)[0] if get_origin(kind) in (Union, types.UnionType) else kind
+    if kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            raise UserError(f"{flag}: expected {_NAMES[kind]}, not {value!r}") from None
+    return kind.parse(value) if hasattr(kind, "parse") else value
+
+
+def _checked(item: Field[Any], value: Any, where: str) -> Any:
+    limits = item.metadata
+    if value is None:
+        return value
+    if limits["choices"] is not None:
+        check_choice(item.name, value, limits["choices"])
+    if limits["minimum"] is not None and value < limits["minimum"]:
+        raise UserError(f"{where}: {item.name} {value} must be at least {limits['minimum']}")
+    if limits["maximum"] is not None and value > limits["maximum"]:
+        raise UserError(f"{where}: {item.name} {value} must be at most {limits['maximum']}")
+    return value

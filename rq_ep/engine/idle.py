@@ -1,0 +1,40 @@
+"""The step of a rank that has nothing to do while others have: every MoE layer, in order, with zero rows."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+
+def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], None]:
+    """Prepare the zero-row step of a model; every rank must call this together, as it runs the model once.
+
+    One token is sent through the model to see what its routers hand to the layers: their number of experts per token
+    and their dtypes differ between families, and every rank of an exchange must name the same ones.
+
+    Args:
+        model: a causal language model whose experts are expert-parallel.
+        layers: its expert-parallel layers, in the order in which a forward pass enters them.
+
+    Returns:
+        A function that enters every layer with zero rows.
+    """
+    inputs: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
+
+    def remember(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs[layer] = tuple(arg[:0].clone() for arg in args)
+
+    hooks = [layer.register_forward_pre_hook(remember) for layer in layers]
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(input_ids=token, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert list(inputs) == list(layers), "every expert-parallel layer must be entered once, in order"
+
+    @torch.no_grad()
+    def step() -> None:
+        for layer, args in inputs.items():
+            layer(*args)
+
+    return step

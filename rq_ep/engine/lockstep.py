@@ -1,0 +1,171 @@
+"""Continuous batching in lockstep: what is changed of transformers' manager, all of it in this file.
+
+`ContinuousBatchingManager._generation_loop_body` and `ModelRunner._sample` are private; pyproject.toml pins the range
+of transformers they were tested with.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    BackgroundThreadStatus,
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+
+from rq_ep.engine.request import Sampling
+from rq_ep.engine.sampling import next_tokens
+
+# Largest value of each flag over the ranks.
+Agree = Callable[[Sequence[int]], list[int]]
+
+GREEDY = Sampling()
+
+
+def agreement(control: dist.ProcessGroup | None) -> Agree:
+    """The all-reduce (MAX) over a gloo group that starts every step; None: one rank alone."""
+    if control is None:
+        return list
+
+    def agree(flags: Sequence[int]) -> list[int]:
+        flags_F = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(flags_F, op=dist.ReduceOp.MAX, group=control)
+        return flags_F.tolist()
+
+    return agree
+
+
+class LockstepManager(ContinuousBatchingManager):
+    """A manager whose steps are those of the whole group.
+
+    Before each step the ranks agree on who has work. Who has runs its batch; the others enter every MoE layer with zero
+    rows; if nobody has, all sleep until they are woken, and meet once every `heartbeat_s` to see that all still live.
+
+    Args:
+        model: a causal language model with expert-parallel layers.
+        generation_config: end tokens; sampling is each request's own.
+        batching: sizes of batches and cache.
+        agree: the group's all-reduce.
+        empty_step: enters every MoE layer with zero rows.
+        samplings: how each running request, by its id, chooses tokens.
+        on_failure: told of an error that ends the loop; the others wait for this rank, so it must end the process.
+        heartbeat_s: longest sleep of an idle group, in seconds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        generation_config: GenerationConfig,
+        batching: ContinuousBatchingConfig,
+        *,
+        agree: Agree,
+        empty_step: Callable[[], None],
+        samplings: Mapping[str, Sampling],
+        on_failure: Callable[[BaseException], None],
+        heartbeat_s: float,
+    ) -> None:
+        super().__init__(model, generation_config, batching)
+        self._agree = agree
+        self._empty_step = empty_step
+        self._samplings = samplings
+        self._on_failure = on_failure
+        self._heartbeat_s = heartbeat_s
+        self._num_announced = 0
+
+    def wake(self, num_announced: int) -> None:
+        """Rouse the loop: the group has been given `num_announced` requests so far, one of them perhaps to this rank.
+
+        A rank that knows of more requests than another must not sleep before the other knows of them too.
+        """
+        self._num_announced = max(self._num_announced, num_announced)
+        self._wake_up_loop.set()
+
+    def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
+        self._wake_up_loop.set()  # `stop` has just asked for the end: an idle loop must not sleep over it
+        super().join(stop_trigger_time, timeout)
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        processor = super()._create_batch_processor()
+        runner = processor.model_runner
+        runner._sample = Sampler(processor.inputs_and_outputs, self._samplings)
+        return processor
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        assert not bootstrapping, "asynchronous batching would keep a step in flight"
+        try:
+            return self._step(batch_processor)
+        except BaseException as error:
+            self._on_failure(error)
+            raise
+
+    def _step(self, processor: ContinuousBatchProcessor) -> bool:
+        """One step of the group; False ends the loop on every rank."""
+        self._wake_up_loop.clear()
+        announced = self._num_announced
+        ready = processor.prepare_next_batch()
+        # `tp_status` lags behind by one call of prepare_next_batch
+        status = self.background_thread_status.local_status
+        flags = (
+            ready,
+            status == BackgroundThreadStatus.DONT_STOP,
+            status >= BackgroundThreadStatus.HARD_STOP,
+            processor.has_pending_requests(),
+            announced,
+            -announced,
+        )
+        any_ready, any_running, any_hard_stop, any_pending, most, minus_least = self._agree(flags)
+        if any_hard_stop:
+            return False
+        if ready:
+            self._generation_step()
+            self.current_batch += 1
+            processor.update_batch()
+        elif any_ready:
+            self._empty_step()
+        elif any_pending or most != -minus_least:
+            self._wake_up_loop.wait(timeout=0.001)
+        elif not any_running:
+            return False
+        else:
+            self._wake_up_loop.wait(timeout=self._heartbeat_s)
+        return True
+
+
+class Sampler:
+    """Stands in for `ModelRunner._sample`: each request has a temperature and a random stream of its own."""
+
+    def __init__(self, ios: ContinuousBatchingIOs, samplings: Mapping[str, Sampling]) -> None:
+        self._ios = ios
+        self._samplings = samplings
+
+    def __call__(self, scores_1NV: torch.Tensor, output_ids: torch.Tensor) -> None:
+        states = [future.state for future in self._ios.requests_in_batch if future.has_new_token]
+        samplings = [self._samplings.get(state.request_id, GREEDY) for state in states]
+        positions = [state.position_offset for state in states]
+        tokens_N = next_tokens(scores_1NV[0, : len(states)], samplings, positions)
+        output_ids[0, : len(states)].copy_(tokens_N)
+
+
+def batching_config(
+    *, max_num_seqs: int, max_num_batched_tokens: int, kv_cache_tokens: int | None, seed: int
+) -> ContinuousBatchingConfig:
+    """Sizes of a rank's batches and cache; `kv_cache_tokens` None: what the GPU has left."""
+    page_size = 32
+    settings: dict[str, Any] = {} if kv_cache_tokens is None else {"num_blocks": -(-kv_cache_tokens // page_size)}
+    return ContinuousBatchingConfig(
+        page_size=page_size,
+        max_batch_tokens=max_num_batched_tokens,
+        max_requests_per_batch=min(max_num_seqs, max_num_batched_tokens),
+        # A step must be over when the group agrees on the next one, and captured graphs cannot hold the exchange.
+        use_async_batching=False,
+        use_cuda_graph=False,
+        allow_block_sharing=False,
+        auto_switch_to_flash=False,
+        seed=seed,
+        **settings,
+    )

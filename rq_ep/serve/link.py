@@ -1,0 +1,76 @@
+"""The control plane between the HTTP process and the ranks: one TCP connection for each rank, a JSON object a line.
+
+Plain sockets, because a closed connection is the one notice of a rank's death that is prompt and says whose it was.
+"""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+Message = dict[str, Any]
+MAX_LINE_BYTES = 64 << 20
+
+
+def encode(message: Message) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
+    """What the other side sends, until it closes the connection or dies."""
+    while True:
+        try:
+            line = await reader.readline()
+        except (OSError, ValueError):
+            return
+        if not line.endswith(b"\n"):
+            return
+        yield json.loads(line)
+
+
+class Link:
+    """A rank's end: messages are sent from any thread, and read on a thread of their own.
+
+    Args:
+        address: host and port of the HTTP process's hub.
+        rank: who we are.
+        token: the secret of this group; a stranger who found the port does not know it.
+    """
+
+    def __init__(self, address: tuple[str, int], rank: int, token: str) -> None:
+        self._socket = socket.create_connection(address, timeout=30)
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A node that vanishes closes no connection: have the kernel ask.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._lock = threading.Lock()
+        self.send({"kind": "hello", "rank": rank, "token": token})
+
+    def send(self, message: Message) -> None:
+        """Send a message; if the HTTP process is gone, the reading thread says so."""
+        with self._lock:
+            try:
+                self._socket.sendall(encode(message))
+            except OSError:
+                return
+
+    def listen(self, on_message: Callable[[Message], None], on_close: Callable[[], None]) -> None:
+        """Read messages on a thread from now on; `on_close` is called when the HTTP process has gone."""
+
+        def read() -> None:
+            try:
+                with self._socket.makefile("rb") as file:
+                    for line in file:
+                        on_message(json.loads(line))
+            except OSError:
+                pass
+            on_close()
+
+        threading.Thread(target=read, name="rq_ep link", daemon=True).start()
+
+    def close(self) -> None:
+        """Say good-bye, so that the end of the connection is not taken for a death."""
+        self.send({"kind": "bye"})
+        self._socket.close()

@@ -1,0 +1,124 @@
+"""Bodies of requests, after OpenAI's reference. What is not supported is refused, never ignored."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rq_ep.serve.errors import ApiError
+
+# Parameters of OpenAI's reference that are not supported, with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1, None),
+    "echo": (False, None),
+    "frequency_penalty": (0, None),
+    "function_call": ("none", None),
+    "functions": (None,),
+    "logit_bias": ({}, None),
+    "logprobs": (False, None),
+    "metadata": ({}, None),
+    "modalities": (["text"], None),
+    "n": (1, None),
+    "parallel_tool_calls": (False, True, None),
+    "presence_penalty": (0, None),
+    "response_format": ({"type": "text"}, None),
+    "service_tier": ("auto", "default", None),
+    "store": (False, None),
+    "suffix": ("", None),
+    "tool_choice": ("none", "auto", None),
+    "tools": ([], None),
+    "top_logprobs": (None,),
+}
+
+StopString = Annotated[str, Field(min_length=1)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class GenerationBody(_Body):
+    """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    ignore_eos: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unsupported(cls, data: Any) -> Any:
+        """Drop parameters that ask for nothing; name the ones that ask for what there is not."""
+        if not isinstance(data, dict):
+            return data
+        for name, neutral in NEUTRAL.items():
+            if name in data and not any(data[name] is value or _same(data[name], value) for value in neutral):
+                raise ApiError(400, f"{name}={data[name]!r} is not supported by this server: leave it out", name)
+        return {name: value for name, value in data.items() if name not in NEUTRAL}
+
+    @model_validator(mode="after")
+    def check_stream_options(self) -> "GenerationBody":
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options are only allowed when stream is true", "stream_options")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class CompletionBody(GenerationBody):
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+
+    @property
+    def single_prompt(self) -> str | list[int]:
+        """The prompt, which may come in a list of one."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise ApiError(400, f"{len(prompt)} prompts in one request: send a request for each", "prompt")
+            return prompt[0]
+        return prompt  # type: ignore[return-value]
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates read it."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text, **name}
+
+
+class ChatBody(GenerationBody):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
