@@ -1,0 +1,1 @@
+"""Models: the seam into transformers, the loader, calibration, the tiny model, evaluation."""

@@ -1,0 +1,98 @@
+"""Tiny random models of every family that the seam is tested on, and one checkpoint of each."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+from transformers.utils import logging
+
+VOCAB_SIZE = 97
+
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
+
+# Odd numbers of experts, dense first layers, shared experts, expert groups, sparse steps: everything that varies.
+FAMILIES: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(
+        **_SHAPE, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48,
+        num_local_experts=5, num_experts_per_tok=2,
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_SHAPE, num_hidden_layers=3, num_key_value_heads=2, head_dim=16, intermediate_size=80,
+        moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, decoder_sparse_step=2, norm_topk_prob=True,
+    ),
+    "olmoe": OlmoeConfig(
+        **_SHAPE, num_hidden_layers=2, num_key_value_heads=4, intermediate_size=32,
+        num_experts=8, num_experts_per_tok=2,
+    ),
+    "deepseek_v2": DeepseekV2Config(
+        **_SHAPE, **_LATENT_ATTENTION, num_hidden_layers=3, intermediate_size=80, moe_intermediate_size=32,
+        n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1,
+        topk_method="group_limited_greedy", n_group=2, topk_group=1,
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        **_SHAPE, **_LATENT_ATTENTION, num_hidden_layers=3, intermediate_size=80, moe_intermediate_size=32,
+        n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, first_k_dense_replace=1,
+        n_group=2, topk_group=1,
+    ),
+    "gpt_oss": GptOssConfig(
+        **_SHAPE, num_hidden_layers=2, num_key_value_heads=2, head_dim=16, intermediate_size=48,
+        num_local_experts=5, num_experts_per_tok=2, sliding_window=8,
+    ),
+}  # fmt: skip
+
+
+def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A dense model with weights, biases, sinks and router corrections large enough for errors to show."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "norm" not in name:
+                tensor.copy_(torch.empty_like(tensor).normal_(0, 0.15, generator=generator))
+    return model.eval()
+
+
+def save(model: PreTrainedModel, path: Path, **options: object) -> Path:
+    """Write an ordinary checkpoint, without transformers' progress bar."""
+    with quiet():
+        model.save_pretrained(path, **options)
+    return path
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    logging.disable_progress_bar()
+    yield
+
+
+def prompt(num_sequences: int, length: int, seed: int = 0) -> torch.Tensor:
+    """[num_sequences, length] random token ids."""
+    return torch.randint(1, VOCAB_SIZE, (num_sequences, length), generator=torch.Generator().manual_seed(seed))
