@@ -1,0 +1,11 @@
+"""Groups of ranks and the exchange between them. The only room, besides the engine, that knows torch.distributed."""
+
+from rq_ep.parallel.base import EPGroup, RankFailure, Transfers
+from rq_ep.parallel.exchange import Exchange, Received
+from rq_ep.parallel.group import TorchGroup
+from rq_ep.parallel.local import LocalGroup, LocalWorld, run_local, single_group
+
+__all__ = [
+    "EPGroup", "Exchange", "LocalGroup", "LocalWorld", "RankFailure", "Received", "TorchGroup", "Transfers",
+    "run_local", "single_group",
+]  # fmt: skip

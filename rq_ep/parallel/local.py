@@ -1,0 +1,212 @@
+"""Every rank in one process: a thread each and a baton, so that one computes at a time and its time is its own."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from threading import Semaphore, Thread
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.parallel.base import Piece, RankFailure, check_splits, count_pairs
+
+T = TypeVar("T")
+
+
+def run_local(num_ranks: int, fn: Callable[["LocalGroup"], T], device: str | torch.device = "cpu") -> list[T]:
+    """Run `fn` on every rank of a group inside this process; returns what each rank returned.
+
+    An exception on one rank ends all and is raised here.
+    """
+    return LocalWorld(num_ranks, device).run(fn)
+
+
+def single_group(device: str | torch.device = "cpu") -> "LocalGroup":
+    """A group of one rank, without processes or threads."""
+    return LocalWorld(1, device).groups[0]
+
+
+class LocalWorld:
+    """The groups of all ranks of one process; they can be kept and run again and again."""
+
+    def __init__(self, num_ranks: int, device: str | torch.device = "cpu") -> None:
+        self.baton = _Baton(num_ranks)
+        self.groups = tuple(LocalGroup(rank, num_ranks, torch.device(device), self.baton) for rank in range(num_ranks))
+
+    def run(self, fn: Callable[["LocalGroup"], T]) -> list[T]:
+        """Call `fn` with each rank's group. Gradient and inference mode of the caller hold on every rank."""
+        if len(self.groups) == 1:
+            return [fn(self.groups[0])]
+        baton = self.baton
+        baton.reset()
+        results: dict[int, T] = {}
+        has_grad, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+        def body(group: LocalGroup) -> None:
+            baton.begin(group.rank)
+            on_device = torch.cuda.device(group.device) if group.device.type == "cuda" else nullcontext()
+            try:
+                if baton.error is None:
+                    with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad), on_device:
+                        results[group.rank] = fn(group)
+            except _Ended:
+                pass
+            except BaseException as error:
+                error.add_note(f"on rank {group.rank} of {group.size} in one process")
+                baton.error = baton.error or error
+            finally:
+                baton.end(group.rank)
+
+        threads = [Thread(target=body, args=(group,), daemon=True) for group in self.groups]
+        for thread in threads:
+            thread.start()
+        baton.turns[0].release()
+        for thread in threads:
+            thread.join()
+        if baton.error is not None:
+            raise baton.error
+        return [results[rank] for rank in range(len(self.groups))]
+
+
+class LocalGroup:
+    """One rank's side of a group that lives in one process."""
+
+    backend = "local"
+
+    def __init__(self, rank: int, size: int, device: torch.device, baton: "_Baton") -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self._baton = baton
+
+    def gather_counts(self, topk_ids_TK: Tensor, num_experts: int) -> IntArray:
+        counts_E = count_pairs(topk_ids_TK, num_experts).cpu().numpy()
+        return np.stack(self._baton.meet(self.rank, "gather of counts", counts_E))
+
+    def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
+        check_splits(send, input_splits, output_splits, self.size)
+        sent = self._baton.meet(self.rank, "all-to-all", send.split(list(input_splits)))
+        pieces = [pieces[self.rank] for pieces in sent]
+        if [len(piece) for piece in pieces] != list(output_splits):
+            found = [len(piece) for piece in pieces]
+            raise ValueError(f"rank {self.rank} expects {list(output_splits)} rows of the ranks, but they send {found}")
+        return torch.cat(pieces)
+
+    def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> "LocalTransfers":
+        for piece, dst in sends:
+            self._baton.post(self.rank, dst, piece)
+        return LocalTransfers(self.rank, self._baton, receives)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self._baton.meet(self.rank, "gather of objects", value)
+
+    def barrier(self) -> None:
+        self._baton.meet(self.rank, "barrier", None)
+
+    def clock(self) -> float:
+        return time.perf_counter() - self._baton.away_s[self.rank]
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class LocalTransfers:
+    """Messages of one rank's neighbours, copied when they are waited for."""
+
+    rank: int
+    baton: "_Baton"
+    receives: Sequence[Piece]
+
+    def wait(self) -> None:
+        for wanted, src in self.receives:
+            wanted.copy_(self.baton.take(src, self.rank))
+
+
+class _Ended(BaseException):
+    """Another rank failed: leave this one's thread."""
+
+
+class _Baton:
+    """Whose turn it is, and what the ranks have put down for each other. Only the rank whose turn it is touches it."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.away_s = [0.0] * num_ranks  # time each rank spent without the baton
+        self.reset()
+
+    def reset(self) -> None:
+        self.turns = [Semaphore(0) for _ in range(self.num_ranks)]
+        self.error: BaseException | None = None
+        self._has_ended = [False] * self.num_ranks
+        self._waits_for = ["its turn"] * self.num_ranks
+        self._num_met = [0] * self.num_ranks
+        self._met: dict[int, dict[int, tuple[str, Any]]] = {}  # number of the meeting -> rank -> what it brings
+        self._num_left: dict[int, int] = {}
+        self._posted: dict[tuple[int, int], deque[Tensor]] = {}
+        self._idle_passes = 0
+
+    def begin(self, rank: int) -> None:
+        self.turns[rank].acquire()
+
+    def end(self, rank: int) -> None:
+        self._has_ended[rank] = True
+        self._waits_for[rank] = "nothing, it has ended"
+        self._idle_passes = 0
+        if (following := self._following(rank)) is not None:
+            self.turns[following].release()
+
+    def meet(self, rank: int, operation: str, value: Any) -> list[Any]:
+        """Put down a value for a collective and return every rank's, once all have come."""
+        number = self._num_met[rank]
+        self._num_met[rank] += 1
+        brought = self._met.setdefault(number, {})
+        brought[rank] = (operation, value)
+        self._idle_passes = 0
+        while len(brought) < self.num_ranks:
+            self._pass(rank, operation)
+        if len({name for name, _ in brought.values()}) > 1:
+            calls = ", ".join(f"rank {other}: {brought[other][0]}" for other in sorted(brought))
+            raise RankFailure(f"ranks call different collectives ({calls})")
+        self._num_left[number] = self._num_left.get(number, 0) + 1
+        if self._num_left[number] == self.num_ranks:
+            del self._met[number], self._num_left[number]
+        return [brought[other][1] for other in range(self.num_ranks)]
+
+    def post(self, src: int, dst: int, piece: Tensor) -> None:
+        self._posted.setdefault((src, dst), deque()).append(piece)
+        self._idle_passes = 0
+
+    def take(self, src: int, dst: int) -> Tensor:
+        waiting = self._posted.setdefault((src, dst), deque())
+        while not waiting:
+            self._pass(dst, f"an expert from rank {src}")
+        self._idle_passes = 0
+        return waiting.popleft()
+
+    def _pass(self, rank: int, waits_for: str) -> None:
+        """Let the others go on; return when it is this rank's turn again."""
+        self._waits_for[rank] = waits_for
+        self._idle_passes += 1
+        following = self._following(rank)
+        if following is None or self._idle_passes > 2 * self.num_ranks:
+            waits = ", ".join(f"rank {other} for {what}" for other, what in enumerate(self._waits_for))
+            raise RankFailure(f"rank {rank} waits in vain ({waits})")
+        left_s = time.perf_counter()
+        self.turns[following].release()
+        self.turns[rank].acquire()
+        self.away_s[rank] += time.perf_counter() - left_s
+        if self.error is not None:
+            raise _Ended
+
+    def _following(self, rank: int) -> int | None:
+        for step in range(1, self.num_ranks):
+            other = (rank + step) % self.num_ranks
+            if not self._has_ended[other]:
+                return other
+        return None
