@@ -4,10 +4,16 @@ from typing import Any
 
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.core.strategy import Strategy
+from rq_ep.strategies.eplb import Eplb
+from rq_ep.strategies.llep import Llep
+from rq_ep.strategies.rq import ReplicateQuantize
 from rq_ep.strategies.standard import Standard
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "standard": Standard,
+    "eplb": Eplb,
+    "llep": Llep,
+    "rq": ReplicateQuantize,
 }
 
 

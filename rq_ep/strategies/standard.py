@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import CostModel
+from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, contiguous
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.strategy import Planner
@@ -22,6 +23,11 @@ class Standard:
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
         replicas = layer.replicas
+        if len(replicas) > layer.num_experts:
+            raise UserError(
+                f"strategy 'standard' serves one replica of each expert, but layer {layer.layer} of the placement has "
+                f"{len(replicas)} of {layer.num_experts} experts: serve it with --strategy rq or eplb"
+            )
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
             return DispatchPlan(replicas, counts_RE[:, replicas.experts_P])

@@ -1,0 +1,222 @@
+"""The placement solver: formats, homes, replicas and swaps inside a byte budget per rank over all layers.
+
+Several ways to begin are tried, and the one with the best balance on the calibration steps is kept; standard EP's
+contiguous blocks are among them, so the result is never worse than these.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
+from rq_ep.core.topology import home_ranks
+from rq_ep.solver.bounds import least_home_bytes, lower_bound
+from rq_ep.solver.cuts import LayerBalance, starting_sets
+from rq_ep.solver.fill import GOOD_ENOUGH, fill, promote
+from rq_ep.solver.homes import deal_homes
+from rq_ep.solver.improve import improve
+from rq_ep.solver.precision import Formats, damage_LE, least_missed
+from rq_ep.solver.split import SharedExperts, split
+from rq_ep.solver.steps import LayerSteps, calibration_steps
+from rq_ep.solver.tables import replicas_of
+
+BoolArray = npt.NDArray[np.bool_]
+UNLIMITED = 2**60
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One complete placement: who holds what, what is stored low, and what that gives on the calibration steps."""
+
+    held_LER: BoolArray
+    low_LE: BoolArray
+    imbalance_L: FloatArray
+
+    @property
+    def rating(self) -> tuple[float, int]:
+        """Lower is better: balance to four digits, then fewer experts in few bits."""
+        return round(float(self.imbalance_L.mean()), 4), int(self.low_LE.sum())
+
+
+def solve(
+    problem: PlacementProblem,
+    strategy: str,
+    max_steps: int,
+    max_moves: int,
+    on_progress: Callable[[float], None] | None = None,
+) -> Placement:
+    """Place every layer of `problem`.
+
+    Args:
+        problem: statistics, ranks and limits.
+        strategy: the name the placement will carry.
+        max_steps: calibration steps to look at, spread over the record.
+        max_moves: swaps tried in each layer.
+        on_progress: told the fraction done, now and then.
+
+    Raises:
+        UserError: the budget is too small; the message says how many bytes would do.
+    """
+    report = on_progress or (lambda fraction: None)
+    steps = calibration_steps(problem, max_steps)
+    formats = Formats.of(problem)
+    starts = _starts(problem, steps, formats)
+    best: Candidate | None = None
+    for number, (homes_LE, low_LE) in enumerate(starts):
+
+        def report_layer(layers_done: float, number: int = number) -> None:
+            report((number + layers_done / len(steps)) / len(starts))
+
+        candidate = _complete(problem, steps, formats, homes_LE, low_LE, max_moves, report_layer)
+        if best is None or candidate.rating < best.rating:
+            best = candidate
+        if best.rating[0] <= round(GOOD_ENOUGH, 4):
+            break
+    assert best is not None
+    placement = _certified(problem, strategy, steps, formats, best, float(_contiguous_imbalance(problem, steps).mean()))
+    report(1.0)
+    return placement
+
+
+def _starts(
+    problem: PlacementProblem, steps: Sequence[LayerSteps], formats: Formats
+) -> list[tuple[IntArray, BoolArray]]:
+    """Homes and low experts to begin with, the plainest first."""
+    stats, num_ranks = problem.stats, problem.topology.num_ranks
+    budget_R = np.array(problem.budget_bytes_R or [UNLIMITED] * num_ranks)
+    all_native_LE = np.zeros((stats.num_layers, stats.num_experts), bool)
+    mean_LE = np.stack([layer.mean_E for layer in steps])
+    starts = []
+    homes_E = home_ranks(stats.num_experts, num_ranks)
+    if (np.bincount(homes_E, minlength=num_ranks) * stats.num_layers * formats.native_bytes <= budget_R).all():
+        starts.append((np.tile(homes_E, (stats.num_layers, 1)), all_native_LE))
+    options = [(all_native_LE, 1)]
+    if formats.low is not None and problem.budget_bytes_R is not None:
+        low_LE = _low_experts(problem, formats)
+        group = max(formats.native_bytes // (formats.native_bytes - formats.low_bytes), 1)
+        options += [(low_LE, 1)] + [(low_LE, group)] * (group > 1)
+    for low_LE, group in options:
+        homes_LE = deal_homes(mean_LE, low_LE, formats, budget_R, group)
+        if homes_LE is not None:
+            starts.append((homes_LE, low_LE))
+    if not starts:
+        raise UserError(_too_small(problem, formats, mean_LE, options[-1][0]))
+    return starts
+
+
+def _low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
+    assert formats.low is not None
+    damages_LE, pairs_LE = damage_LE(problem.stats, formats.low), problem.stats.counts.sum(axis=0)
+    share = problem.max_low_precision_share
+    return np.stack([least_missed(damage_E, pairs_E, share) for damage_E, pairs_E in zip(damages_LE, pairs_LE)])
+
+
+def _too_small(problem: PlacementProblem, formats: Formats, mean_LE: FloatArray, low_LE: BoolArray) -> str:
+    """What to tell the user: the bytes with which the homes alone fit."""
+    assert problem.budget_bytes_R is not None
+    num_ranks = problem.topology.num_ranks
+    enough = -(-int(formats.bytes_of(low_LE).sum()) // num_ranks)
+    while deal_homes(mean_LE, low_LE, formats, np.full(num_ranks, enough), 1) is None:
+        enough += formats.low_bytes
+    hint = "" if formats.low else ", or allow a smaller format with --formats and --max-low-precision-share"
+    return (
+        f"--budget {','.join(map(str, sorted(set(problem.budget_bytes_R))))}: too small for a replica of every expert "
+        f"on {num_ranks} ranks: raise it to {enough} bytes per rank{hint}"
+    )
+
+
+def _complete(
+    problem: PlacementProblem,
+    steps: Sequence[LayerSteps],
+    formats: Formats,
+    homes_LE: IntArray,
+    low_LE: BoolArray,
+    max_moves: int,
+    on_layer: Callable[[float], None],
+) -> Candidate:
+    """From homes to a finished placement: fill, swap, and give back the bits that the budget has room for."""
+    num_ranks = problem.topology.num_ranks
+    sets_GR = starting_sets(num_ranks)
+    layers = [LayerBalance(layer, homes_E[:, None] == np.arange(num_ranks), sets_GR)
+              for layer, homes_E in zip(steps, homes_LE, strict=True)]  # fmt: skip
+    bytes_LE = formats.bytes_of(low_LE)
+    used_R = sum(np.bincount(homes_E, sizes_E, num_ranks) for homes_E, sizes_E in zip(homes_LE, bytes_LE))
+    free_R = np.array(problem.budget_bytes_R or [UNLIMITED] * num_ranks) - np.asarray(used_R).astype(np.int64)
+    fill(layers, bytes_LE, free_R)
+    generator = np.random.default_rng(problem.seed)
+    for done, (layer, bytes_E) in enumerate(zip(layers, bytes_LE, strict=True)):
+        improve(layer, bytes_E, max_moves, generator)
+        on_layer(done + 1)
+    if low_LE.any():
+        assert formats.low is not None
+        low_LE = low_LE.copy()
+        promote(layers, low_LE, damage_LE(problem.stats, formats.low), formats, free_R)
+    return Candidate(
+        np.stack([layer.held_ER for layer in layers]), low_LE, np.array([layer.refine() for layer in layers])
+    )
+
+
+def _contiguous_imbalance(problem: PlacementProblem, steps: Sequence[LayerSteps]) -> FloatArray:
+    """[L] max/mean of standard EP on the same steps."""
+    num_ranks = problem.topology.num_ranks
+    homes_E = home_ranks(problem.stats.num_experts, num_ranks)
+    held_ER = homes_E[:, None] == np.arange(num_ranks)
+    loads = [layer.loads_SE @ held_ER for layer in steps]
+    return np.array([loads_SR.max(axis=1).mean() if len(loads_SR) else 1.0 for loads_SR in loads])
+
+
+def _certified(
+    problem: PlacementProblem,
+    strategy: str,
+    steps: Sequence[LayerSteps],
+    formats: Formats,
+    best: Candidate,
+    standard: float,
+) -> Placement:
+    """The placement with shares, and with what the exact split makes of it beside what nothing could beat."""
+    stats, num_ranks, share = problem.stats, problem.topology.num_ranks, problem.max_low_precision_share
+    pairs_LE = stats.counts.sum(axis=0)
+    home_bytes_L = [least_home_bytes(pairs_E, formats, share) for pairs_E in pairs_LE]
+    layers = []
+    for at, layer_steps in enumerate(steps):
+        held_ER, low_E = best.held_LER[at], best.low_LE[at]
+        used = int((held_ER.sum(axis=1) * formats.bytes_of(low_E)).sum())
+        max_replicas = stats.num_experts + (used - home_bytes_L[at]) // formats.low_bytes
+        bound = lower_bound([layer_steps], max_replicas, num_ranks)
+        layer = LayerPlacement.even(stats.layers[at], stats.num_experts, replicas_of(held_ER, formats.names_of(low_E)))
+        layer = _with_mean_shares(layer, layer_steps)
+        layers.append(replace(layer, bound=bound.value, binding=bound.binding))
+    predicted = float(np.mean([layer.predicted for layer in layers])) if layers else 1.0
+    budget = UNLIMITED if problem.budget_bytes_R is None else sum(problem.budget_bytes_R)
+    extra = min((budget - sum(home_bytes_L)) // formats.low_bytes, stats.num_layers * stats.num_experts * num_ranks)
+    overall = lower_bound(steps, stats.num_layers * stats.num_experts + extra, num_ranks)
+    certificate = {
+        "objective": "max/mean of pairs over ranks under the exact split, mean over calibration steps and layers",
+        "predicted": predicted,
+        "bound": overall.value,
+        "gap": predicted / overall.value - 1,
+        "binding": overall.binding,
+        "steps": max((len(layer.counts_SE) for layer in steps), default=0),
+        "standard": standard,
+    }
+    return problem.placement(strategy, layers, certificate=certificate)
+
+
+def _with_mean_shares(layer: LayerPlacement, steps: LayerSteps) -> LayerPlacement:
+    """Shares as the exact split deals them on average, and the max/mean it attains."""
+    shared = SharedExperts.of(layer.replicas, steps.num_ranks)
+    quotas_C = np.zeros(len(shared.replicas_C))
+    ratios = []
+    for counts_E in steps.counts_SE:
+        best = split(shared, counts_E)
+        quotas_C += best.quotas_C
+        ratios.append(best.fullest * steps.num_ranks / int(counts_E.sum()))
+    shares_P = layer.shares_P.copy()
+    if len(shared.replicas_C):
+        totals_C = np.add.reduceat(quotas_C, shared.first_V)[shared.groups_C]
+        shares_P[shared.replicas_C] = np.divide(quotas_C, totals_C, out=shares_P[shared.replicas_C], where=totals_C > 0)
+    return replace(layer, shares_P=shares_P, predicted=float(np.mean(ratios)) if ratios else 1.0)

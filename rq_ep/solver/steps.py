@@ -1,0 +1,70 @@
+"""Calibration steps as the solver sees them: spread over the record, at the batch size that will be served."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import PlacementProblem
+from rq_ep.core.stats import ExpertStats
+
+
+@dataclass(frozen=True)
+class LayerSteps:
+    """The steps of one layer that route any pair."""
+
+    counts_SE: IntArray
+    num_ranks: int
+
+    @cached_property
+    def loads_SE(self) -> FloatArray:
+        """Pairs of each expert in units of the step's mean rank load: under perfect balance every rank is at 1."""
+        loads_SE: FloatArray = self.counts_SE * (self.num_ranks / self.counts_SE.sum(axis=1, keepdims=True))
+        return loads_SE
+
+    @cached_property
+    def mean_E(self) -> FloatArray:
+        """Mean over steps of `loads_SE`; even if nothing was ever routed."""
+        num_experts = self.counts_SE.shape[1]
+        if not len(self.counts_SE):
+            return np.full(num_experts, self.num_ranks / num_experts)
+        mean_E: FloatArray = self.loads_SE.mean(axis=0)
+        return mean_E
+
+
+def calibration_steps(problem: PlacementProblem, max_steps: int) -> list[LayerSteps]:
+    """At most `max_steps` steps for each layer, spread over the record, thinned to `problem.tokens_per_step`."""
+    stats = problem.stats
+    chosen_S = np.unique(np.linspace(0, stats.num_steps - 1, max_steps).round().astype(np.int64))
+    chosen_S = chosen_S[chosen_S >= 0]
+    counts_SLE = stats.counts[chosen_S]
+    if problem.tokens_per_step is not None:
+        counts_SLE = _thin(counts_SLE, _tokens(stats)[chosen_S], problem.tokens_per_step, problem.seed)
+    layers = (counts_SLE[:, layer] for layer in range(stats.num_layers))
+    return [LayerSteps(counts_SE[counts_SE.any(axis=1)], problem.topology.num_ranks) for counts_SE in layers]
+
+
+def _thin(counts_SLE: IntArray, tokens_S: IntArray, tokens_per_step: int, seed: int) -> IntArray:
+    """Resample steps that are larger than served: a multinomial draw with each step's own frequencies."""
+    generator = np.random.default_rng(seed)
+    thinned = counts_SLE.copy()
+    for step, tokens in enumerate(tokens_S.tolist()):
+        for layer, counts_E in enumerate(counts_SLE[step]):
+            pairs = int(counts_E.sum())
+            wanted = round(pairs * tokens_per_step / max(tokens, 1))
+            if wanted < pairs:
+                thinned[step, layer] = generator.multinomial(wanted, counts_E / pairs)
+    return thinned
+
+
+def _tokens(stats: ExpertStats) -> IntArray:
+    if stats.tokens is not None:
+        return stats.tokens
+    if stats.top_k is None:
+        raise UserError(
+            f"--tokens-per-step: {stats.source} has neither tokens nor top_k, so its steps cannot be scaled"
+        )
+    tokens_S: IntArray = stats.counts.sum(axis=2).max(axis=1, initial=0) // stats.top_k
+    return tokens_S

@@ -1,0 +1,124 @@
+"""EPLB, DeepSeek's balancer: replicate the experts with most load per replica, pack evenly, split evenly."""
+
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from typing import ClassVar
+
+import numpy as np
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.cost import CostModel
+from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replica
+from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.strategy import Planner
+from rq_ep.core.topology import Topology
+from rq_ep.solver.deal import in_source_order
+from rq_ep.solver.split import SharedExperts
+
+
+@dataclass(frozen=True)
+class Eplb:
+    """The two greedy steps of github.com/deepseek-ai/EPLB, global or hierarchical, without its need for equal divisors.
+
+    Hierarchical (groups of experts to nodes first) where the model has expert groups that divide by the nodes. Unlike
+    the original, never two replicas of an expert on a rank, and a layer without load is spread evenly.
+    """
+
+    name: ClassVar[str] = "eplb"
+
+    def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
+        stats, topology = problem.stats, problem.topology
+        loads_LE = stats.counts.sum(axis=0).astype(np.float64)
+        layers = []
+        for layer, loads_E in zip(stats.layers, loads_LE, strict=True):
+            if not loads_E.any():
+                loads_E = np.ones_like(loads_E)
+            pools = _node_pools(loads_E, topology, stats.expert_groups)
+            replicas = []
+            for number, (experts, ranks) in enumerate(pools):
+                extras = problem.num_redundant_experts * (number + 1) // len(pools)
+                extras -= problem.num_redundant_experts * number // len(pools)
+                for expert, rank in _place_pool(loads_E, experts, ranks, extras):
+                    replicas.append(Replica(rank, expert, stats.native_format))
+            layers.append(LayerPlacement.even(layer, stats.num_experts, replicas))
+        return problem.placement(self.name, layers)
+
+    def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
+        replicas = layer.replicas
+        shared = SharedExperts.of(replicas, topology.num_ranks)
+        number_C = np.arange(len(shared.groups_C)) - shared.first_V[shared.groups_C]
+        num_replicas_C = np.bincount(shared.groups_C)[shared.groups_C]
+
+        def plan(counts_RE: IntArray) -> DispatchPlan:
+            pairs_RP = counts_RE[:, replicas.experts_P]
+            if len(shared.replicas_C):
+                totals_C = counts_RE.sum(axis=0)[shared.experts_C]
+                quotas_C = (number_C + 1) * totals_C // num_replicas_C - number_C * totals_C // num_replicas_C
+                supply_RV = counts_RE[:, shared.experts_V]
+                pairs_RP[:, shared.replicas_C] = in_source_order(shared, supply_RV, quotas_C)
+            return DispatchPlan(replicas, pairs_RP)
+
+        return plan
+
+
+def _node_pools(
+    loads_E: FloatArray, topology: Topology, expert_groups: int | None
+) -> list[tuple[list[int], list[int]]]:
+    """Experts and the ranks they may live on: one pool, or one per node where expert groups divide by nodes."""
+    num_experts, num_nodes = len(loads_E), topology.num_nodes
+    everywhere = (list(range(num_experts)), list(range(topology.num_ranks)))
+    if num_nodes == 1 or topology.num_ranks % num_nodes:
+        return [everywhere]
+    if not expert_groups or expert_groups % num_nodes or num_experts % expert_groups:
+        return [everywhere]
+    group_size = num_experts // expert_groups
+    group_loads = loads_E.reshape(expert_groups, group_size).sum(axis=1)
+    groups_by_node = _pack(group_loads.tolist(), list(range(expert_groups)), [expert_groups // num_nodes] * num_nodes)
+    pools = []
+    for node, groups in enumerate(groups_by_node):
+        experts = [expert for group in sorted(groups) for expert in range(group * group_size, (group + 1) * group_size)]
+        pools.append((experts, np.flatnonzero(topology.nodes_R == node).tolist()))
+    return pools
+
+
+def _place_pool(loads_E: FloatArray, experts: list[int], ranks: list[int], num_extras: int) -> list[tuple[int, int]]:
+    """(expert, rank) of every replica of these experts, `num_extras` more than one of each, on these ranks."""
+    num_replicas = dict.fromkeys(experts, 1)
+    heaviest = [(-loads_E[expert], expert) for expert in experts]
+    heapify(heaviest)
+    for _ in range(min(num_extras, len(experts) * (len(ranks) - 1))):
+        while num_replicas[heaviest[0][1]] == len(ranks):  # an expert on every rank takes no more
+            heapreplace(heaviest, (1.0, heaviest[0][1]))
+        expert = heaviest[0][1]
+        num_replicas[expert] += 1
+        heapreplace(heaviest, (-loads_E[expert] / num_replicas[expert], expert))
+    names = [expert for expert in experts for _ in range(num_replicas[expert])]
+    loads = [float(loads_E[expert]) / num_replicas[expert] for expert in names]
+    share, rest = divmod(len(names), len(ranks))
+    held = _pack(loads, names, [share + (position < rest) for position in range(len(ranks))])
+    return [(expert, rank) for rank, here in zip(ranks, held, strict=True) for expert in here]
+
+
+def _pack(loads: list[float], names: list[int], sizes: list[int]) -> list[list[int]]:
+    """Longest first onto the least loaded bin that has room and lacks the name; bin b ends with sizes[b]."""
+    bins: list[list[int]] = [[] for _ in sizes]
+    bin_loads = [0.0] * len(sizes)
+    load_of = dict(zip(names, loads, strict=True))
+    for item in sorted(range(len(names)), key=lambda item: -loads[item]):
+        name, load = names[item], loads[item]
+        open_bins = [b for b, size in enumerate(sizes) if len(bins[b]) < size]
+        fitting = [b for b in open_bins if name not in bins[b]]
+        if not fitting:
+            # Every bin with room holds the name: another bin hands over something that the first of them lacks.
+            room = open_bins[0]
+            giver = next(b for b, held in enumerate(bins) if name not in held)
+            moved = next(other for other in bins[giver] if other not in bins[room])
+            bins[giver].remove(moved)
+            bins[room].append(moved)
+            bin_loads[giver] -= load_of[moved]
+            bin_loads[room] += load_of[moved]
+            fitting = [giver]
+        chosen = min(fitting, key=bin_loads.__getitem__)
+        bins[chosen].append(name)
+        bin_loads[chosen] += load
+    return bins

@@ -1,0 +1,150 @@
+"""LLEP, least-loaded expert parallelism (arXiv 2601.17111): overloaded ranks lend experts to idle ones, step by step."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.cost import CostModel
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replicas, contiguous
+from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance, intervals
+from rq_ep.core.strategy import Planner
+from rq_ep.core.topology import Topology
+
+
+class Segment(NamedTuple):
+    """Pairs `start` up to `end` of an expert, in the order of source ranks, computed on `rank`."""
+
+    rank: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Llep:
+    """Algorithms 2 to 4 of the paper, on its defaults; what its prose leaves open follows the authors' code.
+
+    The fallback compares loads of ranks, as the authors' code and figures do; `fallback_on="expert"` is the formula
+    that the paper prints. Segments of one expert on one rank are one borrowed replica, so no weight travels twice.
+    """
+
+    name: ClassVar[str] = "llep"
+
+    max_tokens_factor: float = 1.0  # alpha: a rank's capacity, in multiples of the mean load
+    min_tokens_per_gemm: int = 1024  # m: a helper's room below this is not worth a matrix product
+    fallback_ratio: float = 1.3  # lambda: below this max/mean, standard expert parallelism
+    fallback_on: Literal["rank", "expert"] = "rank"
+
+    def __post_init__(self) -> None:
+        if self.max_tokens_factor <= 0:
+            raise UserError(f"max_tokens_factor {self.max_tokens_factor}: must be positive")
+        if self.min_tokens_per_gemm < 0:
+            raise UserError(f"min_tokens_per_gemm {self.min_tokens_per_gemm}: must not be negative")
+        if self.fallback_on not in ("rank", "expert"):
+            raise UserError(f"fallback_on {self.fallback_on!r}: choose rank or expert")
+
+    def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
+        return problem.placement(self.name, contiguous(problem))
+
+    def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
+        """The home of an expert is the first rank that holds it; a replica that is there already is not sent."""
+        replicas, num_ranks = layer.replicas, topology.num_ranks
+        _, first_E = np.unique(replicas.experts_P[replicas.by_expert_P], return_index=True)
+        home_P_E = replicas.by_expert_P[first_E]
+        homes_E = replicas.ranks_P[home_P_E]
+        homes = homes_E.tolist()
+        formats = [replicas.formats_P[p] for p in home_P_E.tolist()]
+        resident = dict(zip(zip(replicas.ranks_P.tolist(), replicas.experts_P.tolist()), range(len(replicas))))
+
+        def plan(counts_RE: IntArray) -> DispatchPlan:
+            loads_E = counts_RE.sum(axis=0)
+            pairs_RP = np.zeros((num_ranks, len(replicas)), np.int64)
+            pairs_RP[:, home_P_E] = counts_RE
+            loads_R = np.bincount(homes_E, loads_E, minlength=num_ranks)
+            if num_ranks == 1 or imbalance(loads_R if self.fallback_on == "rank" else loads_E) < self.fallback_ratio:
+                return DispatchPlan(replicas, pairs_RP)
+            capacity = int(self.max_tokens_factor * int(loads_E.sum()) / num_ranks)
+            spilled = assign(loads_E.tolist(), homes, num_ranks, capacity, self.min_tokens_per_gemm)
+            borrowed: dict[tuple[int, int], IntArray] = {}
+            for expert, segments in spilled.items():
+                pairs_RP[:, home_P_E[expert]] = 0
+                cuts = np.array([0, *(segment.end for segment in segments)])
+                pairs_Rn = intervals(counts_RE[:, expert], cuts)
+                for n, segment in enumerate(segments):
+                    key = (segment.rank, expert)
+                    if key in resident:
+                        pairs_RP[:, resident[key]] += pairs_Rn[:, n]
+                    else:
+                        borrowed[key] = borrowed[key] + pairs_Rn[:, n] if key in borrowed else pairs_Rn[:, n]
+            transfers = (WeightTransfer(expert, homes[expert], rank, formats[expert]) for rank, expert in borrowed)
+            return _with_borrowed(replicas, pairs_RP, borrowed, tuple(sorted(transfers)))
+
+        return plan
+
+
+def assign(
+    loads_E: list[int], homes_E: list[int], num_ranks: int, capacity: int, min_chunk: int
+) -> dict[int, list[Segment]]:
+    """Least-loaded assignment (Alg. 2 and 3): the segments of every expert that does not stay whole on its home rank.
+
+    Args:
+        loads_E: pairs of each expert, all source ranks together.
+        homes_E: the rank each expert lives on.
+        num_ranks: R.
+        capacity: pairs above which a rank counts as overloaded (alpha times the mean).
+        min_chunk: least room of a helper that is worth a chunk, unless the chunk is all that is left (m).
+    """
+    effective_R = [0] * num_ranks  # assigned so far, and native work not decided yet
+    for load, home in zip(loads_E, homes_E):
+        effective_R[home] += load
+    spilled: dict[int, list[Segment]] = {}
+    for expert in sorted(range(len(loads_E)), key=lambda e: -loads_E[e]):
+        load, home = loads_E[expert], homes_E[expert]
+        if not load:
+            break
+        kept = min(max(capacity - effective_R[home] + load, 0), load)
+        if kept == load:
+            continue
+        effective_R[home] -= load - kept
+        segments = [Segment(home, 0, kept)] if kept else []
+        segments += _spill(kept, load, home, effective_R, capacity, min_chunk)
+        spilled[expert] = segments
+    return spilled
+
+
+def _spill(start: int, end: int, home: int, effective_R: list[int], capacity: int, min_chunk: int) -> list[Segment]:
+    """Hand pairs `start` up to `end` to the least loaded other ranks, chunk by chunk (Alg. 3); updates `effective_R`."""
+    segments: list[Segment] = []
+    helpers = [rank for rank in range(len(effective_R)) if rank != home]
+    while start < end:
+        helpers.sort(key=lambda rank: (effective_R[rank], rank))
+        # The emptiest helper has the most room: if it cannot take a chunk, nobody can, and it is given everything.
+        helper, rest = helpers[0], end - start
+        chunk = min(rest, capacity - effective_R[helper])
+        if chunk <= 0 or (chunk < min_chunk and chunk < rest):
+            chunk = rest
+        segments.append(Segment(helper, start, start + chunk))
+        effective_R[helper] += chunk
+        start += chunk
+    return segments
+
+
+def _with_borrowed(
+    replicas: Replicas,
+    pairs_RP: IntArray,
+    borrowed: dict[tuple[int, int], IntArray],
+    transfers: tuple[WeightTransfer, ...],
+) -> DispatchPlan:
+    """The plan over resident and borrowed replicas together."""
+    if not borrowed:
+        return DispatchPlan(replicas, pairs_RP)
+    format_of = {(transfer.dst, transfer.expert): transfer.format for transfer in transfers}
+    ranks_P = np.concatenate([replicas.ranks_P, np.array([rank for rank, _ in borrowed])])
+    experts_P = np.concatenate([replicas.experts_P, np.array([expert for _, expert in borrowed])])
+    formats = [*replicas.formats_P, *(format_of[key] for key in borrowed)]
+    order_P = np.lexsort((experts_P, ranks_P))
+    together = Replicas(ranks_P[order_P], experts_P[order_P], tuple(formats[p] for p in order_P.tolist()))
+    all_pairs_RP = np.concatenate([pairs_RP, np.stack(list(borrowed.values()), axis=1)], axis=1)
+    return DispatchPlan(together, all_pairs_RP[:, order_P], transfers)
