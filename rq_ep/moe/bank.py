@@ -1,0 +1,202 @@
+"""The experts a rank holds in one layer, and the ones it borrows for a step."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Replicas
+from rq_ep.core.plan import WeightTransfer
+from rq_ep.formats import ExpertLayout, get_format, is_intact
+from rq_ep.moe.compute import Share, Stack, add_outputs
+from rq_ep.moe.family import ExpertFamily
+from rq_ep.parallel import EPGroup, RankFailure, Received, Transfers
+
+
+class Home(NamedTuple):
+    """Where an expert lies."""
+
+    stack: Stack
+    slot: int
+
+
+class SpareRoom:
+    """Slots for borrowed experts. Layers that compute one after another can share it; it grows to what is needed."""
+
+    def __init__(self, layout: ExpertLayout, device: torch.device | str, max_bytes: int | None = None) -> None:
+        self.layout = layout
+        self.device = torch.device(device)
+        self.max_bytes = max_bytes
+        self._stacks: dict[str, Stack] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stack.packed.nbytes for stack in self._stacks.values())
+
+    def take(self, formats: Sequence[str]) -> list[Home]:
+        """A slot for an expert in each of `formats`; what was there before is given up.
+
+        Raises:
+            UserError: together they take more than `max_bytes`.
+        """
+        wanted = Counter(formats)
+        wanted_bytes = sum(get_format(name).nbytes(self.layout) * number for name, number in wanted.items())
+        if self.max_bytes is not None and wanted_bytes > self.max_bytes:
+            raise UserError(
+                f"borrowing {len(formats)} experts takes {wanted_bytes} bytes, but only {self.max_bytes} are set "
+                "aside: allow more, or let the strategy move fewer experts"
+            )
+        for name, number in wanted.items():
+            if name not in self._stacks or len(self._stacks[name].packed) < number:
+                self._stacks.pop(name, None)  # free first: old and new together may not fit
+                if self.max_bytes is not None and self.nbytes + wanted_bytes > self.max_bytes:
+                    self._stacks = {kept: stack for kept, stack in self._stacks.items() if kept in wanted}
+                self._stacks[name] = Stack.empty(get_format(name), self.layout, number, self.device)
+        next_slot: Counter[str] = Counter()
+        homes = []
+        for name in formats:
+            homes.append(Home(self._stacks[name], next_slot[name]))
+            next_slot[name] += 1
+        return homes
+
+
+class ExpertBank:
+    """One stack of packed experts for each format a rank holds; borrowed experts lie in spare room."""
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        replicas: Replicas,
+        rank: int,
+        device: torch.device | str = "cpu",
+        spare: SpareRoom | None = None,
+    ) -> None:
+        """Reserve room for this rank's replicas of one layer; `put` fills it.
+
+        Args:
+            layout: tensors of one expert.
+            replicas: all resident replicas of the layer.
+            rank: whose replicas this bank holds.
+            device: where they lie.
+            spare: room for borrowed experts; default: this bank's own, without a bound.
+        """
+        self.layout = layout
+        self.rank = rank
+        self.spare = SpareRoom(layout, device) if spare is None else spare
+        held = [replicas[p] for p in replicas.on_rank(rank)]
+        self._stacks: dict[str, Stack] = {}
+        self._homes: dict[int, Home] = {}
+        for name in sorted({replica.format for replica in held}):
+            experts = [replica.expert for replica in held if replica.format == name]
+            stack = Stack.empty(get_format(name), layout, len(experts), torch.device(device))
+            self._stacks[name] = stack
+            self._homes |= {expert: Home(stack, slot) for slot, expert in enumerate(experts)}
+        self._borrowed: dict[int, Home] = {}
+        self._arriving: tuple[Transfers, list[WeightTransfer]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the resident experts."""
+        return sum(stack.packed.nbytes for stack in self._stacks.values())
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The experts this rank holds, ascending."""
+        return tuple(sorted(self._homes))
+
+    def packed(self, expert: int) -> Tensor:
+        """The bytes of a resident expert, uint8 [nbytes]."""
+        home = self._homes[expert]
+        return home.stack.packed[home.slot]
+
+    def put(self, expert: int, weights: Mapping[str, Tensor]) -> None:
+        """Pack an expert into the format its replica on this rank has.
+
+        Args:
+            expert: one of `experts`.
+            weights: its tensors, named and shaped as in the layout.
+        """
+        self.packed(expert).copy_(self._homes[expert].stack.format.pack(weights, self.layout))
+
+    def put_packed(self, expert: int, packed: Tensor) -> None:
+        """Take over an expert that is packed already, uint8 [nbytes].
+
+        Raises:
+            UserError: it has another size than its format takes, or does not match its checksum.
+        """
+        slot = self.packed(expert)
+        if packed.shape != slot.shape or packed.dtype != torch.uint8:
+            found = f"{packed.dtype} {list(packed.shape)}"
+            raise UserError(
+                f"packed expert {expert} is {found}, not uint8 {list(slot.shape)}: quantize the model again"
+            )
+        if not is_intact(packed):
+            raise UserError(f"packed expert {expert} does not match its checksum: quantize the model again")
+        slot.copy_(packed)
+
+    def borrow(self, transfers: Sequence[WeightTransfer], group: EPGroup) -> None:
+        """Start this rank's part of a step's transfers; `compute` waits for them.
+
+        Raises:
+            UserError: the spare room is too small for what this rank borrows.
+        """
+        assert self._arriving is None, "the last step's borrowed experts were never computed"
+        self._borrowed = {}
+        if not transfers:
+            return
+        wanted = sorted(transfer for transfer in transfers if transfer.dst == self.rank)
+        homes = self.spare.take([transfer.format for transfer in wanted])
+        self._borrowed = {transfer.expert: home for transfer, home in zip(wanted, homes, strict=True)}
+        sends = [(self.packed(transfer.expert), transfer.dst) for transfer in transfers if transfer.src == self.rank]
+        receives = [
+            (home.stack.packed[home.slot], transfer.src)
+            for transfer in transfers
+            if transfer.dst == self.rank
+            for home in [self._borrowed[transfer.expert]]
+        ]
+        self._arriving = (group.start_transfers(sends, receives), wanted)
+
+    def compute(self, received: Received, family: ExpertFamily) -> Tensor:
+        """partial_MD [M, D] fp32: for every received row the weighted sum over this rank's replicas.
+
+        Sums run over the resident formats, then over the borrowed experts, each in the order of the pairs. Borrowed
+        experts are waited for after the resident ones are computed.
+
+        Raises:
+            RankFailure: a borrowed expert did not arrive, or not as it was sent.
+        """
+        rows_MD = received.rows_MD
+        partial_MD = rows_MD.new_zeros(rows_MD.shape, dtype=torch.float32)
+        for share in self._shares(received, self._homes):
+            add_outputs(partial_MD, received, share, family)
+        if self._arriving is not None:
+            self._await_borrowed()
+        for share in self._shares(received, self._borrowed):
+            add_outputs(partial_MD, received, share, family)
+        return partial_MD
+
+    def _shares(self, received: Received, homes: Mapping[int, Home]) -> list[Share]:
+        """The local replicas that have pairs and whose experts are at home in `homes`, format by format."""
+        by_format: dict[str, Share] = {}
+        for replica, expert in enumerate(received.experts):
+            if expert in homes and received.offsets[replica] < received.offsets[replica + 1]:
+                stack, slot = homes[expert]
+                share = by_format.setdefault(stack.format.name, Share(stack, [], []))
+                share.slots.append(slot)
+                share.replicas.append(replica)
+        return [by_format[name] for name in sorted(by_format)]
+
+    def _await_borrowed(self) -> None:
+        assert self._arriving is not None
+        (handle, wanted), self._arriving = self._arriving, None
+        handle.wait()
+        homes = [self._borrowed[transfer.expert] for transfer in wanted]
+        if not homes:
+            return
+        intact = torch.stack([is_intact(home.stack.packed[home.slot]) for home in homes]).tolist()
+        if not all(intact):
+            damaged = wanted[intact.index(False)]
+            raise RankFailure(f"rank {self.rank}: expert {damaged.expert} from rank {damaged.src} arrived damaged")

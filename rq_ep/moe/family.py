@@ -1,0 +1,36 @@
+"""What the experts of a model family have in common: how their weights lie, and the activation between the matrices."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rq_ep.formats import ExpertLayout, Views, WeightFormat
+
+
+@dataclass(frozen=True)
+class ExpertFamily:
+    """Layout and activation of one expert."""
+
+    layout: ExpertLayout
+    apply_gate: Callable[[Tensor], Tensor]  # [N, 2F] -> [N, F]; without a gate the activation, [N, F] -> [N, F]
+    down: ClassVar[str] = "down_proj"
+
+    @property
+    def up(self) -> str:
+        """Name of the first matrix."""
+        return "gate_up_proj" if "gate_up_proj" in self.layout.shapes else "up_proj"
+
+    @property
+    def has_bias(self) -> bool:
+        return f"{self.down}_bias" in self.layout.shapes
+
+    @property
+    def hidden_size(self) -> int:
+        return self.layout.shapes[self.down][self.layout.out_axis(self.down)]
+
+    def forward(self, x_ND: Tensor, format_: WeightFormat, views: Views) -> Tensor:
+        """One expert's output [N, D] for rows [N, D], in their dtype."""
+        gate_NF = format_.linear(x_ND, views, self.up, self.layout)
+        return format_.linear(self.apply_gate(gate_NF), views, self.down, self.layout)

@@ -1,0 +1,99 @@
+"""The expert-parallel MoE layer: what stands in a model where its experts were."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import LayerPlacement
+from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.strategy import Planner
+from rq_ep.formats import get_format
+from rq_ep.moe.bank import ExpertBank, SpareRoom
+from rq_ep.moe.family import ExpertFamily
+from rq_ep.moe.telemetry import Telemetry
+from rq_ep.parallel import EPGroup, Exchange, RankFailure
+
+
+class EPExperts(nn.Module):
+    """This rank's part of a layer's experts. Every rank of the group calls it for every step, with zero rows too."""
+
+    def __init__(
+        self,
+        family: ExpertFamily,
+        layer: LayerPlacement,
+        planner: Planner,
+        group: EPGroup,
+        *,
+        telemetry: Telemetry | None = None,
+        spare: SpareRoom | None = None,
+    ) -> None:
+        """Reserve room for this rank's replicas; fill `bank` before the first call.
+
+        Args:
+            family: layout and activation of the experts.
+            layer: where the layer's replicas are.
+            planner: the strategy's decision for each step, the same on every rank.
+            group: the ranks that share the experts.
+            telemetry: told about every call; default: nobody is.
+            spare: room for borrowed experts, which layers may share; default: a room of this layer's own.
+        """
+        super().__init__()
+        self.family = family
+        self.layer = layer
+        self.planner = planner
+        self.group = group
+        self.exchange = Exchange(group)
+        self.bank = ExpertBank(family.layout, layer.replicas, group.rank, group.device, spare)
+        self.telemetry = Telemetry(max_records=0) if telemetry is None else telemetry
+
+    @torch.no_grad()
+    def forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """out_TD [T, D]: for each row the weighted sum of its experts' outputs, in the row's dtype.
+
+        Args:
+            hidden_TD: [T, D] rows of this rank.
+            topk_ids_TK: [T, K] integers, the experts the router chose.
+            topk_weights_TK: [T, K] routing weights.
+
+        Raises:
+            RankFailure: this rank or another cannot go on; the message names rank and layer.
+        """
+        try:
+            return self._forward(hidden_TD, topk_ids_TK, topk_weights_TK)
+        except UserError:
+            raise
+        except Exception as error:
+            raise RankFailure(f"MoE layer {self.layer.layer} on rank {self.group.rank}: {error}") from error
+
+    def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        laps = self.telemetry.laps(self.group)
+        laps.mark()
+        counts_RE = self.group.gather_counts(topk_ids_TK, self.layer.num_experts)
+        laps.mark()
+        plan = self.planner(counts_RE)
+        laps.mark()
+        self.bank.borrow(plan.transfers, self.group)
+        received = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan)
+        laps.mark()
+        partial_MD = self.bank.compute(received, self.family)
+        laps.mark()
+        out_TD = self.exchange.combine(partial_MD, received)
+        laps.mark()
+        self.telemetry.record(
+            self.layer.layer, self.group.rank, counts_RE, plan, laps, transfer_bytes(plan, self.family)
+        )
+        return out_TD
+
+    def extra_repr(self) -> str:
+        held = len(self.bank.experts)
+        return f"{held} of {self.layer.num_experts} experts, rank {self.group.rank} of {self.group.size}"
+
+
+def transfer_bytes(plan: DispatchPlan, family: ExpertFamily) -> IntArray:
+    """[R] bytes of borrowed experts that each rank receives."""
+    bytes_R = np.zeros(len(plan.pairs_RP), np.int64)
+    for transfer in plan.transfers:
+        bytes_R[transfer.dst] += get_format(transfer.format).nbytes(family.layout)
+    return bytes_R

@@ -1,0 +1,128 @@
+"""What happened in each layer and step: loads, times, bytes moved."""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.plan import DispatchPlan
+from rq_ep.parallel import EPGroup
+
+PHASES = ("gather", "plan", "dispatch", "compute", "combine")
+
+
+@dataclass
+class Laps:
+    """Times between the phases of one layer call, on the host's clock or, on a GPU, on the stream's."""
+
+    clock: Callable[[], float]
+    uses_events: bool
+    marks: list[tuple[float, torch.cuda.Event | None]] = field(default_factory=list)
+
+    def mark(self) -> None:
+        event = None
+        if self.uses_events:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.marks.append((self.clock(), event))
+
+    def seconds(self, phase: str) -> float:
+        """Length of a phase. Planning happens on the host; the rest is timed where it runs."""
+        (start, start_event), (end, end_event) = self.marks[(number := PHASES.index(phase)) : number + 2]
+        if start_event is None or end_event is None or phase == "plan":
+            return end - start
+        end_event.synchronize()
+        return float(start_event.elapsed_time(end_event)) / 1e3
+
+
+class Record(NamedTuple):
+    """One layer call on one rank."""
+
+    step: int
+    layer: int
+    rank: int
+    counts_RE: IntArray
+    plan: DispatchPlan
+    laps: Laps
+    transfer_bytes_R: IntArray  # received by each rank
+
+
+class Telemetry:
+    """Keeps the last layer calls of this process; recording costs a few clock readings and no copies.
+
+    Arrays are [S, L, R]: steps counted from 0 per layer, layers in the order of `layers`, ranks; what this process
+    did not see is NaN in times.
+    """
+
+    def __init__(self, max_records: int | None = None, clock: Callable[[], float] | None = None) -> None:
+        """
+        Args:
+            max_records: layer calls to remember, the oldest are dropped; default: all.
+            clock: seconds, for instance `time.thread_time`; default: the group's clock, and events on a GPU.
+        """
+        self._clock = clock
+        self._records: deque[Record] = deque(maxlen=max_records)
+        self._num_calls: Counter[tuple[int, int]] = Counter()
+
+    def laps(self, group: EPGroup) -> Laps:
+        """A stopwatch for one layer call."""
+        uses_events = group.device.type == "cuda" and self._clock is None and self._records.maxlen != 0
+        return Laps(self._clock or group.clock, uses_events)
+
+    def record(
+        self, layer: int, rank: int, counts_RE: IntArray, plan: DispatchPlan, laps: Laps, transfer_bytes_R: IntArray
+    ) -> None:
+        step = self._num_calls[layer, rank]
+        self._num_calls[layer, rank] += 1
+        self._records.append(Record(step, layer, rank, counts_RE, plan, laps, transfer_bytes_R))
+
+    def clear(self) -> None:
+        self._records.clear()
+        self._num_calls.clear()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices, in the model, of the layers seen."""
+        return tuple(sorted({record.layer for record in self._records}))
+
+    def loads(self) -> IntArray:
+        """[S, L, R] routed pairs computed by each rank."""
+        return self._of_all_ranks(lambda record: record.plan.loads_R)
+
+    def counts(self) -> IntArray:
+        """[S, L, E] routed pairs of each expert."""
+        return self._of_all_ranks(lambda record: record.counts_RE.sum(axis=0))
+
+    def transfer_bytes(self) -> IntArray:
+        """[S, L, R] bytes of borrowed experts received by each rank."""
+        return self._of_all_ranks(lambda record: record.transfer_bytes_R)
+
+    def seconds(self, phase: str = "compute") -> FloatArray:
+        """[S, L, R] length of a phase, one of PHASES, on the ranks of this process."""
+        steps, layers = self._axes()
+        num_ranks = len(self._records[0].counts_RE) if self._records else 0
+        seconds = np.full((len(steps), len(layers), num_ranks), np.nan)
+        for record in self._records:
+            seconds[steps[record.step], layers[record.layer], record.rank] = record.laps.seconds(phase)
+        return seconds
+
+    def _axes(self) -> tuple[dict[int, int], dict[int, int]]:
+        steps = sorted({record.step for record in self._records})
+        return {step: i for i, step in enumerate(steps)}, {layer: i for i, layer in enumerate(self.layers)}
+
+    def _of_all_ranks(self, value: Callable[[Record], IntArray]) -> IntArray:
+        """Every rank plans the same: any one rank's record of a step and layer will do."""
+        steps, layers = self._axes()
+        if not self._records:
+            return np.zeros((0, 0, 0), np.int64)
+        result = np.zeros((len(steps), len(layers), len(value(self._records[0]))), np.int64)
+        for record in self._records:
+            result[steps[record.step], layers[record.layer]] = value(record)
+        return result
