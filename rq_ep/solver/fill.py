@@ -56,7 +56,7 @@ def promote(
     formats: Formats,
     free_R: IntArray,
 ) -> None:
-    """Give bytes that are left to the low experts that would be missed most: all their replicas turn native, or none."""
+    """Give bytes that are left to the low experts missed most: all replicas of one turn native, or none."""
     more = formats.native_bytes - formats.low_bytes
     by_damage = np.argsort(-damage_LE, axis=None, kind="stable")
     for at, expert in zip(*(axis.tolist() for axis in np.unravel_index(by_damage, damage_LE.shape)), strict=True):

@@ -114,7 +114,7 @@ def _water_fill(pairs: int, quotas: dict[int, int], loads: list[int]) -> None:
 
 
 def _augment(quotas: Sequence[dict[int, int]], loads: list[int], target: int) -> tuple[int, tuple[int, ...]]:
-    """Push pairs along shortest chains of replicas until no rank exceeds `target`; raise that where a cut proves it low.
+    """Push pairs along shortest chains of replicas until no rank exceeds `target`; raise it where a cut proves it low.
 
     Changes `quotas` and `loads`; returns the target in the end and the cut that proves it.
     """

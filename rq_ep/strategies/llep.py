@@ -1,4 +1,4 @@
-"""LLEP, least-loaded expert parallelism (arXiv 2601.17111): overloaded ranks lend experts to idle ones, step by step."""
+"""LLEP, least-loaded expert parallelism (arXiv 2601.17111): overloaded ranks lend experts to idle ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -115,7 +115,7 @@ def assign(
 
 
 def _spill(start: int, end: int, home: int, effective_R: list[int], capacity: int, min_chunk: int) -> list[Segment]:
-    """Hand pairs `start` up to `end` to the least loaded other ranks, chunk by chunk (Alg. 3); updates `effective_R`."""
+    """Hand pairs `start` up to `end` to the least loaded other ranks, by chunks (Alg. 3); updates `effective_R`."""
     segments: list[Segment] = []
     helpers = [rank for rank in range(len(effective_R)) if rank != home]
     while start < end:
