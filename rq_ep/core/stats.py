@@ -168,4 +168,4 @@ class ExpertStats:
             raise UserError(f"{path}: incomplete statistics file ({error})") from None
 
 
-_ARRAYS = tuple(f.name for f in fields(ExpertStats) if "Array" in str(f.type))
+_ARRAYS = tuple(f.name for f in fields(ExpertStats) if "ndarray" in str(f.type))
