@@ -255,7 +255,7 @@ def _balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _training_settings(seed: int) -> Iterator[None]:
-    """One thread (small matrices gain nothing from more), no denormals, own random numbers; afterwards all as before."""
+    """One thread (more gain nothing here), no denormals, random numbers of our own; afterwards all is as before."""
     num_threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)

@@ -1,0 +1,74 @@
+"""`rq-ep calibrate`: what each expert of a model carries, and what low bits would do to it."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rq_ep.core.stats import ExpertStats
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint")
+    parser.add_argument(
+        "--text", required=True, nargs="+", type=Path, metavar="PATH",
+        help="files and directories of UTF-8 text, .jsonl with a text to a line; a directory's name is a domain",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FILE", help="where the statistics go (.safetensors)")
+    parser.add_argument("--formats", metavar="NAMES", help="formats to measure, by commas (default: native and int8)")
+    parser.add_argument("--max-tokens", type=int, default=32_768, metavar="N", help="tokens to run, over all domains")
+    parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a step")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as stored)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the places text is taken from")
+
+
+def run(args: argparse.Namespace) -> None:
+    from rq_ep.commands.common import parse_dtype, parse_names, quiet_libraries
+    from rq_ep.commands.progress import progress_bar
+    from rq_ep.model.calibrate import calibrate
+
+    quiet_libraries()
+    with progress_bar() as bar:
+        task = bar.add_task("loading", total=1)
+        stats = calibrate(
+            args.model,
+            args.text,
+            formats=None if args.formats is None else parse_names(args.formats),
+            batch_size=args.batch_size,
+            sequence_length=args.sequence_length,
+            max_tokens=args.max_tokens,
+            dtype=parse_dtype(args.dtype),
+            device=args.device,
+            seed=args.seed,
+            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
+        )
+    stats.save(args.out)
+    _report(stats)
+    print(f"{args.out}: {stats.num_steps} steps, {stats.num_tokens} tokens of {', '.join(stats.domains)}")
+
+
+def _report(stats: "ExpertStats") -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    assert stats.visits is not None
+    assert stats.importance is not None
+    assert stats.error is not None
+    others = [q for q, name in enumerate(stats.formats) if name != stats.native_format]
+    table = Table("layer", "max/mean", "dead", "busiest", "most important", title="Experts")
+    for q in others:
+        table.add_column(f"{stats.formats[q]} error")
+    for i, visits_E in enumerate(stats.visits):
+        busiest, weightiest = int(np.argmax(visits_E)), int(np.argmax(stats.importance[i]))
+        table.add_row(
+            str(stats.layers[i]),
+            f"{visits_E.max() / visits_E.mean():.2f}",
+            str(int((visits_E == 0).sum())),
+            f"{busiest} ({visits_E[busiest] / visits_E.sum():.0%})",
+            f"{weightiest} ({stats.importance[i, weightiest] / stats.importance[i].sum():.0%})",
+            *(f"{stats.error[i, :, q].mean():.2%}" for q in others),
+        )
+    Console().print(table)

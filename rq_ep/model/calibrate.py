@@ -1,0 +1,178 @@
+"""Calibration: run a little text, and learn each expert's load, step by step, and how much low bits would hurt it."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
+from rq_ep.formats import get_format, native_format_name
+from rq_ep.model.checkpoint import read_config
+from rq_ep.model.identity import model_identity
+from rq_ep.model.recorder import IMPORTANCE, LayerRecord, recording
+from rq_ep.model.seam import family_of, find_expert_modules
+from rq_ep.model.sensitivity import output_errors
+from rq_ep.model.windows import Batch, Texts, Windows, make_windows
+from rq_ep.parallel.default import own_device
+
+DECODE_STEPS = 8  # taken from every second batch of a domain
+MAX_ROWS = 256  # inputs kept of each expert, to measure formats on
+MAX_ROW_BYTES = 2 << 30  # of all kept inputs together
+ENOUGH_TOKENS, ENOUGH_WINDOWS = 4096, 32  # below, popularity on other text of the same kind is badly predicted
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def calibrate(
+    model: str | Path | PreTrainedModel,
+    texts: Texts,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    formats: Sequence[str] | None = None,
+    batch_size: int = 8,
+    sequence_length: int = 128,
+    max_tokens: int = 32_768,
+    dtype: torch.dtype | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> ExpertStats:
+    """Run text through a model and record what `place` needs to know of its experts.
+
+    A step is one batch. Every batch is a prefill step; every second one of a domain also gives `DECODE_STEPS` decode
+    steps, each of the tokens at one position of its sequences, as if these were decoded together. The text runs through
+    the model once; loads, importance and the inputs on which formats are measured all come from that pass.
+
+    Args:
+        model: checkpoint directory, or a model that is already in memory.
+        texts: domain -> texts; or texts (str); or paths (Path) of files and directories, see `windows.read_texts`.
+        tokenizer: default: the checkpoint's.
+        formats: weight formats to measure; the native one is always among them. Default: native and int8.
+        batch_size: sequences in a batch.
+        sequence_length: tokens in a sequence.
+        max_tokens: tokens to run in all, shared evenly by the domains.
+        dtype: to compute in; default: as the weights are stored.
+        device: auto, cpu or cuda; a model in memory stays where it is.
+        seed: chooses the places that windows of text are taken from.
+        progress: called with (stage, done, total) while it runs.
+
+    Raises:
+        UserError: no such checkpoint, a model without experts that we can serve, no text, an unknown format.
+    """
+    network, identity, native = _open(model, dtype, device)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(network.name_or_path)
+    names = tuple(dict.fromkeys((native, *(("int8",) if formats is None else formats))))
+    others = [get_format(name) for name in names[1:]]
+    limit = getattr(network.config, "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise UserError(f"--sequence-length {sequence_length}: this model reads at most {limit} tokens")
+    experts = find_expert_modules(network)
+    num_experts = experts[0].num_experts
+    layout = family_of(experts[0].module).layout
+    out_axis = layout.out_axis("down_proj")
+    hidden_size, intermediate_size = (layout.shapes["down_proj"][axis] for axis in (out_axis, 1 - out_axis))
+    windows = make_windows(
+        texts, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens, batch_size=batch_size, seed=seed
+    )
+    _warn_if_small(windows)
+
+    max_rows = max(1, min(MAX_ROWS, MAX_ROW_BYTES // (4 * hidden_size * num_experts * len(experts))))
+    steps: list[_Step] = []
+    modules = [found.module for found in experts]
+    with recording(modules, num_experts, rows_per_batch=-(-max_rows // len(windows.batches))) as records:
+        for i, batch in enumerate(windows.batches):
+            # Without the language model's head, which nobody asks for here.
+            network.base_model(batch.tokens_BT.to(network.device), use_cache=False)
+            turn = i // len(windows.domains)  # the domains take turns
+            steps.extend(_steps(batch, records, with_decode=turn % 2 == 0))
+            progress("routing", i + 1, len(windows.batches))
+    error_LEQ = np.zeros((len(experts), num_experts, len(names)))  # of the native format: none
+    for i, (module, record) in enumerate(zip(modules, records, strict=True)):
+        if others:
+            error_LEQ[i, :, 1:] = output_errors(module, layout, [torch.cat(rows) for rows in record.rows], others)
+        progress("formats", i + 1, len(experts))
+
+    return ExpertStats(
+        counts=np.stack([step.counts_LE for step in steps]),
+        tokens=np.array([step.tokens for step in steps], np.int64),
+        phase=np.array([step.phase for step in steps], np.int64),
+        domain=np.array([step.domain for step in steps], np.int64),
+        formats=names,
+        native_format=native,
+        expert_bytes={name: get_format(name).nbytes(layout) for name in names},
+        importance=np.stack([record.importance_E for record in records]),
+        visits=np.stack([record.visits_E for record in records]),
+        gate_mass=np.stack([record.gate_mass_E for record in records]),
+        error=error_LEQ,
+        model=identity,
+        layers=tuple(found.layer for found in experts),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        top_k=records[0].topk_ids_TK.shape[1],
+        expert_groups=getattr(network.config, "n_group", None),
+        importance_definition=IMPORTANCE,
+        num_tokens=windows.num_tokens,
+        domains=windows.domains,
+        source="calibration",
+    )
+
+
+class _Step(NamedTuple):
+    """One step of the record."""
+
+    phase: int
+    domain: int
+    tokens: int
+    counts_LE: IntArray
+
+
+def _steps(batch: Batch, records: Sequence[LayerRecord], with_decode: bool) -> Iterator[_Step]:
+    """The batch that has just run as a prefill step, and single positions of it as decode steps."""
+    shape = batch.tokens_BT.shape
+    ids_LBTK = [record.topk_ids_TK.reshape(*shape, -1) for record in records]
+
+    def step(phase: str, positions: slice) -> _Step:
+        counts_LE = [record.counts_E(ids_BTK[:, positions]) for record, ids_BTK in zip(records, ids_LBTK, strict=True)]
+        tokens = batch.tokens_BT[:, positions].numel()
+        return _Step(PHASES.index(phase), batch.domain, tokens, np.stack(counts_LE))
+
+    yield step("prefill", slice(None))
+    if with_decode:
+        for position in np.unique(np.linspace(0, shape[1] - 1, DECODE_STEPS + 1).astype(int)[1:]):
+            yield step("decode", slice(position, position + 1))
+
+
+def _open(
+    model: str | Path | PreTrainedModel, dtype: torch.dtype | None, device: str
+) -> tuple[PreTrainedModel, ModelIdentity | None, str]:
+    """The model, ready to run; its identity, if it lies on disk; the format its experts are stored in."""
+    if isinstance(model, PreTrainedModel):
+        network, path = model, str(model.name_or_path)
+        stored = find_expert_modules(model)[0].module.down_proj.dtype
+    else:
+        path = str(model)
+        config = read_config(path)  # says in one line what is wrong with it
+        network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+        stored = config.dtype or network.dtype
+        network.to(own_device(device))
+    network.eval()
+    identity = model_identity(path) if Path(path, "config.json").is_file() else None
+    return network, identity, native_format_name(stored)
+
+
+def _warn_if_small(windows: Windows) -> None:
+    if windows.num_tokens < ENOUGH_TOKENS or windows.num_windows < ENOUGH_WINDOWS:
+        log.warning(
+            "a small sample: %d tokens in %d windows; with less than %d tokens or %d windows, popularity of experts "
+            "on other text is badly predicted: give more text or raise --max-tokens",
+            windows.num_tokens, windows.num_windows, ENOUGH_TOKENS, ENOUGH_WINDOWS,
+        )  # fmt: skip

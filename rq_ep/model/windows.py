@@ -1,0 +1,194 @@
+"""Text in, windows of tokens out: what calibration and evaluation run through a model.
+
+A window is `sequence_length` tokens without padding. A batch holds windows of one domain, and the domains take turns,
+so that stopping early loses none of them.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rq_ep.core.errors import UserError
+
+# Domain -> texts; or texts of one domain (str); or files and directories of them (Path).
+Texts = Mapping[str, Iterable[str]] | Iterable[str | Path] | Path
+
+MAX_FILE_BYTES = 8 << 20  # of one file; enough for any sample, and no file fills the memory
+DEFAULT_DOMAIN = "text"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one domain that run through the model together."""
+
+    tokens_BT: Tensor  # int64 [windows, sequence length]
+    domain: int
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A sample of the text, in the order in which it is run."""
+
+    batches: tuple[Batch, ...]
+    domains: tuple[str, ...]
+
+    @property
+    def num_windows(self) -> int:
+        return sum(len(batch.tokens_BT) for batch in self.batches)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(batch.tokens_BT.numel() for batch in self.batches)
+
+
+def make_windows(
+    texts: Texts,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    max_tokens: int,
+    batch_size: int,
+    seed: int = 0,
+) -> Windows:
+    """Sample windows from all over the text, equally many from each domain as far as it reaches.
+
+    No more is tokenized than is needed, however large the text.
+
+    Args:
+        texts: domain -> texts, texts, or paths; see `read_texts`.
+        tokenizer: of the model that is to run them; special tokens are not added.
+        sequence_length: tokens in a window.
+        max_tokens: tokens in all windows together, at most.
+        batch_size: windows in a batch, at most.
+        seed: chooses the places that windows are taken from.
+
+    Raises:
+        UserError: a size is not positive, or there is not even one window of text.
+    """
+    for flag, value in {"--sequence-length": sequence_length, "--batch-size": batch_size}.items():
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    by_domain = read_texts(texts)
+    if max_tokens < sequence_length * len(by_domain):
+        raise UserError(
+            f"--max-tokens {max_tokens}: {len(by_domain)} domains ({', '.join(by_domain)}) need at least one window of "
+            f"{sequence_length} tokens each, {sequence_length * len(by_domain)} in all"
+        )
+    wanted = max_tokens // sequence_length // len(by_domain)
+    per_domain: list[list[Batch]] = []
+    domains: list[str] = []
+    for name, documents in by_domain.items():
+        windows_NT = _sample(documents, tokenizer, sequence_length, wanted, np.random.default_rng(seed))
+        if len(windows_NT):
+            per_domain.append([Batch(tokens_BT, len(domains)) for tokens_BT in windows_NT.split(batch_size)])
+            domains.append(name)
+        else:
+            log.warning("domain %s is left out: less than one window of %d tokens", name, sequence_length)
+    if not domains:
+        raise UserError(f"the text does not fill one window of {sequence_length} tokens: give more of it")
+    in_turns = chain.from_iterable(zip_longest(*per_domain))
+    return Windows(tuple(batch for batch in in_turns if batch is not None), tuple(domains))
+
+
+def read_texts(texts: Texts) -> dict[str, list[str]]:
+    """Domain -> documents that are not empty, sorted by domain.
+
+    A str is a text, a Path a file or a directory, read with everything below it. The domain of a file in a directory is
+    the name of the directory it lies in, that of a file given by itself its own name. A .jsonl file holds one document
+    a line, under "text". Files that are not UTF-8 text are skipped, which is said.
+
+    Raises:
+        UserError: a path does not exist, or there is no text at all.
+    """
+    if isinstance(texts, Mapping):
+        by_domain = {str(domain): [text for text in documents if text] for domain, documents in texts.items()}
+    else:
+        by_domain = {}
+        for item in [texts] if isinstance(texts, str | Path) else texts:
+            found = _read_path(item) if isinstance(item, Path) else [(DEFAULT_DOMAIN, item)]
+            for domain, text in found:
+                if text:
+                    by_domain.setdefault(domain, []).append(text)
+    by_domain = {domain: documents for domain, documents in sorted(by_domain.items()) if documents}
+    if not by_domain:
+        raise UserError("there is no text to run: --text names no file that holds UTF-8 text")
+    return by_domain
+
+
+def _read_path(path: Path) -> Iterator[tuple[str, str]]:
+    if path.is_dir():
+        files = [(file.parent.resolve().name, file) for file in sorted(path.rglob("*")) if file.is_file()]
+    elif path.exists():
+        files = [(path.stem, path)]
+    else:
+        raise UserError(f"--text {path}: no such file or directory")
+    skipped = []
+    for domain, file in files:
+        text = _read_file(file)
+        if text is None:
+            skipped.append(file)
+        elif file.suffix == ".jsonl":
+            yield from ((domain, document) for document in _json_lines(file, text))
+        else:
+            yield domain, text
+    if skipped:
+        log.warning("%s: skipped %d files that are not UTF-8 text, such as %s", path, len(skipped), skipped[0].name)
+
+
+def _read_file(path: Path) -> str | None:
+    """The first `MAX_FILE_BYTES` of a file, or None if they are not text."""
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES)
+    if b"\0" in data:
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        cut = len(data) == MAX_FILE_BYTES and error.start > MAX_FILE_BYTES - 4
+        return data[: error.start].decode() if cut else None
+
+
+def _json_lines(path: Path, text: str) -> Iterator[str]:
+    lines = text.split("\n")
+    whole = lines if path.stat().st_size <= MAX_FILE_BYTES else lines[:-1]
+    for number, line in enumerate(whole, 1):
+        if line.strip():
+            try:
+                document = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                document = None
+            if not isinstance(document, str):
+                raise UserError(f'{path}, line {number}: expected an object with a string "text"')
+            yield document
+
+
+def _sample(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, wanted: int, generator: np.random.Generator
+) -> Tensor:
+    """[at most `wanted`, length] windows, cut from pieces of about that length in random order."""
+    starts = [document[:length] for document in documents[:16]]
+    num_tokens = sum(map(len, _tokenize(starts, tokenizer)))
+    piece = max(1, round(length * sum(map(len, starts)) / max(num_tokens, 1)))
+    places = [(i, start) for i, document in enumerate(documents) for start in range(0, len(document), piece)]
+    in_order = (places[i] for i in generator.permutation(len(places)))
+    tokens: list[int] = []
+    while len(tokens) < wanted * length and (chosen := list(islice(in_order, 64))):
+        pieces = [documents[i][start : start + piece] for i, start in chosen]
+        tokens.extend(chain.from_iterable(_tokenize(pieces, tokenizer)))
+    num_windows = min(wanted, len(tokens) // length)
+    return torch.tensor(tokens[: num_windows * length], dtype=torch.long).view(num_windows, length)
+
+
+def _tokenize(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
