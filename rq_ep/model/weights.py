@@ -121,7 +121,7 @@ class WeightReader:
         self, target: str, converter: WeightConverter, sources: Sequence[tuple[str, torch.Tensor]], shapes: "_Shapes"
     ) -> dict[str, torch.Tensor]:
         for pattern, tensor in sources:
-            converter.add_tensor(target, pattern, pattern, tensor)
+            converter.add_tensor(target, pattern, pattern, tensor)  # type: ignore[arg-type]  # as saving does
         try:
             made: dict[str, torch.Tensor] = converter.convert(target, model=shapes, config=self._config)
         except (RuntimeError, ValueError, KeyError, AttributeError) as error:
