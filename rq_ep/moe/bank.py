@@ -43,24 +43,28 @@ class SpareRoom:
             UserError: together they take more than `max_bytes`.
         """
         wanted = Counter(formats)
-        wanted_bytes = sum(get_format(name).nbytes(self.layout) * number for name, number in wanted.items())
+        wanted_bytes = self._nbytes_of(wanted)
         if self.max_bytes is not None and wanted_bytes > self.max_bytes:
             raise UserError(
                 f"borrowing {len(formats)} experts takes {wanted_bytes} bytes, but only {self.max_bytes} are set "
                 "aside: allow more, or let the strategy move fewer experts"
             )
-        for name, number in wanted.items():
-            if name not in self._stacks or len(self._stacks[name].packed) < number:
-                self._stacks.pop(name, None)  # free first: old and new together may not fit
-                if self.max_bytes is not None and self.nbytes + wanted_bytes > self.max_bytes:
-                    self._stacks = {kept: stack for kept, stack in self._stacks.items() if kept in wanted}
-                self._stacks[name] = Stack.empty(get_format(name), self.layout, number, self.device)
+        present = Counter({name: len(stack.packed) for name, stack in self._stacks.items()})
+        slots = present | wanted
+        if self.max_bytes is not None and self._nbytes_of(slots) > self.max_bytes:
+            slots = wanted
+        self._stacks = {name: stack for name, stack in self._stacks.items() if slots[name] == present[name]}
+        for name in slots.keys() - self._stacks.keys():
+            self._stacks[name] = Stack.empty(get_format(name), self.layout, slots[name], self.device)
         next_slot: Counter[str] = Counter()
         homes = []
         for name in formats:
             homes.append(Home(self._stacks[name], next_slot[name]))
             next_slot[name] += 1
         return homes
+
+    def _nbytes_of(self, slots: Counter[str]) -> int:
+        return sum(get_format(name).nbytes(self.layout) * number for name, number in slots.items())
 
 
 class ExpertBank:

@@ -1,0 +1,109 @@
+"""The bank keeps what it is given, borrows whole experts, and notices what went wrong on the way."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import LayerPlacement, Replica
+from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.formats import FORMATS
+from rq_ep.moe import EPExperts, ExpertBank, SpareRoom
+from rq_ep.parallel import RankFailure, run_local
+from tests.moe import cases
+
+FAMILY = cases.FAMILIES["transposed"]
+LAYOUT = FAMILY.layout
+
+
+def home_layer(format_: str, num_ranks: int, num_experts: int) -> LayerPlacement:
+    return LayerPlacement.even(2, num_experts, [Replica(e % num_ranks, e, format_) for e in range(num_experts)])
+
+
+def test_put_and_put_packed_store_the_same_bytes() -> None:
+    weights = cases.expert_weights(FAMILY, 4)
+    layer = home_layer("int8", 2, 4)
+    bank, copy = (ExpertBank(LAYOUT, layer.replicas, 1) for _ in range(2))
+    assert bank.experts == (1, 3)
+    for expert in bank.experts:
+        bank.put(expert, weights[expert])
+        copy.put_packed(expert, FORMATS["int8"].pack(weights[expert], LAYOUT))
+        assert torch.equal(bank.packed(expert), copy.packed(expert))
+    assert bank.nbytes == 2 * FORMATS["int8"].nbytes(LAYOUT)
+
+
+def test_damaged_or_foreign_bytes_are_refused() -> None:
+    bank = ExpertBank(LAYOUT, home_layer("int8", 2, 4).replicas, 0)
+    packed = FORMATS["int8"].pack(cases.expert_weights(FAMILY, 1)[0], LAYOUT)
+    packed[3] ^= 1
+    with pytest.raises(UserError, match="packed expert 2 does not match its checksum"):
+        bank.put_packed(2, packed)
+    with pytest.raises(UserError, match=r"packed expert 2 is torch.uint8 \[10\]"):
+        bank.put_packed(2, packed[:10])
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_borrowed_expert_arrives_whole(format_: str) -> None:
+    """Rank 1 computes all of expert 0, which lives on rank 0: scales and biases must come along."""
+    weights = cases.expert_weights(FAMILY, 4)
+    layer = home_layer(format_, 2, 4)
+    replicas = type(layer.replicas).of([*layer.replicas, Replica(1, 0, format_)])
+    batch = cases.batches("all_on_one")[0]
+    batch = cases.Batch(batch.hidden_TD, batch.ids_TK * 0, batch.weights_TK)
+
+    def planner(counts_RE: np.ndarray) -> DispatchPlan:
+        pairs_RP = counts_RE[:, replicas.experts_P]
+        pairs_RP[:, replicas.on_rank(0)[0]] = 0
+        return DispatchPlan(replicas, pairs_RP, (WeightTransfer(0, 0, 1, format_),))
+
+    def main(group: Any) -> torch.Tensor:
+        experts = EPExperts(FAMILY, layer, planner, group)
+        cases.fill(experts, weights)
+        assert experts.bank.spare.nbytes == 0, "room for borrowed experts is taken when it is needed"
+        for _ in range(2):
+            out_TD = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
+        assert experts.bank.spare.nbytes == (FORMATS[format_].nbytes(LAYOUT) if group.rank == 1 else 0)
+        return out_TD
+
+    formats = dict.fromkeys(range(4), format_)
+    for out_TD in run_local(2, main):
+        cases.check_close(out_TD, cases.expected(FAMILY, weights, batch, formats))
+
+
+def test_an_expert_damaged_on_its_way_ends_the_step_with_rank_and_layer() -> None:
+    weights = cases.expert_weights(FAMILY, 4)
+    layer = home_layer("fp32", 2, 4)
+    replicas = type(layer.replicas).of([*layer.replicas, Replica(1, 0, "fp32")])
+
+    def planner(counts_RE: np.ndarray) -> DispatchPlan:
+        pairs_RP = counts_RE[:, replicas.experts_P]
+        pairs_RP[:, replicas.on_rank(0)[0]] = 0
+        return DispatchPlan(replicas, pairs_RP, (WeightTransfer(0, 0, 1, "fp32"),))
+
+    def main(group: Any) -> None:
+        experts = EPExperts(FAMILY, layer, planner, group)
+        cases.fill(experts, weights)
+        if group.rank == 0:
+            experts.bank.packed(0)[5] ^= 1
+        batch = cases.batches("all_on_one")[0]
+        experts(batch.hidden_TD, batch.ids_TK * 0, batch.weights_TK)
+
+    with pytest.raises(RankFailure, match=r"MoE layer 2 on rank 1: .*expert 0 from rank 0 arrived damaged"):
+        run_local(2, main)
+
+
+def test_spare_room_grows_is_kept_and_is_bounded() -> None:
+    size = FORMATS["fp32"].nbytes(LAYOUT)
+    room = SpareRoom(LAYOUT, "cpu", max_bytes=2 * size)
+    first = room.take(["fp32"])
+    assert room.nbytes == size
+    again = room.take(["fp32"])
+    assert again[0].stack is first[0].stack
+    two = room.take(["fp32", "fp32"])
+    assert [home.slot for home in two] == [0, 1]
+    room.take(["int8", "fp32"])
+    assert room.nbytes == size + FORMATS["int8"].nbytes(LAYOUT), "what no longer fits beside it is given up"
+    with pytest.raises(UserError, match=f"takes {3 * size} bytes, but only {2 * size}"):
+        room.take(["fp32"] * 3)
