@@ -6,7 +6,7 @@ More than 60 model families decorate their experts class with `use_experts_imple
 
 import copy
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ class ExpertsModule(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        return int(self.module.down_proj.shape[0])
+        return len(self.module.get_parameter("down_proj"))
 
 
 def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
@@ -66,14 +66,14 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
 
 def family_of(experts: nn.Module) -> ExpertFamily:
     """Layout and activation of one expert; the result keeps no weights alive."""
-    shell = copy.copy(experts)  # the gate is a method: it needs the module's settings, not its weights
+    shell: Any = copy.copy(experts)  # the gate is a method: it needs the module's settings, not its weights
     shell._parameters = {}
     return ExpertFamily(
         layout=ExpertLayout(
             {name: tuple(parameter.shape[1:]) for name, parameter in experts.named_parameters(recurse=False)},
-            is_transposed=experts.is_transposed,
+            is_transposed=shell.is_transposed,
         ),
-        apply_gate=shell._apply_gate if experts.has_gate else shell.act_fn,
+        apply_gate=shell._apply_gate if shell.has_gate else shell.act_fn,
     )
 
 

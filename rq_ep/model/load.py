@@ -1,0 +1,258 @@
+"""Loading a checkpoint onto the ranks of an expert-parallel group: on every rank, an ordinary transformers model."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.core.strategy import Strategy
+from rq_ep.formats import native_format_name
+from rq_ep.model.checkpoint import Checkpoint, read_config
+from rq_ep.model.identity import model_identity
+from rq_ep.model.memory import check_fits, expert_bytes
+from rq_ep.model.placing import check_layers, choose_strategy, make_planners, place_uniformly
+from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
+from rq_ep.model.weights import WeightReader
+from rq_ep.moe import EPExperts, ExpertBank, LocalExperts, SpareRoom, Telemetry
+from rq_ep.parallel import EPGroup
+from rq_ep.parallel.default import default_group, own_device
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a model's experts; a loaded model keeps it as `model.rq_ep`."""
+
+    placement: Placement
+    strategy: Strategy
+    layers: tuple[EPExperts | LocalExperts, ...]  # in the order in which a forward pass enters them
+    telemetry: Telemetry | None
+    bytes_read: int  # from the checkpoint, by this process
+    expert_bytes: Mapping[str, int]  # resident in this process, by weight format
+
+
+def load(
+    path: str | Path,
+    placement: Placement | str | Path | None = None,
+    strategy: str | Strategy | None = None,
+    *,
+    group: EPGroup | None = None,
+    num_local_ranks: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str = "auto",
+    attn_implementation: str | None = None,
+    telemetry: Telemetry | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint with its experts spread over the ranks; every rank of the group calls this.
+
+    The result is an ordinary transformers model in evaluation mode. Every rank runs it on its own inputs, and all ranks
+    must run it equally often: a rank without inputs calls the layers of `model.rq_ep.layers` with zero rows. `generate`
+    sees to that by itself, so its calls may end apart, but each rank must make the same number of them.
+
+    Args:
+        path: directory of a Hugging Face checkpoint.
+        placement: where the experts go, or the file that says so; default: the strategy places them by itself, taking
+            all experts to be equally busy, in the bytes of standard EP.
+        strategy: how each step's tokens are spread, by name or as an object; default: the one that made the placement,
+            `standard` without a placement.
+        group: the ranks that share the experts; default: all processes of the launcher, or this one alone.
+        num_local_ranks: instead of a group, play so many ranks in this process.
+        dtype: what activations and all but the experts are computed in; default: as the checkpoint was saved. Without
+            a placement the experts are stored in it too; those of a placement are stored in its formats.
+        device: auto, cpu or cuda, where no group decides it.
+        attn_implementation: as in transformers.
+        telemetry: told about every call of every MoE layer.
+
+    Raises:
+        UserError: the checkpoint cannot be served, a file is missing, damaged or of another model, the placement is for
+            other ranks or layers, or the weights do not fit the device; on every rank, whichever found it.
+    """
+    if num_local_ranks is None:
+        shared = default_group(device) if group is None else group
+        if device not in ("auto", shared.device.type):
+            raise UserError(f"device {device!r}: the group's tensors live on {shared.device}")
+        ranks = Ranks(shared.size, (shared.rank,), shared.device, shared)
+    elif group is not None:
+        raise UserError(f"num_local_ranks {num_local_ranks}: give it or a group, not both")
+    elif num_local_ranks < 1:
+        raise UserError(f"num_local_ranks {num_local_ranks}: at least one rank is needed")
+    else:
+        ranks = Ranks(num_local_ranks, tuple(range(num_local_ranks)), own_device(device), None)
+    return ranks.together(lambda: _load(path, placement, strategy, ranks, dtype, attn_implementation, telemetry))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of the group, and which of them live in this process: one of many, or all."""
+
+    num_ranks: int
+    here: tuple[int, ...]
+    device: torch.device
+    group: EPGroup | None
+
+    @property
+    def are_processes(self) -> bool:
+        return self.group is not None and self.group.backend != "local" and self.num_ranks > 1
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work; what a user has to put right on one rank is raised on all, so that none waits for another."""
+        if self.group is None:
+            return work()
+        result, problem = None, None
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+        problems = self.group.all_gather_object(problem)
+        for rank, text in enumerate(problems):
+            if text is not None:
+                raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
+        assert result is not None
+        return result
+
+
+def _load(
+    path: str | Path,
+    placement: Placement | str | Path | None,
+    strategy: str | Strategy | None,
+    ranks: Ranks,
+    dtype: str | torch.dtype | None,
+    attn_implementation: str | None,
+    telemetry: Telemetry | None,
+) -> PreTrainedModel:
+    if isinstance(placement, str | Path):
+        placement = Placement.load(placement)
+    strategy = choose_strategy(strategy, placement)
+    config = read_config(path)
+    serving_dtype = _serving_dtype(dtype, config)
+    native_format = native_format_name(serving_dtype)
+    identity = model_identity(path)
+    if placement is not None:
+        placement.check_serves(identity, ranks.num_ranks)
+
+    model = _empty_model(path, config, serving_dtype, attn_implementation)
+    experts = find_expert_modules(model)
+    layout = family_of(experts[0].module).layout
+    checkpoint = Checkpoint(path)
+    reader = WeightReader(checkpoint, model, [module.name for module in experts])
+    if placement is None:
+        placement = place_uniformly(strategy, experts, layout, native_format, ranks.num_ranks, identity)
+    check_layers(placement, experts)
+    resident = expert_bytes(placement, layout, ranks.here)
+    check_fits(model, experts, resident, ranks.here[0], ranks.device)
+
+    layers = _replace_experts(model, experts, placement, strategy, ranks, telemetry)
+    _read_experts(reader, experts, layers, show_progress=0 in ranks.here)
+    _read_others(model, reader, serving_dtype, ranks.device)
+    assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
+    _finish(model, path, ranks, LoadReport(placement, strategy, layers, telemetry, checkpoint.bytes_read, resident))
+    sizes = ", ".join(f"{size:,} in {name}" for name, size in sorted(resident.items()))
+    log.info("rank %d: %s bytes read, bytes of experts: %s", ranks.here[0], f"{checkpoint.bytes_read:,}", sizes or 0)
+    return model
+
+
+def _serving_dtype(dtype: str | torch.dtype | None, config: PretrainedConfig) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        return getattr(config, "dtype", None) or torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if isinstance(known := getattr(torch, dtype, None), torch.dtype):
+        return known
+    raise UserError(f"dtype {dtype!r}: choose from auto, bfloat16, float16, float32")
+
+
+def _empty_model(
+    path: str | Path, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The model with its parameters on the meta device, its computed buffers in place."""
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{path}: transformers cannot build this model ({error})") from None
+    return model
+
+
+def _replace_experts(
+    model: PreTrainedModel,
+    experts: Sequence[ExpertsModule],
+    placement: Placement,
+    strategy: Strategy,
+    ranks: Ranks,
+    telemetry: Telemetry | None,
+) -> tuple[EPExperts | LocalExperts, ...]:
+    """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
+    spare = SpareRoom(family_of(experts[0].module).layout, ranks.device)
+    layers: list[EPExperts | LocalExperts] = []
+    for module, (placed, planner) in zip(experts, make_planners(placement, strategy), strict=True):
+        family = family_of(module.module)
+        layer: EPExperts | LocalExperts
+        if ranks.group is None:
+            layer = LocalExperts(family, placed, planner, ranks.num_ranks, device=ranks.device, telemetry=telemetry)
+        else:
+            layer = EPExperts(family, placed, planner, ranks.group, telemetry=telemetry, spare=spare)
+        model.set_submodule(module.name, layer)
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _banks(layer: EPExperts | LocalExperts) -> tuple[ExpertBank, ...]:
+    return layer.banks if isinstance(layer, LocalExperts) else (layer.bank,)
+
+
+def _read_experts(
+    reader: WeightReader,
+    experts: Sequence[ExpertsModule],
+    layers: Sequence[EPExperts | LocalExperts],
+    show_progress: bool,
+) -> None:
+    """Read, pack and store this process' replicas, one expert at a time."""
+    replicas = [
+        (module.name, expert, bank)
+        for module, layer in zip(experts, layers, strict=True)
+        for bank in _banks(layer)
+        for expert in bank.experts
+    ]
+    console = Console(stderr=True)
+    is_shown = show_progress and console.is_terminal
+    for name, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
+        bank.put(expert, reader.expert(name, expert))
+
+
+def _read_others(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype, device: torch.device) -> None:
+    """Read everything but the routed experts, each tensor in the dtype that transformers would give it."""
+    kept_precise = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]  # all of them fp32
+    expected = model.state_dict()
+    state = {}
+    for name, tensor in reader.tensors():
+        is_precise = any(re.search(pattern, name) for pattern in kept_precise)
+        state[name] = tensor.to(device, torch.float32 if is_precise else expected[name].dtype)
+    for name in expected.keys() - state.keys():  # tied, or computed by the model
+        state[name] = state[model.all_tied_weights_keys[name]] if expected[name].is_meta else expected[name]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+
+
+def _finish(model: Any, path: str | Path, ranks: Ranks, report: LoadReport) -> None:
+    if (Path(path) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.to(ranks.device).eval().requires_grad_(False)
+    model.rq_ep = report
+    if ranks.are_processes:
+        # Ranks end their sequences apart: those that are done go on calling the model until all are.
+        model.generate = partial(model.generate, synced_gpus=True)

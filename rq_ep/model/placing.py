@@ -1,0 +1,75 @@
+"""Bringing a model, a placement and a strategy together, and refusing what does not belong together."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, standard_ep_bytes
+from rq_ep.core.stats import ExpertStats, ModelIdentity
+from rq_ep.core.strategy import Planner, Strategy
+from rq_ep.core.topology import Topology
+from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.model.seam import ExpertsModule
+from rq_ep.strategies import make_strategy
+
+
+def choose_strategy(strategy: str | Strategy | None, placement: Placement | None) -> Strategy:
+    """The strategy asked for; by default the one that made the placement, or standard EP."""
+    if strategy is None:
+        strategy = "standard" if placement is None else placement.strategy
+    return make_strategy(strategy) if isinstance(strategy, str) else strategy
+
+
+def place_uniformly(
+    strategy: Strategy,
+    experts: Sequence[ExpertsModule],
+    layout: ExpertLayout,
+    native_format: str,
+    num_ranks: int,
+    model: ModelIdentity,
+) -> Placement:
+    """What a strategy makes of a model nobody has calibrated, in the expert bytes of standard EP."""
+    stats = ExpertStats.uniform(
+        layers=tuple(module.layer for module in experts),
+        num_experts=experts[0].num_experts,
+        expert_bytes={native_format: get_format(native_format).nbytes(layout)},
+        native_format=native_format,
+    )
+    budget_bytes_R = (standard_ep_bytes(stats, num_ranks),) * num_ranks
+    return strategy.place(PlacementProblem(replace(stats, model=model), Topology(num_ranks), budget_bytes_R))
+
+
+def check_layers(placement: Placement, experts: Sequence[ExpertsModule]) -> None:
+    """Raise a `UserError` with both values unless the placement has the model's MoE layers, in its order."""
+    placed = [(layer.layer, layer.num_experts) for layer in placement.layers]
+    wanted = [(module.layer, module.num_experts) for module in experts]
+    if placed != wanted:
+        raise UserError(f"the placement is for {_describe(placed)}, but the model has {_describe(wanted)}")
+
+
+def make_planners(placement: Placement, strategy: Strategy) -> list[tuple[LayerPlacement, Planner]]:
+    """Each layer of the placement with the strategy's planner for it.
+
+    Raises:
+        UserError: the strategy cannot serve these replicas, such as standard EP those of a replicated expert.
+    """
+    planned = []
+    for layer in placement.layers:
+        planner = strategy.planner(layer, placement.topology)
+        plan = planner(np.ones((placement.topology.num_ranks, layer.num_experts), np.int64))
+        planned_E = np.bincount(plan.replicas.experts_P, weights=plan.pairs_RP.sum(axis=0), minlength=layer.num_experts)
+        if (planned_E != placement.topology.num_ranks).any():
+            raise UserError(
+                f"strategy {strategy.name!r} cannot serve this placement: it does not know how to share the pairs of "
+                f"replicated experts (layer {layer.layer}); use the placement's own, {placement.strategy!r}"
+            )
+        planned.append((layer, planner))
+    return planned
+
+
+def _describe(layers: Sequence[tuple[int, int]]) -> str:
+    numbers = ", ".join(str(layer) for layer, _ in layers)
+    experts = "/".join(str(number) for number in sorted({number for _, number in layers}))
+    return f"MoE layers {numbers} of {experts} experts"
