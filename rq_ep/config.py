@@ -76,6 +76,13 @@ class Environment:
         )
 
 
+def child_environment() -> dict[str, str]:
+    """The environment for a child that runs this package, from wherever it was imported here."""
+    home = str(Path(__file__).resolve().parent.parent)
+    paths = [home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
 def _environment_int(environ: Mapping[str, str], name: str, default: int) -> int:
     text = environ.get(name, str(default))
     try:
@@ -107,11 +114,10 @@ class StrategyConfig:
 class ServeConfig:
     """What `python -m rq_ep.serve` is told. Limits are per rank, as each rank batches its own requests."""
 
-    model: str = option("", help="directory of the checkpoint, or its name on the hub", required=True)
+    model: str = option("", help="directory of the checkpoint", required=True)
     placement: str | None = option(None, help="placement.json of `rq-ep place`; without it the strategy places itself")
-    strategy: StrategyConfig | None = option(
-        None,
-        help="standard, eplb, llep, rq: a name or {name: ..., setting: ...}; default: the placement's, or standard",
+    strategy: StrategyConfig | None = option(  # noqa: RUF009  (`option` is a dataclass field)
+        None, help="name of a strategy, or {name: ..., setting: ...}; default: the placement's, or standard"
     )
     dtype: str = option("auto", help="dtype to compute in; auto: the checkpoint's", choices=DTYPES)
     device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)

@@ -1,6 +1,5 @@
 """One rank's engine: requests in, tokens out, in step with the other ranks."""
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,11 +164,3 @@ def _eos_token_ids(model: PreTrainedModel) -> list[int]:
     eos: Any = None if model.generation_config is None else model.generation_config.eos_token_id
     eos = model.config.get_text_config().eos_token_id if eos is None else eos
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def where_it_failed(error: BaseException, layers: Sequence[nn.Module]) -> str:
-    """Name the expert-parallel layer that an error came from, by the frames of its traceback; empty if none did."""
-    numbers = {id(layer): number for number, layer in enumerate(layers)}
-    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    found = [numbers[id(owner)] for owner in frames if id(owner) in numbers]
-    return f"MoE layer {found[-1]}" if found else ""

@@ -20,6 +20,7 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 
 from rq_ep.engine.request import Sampling
 from rq_ep.engine.sampling import next_tokens
+from rq_ep.parallel.base import RankFailure
 
 # Largest value of each flag over the ranks.
 Agree = Callable[[Sequence[int]], list[int]]
@@ -34,10 +35,23 @@ def agreement(control: dist.ProcessGroup | None) -> Agree:
 
     def agree(flags: Sequence[int]) -> list[int]:
         flags_F = torch.tensor(flags, dtype=torch.int64)
-        dist.all_reduce(flags_F, op=dist.ReduceOp.MAX, group=control)
+        try:
+            dist.all_reduce(flags_F, op=dist.ReduceOp.MAX, group=control)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise PeerLost(f"no agreement on the next step, another rank may have ended: {reason}") from error
         return flags_F.tolist()
 
     return agree
+
+
+class PeerLost(RankFailure):
+    """The ranks could not agree on a step: one of them is not there."""
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether an error only tells that another rank has failed: a collective that could not be finished."""
+    return isinstance(error, PeerLost) or (isinstance(error, RankFailure) and isinstance(error.__cause__, RankFailure))
 
 
 class LockstepManager(ContinuousBatchingManager):

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
@@ -46,6 +47,7 @@ class Link:
         # A node that vanishes closes no connection: have the kernel ask.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._lock = threading.Lock()
+        self._is_closing = False
         self.send({"kind": "hello", "rank": rank, "token": token})
 
     def send(self, message: Message) -> None:
@@ -64,13 +66,19 @@ class Link:
                 with self._socket.makefile("rb") as file:
                     for line in file:
                         on_message(json.loads(line))
-            except OSError:
+            except (OSError, ValueError):  # ValueError: closed here, meanwhile
                 pass
-            on_close()
+            if not self._is_closing:
+                on_close()
 
         threading.Thread(target=read, name="rq_ep link", daemon=True).start()
 
     def close(self) -> None:
-        """Say good-bye, so that the end of the connection is not taken for a death."""
+        """Say good-bye, so that the end of the connection is not taken for a death. A second call does nothing."""
+        if self._is_closing:
+            return
+        self._is_closing = True
         self.send({"kind": "bye"})
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # also ends the reading thread
         self._socket.close()

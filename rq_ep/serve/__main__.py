@@ -1,0 +1,44 @@
+"""Serve a model: `torchrun --nproc-per-node R -m rq_ep.serve --model DIR`, or under any launcher like torchrun."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
+from rq_ep.core.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until told to stop. Every rank calls this; returns its exit status.
+
+    Args:
+        argv: the command line without the program's name.
+    """
+    parser = argparse.ArgumentParser(prog="rq_ep.serve", description=__doc__)
+    add_flags(parser, ServeConfig)
+    parser.add_argument("--dry-run", action="store_true", help="print settings, placement and bytes per rank; exit")
+    # The deepspeed launcher passes it; the environment says it as well.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    rank = 0
+    try:
+        environment = Environment.from_os()
+        rank = environment.rank
+        args = parser.parse_args(argv)
+        config = read_settings(ServeConfig, args)
+        if args.dry_run:
+            from rq_ep.serve.preview import preview
+
+            if rank == 0:
+                print(preview(config, environment.world_size))
+            return 0
+        from rq_ep.serve.rank import serve
+
+        return serve(config, environment)
+    except UserError as error:
+        if rank == 0:
+            print(f"rq_ep.serve: error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

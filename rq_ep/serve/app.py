@@ -1,0 +1,177 @@
+"""The routes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rq_ep.serve.answers import Answer
+from rq_ep.serve.errors import ApiError
+from rq_ep.serve.metrics import RequestMetrics
+from rq_ep.serve.schemas import ChatBody, CompletionBody, GenerationBody
+from rq_ep.serve.service import Piece, Service
+
+T = TypeVar("T")
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody is there to read it
+
+
+def make_app(service: Service, max_body_bytes: int) -> ASGIApp:
+    """The ASGI application in front of a service."""
+    app = FastAPI(title="rq_ep", version=version("rq_ep"))
+    created = int(time.time())
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, http: Request) -> Response:
+        times = service.metrics.arrival()
+        service.check(body)
+        return await respond(http, body, await service.completion_prompt(body), times)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, http: Request) -> Response:
+        times = service.metrics.arrival()
+        service.check(body)
+        return await respond(http, body, await service.chat_prompt(body), times)
+
+    async def respond(http: Request, body: GenerationBody, prompt_ids: list[int], times: RequestMetrics) -> Response:
+        request = service.request(prompt_ids, body)
+        answer = Answer(request, service.model_name, is_chat=isinstance(body, ChatBody))
+        pieces = service.pieces(request, body.stops, times)
+        if not body.stream:
+            return JSONResponse(await unless_left(http, answer.whole(pieces)))
+        # The first piece is awaited before the status is sent, so that a refusal is a status and not an event.
+        first = await unless_left(http, anext(pieces))  # type: ignore[arg-type]
+        events = answer.stream(_chain(first, pieces), body.include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.model_name:
+            raise ApiError(404, f"there is no model {name!r} here: this server serves {service.model_name!r}", "model")
+        return card()
+
+    def card() -> dict[str, Any]:
+        limit = None if service.served is None else service.served.max_model_len
+        about = {"id": service.model_name, "object": "model", "created": created, "owned_by": "rq_ep"}
+        return {**about, "max_model_len": limit}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if (reason := service.why_unavailable()) is not None:
+            raise ApiError(503, reason)
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def get_version() -> dict[str, str]:
+        return {"version": version("rq_ep")}
+
+    @app.get("/server_info")
+    async def server_info() -> dict[str, Any]:
+        return service.info
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(_: Request, error: ApiError) -> Response:
+        if error.status != CLIENT_CLOSED_REQUEST:
+            service.metrics.refused(error.status)
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> Response:
+        return await on_api_error(_, _describe(error))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(http: Request, error: HTTPException) -> Response:
+        return await on_api_error(http, ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}"))
+
+    @app.exception_handler(Exception)
+    async def on_bug(http: Request, error: Exception) -> Response:
+        return await on_api_error(http, ApiError(500, f"internal error: {type(error).__name__}"))
+
+    return BodyLimit(app, max_body_bytes)
+
+
+async def _chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    async with aclosing(rest):  # type: ignore[type-var]
+        yield first
+        async for piece in rest:
+            yield piece
+
+
+async def unless_left(http: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work unless the client hangs up first; then it is cancelled, and with it the request on its rank."""
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(_left(http))
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
+    finally:
+        left.cancel()
+        task.cancel()
+
+
+async def _left(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _describe(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, in one sentence."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    place = [str(part) for part in first["loc"][1:]]
+    param = place[0] if place else None
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown parameter {'.'.join(place)!r}", param)
+    if first["type"] == "missing":
+        return ApiError(400, f"{'.'.join(place) or 'a JSON body'} is required", param)
+    if not place:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    return ApiError(400, f"{'.'.join(place)}: {first['msg']}", param)
+
+
+class BodyLimit:
+    """Refuses bodies beyond a size, told by their header or found out while reading."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        too_large = ApiError(413, f"the body is longer than {self.max_bytes} bytes (--max-body-bytes)")
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if told.isdigit() and int(told) > self.max_bytes:
+            await too_large.response()(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_bytes:
+                raise too_large
+            return message
+
+        await self.app(scope, counted, send)

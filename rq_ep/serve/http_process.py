@@ -1,0 +1,109 @@
+"""The HTTP process: started by rank 0, it ends with the ranks. Parsing and streaming never delay a step here."""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from transformers import AutoTokenizer
+
+from rq_ep.config import ServeConfig
+from rq_ep.serve.app import make_app
+from rq_ep.serve.hub import Hub, listen
+from rq_ep.serve.link import Message
+from rq_ep.serve.logs import set_up_logging
+from rq_ep.serve.metrics import Metrics
+from rq_ep.serve.service import Served, Service
+
+log = logging.getLogger("rq_ep.serve")
+
+STATS_EVERY_S = 10.0
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: rank 0 says when to end, and uvicorn would re-raise SIGTERM afterwards."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def run(
+    config: ServeConfig, info: dict[str, Any], token: str, http: socket.socket, hub_socket: socket.socket
+) -> None:
+    """Serve until the ranks have ended."""
+    ended = asyncio.Event()
+    metrics = Metrics(config.model_name, lambda: hub.num_unfinished)
+
+    def on_ready(message: Message) -> None:
+        service.served = Served(message["max_model_len"], message["vocab_size"])
+        service.info = {**info, **message["info"]}
+        metrics.weights(message["expert_bytes"])
+
+    def on_stats(rank: int, message: Message) -> None:
+        metrics.queues(rank, message["num_running"], message["num_waiting"])
+        if (loads := message.get("loads")) is not None:
+            metrics.loads(loads["layers"], loads["pairs_LR"], loads["imbalance_L"])
+
+    hub = Hub(
+        info["num_ranks"],
+        token,
+        max_queue_size=config.max_queue_size,
+        stall_s=config.rank_timeout,
+        on_ready=on_ready,
+        on_stats=on_stats,
+        on_end=ended.set,
+    )
+    service = Service(config.model_name, config.seed, hub, metrics)
+    service.info = info
+    app = make_app(service, config.max_body_bytes)
+    server = Server(
+        uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    )
+    await listen(hub, hub_socket)
+    serving = asyncio.ensure_future(server.serve(sockets=[http]))
+    reporting = asyncio.ensure_future(report(metrics, hub))
+    ending = asyncio.ensure_future(ended.wait())
+    service.tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, config.model)
+    await asyncio.wait({serving, ending, reporting}, return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    await serving
+    reporting.cancel()
+
+
+async def report(metrics: Metrics, hub: Hub) -> None:
+    """One line of figures every ten seconds, only while there is something to tell."""
+    told = (0, 0)
+    while True:
+        await asyncio.sleep(STATS_EVERY_S)
+        now = (metrics.num_prompt_tokens, metrics.num_generated_tokens)
+        if now != told:
+            prompt_rate, rate = ((new - old) / STATS_EVERY_S for new, old in zip(now, told, strict=True))
+            balance = "" if metrics.balancedness is None else f", balancedness {metrics.balancedness:.3f}"
+            log.info(
+                "prompt %.1f tokens/s, generated %.1f tokens/s, %d unfinished requests%s",
+                prompt_rate, rate, hub.num_unfinished, balance,
+            )  # fmt: skip
+        told = now
+
+
+def main() -> None:
+    # Ctrl-C and a launcher's SIGTERM reach the whole process group; rank 0 alone decides what they mean.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    told = json.load(sys.stdin)
+    config = ServeConfig(**{**told["config"], "strategy": None})  # the ranks' business
+    set_up_logging(config.log_level)
+    http = socket.socket(fileno=told["http_fd"])
+    hub = socket.socket(fileno=told["hub_fd"])
+    asyncio.run(run(config, told["info"], told["token"], http, hub))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Logging of the server's processes: to stderr, one line an event."""
+
+import logging
+
+
+def set_up_logging(level: str) -> None:
+    """Send our own log lines, and the warnings of libraries, to stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("rq_ep").setLevel(level.upper())

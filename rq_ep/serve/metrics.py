@@ -1,0 +1,133 @@
+"""What the server counts, for Prometheus. Times are taken on one clock, that of the HTTP process, from arrival on."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SLOW_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """The server's counters; every series carries the model's name.
+
+    Args:
+        model_name: as clients know it.
+        num_unfinished: requests in the server now.
+    """
+
+    def __init__(self, model_name: str, num_unfinished: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model_name
+
+        def make(kind: type, name: str, text: str, labels: Sequence[str] = (), **more: object):  # type: ignore[no-untyped-def]
+            return kind(f"rq_ep_{name}", text, ["model_name", *labels], registry=self.registry, **more)
+
+        self._requests = make(Counter, "request_success", "Requests that ended well", ["finished_reason"])
+        self._failed = make(Counter, "request_failure", "Requests refused or failed, by HTTP status", ["status"])
+        self._prompt_tokens = make(Counter, "prompt_tokens", "Tokens of prompts taken")
+        self._generated = make(Counter, "generation_tokens", "Tokens generated")
+        self._times = {
+            name: make(Histogram, series, text, buckets=buckets).labels(model_name)
+            for name, series, text, buckets in (
+                ("ttft", "time_to_first_token_seconds", "Arrival to first token", _SLOW_S),
+                ("itl", "inter_token_latency_seconds", "Between tokens of a request", _FAST_S),
+                ("tpot", "request_time_per_output_token_seconds", "A request's mean after its first", _FAST_S),
+                ("e2e", "e2e_request_latency_seconds", "Arrival to end", _SLOW_S),
+            )
+        }
+        self._running = make(Gauge, "num_requests_running", "Requests in a batch", ["ep_rank"])
+        self._waiting = make(Gauge, "num_requests_waiting", "Requests not yet started", ["ep_rank"])
+        self._unfinished = make(Gauge, "num_requests_unfinished", "Requests in the server")
+        self._unfinished.labels(model_name).set_function(num_unfinished)
+        self._routed = make(Counter, "tokens_routed", "Routed pairs computed by a rank", ["layer", "ep_rank"])
+        self._imbalance = make(Gauge, "layer_imbalance_ratio", "max/mean over ranks, mean of recent steps", ["layer"])
+        self._balancedness = make(Gauge, "balancedness", "mean/max over ranks, mean of layers and recent steps")
+        self._balancedness_min = make(Gauge, "balancedness_min", "balancedness of the worst layer")
+        self._weights = make(Gauge, "expert_weight_bytes", "Expert weights of a rank", ["ep_rank", "precision"])
+        self.balancedness: float | None = None
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def refused(self, status: int) -> None:
+        self._failed.labels(self._model, str(status)).inc()
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Add to a histogram: ttft, itl, tpot or e2e."""
+        self._times[name].observe(seconds)
+
+    def count_prompt(self, num_tokens: int) -> None:
+        self.num_prompt_tokens += num_tokens
+        self._prompt_tokens.labels(self._model).inc(num_tokens)
+
+    def count_generated(self, num_tokens: int) -> None:
+        self.num_generated_tokens += num_tokens
+        self._generated.labels(self._model).inc(num_tokens)
+
+    def count_finished(self, reason: str) -> None:
+        self._requests.labels(self._model, reason).inc()
+
+    def weights(self, bytes_R: Sequence[Mapping[str, int]]) -> None:
+        """Set the bytes of expert weights of each rank, by format."""
+        for rank, by_format in enumerate(bytes_R):
+            for name, size in by_format.items():
+                self._weights.labels(self._model, str(rank), name).set(size)
+
+    def queues(self, rank: int, num_running: int, num_waiting: int) -> None:
+        self._running.labels(self._model, str(rank)).set(num_running)
+        self._waiting.labels(self._model, str(rank)).set(num_waiting)
+
+    def loads(self, layers: Sequence[int], pairs_LR: Sequence[Sequence[int]], imbalance_L: Sequence[float]) -> None:
+        """Add the routed pairs of recent steps; imbalance is each layer's mean over these steps."""
+        for layer, pairs_R, imbalance in zip(layers, pairs_LR, imbalance_L, strict=True):
+            for rank, pairs in enumerate(pairs_R):
+                self._routed.labels(self._model, str(layer), str(rank)).inc(pairs)
+            self._imbalance.labels(self._model, str(layer)).set(imbalance)
+        if imbalance_L:
+            self.balancedness = sum(1 / value for value in imbalance_L) / len(imbalance_L)
+            self._balancedness.labels(self._model).set(self.balancedness)
+            self._balancedness_min.labels(self._model).set(1 / max(imbalance_L))
+
+    def arrival(self) -> "RequestMetrics":
+        """Start the clock of a request that has just arrived."""
+        return RequestMetrics(self)
+
+
+class RequestMetrics:
+    """The times of one request."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._start_s = time.monotonic()
+        self._first_s = 0.0
+        self._last_s = 0.0
+        self._num_tokens = 0
+
+    def prompt(self, num_tokens: int) -> None:
+        """The request is taken, with a prompt of so many tokens."""
+        self._metrics.count_prompt(num_tokens)
+
+    def tokens(self, num_tokens: int) -> None:
+        """Tokens have come."""
+        if num_tokens == 0:
+            return
+        now_s = time.monotonic()
+        if self._num_tokens == 0:
+            self._first_s = now_s
+            self._metrics.observe("ttft", now_s - self._start_s)
+        else:
+            self._metrics.observe("itl", now_s - self._last_s)
+        self._last_s = now_s
+        self._num_tokens += num_tokens
+        self._metrics.count_generated(num_tokens)
+
+    def finished(self, reason: str) -> None:
+        """The request ended well."""
+        self._metrics.count_finished(reason)
+        self._metrics.observe("e2e", time.monotonic() - self._start_s)
+        if self._num_tokens > 1:
+            self._metrics.observe("tpot", (self._last_s - self._first_s) / (self._num_tokens - 1))

@@ -1,0 +1,300 @@
+"""One rank of the server: load, run the engine, and end when the HTTP process or a signal says so."""
+
+import logging
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from rq_ep.config import Environment, ServeConfig, resolved
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.engine.engine import Engine, Limits
+from rq_ep.engine.families import check_servable, set_attention
+from rq_ep.engine.lockstep import is_consequence
+from rq_ep.engine.request import Output, Request, Sampling
+from rq_ep.formats import get_format
+from rq_ep.model.checkpoint import read_config
+from rq_ep.model.load import load
+from rq_ep.moe.layer import EPExperts
+from rq_ep.parallel import EPGroup, TorchGroup
+from rq_ep.serve.front import Front
+from rq_ep.serve.link import Link, Message
+from rq_ep.serve.loads import LoadTotals
+from rq_ep.serve.logs import set_up_logging
+from rq_ep.serve.startup import agree, attempt, on_every_rank
+from rq_ep.strategies import make_strategy
+
+log = logging.getLogger("rq_ep.serve")
+
+TICK_S = 0.2
+STATS_EVERY_S = 1.0
+VERDICT_TIMEOUT_S = 5.0
+EXIT_FAILURE = 1
+
+
+def serve(config: ServeConfig, environment: Environment) -> int:
+    """Serve until told to stop; every rank calls this. Returns the exit status.
+
+    A failure while serving ends the process from within: other ranks must not be left waiting in a collective.
+
+    Raises:
+        UserError: the same on every rank, whichever found it.
+    """
+    set_up_logging(config.log_level if environment.rank == 0 else "warning")
+    front, problem = attempt(lambda: Front(config, environment, about(config)) if environment.rank == 0 else None)
+    try:
+        group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
+        agree(group, problem)
+        address, token = group.all_gather_object(front and (front.address, front.token))[0]
+        link = Link(address, group.rank, token) if front is None else front.link
+        try:
+            RankServer(config, group, link).run()
+        finally:
+            link.close()
+        group.close()
+    finally:
+        if front is not None:
+            front.close()
+    return 0
+
+
+class RankServer:
+    """A rank whose group has met: its engine, and its line to the HTTP process."""
+
+    def __init__(self, config: ServeConfig, group: TorchGroup, link: Link) -> None:
+        self.config = config
+        self.group = group
+        self.link = link
+        self.loads = LoadTotals()
+        self.stop = threading.Event()
+        self.num_signals = 0
+        self.engine: Engine | None = None
+
+    def run(self) -> None:
+        """Load and serve until told to stop.
+
+        Raises:
+            UserError: the checkpoint, the placement or a setting does not do, on every rank alike.
+        """
+        self.link.listen(self.hear, self.lose_front)
+        try:
+            engine = self.engine = self._start()
+            with self._signals():
+                self._attend()
+                engine.stop()
+        except UserError:
+            raise
+        except BaseException as error:
+            self.fail(error)
+
+    def _start(self) -> Engine:
+        started_s = time.monotonic()
+        model_config = on_every_rank(self.group, lambda: check_inputs(self.config, self.group.rank))
+        model = on_every_rank(self.group, self._load)
+        layers = [module for module in model.modules() if isinstance(module, EPExperts)]
+        engine = Engine(
+            model,
+            layers,
+            self.group.control if self.group.size > 1 else None,
+            Limits(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.kv_cache_tokens),
+            on_outputs=self.tell,
+            on_failure=self.fail,
+        )
+        rooms = self.group.all_gather_object(engine.max_request_tokens)
+        max_model_len = on_every_rank(self.group, lambda: choose_max_model_len(self.config, model_config, min(rooms)))
+        engine.start()
+        if self.group.rank == 0:
+            bytes_R = expert_bytes(layers, self.group.size)
+            report(model, self.group, bytes_R, max_model_len, time.monotonic() - started_s)
+            vocab_size = model.get_input_embeddings().weight.shape[0]
+            self.link.send(
+                {
+                    "kind": "ready",
+                    "max_model_len": max_model_len,
+                    "vocab_size": vocab_size,
+                    "expert_bytes": bytes_R,
+                    "info": {
+                        "backend": self.group.backend,
+                        "device": str(self.group.device),
+                        "dtype": str(model.dtype),
+                    },
+                }
+            )
+        return engine
+
+    def _load(self) -> PreTrainedModel:
+        config = self.config
+        placement = None if config.placement is None else Placement.load(config.placement)
+        chosen = config.strategy
+        name = chosen.name if chosen is not None else "standard" if placement is None else placement.strategy
+        model = load(
+            config.model,
+            placement,
+            make_strategy(name, **(chosen.settings if chosen is not None else {})),
+            group=self.group,
+            dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+            telemetry=self.loads,
+        )
+        set_attention(model, config.attn_implementation)
+        return model.eval()
+
+    def _attend(self) -> None:
+        """Wait for the end; meanwhile pass on signals and figures."""
+        asked = False
+        told_s = 0.0
+        while not self.stop.wait(TICK_S):
+            if self.num_signals and not asked:
+                asked = True
+                self.link.send({"kind": "drain", "timeout_s": self.config.shutdown_timeout})
+            if time.monotonic() - told_s >= STATS_EVERY_S:
+                told_s = time.monotonic()
+                self._send_stats()
+
+    def _send_stats(self) -> None:
+        assert self.engine is not None
+        stats: Message = {"num_running": self.engine.num_running, "num_waiting": self.engine.num_waiting}
+        if self.group.rank == 0:
+            stats["loads"] = self.loads.take()
+        self.link.send({"kind": "stats", **stats})
+
+    # On the engine's thread
+
+    def tell(self, outputs: list[Output]) -> None:
+        self.link.send({"kind": "outputs", "outputs": [astuple(output) for output in outputs]})
+
+    def fail(self, error: BaseException) -> None:
+        """End this process, and with it the group. Who is to blame, the HTTP process knows: `hear` gets its answer."""
+        consequence = is_consequence(error)
+        if not consequence:
+            traceback.print_exception(error)
+        text = f"{type(error).__name__}: {error}"
+        self.link.send({"kind": "failed", "text": text, "is_consequence": consequence})
+        time.sleep(VERDICT_TIMEOUT_S)
+        end(f"rank {self.group.rank}: {text}")
+
+    # On the link's thread
+
+    def hear(self, message: Message) -> None:
+        if message["kind"] == "abort":
+            end(None)
+        if message["kind"] == "stop":
+            self.stop.set()
+        engine = self.engine
+        if engine is None:
+            return
+        if message["kind"] == "add":
+            fields = message["request"]
+            engine.submit(Request(**{**fields, "sampling": Sampling(**fields["sampling"])}))
+        if message["kind"] == "cancel":
+            engine.cancel(message["id"])
+        if "num_announced" in message:
+            engine.wake(message["num_announced"])
+
+    def lose_front(self) -> None:
+        if not self.stop.is_set():
+            end(f"rank {self.group.rank}: the HTTP process has died" if self.group.rank == 0 else None)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT asks to drain, whichever rank it reaches; the second one aborts."""
+
+        def handle(number: int, frame: Any) -> None:
+            self.num_signals += 1
+            if self.num_signals > 1:
+                end(f"rank {self.group.rank}: aborted by a second {signal.Signals(number).name}")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # a caller that runs us elsewhere keeps its signals
+            return
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def end(reason: str | None) -> None:
+    """End this process at once, as the rest of it may be stuck in a collective."""
+    if reason is not None:
+        os.write(2, f"rq_ep.serve: error: {reason}\n".encode())
+    os._exit(EXIT_FAILURE)
+
+
+def check_inputs(config: ServeConfig, rank: int) -> PretrainedConfig:
+    """Look at everything that can be wrong before anything large is read."""
+    model_config = read_config(config.model)
+    check_servable(model_config)
+    if config.placement is not None:
+        Placement.load(config.placement)
+    if config.strategy is not None:
+        make_strategy(config.strategy.name, **config.strategy.settings)
+    if rank == 0:
+        try:
+            AutoTokenizer.from_pretrained(config.model)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{config.model}: no tokenizer that transformers can read ({reason})") from None
+    return model_config
+
+
+def choose_max_model_len(config: ServeConfig, model_config: PretrainedConfig, room: int) -> int:
+    """The longest prompt and answer: what the model was made for, what was asked for, what the cache holds.
+
+    Args:
+        room: tokens that one request can have in the smallest KV cache of the group.
+    """
+    model_limit = int(model_config.get_text_config().max_position_embeddings)
+    wanted = config.max_model_len
+    if wanted is None:
+        return min(model_limit, room)
+    if wanted > model_limit:
+        raise UserError(f"--max-model-len {wanted}: the model was made for {model_limit} tokens")
+    if wanted > room:
+        raise UserError(
+            f"--max-model-len {wanted}: the KV cache holds {room} tokens of one request; "
+            f"lower it, or raise --kv-cache-tokens to {wanted}"
+        )
+    return wanted
+
+
+def expert_bytes(layers: Sequence[EPExperts], num_ranks: int) -> list[dict[str, int]]:
+    """Bytes of the experts that each rank holds, by weight format."""
+    bytes_R: list[dict[str, int]] = [{} for _ in range(num_ranks)]
+    for layer in layers:
+        for replica in layer.layer.replicas:
+            by_format = bytes_R[replica.rank]
+            size = get_format(replica.format).nbytes(layer.family.layout)
+            by_format[replica.format] = by_format.get(replica.format, 0) + size
+    return bytes_R
+
+
+def about(config: ServeConfig) -> dict[str, Any]:
+    """What `/server_info` says before the model is there."""
+    return {
+        "settings": resolved(config),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def report(
+    model: PreTrainedModel, group: EPGroup, bytes_R: list[dict[str, int]], max_model_len: int, load_s: float
+) -> None:
+    """Say what was started."""
+    log.info(
+        "%d ranks on %s (%s), %d threads each, computing in %s; at most %d tokens a request; loaded in %.1f s",
+        group.size, group.device.type, group.backend, torch.get_num_threads(), model.dtype, max_model_len, load_s,
+    )  # fmt: skip
+    for rank, by_format in enumerate(bytes_R):
+        sizes = ", ".join(f"{size / 2**20:.2f} MiB {name}" for name, size in sorted(by_format.items()))
+        log.info("rank %d: experts %s", rank, sizes or "none")

@@ -1,0 +1,131 @@
+"""Settings: the command line over a file over defaults, and what is said about mistakes."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rq_ep.config import Environment, ServeConfig, StrategyConfig, add_flags, child_environment, read_settings, resolved
+from rq_ep.core.errors import UserError
+
+
+def read(*argv: str) -> ServeConfig:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ServeConfig)
+    return read_settings(ServeConfig, parser.parse_args(argv))
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_defaults_stand_when_nothing_is_given() -> None:
+    assert read("--model", "m") == ServeConfig(model="m")
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(write) -> None:
+    file = write("model: from-file\nport: 9000\nmax-num-seqs: 3\n")
+    assert read("--config", file, "--port", "9001") == ServeConfig(model="from-file", port=9001, max_num_seqs=3)
+
+
+@pytest.mark.parametrize("flag", ["--max-num-seqs", "--max_num_seqs"])
+def test_dashes_and_underscores_are_both_accepted(flag: str) -> None:
+    assert read("--model", "m", flag, "7").max_num_seqs == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rq", StrategyConfig("rq")),
+        ("{name: llep, min_tokens_per_gemm: 16}", StrategyConfig("llep", {"min_tokens_per_gemm": 16})),
+    ],
+)
+def test_a_strategy_is_a_name_or_a_mapping(write, text: str, expected: StrategyConfig) -> None:
+    assert read("--model", "m", "--strategy", text).strategy == expected
+    assert read("--config", write(f"model: m\nstrategy: {text}\n")).strategy == expected
+
+
+def test_resolved_settings_are_a_file_that_gives_them_again(write) -> None:
+    config = ServeConfig(model="m", strategy=StrategyConfig("llep", {"min_tokens_per_gemm": 16}), shutdown_timeout=2.5)
+    assert read("--config", write(resolved(config))) == config
+    assert next(iter(yaml.safe_load(resolved(config)))) == "model"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\nmax_num_sequs: 3\n", "unknown setting in .*'max_num_sequs': did you mean 'max_num_seqs'"),
+        ("model: m\nport: eighty\n", "port: expected a whole number, not 'eighty'"),
+        ("model: m\nport: true\n", "port: expected a whole number, not True"),
+        ("model: m\nport: 70000\n", "port 70000 must be at most 65535"),
+        ("model: m\nshutdown_timeout: -1\n", "shutdown_timeout -1.0 must be at least 0"),
+        ("model: 3\n", "model: expected text, not 3"),
+        ("model: m\ndtype: float23\n", "unknown dtype 'float23': did you mean 'float32'"),
+        ("model: m\nstrategy: [rq]\n", "strategy: expected a name or a mapping"),
+        ("model: m\nstrategy: {min: 3}\n", "strategy: expected a name or a mapping"),
+        ("model: [m\n", "run.yaml, line 2: malformed YAML"),
+        ("- model\n", "expected `key: value` lines, not list"),
+        ("port: 8000\n", "--model is needed"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(write, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read("--config", write(text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "m", "--port", "eighty"], "--port: expected a whole number, not 'eighty'"),
+        (["--model", "m", "--max-num-seqs", "0"], "max_num_seqs 0 must be at least 1"),
+        (["--model", "m", "--device", "gpu"], "unknown device 'gpu'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        ([], "--model is needed"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(*argv)
+
+
+def test_a_process_started_by_hand_is_the_only_rank() -> None:
+    assert Environment.from_os({}) == Environment()
+
+
+def test_the_environment_is_read_as_torchrun_sets_it() -> None:
+    given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "2950"}
+    expected = Environment(3, 4, local_rank=1, local_world_size=4, master_addr="node0", master_port=2950)
+    assert Environment.from_os(given) == expected
+    assert Environment.from_os({**given, "LOCAL_WORLD_SIZE": "2"}) == replace(expected, local_world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": "4"}, "RANK=4 does not lie in 0..3"),
+        ({"RANK": "first"}, "RANK='first' in the environment is not a number"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT='' in the environment is not a number"),
+    ],
+)
+def test_a_broken_environment_is_named(change: dict[str, str], message: str) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "2950"}
+    with pytest.raises(UserError, match=message):
+        Environment.from_os({**given, **change})
+
+
+def test_a_half_set_environment_is_named() -> None:
+    with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT"):
+        Environment.from_os({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_a_child_finds_this_package() -> None:
+    assert (Path(child_environment()["PYTHONPATH"].split(":")[0]) / "rq_ep" / "config.py").exists()
