@@ -134,6 +134,10 @@ def planned(
     return placement.layers[0], strategy.planner(placement.layers[0], topology), max(placement.bytes_R)
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(batch.hidden_TD.to(device), batch.ids_TK.to(device), batch.weights_TK.to(device))
+
+
 def counts_of(ranks: Sequence[Batch], num_experts: int) -> np.ndarray:
     return np.stack([np.bincount(batch.ids_TK.flatten().numpy(), minlength=num_experts) for batch in ranks])
 

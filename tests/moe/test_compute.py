@@ -68,7 +68,7 @@ def test_grouped_kernel_equals_the_loop(
     assert bool(calls) == (sum(pairs > 0 for pairs in pairs_J) > 1)
     monkeypatch.setattr("rq_ep.moe.compute.can_group", lambda *_: False)
     loop_MD = outputs(stack, family, received)
-    assert (grouped_MD - loop_MD).norm() < 5e-3 * loop_MD.norm()
+    assert (grouped_MD - loop_MD).norm() < 2e-2 * loop_MD.norm()
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8"])

@@ -1,0 +1,109 @@
+"""Who gets which row: hand-made cases, and the list-based reference on random plans."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rq_ep.core.placement import Replica, Replicas
+from rq_ep.core.plan import DispatchPlan
+from rq_ep.parallel import Exchange, run_local
+from rq_ep.parallel.exchange import block_order, pairs_by_replica
+from rq_ep.parallel.reference import assign
+
+
+def test_pairs_fill_replicas_in_the_order_of_ranks() -> None:
+    """Expert 5 on ranks 0 and 1, expert 2 on rank 1: of rank 0's three pairs of 5, the first goes to rank 0."""
+    replicas = Replicas.of([Replica(0, 5, "fp32"), Replica(1, 2, "fp32"), Replica(1, 5, "fp32")])
+    plan = DispatchPlan(replicas, np.array([[1, 1, 2], [0, 0, 0]]))
+    ids_TK = torch.tensor([[5, 2], [5, 5]])
+    assert pairs_by_replica(ids_TK, plan, 0).tolist() == [0, 1, 2, 3]
+    assert assign(ids_TK.tolist(), plan, 0) == [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 2)]
+
+
+def test_blocks_change_their_order() -> None:
+    index = block_order(np.array([2, 0, 3]), np.array([2, 1, 0]), torch.device("cpu"))
+    assert index.tolist() == [2, 3, 4, 0, 1]
+
+
+def test_a_token_travels_once_to_a_rank_with_several_of_its_experts() -> None:
+    replicas = Replicas.of([Replica(0, 0, "fp32"), Replica(1, 1, "fp32"), Replica(1, 2, "fp32")])
+    ids_RTK = [torch.tensor([[1, 2], [0, 1], [1, 1]]), torch.tensor([[0, 2]])]
+    counts_RE = np.stack([np.bincount(ids_TK.flatten(), minlength=3) for ids_TK in ids_RTK])
+    plan = DispatchPlan(replicas, counts_RE)
+
+    def main(group: Any) -> tuple[Any, torch.Tensor]:
+        ids_TK = ids_RTK[group.rank]
+        hidden_TD = torch.arange(len(ids_TK)).float()[:, None] + 10 * group.rank
+        weights_TK = torch.ones(ids_TK.shape) * torch.tensor([1.0, 2.0])
+        exchange = Exchange(group)
+        received = exchange.dispatch(hidden_TD, ids_TK, weights_TK, plan)
+        return received, exchange.combine(received.rows_MD.clone(), received)
+
+    (first, first_out), (second, second_out) = run_local(2, main)
+    assert first.rows_MD.flatten().tolist() == [1, 10]  # its own token 1, then rank 1's token
+    assert first.experts == (0,)
+    assert first.weight_N.tolist() == [1, 1]
+    assert second.rows_MD.flatten().tolist() == [10, 0, 1, 2]  # its own, then three of rank 0's, each once
+    assert second.experts == (1, 2)
+    assert second.offsets == (0, 4, 6)
+    assert second.row_N.tolist() == [1, 2, 3, 3, 1, 0]  # expert 1: tokens 0, 1, 2, 2 of rank 0; expert 2: source 0, 1
+    assert second.weight_N.tolist() == [1, 2, 1, 2, 2, 2]
+    assert first_out.flatten().tolist() == [0, 2, 2]  # every visited rank returned the row
+    assert second_out.flatten().tolist() == [20]
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[DispatchPlan, list[list[list[int]]]]:
+    num_ranks, num_experts, top_k = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    ids = st.lists(st.integers(0, num_experts - 1), min_size=top_k, max_size=top_k)
+    tokens_R = [draw(st.lists(ids, max_size=6)) for _ in range(num_ranks)]
+    holders = st.sets(st.integers(0, num_ranks - 1), min_size=1)
+    replicas = Replicas.of(Replica(rank, e, "fp32") for e in range(num_experts) for rank in draw(holders))
+    pairs_RP = np.zeros((num_ranks, len(replicas)), np.int64)
+    for rank, tokens in enumerate(tokens_R):
+        for expert in (expert for token in tokens for expert in token):
+            pairs_RP[rank, draw(st.sampled_from(np.flatnonzero(replicas.experts_P == expert).tolist()))] += 1
+    return DispatchPlan(replicas, pairs_RP), tokens_R
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans())
+def test_every_pair_arrives_once_where_the_reference_sends_it(case: tuple[DispatchPlan, list[list[list[int]]]]) -> None:
+    plan, tokens_R = case
+    top_k = max((len(token) for tokens in tokens_R for token in tokens), default=1)
+
+    def main(group: Any) -> tuple[Any, torch.Tensor]:
+        ids_TK = torch.tensor(tokens_R[group.rank], dtype=torch.int64).reshape(-1, top_k)
+        token_T = torch.arange(len(ids_TK))
+        hidden_TD = torch.stack([torch.full_like(token_T, group.rank), token_T], 1).float()
+        weights_TK = torch.arange(ids_TK.numel()).reshape(ids_TK.shape).float()  # says which pair it is
+        exchange = Exchange(group)
+        received = exchange.dispatch(hidden_TD, ids_TK, weights_TK, plan)
+        return received, exchange.combine(torch.ones_like(received.rows_MD), received)
+
+    found, expected = [], []
+    for rank, (received, out_TD) in enumerate(run_local(len(tokens_R), main)):
+        assert len({tuple(row) for row in received.rows_MD.tolist()}) == len(received.rows_MD), "a row travelled twice"
+        for j, replica in enumerate(plan.replicas.on_rank(rank)):
+            for n in range(received.offsets[j], received.offsets[j + 1]):
+                source, token = received.rows_MD[received.row_N[n]].int().tolist()
+                found.append((replica, source, token, int(received.weight_N[n])))
+        assignments = assign(tokens_R[rank], plan, rank)
+        expected += [(pair.replica, rank, pair.token, pair.token * top_k + pair.k) for pair in assignments]
+        visited = [
+            {int(plan.replicas.ranks_P[p]) for token, _, p in assignments if token == t} for t in range(len(out_TD))
+        ]
+        assert out_TD[:, 0].tolist() == [len(ranks) for ranks in visited]
+    by_weight = [(replica, source, weight) for replica, source, _, weight in found]
+    assert by_weight == sorted(by_weight), "pairs are not in the order of replica, source, (token, k)"
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_plan_for_other_counts_is_caught_before_anything_is_sent() -> None:
+    plan = DispatchPlan(Replicas.of([Replica(0, 0, "fp32")]), np.array([[3]]))
+    with pytest.raises(AssertionError, match="plan for 3 of 2 pairs"):
+        pairs_by_replica(torch.zeros(2, 1, dtype=torch.int64), plan, 0)

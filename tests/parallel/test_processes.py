@@ -1,0 +1,83 @@
+"""Three processes over gloo, started once: collectives, every strategy against the dense layer, the loss of a rank."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from rq_ep.moe import EPExperts
+from rq_ep.parallel import run_local
+from tests.moe import cases
+from tests.parallel.processes import run_ranks
+
+pytestmark = pytest.mark.dist
+NUM_RANKS = 3
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank saw."""
+    return run_ranks(NUM_RANKS, tmp_path_factory.mktemp("ranks"), "cpu", timeout_s=150)
+
+
+def check_collectives(seen: list[dict[str, Any]], num_ranks: int) -> None:
+    for rank, found in enumerate(collectives["collectives"] for collectives in seen):
+        expected = [other for other in range(num_ranks) for _ in range((rank + other) % 3)]
+        assert all(values == expected for values in found["received"].values())
+        assert len(found["received"]) == 6
+        assert found["nothing"] == [0, 2]
+        assert found["counts"] == [[0] * r + [2 * r] + [0] * (3 - r) for r in range(num_ranks)]
+        assert found["objects"] == [{"rank": other} for other in range(num_ranks)]
+    assert [found["transfers"] for found in seen] == [[]] + [[7, 8]] * (num_ranks - 1)
+
+
+def check_layers(seen: list[dict[str, Any]], dtype: torch.dtype, native: str) -> None:
+    """Every strategy gave the dense layer's outputs on every rank."""
+    for number, routing in enumerate(cases.ROUTINGS):
+        family = list(cases.FAMILIES.values())[number % len(cases.FAMILIES)]
+        weights = cases.expert_weights(family, cases.ROUTINGS[routing][0], dtype)
+        for found, batch in zip(seen, cases.batches(routing, dtype)[: len(seen)], strict=True):
+            expected_TD = cases.expected(family, weights, batch)
+            for name, variant in cases.variants():
+                cases.check_close(found[native][f"{routing} {name} {variant}"], expected_TD)
+
+
+def test_collectives_and_transfers(seen: list[dict[str, Any]]) -> None:
+    assert [(found["backend"], found["device"]) for found in seen] == [("gloo", "cpu")] * NUM_RANKS
+    check_collectives(seen, NUM_RANKS)
+
+
+@pytest.mark.parametrize(("dtype", "native"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")], ids=str)
+def test_every_strategy_equals_the_dense_layer(seen: list[dict[str, Any]], dtype: torch.dtype, native: str) -> None:
+    check_layers(seen, dtype, native)
+
+
+def test_processes_and_ranks_in_one_process_give_the_same_bits(seen: list[dict[str, Any]]) -> None:
+    family = cases.FAMILIES["gated"]
+    ranks = cases.batches("distinct")
+    weights = cases.expert_weights(family, 8)
+    for name, variant in cases.variants():
+        layer, planner, _ = cases.planned(name, variant, family, cases.counts_of(ranks, 8))
+
+        def main(group: Any, layer: Any = layer, planner: Any = planner) -> torch.Tensor:
+            experts = EPExperts(family, layer, planner, group)
+            cases.fill(experts, weights)
+            batch = ranks[group.rank]
+            return experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
+
+        for found, out_TD in zip(seen, run_local(NUM_RANKS, main), strict=True):
+            assert torch.equal(found["fp32"][f"distinct {name} {variant}"], out_TD)
+
+
+def test_a_group_may_be_a_part_of_the_world(seen: list[dict[str, Any]]) -> None:
+    assert [found["part"] for found in seen] == [
+        None,
+        {"rank": 0, "size": 2, "transfers": []},
+        {"rank": 1, "size": 2, "transfers": [7, 8]},
+    ]
+
+
+def test_the_loss_of_a_rank_is_noticed_at_once(seen: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(seen[:-1]):
+        assert found["loss"]["message"].startswith(f"rank {rank}: gather of counts failed")
+        assert found["loss"]["seconds"] < 10

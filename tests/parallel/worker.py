@@ -1,0 +1,115 @@
+"""One rank of the process tests: runs every check in turn and writes what it saw.
+
+The environment is torchrun's; the arguments are the directory for results and the device. The last rank ends without
+a word at the end, and the others must notice.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rq_ep.core.plan import WeightTransfer
+from rq_ep.moe import EPExperts, Telemetry
+from rq_ep.parallel import EPGroup, RankFailure, TorchGroup
+from tests.moe import cases
+
+TIMEOUT_S = 60
+
+
+def collectives(group: EPGroup) -> dict[str, Any]:
+    """Uneven and empty splits in every dtype the exchange sends."""
+    splits = [(group.rank + other) % 3 for other in range(group.size)]
+    received = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8):
+        send = torch.full((sum(splits), 2), group.rank, dtype=dtype, device=group.device)
+        received[str(dtype)] = group.all_to_all(send, splits, splits)[:, 0].tolist()
+    nothing = group.all_to_all(send[:0], [0] * group.size, [0] * group.size)
+    group.barrier()
+    return {
+        "received": received,
+        "nothing": list(nothing.shape),
+        "counts": group.gather_counts(torch.full((group.rank, 2), group.rank, device=group.device), 4).tolist(),
+        "objects": group.all_gather_object({"rank": group.rank}),
+    }
+
+
+def transfers(group: EPGroup) -> list[int]:
+    """Rank 0 lends two buffers to every other rank, one after another."""
+    landed = [torch.zeros(1000, dtype=torch.uint8, device=group.device) for _ in range(2 if group.rank else 0)]
+    lent = [torch.full((1000,), 7 + n, dtype=torch.uint8, device=group.device) for n in range(2)]
+    sends = [(piece, dst) for dst in range(1, group.size) for piece in lent] if group.rank == 0 else []
+    group.start_transfers(sends, [(piece, 0) for piece in landed]).wait()
+    return [int(piece.float().mean()) for piece in landed]
+
+
+def layers(group: EPGroup, dtype: torch.dtype, native: str) -> dict[str, Any]:
+    """Every strategy on every routing: this rank's outputs, and whether a second run gave the same bits."""
+    results: dict[str, Any] = {}
+    borrowed: list[WeightTransfer] = []
+    for number, routing in enumerate(cases.ROUTINGS):
+        family = list(cases.FAMILIES.values())[number % len(cases.FAMILIES)]
+        num_experts = cases.ROUTINGS[routing][0]
+        weights = cases.expert_weights(family, num_experts, dtype)
+        ranks = cases.batches(routing, dtype)
+        counts_RE = cases.counts_of(ranks, num_experts)
+        batch = cases.to_device(ranks[group.rank], group.device)
+        for name, variant in cases.variants():
+            layer, planner, _ = cases.planned(name, variant, family, counts_RE, (native,))
+            telemetry = Telemetry()
+            experts = EPExperts(family, layer, planner, group, telemetry=telemetry)
+            cases.fill(experts, weights)
+            first, second = (experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK) for _ in range(2))
+            assert torch.equal(first, second), f"{routing} {name}: two runs gave different bits"
+            assert telemetry.loads().sum() == 2 * counts_RE.sum()
+            borrowed += planner(counts_RE).transfers
+            results[f"{routing} {name} {variant}"] = first.cpu()
+    assert borrowed, "no expert was borrowed in any case"
+    return results
+
+
+def part_of_the_world(group: TorchGroup) -> dict[str, Any] | None:
+    """A group of two of the ranks, whose numbers in it are not their global ones."""
+    if group.rank == 0:
+        return None
+    part = TorchGroup("cpu", ranks=list(range(1, group.size)), timeout_s=TIMEOUT_S)
+    seen = {"rank": part.rank, "size": part.size, "transfers": transfers(part)}
+    part.close()
+    return seen
+
+
+def loss_of_a_rank(group: EPGroup) -> dict[str, Any]:
+    """The last rank ends; returns how and how fast the others learn of it."""
+    group.barrier()
+    if group.rank == group.size - 1:
+        os._exit(0)
+    start_s = time.monotonic()
+    try:
+        group.gather_counts(torch.zeros(1, 1, dtype=torch.int64, device=group.device), 2)
+    except RankFailure as failure:
+        return {"message": str(failure), "seconds": time.monotonic() - start_s}
+    raise AssertionError("the loss of a rank went unnoticed")
+
+
+def main(directory: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    group = TorchGroup.from_environment(device, timeout_s=TIMEOUT_S)
+    seen: dict[str, Any] = {"backend": group.backend, "device": group.device.type}
+    seen["collectives"] = collectives(group)
+    seen["transfers"] = transfers(group)
+    for dtype, native in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        seen[native] = layers(group, dtype, native)
+    if device == "cpu":
+        seen["part"] = part_of_the_world(group)
+    path = directory / f"rank{group.rank}.pt"
+    torch.save(seen, path)
+    seen["loss"] = loss_of_a_rank(group)
+    torch.save(seen, path)
+    os._exit(0)  # an orderly end would wait for the lost rank
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
