@@ -21,7 +21,7 @@ from rq_ep.formats import native_format_name
 from rq_ep.model.checkpoint import Checkpoint, read_config
 from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import check_fits, expert_bytes
-from rq_ep.model.placing import check_layers, choose_strategy, make_planners, place_uniformly
+from rq_ep.model.placing import check_layers, choose_strategy, place_uniformly
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
 from rq_ep.model.weights import WeightReader
 from rq_ep.moe import EPExperts, ExpertBank, LocalExperts, SpareRoom, Telemetry
@@ -156,7 +156,7 @@ def _load(
     check_fits(model, experts, resident, ranks.here[0], ranks.device)
 
     layers = _replace_experts(model, experts, placement, strategy, ranks, telemetry)
-    _read_experts(reader, experts, layers, show_progress=0 in ranks.here)
+    _read_experts(reader, experts, layers, ranks)
     _read_others(model, reader, serving_dtype, ranks.device)
     assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
     _finish(model, path, ranks, LoadReport(placement, strategy, layers, telemetry, checkpoint.bytes_read, resident))
@@ -199,8 +199,9 @@ def _replace_experts(
     """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
     spare = SpareRoom(family_of(experts[0].module).layout, ranks.device)
     layers: list[EPExperts | LocalExperts] = []
-    for module, (placed, planner) in zip(experts, make_planners(placement, strategy), strict=True):
+    for module, placed in zip(experts, placement.layers, strict=True):
         family = family_of(module.module)
+        planner = strategy.planner(placed, placement.topology)
         layer: EPExperts | LocalExperts
         if ranks.group is None:
             layer = LocalExperts(family, placed, planner, ranks.num_ranks, device=ranks.device, telemetry=telemetry)
@@ -219,9 +220,9 @@ def _read_experts(
     reader: WeightReader,
     experts: Sequence[ExpertsModule],
     layers: Sequence[EPExperts | LocalExperts],
-    show_progress: bool,
+    ranks: Ranks,
 ) -> None:
-    """Read, pack and store this process' replicas, one expert at a time."""
+    """Read, pack and store this process' replicas, one expert at a time; packing happens where it will lie."""
     replicas = [
         (module.name, expert, bank)
         for module, layer in zip(experts, layers, strict=True)
@@ -229,9 +230,10 @@ def _read_experts(
         for expert in bank.experts
     ]
     console = Console(stderr=True)
-    is_shown = show_progress and console.is_terminal
+    is_shown = 0 in ranks.here and console.is_terminal
     for name, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
-        bank.put(expert, reader.expert(name, expert))
+        weights = reader.expert(name, expert)
+        bank.put(expert, {tensor: weight.to(ranks.device) for tensor, weight in weights.items()})
 
 
 def _read_others(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype, device: torch.device) -> None:

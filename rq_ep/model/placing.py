@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, standard_ep_bytes
+from rq_ep.core.placement import Placement, PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats, ModelIdentity
-from rq_ep.core.strategy import Planner, Strategy
+from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.model.seam import ExpertsModule
@@ -47,26 +45,6 @@ def check_layers(placement: Placement, experts: Sequence[ExpertsModule]) -> None
     wanted = [(module.layer, module.num_experts) for module in experts]
     if placed != wanted:
         raise UserError(f"the placement is for {_describe(placed)}, but the model has {_describe(wanted)}")
-
-
-def make_planners(placement: Placement, strategy: Strategy) -> list[tuple[LayerPlacement, Planner]]:
-    """Each layer of the placement with the strategy's planner for it.
-
-    Raises:
-        UserError: the strategy cannot serve these replicas, such as standard EP those of a replicated expert.
-    """
-    planned = []
-    for layer in placement.layers:
-        planner = strategy.planner(layer, placement.topology)
-        plan = planner(np.ones((placement.topology.num_ranks, layer.num_experts), np.int64))
-        planned_E = np.bincount(plan.replicas.experts_P, weights=plan.pairs_RP.sum(axis=0), minlength=layer.num_experts)
-        if (planned_E != placement.topology.num_ranks).any():
-            raise UserError(
-                f"strategy {strategy.name!r} cannot serve this placement: it does not know how to share the pairs of "
-                f"replicated experts (layer {layer.layer}); use the placement's own, {placement.strategy!r}"
-            )
-        planned.append((layer, planner))
-    return planned
 
 
 def _describe(layers: Sequence[tuple[int, int]]) -> str:

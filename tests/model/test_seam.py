@@ -109,7 +109,7 @@ def test_experts_in_a_module_list_are_refused() -> None:
     )  # fmt: skip
     with accelerate.init_empty_weights(include_buffers=False):
         model = SwitchTransformersForConditionalGeneration(config)
-    with pytest.raises(UserError, match="'switch_transformers' cannot be served: its experts, such as .*SwitchTr"):
+    with pytest.raises(UserError, match=r"'switch_transformers' cannot be served: its experts, such as .*SwitchTr"):
         find_expert_modules(model)
 
 
