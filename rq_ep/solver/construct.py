@@ -18,7 +18,7 @@ from rq_ep.solver.bounds import least_home_bytes, lower_bound
 from rq_ep.solver.cuts import LayerBalance, starting_sets
 from rq_ep.solver.fill import GOOD_ENOUGH, fill, promote
 from rq_ep.solver.homes import deal_homes
-from rq_ep.solver.improve import improve
+from rq_ep.solver.improve import improve, trim
 from rq_ep.solver.precision import Formats, damage_LE, least_missed
 from rq_ep.solver.split import SharedExperts, split
 from rq_ep.solver.steps import LayerSteps, calibration_steps
@@ -26,20 +26,53 @@ from rq_ep.solver.tables import replicas_of
 
 BoolArray = npt.NDArray[np.bool_]
 UNLIMITED = 2**60
+NUM_ROUNDS = 2  # of filling and moving
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One complete placement: who holds what, what is stored low, and what that gives on the calibration steps."""
+@dataclass
+class Draft:
+    """A placement being made: every expert has a home, and what is left of each rank's bytes."""
 
-    held_LER: BoolArray
+    layers: list[LayerBalance]
     low_LE: BoolArray
-    imbalance_L: FloatArray
+    bytes_LE: IntArray
+    free_R: IntArray
+
+    @classmethod
+    def of(
+        cls,
+        problem: PlacementProblem,
+        steps: Sequence[LayerSteps],
+        formats: Formats,
+        homes_LE: IntArray,
+        low_LE: BoolArray,
+    ) -> "Draft":
+        num_ranks = problem.topology.num_ranks
+        sets_GR = starting_sets(num_ranks)
+        held_LER = homes_LE[:, :, None] == np.arange(num_ranks)
+        bytes_LE = formats.bytes_of(low_LE)
+        free_R = _budget(problem) - np.einsum("ler,le->r", held_LER, bytes_LE)
+        layers = [LayerBalance(layer, held_ER, sets_GR) for layer, held_ER in zip(steps, held_LER, strict=True)]
+        return cls(layers, low_LE.copy(), bytes_LE, free_R)
 
     @property
     def rating(self) -> tuple[float, int]:
-        """Lower is better: balance to four digits, then fewer experts in few bits."""
-        return round(float(self.imbalance_L.mean()), 4), int(self.low_LE.sum())
+        """Lower is better: mean balance, taken as good enough below a threshold, then fewer experts in few bits."""
+        imbalance = float(np.mean([layer.refine() for layer in self.layers])) if self.layers else 1.0
+        return max(round(imbalance, 4), GOOD_ENOUGH), int(self.low_LE.sum())
+
+    def complete(self, max_moves: int, seed: int, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
+        """Replicas by gain, then moves; bytes that a balanced layer can spare serve the others in a second round."""
+        generator = np.random.default_rng(seed)
+        for turn in range(NUM_ROUNDS):
+            if turn and any(layer.imbalance > GOOD_ENOUGH for layer in self.layers):
+                for layer, bytes_E in zip(self.layers, self.bytes_LE, strict=True):
+                    trim(layer, bytes_E, self.free_R)
+            fill(self.layers, self.bytes_LE, self.free_R)
+            for done, (layer, bytes_E) in enumerate(zip(self.layers, self.bytes_LE, strict=True)):
+                improve(layer, bytes_E, self.free_R, max_moves // NUM_ROUNDS, generator)
+                on_progress((turn + (done + 1) / len(self.layers)) / NUM_ROUNDS)
+        fill(self.layers, self.bytes_LE, self.free_R)
 
 
 def solve(
@@ -64,20 +97,19 @@ def solve(
     report = on_progress or (lambda fraction: None)
     steps = calibration_steps(problem, max_steps)
     formats = Formats.of(problem)
-    starts = _starts(problem, steps, formats)
-    best: Candidate | None = None
-    for number, (homes_LE, low_LE) in enumerate(starts):
-
-        def report_layer(layers_done: float, number: int = number) -> None:
-            report((number + layers_done / len(steps)) / len(starts))
-
-        candidate = _complete(problem, steps, formats, homes_LE, low_LE, max_moves, report_layer)
-        if best is None or candidate.rating < best.rating:
-            best = candidate
-        if best.rating[0] <= round(GOOD_ENOUGH, 4):
+    drafts = [
+        Draft.of(problem, steps, formats, homes_LE, low_LE) for homes_LE, low_LE in _starts(problem, steps, formats)
+    ]
+    for number, draft in enumerate(drafts):
+        draft.complete(max_moves // 4, problem.seed)
+        report((number + 1) / len(drafts) / 2)
+        if draft.rating[0] <= GOOD_ENOUGH:
             break
-    assert best is not None
-    placement = _certified(problem, strategy, steps, formats, best, float(_contiguous_imbalance(problem, steps).mean()))
+    best = min(drafts, key=lambda draft: draft.rating)
+    best.complete(max_moves, problem.seed, lambda fraction: report((1 + fraction) / 2))
+    if formats.low:
+        promote(best.layers, best.low_LE, damage_LE(problem.stats, formats.low), formats, best.free_R)
+    placement = _certified(problem, strategy, steps, formats, best)
     report(1.0)
     return placement
 
@@ -87,7 +119,7 @@ def _starts(
 ) -> list[tuple[IntArray, BoolArray]]:
     """Homes and low experts to begin with, the plainest first."""
     stats, num_ranks = problem.stats, problem.topology.num_ranks
-    budget_R = np.array(problem.budget_bytes_R or [UNLIMITED] * num_ranks)
+    budget_R = _budget(problem)
     all_native_LE = np.zeros((stats.num_layers, stats.num_experts), bool)
     mean_LE = np.stack([layer.mean_E for layer in steps])
     starts = []
@@ -98,7 +130,7 @@ def _starts(
     if formats.low is not None and problem.budget_bytes_R is not None:
         low_LE = _low_experts(problem, formats)
         group = max(formats.native_bytes // (formats.native_bytes - formats.low_bytes), 1)
-        options += [(low_LE, 1)] + [(low_LE, group)] * (group > 1)
+        options += [(low_LE, number) for number in (1, group, group + 1)]
     for low_LE, group in options:
         homes_LE = deal_homes(mean_LE, low_LE, formats, budget_R, group)
         if homes_LE is not None:
@@ -106,6 +138,10 @@ def _starts(
     if not starts:
         raise UserError(_too_small(problem, formats, mean_LE, options[-1][0]))
     return starts
+
+
+def _budget(problem: PlacementProblem) -> IntArray:
+    return np.array(problem.budget_bytes_R or [UNLIMITED] * problem.topology.num_ranks, np.int64)
 
 
 def _low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
@@ -129,37 +165,6 @@ def _too_small(problem: PlacementProblem, formats: Formats, mean_LE: FloatArray,
     )
 
 
-def _complete(
-    problem: PlacementProblem,
-    steps: Sequence[LayerSteps],
-    formats: Formats,
-    homes_LE: IntArray,
-    low_LE: BoolArray,
-    max_moves: int,
-    on_layer: Callable[[float], None],
-) -> Candidate:
-    """From homes to a finished placement: fill, swap, and give back the bits that the budget has room for."""
-    num_ranks = problem.topology.num_ranks
-    sets_GR = starting_sets(num_ranks)
-    layers = [LayerBalance(layer, homes_E[:, None] == np.arange(num_ranks), sets_GR)
-              for layer, homes_E in zip(steps, homes_LE, strict=True)]  # fmt: skip
-    bytes_LE = formats.bytes_of(low_LE)
-    used_R = sum(np.bincount(homes_E, sizes_E, num_ranks) for homes_E, sizes_E in zip(homes_LE, bytes_LE))
-    free_R = np.array(problem.budget_bytes_R or [UNLIMITED] * num_ranks) - np.asarray(used_R).astype(np.int64)
-    fill(layers, bytes_LE, free_R)
-    generator = np.random.default_rng(problem.seed)
-    for done, (layer, bytes_E) in enumerate(zip(layers, bytes_LE, strict=True)):
-        improve(layer, bytes_E, max_moves, generator)
-        on_layer(done + 1)
-    if low_LE.any():
-        assert formats.low is not None
-        low_LE = low_LE.copy()
-        promote(layers, low_LE, damage_LE(problem.stats, formats.low), formats, free_R)
-    return Candidate(
-        np.stack([layer.held_ER for layer in layers]), low_LE, np.array([layer.refine() for layer in layers])
-    )
-
-
 def _contiguous_imbalance(problem: PlacementProblem, steps: Sequence[LayerSteps]) -> FloatArray:
     """[L] max/mean of standard EP on the same steps."""
     num_ranks = problem.topology.num_ranks
@@ -174,8 +179,7 @@ def _certified(
     strategy: str,
     steps: Sequence[LayerSteps],
     formats: Formats,
-    best: Candidate,
-    standard: float,
+    best: Draft,
 ) -> Placement:
     """The placement with shares, and with what the exact split makes of it beside what nothing could beat."""
     stats, num_ranks, share = problem.stats, problem.topology.num_ranks, problem.max_low_precision_share
@@ -183,7 +187,7 @@ def _certified(
     home_bytes_L = [least_home_bytes(pairs_E, formats, share) for pairs_E in pairs_LE]
     layers = []
     for at, layer_steps in enumerate(steps):
-        held_ER, low_E = best.held_LER[at], best.low_LE[at]
+        held_ER, low_E = best.layers[at].held_ER, best.low_LE[at]
         used = int((held_ER.sum(axis=1) * formats.bytes_of(low_E)).sum())
         max_replicas = stats.num_experts + (used - home_bytes_L[at]) // formats.low_bytes
         bound = lower_bound([layer_steps], max_replicas, num_ranks)
@@ -201,7 +205,7 @@ def _certified(
         "gap": predicted / overall.value - 1,
         "binding": overall.binding,
         "steps": max((len(layer.counts_SE) for layer in steps), default=0),
-        "standard": standard,
+        "standard": float(_contiguous_imbalance(problem, steps).mean()),
     }
     return problem.placement(strategy, layers, certificate=certificate)
 

@@ -6,6 +6,7 @@ set's mean. The fullest rank of the best split is the maximum of these means ove
 exact split returns as its proof. Adding or moving a replica changes a column, so it is priced in microseconds.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,11 @@ class LayerBalance:
         return np.asarray(held_ER @ self.outside_RG == 0, np.float64)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every set of ranks is listed."""
+        return len(self.sets_GR) == (1 << self.steps.num_ranks) - 1
+
+    @property
     def imbalance(self) -> float:
         """max/mean over ranks of the best split, mean over steps; over the listed sets, so a lower bound beyond."""
         return _mean_maximum(self.means_SG)
@@ -102,25 +108,33 @@ class LayerBalance:
             gains_ER[expert] = -np.log1p(-fall_SR).mean(axis=0) / (SHARPNESS * bytes_E[expert])
         return gains_ER
 
-    def refine(self) -> float:
-        """Split every step exactly, list the sets that prove it, and return the exact imbalance."""
-        if len(self.sets_GR) == 2**self.steps.num_ranks - 1:
+    def refine(self, give_up_at: float = math.inf) -> float:
+        """Split every step exactly, list the sets that prove it, and return the exact imbalance.
+
+        Once the imbalance is known to reach `give_up_at`, the steps that are left are not split.
+        """
+        if self.is_exact or not len(self.means_SG):
             return self.imbalance
-        shared = SharedExperts.of(replicas_of(self.held_ER), self.steps.num_ranks)
-        exact, cuts = 0.0, set()
-        for counts_E, listed in zip(self.steps.counts_SE, self.means_SG.max(axis=1).tolist(), strict=True):
+        num_ranks = self.steps.num_ranks
+        shared = SharedExperts.of(replicas_of(self.held_ER), num_ranks)
+        listed_S = self.means_SG.max(axis=1)
+        exact = float(listed_S.mean())
+        cuts = set()
+        for counts_E, listed in zip(self.steps.counts_SE, listed_S.tolist(), strict=True):
             best = split(shared, counts_E)
-            ratio = best.fullest * self.steps.num_ranks / int(counts_E.sum())
-            exact += max(ratio, listed)
+            ratio = best.fullest * num_ranks / int(counts_E.sum())
+            exact += max(ratio - listed, 0) / len(listed_S)
             if ratio > listed * 1.001:
                 cuts.add(best.cut)
+            if exact >= give_up_at:
+                break
         if cuts:
-            new_GR = np.zeros((len(cuts), self.steps.num_ranks), bool)
+            new_GR = np.zeros((len(cuts), num_ranks), bool)
             for row, cut in zip(new_GR, sorted(cuts), strict=True):
                 row[list(cut)] = True
             self.sets_GR = np.unique(np.concatenate([self.sets_GR, new_GR]), axis=0)
             self._recount()
-        return exact / max(len(self.steps.counts_SE), 1)
+        return exact
 
 
 def _mean_maximum(means_SG: FloatArray) -> float:

@@ -1,61 +1,101 @@
-"""Local search: two equal-sized replicas change ranks where that relieves the fullest set of ranks of some step."""
+"""Local search: replicas change ranks, or give way to others, where that relieves the fullest ranks of some step.
+
+The first improvement is taken. Simulated annealing was tried and was no better at equal time.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.solver.cuts import LayerBalance
 from rq_ep.solver.fill import GOOD_ENOUGH
 
 LEAST_STEP = 1e-5
-PATIENCE = 200  # moves in a row that may fail before the search ends
+REPLACE_SHARE = 0.3  # of moves, where the partner has another replica
 
 
-def improve(layer: LayerBalance, bytes_E: IntArray, max_moves: int, generator: np.random.Generator) -> None:
-    """Swap replicas between ranks, taking what lowers the mean exact maximum; no rank's bytes change."""
+class Move(NamedTuple):
+    """Who holds two experts after a move."""
+
+    experts: list[int]
+    held_2R: npt.NDArray[np.bool_]
+
+
+def improve(
+    layer: LayerBalance, bytes_E: IntArray, free_R: IntArray, max_moves: int, generator: np.random.Generator
+) -> None:
+    """Lower the mean exact maximum of `layer` by `max_moves` moves at most, inside `free_R`, which is kept current."""
     best = layer.refine()
-    failures = 0
     for _ in range(max_moves):
-        if best <= GOOD_ENOUGH or failures >= PATIENCE:
+        if best <= GOOD_ENOUGH:
             return
-        failures += 1
-        move = _propose(layer, bytes_E, generator)
+        move = _propose(layer, generator)
         if move is None:
             continue
-        one, two, from_rank, to_rank = move
-        experts = [one, two]
-        before_2R = layer.held_ER[experts]
-        after_2R = before_2R.copy()
-        after_2R[[0, 0, 1, 1], [from_rank, to_rank, to_rank, from_rank]] = [False, True, False, True]
-        if layer.imbalance_with(experts, after_2R) >= best - LEAST_STEP:
+        before_2R = layer.held_ER[move.experts]
+        left_R = free_R - bytes_E[move.experts] @ (move.held_2R.astype(np.int64) - before_2R)
+        if left_R.min() < 0 or layer.imbalance_with(move.experts, move.held_2R) >= best - LEAST_STEP:
             continue
-        layer.hold(experts, after_2R)
-        value = layer.refine()
+        layer.hold(move.experts, move.held_2R)
+        value = layer.refine(best - LEAST_STEP)
         if value < best - LEAST_STEP:
-            best, failures = value, 0
+            best = value
+            free_R[:] = left_R
         else:
-            layer.hold(experts, before_2R)
+            layer.hold(move.experts, before_2R)
 
 
-def _propose(
-    layer: LayerBalance, bytes_E: IntArray, generator: np.random.Generator
-) -> tuple[int, int, int, int] | None:
-    """An expert that a full set of ranks cannot get rid of, a rank of it, and a swap with a replica outside."""
+def trim(layer: LayerBalance, bytes_E: IntArray, free_R: IntArray) -> None:
+    """Drop replicas that the layer's balance can do without, so that their bytes can serve other layers."""
+    if layer.refine() > GOOD_ENOUGH:
+        return
+    for expert, rank in zip(*(axis.tolist() for axis in np.nonzero(layer.held_ER)), strict=True):
+        held_R = layer.held_ER[expert].copy()
+        held_R[rank] = False
+        if held_R.any() and layer.imbalance_with([expert], held_R[None]) <= GOOD_ENOUGH:
+            before_R = layer.held_ER[expert].copy()
+            layer.hold([expert], held_R[None])
+            if layer.refine() <= GOOD_ENOUGH:
+                free_R[rank] += bytes_E[expert]
+            else:
+                layer.hold([expert], before_R[None])
+
+
+def _propose(layer: LayerBalance, generator: np.random.Generator) -> Move | None:
+    """For an expert that a full set of ranks cannot get rid of: a swap with a replica outside, or the place of one."""
     excess_S = layer.means_SG.max(axis=1) - 1
-    if excess_S.sum() <= 0:
+    step = _draw(excess_S, generator)
+    if step is None:
         return None
-    step = int(np.searchsorted(np.cumsum(excess_S), generator.random() * excess_S.sum()))
-    step = min(step, len(excess_S) - 1)
     fullest = int(layer.means_SG[step].argmax())
     outside = np.flatnonzero(~layer.sets_GR[fullest])
-    weights_E = layer.steps.loads_SE[step] * layer.confined_EG[:, fullest]
-    if not len(outside) or weights_E.sum() <= 0:
+    one = _draw(layer.steps.loads_SE[step] * layer.confined_EG[:, fullest], generator)
+    if one is None or not len(outside):
         return None
-    one = int(np.searchsorted(np.cumsum(weights_E), generator.random() * weights_E.sum()))
-    one = min(one, len(weights_E) - 1)
+    to_rank = int(outside[int(generator.random() * len(outside))])
     ranks = np.flatnonzero(layer.held_ER[one])
-    from_rank = int(ranks[generator.integers(len(ranks))])
-    to_rank = int(outside[generator.integers(len(outside))])
-    partners = np.flatnonzero(layer.held_ER[:, to_rank] & ~layer.held_ER[:, from_rank] & (bytes_E == bytes_E[one]))
-    if layer.held_ER[one, to_rank] or not len(partners):
+    from_rank = int(ranks[int(generator.random() * len(ranks))])
+    partners = np.flatnonzero(layer.held_ER[:, to_rank])
+    two = int(partners[int(generator.random() * len(partners))]) if len(partners) else one
+    if two == one or layer.held_ER[one, to_rank]:
         return None
-    return one, int(partners[generator.integers(len(partners))]), from_rank, to_rank
+    experts = [one, two]
+    held_2R = layer.held_ER[experts]
+    if generator.random() < REPLACE_SHARE and held_2R[1].sum() > 1:
+        held_2R[:, to_rank] = [True, False]
+        return Move(experts, held_2R)
+    if held_2R[1, from_rank]:
+        return None
+    held_2R[:, from_rank] = [False, True]
+    held_2R[:, to_rank] = [True, False]
+    return Move(experts, held_2R)
+
+
+def _draw(weights: npt.NDArray[np.float64], generator: np.random.Generator) -> int | None:
+    """An index drawn with these weights, or None if there is none."""
+    running = np.cumsum(weights)
+    if not len(running) or running[-1] <= 0:
+        return None
+    return min(int(np.searchsorted(running, generator.random() * running[-1], side="right")), len(weights) - 1)

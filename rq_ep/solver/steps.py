@@ -37,8 +37,7 @@ class LayerSteps:
 def calibration_steps(problem: PlacementProblem, max_steps: int) -> list[LayerSteps]:
     """At most `max_steps` steps for each layer, spread over the record, thinned to `problem.tokens_per_step`."""
     stats = problem.stats
-    chosen_S = np.unique(np.linspace(0, stats.num_steps - 1, max_steps).round().astype(np.int64))
-    chosen_S = chosen_S[chosen_S >= 0]
+    chosen_S = np.linspace(0, stats.num_steps - 1, min(max_steps, stats.num_steps)).round().astype(np.int64)
     counts_SLE = stats.counts[chosen_S]
     if problem.tokens_per_step is not None:
         counts_SLE = _thin(counts_SLE, _tokens(stats)[chosen_S], problem.tokens_per_step, problem.seed)

@@ -53,6 +53,10 @@ def place(
     """
     if not isinstance(stats, ExpertStats):
         stats = ExpertStats.load(stats)
+    if not stats.num_layers or not stats.num_experts:
+        raise UserError(
+            f"{stats.source}: {stats.num_layers} MoE layers of {stats.num_experts} experts: nothing to place"
+        )
     topology = Topology(num_ranks, ranks_per_node)
     chosen = make_strategy(strategy)
     problem = PlacementProblem(

@@ -22,7 +22,7 @@ class ReplicateQuantize:
     name: ClassVar[str] = "rq"
 
     max_steps: int = 64  # calibration steps the solver looks at, spread over the record
-    max_moves: int = 600  # replica swaps it tries in each layer
+    max_moves: int = 3000  # moves it tries in each layer
 
     def place(
         self,

@@ -1,0 +1,124 @@
+"""`rq-ep simulate`: recorded loads replayed through several strategies' own planners."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rq_ep.core.placement import Placement
+    from rq_ep.core.stats import ExpertStats
+
+UNIFORM = "own, uniform load"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stats", required=True, metavar="FILE", help="loads to replay, best held out from placing")
+    parser.add_argument(
+        "--placement", nargs="*", default=[], metavar="FILE",
+        help="placements; a strategy that none of them is made by places by itself, on uniform load",
+    )  # fmt: skip
+    parser.add_argument("--strategies", default="standard,eplb,llep,rq", metavar="NAMES", help="by commas")
+    parser.add_argument("--num-ranks", required=True, type=int, metavar="R", help="ranks the loads are dealt to")
+    parser.add_argument("--machine", metavar="NAME", help="h200, h100 or cpu: add seconds by a roofline model")
+    parser.add_argument("--min-tokens-per-gemm", type=int, metavar="M", help="llep: least chunk that is worth moving")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON as well")
+
+
+def run(args: argparse.Namespace) -> None:
+    from rq_ep.commands.common import parse_names
+    from rq_ep.core.errors import UserError, check_choice
+    from rq_ep.core.files import replacing
+    from rq_ep.core.placement import Placement
+    from rq_ep.core.stats import ExpertStats
+    from rq_ep.strategies import STRATEGIES
+
+    stats = ExpertStats.load(args.stats)
+    names = [check_choice("strategy", name, STRATEGIES) for name in parse_names(args.strategies)]
+    placements: dict[str, tuple[str, Placement]] = {}
+    for path in args.placement:
+        placement = Placement.load(path)
+        placement.check_serves(stats.model, args.num_ranks, path)
+        shape = [layer.num_experts for layer in placement.layers]
+        if shape != [stats.num_experts] * stats.num_layers:
+            raise UserError(
+                f"{path}: experts per layer {shape}, but {args.stats} has {stats.num_layers} layers of {stats.num_experts}"
+            )
+        if placement.strategy in placements:
+            raise UserError(f"{path}: a second placement made by {placement.strategy!r}; give one for each strategy")
+        placements[placement.strategy] = (Path(path).name, placement)
+    rows = [_row(name, stats, placements.get(name), args) for name in names]
+    _report(rows, stats, args.machine)
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _row(
+    name: str, stats: "ExpertStats", given: "tuple[str, Placement] | None", args: argparse.Namespace
+) -> dict[str, Any]:
+    import numpy as np
+
+    from rq_ep.core.stats import ExpertStats
+    from rq_ep.sim.simulator import simulate
+    from rq_ep.strategies import make_strategy
+    from rq_ep.strategies.place import place
+
+    knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm} if name == "llep" and args.min_tokens_per_gemm else {}
+    if given is None:
+        native = {stats.native_format: stats.expert_bytes[stats.native_format]}
+        uniform = ExpertStats.uniform(stats.layers, stats.num_experts, native, stats.native_format)
+        given = (UNIFORM, place(uniform, args.num_ranks, strategy=name))
+    source, placement = given
+    cost, shape = _cost(args.machine, stats)
+    result = simulate(make_strategy(name, **knobs), placement, stats.counts, stats.native_format, cost, shape)
+    row = {
+        "strategy": name,
+        "placement": source,
+        "imbalance_mean": float(result.seen.mean()),
+        "imbalance_p90": float(np.percentile(result.seen, 90)),
+        "imbalance_worst": float(result.seen.max()),
+        "bytes_max": max(placement.bytes_R),
+        "bytes": placement.bytes_R,
+        "low_precision_share": result.low_precision_share,
+        "transfers_per_step": float(result.transfers_SL.sum(axis=1).mean()) if stats.num_steps else 0.0,
+    }
+    if result.layer_s_SL is not None:
+        row["modelled_step_s"] = float(result.layer_s_SL.sum(axis=1).mean())
+    return row
+
+
+def _cost(machine: str | None, stats: "ExpertStats") -> tuple[Any, Any]:
+    from rq_ep.core.cost import LayerShape
+    from rq_ep.core.errors import UserError, check_choice
+    from rq_ep.costs.roofline import MACHINES
+
+    if machine is None:
+        return None, None
+    model = MACHINES[check_choice("machine", machine, MACHINES)]
+    if stats.hidden_size is None or stats.intermediate_size is None:
+        raise UserError(f"--machine {machine}: {stats.source} does not name hidden_size and intermediate_size")
+    return model, LayerShape(stats.hidden_size, stats.intermediate_size, dict(stats.expert_bytes))
+
+
+def _report(rows: list[dict[str, Any]], stats: "ExpertStats", machine: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "strategy", "placement", "mean", "p90", "worst", "bytes, fullest rank", "low precision", "transfers per step",
+        title="max/mean over ranks, taken in every step and layer",
+    )  # fmt: skip
+    if machine:
+        table.add_column(f"s per step, MODELLED on {machine}")
+    for row in rows:
+        cells = [row["strategy"], row["placement"]]
+        cells += [f"{row[key]:.3f}" for key in ("imbalance_mean", "imbalance_p90", "imbalance_worst")]
+        cells += [f"{row['bytes_max']:,}", f"{row['low_precision_share']:.1%}", f"{row['transfers_per_step']:.1f}"]
+        if machine:
+            cells.append(f"{row['modelled_step_s']:.2e}")
+        table.add_row(*cells)
+    Console().print(table)
+    print(
+        f"{stats.num_steps} steps of {stats.num_layers} layers; transfers are expert weights moved, all layers together"
+    )

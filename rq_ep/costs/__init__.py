@@ -1,0 +1,1 @@
+"""Cost models: seconds of a plan on a given machine."""
