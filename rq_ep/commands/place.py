@@ -136,6 +136,7 @@ def _draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
         left += numbers
     bars.invert_yaxis()
     bars.set(xlabel="replicas", title="replicas by format")
-    bars.legend()
+    bars.legend(loc="lower right")
+    heat.set_xticks(range(placement.topology.num_ranks))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

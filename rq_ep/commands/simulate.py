@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rq_ep.core.placement import Placement
     from rq_ep.core.stats import ExpertStats
 
-UNIFORM = "own, uniform load"
+UNIFORM = "(uniform)"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
         shape = [layer.num_experts for layer in placement.layers]
         if shape != [stats.num_experts] * stats.num_layers:
             raise UserError(
-                f"{path}: experts per layer {shape}, but {args.stats} has {stats.num_layers} layers of {stats.num_experts}"
+                f"{path}: experts per layer {shape}, but {args.stats} has {stats.num_experts} "
+                f"in each of {stats.num_layers} layers"
             )
         if placement.strategy in placements:
             raise UserError(f"{path}: a second placement made by {placement.strategy!r}; give one for each strategy")
@@ -102,23 +103,33 @@ def _cost(machine: str | None, stats: "ExpertStats") -> tuple[Any, Any]:
 
 
 def _report(rows: list[dict[str, Any]], stats: "ExpertStats", machine: str | None) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
-        "strategy", "placement", "mean", "p90", "worst", "bytes, fullest rank", "low precision", "transfers per step",
+        "strategy", "placement", "mean", "p90", "worst", "MiB/rank", "low", "moved", box=SIMPLE,
         title="max/mean over ranks, taken in every step and layer",
     )  # fmt: skip
     if machine:
-        table.add_column(f"s per step, MODELLED on {machine}")
+        table.add_column("ms/step*")
     for row in rows:
         cells = [row["strategy"], row["placement"]]
         cells += [f"{row[key]:.3f}" for key in ("imbalance_mean", "imbalance_p90", "imbalance_worst")]
-        cells += [f"{row['bytes_max']:,}", f"{row['low_precision_share']:.1%}", f"{row['transfers_per_step']:.1f}"]
+        cells += [
+            f"{row['bytes_max'] / 2**20:,.2f}",
+            f"{row['low_precision_share']:.1%}",
+            f"{row['transfers_per_step']:.1f}",
+        ]
         if machine:
-            cells.append(f"{row['modelled_step_s']:.2e}")
+            cells.append(f"{1000 * row['modelled_step_s']:.3g}")
         table.add_row(*cells)
     Console().print(table)
-    print(
-        f"{stats.num_steps} steps of {stats.num_layers} layers; transfers are expert weights moved, all layers together"
-    )
+    print(f"{stats.num_steps} steps of {stats.num_layers} layers. MiB/rank: experts on the fullest rank.")
+    print("low: share of pairs in low precision. moved: expert weights sent per step, all layers.")
+    if any(row["placement"] == UNIFORM for row in rows):
+        print(f"{UNIFORM}: no placement file was made by this strategy; it placed by itself, on uniform load.")
+    if machine:
+        print(
+            f"* modelled, not measured: a roofline of {machine}, the slowest rank of every layer, nothing overlapped."
+        )
