@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             sequence_length=args.sequence_length,
             max_tokens=args.max_tokens,
-            dtype=parse_dtype(args.dtype),
+            dtype=None if args.dtype is None else parse_dtype(args.dtype),
             device=args.device,
             seed=args.seed,
             progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),

@@ -1,14 +1,17 @@
 """What several commands read from their command lines alike."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from rq_ep.core.errors import check_choice
+import yaml
+
+from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.strategy import Strategy
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
-          "fp16": "float16"}  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_names(text: str) -> list[str]:
@@ -16,14 +19,34 @@ def parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def parse_dtype(name: str | None) -> "torch.dtype | None":
-    """A torch dtype from its name or its format's; None stays None."""
-    if name is None:
-        return None
+def parse_dtype(name: str) -> "torch.dtype":
+    """A torch dtype from its name."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, DTYPES[check_choice("--dtype", name, DTYPES)])
+    dtype: torch.dtype = getattr(torch, check_choice("--dtype", name, DTYPES))
     return dtype
+
+
+def parse_strategies(names: Iterable[str], settings: Iterable[str]) -> dict[str, Strategy]:
+    """Name -> strategy, with its settings.
+
+    Args:
+        names: of strategies.
+        settings: texts such as "llep.min_tokens_per_gemm=16".
+
+    Raises:
+        UserError: an unknown strategy or setting, or a setting of a strategy that is not among `names`.
+    """
+    from rq_ep.strategies import make_strategy
+
+    knobs: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for text in settings:
+        target, is_given, value = text.partition("=")
+        name, dot, knob = target.strip().partition(".")
+        if not (is_given and dot and knob):
+            raise UserError(f"--set {text}: expected NAME.SETTING=VALUE, such as llep.min_tokens_per_gemm=16")
+        knobs[check_choice("strategy in --set", name, knobs)][knob.replace("-", "_")] = yaml.safe_load(value)
+    return {name: make_strategy(name, **chosen) for name, chosen in knobs.items()}
 
 
 def quiet_libraries() -> None:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,13 +157,12 @@ def _open(
     """The model, ready to run; its identity, if it lies on disk; the format its experts are stored in."""
     if isinstance(model, PreTrainedModel):
         network, path = model, str(model.name_or_path)
-        stored = find_expert_modules(model)[0].module.down_proj.dtype
+        stored: Any = find_expert_modules(model)[0].module.down_proj.dtype
     else:
         path = str(model)
         config = read_config(path)  # says in one line what is wrong with it
-        network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+        network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", device_map={"": own_device(device)})
         stored = config.dtype or network.dtype
-        network.to(own_device(device))
     network.eval()
     identity = model_identity(path) if Path(path, "config.json").is_file() else None
     return network, identity, native_format_name(stored)

@@ -1,0 +1,155 @@
+"""`rq-ep eval`: strategies and placements side by side on held-out text."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rq_ep.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rq_ep.model.evaluate import Contender, Evaluation
+
+DEFAULT_NUM_RANKS = 4
+MIN_WIDTH = 100  # columns; a table cut to less could not be read
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint")
+    parser.add_argument(
+        "--text", required=True, nargs="+", type=Path, metavar="PATH",
+        help="held-out text: files and directories of UTF-8 text, .jsonl with a text to a line",
+    )  # fmt: skip
+    parser.add_argument(
+        "--placement", action="append", default=[], metavar="FILE",
+        help="placement.json, served by the strategy that made it; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strategies", metavar="NAMES",
+        help="strategies to compare, by commas (default: all); without a placement they place on uniform load",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME.SETTING=VALUE",
+        help="setting of a strategy, such as llep.min_tokens_per_gemm=16; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--num-ranks", type=int, metavar="R", help="ranks (default: the placement's, or 4)")
+    parser.add_argument("--max-tokens", type=int, default=16_384, metavar="N", help="tokens to run, over all domains")
+    parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a step")
+    parser.add_argument("--dtype", default="float32", metavar="NAME", help="dtype to compute in")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the places text is taken from")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
+    parser.add_argument("--plot", metavar="FILE", help="write a picture of the ranks' loads here (.png)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from rq_ep.commands.common import parse_dtype, quiet_libraries
+    from rq_ep.commands.progress import progress_bar
+    from rq_ep.core.files import replacing
+    from rq_ep.model.evaluate import compare
+
+    quiet_libraries()
+    contenders, num_ranks = _contenders(args)
+    with progress_bar() as bar:
+        task = bar.add_task("loading", total=1)
+        evaluations = compare(
+            args.model,
+            args.text,
+            contenders,
+            num_ranks=num_ranks,
+            batch_size=args.batch_size,
+            sequence_length=args.sequence_length,
+            max_tokens=args.max_tokens,
+            dtype=parse_dtype(args.dtype),
+            device=args.device,
+            seed=args.seed,
+            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
+        )
+    _print(evaluations, num_ranks, args.dtype)
+    if args.json:
+        settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+        document = {
+            "settings": settings | {"num_ranks": num_ranks},
+            "strategies": {contender.label: vars(contender.strategy) for contender in contenders},
+            "rows": [evaluation.as_dict() for evaluation in evaluations],
+        }
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    if args.plot:
+        from rq_ep.commands.plot import plot_loads
+
+        plot_loads(evaluations, args.plot)
+
+
+def _contenders(args: argparse.Namespace) -> "tuple[list[Contender], int]":
+    """The rows of the table: a placement for each file, and the strategies that no file was made by."""
+    from rq_ep.commands.common import parse_names, parse_strategies
+    from rq_ep.core.placement import Placement
+    from rq_ep.model.evaluate import Contender
+    from rq_ep.strategies import STRATEGIES
+
+    placements = {path: Placement.load(path) for path in args.placement}
+    made_by = {placement.strategy for placement in placements.values()}
+    wanted = list(STRATEGIES) if args.strategies is None else parse_names(args.strategies)
+    names = [*wanted, *sorted(made_by - set(wanted))]
+    strategies = parse_strategies(names, args.set)
+    contenders = []
+    for name, strategy in strategies.items():
+        files = [path for path, placement in placements.items() if placement.strategy == name]
+        for path in files:
+            label = name if len(files) == 1 else f"{name} ({Path(path).stem})"
+            contenders.append(Contender(label, strategy, placements[path]))
+        if not files:
+            contenders.append(Contender(name, strategy))
+    sizes = {placement.topology.num_ranks: path for path, placement in placements.items()}
+    if args.num_ranks is not None:
+        return contenders, args.num_ranks
+    if len(sizes) > 1:
+        raise UserError(f"--placement: {', '.join(f'{path} is for {size} ranks' for size, path in sizes.items())}")
+    return contenders, next(iter(sizes), DEFAULT_NUM_RANKS)
+
+
+def _print(evaluations: "list[Evaluation]", num_ranks: int, dtype: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    first = evaluations[0]
+    dense = first.dense_perplexity
+    table = Table(
+        title=f"{num_ranks} ranks, {first.num_tokens} predicted tokens, computed in {dtype}",
+        caption=(
+            "load: max/mean over ranks, mean and worst over steps and layers. ms: compute of the slowest rank in a "
+            "layer. KiB: experts on the fullest rank (and room for borrowed ones), and what is borrowed in a layer and "
+            "step. KL and "
+            "next token: against the dense model, whose perplexity has a standard error of "
+            f"{dense.error:.2f}."
+        ),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    columns = (
+        "load\nmean", "\nworst", "ms\np50", "\np99", "KiB\nheld", "\nmoved",
+        "\nperplexity", "\nKL / 1e-6", "next token\nas dense",
+    )  # fmt: skip
+    table.add_column("\nstrategy", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in evaluations:
+        table.add_row(
+            row.label,
+            f"{row.imbalance_mean:.3f}",
+            f"{row.imbalance_worst:.2f}",
+            f"{row.compute_s_p50 * 1e3:.2f}",
+            f"{row.compute_s_p99 * 1e3:.2f}",
+            f"{max(row.bytes_R) / 1024:,.0f}",
+            f"{row.transfer_bytes / 1024:,.0f}",
+            f"{row.perplexity.mean:.4f}",
+            f"{row.kl.mean * 1e6:.1f} +- {row.kl.error * 1e6:.1f}",
+            f"{row.agreement:.2%}",
+        )
+    table.add_row("dense", *[""] * 6, f"{dense.mean:.4f}", style="dim")
+    console = Console()
+    console.width = max(console.width, MIN_WIDTH)
+    console.print(table)

@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rq_ep.__main__ import main
+from rq_ep.commands.common import parse_strategies
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.model.calibrate import calibrate
+from rq_ep.strategies.llep import Llep
+from rq_ep.strategies.place import place
+
+
+@pytest.fixture(scope="module")
+def placement(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("placement") / "placement.json"
+    stats = calibrate(tiny_checkpoint, tiny_checkpoint / "text" / "train", max_tokens=4096)
+    place(stats, 2).save(path)
+    return path
+
+
+def arguments(model: Path, *more: str | Path) -> list[str]:
+    fixed = ["--max-tokens", "1024", "--sequence-length", "64", "--batch-size", "4"]
+    return ["eval", "--model", str(model), "--text", str(model / "text" / "held-out"), *fixed, *map(str, more)]
+
+
+def test_table_figures_and_picture(tiny_checkpoint: Path, placement: Path, tmp_path: Path, capsys) -> None:
+    figures, picture = tmp_path / "eval.json", tmp_path / "loads.png"
+    settings = ["--set", "llep.min_tokens_per_gemm=8", "--set", "llep.fallback_ratio=1.0"]
+    assert main(arguments(
+        tiny_checkpoint, "--placement", placement, *settings, "--json", figures, "--plot", picture,
+    )) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "2 ranks" in printed  # the placement's
+    document = json.loads(figures.read_text())
+    rows = {row["label"]: row for row in document["rows"]}
+    assert list(rows) == ["standard", "eplb", "llep", "rq"]
+    assert all(label in printed for label in [*rows, "dense"])
+    assert rows["standard"]["agreement"] == 1
+    assert rows["rq"]["bytes_R"] == list(Placement.load(placement).bytes_R)
+    assert document["strategies"]["llep"]["min_tokens_per_gemm"] == 8
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, placement: Path, tmp_path: Path, capsys) -> None:
+    for more, message in (
+        (["--strategies", "standrad"], "did you mean 'standard'"),
+        (["--set", "llep.min_tokens=16"], "min_tokens"),
+        (["--set", "llep=16"], "expected NAME.SETTING=VALUE"),
+        (["--strategies", "rq", "--set", "llep.fallback_ratio=2"], "unknown strategy in --set 'llep'"),
+        (["--placement", tmp_path / "none.json"], "none.json: no such file"),
+        (["--placement", placement, "--num-ranks", "3"], "2 ranks, but 3 were started"),
+        (["--dtype", "float8"], "--dtype"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+    ):
+        assert main(arguments(tiny_checkpoint, *more)) == 2, more
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("rq-ep eval: error: "), error
+        assert message in error
+
+
+def test_settings_of_strategies() -> None:
+    found = parse_strategies(["rq", "llep"], ["llep.min-tokens-per-gemm=16", "llep.fallback_on=expert"])
+    assert list(found) == ["rq", "llep"]
+    assert found["llep"] == Llep(min_tokens_per_gemm=16, fallback_on="expert")
+    with pytest.raises(UserError, match="setting of strategy 'llep'"):
+        parse_strategies(["llep"], ["llep.alpha=1"])
