@@ -2,11 +2,11 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -22,15 +22,13 @@ from rq_ep.model.checkpoint import Checkpoint, read_config
 from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import check_fits, expert_bytes
 from rq_ep.model.placing import check_layers, choose_strategy, place_uniformly
+from rq_ep.model.ranks import Ranks
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
 from rq_ep.model.weights import WeightReader
 from rq_ep.moe import EPExperts, ExpertBank, LocalExperts, SpareRoom, Telemetry
 from rq_ep.parallel import EPGroup
-from rq_ep.parallel.default import default_group, own_device
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,8 @@ def load(
             all experts to be equally busy, in the bytes of standard EP.
         strategy: how each step's tokens are spread, by name or as an object; default: the one that made the placement,
             `standard` without a placement.
-        group: the ranks that share the experts; default: all processes of the launcher, or this one alone.
+        group: the ranks that share the experts; default: all processes of the launcher, or this one alone. Name one to
+            load several models on the same communicators.
         num_local_ranks: instead of a group, play so many ranks in this process.
         dtype: what activations and all but the experts are computed in; default: as the checkpoint was saved. Without
             a placement the experts are stored in it too; those of a placement are stored in its formats.
@@ -81,48 +80,8 @@ def load(
         UserError: the checkpoint cannot be served, a file is missing, damaged or of another model, the placement is for
             other ranks or layers, or the weights do not fit the device; on every rank, whichever found it.
     """
-    if num_local_ranks is None:
-        shared = default_group(device) if group is None else group
-        if device not in ("auto", shared.device.type):
-            raise UserError(f"device {device!r}: the group's tensors live on {shared.device}")
-        ranks = Ranks(shared.size, (shared.rank,), shared.device, shared)
-    elif group is not None:
-        raise UserError(f"num_local_ranks {num_local_ranks}: give it or a group, not both")
-    elif num_local_ranks < 1:
-        raise UserError(f"num_local_ranks {num_local_ranks}: at least one rank is needed")
-    else:
-        ranks = Ranks(num_local_ranks, tuple(range(num_local_ranks)), own_device(device), None)
+    ranks = Ranks.of(group, num_local_ranks, device)
     return ranks.together(lambda: _load(path, placement, strategy, ranks, dtype, attn_implementation, telemetry))
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks of the group, and which of them live in this process: one of many, or all."""
-
-    num_ranks: int
-    here: tuple[int, ...]
-    device: torch.device
-    group: EPGroup | None
-
-    @property
-    def are_processes(self) -> bool:
-        return self.group is not None and self.group.backend != "local" and self.num_ranks > 1
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do the work; what a user has to put right on one rank is raised on all, so that none waits for another."""
-        if self.group is None:
-            return work()
-        result, problem = None, None
-        try:
-            result = work()
-        except UserError as error:
-            problem = str(error)
-        problems = self.group.all_gather_object(problem)
-        for rank, text in enumerate(problems):
-            if text is not None:
-                raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
-        assert result is not None
-        return result
 
 
 def _load(

@@ -1,7 +1,6 @@
 """Tiny random models of every family that the seam is tested on, and one checkpoint of each."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -63,8 +62,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
         n_group=2, topk_group=1,
     ),
     "gpt_oss": GptOssConfig(
-        **_SHAPE, num_hidden_layers=2, num_key_value_heads=2, head_dim=16, intermediate_size=48,
-        num_local_experts=5, num_experts_per_tok=2, sliding_window=8,
+        **{**_SHAPE, "max_position_embeddings": 131072}, num_hidden_layers=2, num_key_value_heads=2, head_dim=16,
+        intermediate_size=48, num_local_experts=5, num_experts_per_tok=2, sliding_window=8,
     ),
 }  # fmt: skip
 
@@ -72,7 +71,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A dense model with weights, biases, sinks and router corrections large enough for errors to show."""
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if "norm" not in name:
@@ -82,15 +81,12 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 def save(model: PreTrainedModel, path: Path, **options: object) -> Path:
     """Write an ordinary checkpoint, without transformers' progress bar."""
-    with quiet():
-        model.save_pretrained(path, **options)
-    return path
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
-    yield
+    try:
+        model.save_pretrained(path, **options)
+    finally:
+        logging.enable_progress_bar()
+    return path
 
 
 def prompt(num_sequences: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -16,7 +16,7 @@ from rq_ep.model.identity import model_identity
 from rq_ep.model.load import load
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.moe import Telemetry
-from rq_ep.parallel import run_local
+from rq_ep.parallel import run_local, single_group
 from rq_ep.strategies import STRATEGIES
 from rq_ep.strategies.place import place
 from tests.model.families import FAMILIES, prompt, random_model, save
@@ -228,3 +228,11 @@ def test_one_rank_with_a_problem_stops_all(checkpoints: dict[str, Path], tmp_pat
     assert len(set(problems)) == 1
     assert problems[0].startswith("rank 1: ")
     assert "no such directory" in problems[0]
+
+
+def test_a_group_and_its_device_are_not_contradicted(checkpoints: dict[str, Path]) -> None:
+    group = single_group("cpu")
+    with pytest.raises(UserError, match="num_local_ranks 2: give it or a group, not both"):
+        load(checkpoints["olmoe"], group=group, num_local_ranks=2)
+    with pytest.raises(UserError, match="device 'cuda': the group's tensors live on cpu"):
+        load(checkpoints["olmoe"], group=group, device="cuda")

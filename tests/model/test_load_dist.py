@@ -18,7 +18,7 @@ from rq_ep.strategies import STRATEGIES
 from tests.model.families import FAMILIES, prompt, random_model, save
 
 NUM_PROCESSES = 3
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 # The last has more ranks than experts.
 MODELS: dict[str, PretrainedConfig] = {
