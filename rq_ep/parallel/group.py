@@ -123,10 +123,10 @@ class TorchGroup:
 
     def gather_counts(self, topk_ids_TK: Tensor, num_experts: int) -> IntArray:
         counts_E = self._to_wire(count_pairs(topk_ids_TK, num_experts))
-        counts_RE = counts_E.new_empty(self.size * num_experts)
+        counts_RE = counts_E.new_empty(self.size, num_experts)
         with self._naming("gather of counts"):
-            dist.all_gather_into_tensor(counts_RE, counts_E, group=self._data)
-        result: IntArray = counts_RE.cpu().view(self.size, num_experts).numpy()
+            dist.all_gather(list(counts_RE), counts_E, group=self._data)
+        result: IntArray = counts_RE.cpu().numpy()
         return result
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
