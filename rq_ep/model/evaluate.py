@@ -1,5 +1,6 @@
 """Evaluation: held-out text through the dense model and through expert-parallel ones, in one process, side by side."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import exp, sqrt
@@ -101,8 +102,8 @@ def compare(
 ) -> list[Evaluation]:
     """Run the same windows of text through the dense model and through every contender, batch by batch in turns.
 
-    All ranks live in this process and compute one at a time, so a rank's seconds are its own. The first batch is run
-    once before anything is measured.
+    All ranks live in this process and compute one at a time, so a rank's seconds are its own; on the CPU they are
+    those of its thread, which other processes do not stretch. The first batch is run once before anything is measured.
 
     Args:
         path: checkpoint directory.
@@ -131,7 +132,7 @@ def compare(
             contender.strategy, experts, family_of(experts[0].module).layout, stored_format, num_ranks,
             model_identity(path),
         )  # fmt: skip
-        telemetry = Telemetry()
+        telemetry = Telemetry(clock=time.thread_time if dense.device.type == "cpu" else None)
         model = load(
             path, placement, contender.strategy, num_local_ranks=num_ranks, dtype=dtype, device=device,
             telemetry=telemetry,

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import PHASES, ExpertStats
 from rq_ep.formats import get_format
+from rq_ep.model import tiny
 from rq_ep.model.calibrate import DECODE_STEPS, calibrate
 from rq_ep.model.identity import model_identity
 from rq_ep.model.recorder import recording
@@ -86,6 +87,25 @@ def test_same_text_same_record_also_from_a_model_in_memory(tiny_checkpoint) -> N
     assert np.array_equal(first.importance, second.importance)
     assert first.model == second.model
     assert first.native_format == "bf16"
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_is_recorded_without_changing_what_it_computes(family: str, tmp_path) -> None:
+    recipe = tiny.Recipe(family, steps=2, num_experts=8, num_layers=2, hidden_size=32, intermediate_size=16)
+    tiny.tiny_model(tmp_path / "model", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    modules = [found.module for found in find_expert_modules(model)]
+    tokens_BT = torch.arange(96).view(3, 32)
+    with torch.no_grad():
+        plain = model(tokens_BT).logits
+        with recording(modules, 8, rows_per_batch=4):
+            watched = model(tokens_BT).logits
+    torch.testing.assert_close(watched, plain, atol=1e-5, rtol=1e-5)
+    stats = calibrate(tmp_path / "model", {"d": ["ab" * 999]}, sequence_length=16, max_tokens=160)
+    assert stats.layers == ((1,) if family.startswith("deepseek") else (0, 1))
+    assert (stats.counts.sum(axis=2) == 2 * stats.tokens[:, None]).all()
+    assert ((stats.error[..., 1] > 0) & (stats.error[..., 1] < 0.05)).all()
+    assert (stats.hidden_size, stats.intermediate_size) == (32, 16)
 
 
 def test_small_sample_is_pointed_out(tiny_checkpoint, caplog) -> None:
