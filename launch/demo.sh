@@ -19,8 +19,8 @@ run=runs/demo ranks=4
 mkdir -p "$run"
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
-step rq-ep tiny-model --out "$run/model" --corpus "$run/text"
-step rq-ep calibrate --model "$run/model" --text "$run/text/train" --out "$run/stats.safetensors"
+step rq-ep tiny-model --out "$run/model"
+step rq-ep calibrate --model "$run/model" --text "$run/model/text/train" --out "$run/stats.safetensors"
 step rq-ep place --stats "$run/stats.safetensors" --num-ranks $ranks --budget ep --formats bf16,int8 \
     --strategy rq --out "$run/placement.rq.json"
 step rq-ep place --stats "$run/stats.safetensors" --num-ranks $ranks --budget ep --formats bf16 \
@@ -50,9 +50,9 @@ else
     echo "server stopped"
 fi
 
-OMP_NUM_THREADS=1 step rq-ep eval --model "$run/model" --text "$run/text/held_out" --num-ranks $ranks \
+OMP_NUM_THREADS=1 step rq-ep eval --model "$run/model" --text "$run/model/text/held-out" --num-ranks $ranks \
     --strategies standard,eplb,llep,rq --set llep.min_tokens_per_gemm=16 \
-    --placement "$run/placement.eplb.json" "$run/placement.rq.json" --json "$run/eval.json" --plot "$run/load.png"
+    --placement "$run/placement.eplb.json" --placement "$run/placement.rq.json" --json "$run/eval.json" --plot "$run/load.png"
 
 cat <<END
 
