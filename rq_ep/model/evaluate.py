@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import exp, sqrt
+from math import exp, isnan, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over windows of text and its standard error."""
+    """A mean over windows of text and its standard error, which is NaN for a single window."""
 
     mean: float
     error: float
@@ -55,6 +55,10 @@ class Estimate:
     def exp(self) -> "Estimate":
         """e to the mean, the error carried along: a perplexity from nats per token."""
         return Estimate(exp(self.mean), exp(self.mean) * self.error)
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Plain values, for JSON, which knows no NaN."""
+        return {"mean": self.mean, "error": None if isnan(self.error) else self.error}
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,7 @@ class Evaluation:
         """Plain values, for JSON."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["sorted_loads_R"] = self.sorted_loads_R.tolist()
-        return {
-            name: {"mean": value.mean, "error": value.error} if isinstance(value, Estimate) else value
-            for name, value in values.items()
-        }
+        return {name: value.as_dict() if isinstance(value, Estimate) else value for name, value in values.items()}
 
 
 @torch.no_grad()

@@ -128,3 +128,4 @@ def test_standard_error_is_that_of_the_mean_over_windows() -> None:
     estimate = Estimate.of([1.0, 2.0, 3.0])
     assert (estimate.mean, estimate.error) == pytest.approx((2, 1 / np.sqrt(3)))
     assert (estimate.exp().mean, estimate.exp().error) == pytest.approx((np.exp(2), np.exp(2) / np.sqrt(3)))
+    assert Estimate.of([1.0]).as_dict() == {"mean": 1, "error": None}
