@@ -175,11 +175,7 @@ def read_settings(settings: type[Settings], args: argparse.Namespace) -> Setting
     """
     hints = get_type_hints(settings)
     items = {item.name: item for item in fields(settings)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    if args.config is not None:
-        for key, value in read_yaml(args.config).items():
-            name = check_choice(f"setting in {args.config}", str(key).replace("-", "_"), items)
-            values[name] = _checked(items[name], _typed(hints[name], value, f"{args.config}: {key}"), args.config)
+    values = {} if args.config is None else _read_mapping(settings, read_yaml(args.config), args.config)
     for name, value in vars(args).items():
         if name in items:
             flag = f"--{name.replace('_', '-')}"
@@ -206,12 +202,32 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return document
 
 
-def resolved(settings: Any) -> str:
-    """The settings as the YAML that would give them again."""
+def as_mapping(settings: Any) -> dict[str, Any]:
+    """The settings as a YAML file would give them."""
     document = asdict(settings)
     if isinstance(strategy := document.get("strategy"), dict):
         document["strategy"] = {"name": strategy["name"], **strategy["settings"]}
-    return yaml.safe_dump(document, sort_keys=False).rstrip()
+    return document
+
+
+def from_mapping(settings: type[Settings], document: Mapping[str, Any]) -> Settings:
+    """The settings that `as_mapping` wrote down."""
+    return settings(**_read_mapping(settings, document, settings.__name__))
+
+
+def resolved(settings: Any) -> str:
+    """The settings as the YAML that would give them again."""
+    return yaml.safe_dump(as_mapping(settings), sort_keys=False).rstrip()
+
+
+def _read_mapping(settings: type[Any], document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    hints = get_type_hints(settings)
+    items = {item.name: item for item in fields(settings)}
+    values = {}
+    for key, value in document.items():
+        name = check_choice(f"setting in {where}", str(key).replace("-", "_"), items)
+        values[name] = _checked(items[name], _typed(hints[name], value, f"{where}: {key}"), where)
+    return values
 
 
 def _parse_yaml(text: str, where: str) -> Any:

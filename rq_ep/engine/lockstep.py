@@ -180,6 +180,7 @@ def batching_config(
         use_cuda_graph=False,
         allow_block_sharing=False,
         auto_switch_to_flash=False,
+        disable_nccl_graph_mixing=False,
         seed=seed,
         **settings,
     )

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
+from rq_ep.serve.front import Front
+from rq_ep.serve.leave import leave
+from rq_ep.serve.logs import set_up_logging
+from rq_ep.serve.startup import attempt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rank == 0:
                 print(preview(config, environment.world_size))
             return 0
-        from rq_ep.serve.rank import serve
+        set_up_logging(config.log_level if rank == 0 else "warning")
+        # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
+        front, problem = attempt(lambda: Front(config, environment)) if rank == 0 else (None, None)
+        try:
+            from rq_ep.serve.rank import serve
 
-        return serve(config, environment)
+            return serve(config, front, problem)
+        finally:
+            if front is not None:
+                front.close()
     except UserError as error:
         if rank == 0:
             print(f"rq_ep.serve: error: {error}", file=sys.stderr, flush=True)
@@ -41,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

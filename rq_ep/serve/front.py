@@ -5,10 +5,8 @@ import logging
 import secrets
 import subprocess
 import sys
-from dataclasses import asdict
-from typing import Any
 
-from rq_ep.config import Environment, ServeConfig, child_environment
+from rq_ep.config import Environment, ServeConfig, as_mapping, child_environment
 from rq_ep.serve.link import Link
 from rq_ep.serve.sockets import bind_http, bind_hub
 
@@ -23,13 +21,12 @@ class Front:
     Args:
         config: what to serve, and where.
         environment: rank 0's; its address is where the other ranks find the hub.
-        info: what `/server_info` tells from the start.
 
     Raises:
         UserError: the port or the host cannot be had.
     """
 
-    def __init__(self, config: ServeConfig, environment: Environment, info: dict[str, Any]) -> None:
+    def __init__(self, config: ServeConfig, environment: Environment) -> None:
         with bind_http(config.host, config.port) as http, bind_hub(environment.master_addr) as hub:
             self.address: tuple[str, int] = hub.getsockname()[:2]
             if self.address[0] == "0.0.0.0":
@@ -44,8 +41,8 @@ class Front:
                 env=child_environment(),
             )
             told = {
-                "config": asdict(config),
-                "info": {"num_ranks": environment.world_size, **info},
+                "config": as_mapping(config),
+                "num_ranks": environment.world_size,
                 "token": self.token,
                 "http_fd": http.fileno(),
                 "hub_fd": hub.fileno(),

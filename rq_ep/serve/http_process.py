@@ -8,14 +8,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from importlib.metadata import version
 
 import uvicorn
 from transformers import AutoTokenizer
 
-from rq_ep.config import ServeConfig
+from rq_ep.config import ServeConfig, as_mapping, from_mapping
 from rq_ep.serve.app import make_app
 from rq_ep.serve.hub import Hub, listen
+from rq_ep.serve.leave import leave
 from rq_ep.serve.link import Message
 from rq_ep.serve.logs import set_up_logging
 from rq_ep.serve.metrics import Metrics
@@ -34,16 +35,14 @@ class Server(uvicorn.Server):
         yield
 
 
-async def run(
-    config: ServeConfig, info: dict[str, Any], token: str, http: socket.socket, hub_socket: socket.socket
-) -> None:
+async def run(config: ServeConfig, num_ranks: int, token: str, http: socket.socket, hub_socket: socket.socket) -> None:
     """Serve until the ranks have ended."""
     ended = asyncio.Event()
     metrics = Metrics(config.model_name, lambda: hub.num_unfinished)
 
     def on_ready(message: Message) -> None:
         service.served = Served(message["max_model_len"], message["vocab_size"])
-        service.info = {**info, **message["info"]}
+        service.info |= message["info"]
         metrics.weights(message["expert_bytes"])
 
     def on_stats(rank: int, message: Message) -> None:
@@ -52,7 +51,7 @@ async def run(
             metrics.loads(loads["layers"], loads["pairs_LR"], loads["imbalance_L"])
 
     hub = Hub(
-        info["num_ranks"],
+        num_ranks,
         token,
         max_queue_size=config.max_queue_size,
         stall_s=config.rank_timeout,
@@ -61,7 +60,11 @@ async def run(
         on_end=ended.set,
     )
     service = Service(config.model_name, config.seed, hub, metrics)
-    service.info = info
+    service.info = {
+        "settings": as_mapping(config),
+        "num_ranks": num_ranks,
+        "versions": {name: version(name) for name in ("rq_ep", "torch", "transformers")},
+    }
     app = make_app(service, config.max_body_bytes)
     server = Server(
         uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=2)
@@ -98,12 +101,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     told = json.load(sys.stdin)
-    config = ServeConfig(**{**told["config"], "strategy": None})  # the ranks' business
+    config = from_mapping(ServeConfig, told["config"])
     set_up_logging(config.log_level)
     http = socket.socket(fileno=told["http_fd"])
     hub = socket.socket(fileno=told["hub_fd"])
-    asyncio.run(run(config, told["info"], told["token"], http, hub))
+    asyncio.run(run(config, told["num_ranks"], told["token"], http, hub))
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

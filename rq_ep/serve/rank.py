@@ -6,33 +6,28 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rq_ep.config import Environment, ServeConfig, resolved
+from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement
 from rq_ep.engine.engine import Engine, Limits
-from rq_ep.engine.families import check_servable, set_attention
+from rq_ep.engine.families import set_attention
 from rq_ep.engine.lockstep import is_consequence
 from rq_ep.engine.request import Output, Request, Sampling
-from rq_ep.formats import get_format
-from rq_ep.model.checkpoint import read_config
 from rq_ep.model.load import load
-from rq_ep.moe.layer import EPExperts
+from rq_ep.model.memory import expert_bytes
 from rq_ep.parallel import EPGroup, TorchGroup
 from rq_ep.serve.front import Front
+from rq_ep.serve.inputs import check_inputs, choose_max_model_len, chosen_strategy
 from rq_ep.serve.link import Link, Message
 from rq_ep.serve.loads import LoadTotals
-from rq_ep.serve.logs import set_up_logging
-from rq_ep.serve.startup import agree, attempt, on_every_rank
-from rq_ep.strategies import make_strategy
+from rq_ep.serve.startup import agree, on_every_rank
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -42,29 +37,28 @@ VERDICT_TIMEOUT_S = 5.0
 EXIT_FAILURE = 1
 
 
-def serve(config: ServeConfig, environment: Environment) -> int:
+def serve(config: ServeConfig, front: Front | None, problem: str | None) -> int:
     """Serve until told to stop; every rank calls this. Returns the exit status.
 
     A failure while serving ends the process from within: other ranks must not be left waiting in a collective.
 
+    Args:
+        config: the same on every rank.
+        front: the HTTP process, on rank 0.
+        problem: why rank 0 could not start it.
+
     Raises:
         UserError: the same on every rank, whichever found it.
     """
-    set_up_logging(config.log_level if environment.rank == 0 else "warning")
-    front, problem = attempt(lambda: Front(config, environment, about(config)) if environment.rank == 0 else None)
+    group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
+    agree(group, problem)
+    address, token = group.all_gather_object(front and (front.address, front.token))[0]
+    link = Link(address, group.rank, token) if front is None else front.link
     try:
-        group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
-        agree(group, problem)
-        address, token = group.all_gather_object(front and (front.address, front.token))[0]
-        link = Link(address, group.rank, token) if front is None else front.link
-        try:
-            RankServer(config, group, link).run()
-        finally:
-            link.close()
-        group.close()
+        RankServer(config, group, link).run()
     finally:
-        if front is not None:
-            front.close()
+        link.close()
+    group.close()
     return 0
 
 
@@ -99,12 +93,11 @@ class RankServer:
 
     def _start(self) -> Engine:
         started_s = time.monotonic()
-        model_config = on_every_rank(self.group, lambda: check_inputs(self.config, self.group.rank))
+        model_config = on_every_rank(self.group, lambda: check_inputs(self.config))
         model = on_every_rank(self.group, self._load)
-        layers = [module for module in model.modules() if isinstance(module, EPExperts)]
         engine = Engine(
             model,
-            layers,
+            model.rq_ep.layers,
             self.group.control if self.group.size > 1 else None,
             Limits(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.kv_cache_tokens),
             on_outputs=self.tell,
@@ -114,7 +107,8 @@ class RankServer:
         max_model_len = on_every_rank(self.group, lambda: choose_max_model_len(self.config, model_config, min(rooms)))
         engine.start()
         if self.group.rank == 0:
-            bytes_R = expert_bytes(layers, self.group.size)
+            placement, layout = model.rq_ep.placement, model.rq_ep.layers[0].family.layout
+            bytes_R = [expert_bytes(placement, layout, [rank]) for rank in range(self.group.size)]
             report(model, self.group, bytes_R, max_model_len, time.monotonic() - started_s)
             vocab_size = model.get_input_embeddings().weight.shape[0]
             self.link.send(
@@ -134,19 +128,16 @@ class RankServer:
 
     def _load(self) -> PreTrainedModel:
         config = self.config
-        placement = None if config.placement is None else Placement.load(config.placement)
-        chosen = config.strategy
-        name = chosen.name if chosen is not None else "standard" if placement is None else placement.strategy
         model = load(
             config.model,
-            placement,
-            make_strategy(name, **(chosen.settings if chosen is not None else {})),
+            config.placement,
+            chosen_strategy(config),
             group=self.group,
-            dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+            dtype=config.dtype,
             telemetry=self.loads,
         )
         set_attention(model, config.attn_implementation)
-        return model.eval()
+        return model
 
     def _attend(self) -> None:
         """Wait for the end; meanwhile pass on signals and figures."""
@@ -229,62 +220,6 @@ def end(reason: str | None) -> None:
     if reason is not None:
         os.write(2, f"rq_ep.serve: error: {reason}\n".encode())
     os._exit(EXIT_FAILURE)
-
-
-def check_inputs(config: ServeConfig, rank: int) -> PretrainedConfig:
-    """Look at everything that can be wrong before anything large is read."""
-    model_config = read_config(config.model)
-    check_servable(model_config)
-    if config.placement is not None:
-        Placement.load(config.placement)
-    if config.strategy is not None:
-        make_strategy(config.strategy.name, **config.strategy.settings)
-    if rank == 0:
-        try:
-            AutoTokenizer.from_pretrained(config.model)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{config.model}: no tokenizer that transformers can read ({reason})") from None
-    return model_config
-
-
-def choose_max_model_len(config: ServeConfig, model_config: PretrainedConfig, room: int) -> int:
-    """The longest prompt and answer: what the model was made for, what was asked for, what the cache holds.
-
-    Args:
-        room: tokens that one request can have in the smallest KV cache of the group.
-    """
-    model_limit = int(model_config.get_text_config().max_position_embeddings)
-    wanted = config.max_model_len
-    if wanted is None:
-        return min(model_limit, room)
-    if wanted > model_limit:
-        raise UserError(f"--max-model-len {wanted}: the model was made for {model_limit} tokens")
-    if wanted > room:
-        raise UserError(
-            f"--max-model-len {wanted}: the KV cache holds {room} tokens of one request; "
-            f"lower it, or raise --kv-cache-tokens to {wanted}"
-        )
-    return wanted
-
-
-def expert_bytes(layers: Sequence[EPExperts], num_ranks: int) -> list[dict[str, int]]:
-    """Bytes of the experts that each rank holds, by weight format."""
-    bytes_R: list[dict[str, int]] = [{} for _ in range(num_ranks)]
-    for layer in layers:
-        for replica in layer.layer.replicas:
-            by_format = bytes_R[replica.rank]
-            size = get_format(replica.format).nbytes(layer.family.layout)
-            by_format[replica.format] = by_format.get(replica.format, 0) + size
-    return bytes_R
-
-
-def about(config: ServeConfig) -> dict[str, Any]:
-    """What `/server_info` says before the model is there."""
-    return {
-        "settings": resolved(config),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
 
 
 def report(

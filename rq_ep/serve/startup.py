@@ -1,15 +1,17 @@
 """Starting alike on every rank: what one of them finds wrong, all of them report or none."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rq_ep.core.errors import UserError
-from rq_ep.parallel import EPGroup
+
+if TYPE_CHECKING:  # ports are bound before torch is imported
+    from rq_ep.parallel import EPGroup
 
 T = TypeVar("T")
 
 
-def on_every_rank(group: EPGroup, work: Callable[[], T]) -> T:
+def on_every_rank(group: "EPGroup", work: Callable[[], T]) -> T:
     """Do the work here, while every other rank does its own.
 
     Raises:
@@ -28,7 +30,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
 
 
-def agree(group: EPGroup, problem: str | None) -> None:
+def agree(group: "EPGroup", problem: str | None) -> None:
     """Raise on every rank the first problem that any of them has."""
     problems = group.all_gather_object(problem)
     found = [(rank, text) for rank, text in enumerate(problems) if text is not None]

@@ -1,0 +1,56 @@
+"""Everything that can be wrong with a checkpoint and its settings, looked at before anything large is read."""
+
+from transformers import AutoTokenizer, PretrainedConfig
+
+from rq_ep.config import ServeConfig
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.core.strategy import Strategy
+from rq_ep.engine.families import check_servable
+from rq_ep.model.checkpoint import read_config
+from rq_ep.strategies import make_strategy
+
+
+def check_inputs(config: ServeConfig) -> PretrainedConfig:
+    """The model's configuration, if it and everything named beside it can be served.
+
+    Raises:
+        UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy.
+    """
+    chosen_strategy(config)
+    model_config = read_config(config.model)
+    check_servable(model_config)
+    if config.placement is not None:
+        Placement.load(config.placement)
+    try:
+        AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{config.model}: no tokenizer that transformers can read ({reason})") from None
+    return model_config
+
+
+def chosen_strategy(config: ServeConfig) -> Strategy | None:
+    """The strategy that was asked for, with its settings; None: the placement's own, or standard EP."""
+    chosen = config.strategy
+    return None if chosen is None else make_strategy(chosen.name, **chosen.settings)
+
+
+def choose_max_model_len(config: ServeConfig, model_config: PretrainedConfig, room: int) -> int:
+    """The longest prompt and answer: what the model was made for, what was asked for, what the cache holds.
+
+    Args:
+        room: tokens that one request can have in the smallest KV cache of the group.
+    """
+    model_limit = int(model_config.get_text_config().max_position_embeddings)
+    wanted = config.max_model_len
+    if wanted is None:
+        return min(model_limit, room)
+    if wanted > model_limit:
+        raise UserError(f"--max-model-len {wanted}: the model was made for {model_limit} tokens")
+    if wanted > room:
+        raise UserError(
+            f"--max-model-len {wanted}: the KV cache holds {room} tokens of one request; "
+            f"lower it, or raise --kv-cache-tokens to {wanted}"
+        )
+    return wanted
