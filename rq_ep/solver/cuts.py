@@ -99,13 +99,14 @@ class LayerBalance:
         for expert in np.argsort(-linear_E, kind="stable")[:EXPERTS_PRICED].tolist():
             if linear_E[expert] <= 0:
                 break
-            sets = np.flatnonzero(self.confined_EG[expert])
-            fall_SG = -np.expm1(-SHARPNESS * loads_SE[:, expert, None] / self.sizes_G[sets]) * weight_SG[:, sets]
-            fall_SR = fall_SG @ self.outside_RG[:, sets].T
-            fall_SR = np.minimum(
-                fall_SR, 1 - 1e-12
-            )  # rounding may reach 1: all weight lies on sets this replica leaves
-            gains_ER[expert] = -np.log1p(-fall_SR).mean(axis=0) / (SHARPNESS * bytes_E[expert])
+            confined_G = self.confined_EG[expert] > 0
+            kept_SG = weight_SG[:, confined_G]
+            left_SG = kept_SG * np.exp(-SHARPNESS * loads_SE[:, expert, None] / self.sizes_G[confined_G])
+            outside_RG = self.outside_RG[:, confined_G]
+            after_SR = weight_SG[:, ~confined_G].sum(axis=1)[:, None] + kept_SG @ (1 - outside_RG.T)
+            after_SR += left_SG @ outside_RG.T
+            gains_ER[expert] = -np.log(after_SR).mean(axis=0) / (SHARPNESS * bytes_E[expert])
+        gains_ER[self.held_ER] = 0  # not by the rounding of a sum either
         return gains_ER
 
     def refine(self, give_up_at: float = math.inf) -> float:

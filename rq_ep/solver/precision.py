@@ -51,14 +51,19 @@ def damage_LE(stats: ExpertStats, low: str) -> FloatArray:
 
 
 def least_missed(damage_E: FloatArray, pairs_E: IntArray, max_share: float) -> npt.NDArray[np.bool_]:
-    """[E] experts to store low: by rising damage, skipping those whose pairs would exceed `max_share` of all pairs."""
+    """[E] experts to store low, by rising damage, while both their pairs and their damage keep to `max_share` of all.
+
+    An expert that would exceed it is skipped. The cap on damage keeps a rare expert that matters from being taken only
+    because its few pairs fit.
+    """
     low_E = np.zeros(len(damage_E), bool)
-    allowed = max_share * int(pairs_E.sum())
-    taken = 0
-    if not allowed:
+    allowed_pairs, allowed_damage = max_share * int(pairs_E.sum()), max_share * float(damage_E.sum())
+    pairs, damage = 0, 0.0
+    if not allowed_pairs:
         return low_E
     for expert in np.lexsort((pairs_E, damage_E)).tolist():
-        if taken + int(pairs_E[expert]) <= allowed:
+        if pairs + int(pairs_E[expert]) <= allowed_pairs and damage + damage_E[expert] <= allowed_damage:
             low_E[expert] = True
-            taken += int(pairs_E[expert])
+            pairs += int(pairs_E[expert])
+            damage += float(damage_E[expert])
     return low_E

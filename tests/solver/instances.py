@@ -1,0 +1,58 @@
+"""Small random layers for the solver's tests, and the linear programme that says what is best."""
+
+import numpy as np
+from scipy.optimize import linprog
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.placement import PlacementProblem, Replica, Replicas, standard_ep_bytes
+from rq_ep.core.stats import ExpertStats
+from rq_ep.core.topology import Topology
+
+
+def random_replicas(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> Replicas:
+    """A replica of each expert on a random rank, and `num_extra` more."""
+    generator = np.random.default_rng(seed)
+    held_ER = np.arange(num_ranks) == generator.integers(num_ranks, size=num_experts)[:, None]
+    free = np.flatnonzero(~held_ER)
+    held_ER.flat[generator.permutation(free)[:num_extra]] = True
+    return Replicas.of(Replica(rank, expert, "bf16") for expert, rank in np.argwhere(held_ER).tolist())
+
+
+def skewed(num_experts: int, num_pairs: int, seed: int, num_steps: int = 1) -> IntArray:
+    """[S, E] counts with a log-normal popularity that wanders from step to step."""
+    generator = np.random.default_rng(seed)
+    log_popularity_SE = 1.2 * generator.standard_normal(num_experts) + 0.4 * generator.standard_normal(
+        (num_steps, num_experts)
+    )
+    popularity_SE = np.exp(log_popularity_SE)
+    popularity_SE /= popularity_SE.sum(axis=1, keepdims=True)
+    return np.stack([generator.multinomial(num_pairs, popularity_E) for popularity_E in popularity_SE])
+
+
+def best_maximum(replicas: Replicas, totals_E: IntArray, num_ranks: int) -> float:
+    """Pairs of the fullest rank under the best fractional split, by HiGHS."""
+    num_replicas = len(replicas)
+    above_RP = np.zeros((num_ranks, num_replicas + 1))
+    above_RP[replicas.ranks_P, np.arange(num_replicas)] = 1
+    above_RP[:, -1] = -1
+    sums_EP = np.zeros((len(totals_E), num_replicas + 1))
+    sums_EP[replicas.experts_P, np.arange(num_replicas)] = 1
+    objective = np.append(np.zeros(num_replicas), 1.0)
+    return float(linprog(objective, above_RP, np.zeros(num_ranks), sums_EP, totals_E, method="highs").fun)
+
+
+def problem(
+    counts_SLE: IntArray,
+    num_ranks: int,
+    budget: tuple[int, ...] | str | None = "ep",
+    formats: tuple[str, ...] = ("bf16", "int8"),
+    notes: dict[str, np.ndarray] | None = None,
+    **limits: float,
+) -> PlacementProblem:
+    """A problem in units of 1000 bytes for an expert, 504 in int8."""
+    stats = ExpertStats(
+        counts_SLE.astype(np.int64), ("bf16", "int8"), "bf16", {"bf16": 1000, "int8": 504}, top_k=2, **(notes or {})
+    )
+    if budget == "ep":
+        budget = (standard_ep_bytes(stats, num_ranks),) * num_ranks
+    return PlacementProblem(stats, Topology(num_ranks), budget, formats, **limits)  # type: ignore[arg-type]
