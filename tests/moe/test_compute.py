@@ -24,23 +24,26 @@ FAMILIES = {
 }
 
 
-def stack_of(family: ExpertFamily, name: str) -> Stack:
+CPU = torch.device("cpu")
+
+
+def stack_of(family: ExpertFamily, name: str, device: torch.device = CPU) -> Stack:
     random = torch.Generator().manual_seed(0)
-    stack = Stack.empty(get_format(name), family.layout, NUM_EXPERTS, torch.device("cpu"))
+    stack = Stack.empty(get_format(name), family.layout, NUM_EXPERTS, device)
     for packed in stack.packed:
         weights = {n: torch.randn(s, generator=random) * 0.2 for n, s in family.layout.shapes.items()}
         packed.copy_(stack.format.pack(weights, family.layout))
     return stack
 
 
-def received_of(pairs_J: list[int], num_rows: int, dtype: torch.dtype) -> Received:
+def received_of(pairs_J: list[int], num_rows: int, dtype: torch.dtype, device: torch.device = CPU) -> Received:
     random = torch.Generator().manual_seed(1)
     num_pairs = sum(pairs_J)
     empty = torch.empty(0, dtype=torch.int64)
     return Received(
-        rows_MD=torch.randn(num_rows, D, generator=random).to(dtype),
-        row_N=torch.randint(num_rows, (num_pairs,), generator=random),
-        weight_N=torch.rand(num_pairs, generator=random),
+        rows_MD=torch.randn(num_rows, D, generator=random).to(device, dtype),
+        row_N=torch.randint(num_rows, (num_pairs,), generator=random).to(device),
+        weight_N=torch.rand(num_pairs, generator=random).to(device),
         experts=tuple(range(len(pairs_J))),
         offsets=(0, *np.cumsum(pairs_J).tolist()),
         way_back=WayBack(0, empty, empty, (0,), (0,)),
@@ -48,7 +51,7 @@ def received_of(pairs_J: list[int], num_rows: int, dtype: torch.dtype) -> Receiv
 
 
 def outputs(stack: Stack, family: ExpertFamily, received: Received, max_bytes: int | None = None) -> torch.Tensor:
-    partial_MD = torch.zeros(received.rows_MD.shape)
+    partial_MD = torch.zeros(received.rows_MD.shape, device=received.rows_MD.device)
     active = [j for j in range(NUM_EXPERTS) if received.offsets[j] < received.offsets[j + 1]]
     add_outputs(partial_MD, received, Share(stack, active, active), family, max_bytes)
     return partial_MD

@@ -1,0 +1,104 @@
+"""The executing side on CUDA tensors: formats, grouped kernel, all ranks on one GPU, NCCL, gloo through host memory."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rq_ep.formats import FORMATS, is_intact
+from rq_ep.moe import LocalExperts, Telemetry
+from rq_ep.moe.compute import can_group
+from rq_ep.parallel.base import count_pairs
+from tests.moe import cases
+from tests.moe.test_compute import FAMILIES, outputs, received_of, stack_of
+from tests.parallel.processes import run_ranks
+from tests.parallel.test_processes import check_collectives, check_layers
+
+DEVICE = torch.device("cuda")
+FORMAT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_packed_expert_is_the_same_on_both_sides(name: str) -> None:
+    family = cases.FAMILIES["transposed"]
+    weights = cases.expert_weights(family, 1)[0]
+    packed = FORMATS[name].pack(weights, family.layout)
+    moved = packed.to(DEVICE)
+    assert bool(is_intact(moved))
+    assert torch.equal(
+        FORMATS[name].pack({n: weight.to(DEVICE) for n, weight in weights.items()}, family.layout).cpu(), packed
+    )
+    x_ND = torch.randn(9, cases.D)
+    expected_ND = family.forward(x_ND, FORMATS[name], FORMATS[name].views(packed, family.layout))
+    found_ND = family.forward(x_ND.to(DEVICE), FORMATS[name], FORMATS[name].views(moved, family.layout))
+    torch.testing.assert_close(found_ND.cpu(), expected_ND, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_grouped_kernel_equals_the_loop(monkeypatch: pytest.MonkeyPatch, family: cases.ExpertFamily) -> None:
+    stack = stack_of(family, "bf16", DEVICE)
+    received = received_of([3, 0, 17, 1, 40], 10, torch.bfloat16, DEVICE)
+    assert can_group(received.rows_MD, stack, family.up) == (torch.cuda.get_device_capability() >= (8, 0))
+    grouped_MD = outputs(stack, family, received)
+    assert all(torch.equal(grouped_MD, outputs(stack, family, received)) for _ in range(5)), "bits differ"
+    monkeypatch.setattr("rq_ep.moe.compute.can_group", lambda *_: False)
+    loop_MD = outputs(stack, family, received)
+    assert (grouped_MD - loop_MD).norm() < 2e-2 * loop_MD.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+def test_every_strategy_equals_the_dense_layer_with_all_ranks_on_one_gpu(routing: str, dtype: torch.dtype) -> None:
+    family = cases.FAMILIES["gated"]
+    num_experts = cases.ROUTINGS[routing][0]
+    weights = cases.expert_weights(family, num_experts, dtype)
+    whole = cases.Batch(*(torch.cat(parts) for parts in zip(*map(_fields, cases.batches(routing, dtype)), strict=True)))
+    counts_RE = np.stack([count_pairs(ids_TK, num_experts).numpy() for ids_TK in whole.ids_TK.tensor_split(3)])
+    batch = cases.to_device(whole, DEVICE)
+    for name, variant in cases.variants():
+        layer, planner, _ = cases.planned(name, variant, family, counts_RE, (FORMAT_OF[dtype],))
+        telemetry = Telemetry()
+        experts = LocalExperts(family, layer, planner, 3, device=DEVICE, telemetry=telemetry)
+        for rank in experts.ranks:
+            cases.fill(rank, weights)
+        first, second = (experts(*_fields(batch)) for _ in range(2))
+        assert torch.equal(first, second), "the same step twice gave different bits"
+        cases.check_close(first.cpu(), cases.expected(family, weights, whole))
+        assert (telemetry.seconds("compute") >= 0).all()
+        assert telemetry.loads().sum() == 2 * counts_RE.sum()
+
+
+@pytest.mark.dist
+def test_nccl_with_one_rank(tmp_path: Path) -> None:
+    seen = run_ranks(1, tmp_path, "cuda", timeout_s=200)
+    assert (seen[0]["backend"], seen[0]["device"]) == ("nccl", "cuda")
+    check_collectives(seen, 1)
+    for dtype, native in FORMAT_OF.items():
+        check_layers(seen, dtype, native)
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(torch.cuda.device_count() != 1, reason="with several GPUs two ranks do not share one")
+def test_ranks_that_share_a_gpu_go_through_host_memory(tmp_path: Path) -> None:
+    seen = run_ranks(2, tmp_path, "cuda", timeout_s=200)
+    assert [(found["backend"], found["device"]) for found in seen] == [("gloo", "cuda")] * 2
+    check_collectives(seen, 2)
+    for dtype, native in FORMAT_OF.items():
+        check_layers(seen, dtype, native)
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nccl_with_two_ranks(tmp_path: Path) -> None:
+    seen = run_ranks(2, tmp_path, "auto", timeout_s=200)
+    assert [(found["backend"], found["device"]) for found in seen] == [("nccl", "cuda")] * 2
+    check_collectives(seen, 2)
+    for dtype, native in FORMAT_OF.items():
+        check_layers(seen, dtype, native)
+
+
+def _fields(batch: cases.Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return batch.hidden_TD, batch.ids_TK, batch.weights_TK
