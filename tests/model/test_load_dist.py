@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def work(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory / 'store'}", world_size=NUM_PROCESSES, rank=rank)
+    dist.init_process_group(
+        "gloo", f"file://{directory / 'store'}", timedelta(seconds=TIMEOUT_S), world_size=NUM_PROCESSES, rank=rank
+    )
     findings: dict[str, Any] = {}
     world = TorchGroup("cpu", timeout_s=TIMEOUT_S)
     for group in (world, TorchGroup("cpu", ranks=[0, 1], timeout_s=TIMEOUT_S) if rank < 2 else None):
@@ -50,6 +53,8 @@ def work(rank: int, directory: Path) -> None:
                 findings[f"error/{name}/{group.size}"] = run_strategies(directory / name, MODELS[name], group)
     for name in FAMILIES:
         findings[f"tokens/{name}"] = generate(directory / name, FAMILIES[name], world)
+    found = load(directory / "olmoe", device="cpu").rq_ep.layers[0].group
+    findings["found group"] = [found.rank, found.size]
     findings["bytes"] = bytes_of(directory / "olmoe", world)
     findings["problem"] = problem(lambda: load(directory / ("olmoe" if rank != 1 else "nothing"), group=world))
     world.barrier()
@@ -84,8 +89,7 @@ def generate(path: Path, config: PretrainedConfig, group: TorchGroup) -> list[li
         "do_sample": False,
         "attention_mask": torch.ones_like(tokens),
     }
-    model = load(path, strategy="rq", device="cpu", attn_implementation="eager")  # the group is found, not given
-    assert (model.rq_ep.layers[0].group.rank, model.rq_ep.layers[0].group.size) == (group.rank, group.size)
+    model = load(path, strategy="rq", group=group, attn_implementation="eager")
     return [each.generate(tokens, **options)[0].tolist() for each in (model, random_model(config))]
 
 
@@ -121,6 +125,10 @@ def test_generate_survives_ranks_that_finish_apart(findings: list[dict[str, Any]
         loaded, dense = found[f"tokens/{name}"]
         assert loaded == dense, f"rank {rank}"
         assert len(loaded) == (4 + 3, 5 + 11, 6 + 6)[rank]
+
+
+def test_the_group_is_found_where_none_is_named(findings: list[dict[str, Any]]) -> None:
+    assert [found["found group"] for found in findings] == [[0, 3], [1, 3], [2, 3]]
 
 
 def test_each_process_reads_its_own_experts(findings: list[dict[str, Any]]) -> None:
