@@ -1,6 +1,7 @@
 """What users rely on by name: the API, the command lines, the tables, and how little the deciding side imports."""
 
 import argparse
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -51,6 +52,12 @@ def test_tables_and_readme_agree() -> None:
     assert list(STRATEGIES) == ["standard", "eplb", "llep", "rq"]
     for name in [*STRATEGIES, *FORMATS]:
         assert f"`{name}`" in readme, f"README.md does not mention {name}"
+
+
+def test_only_the_group_and_the_engine_import_torch_distributed() -> None:
+    pattern = re.compile(r"^\s*(import|from) torch\.distributed", re.MULTILINE)
+    rooms = {path.parent.name for path in (ROOT / "rq_ep").rglob("*.py") if pattern.search(path.read_text())}
+    assert rooms == {"parallel", "engine"}
 
 
 def test_help_teaches_without_importing_torch() -> None:
