@@ -26,7 +26,7 @@ class Laps:
     def mark(self) -> None:
         event = None
         if self.uses_events:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
         self.marks.append((self.clock(), event))
 

@@ -69,7 +69,7 @@ class EPGroup(Protocol):
 
 def count_pairs(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
     """[E] int64 pairs of each expert, on the ids' device and without waiting for it."""
-    ids_N = topk_ids_TK.reshape(-1)
+    ids_N = topk_ids_TK.reshape(-1).to(torch.int64)
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_N.device)
     return counts_E.scatter_add_(0, ids_N, torch.ones_like(ids_N))
 

@@ -113,7 +113,8 @@ class Exchange:
         out_TD = partial_MD.new_zeros(way.num_tokens, partial_MD.shape[1], dtype=torch.float32)
         out_TD[way.own_tokens] = partial_MD[:num_own].float()
         # One rank at a time: its tokens are distinct, so no two additions meet and their order is fixed.
-        for tokens, rows in zip(way.sent_tokens.split(way.sent_splits), arrived.split(way.sent_splits), strict=True):
+        splits = list(way.sent_splits)
+        for tokens, rows in zip(torch.split(way.sent_tokens, splits), torch.split(arrived, splits), strict=True):
             if len(tokens):
                 out_TD.index_add_(0, tokens, rows.float())
         return out_TD.to(dtype)

@@ -116,7 +116,8 @@ class TorchGroup:
         if owns_world:
             timeout = timedelta(seconds=timeout_s)
             if environment.world_size == 1:
-                dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+                store = dist.HashStore()  # type: ignore[attr-defined]
+                dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)
             else:
                 dist.init_process_group("gloo", timeout=timeout)
         return cls(device, local_rank=environment.local_rank, timeout_s=timeout_s, owns_world=owns_world)

@@ -90,7 +90,7 @@ class LocalGroup:
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
         check_splits(send, input_splits, output_splits, self.size)
-        sent = self._baton.meet(self.rank, "all-to-all", send.split(list(input_splits)))
+        sent = self._baton.meet(self.rank, "all-to-all", torch.split(send, list(input_splits)))
         pieces = [pieces[self.rank] for pieces in sent]
         if [len(piece) for piece in pieces] != list(output_splits):
             found = [len(piece) for piece in pieces]
