@@ -1,9 +1,13 @@
-"""Which backend is chosen, from what is there."""
+"""Which backend is chosen, from what is there; the group of a process that nobody else belongs to."""
+
+import logging
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from rq_ep.core.errors import UserError
-from rq_ep.parallel.group import choose_transport
+from rq_ep.parallel.group import TorchGroup, choose_transport
 
 
 @pytest.mark.parametrize(
@@ -30,3 +34,22 @@ def test_what_cannot_be_is_refused() -> None:
         choose_transport("cuda", ["a 0", None])
     with pytest.raises(UserError, match="did you mean 'cuda'"):
         choose_transport("cudo", [None])
+
+
+def test_a_process_started_by_hand_is_a_group_of_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with caplog.at_level(logging.INFO):
+        group = TorchGroup.from_environment("cpu")
+    assert caplog.messages == ["rank 0 of 1: gloo on cpu (as asked)"]
+    assert group.gather_counts(torch.tensor([[1, 1]]), 3).tolist() == [[0, 2, 0]]
+    assert group.all_to_all(torch.arange(2), [2], [2]).tolist() == [0, 1]
+
+    second = TorchGroup.from_environment("cpu")
+    second.close()
+    assert dist.is_initialized(), "a group ends torch.distributed only if it began it"
+    group.barrier()
+    group.close()
+    assert not dist.is_initialized()
