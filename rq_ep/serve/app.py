@@ -97,6 +97,8 @@ def make_app(service: Service, max_body_bytes: int) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(http: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, ApiError):  # of BodyLimit, met while FastAPI read the body
+            return await on_api_error(http, error.__cause__)
         return await on_api_error(http, ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}"))
 
     @app.exception_handler(Exception)
@@ -133,19 +135,22 @@ async def _left(http: Request) -> None:
 
 
 def _describe(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in one sentence."""
-    first = error.errors()[0]
+    """What is wrong with a body, in one sentence.
+
+    A value that may have several types is compared with each; the type it has is the one whose complaint is another.
+    """
+    first = min(error.errors(), key=lambda found: found["type"].endswith("_type"))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-    place = [str(part) for part in first["loc"][1:]]
-    param = place[0] if place else None
+    param, *inside = first["loc"][1:] or (None,)
+    place = ".".join(str(part) for part in (param, *inside) if part is not None and "[" not in str(part))
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown parameter {'.'.join(place)!r}", param)
+        return ApiError(400, f"unknown parameter {place!r}", param)
     if first["type"] == "missing":
-        return ApiError(400, f"{'.'.join(place) or 'a JSON body'} is required", param)
-    if not place:
+        return ApiError(400, f"{place or 'a JSON body'} is required", param)
+    if param is None:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    return ApiError(400, f"{'.'.join(place)}: {first['msg']}", param)
+    return ApiError(400, f"{place}: {first['msg']}", param)
 
 
 class BodyLimit:

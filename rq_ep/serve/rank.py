@@ -51,14 +51,16 @@ def serve(config: ServeConfig, front: Front | None, problem: str | None) -> int:
         UserError: the same on every rank, whichever found it.
     """
     group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
-    agree(group, problem)
-    address, token = group.all_gather_object(front and (front.address, front.token))[0]
-    link = Link(address, group.rank, token) if front is None else front.link
     try:
-        RankServer(config, group, link).run()
+        agree(group, problem)
+        address, token = group.all_gather_object(front and (front.address, front.token))[0]
+        link = Link(address, group.rank, token) if front is None else front.link
+        try:
+            RankServer(config, group, link).run()
+        finally:
+            link.close()
     finally:
-        link.close()
-    group.close()
+        group.close()
     return 0
 
 

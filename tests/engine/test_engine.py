@@ -1,0 +1,87 @@
+"""Two ranks in lockstep: every family and strategy answers as the dense model does, and a failure ends the group."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rq_ep.strategies import STRATEGIES
+from tests.engine.cases import EOS
+from tests.engine.cases import FAMILIES as NAMES
+from tests.model.families import FAMILIES, random_model, save
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUM_RANKS = 2
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank saw; both were ended by the failure that comes last."""
+    directory = tmp_path_factory.mktemp("engine")
+    for name in NAMES:
+        model = random_model(FAMILIES[name])
+        model.generation_config.eos_token_id = EOS
+        save(model, directory / name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    try:
+        for rank in range(NUM_RANKS):
+            environment = os.environ | {
+                "RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            with (directory / f"rank{rank}.log").open("w") as log:
+                command = [sys.executable, "-m", "tests.engine.worker", str(directory)]
+                ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log))
+        codes = [rank.wait(200) for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    logs = "\n".join((directory / f"rank{rank}.log").read_text()[-4000:] for rank in range(NUM_RANKS))
+    assert codes == [7] * NUM_RANKS, logs
+    return [json.loads((directory / f"findings-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_greedy_answers_equal_generate(findings: list[dict[str, Any]], family: str, strategy: str) -> None:
+    served = findings[0]["served"][f"{family}/{strategy}"]
+    dense = findings[0]["dense"][family]
+    assert served["tokens"] == dense
+    ended = {name: "stop" if answer[-1] == EOS and name != "request 4" else "length" for name, answer in dense.items()}
+    assert served["reasons"] == ended
+    assert findings[1]["served"][f"{family}/{strategy}"]["tokens"] == {}
+
+
+def test_some_answers_ended_themselves(findings: list[dict[str, Any]]) -> None:
+    reasons = [reason for served in findings[0]["served"].values() for reason in served["reasons"].values()]
+    assert {"stop", "length"} == set(reasons)
+
+
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+def test_neighbours_do_not_change_a_sampled_answer(findings: list[dict[str, Any]], rank: int) -> None:
+    together, alone = findings[rank]["sampled"]
+    assert together == alone == findings[0]["sampled"][0]
+    assert len(alone) == 8
+
+
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+def test_a_cancelled_request_is_heard_of_no_more(findings: list[dict[str, Any]], rank: int) -> None:
+    found = findings[rank]["cancelled"]
+    assert found["told"] == found["told later"] < 110
+    assert found["reasons"] == {"short": "length"}
+
+
+def test_a_failing_rank_is_named_and_ends_the_others(findings: list[dict[str, Any]]) -> None:
+    assert findings[1]["failure"] == {"text": "MoE layer 1 on rank 1: 'a bug'", "is_consequence": False}
+    assert findings[0]["failure"]["is_consequence"]

@@ -1,0 +1,130 @@
+"""The override of transformers' private loop: that it is where we think it is, and what a step does."""
+
+import inspect
+import threading
+import time
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers
+from packaging.requirements import Requirement
+from transformers.generation.continuous_batching.continuous_api import (
+    BackgroundThreadStatus,
+    ContinuousBatchingManager,
+)
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+
+from rq_ep.engine.lockstep import LockstepManager, PeerLost, agreement, is_consequence
+from rq_ep.parallel.base import RankFailure
+
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+
+
+def test_the_overridden_methods_are_those_of_the_pinned_transformers() -> None:
+    requirements = map(Requirement, tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"])
+    pinned = next(requirement for requirement in requirements if requirement.name == "transformers")
+    assert transformers.__version__ in pinned.specifier, "the engine was tested with another transformers"
+    assert {spec.operator for spec in pinned.specifier} >= {"<"}, "a private method is overridden: pin the range"
+
+    for manager in (ContinuousBatchingManager, LockstepManager):
+        body = inspect.signature(manager._generation_loop_body)
+        assert list(body.parameters) == ["self", "batch_processor", "bootstrapping"]
+    loop = inspect.getsource(ContinuousBatchingManager._run_generation_loop)
+    assert "self._generation_loop_body(batch_processor, bootstrapping=False)" in loop
+    assert "self._create_batch_processor()" in loop
+    assert list(inspect.signature(ModelRunner._sample).parameters) == ["self", "scores", "output_ids"]
+    assert "self._sample(scores, output_ids)" in inspect.getsource(ModelRunner._forward_process_and_sample)
+    assert "self._wake_up_loop.set()" in inspect.getsource(ContinuousBatchingManager.add_request)
+
+
+class Bench:
+    """A manager without a model, one of two ranks; `other` are the flags of the other one."""
+
+    def __init__(self, ready: bool, pending: bool, other: tuple[int, ...], status: int) -> None:
+        self.did: list[str] = []
+        manager: Any = LockstepManager.__new__(LockstepManager)
+        manager._wake_up_loop = threading.Event()
+        manager._num_announced = 3
+        manager._heartbeat_s = 0.2
+        manager._agree = lambda flags: [max(pair) for pair in zip(flags, other, strict=True)]
+        manager._empty_step = lambda: self.did.append("empty step")
+        manager._generation_step = lambda: self.did.append("step")
+        manager.current_batch = 0
+        manager.background_thread_status = BackgroundThreadStatus()
+        manager.background_thread_status._local_status = status
+        self.manager = manager
+        self.processor: Any = SimpleNamespace(
+            prepare_next_batch=lambda: ready,
+            has_pending_requests=lambda: pending,
+            update_batch=lambda: self.did.append("update"),
+        )
+
+    def step(self) -> bool:
+        return self.manager._step(self.processor)
+
+
+GOING, DRAINING, STOPPING = BackgroundThreadStatus.DONT_STOP, BackgroundThreadStatus.FLUSH_AND_STOP, 2
+# ready, keep running, hard stop, pending, announced, -announced
+IDLE, BUSY, LEAVING = (0, 1, 0, 0, 3, -3), (1, 1, 0, 1, 3, -3), (0, 0, 0, 0, 3, -3)
+
+
+@pytest.mark.parametrize(
+    ("ready", "pending", "other", "status", "did", "goes_on"),
+    [
+        (True, True, IDLE, GOING, ["step", "update"], True),
+        (True, True, BUSY, GOING, ["step", "update"], True),
+        (False, False, BUSY, GOING, ["empty step"], True),
+        (False, False, IDLE, GOING, [], True),
+        (False, False, BUSY, DRAINING, ["empty step"], True),
+        (True, True, LEAVING, DRAINING, ["step", "update"], True),
+        (False, True, LEAVING, DRAINING, [], True),
+        (False, False, IDLE, DRAINING, [], True),
+        (False, False, LEAVING, GOING, [], True),
+        (False, False, LEAVING, DRAINING, [], False),
+        (True, True, BUSY, STOPPING, [], False),
+        (True, True, (0, 0, 1, 0, 3, -3), GOING, [], False),
+    ],
+)
+def test_a_step_does_what_the_group_agreed(
+    ready: bool, pending: bool, other: tuple[int, ...], status: int, did: list[str], goes_on: bool
+) -> None:
+    bench = Bench(ready, pending, other, status)
+    assert (bench.step(), bench.did) == (goes_on, did)
+
+
+def time_of_an_idle_step(other: tuple[int, ...], wake_after_s: float | None = None) -> float:
+    bench = Bench(False, False, other, GOING)
+    if wake_after_s is not None:
+        threading.Timer(wake_after_s, bench.manager.wake, (4,)).start()
+    start_s = time.perf_counter()
+    assert bench.step()
+    return time.perf_counter() - start_s
+
+
+def test_an_idle_group_sleeps_until_it_is_woken() -> None:
+    assert time_of_an_idle_step(IDLE) > 0.15
+    assert time_of_an_idle_step(IDLE, wake_after_s=0.02) < 0.15
+
+
+def test_no_rank_sleeps_while_another_has_not_heard_of_a_request() -> None:
+    assert time_of_an_idle_step((0, 1, 0, 0, 4, -4)) < 0.1
+
+
+def test_errors_that_follow_from_another_are_told_apart() -> None:
+    def layer_error(cause: Exception) -> RankFailure:
+        try:
+            raise RankFailure("MoE layer 3 on rank 1: it broke") from cause
+        except RankFailure as error:
+            return error
+
+    assert is_consequence(PeerLost("gone"))
+    assert is_consequence(layer_error(RankFailure("rank 1: all-to-all failed")))
+    assert not is_consequence(layer_error(KeyError(3)))
+    assert not is_consequence(RuntimeError("out of memory"))
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    assert agreement(None)((1, 0, -3)) == [1, 0, -3]

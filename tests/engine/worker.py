@@ -1,0 +1,158 @@
+"""One rank of the engine tests: runs every check and writes what it saw. The last check ends the process.
+
+The environment is torchrun's; the argument is a directory with a checkpoint of each family.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rq_ep.engine.engine import Engine
+from rq_ep.engine.families import set_attention
+from rq_ep.engine.lockstep import is_consequence
+from rq_ep.engine.request import Output, Request, Sampling
+from rq_ep.model.load import load
+from rq_ep.parallel import TorchGroup
+from rq_ep.strategies import STRATEGIES
+from tests.engine.cases import FAMILIES, LIMITS, requests_of
+
+TIMEOUT_S = 60
+
+
+class Answers:
+    """What an engine told of its requests."""
+
+    def __init__(self, num_expected: int) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+        self.some = threading.Event()
+        self.all = threading.Event()
+        self._num_expected = num_expected
+
+    def hear(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            assert output.error is None, output
+            self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason is not None:
+                assert output.request_id not in self.reasons, "a request ends once"
+                self.reasons[output.request_id] = output.finish_reason
+        self.some.set()
+        if len(self.reasons) == self._num_expected:
+            self.all.set()
+
+
+def start(path: Path, strategy: str, group: TorchGroup, answers: Answers, on_failure: Any = None) -> Engine:
+    model = load(path, strategy=strategy, group=group)
+    set_attention(model, None)
+    engine = Engine(
+        model, model.rq_ep.layers, group.control, LIMITS,
+        on_outputs=answers.hear, on_failure=on_failure or ending("unexpected"), heartbeat_s=0.05,
+    )  # fmt: skip
+    engine.start()
+    return engine
+
+
+def answer(path: Path, strategy: str, group: TorchGroup, requests: Sequence[Request]) -> dict[str, Any]:
+    """Run this rank's requests to their end; other ranks may have none, or stop long before."""
+    answers = Answers(len(requests))
+    engine = start(path, strategy, group, answers)
+    for request in requests:
+        engine.submit(request)
+    assert not requests or answers.all.wait(TIMEOUT_S), answers.tokens
+    engine.stop()
+    return {"tokens": answers.tokens, "reasons": answers.reasons}
+
+
+def sampled_alike(path: Path, group: TorchGroup) -> list[list[int]]:
+    """A sampled answer among greedy neighbours, and alone."""
+    sampled = Request("sampled", [5, 6, 7], 8, Sampling(1.5, 0.9, seed=3))
+    neighbours = [Request(f"{number}", [number + 1] * (3 + number), 8) for number in range(3)]
+    together = answer(path, "standard", group, [*neighbours, sampled])["tokens"]["sampled"]
+    return [together, answer(path, "standard", group, [sampled])["tokens"]["sampled"]]
+
+
+def cancelled(path: Path, group: TorchGroup) -> dict[str, Any]:
+    """A request that is cancelled after its first tokens; its neighbour is not disturbed."""
+    answers = Answers(1)
+    engine = start(path, "standard", group, answers)
+    engine.submit(Request("long", [1, 2, 3], 110))
+    assert answers.some.wait(TIMEOUT_S)
+    engine.cancel("long")
+    engine.submit(Request("short", [1, 2, 3], 4))
+    assert answers.all.wait(TIMEOUT_S)
+    told = len(answers.tokens["long"])
+    engine.stop()
+    return {"told": told, "told later": len(answers.tokens["long"]), "reasons": answers.reasons}
+
+
+def ending(what: str, findings: dict[str, Any] | None = None, path: Path | None = None) -> Any:
+    """What to do when the engine fails: write it down and end."""
+
+    def end(error: BaseException) -> None:
+        if findings is None or path is None:
+            print(what, repr(error), file=sys.stderr, flush=True)
+            os._exit(9)
+        findings["failure"] = {"text": str(error), "is_consequence": is_consequence(error)}
+        path.write_text(json.dumps(findings))
+        os._exit(7)
+
+    return end
+
+
+def fail_on_rank_1(path: Path, group: TorchGroup, on_failure: Any) -> None:
+    """Rank 1's planner breaks in the second step; this call does not return."""
+    answers = Answers(1)
+    engine = start(path, "standard", group, answers, on_failure)
+    if group.rank == 1:
+        layer = engine._manager.model.rq_ep.layers[-1]
+        plan, calls = layer.planner, iter(range(100))
+
+        def broken(counts_RE: Any) -> Any:
+            if next(calls) > 1:
+                raise KeyError("a bug")
+            return plan(counts_RE)
+
+        layer.planner = broken
+    engine.submit(Request("never", [1, 2, 3], 50))
+    threading.Event().wait(TIMEOUT_S)
+
+
+def dense_answers(path: Path, requests: Mapping[str, Request]) -> dict[str, list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    answers = {}
+    for name, request in requests.items():
+        prompt = torch.tensor([request.prompt_ids])
+        eos = -1 if request.ignore_eos else model.generation_config.eos_token_id
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_tokens, do_sample=False,
+            eos_token_id=eos, pad_token_id=0,
+        )  # fmt: skip
+        answers[name] = out[0, prompt.shape[1] :].tolist()
+    return answers
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    group = TorchGroup.from_environment("cpu", timeout_s=TIMEOUT_S)
+    findings: dict[str, Any] = {"dense": {}, "served": {}}
+    for family in FAMILIES:
+        requests = requests_of(group.rank)
+        findings["dense"][family] = dense_answers(directory / family, {request.id: request for request in requests})
+        for strategy in STRATEGIES:
+            findings["served"][f"{family}/{strategy}"] = answer(directory / family, strategy, group, requests)
+    findings["sampled"] = sampled_alike(directory / "mixtral", group)
+    findings["cancelled"] = cancelled(directory / "mixtral", group)
+    path = directory / f"findings-{group.rank}.json"
+    fail_on_rank_1(directory / "mixtral", group, ending("expected", findings, path))
+
+
+if __name__ == "__main__":
+    main()

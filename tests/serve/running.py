@@ -1,0 +1,96 @@
+"""A server under torchrun, for tests: its processes, its log, its end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+START_TIMEOUT_S = 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(num_ranks: int, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+    return [*launcher, f"--master-port={free_port()}", "-m", "rq_ep.serve", *arguments]
+
+
+class Server:
+    """A running server: torchrun, its ranks, and rank 0's HTTP process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+        self.process = process
+        self.url = url
+        self.log = log
+        self.seen: list[str] = []  # what /health said until it was well
+
+    def wait_until_ready(self) -> None:
+        end_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < end_s:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                answer = httpx.get(f"{self.url}/health")
+                if answer.status_code == 200:
+                    return
+                self.seen.append(answer.json()["error"]["message"])
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise TimeoutError(self.log.read_text()[-3000:])
+
+    def tree(self) -> list[psutil.Process]:
+        """Every process of this server."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of a rank."""
+        return next(process for process in self.tree()[1:] if process.environ().get("RANK") == str(rank))
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        self.rank(rank).send_signal(number)
+
+    def wait(self, processes: list[psutil.Process], timeout_s: float) -> int:
+        """Wait until all of these processes have ended; the launcher's exit status."""
+        status = self.process.wait(timeout_s)
+        _, alive = psutil.wait_procs(processes, timeout_s)
+        assert alive == [], self.log.read_text()[-3000:]
+        return status
+
+
+@contextmanager
+def running(log: Path, num_ranks: int, *arguments: str) -> Iterator[Server]:
+    """Start a server and end whatever is left of it."""
+    port = free_port()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command(num_ranks, "--port", str(port), *arguments),
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    processes: list[psutil.Process] = []
+    try:
+        server.wait_until_ready()
+        processes = server.tree()
+        yield server
+    finally:
+        for left in processes or server.tree() if process.poll() is None else processes:
+            try:
+                left.kill()
+            except psutil.NoSuchProcess:
+                continue
+        process.wait()

@@ -1,0 +1,113 @@
+"""What happens when something is wrong: one line for a user's error, a quick end of all when a rank dies."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rq_ep.core.placement import LayerPlacement, Placement, Replica
+from rq_ep.core.stats import ModelIdentity
+from rq_ep.core.topology import Topology
+from rq_ep.serve.__main__ import main
+from tests.model.families import FAMILIES, random_model, save
+from tests.serve.running import command, free_port, running
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+def write_placement(path: Path, num_ranks: int, model: ModelIdentity | None = None) -> str:
+    layers = tuple(
+        LayerPlacement.even(layer, 8, [Replica(expert % num_ranks, expert, "bf16") for expert in range(8)])
+        for layer in range(2)
+    )
+    Placement(layers, "standard", Topology(num_ranks), (0,) * num_ranks, model=model).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("case", ["model", "strategy", "setting", "ranks", "foreign", "latent", "length", "tokenizer"])
+def test_what_a_user_can_put_right_is_told_in_one_line(
+    case: str, tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_checkpoint)
+    other = ModelIdentity("other", "0" * 64)
+    arguments, message = {
+        "model": (["--model", "/nowhere"], "/nowhere: no such directory"),
+        "strategy": (["--model", model, "--strategy", "rqq"], "unknown strategy 'rqq': did you mean 'rq'?"),
+        "setting": (["--model", model, "--strategy", "{name: llep, nope: 1}"], "'nope'"),
+        "ranks": (
+            ["--model", model, "--placement", write_placement(tmp_path / "p", 4)],
+            "is for 4 ranks, but 1 were started",
+        ),
+        "foreign": (
+            ["--model", model, "--placement", write_placement(tmp_path / "p", 1, other)],
+            "was made for model 'other'",
+        ),
+        "latent": (["--model", str(tmp_path / "mla")], "'deepseek_v3' uses multi-head latent attention"),
+        "length": (["--model", model, "--max-model-len", "600"], "--max-model-len 600: the model was made for 512"),
+        "tokenizer": (["--model", str(tmp_path / "mute")], "no tokenizer that transformers can read"),
+    }[case]
+    if case == "latent":
+        save(random_model(FAMILIES["deepseek_v3"]), tmp_path / "mla")
+    if case == "tokenizer":
+        shutil.copytree(tiny_checkpoint, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*", "text"))
+    assert main([*arguments, "--port", "0", "--device", "cpu", "--log-level", "error"]) == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line and "WARNING" not in line]
+    assert len(told) == 1, told
+    assert told[0].startswith("rq_ep.serve: error: ")
+    assert message in told[0]
+
+
+def test_a_dry_run_prints_settings_placement_and_bytes(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(tiny_checkpoint), "--dry-run", "--max-num-seqs", "5", "--local_rank=0"]) == 0
+    told = capsys.readouterr().out
+    assert "max_num_seqs: 5" in told
+    assert "2 MoE layers of 8 experts on 1 ranks" in told
+    assert f"experts {2 * 8 * (3 * 64 * 32 * 2):,} (" in told
+
+
+def test_mistakes_end_every_rank_with_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    placement = write_placement(tmp_path / "placement.json", 4)
+    arguments = ["--model", str(tiny_checkpoint), "--placement", placement, "--port", "0", "--device", "cpu"]
+    done = subprocess.run(command(2, *arguments), capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("rq_ep.serve: error: ")]
+    assert len(told) == 1, done.stderr
+    assert "is for 4 ranks, but 2 were started" in told[0]
+    assert "exitcode  : 2" in done.stderr
+    assert "rq_ep/serve" not in done.stderr, "no traceback"
+
+
+def test_a_killed_rank_ends_the_group_and_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    with running(log, 2, "--model", str(tiny_checkpoint), "--device", "cpu") as server:
+        processes = server.tree()
+        body = {"model": str(tiny_checkpoint), "prompt": "a", "max_tokens": 480, "stream": True, "ignore_eos": True}
+        port = server.url.rpartition(":")[2]
+
+        assert main(["--model", str(tiny_checkpoint), "--port", port, "--device", "cpu"]) == 2
+        assert f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another --port" in (
+            capfd.readouterr().err
+        )
+
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.signal(1, signal.SIGKILL)
+            killed_s = time.monotonic()
+            last = [line for line in lines if line][-1]
+        assert time.monotonic() - killed_s < 5
+        assert "the server failed: rank 1 died" in last
+        assert server.wait(processes, 20) != 0
+        assert time.monotonic() - killed_s < 15
+    assert "the group has failed: rank 1 died" in log.read_text()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+    assert free_port() > 0

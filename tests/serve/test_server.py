@@ -1,0 +1,181 @@
+"""A real server of two ranks over HTTP. The tests share it; the last one ends it."""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.serve.running import Server, running
+
+NUM_RANKS = 2
+MODEL = "tiny"
+PROMPTS = ["def main(", "import os\n", "class Reader:\n    def", "The value of", "for i in", "return", "    if x", "#"]
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("serve") / "log"
+    arguments = ["--model", str(tiny_checkpoint), "--served-model-name", MODEL, "--dtype", "float32"]
+    with running(log, NUM_RANKS, *arguments, "--strategy", "{name: llep}", "--max-num-batched-tokens", "64") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_checkpoint: Path) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+def dense_text(dense: tuple[Any, Any], prompt_ids: list[int], max_tokens: int) -> str:
+    model, tokenizer = dense
+    prompt = torch.tensor([prompt_ids])
+    mask = torch.ones_like(prompt)
+    out = model.generate(prompt, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+    return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def test_health_answered_while_the_model_was_loading(server: Server) -> None:
+    assert "the model is loading" in server.seen
+
+
+def test_concurrent_greedy_completions_equal_generate(client: openai.OpenAI, dense: tuple[Any, Any]) -> None:
+    def complete(number: int) -> str:
+        tokens = 10 + 5 * number
+        answer = client.completions.create(model=MODEL, prompt=PROMPTS[number], max_tokens=tokens, temperature=0)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens <= tokens
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(complete, range(8)))
+    encode = dense[1].encode
+    assert answers == [dense_text(dense, encode(PROMPTS[number]), 10 + 5 * number) for number in range(8)]
+
+
+def test_a_stream_equals_the_whole(client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {"model": MODEL, "prompt": PROMPTS[0], "max_tokens": 30, "temperature": 0}
+    whole = client.completions.create(**body)
+    chunks = list(client.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+
+
+def test_a_chat_equals_generate_on_its_template(client: openai.OpenAI, dense: tuple[Any, Any]) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is a list?"}]
+    body: dict[str, Any] = {"model": MODEL, "messages": messages, "max_completion_tokens": 20, "temperature": 0}
+    whole = client.chat.completions.create(**body)
+    prompt = dense[1].apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    expected = dense_text(dense, dense[1].encode(prompt, add_special_tokens=False), 20)
+    assert whole.choices[0].message.content == expected
+    chunks = list(client.chat.completions.create(**body, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+
+
+def test_token_ids_are_a_prompt_too(client: openai.OpenAI, dense: tuple[Any, Any]) -> None:
+    prompt_ids = dense[1].encode(PROMPTS[3])
+    body: dict[str, Any] = {"model": MODEL, "max_tokens": 8, "temperature": 0}
+    from_ids = client.completions.create(prompt=prompt_ids, **body)
+    assert from_ids.choices[0].text == client.completions.create(prompt=PROMPTS[3], **body).choices[0].text
+
+
+def test_a_stop_string_cuts_the_answer(client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {"model": MODEL, "prompt": PROMPTS[2], "max_tokens": 40, "temperature": 0}
+    whole = client.completions.create(**body).choices[0].text
+    stop = whole[5:8]
+    cut = client.completions.create(**body, stop=stop).choices[0]
+    assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+
+
+def test_a_seed_repeats_an_answer(client: openai.OpenAI) -> None:
+    def sample(seed: int) -> str:
+        body: dict[str, Any] = {"model": MODEL, "prompt": PROMPTS[1], "max_tokens": 20, "temperature": 1.2}
+        return client.completions.create(**body, seed=seed).choices[0].text
+
+    with ThreadPoolExecutor(6) as pool:  # among neighbours, on whichever rank
+        answers = list(pool.map(sample, [1, 2, 3, 1, 2, 3]))
+    assert answers[:3] == answers[3:]
+    assert len(set(answers)) == 3
+
+
+def test_errors_are_those_of_openai(client: openai.OpenAI, server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="600 tokens and max_tokens is 1, .* at most 512"):
+        client.completions.create(model=MODEL, prompt=[1] * 600, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="n=2 is not supported"):
+        client.completions.create(model=MODEL, prompt="a", n=2)
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-5'"):
+        client.completions.create(model="gpt-5", prompt="a")
+    answer = httpx.post(f"{server.url}/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_the_model_is_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+def test_a_client_that_leaves_makes_room(server: Server) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 500, "temperature": 0, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    for _ in range(100):
+        if metric(server, "rq_ep_num_requests_unfinished") == 0 == metric(server, "rq_ep_num_requests_running"):
+            break
+        threading.Event().wait(0.1)
+    else:
+        raise AssertionError("the request still runs")
+    assert metric(server, "rq_ep_generation_tokens_total") < 500 + 10 * 8 * 8
+
+
+def metric(server: Server, name: str) -> float:
+    """Sum of a metric's series."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+
+
+def test_metrics_tell_of_loads_and_bytes(server: Server) -> None:
+    threading.Event().wait(1.5)  # figures are sent once a second
+    assert metric(server, "rq_ep_tokens_routed_total") > 0
+    assert 1 <= metric(server, "rq_ep_layer_imbalance_ratio") / 2 <= NUM_RANKS
+    assert 0.5 <= metric(server, "rq_ep_balancedness") <= 1
+    assert metric(server, "rq_ep_expert_weight_bytes") == 2 * 8 * 3 * 64 * 32 * 4
+    assert metric(server, "rq_ep_time_to_first_token_seconds_count") > 10
+    assert httpx.get(f"{server.url}/server_info").json()["num_ranks"] == NUM_RANKS
+
+
+def test_sigterm_lets_streams_finish_and_leaves_nothing_behind(server: Server) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "temperature": 0, "stream": True, "ignore_eos": True}
+    processes = server.tree()
+    assert len(processes) == 1 + NUM_RANKS + 1
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.signal(0, signal.SIGTERM)
+        draining = None
+        for _ in range(50):
+            draining = httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": "b", "max_tokens": 1})
+            if draining.status_code == 503:
+                break
+            threading.Event().wait(0.05)
+        assert draining is not None
+        assert (draining.status_code, "draining" in draining.text) == (503, True)
+        rest = [line.removeprefix("data: ") for line in lines if line]
+    assert rest[-1] == "[DONE]"
+    assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+    assert server.wait(processes, 30) == 0
