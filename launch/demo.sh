@@ -43,6 +43,7 @@ step python launch/demo_requests.py --base-url "http://127.0.0.1:$port/v1"
 if $keep; then
     trap - EXIT
     disown $server
+    echo "the server goes on"
 else
     kill -TERM $server
     wait $server || true # torchrun answers a signal with exit code 1
@@ -51,7 +52,7 @@ else
 fi
 
 OMP_NUM_THREADS=1 step rq-ep eval --model "$run/model" --text "$run/model/text/held-out" --num-ranks $ranks \
-    --strategies standard,eplb,llep,rq --set llep.min_tokens_per_gemm=16 \
+    --batch-size 32 --max-tokens 65536 --strategies standard,eplb,llep,rq --set llep.min_tokens_per_gemm=16 \
     --placement "$run/placement.eplb.json" --placement "$run/placement.rq.json" --json "$run/eval.json" --plot "$run/load.png"
 
 cat <<END

@@ -11,14 +11,25 @@ options = parser.parse_args()
 client = OpenAI(base_url=options.base_url, api_key="none", timeout=60)
 model = client.models.list().data[0].id
 
-for prompt in ("def __init__(self, ", "#ifndef _", "The following operations are "):
+for prompt in (
+    "    def __init__(self, name):\n        self.name = ",
+    "0041;LATIN CAPITAL LETTER A;Lu;L;\n0042;LATIN CAPITAL LETTER ",
+    "The following operators are ",
+):
     completion = client.completions.create(model=model, prompt=prompt, max_tokens=48, temperature=0)
     usage = completion.usage
     print(f"{prompt!r} -> {completion.choices[0].text!r}  ({usage.prompt_tokens} + {usage.completion_tokens} tokens)")
 
 print("streamed chat: ", end="", flush=True)
-messages = [{"role": "user", "content": "What is a list?"}]
-for chunk in client.chat.completions.create(model=model, messages=messages, max_tokens=64, temperature=0, stream=True):
+stream = client.chat.completions.create(
+    model=model,
+    messages=[{"role": "user", "content": "What is a list?"}],
+    max_tokens=96,
+    temperature=0.7,
+    seed=1,
+    stream=True,
+)
+for chunk in stream:
     if chunk.choices:
         print(chunk.choices[0].delta.content or "", end="", flush=True)
 print()
