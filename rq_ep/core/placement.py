@@ -171,6 +171,10 @@ class Placement:
             raise UserError(f"{path}: format is {found!r}, expected {FORMAT!r}")
         try:
             share, model, budget = document["low_precision_share"], document["model"], document["budget_bytes"]
+            for name in ("bytes", "budget_bytes"):
+                if document[name] is not None and len(document[name]) != document["num_ranks"]:
+                    found, expected = len(document[name]), document["num_ranks"]
+                    raise UserError(f"{name} names {found} ranks, but num_ranks is {expected}")
             return cls(
                 layers=tuple(_read_layer(layer, document["num_ranks"]) for layer in document["layers"]),
                 strategy=document["strategy"],
@@ -291,6 +295,8 @@ def _read_layer(document: Mapping[str, Any], num_ranks: int) -> LayerPlacement:
     if outside := [row["rank"] for row in rows if not 0 <= row["rank"] < num_ranks]:
         raise UserError(f"layer {document['layer']}: rank {outside[0]} lies outside 0..{num_ranks - 1}")
     num_experts = document.get("num_experts", max((row["expert"] for row in rows), default=-1) + 1)
+    if not 0 < num_experts <= len(rows):
+        raise UserError(f"layer {document['layer']}: {len(rows)} replicas cannot hold {num_experts} experts")
     return LayerPlacement(
         layer=document["layer"],
         num_experts=num_experts,

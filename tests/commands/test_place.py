@@ -1,0 +1,75 @@
+"""`rq-ep place` from file to file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rq_ep.__main__ import main
+from rq_ep.core.placement import Placement
+from rq_ep.core.stats import ExpertStats
+
+
+@pytest.fixture
+def stats(tmp_path: Path) -> str:
+    popularity = 1 / np.arange(1, 9)
+    counts_SLE = np.random.default_rng(0).multinomial(800, popularity / popularity.sum(), size=(6, 2))
+    file = tmp_path / "stats.safetensors"
+    sizes = {"bf16": 1000, "int8": 504}
+    ExpertStats(counts_SLE, ("bf16", "int8"), "bf16", sizes, layers=(1, 2), top_k=2).save(file)
+    return str(file)
+
+
+def test_writes_a_placement_and_a_picture_and_says_what_it_did(
+    stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "placement.json"
+    options = ["--budget", "4KB,4KB", "--formats", "bf16,int8", "--tokens-per-step", "64", "--seed", "3"]
+    arguments = ["place", "--stats", stats, "--num-ranks", "2", *options, "--out", str(out)]
+    assert main(arguments) == 2
+    assert "too small" in capsys.readouterr().err
+    assert not out.exists()
+    arguments[arguments.index("4KB,4KB")] = "8KB,7KB"
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for word in ("predicted", "bound", "gap", "binding", "8,000", "7,000", "low precision", "standard EP"):
+        assert word in printed
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    first = out.read_text()
+    assert main(arguments) == 0  # over itself
+    assert out.read_text() == first
+    placement = Placement.load(out)
+    assert placement.budget_bytes_R == (8000, 7000)
+    assert placement.tokens_per_step == 64
+    assert [layer.layer for layer in placement.layers] == [1, 2]
+    assert sorted(file.name for file in out.parent.iterdir()) == ["placement.json", "placement.png"]
+
+
+@pytest.mark.parametrize("strategy", ["standard", "eplb", "llep"])
+def test_other_strategies(stats: str, tmp_path: Path, strategy: str) -> None:
+    out = tmp_path / "placement.json"
+    arguments = ["place", "--stats", stats, "--num-ranks", "3", "--strategy", strategy, "--no-plot", "--out", str(out)]
+    assert main(arguments) == 0
+    assert Placement.load(out).strategy == strategy
+    assert not out.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "many"], "--budget many"),
+        (["--strategy", "eqlb"], "did you mean 'eplb'"),
+        (["--formats", "bf16,int9"], "no sizes for int9"),
+        (["--stats", "nowhere.safetensors"], "no such file"),
+        (["--strategy", "eplb", "--num-redundant-experts", "3"], "needs more bytes than --budget ep"),
+    ],
+)
+def test_mistakes_are_one_line(
+    stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    out = tmp_path / "placement.json"
+    assert main(["place", "--stats", stats, "--num-ranks", "2", "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rq-ep place: error:")
+    assert message in error
+    assert not out.exists()

@@ -1,0 +1,99 @@
+"""`rq-ep simulate` from files to rows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rq_ep.__main__ import main
+from rq_ep.core.stats import ExpertStats, ModelIdentity
+
+SIZES = {"bf16": 1000, "int8": 504}
+
+
+def write_stats(file: Path, model: str = "abc", num_experts: int = 16, seed: int = 0, **sizes: int) -> str:
+    popularity = 1 / np.arange(1, num_experts + 1)
+    counts_SLE = np.random.default_rng(seed).multinomial(2000, popularity / popularity.sum(), size=(12, 2))
+    identity = ModelIdentity("tiny", model)
+    ExpertStats(counts_SLE, ("bf16", "int8"), "bf16", SIZES, top_k=2, model=identity, **sizes).save(file)
+    return str(file)
+
+
+@pytest.fixture
+def placements(tmp_path: Path) -> list[str]:
+    stats = write_stats(tmp_path / "calibration.safetensors")
+    files = []
+    for name in ("eplb", "rq"):
+        files.append(str(tmp_path / f"{name}.json"))
+        options = ["--num-ranks", "4", "--strategy", name, "--no-plot", "--out", files[-1]]
+        assert main(["place", "--stats", stats, *options]) == 0
+    return files
+
+
+def test_compares_strategies(tmp_path: Path, placements: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = write_stats(tmp_path / "held_out.safetensors", seed=1, hidden_size=64, intermediate_size=64)
+    out = tmp_path / "rows.json"
+    command = ["simulate", "--stats", held_out, "--num-ranks", "4", "--machine", "h200", "--min-tokens-per-gemm", "32"]
+    assert main([*command, "--json", str(out), "--placement", *placements]) == 0
+    printed = capsys.readouterr().out
+    assert "modelled" in printed
+    assert "on uniform load" in printed
+    rows = {row["strategy"]: row for row in json.loads(out.read_text())}
+    assert list(rows) == ["standard", "eplb", "llep", "rq"]
+    assert [row["placement"] for row in rows.values()] == ["(uniform)", "eplb.json", "(uniform)", "rq.json"]
+    balance = {name: row["imbalance_mean"] for name, row in rows.items()}
+    assert balance["rq"] < 1.1 < balance["eplb"] < balance["standard"]
+    for row in rows.values():
+        assert 1 <= row["imbalance_mean"] <= row["imbalance_worst"]
+        assert row["bytes_max"] <= 8000
+        assert row["modelled_step_s"] > 0
+    assert rows["llep"]["transfers_per_step"] > 0
+    assert rows["rq"]["low_precision_share"] > 0
+
+
+def test_without_placements_everything_is_placed_on_uniform_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = write_stats(tmp_path / "stats.safetensors")
+    assert main(["simulate", "--stats", stats, "--num-ranks", "4", "--strategies", "rq,standard"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "(uniform)" in line][:2]
+    assert [row[0] for row in rows] == ["rq", "standard"]
+    assert rows[0][2:] == rows[1][2:]  # uniform load leaves rq with contiguous blocks
+
+
+@pytest.mark.parametrize(
+    ("model", "num_experts", "ranks", "options", "message"),
+    [
+        ("other", 16, "4", [], "was made for model"),
+        ("abc", 16, "8", [], "is for 4 ranks"),
+        ("abc", 8, "4", [], "experts per layer"),
+        ("abc", 16, "4", ["--strategies", "llap"], "did you mean 'llep'"),
+        ("abc", 16, "4", ["--machine", "h200"], "hidden_size"),
+        ("abc", 16, "4", ["--machine", "h300"], "did you mean 'h200'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    placements: list[str],
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    num_experts: int,
+    ranks: str,
+    options: list[str],
+    message: str,
+) -> None:
+    stats = write_stats(tmp_path / "held_out.safetensors", model, num_experts)
+    capsys.readouterr()
+    assert main(["simulate", "--stats", stats, "--num-ranks", ranks, *options, "--placement", *placements]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_two_placements_of_one_strategy(
+    tmp_path: Path, placements: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = write_stats(tmp_path / "held_out.safetensors")
+    assert main(["simulate", "--stats", stats, "--num-ranks", "4", "--placement", placements[1], placements[1]]) == 2
+    assert "a second placement made by 'rq'" in capsys.readouterr().err

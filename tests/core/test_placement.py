@@ -1,0 +1,161 @@
+"""Placement: what is refused, what a file must hold, and what comes back from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import (
+    LayerPlacement,
+    Placement,
+    PlacementProblem,
+    Replica,
+    Replicas,
+    contiguous,
+    standard_ep_bytes,
+)
+from rq_ep.core.stats import ExpertStats, ModelIdentity
+from rq_ep.core.topology import Topology, home_ranks
+
+
+@pytest.fixture
+def placement() -> Placement:
+    replicas = Replicas.of([Replica(0, 0, "bf16"), Replica(1, 0, "bf16"), Replica(1, 1, "int8")])
+    layer = LayerPlacement(3, 2, replicas, np.array([0.25, 0.75, 1.0]), predicted=1.2, bound=1.0, binding="mean")
+    return Placement(
+        layers=(layer,),
+        strategy="rq",
+        topology=Topology(2),
+        bytes_R=(10, 15),
+        budget_bytes_R=(20, 20),
+        model=ModelIdentity("tiny", "abc"),
+        tokens_per_step=64,
+        low_precision_cap=0.25,
+        low_precision_planned=0.2,
+        certificate={"predicted": 1.2, "bound": 1.0},
+    )
+
+
+def test_a_file_gives_back_what_was_saved(placement: Placement, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "placement.json"
+    placement.save(path)
+    again = Placement.load(path)
+    assert list(again.layers[0].replicas) == list(placement.layers[0].replicas)
+    np.testing.assert_array_equal(again.layers[0].shares_P, placement.layers[0].shares_P)
+    for name in ("strategy", "topology", "bytes_R", "budget_bytes_R", "model", "tokens_per_step", "certificate"):
+        assert getattr(again, name) == getattr(placement, name), name
+    assert (again.low_precision_cap, again.low_precision_planned) == (0.25, 0.2)
+    assert again.layers[0].gap == pytest.approx(0.2)
+    assert again.formats == ("bf16", "int8")
+    placement.save(path)  # over itself
+    assert [file.name for file in path.parent.iterdir()] == ["placement.json"]
+
+
+def damage(document: dict[str, Any], path: str, value: Any) -> None:
+    *keys, last = path.split(".")
+    for key in keys:
+        document = document[int(key) if key.isdigit() else key]  # type: ignore[index]
+    if value is KeyError:
+        del document[last]
+    else:
+        document[int(last) if last.isdigit() else last] = value  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("format", "rq_ep.placement/9", "expected 'rq_ep.placement/1'"),
+        ("layers", KeyError, "incomplete"),
+        ("layers", 7, "incomplete"),
+        ("num_ranks", 0, "names 2 ranks, but num_ranks is 0"),
+        ("num_ranks", "two", "but num_ranks is two"),
+        ("num_ranks", 1, "names 2 ranks, but num_ranks is 1"),
+        ("bytes", [1], "bytes names 1 ranks"),
+        ("budget_bytes", [1, 2, 3], "budget_bytes names 3 ranks"),
+        ("bytes", None, "incomplete"),
+        ("layers.0.num_experts", 10**12, "3 replicas cannot hold"),
+        ("layers.0.num_experts", 1, "expert numbers must lie in 0..0"),
+        ("layers.0.replicas.2.rank", 2, "rank 2 lies outside"),
+        ("model", {"name": "x"}, "incomplete"),
+        ("low_precision_share", None, "incomplete"),
+        ("layers.0.replicas.0.rank", -1, "rank -1 lies outside"),
+        ("layers.0.replicas.0.rank", 0.5, "incomplete"),
+        ("layers.0.replicas.0.expert", 9, "expert numbers must lie in 0..1"),
+        ("layers.0.replicas.0.expert", "0", "incomplete"),
+        ("layers.0.replicas.0.share", 0.5, "shares of expert 0 sum to 1.25"),
+        ("layers.0.replicas.0.share", -0.25, "shares of expert 0"),
+        ("layers.0.replicas.0.share", "a lot", "incomplete"),
+        ("layers.0.replicas.0.format", "int8", "mix formats"),
+        ("layers.0.replicas.1", {"expert": 0, "rank": 0, "format": "bf16", "share": 0.75}, "two replicas"),
+        ("layers.0.replicas", [], "0 replicas cannot hold 2 experts"),
+        ("layers.0.replicas.2.expert", 0, "two replicas"),
+        ("layers.0.predicted", KeyError, "incomplete"),
+    ],
+)
+def test_hostile_files_are_user_errors(
+    placement: Placement, tmp_path: Path, path: str, value: object, message: str
+) -> None:
+    file = tmp_path / "placement.json"
+    placement.save(file)
+    document = json.loads(file.read_text())
+    damage(document, path, value)
+    file.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message) as caught:
+        Placement.load(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'{"format": "rq_ep.placement/1"}'])
+def test_truncated_and_foreign_files_are_user_errors(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "placement.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"placement\.json"):
+        Placement.load(file)
+    with pytest.raises(UserError, match="rq-ep place --out"):
+        Placement.load(tmp_path / "missing.json")
+    with pytest.raises(UserError, match="not a readable"):
+        Placement.load(tmp_path)
+
+
+def test_every_prefix_of_a_file_is_refused(placement: Placement, tmp_path: Path) -> None:
+    file = tmp_path / "placement.json"
+    placement.save(file)
+    whole = file.read_text().rstrip()
+    for length in range(0, len(whole), 37):
+        file.write_text(whole[:length])
+        with pytest.raises(UserError):
+            Placement.load(file)
+
+
+def test_serves_only_its_ranks_and_its_model(placement: Placement) -> None:
+    placement.check_serves(ModelIdentity("renamed", "abc"), 2)
+    placement.check_serves(None, 2)
+    with pytest.raises(UserError, match="for 2 ranks, but 4 were started"):
+        placement.check_serves(None, 4)
+    with pytest.raises(UserError, match="made for model 'tiny'"):
+        placement.check_serves(ModelIdentity("other", "def"), 2)
+
+
+def test_replicas_are_sorted_and_unique() -> None:
+    replicas = Replicas.of([Replica(1, 0, "a"), Replica(0, 1, "a"), Replica(0, 0, "a")])
+    assert [(replica.rank, replica.expert) for replica in replicas] == [(0, 0), (0, 1), (1, 0)]
+    assert replicas.by_expert_P.tolist() == [0, 2, 1]
+    assert [list(replicas.on_rank(rank)) for rank in range(3)] == [[0, 1], [2], []]
+    with pytest.raises(UserError, match="two replicas of one expert"):
+        Replicas.of([Replica(0, 0, "a"), Replica(0, 0, "b")])
+
+
+@pytest.mark.parametrize(("num_experts", "num_ranks"), [(8, 4), (10, 3), (3, 5), (1, 4), (7, 1)])
+def test_homes_are_contiguous_blocks_of_nearly_equal_size(num_experts: int, num_ranks: int) -> None:
+    homes_E = home_ranks(num_experts, num_ranks)
+    assert (np.diff(homes_E) >= 0).all()
+    sizes = np.bincount(homes_E, minlength=num_ranks)
+    assert sizes.max() - sizes.min() <= 1
+    stats = ExpertStats.uniform((0, 5), num_experts, {"bf16": 7}, "bf16")
+    placement = PlacementProblem(stats, Topology(num_ranks)).placement("standard", contiguous(
+        PlacementProblem(stats, Topology(num_ranks))
+    ))  # fmt: skip
+    assert max(placement.bytes_R) == standard_ep_bytes(stats, num_ranks) == 2 * 7 * sizes.max()

@@ -1,0 +1,66 @@
+"""The simulator: counts dealt without loss, balance measured per step, strategies told apart."""
+
+import numpy as np
+
+from rq_ep.core.cost import LayerShape
+from rq_ep.core.stats import ExpertStats
+from rq_ep.costs.roofline import MACHINES
+from rq_ep.sim.simulator import simulate
+from rq_ep.sim.traces import deal_counts
+from rq_ep.strategies import make_strategy
+from rq_ep.strategies.place import place
+
+SIZES = {"bf16": 1000, "int8": 504}
+
+
+def test_counts_are_dealt_evenly_and_whole() -> None:
+    counts_SLE = np.random.default_rng(0).integers(0, 50, (3, 2, 7))
+    dealt_SLRE = deal_counts(counts_SLE, 4)
+    np.testing.assert_array_equal(dealt_SLRE.sum(axis=2), counts_SLE)
+    assert (dealt_SLRE.max(axis=2) - dealt_SLRE.min(axis=2)).max() <= 1
+    per_rank = dealt_SLRE.sum(axis=3)
+    assert (per_rank.max(axis=2) - per_rank.min(axis=2)).max() <= 1  # remainders take turns
+    np.testing.assert_array_equal(dealt_SLRE, deal_counts(counts_SLE, 4))
+
+
+def stats_of(counts_SLE: np.ndarray) -> ExpertStats:
+    return ExpertStats(counts_SLE, ("bf16", "int8"), "bf16", SIZES, top_k=2)
+
+
+def test_balance_is_per_step_and_layer_then_averaged() -> None:
+    counts_SLE = np.array([[[20, 0], [10, 10]], [[0, 20], [10, 10]], [[0, 0], [0, 0]]])
+    placement = place(stats_of(counts_SLE), 2, strategy="standard")
+    result = simulate(make_strategy("standard"), placement, counts_SLE, "bf16")
+    np.testing.assert_array_equal(result.imbalance_SL, [[2, 1], [2, 1], [np.nan, np.nan]])
+    assert result.seen.mean() == 1.5
+    assert result.loads_LR.tolist() == [[20, 20], [20, 20]]
+    assert result.layer_s_SL is None
+
+
+def test_nothing_seen_is_balanced() -> None:
+    counts_SLE = np.zeros((2, 1, 4), np.int64)
+    placement = place(stats_of(counts_SLE), 2, strategy="standard")
+    assert simulate(make_strategy("standard"), placement, counts_SLE, "bf16").seen.tolist() == [1.0]
+
+
+def test_strategies_on_a_skewed_record() -> None:
+    popularity = 1 / np.arange(1, 17)
+    popularity /= popularity.sum()
+    counts_SLE = np.random.default_rng(0).multinomial(2000, popularity, size=(40, 2))
+    calibration, held_out = stats_of(counts_SLE[:24]), counts_SLE[24:]
+    found = {}
+    shape = LayerShape(64, 64, SIZES)
+    for name in ("standard", "eplb", "llep", "rq"):
+        strategy = make_strategy(name, **({"min_tokens_per_gemm": 32} if name == "llep" else {}))
+        placement = place(calibration, 4, strategy=name)
+        found[name] = simulate(strategy, placement, held_out, "bf16", MACHINES["h200"], shape)
+    balance = {name: float(result.seen.mean()) for name, result in found.items()}
+    assert balance["standard"] > 2
+    assert balance["rq"] < 1.1 < balance["eplb"] < balance["standard"]
+    assert balance["llep"] < 1.1
+    assert found["llep"].transfers_SL.min() > 0
+    assert not any(found[name].transfers_SL.any() for name in ("standard", "eplb", "rq"))
+    assert 0 < found["rq"].low_precision_share < 0.3
+    assert found["standard"].low_precision_share == 0
+    assert all(result.loads_LR.sum() == held_out.sum() for result in found.values())
+    assert all((result.layer_s_SL > 0).all() for result in found.values())
