@@ -1,0 +1,129 @@
+"""Host time of planning one layer and step, for every strategy; no tensors, no ranks.
+
+    python bench/plan.py                                       # 128 experts on 8 ranks, and other sizes
+    python bench/plan.py --sizes 256x32 --json bench/results/plan_NAME.json
+
+Loads are log-normal, drawn again for every step; placements come from other steps. Each strategy sees the same steps.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.files import replacing
+from rq_ep.core.plan import imbalance
+from rq_ep.core.stats import ExpertStats
+from rq_ep.strategies import STRATEGIES, make_strategy
+from rq_ep.strategies.place import place
+
+NUM_CALIBRATION_STEPS = 64
+EXPERT_BYTES = {"bf16": 1000, "int8": 504}
+
+
+def draw_counts(popularity_E: FloatArray, num_steps: int, num_ranks: int, pairs: int, seed: int) -> IntArray:
+    """[S, R, E] pairs: every step's popularity strays from the common one, every rank draws from the step's."""
+    generator = np.random.default_rng(seed)
+    counts_SRE = np.empty((num_steps, num_ranks, len(popularity_E)), np.int64)
+    for counts_RE in counts_SRE:
+        step_E = popularity_E * np.exp(0.3 * generator.standard_normal(len(popularity_E)))
+        counts_RE[:] = generator.multinomial(pairs, step_E / step_E.sum(), size=num_ranks)
+    return counts_SRE
+
+
+def measure(name: str, num_experts: int, num_ranks: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Time the planner of one strategy; the first pass over the steps is warm-up."""
+    popularity_E = np.exp(args.skew * np.random.default_rng(args.seed).standard_normal(num_experts))
+    recorded = draw_counts(popularity_E, NUM_CALIBRATION_STEPS, num_ranks, args.pairs_per_rank, args.seed + 1)
+    stats = ExpertStats(recorded.sum(axis=1)[:, None], tuple(EXPERT_BYTES), "bf16", EXPERT_BYTES)
+    started = time.perf_counter()
+    placement = place(stats, num_ranks, strategy=name)
+    place_s = time.perf_counter() - started
+    knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm} if name == "llep" else {}
+    planner = make_strategy(name, **knobs).planner(placement.layers[0], placement.topology)
+    steps = draw_counts(popularity_E, args.steps, num_ranks, args.pairs_per_rank, args.seed + 2)
+    plans = [planner(counts_RE) for counts_RE in steps]
+    seconds = []
+    for _ in range(args.rounds):
+        for counts_RE in steps:
+            started = time.perf_counter()
+            planner(counts_RE)
+            seconds.append(time.perf_counter() - started)
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return {
+        "num_experts": num_experts,
+        "num_ranks": num_ranks,
+        "strategy": name,
+        "plan_p50_s": p50,
+        "plan_p99_s": p99,
+        "place_s": place_s,
+        "imbalance": float(np.mean([imbalance(plan.loads_R) for plan in plans])),
+        "replicas": len(placement.layers[0].replicas),
+        "transfers": float(np.mean([len(plan.transfers) for plan in plans])),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sizes", nargs="+", default=["16x4", "64x8", "128x8", "256x8"], metavar="ExR", help="experts x ranks"
+    )
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME", help="which to time")
+    parser.add_argument(
+        "--pairs-per-rank", type=int, default=32768, metavar="N", help="routed pairs of a rank and step"
+    )
+    parser.add_argument("--min-tokens-per-gemm", type=int, default=1024, metavar="M", help="of llep")
+    parser.add_argument("--skew", type=float, default=1.2, metavar="SD", help="of the experts' log popularity")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="different steps")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="times each step is planned")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the loads")
+    parser.add_argument("--json", metavar="FILE", help="write the figures with command, commit and versions")
+    args = parser.parse_args()
+    table = Table(
+        "experts", "ranks", "strategy", "p50 us", "p99 us", "max/mean", "replicas", "moved", "place s", box=None
+    )
+    rows = []
+    for size in args.sizes:
+        try:
+            num_experts, num_ranks = map(int, size.split("x"))
+            found = [measure(name, num_experts, num_ranks, args) for name in args.strategies]
+        except (UserError, ValueError) as error:
+            sys.exit(f"bench/plan.py: {size}: {error}")
+        for row in found:
+            table.add_row(
+                str(num_experts), str(num_ranks), row["strategy"], f"{1e6 * row['plan_p50_s']:.0f}",
+                f"{1e6 * row['plan_p99_s']:.0f}", f"{row['imbalance']:.3f}", str(row["replicas"]),
+                f"{row['transfers']:.1f}", f"{row['place_s']:.2f}",
+            )  # fmt: skip
+        rows += found
+    Console().print(table)
+    if args.json:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        facts = {
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": commit,
+            "python": platform.python_version(),
+            "numpy": version("numpy"),
+            "processor": platform.processor() or platform.machine(),
+            "settings": vars(args),
+            "rows": rows,
+        }
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
