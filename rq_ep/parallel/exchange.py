@@ -145,6 +145,8 @@ def block_order(sizes_B: IntArray, order_B: IntArray, device: torch.device) -> T
 
 
 def _repeat(values_B: IntArray, times_B: IntArray, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.from_numpy(np.repeat(values_B, times_B))
     host = torch.from_numpy(np.stack([values_B, times_B])).to(device, non_blocking=True)
     return torch.repeat_interleave(host[0], host[1], output_size=int(times_B.sum()))
 
