@@ -27,6 +27,7 @@ from rq_ep.solver.tables import replicas_of
 BoolArray = npt.NDArray[np.bool_]
 UNLIMITED = 2**60
 NUM_ROUNDS = 2  # of filling and moving
+COST_OF_INEXACT = 5  # a move takes that much longer where sets of ranks are too many to list, so fewer are tried
 
 
 @dataclass
@@ -64,6 +65,8 @@ class Draft:
     def complete(self, max_moves: int, seed: int, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
         """Replicas by gain, then moves; bytes that a balanced layer can spare serve the others in a second round."""
         generator = np.random.default_rng(seed)
+        if not all(layer.is_exact for layer in self.layers):
+            max_moves //= COST_OF_INEXACT
         for turn in range(NUM_ROUNDS):
             if turn and any(layer.imbalance > GOOD_ENOUGH for layer in self.layers):
                 for layer, bytes_E in zip(self.layers, self.bytes_LE, strict=True):
