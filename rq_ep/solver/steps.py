@@ -35,9 +35,18 @@ class LayerSteps:
 
 
 def calibration_steps(problem: PlacementProblem, max_steps: int) -> list[LayerSteps]:
-    """At most `max_steps` steps for each layer, spread over the record, thinned to `problem.tokens_per_step`."""
+    """At most `max_steps` steps for each layer, thinned to `problem.tokens_per_step`, spread over the record.
+
+    They lie at even distances in routed pairs: a record of few long prefill and many short decode steps is seen as its
+    work is spread, not as its steps are counted.
+    """
     stats = problem.stats
-    chosen_S = np.linspace(0, stats.num_steps - 1, min(max_steps, stats.num_steps)).round().astype(np.int64)
+    pairs_S = stats.counts.sum(axis=(1, 2)).astype(np.float64)
+    if problem.tokens_per_step is not None:
+        pairs_S *= np.minimum(problem.tokens_per_step / np.maximum(_tokens(stats), 1), 1)
+    running_S = np.cumsum(pairs_S)
+    marks = (np.arange(max_steps) + 0.5) / max_steps * pairs_S.sum()
+    chosen_S = np.unique(np.searchsorted(running_S, marks, side="right")) if pairs_S.any() else np.zeros(0, np.int64)
     counts_SLE = stats.counts[chosen_S]
     if problem.tokens_per_step is not None:
         counts_SLE = _thin(counts_SLE, _tokens(stats)[chosen_S], problem.tokens_per_step, problem.seed)

@@ -153,17 +153,31 @@ def test_shares_are_those_of_the_mean_split() -> None:
     np.testing.assert_allclose(np.bincount(layer.replicas.ranks_P, pairs_P), [60, 60])
 
 
-def test_steps_are_spread_over_the_record_and_thinned_to_the_size_served() -> None:
-    counts_SLE = np.arange(1, 101)[:, None, None] * np.full((1, 2, 4), 100)
-    given = problem(counts_SLE, 2)
-    chosen = calibration_steps(given, 5)[0].counts_SE[:, 0] // 100
-    assert chosen.tolist() == [1, 26, 51, 75, 100]
+def test_steps_are_spread_over_the_record() -> None:
+    counts_SLE = np.full((100, 2, 4), 100)
+    counts_SLE[:, :, 0] = np.arange(100)[:, None]
+    counts_SLE[:, :, 1] = 200 - counts_SLE[:, :, 0]
+    assert calibration_steps(problem(counts_SLE, 2), 5)[0].counts_SE[:, 0].tolist() == [10, 30, 50, 70, 90]
+    assert len(calibration_steps(problem(counts_SLE[:7], 2), 64)[1].counts_SE) == 7
+
+
+def test_a_step_counts_by_its_pairs() -> None:
+    counts_SLE = np.concatenate([np.full((4, 1, 4), 1000), np.full((400, 1, 4), 1)])
+    sizes = calibration_steps(problem(counts_SLE, 2), 50)[0].counts_SE.sum(axis=1)
+    assert (sizes == 4000).sum() == 4
+    assert (sizes == 4).sum() == 5
+
+
+def test_steps_are_thinned_to_the_size_served() -> None:
+    counts_SLE = np.full((6, 2, 4), 100)
     thinned = calibration_steps(problem(counts_SLE, 2, tokens_per_step=8), 5)
     assert [layer.counts_SE.sum(axis=1).tolist() for layer in thinned] == [[16] * 5] * 2  # top-2
     again = calibration_steps(problem(counts_SLE, 2, tokens_per_step=8), 5)
     np.testing.assert_array_equal(thinned[1].counts_SE, again[1].counts_SE)
     other = calibration_steps(problem(counts_SLE, 2, tokens_per_step=8, seed=1), 5)
     assert (other[1].counts_SE != again[1].counts_SE).any()
+    as_recorded = calibration_steps(problem(counts_SLE, 2, tokens_per_step=10**6), 5)
+    assert (as_recorded[0].counts_SE == 100).all()
 
 
 def test_steps_without_pairs_do_not_count() -> None:
