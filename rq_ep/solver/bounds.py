@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import coo_array
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.solver.precision import Formats
@@ -38,6 +36,10 @@ def lower_bound(steps: Sequence[LayerSteps], max_replicas: int, num_ranks: int) 
     Variables: n_e >= 1 replicas of each expert, T_s >= 1 the step's max/mean. A step's load r of an expert with n
     replicas puts at least r / n on some rank; the chords of r / n between whole n are linear and hold for all whole n.
     """
+    # Planners on every rank import this package; SciPy would make up most of the time that takes.
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_array
+
     num_extra = max_replicas - sum(layer.counts_SE.shape[1] for layer in steps)
     weights: list[FloatArray] = []
     least: list[FloatArray] = []

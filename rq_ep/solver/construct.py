@@ -5,24 +5,22 @@ contiguous blocks are among them, so the result is never worse than these.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
+from rq_ep.core.placement import Placement, PlacementProblem
 from rq_ep.core.topology import home_ranks
-from rq_ep.solver.bounds import least_home_bytes, lower_bound
+from rq_ep.solver.certify import certified
 from rq_ep.solver.cuts import LayerBalance, starting_sets
 from rq_ep.solver.fill import GOOD_ENOUGH, fill, promote
 from rq_ep.solver.homes import deal_homes
 from rq_ep.solver.improve import improve, trim
 from rq_ep.solver.precision import Formats, damage_LE, least_missed
-from rq_ep.solver.split import SharedExperts, split
 from rq_ep.solver.steps import LayerSteps, calibration_steps
-from rq_ep.solver.tables import replicas_of
 
 BoolArray = npt.NDArray[np.bool_]
 UNLIMITED = 2**60
@@ -91,7 +89,7 @@ def solve(
         problem: statistics, ranks and limits.
         strategy: the name the placement will carry.
         max_steps: calibration steps to look at, spread over the record.
-        max_moves: swaps tried in each layer.
+        max_moves: moves of replicas tried in each layer.
         on_progress: told the fraction done, now and then.
 
     Raises:
@@ -112,7 +110,8 @@ def solve(
     best.complete(max_moves, problem.seed, lambda fraction: report((1 + fraction) / 2))
     if formats.low:
         promote(best.layers, best.low_LE, damage_LE(problem.stats, formats.low), formats, best.free_R)
-    placement = _certified(problem, strategy, steps, formats, best)
+    held_LER = np.stack([layer.held_ER for layer in best.layers])
+    placement = certified(problem, strategy, steps, formats, held_LER, best.low_LE)
     report(1.0)
     return placement
 
@@ -166,64 +165,3 @@ def _too_small(problem: PlacementProblem, formats: Formats, mean_LE: FloatArray,
         f"--budget {','.join(map(str, sorted(set(problem.budget_bytes_R))))}: too small for a replica of every expert "
         f"on {num_ranks} ranks: raise it to {enough} bytes per rank{hint}"
     )
-
-
-def _contiguous_imbalance(problem: PlacementProblem, steps: Sequence[LayerSteps]) -> FloatArray:
-    """[L] max/mean of standard EP on the same steps."""
-    num_ranks = problem.topology.num_ranks
-    homes_E = home_ranks(problem.stats.num_experts, num_ranks)
-    held_ER = homes_E[:, None] == np.arange(num_ranks)
-    loads = [layer.loads_SE @ held_ER for layer in steps]
-    return np.array([loads_SR.max(axis=1).mean() if len(loads_SR) else 1.0 for loads_SR in loads])
-
-
-def _certified(
-    problem: PlacementProblem,
-    strategy: str,
-    steps: Sequence[LayerSteps],
-    formats: Formats,
-    best: Draft,
-) -> Placement:
-    """The placement with shares, and with what the exact split makes of it beside what nothing could beat."""
-    stats, num_ranks, share = problem.stats, problem.topology.num_ranks, problem.max_low_precision_share
-    pairs_LE = stats.counts.sum(axis=0)
-    home_bytes_L = [least_home_bytes(pairs_E, formats, share) for pairs_E in pairs_LE]
-    layers = []
-    for at, layer_steps in enumerate(steps):
-        held_ER, low_E = best.layers[at].held_ER, best.low_LE[at]
-        used = int((held_ER.sum(axis=1) * formats.bytes_of(low_E)).sum())
-        max_replicas = stats.num_experts + (used - home_bytes_L[at]) // formats.low_bytes
-        bound = lower_bound([layer_steps], max_replicas, num_ranks)
-        layer = LayerPlacement.even(stats.layers[at], stats.num_experts, replicas_of(held_ER, formats.names_of(low_E)))
-        layer = _with_mean_shares(layer, layer_steps)
-        layers.append(replace(layer, bound=bound.value, binding=bound.binding))
-    predicted = float(np.mean([layer.predicted for layer in layers])) if layers else 1.0
-    budget = UNLIMITED if problem.budget_bytes_R is None else sum(problem.budget_bytes_R)
-    extra = min((budget - sum(home_bytes_L)) // formats.low_bytes, stats.num_layers * stats.num_experts * num_ranks)
-    overall = lower_bound(steps, stats.num_layers * stats.num_experts + extra, num_ranks)
-    certificate = {
-        "objective": "max/mean of pairs over ranks under the exact split, mean over calibration steps and layers",
-        "predicted": predicted,
-        "bound": overall.value,
-        "gap": predicted / overall.value - 1,
-        "binding": overall.binding,
-        "steps": max((len(layer.counts_SE) for layer in steps), default=0),
-        "standard": float(_contiguous_imbalance(problem, steps).mean()),
-    }
-    return problem.placement(strategy, layers, certificate=certificate)
-
-
-def _with_mean_shares(layer: LayerPlacement, steps: LayerSteps) -> LayerPlacement:
-    """Shares as the exact split deals them on average, and the max/mean it attains."""
-    shared = SharedExperts.of(layer.replicas, steps.num_ranks)
-    quotas_C = np.zeros(len(shared.replicas_C))
-    ratios = []
-    for counts_E in steps.counts_SE:
-        best = split(shared, counts_E)
-        quotas_C += best.quotas_C
-        ratios.append(best.fullest * steps.num_ranks / int(counts_E.sum()))
-    shares_P = layer.shares_P.copy()
-    if len(shared.replicas_C):
-        totals_C = np.add.reduceat(quotas_C, shared.first_V)[shared.groups_C]
-        shares_P[shared.replicas_C] = np.divide(quotas_C, totals_C, out=shares_P[shared.replicas_C], where=totals_C > 0)
-    return replace(layer, shares_P=shares_P, predicted=float(np.mean(ratios)) if ratios else 1.0)

@@ -1,6 +1,6 @@
 """What to do with the bytes that homes leave: replicas by gain per byte, over all layers at once; then more bits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,7 @@ LEAST_GAIN = 1e-6  # of the soft maximum: below it a replica is not worth its by
 REFINE_EVERY = 8  # replicas added to a layer between two exact splits of its steps
 
 
-def fill(
-    layers: Sequence[LayerBalance],
-    bytes_LE: IntArray,
-    free_R: IntArray,
-    on_replica: Callable[[], None] = lambda: None,
-) -> None:
+def fill(layers: Sequence[LayerBalance], bytes_LE: IntArray, free_R: IntArray) -> None:
     """Add replicas to `layers`, the largest gain per byte first, while they fit; takes their bytes off `free_R`."""
     gains_LER = np.stack([_gains(layer, sizes_E) for layer, sizes_E in zip(layers, bytes_LE, strict=True)])
     num_added = [0] * len(layers)
@@ -40,7 +35,6 @@ def fill(
         if num_added[at] % REFINE_EVERY == 0:
             layer.refine()
         gains_LER[at] = _gains(layer, bytes_LE[at])
-        on_replica()
 
 
 def _gains(layer: LayerBalance, bytes_E: IntArray) -> FloatArray:

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, PlacementProblem
@@ -192,3 +194,29 @@ def test_progress_rises_to_one() -> None:
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
     assert len(seen) > 2
+
+
+@given(
+    num_experts=st.integers(1, 9),
+    num_ranks=st.integers(1, 10),
+    num_layers=st.integers(1, 3),
+    rooms=st.lists(st.integers(0, 6000), min_size=10, max_size=10),
+    share=st.sampled_from([0.0, 0.2, 1.0]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_whatever_is_asked_it_fits_or_says_what_would(
+    num_experts: int, num_ranks: int, num_layers: int, rooms: list[int], share: float, seed: int
+) -> None:
+    counts_SLE = np.stack([skewed(num_experts, 500, seed + layer, 4) for layer in range(num_layers)], axis=1)
+    budget = tuple(rooms[:num_ranks])
+    try:
+        placement = place(problem(counts_SLE, num_ranks, budget=budget, max_low_precision_share=share), max_moves=20)
+    except UserError as error:
+        enough = int(str(error).split("raise it to ")[1].split()[0])
+        budget = (enough,) * num_ranks
+        placement = place(problem(counts_SLE, num_ranks, budget=budget, max_low_precision_share=share), max_moves=20)
+    assert all(used <= room for used, room in zip(placement.bytes_R, budget, strict=True))
+    assert placement.low_precision_planned <= share + 1e-12
+    assert placement.certificate["bound"] <= placement.certificate["predicted"] + 1e-9
+    assert all(layer.bound <= layer.predicted + 1e-9 for layer in placement.layers)
