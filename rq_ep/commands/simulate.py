@@ -103,12 +103,11 @@ def _cost(machine: str | None, stats: "ExpertStats") -> tuple[Any, Any]:
 
 
 def _report(rows: list[dict[str, Any]], stats: "ExpertStats", machine: str | None) -> None:
-    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
-        "strategy", "placement", "mean", "p90", "worst", "MiB/rank", "low", "moved", box=SIMPLE,
+        "strategy", "placement", "mean", "p90", "worst", "MiB/rank", "low", "moved", box=None, padding=(0, 2, 0, 0),
         title="max/mean over ranks, taken in every step and layer",
     )  # fmt: skip
     if machine:
