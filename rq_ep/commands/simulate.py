@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rq_ep.core.placement import Placement
     from rq_ep.core.stats import ExpertStats
+    from rq_ep.core.strategy import Strategy
 
 UNIFORM = "(uniform)"
 
@@ -21,20 +22,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategies", default="standard,eplb,llep,rq", metavar="NAMES", help="by commas")
     parser.add_argument("--num-ranks", required=True, type=int, metavar="R", help="ranks the loads are dealt to")
     parser.add_argument("--machine", metavar="NAME", help="h200, h100 or cpu: add seconds by a roofline model")
-    parser.add_argument("--min-tokens-per-gemm", type=int, metavar="M", help="llep: least chunk that is worth moving")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME.SETTING=VALUE",
+        help="setting of a strategy, such as llep.min_tokens_per_gemm=16; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON as well")
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import parse_names
-    from rq_ep.core.errors import UserError, check_choice
+    from rq_ep.commands.common import parse_names, parse_strategies
+    from rq_ep.core.errors import UserError
     from rq_ep.core.files import replacing
     from rq_ep.core.placement import Placement
     from rq_ep.core.stats import ExpertStats
-    from rq_ep.strategies import STRATEGIES
 
     stats = ExpertStats.load(args.stats)
-    names = [check_choice("strategy", name, STRATEGIES) for name in parse_names(args.strategies)]
+    strategies = parse_strategies(parse_names(args.strategies), args.set)
     placements: dict[str, tuple[str, Placement]] = {}
     for path in args.placement:
         placement = Placement.load(path)
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         if placement.strategy in placements:
             raise UserError(f"{path}: a second placement made by {placement.strategy!r}; give one for each strategy")
         placements[placement.strategy] = (Path(path).name, placement)
-    rows = [_row(name, stats, placements.get(name), args) for name in names]
+    rows = [_row(strategy, stats, placements.get(name), args) for name, strategy in strategies.items()]
     _report(rows, stats, args.machine)
     if args.json:
         with replacing(args.json) as temporary:
@@ -56,25 +59,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _row(
-    name: str, stats: "ExpertStats", given: "tuple[str, Placement] | None", args: argparse.Namespace
+    strategy: "Strategy", stats: "ExpertStats", given: "tuple[str, Placement] | None", args: argparse.Namespace
 ) -> dict[str, Any]:
     import numpy as np
 
     from rq_ep.core.stats import ExpertStats
     from rq_ep.sim.simulator import simulate
-    from rq_ep.strategies import make_strategy
     from rq_ep.strategies.place import place
 
-    knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm} if name == "llep" and args.min_tokens_per_gemm else {}
     if given is None:
         native = {stats.native_format: stats.expert_bytes[stats.native_format]}
         uniform = ExpertStats.uniform(stats.layers, stats.num_experts, native, stats.native_format)
-        given = (UNIFORM, place(uniform, args.num_ranks, strategy=name))
+        given = (UNIFORM, place(uniform, args.num_ranks, strategy=strategy))
     source, placement = given
     cost, shape = _cost(args.machine, stats)
-    result = simulate(make_strategy(name, **knobs), placement, stats.counts, stats.native_format, cost, shape)
+    result = simulate(strategy, placement, stats.counts, stats.native_format, cost, shape)
     row = {
-        "strategy": name,
+        "strategy": strategy.name,
         "placement": source,
         "imbalance_mean": float(result.seen.mean()),
         "imbalance_p90": float(np.percentile(result.seen, 90)),

@@ -1,7 +1,7 @@
 """Placement: which rank holds a replica of which expert, in which format, for what share of its pairs."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
@@ -208,6 +208,7 @@ class PlacementProblem:
     tokens_per_step: int | None = None  # the batch size that will be served; None: as calibrated
     num_redundant_experts: int = 0  # extra replicas per layer, for strategies that count slots instead of bytes
     seed: int = 0
+    on_progress: Callable[[float], None] = lambda fraction: None  # told the fraction done, now and then
 
     def __post_init__(self) -> None:
         if not self.formats:

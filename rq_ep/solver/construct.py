@@ -76,13 +76,7 @@ class Draft:
         fill(self.layers, self.bytes_LE, self.free_R)
 
 
-def solve(
-    problem: PlacementProblem,
-    strategy: str,
-    max_steps: int,
-    max_moves: int,
-    on_progress: Callable[[float], None] | None = None,
-) -> Placement:
+def solve(problem: PlacementProblem, strategy: str, max_steps: int, max_moves: int) -> Placement:
     """Place every layer of `problem`.
 
     Args:
@@ -90,12 +84,10 @@ def solve(
         strategy: the name the placement will carry.
         max_steps: calibration steps to look at, spread over the record.
         max_moves: moves of replicas tried in each layer.
-        on_progress: told the fraction done, now and then.
 
     Raises:
         UserError: the budget is too small; the message says how many bytes would do.
     """
-    report = on_progress or (lambda fraction: None)
     steps = calibration_steps(problem, max_steps)
     formats = Formats.of(problem)
     drafts = [
@@ -103,17 +95,15 @@ def solve(
     ]
     for number, draft in enumerate(drafts):
         draft.complete(max_moves // 4, problem.seed)
-        report((number + 1) / len(drafts) / 2)
+        problem.on_progress((number + 1) / len(drafts) / 2)
         if draft.rating[0] <= GOOD_ENOUGH:
             break
     best = min(drafts, key=lambda draft: draft.rating)
-    best.complete(max_moves, problem.seed, lambda fraction: report((1 + fraction) / 2))
+    best.complete(max_moves, problem.seed, lambda fraction: problem.on_progress((1 + fraction) / 2))
     if formats.low:
         promote(best.layers, best.low_LE, damage_LE(problem.stats, formats.low), formats, best.free_R)
     held_LER = np.stack([layer.held_ER for layer in best.layers])
-    placement = certified(problem, strategy, steps, formats, held_LER, best.low_LE)
-    report(1.0)
-    return placement
+    return certified(problem, strategy, steps, formats, held_LER, best.low_LE)
 
 
 def _starts(

@@ -7,9 +7,9 @@ from pathlib import Path
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
+from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.strategies import make_strategy
-from rq_ep.strategies.rq import ReplicateQuantize
 
 UNITS = {
     "": 1, "b": 1,
@@ -23,14 +23,14 @@ def place(
     num_ranks: int,
     budget: str | int | Sequence[int] | None = "ep",
     *,
-    strategy: str = "rq",
+    strategy: str | Strategy = "rq",
     formats: Sequence[str] | None = None,
     ranks_per_node: int = 0,
     max_low_precision_share: float = 0.25,
     tokens_per_step: int | None = None,
     num_redundant_experts: int = 0,
     seed: int = 0,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> Placement:
     """Place a model's experts on `num_ranks` ranks.
 
@@ -39,7 +39,7 @@ def place(
         num_ranks: ranks of the expert-parallel group.
         budget: expert bytes of each rank, over all layers: `ep` for what standard EP's fullest rank takes, a number,
             text such as `80GiB` or `10GiB,12GiB` (one for each rank), a sequence, or None for no limit.
-        strategy: a name from `rq_ep.strategies.STRATEGIES`.
+        strategy: a name from `rq_ep.strategies.STRATEGIES`, or one with its own settings.
         formats: weight formats that may be used; default: all that the statistics know.
         ranks_per_node: 0 if all ranks share a node.
         max_low_precision_share: cap on the share of routed pairs computed below the native format.
@@ -58,7 +58,8 @@ def place(
             f"{stats.source}: {stats.num_layers} MoE layers of {stats.num_experts} experts: nothing to place"
         )
     topology = Topology(num_ranks, ranks_per_node)
-    chosen = make_strategy(strategy)
+    if isinstance(strategy, str):
+        strategy = make_strategy(strategy)
     problem = PlacementProblem(
         stats=stats,
         topology=topology,
@@ -70,11 +71,10 @@ def place(
         tokens_per_step=tokens_per_step,
         num_redundant_experts=num_redundant_experts,
         seed=seed,
+        on_progress=on_progress,
     )
-    if isinstance(chosen, ReplicateQuantize):
-        return chosen.place(problem, on_progress=on_progress)
     try:
-        return chosen.place(problem)
+        return strategy.place(problem)
     except UserError as error:
         if num_redundant_experts and budget == "ep":
             raise UserError(

@@ -1,6 +1,5 @@
 """Replicate and quantize: replicas of heavy hitters, paid for by few bits for tolerant experts, split step by step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,13 +23,8 @@ class ReplicateQuantize:
     max_steps: int = 64  # calibration steps the solver looks at, spread over the record
     max_moves: int = 3000  # moves it tries in each layer
 
-    def place(
-        self,
-        problem: PlacementProblem,
-        current: Placement | None = None,
-        on_progress: Callable[[float], None] | None = None,
-    ) -> Placement:
-        return solve(problem, self.name, self.max_steps, self.max_moves, on_progress)
+    def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
+        return solve(problem, self.name, self.max_steps, self.max_moves)
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
         replicas = layer.replicas

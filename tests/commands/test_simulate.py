@@ -34,7 +34,17 @@ def placements(tmp_path: Path) -> list[str]:
 def test_compares_strategies(tmp_path: Path, placements: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     held_out = write_stats(tmp_path / "held_out.safetensors", seed=1, hidden_size=64, intermediate_size=64)
     out = tmp_path / "rows.json"
-    command = ["simulate", "--stats", held_out, "--num-ranks", "4", "--machine", "h200", "--min-tokens-per-gemm", "32"]
+    command = [
+        "simulate",
+        "--stats",
+        held_out,
+        "--num-ranks",
+        "4",
+        "--machine",
+        "h200",
+        "--set",
+        "llep.min_tokens_per_gemm=32",
+    ]
     assert main([*command, "--json", str(out), "--placement", *placements]) == 0
     printed = capsys.readouterr().out
     assert "modelled" in printed

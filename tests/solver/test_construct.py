@@ -1,5 +1,7 @@
 """The placement solver: inside every limit, better than standard EP, and honest about it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -190,7 +192,7 @@ def test_steps_without_pairs_do_not_count() -> None:
 
 def test_progress_rises_to_one() -> None:
     seen: list[float] = []
-    solve(problem(recorded(8), 2), "rq", 8, 50, seen.append)
+    solve(replace(problem(recorded(8), 2), on_progress=seen.append), "rq", 8, 50)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
     assert len(seen) > 2
