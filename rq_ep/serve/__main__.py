@@ -1,15 +1,22 @@
 """Serve a model: `torchrun --nproc-per-node R -m rq_ep.serve --model DIR`, or under any launcher like torchrun."""
 
 import argparse
-import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.serve.front import Front
 from rq_ep.serve.leave import leave
 from rq_ep.serve.logs import set_up_logging
-from rq_ep.serve.startup import attempt
+from rq_ep.serve.startup import attempt, refuse
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells mistakes as every other error is told: in one line, by rank 0."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the command line without the program's name.
     """
-    parser = argparse.ArgumentParser(prog="rq_ep.serve", description=__doc__)
+    parser = Parser(prog="rq_ep.serve", description=__doc__, allow_abbrev=False)
     add_flags(parser, ServeConfig)
     parser.add_argument("--dry-run", action="store_true", help="print settings, placement and bytes per rank; exit")
     # The deepspeed launcher passes it; the environment says it as well.
@@ -46,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if front is not None:
                 front.close()
     except UserError as error:
-        if rank == 0:
-            print(f"rq_ep.serve: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return refuse(error, rank)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
 
 async def run(config: ServeConfig, num_ranks: int, token: str, http: socket.socket, hub_socket: socket.socket) -> None:
     """Serve until the ranks have ended."""
-    ended = asyncio.Event()
+    checked, ended = asyncio.Event(), asyncio.Event()
     metrics = Metrics(config.model_name, lambda: hub.num_unfinished)
 
     def on_ready(message: Message) -> None:
@@ -55,6 +55,7 @@ async def run(config: ServeConfig, num_ranks: int, token: str, http: socket.sock
         token,
         max_queue_size=config.max_queue_size,
         stall_s=config.rank_timeout,
+        on_checked=checked.set,
         on_ready=on_ready,
         on_stats=on_stats,
         on_end=ended.set,
@@ -73,11 +74,15 @@ async def run(config: ServeConfig, num_ranks: int, token: str, http: socket.sock
     serving = asyncio.ensure_future(server.serve(sockets=[http]))
     reporting = asyncio.ensure_future(report(metrics, hub))
     ending = asyncio.ensure_future(ended.wait())
-    service.tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, config.model)
-    await asyncio.wait({serving, ending, reporting}, return_when=asyncio.FIRST_COMPLETED)
+    checking = asyncio.ensure_future(checked.wait())
+    await asyncio.wait({serving, ending, checking}, return_when=asyncio.FIRST_COMPLETED)
+    if checked.is_set():
+        service.tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, config.model)
+        await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
-    reporting.cancel()
+    for task in (checking, ending, reporting):
+        task.cancel()
 
 
 async def report(metrics: Metrics, hub: Hub) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ class Hub:
         token: the secret that ranks show when they connect.
         max_queue_size: requests that may be unfinished at once.
         stall_s: silence of every rank, with requests unfinished, after which the group is taken to be stuck.
+        on_checked: called when rank 0 has found the checkpoint in order and begins to load it.
         on_ready: told what rank 0 says of the model, once every rank can serve.
         on_stats: told what the ranks count.
         on_end: called once when serving is over, in whatever way.
@@ -47,6 +49,7 @@ class Hub:
         *,
         max_queue_size: int,
         stall_s: float,
+        on_checked: Callable[[], None],
         on_ready: Callable[[Message], None],
         on_stats: Callable[[int, Message], None],
         on_end: Callable[[], None],
@@ -55,6 +58,7 @@ class Hub:
         self._token = token
         self._max_queue_size = max_queue_size
         self._stall_s = stall_s
+        self._on_checked = on_checked
         self._on_ready = on_ready
         self._on_stats = on_stats
         self._on_end = on_end
@@ -125,6 +129,10 @@ class Hub:
 
     async def serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Listen to one connection, from a rank's greeting to its end."""
+        with suppress(asyncio.CancelledError):  # this process ends; asyncio would log it as an error
+            await self._listen(reader, writer)
+
+    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = messages(reader)
         hello = await anext(stream, {})
         if hello.get("token") != self._token:
@@ -152,6 +160,8 @@ class Hub:
                     self._pass_on(Output(*fields))
             case "stats":
                 self._on_stats(rank, message)
+            case "checked":
+                self._on_checked()
             case "ready":
                 self._unavailable = None
                 self._on_ready(message)

@@ -23,10 +23,12 @@ def check_inputs(config: ServeConfig) -> PretrainedConfig:
     if config.placement is not None:
         Placement.load(config.placement)
     try:
-        AutoTokenizer.from_pretrained(config.model)
+        tokens = AutoTokenizer.from_pretrained(config.model).encode("text")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{config.model}: no tokenizer that transformers can read ({reason})") from None
+    if not tokens:  # transformers makes an empty tokenizer of no files at all
+        raise UserError(f"{config.model}: no tokenizer that transformers can read; add the model's tokenizer.json")
     return model_config
 
 

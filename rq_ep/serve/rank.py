@@ -27,7 +27,7 @@ from rq_ep.serve.front import Front
 from rq_ep.serve.inputs import check_inputs, choose_max_model_len, chosen_strategy
 from rq_ep.serve.link import Link, Message
 from rq_ep.serve.loads import LoadTotals
-from rq_ep.serve.startup import agree, on_every_rank
+from rq_ep.serve.startup import agree, on_every_rank, refuse
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -38,7 +38,7 @@ EXIT_FAILURE = 1
 
 
 def serve(config: ServeConfig, front: Front | None, problem: str | None) -> int:
-    """Serve until told to stop; every rank calls this. Returns the exit status.
+    """Serve until told to stop; every rank calls this. Returns the exit status, the same on every rank.
 
     A failure while serving ends the process from within: other ranks must not be left waiting in a collective.
 
@@ -46,11 +46,9 @@ def serve(config: ServeConfig, front: Front | None, problem: str | None) -> int:
         config: the same on every rank.
         front: the HTTP process, on rank 0.
         problem: why rank 0 could not start it.
-
-    Raises:
-        UserError: the same on every rank, whichever found it.
     """
     group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
+    status = 0
     try:
         agree(group, problem)
         address, token = group.all_gather_object(front and (front.address, front.token))[0]
@@ -59,9 +57,14 @@ def serve(config: ServeConfig, front: Front | None, problem: str | None) -> int:
             RankServer(config, group, link).run()
         finally:
             link.close()
+    except UserError as error:
+        status = refuse(error, group.rank)
+        if front is not None:
+            front.close()
+        group.barrier()  # launchers end the other ranks once one has left: all leave together, rank 0 having spoken
     finally:
         group.close()
-    return 0
+    return status
 
 
 class RankServer:
@@ -96,6 +99,7 @@ class RankServer:
     def _start(self) -> Engine:
         started_s = time.monotonic()
         model_config = on_every_rank(self.group, lambda: check_inputs(self.config))
+        self.link.send({"kind": "checked"})
         model = on_every_rank(self.group, self._load)
         engine = Engine(
             model,

@@ -1,5 +1,6 @@
 """Starting alike on every rank: what one of them finds wrong, all of them report or none."""
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:  # ports are bound before torch is imported
     from rq_ep.parallel import EPGroup
 
 T = TypeVar("T")
+EXIT_USER_ERROR = 2
 
 
 def on_every_rank(group: "EPGroup", work: Callable[[], T]) -> T:
@@ -37,3 +39,10 @@ def agree(group: "EPGroup", problem: str | None) -> None:
     if found:
         rank, text = found[0]
         raise UserError(text if len(found) == len(problems) or rank == 0 else f"rank {rank}: {text}")
+
+
+def refuse(error: UserError, rank: int) -> int:
+    """Say once what a user has to put right. Returns the exit status for it."""
+    if rank == 0:
+        print(f"rq_ep.serve: error: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR

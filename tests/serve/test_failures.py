@@ -12,9 +12,10 @@ import pytest
 from rq_ep.core.placement import LayerPlacement, Placement, Replica
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.core.topology import Topology
+from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.serve.__main__ import main
 from tests.model.families import FAMILIES, random_model, save
-from tests.serve.running import command, free_port, running
+from tests.serve.running import command, running
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -26,6 +27,22 @@ def write_placement(path: Path, num_ranks: int, model: ModelIdentity | None = No
     )
     Placement(layers, "standard", Topology(num_ranks), (0,) * num_ranks, model=model).save(path)
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "m", "--prot", "80"], "unrecognized arguments: --prot 80"),
+        (["--model", "m", "--port", "eighty"], "--port: expected a whole number"),
+        ([], "--model is needed"),
+    ],
+)
+def test_mistakes_on_the_command_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("rq_ep.serve: error: ")
+    assert message in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("case", ["model", "strategy", "setting", "ranks", "foreign", "latent", "length", "tokenizer"])
@@ -43,7 +60,7 @@ def test_what_a_user_can_put_right_is_told_in_one_line(
             "is for 4 ranks, but 1 were started",
         ),
         "foreign": (
-            ["--model", model, "--placement", write_placement(tmp_path / "p", 1, other)],
+            ["--model", model, "--placement", write_placement(tmp_path / "foreign", 1, other)],
             "was made for model 'other'",
         ),
         "latent": (["--model", str(tmp_path / "mla")], "'deepseek_v3' uses multi-head latent attention"),
@@ -68,7 +85,8 @@ def test_a_dry_run_prints_settings_placement_and_bytes(
     told = capsys.readouterr().out
     assert "max_num_seqs: 5" in told
     assert "2 MoE layers of 8 experts on 1 ranks" in told
-    assert f"experts {2 * 8 * (3 * 64 * 32 * 2):,} (" in told
+    layout = ExpertLayout({"gate_up_proj": (2 * 32, 64), "down_proj": (64, 32)})
+    assert f"experts {2 * 8 * get_format('bf16').nbytes(layout):,} (" in told
 
 
 def test_mistakes_end_every_rank_with_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -79,7 +97,7 @@ def test_mistakes_end_every_rank_with_one_line(tiny_checkpoint: Path, tmp_path: 
     told = [line for line in done.stderr.splitlines() if line.startswith("rq_ep.serve: error: ")]
     assert len(told) == 1, done.stderr
     assert "is for 4 ranks, but 2 were started" in told[0]
-    assert "exitcode  : 2" in done.stderr
+    assert done.stderr.count("exitcode  : 2") == 2
     assert "rq_ep/serve" not in done.stderr, "no traceback"
 
 
@@ -110,4 +128,3 @@ def test_a_killed_rank_ends_the_group_and_is_named(
     assert "the group has failed: rank 1 died" in log.read_text()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
-    assert free_port() > 0

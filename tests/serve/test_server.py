@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rq_ep.formats import ExpertLayout, get_format
 from tests.serve.running import Server, running
 
 NUM_RANKS = 2
@@ -115,7 +116,7 @@ def test_a_seed_repeats_an_answer(client: openai.OpenAI) -> None:
 
 
 def test_errors_are_those_of_openai(client: openai.OpenAI, server: Server) -> None:
-    with pytest.raises(openai.BadRequestError, match="600 tokens and max_tokens is 1, .* at most 512"):
+    with pytest.raises(openai.BadRequestError, match=r"600 tokens and max_tokens is 1, .* at most 512"):
         client.completions.create(model=MODEL, prompt=[1] * 600, max_tokens=1)
     with pytest.raises(openai.BadRequestError, match="n=2 is not supported"):
         client.completions.create(model=MODEL, prompt="a", n=2)
@@ -154,7 +155,8 @@ def test_metrics_tell_of_loads_and_bytes(server: Server) -> None:
     assert metric(server, "rq_ep_tokens_routed_total") > 0
     assert 1 <= metric(server, "rq_ep_layer_imbalance_ratio") / 2 <= NUM_RANKS
     assert 0.5 <= metric(server, "rq_ep_balancedness") <= 1
-    assert metric(server, "rq_ep_expert_weight_bytes") == 2 * 8 * 3 * 64 * 32 * 4
+    layout = ExpertLayout({"gate_up_proj": (2 * 32, 64), "down_proj": (64, 32)})
+    assert metric(server, "rq_ep_expert_weight_bytes") == 2 * 8 * get_format("fp32").nbytes(layout)
     assert metric(server, "rq_ep_time_to_first_token_seconds_count") > 10
     assert httpx.get(f"{server.url}/server_info").json()["num_ranks"] == NUM_RANKS
 
