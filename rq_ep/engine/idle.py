@@ -36,5 +36,7 @@ def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], No
     def step() -> None:
         for layer, args in inputs.items():
             layer(*args)
+        if token.is_cuda:  # batches run on a stream of their own, and share the layers' buffers with this one
+            torch.cuda.current_stream().synchronize()
 
     return step

@@ -48,7 +48,7 @@ def make_app(service: Service, max_body_bytes: int) -> ASGIApp:
         if not body.stream:
             return JSONResponse(await unless_left(http, answer.whole(pieces)))
         # The first piece is awaited before the status is sent, so that a refusal is a status and not an event.
-        first = await unless_left(http, anext(pieces))  # type: ignore[arg-type]
+        first: Piece = await unless_left(http, anext(pieces))  # type: ignore[arg-type]
         events = answer.stream(_chain(first, pieces), body.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 

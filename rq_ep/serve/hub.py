@@ -134,7 +134,7 @@ class Hub:
 
     async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = messages(reader)
-        hello = await anext(stream, {})
+        hello: Message = await anext(stream, {})
         if hello.get("token") != self._token:
             writer.close()
             return

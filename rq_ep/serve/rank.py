@@ -20,7 +20,7 @@ from rq_ep.engine.engine import Engine, Limits
 from rq_ep.engine.families import set_attention
 from rq_ep.engine.lockstep import is_consequence
 from rq_ep.engine.request import Output, Request, Sampling
-from rq_ep.model.load import load
+from rq_ep.model.load import LoadReport, load
 from rq_ep.model.memory import expert_bytes
 from rq_ep.parallel import EPGroup, TorchGroup
 from rq_ep.serve.front import Front
@@ -101,9 +101,10 @@ class RankServer:
         model_config = on_every_rank(self.group, lambda: check_inputs(self.config))
         self.link.send({"kind": "checked"})
         model = on_every_rank(self.group, self._load)
+        loaded: LoadReport = model.rq_ep  # type: ignore[assignment]
         engine = Engine(
             model,
-            model.rq_ep.layers,
+            loaded.layers,
             self.group.control if self.group.size > 1 else None,
             Limits(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.kv_cache_tokens),
             on_outputs=self.tell,
@@ -113,8 +114,8 @@ class RankServer:
         max_model_len = on_every_rank(self.group, lambda: choose_max_model_len(self.config, model_config, min(rooms)))
         engine.start()
         if self.group.rank == 0:
-            placement, layout = model.rq_ep.placement, model.rq_ep.layers[0].family.layout
-            bytes_R = [expert_bytes(placement, layout, [rank]) for rank in range(self.group.size)]
+            layout = loaded.layers[0].family.layout
+            bytes_R = [expert_bytes(loaded.placement, layout, [rank]) for rank in range(self.group.size)]
             report(model, self.group, bytes_R, max_model_len, time.monotonic() - started_s)
             vocab_size = model.get_input_embeddings().weight.shape[0]
             self.link.send(

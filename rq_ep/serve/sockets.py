@@ -16,8 +16,8 @@ def bind_http(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        is_system_error = error.errno is not None and error.errno > 0  # else of the resolver, with numbers of its own
-        reason = os.strerror(error.errno) if is_system_error else str(error)
+        # The resolver's errors are numbered below zero, and only their text says something.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise UserError(f"cannot listen on {host}:{port} ({reason}): choose another --port or --host") from None
 
 
