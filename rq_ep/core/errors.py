@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from math import inf
+from numbers import Integral
+
+MAX_INTEGER = 2**53  # what doubles count exactly; sums of sizes and counts stay far from 64 bits
 
 
 class UserError(ValueError):
@@ -16,3 +20,33 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     near = get_close_matches(value, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(f"unknown {what} {value!r}: {hint}choose from {', '.join(sorted(known))}")
+
+
+def check_integer(what: str, value: object, low: int = 0, high: int = MAX_INTEGER) -> int:
+    """Return `value` if it is an integer from `low` to `high`; otherwise raise a `UserError`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{what} {value!r:.60}: must be a whole number")
+    _check_range(what, int(value), low, high)
+    return int(value)
+
+
+def check_number(what: str, value: object, low: float = -inf, high: float = inf) -> float:
+    """Return `value` if it is a finite number from `low` to `high`; otherwise raise a `UserError`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -inf < value < inf:
+        raise UserError(f"{what} {value!r:.60}: must be a number")
+    _check_range(what, value, low, high)
+    return float(value)
+
+
+def check_text(what: str, value: object) -> str:
+    """Return `value` if it is text that is not empty; otherwise raise a `UserError`."""
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{what} {value!r:.60}: must be text")
+    return value
+
+
+def _check_range(what: str, value: float, low: float, high: float) -> None:
+    if value < low:
+        raise UserError(f"{what} {value!s:.60}: must be at least {low}")
+    if value > high:
+        raise UserError(f"{what} {value!s:.60}: must be at most {high}")

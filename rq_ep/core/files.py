@@ -1,23 +1,67 @@
 """Writing files so that a reader never sees half of one."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from rq_ep.core.errors import UserError
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is renamed to `path`, on failure it is removed."""
+    """Yield a temporary path beside `path`; on success it is renamed to `path`, on failure it is removed.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary_beside(target)
     try:
         yield temporary
         temporary.chmod(0o644)  # mkstemp makes files private; results are for sharing
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise a `UserError` if `replacing` could not write `path`: before long work, instead of after it."""
+    _temporary_beside(Path(path)).unlink()
+
+
+def _temporary_beside(target: Path) -> Path:
+    if target.is_dir():
+        raise UserError(f"{target}: is a directory; name a file to write")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}); name another place") from None
+    os.close(handle)
+    return Path(name)
+
+
+def read_json(path: str | Path, what: str, hint: str) -> Any:
+    """The JSON document in a file.
+
+    Args:
+        what: the file should be, such as "placement".
+        hint: what to do if there is no such file.
+
+    Raises:
+        UserError: there is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except OSError as error:
+        raise UserError(f"{path}: not a readable {what} file ({error.strerror})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a readable {what} file (nested too deeply)") from None
+    except ValueError as error:  # neither JSON, nor UTF-8, nor a number of decent length
+        raise UserError(f"{path}: not a readable {what} file ({error})") from None

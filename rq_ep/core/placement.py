@@ -4,15 +4,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.errors import UserError
-from rq_ep.core.files import replacing
+from rq_ep.core.errors import UserError, check_integer, check_number, check_text
+from rq_ep.core.files import read_json, replacing
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.core.topology import Topology, home_ranks
 
@@ -80,7 +79,12 @@ class LayerPlacement:
     binding: str | None = None
 
     def __post_init__(self) -> None:
-        where = f"layer {self.layer}"
+        where = f"layer {check_integer('layer', self.layer)}"
+        for name in ("predicted", "bound"):
+            if getattr(self, name) is not None:
+                check_number(f"{where}: {name}", getattr(self, name), 1 - 1e-6)
+        if self.binding is not None:
+            check_text(f"{where}: binding", self.binding)
         experts_P = self.replicas.experts_P
         if experts_P.size and (experts_P.min() < 0 or experts_P.max() >= self.num_experts):
             raise UserError(f"{where}: expert numbers must lie in 0..{self.num_experts - 1}")
@@ -124,10 +128,42 @@ class Placement:
     low_precision_planned: float = 0.0  # share of calibration pairs computed in a format below the native one
     certificate: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_text("strategy", self.strategy)
+        numbers = [layer.layer for layer in self.layers]
+        if not numbers or numbers != sorted(set(numbers)):
+            raise UserError(f"layers {numbers}: there must be at least one, each once, in ascending order")
+        num_ranks = self.topology.num_ranks
+        for name, sizes in (("bytes", self.bytes_R), ("budget_bytes", self.budget_bytes_R)):
+            if sizes is not None and len(sizes) != num_ranks:
+                raise UserError(f"{name} names {len(sizes)} ranks, but num_ranks is {num_ranks}")
+            for size in sizes or ():
+                check_integer(name, size)
+        if self.tokens_per_step is not None:
+            check_integer("tokens_per_step", self.tokens_per_step, 1)
+        if self.low_precision_cap is not None:
+            check_number("low_precision_share.cap", self.low_precision_cap, 0, 1)
+        check_number("low_precision_share.planned", self.low_precision_planned, 0, 1)
+
     @property
     def formats(self) -> tuple[str, ...]:
         """Every format that some replica is stored in."""
         return tuple(sorted({name for layer in self.layers for name in layer.replicas.formats_P}))
+
+    def check_bytes(self, expert_bytes: Mapping[str, int], what: str = "the placement") -> None:
+        """Raise a `UserError` unless every rank's replicas take the bytes that this placement claims.
+
+        Args:
+            expert_bytes: format -> bytes of one expert.
+        """
+        if missing := set(self.formats) - set(expert_bytes):
+            raise UserError(f"{what} uses format {min(missing)}, but only {', '.join(sorted(expert_bytes))} are known")
+        found_R = bytes_by_rank(self.layers, self.topology.num_ranks, expert_bytes)
+        for rank, (found, claimed) in enumerate(zip(found_R.tolist(), self.bytes_R, strict=True)):
+            if found != claimed:
+                raise UserError(
+                    f"{what} claims {claimed} expert bytes on rank {rank}, but its replicas take {found}: place again"
+                )
 
     def check_serves(self, model: ModelIdentity | None, num_ranks: int, what: str = "the placement") -> None:
         """Raise a `UserError` with both values unless this placement is for `model` on `num_ranks` ranks."""
@@ -160,36 +196,15 @@ class Placement:
     @classmethod
     def load(cls, path: str | Path) -> "Placement":
         """Read `placement.json`; `UserError` says what is wrong with one that is foreign, incomplete or cut short."""
-        try:
-            document = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; write it with `rq-ep place --out {path}`") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise UserError(f"{path}: not a readable placement file ({error})") from None
+        document = read_json(path, "placement", f"write it with `rq-ep place --out {path}`")
         found = document.get("format") if isinstance(document, dict) else None
         if found != FORMAT:
-            raise UserError(f"{path}: format is {found!r}, expected {FORMAT!r}")
+            raise UserError(f"{path}: format is {found!r:.60}, expected {FORMAT!r}")
         try:
-            share, model, budget = document["low_precision_share"], document["model"], document["budget_bytes"]
-            for name in ("bytes", "budget_bytes"):
-                if document[name] is not None and len(document[name]) != document["num_ranks"]:
-                    found, expected = len(document[name]), document["num_ranks"]
-                    raise UserError(f"{name} names {found} ranks, but num_ranks is {expected}")
-            return cls(
-                layers=tuple(_read_layer(layer, document["num_ranks"]) for layer in document["layers"]),
-                strategy=document["strategy"],
-                topology=Topology(document["num_ranks"], document["ranks_per_node"]),
-                bytes_R=tuple(document["bytes"]),
-                budget_bytes_R=None if budget is None else tuple(budget),
-                model=None if model is None else ModelIdentity(**model),
-                tokens_per_step=document["tokens_per_step"],
-                low_precision_cap=share["cap"],
-                low_precision_planned=share["planned"],
-                certificate=document["certificate"],
-            )
+            return _read(document)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: incomplete placement file ({type(error).__name__}: {error})") from None
 
 
@@ -213,35 +228,34 @@ class PlacementProblem:
     def __post_init__(self) -> None:
         if not self.formats:
             object.__setattr__(self, "formats", (self.stats.native_format,))
-        if self.stats.native_format not in self.formats:
-            native = self.stats.native_format
-            raise UserError(f"--formats {','.join(self.formats)}: must name the native format {native}")
         if missing := [name for name in self.formats if name not in self.stats.expert_bytes]:
             raise UserError(
                 f"--formats {','.join(self.formats)}: {self.stats.source} has no sizes for {', '.join(missing)}; "
                 f"it knows {', '.join(self.stats.formats)}"
             )
-        if not 0 <= self.max_low_precision_share <= 1:
-            raise UserError(f"--max-low-precision-share {self.max_low_precision_share}: must lie between 0 and 1")
-        if self.tokens_per_step is not None and self.tokens_per_step < 1:
-            raise UserError(f"--tokens-per-step {self.tokens_per_step}: must be at least 1")
-        if self.num_redundant_experts < 0:
-            raise UserError(f"--num-redundant-experts {self.num_redundant_experts}: must not be negative")
-        if self.budget_bytes_R is not None and len(self.budget_bytes_R) != self.topology.num_ranks:
-            raise UserError(
-                f"--budget names {len(self.budget_bytes_R)} ranks, but --num-ranks is {self.topology.num_ranks}"
-            )
+        if self.stats.native_format not in self.formats:
+            native = self.stats.native_format
+            raise UserError(f"--formats {','.join(self.formats)}: must name the native format {native}")
+        check_number("--max-low-precision-share", self.max_low_precision_share, 0, 1)
+        if self.tokens_per_step is not None:
+            check_integer("--tokens-per-step", self.tokens_per_step, 1)
+        check_integer("--num-redundant-experts", self.num_redundant_experts)
+        check_integer("--seed", self.seed)
+        if self.budget_bytes_R is not None:
+            if len(self.budget_bytes_R) != self.topology.num_ranks:
+                raise UserError(
+                    f"--budget names {len(self.budget_bytes_R)} ranks, but --num-ranks is {self.topology.num_ranks}"
+                )
+            for size in self.budget_bytes_R:
+                check_integer("--budget", size)
 
     def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
         """Put layers together: add up bytes and low-precision pairs, and refuse what does not fit the budget."""
-        size = self.stats.expert_bytes
-        bytes_R = np.zeros(self.topology.num_ranks, np.int64)
+        bytes_R = bytes_by_rank(layers, self.topology.num_ranks, self.stats.expert_bytes)
         low_pairs = 0.0
         loads_LE = self.stats.counts.sum(axis=0)
         for layer, loads_E in zip(layers, loads_LE, strict=True):
             table = layer.replicas
-            sizes_P = np.array([size[name] for name in table.formats_P], np.int64)
-            bytes_R += np.bincount(table.ranks_P, weights=sizes_P, minlength=len(bytes_R)).astype(np.int64)
             low_P = np.array([name != self.stats.native_format for name in table.formats_P])
             low_pairs += float((loads_E[table.experts_P] * layer.shares_P)[low_P].sum())
         if self.budget_bytes_R is not None:
@@ -280,6 +294,15 @@ def standard_ep_bytes(stats: ExpertStats, num_ranks: int) -> int:
     return per_layer * stats.num_layers * stats.expert_bytes[stats.native_format]
 
 
+def bytes_by_rank(layers: Iterable[LayerPlacement], num_ranks: int, expert_bytes: Mapping[str, int]) -> IntArray:
+    """[R] bytes of the replicas of all layers together; `expert_bytes` maps a format to bytes of one expert."""
+    bytes_R = np.zeros(num_ranks, np.int64)
+    for layer in layers:
+        sizes_P = np.array([expert_bytes[name] for name in layer.replicas.formats_P], np.int64)
+        np.add.at(bytes_R, layer.replicas.ranks_P, sizes_P)
+    return bytes_R
+
+
 def _layer_document(layer: LayerPlacement) -> dict[str, Any]:
     replicas = [
         {"expert": replica.expert, "rank": replica.rank, "format": replica.format, "share": share}
@@ -291,19 +314,48 @@ def _layer_document(layer: LayerPlacement) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _read(document: Mapping[str, Any]) -> Placement:
+    share, model, budget = document["low_precision_share"], document["model"], document["budget_bytes"]
+    topology = Topology(document["num_ranks"], document["ranks_per_node"])
+    return Placement(
+        layers=tuple(_read_layer(layer, topology.num_ranks) for layer in document["layers"]),
+        strategy=document["strategy"],
+        topology=topology,
+        bytes_R=tuple(document["bytes"]),
+        budget_bytes_R=None if budget is None else tuple(budget),
+        model=None if model is None else ModelIdentity(**model),
+        tokens_per_step=document["tokens_per_step"],
+        low_precision_cap=share["cap"],
+        low_precision_planned=share["planned"],
+        certificate=dict(document["certificate"]),
+    )
+
+
 def _read_layer(document: Mapping[str, Any], num_ranks: int) -> LayerPlacement:
-    rows = sorted(document["replicas"], key=lambda row: (row["rank"], row["expert"]))
-    if outside := [row["rank"] for row in rows if not 0 <= row["rank"] < num_ranks]:
-        raise UserError(f"layer {document['layer']}: rank {outside[0]} lies outside 0..{num_ranks - 1}")
-    num_experts = document.get("num_experts", max((row["expert"] for row in rows), default=-1) + 1)
-    if not 0 < num_experts <= len(rows):
-        raise UserError(f"layer {document['layer']}: {len(rows)} replicas cannot hold {num_experts} experts")
+    layer = check_integer("layer", document["layer"])
+    try:
+        # More experts than replicas cannot be, and a claim of very many would fill the memory.
+        num_experts = check_integer("num_experts", document["num_experts"], 1, len(document["replicas"]))
+        shares = {_read_replica(row, num_ranks, num_experts): row["share"] for row in document["replicas"]}
+        if len(shares) < len(document["replicas"]):
+            raise UserError("a replica is named twice")
+        replicas = Replicas.of(shares)
+    except UserError as error:
+        raise UserError(f"layer {layer}: {error}") from None
     return LayerPlacement(
-        layer=document["layer"],
+        layer=layer,
         num_experts=num_experts,
-        replicas=Replicas.of(Replica(index(row["rank"]), index(row["expert"]), str(row["format"])) for row in rows),
-        shares_P=np.array([row["share"] for row in rows], np.float64),
+        replicas=replicas,
+        shares_P=np.array([check_number(f"layer {layer}: share", shares[replica], 0, 1) for replica in replicas]),
         predicted=document["predicted"],
         bound=document["bound"],
         binding=document["binding"],
+    )
+
+
+def _read_replica(row: Mapping[str, Any], num_ranks: int, num_experts: int) -> Replica:
+    return Replica(
+        check_integer("rank", row["rank"], 0, num_ranks - 1),
+        check_integer("expert", row["expert"], 0, num_experts - 1),
+        check_text("format", row["format"]),
     )

@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.errors import UserError
+from rq_ep.core.errors import MAX_INTEGER, UserError, check_integer, check_text
 from rq_ep.core.files import replacing
 
 FORMAT = "rq_ep.stats/1"
 PHASES = ("prefill", "decode")
+MAX_EXPERT_BYTES = 2**40
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class ModelIdentity:
 
     id: str
     hash: str
+
+    def __post_init__(self) -> None:
+        check_text("model id", self.id)
+        check_text("model hash", self.hash)
 
     def check(self, other: "ModelIdentity", what: str) -> None:
         """Raise if `what`, made for `other`, is used with this model."""
@@ -65,32 +70,48 @@ class ExpertStats:
     source: str = field(default="statistics", compare=False)  # where it was read from, for messages
 
     def __post_init__(self) -> None:
-        if self.counts.ndim != 3 or self.counts.dtype != np.int64:
-            found = f"{self.counts.dtype} {list(self.counts.shape)}"
-            raise UserError(f"{self.source}: counts must be int64 [S, L, E], not {found}")
-        if self.counts.size and self.counts.min() < 0:
-            raise UserError(f"{self.source}: counts must not be negative, but one is {self.counts.min()}")
+        try:
+            self._check()
+        except UserError as error:
+            raise UserError(f"{self.source}: {error}") from None
+
+    def _check(self) -> None:
+        for name in (self.native_format, *self.formats, *self.domains):
+            check_text("name", name)
+        if len(set(self.formats)) < len(self.formats):
+            raise UserError(f"formats {', '.join(self.formats)}: a format is named twice")
         if self.native_format not in self.formats:
-            raise UserError(f"{self.source}: native format {self.native_format!r} is not among formats {self.formats}")
+            raise UserError(f"native format {self.native_format!r} is not among formats {self.formats}")
         if missing := set(self.formats) - set(self.expert_bytes):
-            raise UserError(f"{self.source}: expert_bytes lacks {', '.join(sorted(missing))}")
-        if any(size <= 0 for size in self.expert_bytes.values()):
-            raise UserError(f"{self.source}: expert_bytes must be positive, not {dict(self.expert_bytes)}")
-        if not self.layers:
-            object.__setattr__(self, "layers", tuple(range(self.num_layers)))
+            raise UserError(f"expert_bytes lacks {', '.join(sorted(missing))}")
+        for name, size in self.expert_bytes.items():
+            check_integer(f"expert_bytes of {name}", size, 1, MAX_EXPERT_BYTES)
+        for name in ("hidden_size", "intermediate_size", "top_k", "expert_groups", "num_tokens"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        _check_array("counts", self.counts, np.int64, (None, None, None))
+        if self.counts.sum(dtype=np.float64) > MAX_INTEGER:
+            raise UserError(f"counts add up to {self.counts.sum(dtype=np.float64):.3g}: these are not pairs of a model")
         num_steps, num_layers, num_experts = self.counts.shape
+        if not self.layers:
+            object.__setattr__(self, "layers", tuple(range(num_layers)))
         if len(self.layers) != num_layers:
-            raise UserError(f"{self.source}: {len(self.layers)} layer indices for {num_layers} layers of counts")
-        per_expert = (num_layers, num_experts)
-        shapes = {
-            "tokens": (num_steps,), "phase": (num_steps,), "domain": (num_steps,),
-            "importance": per_expert, "visits": per_expert, "gate_mass": per_expert,
-            "error": (*per_expert, len(self.formats)),
+            raise UserError(f"{len(self.layers)} layer indices for {num_layers} layers of counts")
+        if [check_integer("layer", layer) for layer in self.layers] != sorted(set(self.layers)):
+            raise UserError(f"layers {list(self.layers)} must come once each, in ascending order")
+        per_step, per_expert = (num_steps,), (num_layers, num_experts)
+        arrays: dict[str, tuple[type, tuple[int, ...]]] = {
+            "tokens": (np.int64, per_step), "phase": (np.int64, per_step), "domain": (np.int64, per_step),
+            "importance": (np.float64, per_expert), "visits": (np.int64, per_expert),
+            "gate_mass": (np.float64, per_expert), "error": (np.float64, (*per_expert, len(self.formats))),
         }  # fmt: skip
-        for name, shape in shapes.items():
+        for name, (dtype, shape) in arrays.items():
+            if getattr(self, name) is not None:
+                _check_array(name, getattr(self, name), dtype, shape)
+        for name, choices in (("phase", PHASES), ("domain", self.domains)):
             array = getattr(self, name)
-            if array is not None and array.shape != shape:
-                raise UserError(f"{self.source}: {name} must have shape {shape}, not {array.shape}")
+            if array is not None and array.size and array.max() >= len(choices):
+                raise UserError(f"{name} {array.max()} of a step: there are {len(choices)}")
 
     @property
     def num_steps(self) -> int:
@@ -138,15 +159,16 @@ class ExpertStats:
         """Read a `stats.safetensors` file; a `UserError` says what is wrong with a foreign or damaged one."""
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-                if metadata.get("format") != FORMAT:
-                    raise UserError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}")
+                texts = file.metadata() or {}
+                if texts.get("format") != json.dumps(FORMAT):
+                    raise UserError(f"{path}: format is {texts.get('format')}, expected {FORMAT!r}")
                 arrays = {name: file.get_tensor(name) for name in file.keys() if name in _ARRAYS}  # noqa: SIM118
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write it with `rq-ep calibrate --out {path}`") from None
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        except (SafetensorError, TypeError, OSError) as error:  # TypeError: a dtype that NumPy lacks
             raise UserError(f"{path}: not a readable statistics file ({error})") from None
         try:
+            metadata = {key: json.loads(value) for key, value in texts.items()}
             model = metadata.get("model")
             return cls(
                 **arrays,
@@ -164,8 +186,21 @@ class ExpertStats:
                 domains=tuple(metadata.get("domains") or ()),
                 source=str(path),
             )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: incomplete statistics file ({error})") from None
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: incomplete statistics file ({type(error).__name__}: {error})") from None
+
+
+def _check_array(name: str, array: Any, dtype: type, shape: tuple[int | None, ...]) -> None:
+    """Raise a `UserError` unless `array` has the type and shape (None: any) and holds only numbers from 0 upwards."""
+    fits = array.ndim == len(shape) and all(size in (None, found) for size, found in zip(shape, array.shape))
+    if array.dtype != dtype or not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise UserError(f"{name} must be {np.dtype(dtype)} [{wanted}], not {array.dtype} {list(array.shape)}")
+    wrong = array[~(np.isfinite(array) & (array >= 0))]
+    if wrong.size:
+        raise UserError(f"{name} must be finite and not negative, but one is {wrong[0]}")
 
 
 _ARRAYS = tuple(f.name for f in fields(ExpertStats) if "ndarray" in str(f.type))

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.errors import UserError
+from rq_ep.core.errors import check_integer
+
+MAX_RANKS = 4096  # more than any expert-parallel group; a slip of the keyboard must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -16,10 +18,8 @@ class Topology:
     ranks_per_node: int = 0  # 0: all ranks share one node
 
     def __post_init__(self) -> None:
-        if self.num_ranks < 1:
-            raise UserError(f"--num-ranks {self.num_ranks}: at least one rank is needed")
-        if self.ranks_per_node < 0:
-            raise UserError(f"--ranks-per-node {self.ranks_per_node}: must not be negative")
+        check_integer("--num-ranks", self.num_ranks, 1, MAX_RANKS)
+        check_integer("--ranks-per-node", self.ranks_per_node)
         if self.ranks_per_node == 0:
             object.__setattr__(self, "ranks_per_node", self.num_ranks)
 

@@ -118,7 +118,7 @@ def calibrate(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         top_k=records[0].topk_ids_TK.shape[1],
-        expert_groups=getattr(network.config, "n_group", None),
+        expert_groups=getattr(network.config, "n_group", None) or None,
         importance_definition=IMPORTANCE,
         num_tokens=windows.num_tokens,
         domains=windows.domains,

@@ -1,6 +1,7 @@
 """Placement: what is refused, what a file must hold, and what comes back from it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +71,58 @@ def damage(document: dict[str, Any], path: str, value: Any) -> None:
         ("format", "rq_ep.placement/9", "expected 'rq_ep.placement/1'"),
         ("layers", KeyError, "incomplete"),
         ("layers", 7, "incomplete"),
-        ("num_ranks", 0, "names 2 ranks, but num_ranks is 0"),
-        ("num_ranks", "two", "but num_ranks is two"),
-        ("num_ranks", 1, "names 2 ranks, but num_ranks is 1"),
+        ("num_ranks", 0, "0: must be at least 1"),
+        ("num_ranks", "two", "'two': must be a whole number"),
+        ("num_ranks", 1, "rank 1: must be at most 0"),
+        ("num_ranks", 3, "bytes names 2 ranks, but num_ranks is 3"),
+        ("num_ranks", 10**9, "1000000000: must be at most"),
+        ("ranks_per_node", 0.5, "0.5: must be a whole number"),
         ("bytes", [1], "bytes names 1 ranks"),
-        ("budget_bytes", [1, 2, 3], "budget_bytes names 3 ranks"),
+        ("bytes", [1, "2"], "bytes '2': must be a whole number"),
+        ("bytes", "12", "bytes '1': must be a whole number"),
+        ("bytes", [1, 10**30], "must be at most"),
         ("bytes", None, "incomplete"),
-        ("layers.0.num_experts", 10**12, "3 replicas cannot hold"),
-        ("layers.0.num_experts", 1, "expert numbers must lie in 0..0"),
-        ("layers.0.replicas.2.rank", 2, "rank 2 lies outside"),
+        ("budget_bytes", [1, 2, 3], "budget_bytes names 3 ranks"),
+        ("budget_bytes", [1, -2], "budget_bytes -2: must be at least 0"),
+        ("tokens_per_step", 0, "tokens_per_step 0: must be at least 1"),
+        ("strategy", ["rq"], "strategy .'rq'.: must be text"),
+        ("certificate", 7, "incomplete"),
         ("model", {"name": "x"}, "incomplete"),
+        ("model.hash", 5, "hash 5: must be text"),
         ("low_precision_share", None, "incomplete"),
-        ("layers.0.replicas.0.rank", -1, "rank -1 lies outside"),
-        ("layers.0.replicas.0.rank", 0.5, "incomplete"),
-        ("layers.0.replicas.0.expert", 9, "expert numbers must lie in 0..1"),
-        ("layers.0.replicas.0.expert", "0", "incomplete"),
-        ("layers.0.replicas.0.share", 0.5, "shares of expert 0 sum to 1.25"),
-        ("layers.0.replicas.0.share", -0.25, "shares of expert 0"),
-        ("layers.0.replicas.0.share", "a lot", "incomplete"),
-        ("layers.0.replicas.0.format", "int8", "mix formats"),
-        ("layers.0.replicas.1", {"expert": 0, "rank": 0, "format": "bf16", "share": 0.75}, "two replicas"),
-        ("layers.0.replicas", [], "0 replicas cannot hold 2 experts"),
-        ("layers.0.replicas.2.expert", 0, "two replicas"),
+        ("low_precision_share.cap", float("nan"), "cap nan: must be a number"),
+        ("low_precision_share.planned", 2, "planned 2: must be at most 1"),
+        ("layers", [], "at least one"),
+        ("layers.0", None, "incomplete"),
+        ("layers.0.layer", -1, "layer -1: must be at least 0"),
+        ("layers.0.layer", [], r"layer \[\]: must be a whole number"),
+        ("layers.0.num_experts", 10**12, "layer 3: num_experts 1000000000000: must be at most 3"),
+        ("layers.0.num_experts", 1, "layer 3: expert 1: must be at most 0"),
+        ("layers.0.num_experts", KeyError, "incomplete"),
         ("layers.0.predicted", KeyError, "incomplete"),
+        ("layers.0.predicted", "1.2", "layer 3: predicted '1.2': must be a number"),
+        ("layers.0.bound", 0.5, "layer 3: bound 0.5: must be at least"),
+        ("layers.0.binding", {}, "layer 3: binding {}: must be text"),
+        ("layers.0.replicas", [], "must be at most 0"),
+        ("layers.0.replicas", {}, "must be at most 0"),
+        ("layers.0.replicas.0", [0, 0, "bf16", 0.25], "incomplete"),
+        ("layers.0.replicas.0.rank", -1, "rank -1: must be at least 0"),
+        ("layers.0.replicas.0.rank", 0.5, "rank 0.5: must be a whole number"),
+        ("layers.0.replicas.0.rank", True, "rank True: must be a whole number"),
+        ("layers.0.replicas.2.rank", 2, "rank 2: must be at most 1"),
+        ("layers.0.replicas.0.expert", 9, "expert 9: must be at most 1"),
+        ("layers.0.replicas.0.expert", 10**30, "must be at most 1"),
+        ("layers.0.replicas.0.expert", "0", "expert '0': must be a whole number"),
+        ("layers.0.replicas.2.expert", 0, "two replicas"),
+        ("layers.0.replicas.0.share", 0.5, "shares of expert 0 sum to 1.25"),
+        ("layers.0.replicas.0.share", -0.25, "share -0.25: must be at least 0"),
+        ("layers.0.replicas.0.share", None, "share None: must be a number"),
+        ("layers.0.replicas.0.share", float("inf"), "share inf: must be a number"),
+        ("layers.0.replicas.0.share", 10**400, "must be at most 1"),
+        ("layers.0.replicas.0.share", "a lot", "share 'a lot': must be a number"),
+        ("layers.0.replicas.0.format", "int8", "mix formats"),
+        ("layers.0.replicas.0.format", None, "format None: must be text"),
+        ("layers.0.replicas.1", {"expert": 0, "rank": 0, "format": "bf16", "share": 0.75}, "named twice"),
     ],
 )
 def test_hostile_files_are_user_errors(
@@ -108,7 +138,8 @@ def test_hostile_files_are_user_errors(
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'{"format": "rq_ep.placement/1"}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'{"format": "rq_ep.placement/1"}',
+                                     b"[" * 10**5, b"9" * 5000])  # fmt: skip
 def test_truncated_and_foreign_files_are_user_errors(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "placement.json"
     file.write_bytes(content)
@@ -128,6 +159,49 @@ def test_every_prefix_of_a_file_is_refused(placement: Placement, tmp_path: Path)
         file.write_text(whole[:length])
         with pytest.raises(UserError):
             Placement.load(file)
+
+
+def test_layers_come_once_and_in_order(placement: Placement) -> None:
+    first = placement.layers[0]
+    with pytest.raises(UserError, match=r"layers \[3, 1\]"):
+        replace(placement, layers=(first, replace(first, layer=1)))
+    with pytest.raises(UserError, match=r"layers \[3, 3\]"):
+        replace(placement, layers=(first, first))
+
+
+def test_bytes_are_those_of_the_replicas(placement: Placement) -> None:
+    placement.check_bytes({"bf16": 10, "int8": 5})
+    with pytest.raises(UserError, match="claims 15 expert bytes on rank 1, but its replicas take 16"):
+        placement.check_bytes({"bf16": 10, "int8": 6})
+    with pytest.raises(UserError, match="uses format int8, but only bf16"):
+        placement.check_bytes({"bf16": 10})
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"budget_bytes_R": (1, 2, 3)}, "--budget names 3 ranks"),
+        ({"budget_bytes_R": (10**30, 1)}, "--budget 1000000000000000000000000000000: must be at most"),
+        ({"budget_bytes_R": (-1, 1)}, "--budget -1: must be at least 0"),
+        ({"formats": ("bf16", "int9")}, "no sizes for int9"),
+        ({"formats": ("int8",)}, "must name the native format bf16"),
+        ({"max_low_precision_share": float("nan")}, "--max-low-precision-share nan: must be a number"),
+        ({"max_low_precision_share": 1.5}, "must be at most 1"),
+        ({"tokens_per_step": 0}, "--tokens-per-step 0: must be at least 1"),
+        ({"num_redundant_experts": -1}, "--num-redundant-experts -1: must be at least 0"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+    ],
+)
+def test_problems_out_of_range_are_refused(limits: dict[str, Any], message: str) -> None:
+    stats = ExpertStats.uniform((0,), 4, {"bf16": 7, "int8": 4}, "bf16")
+    with pytest.raises(UserError, match=message):
+        PlacementProblem(stats, Topology(2), **limits)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (-1,), (2.5,), (10**9,), ("4",), (4, -1), (4, 0.5)])
+def test_topologies_that_are_none_are_refused(sizes: tuple[Any, ...]) -> None:
+    with pytest.raises(UserError, match=r"--(num-ranks|ranks-per-node) .*: must be "):
+        Topology(*sizes)
 
 
 def test_serves_only_its_ranks_and_its_model(placement: Placement) -> None:

@@ -52,6 +52,9 @@ def test_truncated_and_foreign_files_are_user_errors(stats: ExpertStats, tmp_pat
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match="not a readable statistics file"):
             ExpertStats.load(file)
+    save_file({"weight": np.zeros(1)}, file, {"format": "pt"})  # somebody's model
+    with pytest.raises(UserError, match="format is pt, expected"):
+        ExpertStats.load(file)
     save_file({"counts": np.zeros((1, 1, 1), np.int64)}, file)
     with pytest.raises(UserError, match="format is None"):
         ExpertStats.load(file)
@@ -65,16 +68,34 @@ def test_truncated_and_foreign_files_are_user_errors(stats: ExpertStats, tmp_pat
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"counts": np.zeros((2, 3), np.int64)}, r"counts must be int64 \[S, L, E\]"),
+        ({"counts": np.zeros((2, 3), np.int64)}, r"counts must be int64 \[any, any, any\]"),
         ({"counts": np.zeros((2, 3, 4))}, "not float64"),
         ({"counts": np.full((1, 2, 4), -3)}, "one is -3"),
         ({"native_format": "fp16"}, "native format 'fp16' is not among"),
         ({"expert_bytes": {"bf16": 100}}, "expert_bytes lacks int8"),
-        ({"expert_bytes": {"bf16": 100, "int8": 0}}, "must be positive"),
+        ({"expert_bytes": {"bf16": 100, "int8": 0}}, "expert_bytes of int8 0: must be at least 1"),
         ({"layers": (1, 2, 3)}, "3 layer indices for 2 layers"),
-        ({"importance": np.zeros((4, 2))}, r"importance must have shape \(2, 4\)"),
-        ({"error": np.zeros((2, 4))}, "error must have shape"),
-        ({"tokens": np.zeros(4, np.int64)}, r"tokens must have shape \(5,\)"),
+        ({"importance": np.zeros((4, 2))}, r"importance must be float64 \[2, 4\], not float64 \[4, 2\]"),
+        ({"error": np.zeros((2, 4))}, r"error must be float64 \[2, 4, 2\]"),
+        ({"tokens": np.zeros(4, np.int64)}, r"tokens must be int64 \[5\]"),
+        ({"counts": np.full((1, 2, 4), 2**62)}, "counts add up to"),
+        ({"importance": np.full((2, 4), np.nan)}, "importance must be finite and not negative, but one is nan"),
+        ({"importance": np.full((2, 4), np.inf)}, "one is inf"),
+        ({"importance": np.ones((2, 4), np.int64)}, "must be float64"),
+        ({"error": np.full((2, 4, 2), -1.0)}, "error must be finite and not negative"),
+        ({"visits": np.full((2, 4), -1)}, "visits must be finite and not negative"),
+        ({"phase": np.full(5, 2)}, "phase 2 of a step: there are 2"),
+        ({"domain": np.full(5, 7)}, "domain 7 of a step: there are 2"),
+        ({"expert_bytes": {"bf16": "a", "int8": 1}}, "expert_bytes of bf16 'a': must be a whole number"),
+        ({"expert_bytes": {"bf16": 1e30, "int8": 1}}, "must be a whole number"),
+        ({"expert_bytes": {"bf16": 10**30, "int8": 1}}, "must be at most"),
+        ({"formats": ("bf16", "bf16"), "error": None}, "a format is named twice"),
+        ({"layers": (3, 1)}, r"layers \[3, 1\] must come once each"),
+        ({"layers": (1, 1)}, "must come once each"),
+        ({"layers": ("a", "b")}, "layer 'a': must be a whole number"),
+        ({"top_k": "two"}, "top_k 'two': must be a whole number"),
+        ({"expert_groups": 0}, "expert_groups 0: must be at least 1"),
+        ({"source": "x.safetensors", "hidden_size": 0}, "x.safetensors: hidden_size 0"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(stats: ExpertStats, wrong: dict, message: str) -> None:
