@@ -24,11 +24,12 @@ async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
     while True:
         try:
             line = await reader.readline()
-        except (OSError, ValueError):
+            message = json.loads(line) if line.endswith(b"\n") else None
+        except (OSError, ValueError):  # reset, or no line of ours
             return
-        if not line.endswith(b"\n"):
+        if not isinstance(message, dict):
             return
-        yield json.loads(line)
+        yield message
 
 
 class Link:

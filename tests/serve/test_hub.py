@@ -207,6 +207,19 @@ def test_a_failure_is_told_to_clients_and_ranks(how: str) -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"{}\n", b"\xff\n", b""])
+def test_what_is_no_rank_is_turned_away(words: bytes) -> None:
+    async def scene(it: Stage) -> None:
+        reader, writer = await asyncio.open_connection(*it.address)
+        writer.write(words)
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+        assert it.hub.why_unavailable() is None
+
+    play(scene)
+
+
 def test_strangers_are_turned_away() -> None:
     async def scene(it: Stage) -> None:
         stranger = FakeRank(it.address, 1, token="guess")
