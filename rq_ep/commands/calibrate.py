@@ -27,9 +27,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, parse_names, quiet_libraries
     from rq_ep.commands.progress import progress_bar
+    from rq_ep.core.files import check_writable
     from rq_ep.model.calibrate import calibrate
 
     quiet_libraries()
+    check_writable(args.out)
     with progress_bar() as bar:
         task = bar.add_task("loading", total=1)
         stats = calibrate(

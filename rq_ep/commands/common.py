@@ -37,16 +37,27 @@ def parse_strategies(names: Iterable[str], settings: Iterable[str]) -> dict[str,
     Raises:
         UserError: an unknown strategy or setting, or a setting of a strategy that is not among `names`.
     """
-    from rq_ep.strategies import make_strategy
+    from rq_ep.strategies import STRATEGIES, make_strategy
 
     knobs: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if not knobs:
+        raise UserError(f"--strategies: name at least one of {', '.join(STRATEGIES)}")
+    for name in knobs:
+        check_choice("strategy", name, STRATEGIES)
     for text in settings:
         target, is_given, value = text.partition("=")
         name, dot, knob = target.strip().partition(".")
         if not (is_given and dot and knob):
             raise UserError(f"--set {text}: expected NAME.SETTING=VALUE, such as llep.min_tokens_per_gemm=16")
-        knobs[check_choice("strategy in --set", name, knobs)][knob.replace("-", "_")] = yaml.safe_load(value)
+        knobs[check_choice("strategy in --set", name, knobs)][knob.replace("-", "_")] = _read_value(text, value)
     return {name: make_strategy(name, **chosen) for name, chosen in knobs.items()}
+
+
+def _read_value(text: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: {value!r} is not a value") from None
 
 
 def quiet_libraries() -> None:

@@ -21,8 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="held-out text: files and directories of UTF-8 text, .jsonl with a text to a line",
     )  # fmt: skip
     parser.add_argument(
-        "--placement", action="append", default=[], metavar="FILE",
-        help="placement.json, served by the strategy that made it; may be repeated",
+        "--placement", nargs="+", action="extend", default=[], metavar="FILE",
+        help="placements written by `rq-ep place`, served by the strategies that made them",
     )  # fmt: skip
     parser.add_argument(
         "--strategies", metavar="NAMES",
@@ -46,11 +46,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
     from rq_ep.commands.progress import progress_bar
-    from rq_ep.core.files import replacing
+    from rq_ep.core.files import check_writable, replacing
     from rq_ep.model.evaluate import compare
 
     quiet_libraries()
     contenders, num_ranks = _contenders(args)
+    for path in filter(None, (args.json, args.plot)):
+        check_writable(path)
     with progress_bar() as bar:
         task = bar.add_task("loading", total=1)
         evaluations = compare(

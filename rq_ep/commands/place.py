@@ -38,10 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_names
     from rq_ep.commands.progress import progress_bar
+    from rq_ep.core.files import check_writable
     from rq_ep.core.stats import ExpertStats
     from rq_ep.strategies.place import place
 
     stats = ExpertStats.load(args.stats)
+    check_writable(args.out)
     with progress_bar() as bar:
         task = bar.add_task(f"placing {stats.num_layers} layers", total=100)
         placement = place(

@@ -16,10 +16,13 @@ UNIFORM = "(uniform)"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", required=True, metavar="FILE", help="loads to replay, best held out from placing")
     parser.add_argument(
-        "--placement", nargs="*", default=[], metavar="FILE",
-        help="placements; a strategy that none of them is made by places by itself, on uniform load",
+        "--placement", nargs="+", action="extend", default=[], metavar="FILE",
+        help="placements, at most one of each strategy, served by the strategy that made them; a strategy without one "
+        "places by itself, on uniform load",
     )  # fmt: skip
-    parser.add_argument("--strategies", default="standard,eplb,llep,rq", metavar="NAMES", help="by commas")
+    parser.add_argument(
+        "--strategies", default="standard,eplb,llep,rq", metavar="NAMES", help="strategies to replay, by commas"
+    )
     parser.add_argument("--num-ranks", required=True, type=int, metavar="R", help="ranks the loads are dealt to")
     parser.add_argument("--machine", metavar="NAME", help="h200, h100 or cpu: add seconds by a roofline model")
     parser.add_argument(
@@ -32,25 +35,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_names, parse_strategies
     from rq_ep.core.errors import UserError
-    from rq_ep.core.files import replacing
+    from rq_ep.core.files import check_writable, replacing
     from rq_ep.core.placement import Placement
     from rq_ep.core.stats import ExpertStats
 
     stats = ExpertStats.load(args.stats)
-    strategies = parse_strategies(parse_names(args.strategies), args.set)
+    if not stats.counts.any():
+        raise UserError(f"{args.stats}: no routed pairs to replay; calibrate again, on more text")
+    if args.json:
+        check_writable(args.json)
     placements: dict[str, tuple[str, Placement]] = {}
     for path in args.placement:
         placement = Placement.load(path)
         placement.check_serves(stats.model, args.num_ranks, path)
-        shape = [layer.num_experts for layer in placement.layers]
-        if shape != [stats.num_experts] * stats.num_layers:
+        shape = {layer.layer: layer.num_experts for layer in placement.layers}
+        if shape != dict.fromkeys(stats.layers, stats.num_experts):
             raise UserError(
                 f"{path}: experts per layer {shape}, but {args.stats} has {stats.num_experts} "
-                f"in each of {stats.num_layers} layers"
+                f"in each of the layers {', '.join(map(str, stats.layers))}"
             )
+        placement.check_bytes(stats.expert_bytes, path)
         if placement.strategy in placements:
             raise UserError(f"{path}: a second placement made by {placement.strategy!r}; give one for each strategy")
         placements[placement.strategy] = (Path(path).name, placement)
+    names = [*parse_names(args.strategies), *placements]  # what was given is shown, named or not
+    strategies = parse_strategies(names, args.set)
     rows = [_row(strategy, stats, placements.get(name), args) for name, strategy in strategies.items()]
     _report(rows, stats, args.machine)
     if args.json:

@@ -246,8 +246,8 @@ class PlacementProblem:
                 raise UserError(
                     f"--budget names {len(self.budget_bytes_R)} ranks, but --num-ranks is {self.topology.num_ranks}"
                 )
-            for size in self.budget_bytes_R:
-                check_integer("--budget", size)
+            sizes = tuple(check_integer("--budget", size) for size in self.budget_bytes_R)
+            object.__setattr__(self, "budget_bytes_R", sizes)
 
     def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
         """Put layers together: add up bytes and low-precision pairs, and refuse what does not fit the budget."""

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
-from rq_ep.formats import native_format_name
+from rq_ep.formats import get_format, native_format_name
 from rq_ep.model.checkpoint import Checkpoint, read_config
 from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import check_fits, expert_bytes
@@ -111,6 +111,7 @@ def _load(
     if placement is None:
         placement = place_uniformly(strategy, experts, layout, native_format, ranks.num_ranks, identity)
     check_layers(placement, experts)
+    placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
     resident = expert_bytes(placement, layout, ranks.here)
     check_fits(model, experts, resident, ranks.here[0], ranks.device)
 

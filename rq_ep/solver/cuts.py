@@ -21,6 +21,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 MAX_RANKS_ENUMERATED = 8
 SHARPNESS = 60.0  # of the soft maximum: sets within some 1/60 of the fullest count as well
+TINY = 1e-300
 EXPERTS_PRICED = 16  # experts whose gain is computed exactly, the first by their linear estimate
 
 
@@ -105,7 +106,7 @@ class LayerBalance:
             outside_RG = self.outside_RG[:, confined_G]
             after_SR = weight_SG[:, ~confined_G].sum(axis=1)[:, None] + kept_SG @ (1 - outside_RG.T)
             after_SR += left_SG @ outside_RG.T
-            gains_ER[expert] = -np.log(after_SR).mean(axis=0) / (SHARPNESS * bytes_E[expert])
+            gains_ER[expert] = -np.log(after_SR.clip(min=TINY)).mean(axis=0) / (SHARPNESS * bytes_E[expert])
         gains_ER[self.held_ER] = 0  # not by the rounding of a sum either
         return gains_ER
 

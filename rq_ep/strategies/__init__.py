@@ -1,5 +1,6 @@
 """The strategies, one file each. Adding one is a file and a line in this table."""
 
+from dataclasses import fields
 from typing import Any
 
 from rq_ep.core.errors import UserError, check_choice
@@ -20,10 +21,12 @@ STRATEGIES: dict[str, type[Strategy]] = {
 def make_strategy(name: str, **knobs: Any) -> Strategy:
     """Build a strategy from its name and its knobs; unknown ones are refused by name."""
     kind = STRATEGIES[check_choice("strategy", name, STRATEGIES)]
-    known = getattr(kind, "__dataclass_fields__", {})
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # strategies are dataclasses
     for knob in knobs:
+        if not known:
+            raise UserError(f"strategy {name!r} has no settings, so none is called {knob!r}")
         check_choice(f"setting of strategy {name!r}", knob, known)
     try:
         return kind(**knobs)
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"strategy {name!r}: {error}") from None

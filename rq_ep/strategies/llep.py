@@ -7,7 +7,7 @@ import numpy as np
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import CostModel
-from rq_ep.core.errors import UserError
+from rq_ep.core.errors import UserError, check_integer, check_number
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replicas, contiguous
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance, intervals
 from rq_ep.core.strategy import Planner
@@ -38,10 +38,9 @@ class Llep:
     fallback_on: Literal["rank", "expert"] = "rank"
 
     def __post_init__(self) -> None:
-        if self.max_tokens_factor <= 0:
-            raise UserError(f"max_tokens_factor {self.max_tokens_factor}: must be positive")
-        if self.min_tokens_per_gemm < 0:
-            raise UserError(f"min_tokens_per_gemm {self.min_tokens_per_gemm}: must not be negative")
+        check_number("max_tokens_factor", self.max_tokens_factor, 0.1, 1e6)
+        check_integer("min_tokens_per_gemm", self.min_tokens_per_gemm)
+        check_number("fallback_ratio", self.fallback_ratio)
         if self.fallback_on not in ("rank", "expert"):
             raise UserError(f"fallback_on {self.fallback_on!r}: choose rank or expert")
 

@@ -1,7 +1,7 @@
 """The verb `place`: from statistics and a budget to a placement."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rq_ep.core.errors import UserError
@@ -66,7 +66,7 @@ def place(
         budget_bytes_R=parse_budget(budget, stats, num_ranks)
         if isinstance(budget, str)
         else _as_tuple(budget, num_ranks),
-        formats=tuple(formats or stats.formats),
+        formats=tuple(dict.fromkeys(formats or stats.formats)),
         max_low_precision_share=max_low_precision_share,
         tokens_per_step=tokens_per_step,
         num_redundant_experts=num_redundant_experts,
@@ -113,4 +113,4 @@ def _parse_bytes(part: str, text: str) -> int:
 def _as_tuple(budget: int | Sequence[int] | None, num_ranks: int) -> tuple[int, ...] | None:
     if budget is None:
         return None
-    return (int(budget),) * num_ranks if isinstance(budget, int) else tuple(int(size) for size in budget)
+    return tuple(budget) if isinstance(budget, Iterable) else (budget,) * num_ranks

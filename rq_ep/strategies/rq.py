@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import CostModel
+from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.strategy import Planner
@@ -22,6 +23,10 @@ class ReplicateQuantize:
 
     max_steps: int = 64  # calibration steps the solver looks at, spread over the record
     max_moves: int = 3000  # moves it tries in each layer
+
+    def __post_init__(self) -> None:
+        check_integer("max_steps", self.max_steps, 1)
+        check_integer("max_moves", self.max_moves)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         return solve(problem, self.name, self.max_steps, self.max_moves)
