@@ -1,12 +1,13 @@
 """A server under torchrun, for tests: its processes, its log, its end."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +23,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(num_ranks: int, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
-    return [*launcher, f"--master-port={free_port()}", "-m", "rq_ep.serve", *arguments]
+def torchrun(num_ranks: int) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={num_ranks}",
+        f"--master-port={free_port()}",
+    ]
+
+
+def deepspeed(num_ranks: int) -> list[str]:
+    launcher = shutil.which("deepspeed")
+    assert launcher is not None
+    return [launcher, f"--num_accelerators={num_ranks}", f"--master_port={free_port()}"]
+
+
+def by_hand(num_ranks: int) -> list[str]:
+    assert num_ranks == 1
+    return [sys.executable]
+
+
+Launcher = Callable[[int], list[str]]
+SERVE: dict[Launcher, list[str]] = {
+    torchrun: ["-m", "rq_ep.serve"],
+    deepspeed: ["--module", "rq_ep.serve"],
+    by_hand: ["-m", "rq_ep.serve"],
+}
 
 
 class Server:
@@ -56,8 +81,9 @@ class Server:
         return [launcher, *launcher.children(recursive=True)]
 
     def rank(self, rank: int) -> psutil.Process:
-        """The process of a rank."""
-        return next(process for process in self.tree()[1:] if process.environ().get("RANK") == str(rank))
+        """The process of a rank; a server started by hand is rank 0 itself."""
+        ranks = [process for process in self.tree() if process.environ().get("RANK") == str(rank)]
+        return ranks[0] if ranks else self.tree()[0]
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         self.rank(rank).send_signal(number)
@@ -71,15 +97,15 @@ class Server:
 
 
 @contextmanager
-def running(log: Path, num_ranks: int, *arguments: str) -> Iterator[Server]:
+def running(log: Path, num_ranks: int, *arguments: str, launcher: Launcher = torchrun) -> Iterator[Server]:
     """Start a server and end whatever is left of it."""
     port = free_port()
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command(num_ranks, "--port", str(port), *arguments),
+            [*launcher(num_ranks), *SERVE[launcher], "--port", str(port), *arguments],
             stdout=file,
             stderr=file,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         )
     server = Server(process, f"http://127.0.0.1:{port}", log)
     processes: list[psutil.Process] = []

@@ -15,7 +15,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.serve.__main__ import main
 from tests.model.families import FAMILIES, random_model, save
-from tests.serve.running import command, running
+from tests.serve.running import SERVE, running, torchrun
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -92,7 +92,7 @@ def test_a_dry_run_prints_settings_placement_and_bytes(
 def test_mistakes_end_every_rank_with_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
     placement = write_placement(tmp_path / "placement.json", 4)
     arguments = ["--model", str(tiny_checkpoint), "--placement", placement, "--port", "0", "--device", "cpu"]
-    done = subprocess.run(command(2, *arguments), capture_output=True, text=True, timeout=90)
+    done = subprocess.run([*torchrun(2), *SERVE[torchrun], *arguments], capture_output=True, text=True, timeout=90)
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("rq_ep.serve: error: ")]
     assert len(told) == 1, done.stderr
