@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rq_ep.core.cost import LayerCost
     from rq_ep.core.placement import Placement
     from rq_ep.core.stats import ExpertStats
     from rq_ep.core.strategy import Strategy
@@ -81,8 +82,8 @@ def _row(
         uniform = ExpertStats.uniform(stats.layers, stats.num_experts, native, stats.native_format)
         given = (UNIFORM, place(uniform, args.num_ranks, strategy=strategy))
     source, placement = given
-    cost, shape = _cost(args.machine, stats)
-    result = simulate(strategy, placement, stats.counts, stats.native_format, cost, shape)
+    cost = _cost(args.machine, stats)
+    result = simulate(strategy, placement, stats.counts, stats.native_format, cost)
     row = {
         "strategy": strategy.name,
         "placement": source,
@@ -99,17 +100,17 @@ def _row(
     return row
 
 
-def _cost(machine: str | None, stats: "ExpertStats") -> tuple[Any, Any]:
+def _cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":
     from rq_ep.core.cost import LayerShape
     from rq_ep.core.errors import UserError, check_choice
     from rq_ep.costs.roofline import MACHINES
 
     if machine is None:
-        return None, None
+        return None
     model = MACHINES[check_choice("machine", machine, MACHINES)]
     if stats.hidden_size is None or stats.intermediate_size is None:
         raise UserError(f"--machine {machine}: {stats.source} does not name hidden_size and intermediate_size")
-    return model, LayerShape(stats.hidden_size, stats.intermediate_size, dict(stats.expert_bytes))
+    return model.layer(LayerShape(stats.hidden_size, stats.intermediate_size, stats.expert_bytes))
 
 
 def _report(rows: list[dict[str, Any]], stats: "ExpertStats", machine: str | None) -> None:

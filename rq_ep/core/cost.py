@@ -1,7 +1,10 @@
-"""What a plan costs on a machine. Implementations live in `rq_ep.costs`."""
+"""What a plan costs on a machine. Models of machines are in `rq_ep.costs`; they say what one layer costs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from rq_ep.core.arrays import FloatArray
 from rq_ep.core.plan import DispatchPlan
@@ -13,7 +16,7 @@ class LayerShape:
 
     hidden_size: int
     intermediate_size: int
-    expert_bytes: dict[str, int]  # format -> bytes of one expert
+    expert_bytes: Mapping[str, int]  # format -> bytes of one expert
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,50 @@ class StepCost:
         return float((self.compute_s_R + self.exchange_s_R + self.transfer_s_R).max())
 
 
-class CostModel(Protocol):
-    """Seconds of a plan on a given machine."""
+@dataclass(frozen=True)
+class LayerCost:
+    """Seconds of the parts of one layer on one machine: what a strategy weighs balance against moved weights with.
 
-    def step(self, plan: DispatchPlan, shape: LayerShape) -> StepCost: ...
+    A rank computes for as long as its arithmetic or the reading of its active replicas' weights takes, whichever is
+    longer (TEMPO's model: few rows wait for weights, many for arithmetic), after an overhead for each active replica.
+    """
+
+    pair_s: Mapping[str, float]  # format -> arithmetic of one pair among many
+    stream_s: Mapping[str, float]  # format -> reading the weights of one replica
+    transfer_s: Mapping[str, float]  # format -> one packed expert over a rank's link
+    row_s: float  # one row over a rank's link, one way
+    overhead_s: float = 0.0  # of each active replica
+    latency_s: float = 0.0  # of each exchange and of each round of transfers
+
+    def step(self, plan: DispatchPlan) -> StepCost:
+        """Modelled seconds of `plan`; exchanges and transfers last as the larger of a rank's sending and receiving."""
+        num_ranks = len(plan.pairs_RP)
+        compute_s_R = self.compute_s_R(plan)
+        away_RR = plan.pairs_RR - np.diag(np.diag(plan.pairs_RR))
+        one_way_s_R = np.maximum(away_RR.sum(axis=0), away_RR.sum(axis=1)) * self.row_s
+        exchange_s_R = 2 * (one_way_s_R + self.latency_s * (num_ranks > 1))  # dispatch, and combine the other way
+        sent_s_R, received_s_R = np.zeros(num_ranks), np.zeros(num_ranks)
+        for transfer in plan.transfers:
+            sent_s_R[transfer.src] += self.transfer_s[transfer.format]
+            received_s_R[transfer.dst] += self.transfer_s[transfer.format]
+        moved_s_R = np.maximum(sent_s_R, received_s_R)
+        return StepCost(compute_s_R, exchange_s_R, moved_s_R + self.latency_s * (moved_s_R > 0))
+
+    def compute_s_R(self, plan: DispatchPlan) -> FloatArray:
+        """[R] modelled seconds of expert compute alone."""
+        replicas, num_ranks = plan.replicas, len(plan.pairs_RP)
+        pairs_P = plan.pairs_RP.sum(axis=0)
+        active_P = pairs_P > 0
+        pair_s_P = np.array([self.pair_s[name] for name in replicas.formats_P], np.float64)
+        stream_s_P = np.array([self.stream_s[name] for name in replicas.formats_P], np.float64)
+        arithmetic_s_R = np.bincount(replicas.ranks_P, pairs_P * pair_s_P, minlength=num_ranks)
+        stream_s_R = np.bincount(replicas.ranks_P, active_P * stream_s_P, minlength=num_ranks)
+        overhead_s_R = np.bincount(replicas.ranks_P, active_P * self.overhead_s, minlength=num_ranks)
+        seconds_R: FloatArray = np.maximum(arithmetic_s_R, stream_s_R) + overhead_s_R
+        return seconds_R
+
+
+class CostModel(Protocol):
+    """A machine, as far as the cost of a layer depends on it."""
+
+    def layer(self, shape: LayerShape) -> LayerCost: ...

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.cost import CostModel
+from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.topology import Topology
@@ -26,6 +26,12 @@ class Strategy(Protocol):
         """
         ...
 
-    def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
-        """Prepare the tables of one layer; the planner it returns takes microseconds, every layer and step."""
+    def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
+        """Prepare the tables of one layer; the planner it returns takes microseconds, every layer and step.
+
+        Args:
+            layer: the replicas.
+            topology: the ranks and their nodes.
+            cost: the layer on the machine at hand; without it a strategy goes by its settings alone.
+        """
         ...

@@ -2,22 +2,15 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from rq_ep.core.cost import LayerShape, StepCost
+from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError
-from rq_ep.core.plan import DispatchPlan
 
 MATRICES = 3  # of a gated expert: gate, up, down
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Peak rates of one rank. Sustained ones are lower: compare strategies with it, do not promise seconds.
-
-    Compute is the larger of arithmetic and reading the weights of every expert with pairs; exchange and transfers are
-    the larger of a rank's sending and receiving, after a latency.
-    """
+    """Peak rates of one rank. Sustained ones are lower: compare strategies with it, do not promise seconds."""
 
     flops_per_s: float
     memory_bytes_per_s: float
@@ -30,32 +23,16 @@ class Roofline:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} {getattr(self, name)}: must be positive")
 
-    def step(self, plan: DispatchPlan, shape: LayerShape) -> StepCost:
-        """Modelled seconds of one layer and step.
-
-        Args:
-            plan: who computes what.
-            shape: sizes of the layer; `expert_bytes` must know the formats of the plan.
-        """
-        replicas, num_ranks = plan.replicas, len(plan.pairs_RP)
-        pairs_P = plan.pairs_RP.sum(axis=0)
-        sizes_P = np.array([shape.expert_bytes[name] for name in replicas.formats_P], np.int64)
-        read_R = np.bincount(replicas.ranks_P, sizes_P * (pairs_P > 0), minlength=num_ranks)
-        flops_R = plan.loads_R * (2.0 * MATRICES * shape.hidden_size * shape.intermediate_size)
-        compute_s_R = np.maximum(flops_R / self.flops_per_s, read_R / self.memory_bytes_per_s)
-
-        row_bytes = shape.hidden_size * self.activation_bytes
-        away_RR = plan.pairs_RR - np.diag(np.diag(plan.pairs_RR))
-        one_way_R = np.maximum(away_RR.sum(axis=0), away_RR.sum(axis=1)) * row_bytes / self.link_bytes_per_s
-        exchange_s_R = 2 * (one_way_R + self.latency_s * (num_ranks > 1))  # dispatch, and combine the other way
-
-        sent_R, received_R = np.zeros(num_ranks), np.zeros(num_ranks)
-        for transfer in plan.transfers:
-            sent_R[transfer.src] += shape.expert_bytes[transfer.format]
-            received_R[transfer.dst] += shape.expert_bytes[transfer.format]
-        moved_R = np.maximum(sent_R, received_R)
-        transfer_s_R = moved_R / self.link_bytes_per_s + self.latency_s * (moved_R > 0)
-        return StepCost(compute_s_R, exchange_s_R, transfer_s_R)
+    def layer(self, shape: LayerShape) -> LayerCost:
+        """Modelled seconds of the parts of a layer of this shape."""
+        flops = 2.0 * MATRICES * shape.hidden_size * shape.intermediate_size
+        return LayerCost(
+            pair_s=dict.fromkeys(shape.expert_bytes, flops / self.flops_per_s),
+            stream_s={name: size / self.memory_bytes_per_s for name, size in shape.expert_bytes.items()},
+            transfer_s={name: size / self.link_bytes_per_s for name, size in shape.expert_bytes.items()},
+            row_s=shape.hidden_size * self.activation_bytes / self.link_bytes_per_s,
+            latency_s=self.latency_s,
+        )
 
 
 # Data-sheet peaks per rank: dense bf16 arithmetic, HBM, NVLink in one direction. The CPU row is an order of magnitude.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.cost import CostModel, LayerShape
+from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import Placement
 from rq_ep.core.plan import imbalance
 from rq_ep.core.strategy import Strategy
@@ -34,8 +34,7 @@ def simulate(
     placement: Placement,
     counts_SLE: IntArray,
     native_format: str,
-    cost: CostModel | None = None,
-    shape: LayerShape | None = None,
+    cost: LayerCost | None = None,
 ) -> Simulation:
     """Replay recorded counts under `strategy` as it serves `placement`.
 
@@ -44,8 +43,7 @@ def simulate(
         placement: one layer for each layer of the counts.
         counts_SLE: recorded pairs per step, layer and expert.
         native_format: the format that does not count as low precision.
-        cost: prices each plan, together with `shape`; None: no seconds.
-        shape: sizes of a layer.
+        cost: prices each plan; None: no seconds.
     """
     topology = placement.topology
     planners = [strategy.planner(layer, topology, cost) for layer in placement.layers]
@@ -65,12 +63,12 @@ def simulate(
             transfers_SL[step, at] = len(plan.transfers)
             low_P = np.array([name != native_format for name in plan.replicas.formats_P], bool)
             low_pairs += int(plan.pairs_RP[:, low_P].sum())
-            if cost is not None and shape is not None:
-                layer_s_SL[step, at] = cost.step(plan, shape).layer_s
+            if cost is not None:
+                layer_s_SL[step, at] = cost.step(plan).layer_s
     return Simulation(
         imbalance_SL=imbalance_SL,
         loads_LR=loads_LR,
         low_precision_share=low_pairs / max(int(counts_SLE.sum()), 1),
         transfers_SL=transfers_SL,
-        layer_s_SL=layer_s_SL if cost is not None and shape is not None else None,
+        layer_s_SL=None if cost is None else layer_s_SL,
     )

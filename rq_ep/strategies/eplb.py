@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.cost import CostModel
+from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replica
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.strategy import Planner
@@ -43,7 +43,7 @@ class Eplb:
             layers.append(LayerPlacement.even(layer, stats.num_experts, replicas))
         return problem.placement(self.name, layers)
 
-    def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
+    def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
         shared = SharedExperts.of(replicas, topology.num_ranks)
         number_C = np.arange(len(shared.groups_C)) - shared.first_V[shared.groups_C]

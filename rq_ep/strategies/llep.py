@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.cost import CostModel
+from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError, check_integer, check_number
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replicas, contiguous
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance, intervals
@@ -47,7 +47,7 @@ class Llep:
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         return problem.placement(self.name, contiguous(problem))
 
-    def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
+    def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         """The home of an expert is the first rank that holds it; a replica that is there already is not sent."""
         replicas, num_ranks = layer.replicas, topology.num_ranks
         _, first_E = np.unique(replicas.experts_P[replicas.by_expert_P], return_index=True)

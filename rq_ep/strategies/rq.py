@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.cost import CostModel
+from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
 from rq_ep.core.plan import DispatchPlan
@@ -31,7 +31,7 @@ class ReplicateQuantize:
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         return solve(problem, self.name, self.max_steps, self.max_moves)
 
-    def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
+    def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
         shared = SharedExperts.of(replicas, topology.num_ranks)
 

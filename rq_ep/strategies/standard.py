@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.cost import CostModel
+from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, contiguous
 from rq_ep.core.plan import DispatchPlan
@@ -21,7 +21,7 @@ class Standard:
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         return problem.placement(self.name, contiguous(problem))
 
-    def planner(self, layer: LayerPlacement, topology: Topology, cost: CostModel | None = None) -> Planner:
+    def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
         if len(replicas) > layer.num_experts:
             raise UserError(

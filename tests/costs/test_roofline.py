@@ -16,7 +16,7 @@ MACHINE = Roofline(flops_per_s=1200.0, memory_bytes_per_s=600.0, link_bytes_per_
 def test_a_step_by_hand() -> None:
     replicas = Replicas.of([Replica(0, 0, "bf16"), Replica(0, 1, "int8"), Replica(1, 0, "bf16")])
     pairs_RP = np.array([[4, 0, 2], [3, 0, 1]])
-    cost = MACHINE.step(DispatchPlan(replicas, pairs_RP, (WeightTransfer(0, 0, 1, "bf16"),)), SHAPE)
+    cost = MACHINE.layer(SHAPE).step(DispatchPlan(replicas, pairs_RP, (WeightTransfer(0, 0, 1, "bf16"),)))
     # 3 matrices of 10 x 20, 2 operations each: 1200 a pair, so a second; expert 1 has no pairs and is not read.
     np.testing.assert_allclose(cost.compute_s_R, [7, 3])
     # Rank 0 sends 2 rows of 20 bytes and receives 3; there and back.
@@ -28,13 +28,13 @@ def test_a_step_by_hand() -> None:
 def test_few_pairs_wait_for_weights_and_low_bits_halve_that() -> None:
     for name, seconds in (("bf16", 2.0), ("int8", 1.0)):
         plan = DispatchPlan(Replicas.of([Replica(0, 0, name)]), np.array([[1]]))
-        cost = Roofline(1e9, 600.0, 100.0, 0.5).step(plan, SHAPE)
+        cost = Roofline(1e9, 600.0, 100.0, 0.5).layer(SHAPE).step(plan)
         assert cost.layer_s == pytest.approx(seconds)  # alone, a rank exchanges nothing
 
 
 def test_nothing_to_do_costs_no_compute() -> None:
     plan = DispatchPlan(Replicas.of([Replica(0, 0, "bf16"), Replica(1, 1, "bf16")]), np.zeros((2, 2), np.int64))
-    cost = MACHINES["h200"].step(plan, SHAPE)
+    cost = MACHINES["h200"].layer(SHAPE).step(plan)
     assert not cost.compute_s_R.any()
     assert not cost.transfer_s_R.any()
 

@@ -49,11 +49,11 @@ def test_strategies_on_a_skewed_record() -> None:
     counts_SLE = np.random.default_rng(0).multinomial(2000, popularity, size=(40, 2))
     calibration, held_out = stats_of(counts_SLE[:24]), counts_SLE[24:]
     found = {}
-    shape = LayerShape(64, 64, SIZES)
+    cost = MACHINES["h200"].layer(LayerShape(64, 64, SIZES))
     for name in ("standard", "eplb", "llep", "rq"):
         strategy = make_strategy(name, **({"min_tokens_per_gemm": 32} if name == "llep" else {}))
         placement = place(calibration, 4, strategy=name)
-        found[name] = simulate(strategy, placement, held_out, "bf16", MACHINES["h200"], shape)
+        found[name] = simulate(strategy, placement, held_out, "bf16", cost)
     balance = {name: float(result.seen.mean()) for name, result in found.items()}
     assert balance["standard"] > 2
     assert balance["rq"] < 1.1 < balance["eplb"] < balance["standard"]
