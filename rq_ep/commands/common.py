@@ -61,7 +61,8 @@ def _read_value(text: str, value: str) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' progress bars out of ours. Only commands call this, since it holds for the whole process."""
+    """Keep transformers' progress bars and reports out of ours. It holds for the whole process: for commands only."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()

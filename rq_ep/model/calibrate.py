@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
 from rq_ep.formats import get_format, native_format_name
-from rq_ep.model.checkpoint import read_config
+from rq_ep.model.checkpoint import read_config, read_dense, read_tokenizer
 from rq_ep.model.identity import model_identity
 from rq_ep.model.recorder import IMPORTANCE, LayerRecord, recording
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.model.sensitivity import output_errors
-from rq_ep.model.windows import Batch, Texts, Windows, make_windows
+from rq_ep.model.windows import Batch, Texts, Windows, check_sequence_length, make_windows
 from rq_ep.parallel.default import own_device
 
 DECODE_STEPS = 8  # taken from every second batch of a domain
@@ -69,12 +69,13 @@ def calibrate(
         UserError: no such checkpoint, a model without experts that we can serve, no text, an unknown format.
     """
     network, identity, native = _open(model, dtype, device)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(network.name_or_path)
+    if tokenizer is None:
+        if not network.name_or_path:
+            raise UserError("tokenizer: a model that was not loaded from a checkpoint brings none; give one")
+        tokenizer = read_tokenizer(network.name_or_path)
     names = tuple(dict.fromkeys((native, *(("int8",) if formats is None else formats))))
     others = [get_format(name) for name in names[1:]]
-    limit = getattr(network.config, "max_position_embeddings", None)
-    if limit is not None and sequence_length > limit:
-        raise UserError(f"--sequence-length {sequence_length}: this model reads at most {limit} tokens")
+    check_sequence_length(sequence_length, network.config)
     experts = find_expert_modules(network)
     num_experts = experts[0].num_experts
     layout = family_of(experts[0].module).layout
@@ -160,9 +161,8 @@ def _open(
         stored: Any = find_expert_modules(model)[0].module.down_proj.dtype
     else:
         path = str(model)
-        config = read_config(path)  # says in one line what is wrong with it
-        network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", device_map={"": own_device(device)})
-        stored = config.dtype or network.dtype
+        network = read_dense(path, dtype or "auto", own_device(device))
+        stored = read_config(path).dtype or network.dtype
     network.eval()
     identity = model_identity(path) if Path(path, "config.json").is_file() else None
     return network, identity, native_format_name(stored)

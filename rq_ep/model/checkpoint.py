@@ -8,13 +8,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rq_ep.core.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -26,21 +34,67 @@ def read_config(path: str | Path) -> PretrainedConfig:
     """
     raw = read_config_json(path)
     model_type = raw.get("model_type")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if str(model_type) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"{path}: model_type {model_type!r} is not a causal language model that transformers knows: "
             "give a checkpoint such as qwen3_moe, mixtral, olmoe, deepseek_v3 or gpt_oss"
         )
     if quantization := raw.get("quantization_config"):
         raise UserError(
-            f"{path}: the weights are quantized ({quantization.get('quant_method', 'unknown method')}), which is not "
+            f"{path}: the weights are quantized ({_quant_method(quantization)}), which is not "
             "supported: save a bf16 copy (from_pretrained with dequantization, then save_pretrained) and use that"
         )
-    try:
+    with transformers_may_refuse(f"{path}/config.json"):
         config: PretrainedConfig = AutoConfig.from_pretrained(path)
-    except Exception as error:  # every family checks its settings in its own way
-        raise UserError(f"{path}/config.json: transformers refuses it ({' '.join(str(error).split())})") from None
     return config
+
+
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint in directory `path`; a `UserError` if there is none, or none that works."""
+    directory = Path(path)
+    # Without a file transformers would make up an empty tokenizer.
+    if directory.is_dir() and not any((directory / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{path}: no tokenizer; copy {TOKENIZER_FILES[0]} and tokenizer_config.json of the model there")
+    with transformers_may_refuse(f"the tokenizer of {path}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    return tokenizer
+
+
+def read_dense(path: str | Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    """The whole model in one piece, as transformers loads it, but with every weight from the checkpoint.
+
+    Raises:
+        UserError: the checkpoint cannot be served, or lacks weights that transformers would make up.
+    """
+    read_config(path)
+    Checkpoint(path)  # says which file is missing or cut short
+    with transformers_may_refuse(path):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    misshapen = {key for key, *_ in report["mismatched_keys"]}
+    if wrong := sorted(misshapen.union(report["missing_keys"], report["unexpected_keys"])):
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{path}: config.json and the weights disagree about {wrong[0]}{others}: the checkpoint is incomplete, or "
+            "belongs to another configuration"
+        )
+    found: PreTrainedModel = model
+    return found
+
+
+@contextmanager
+def transformers_may_refuse(what: str | Path) -> Iterator[None]:
+    """Tell in one line why transformers cannot use what a checkpoint holds; every family fails in its own way."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what}: transformers refuses it ({reason:.400})") from error
+
+
+def _quant_method(settings: Any) -> str:
+    return str(settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings)
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
@@ -52,7 +106,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
         raw = json.loads((directory / "config.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no config.json; expected a Hugging Face checkpoint directory") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}/config.json: not readable ({error})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}/config.json: expected an object, found {type(raw).__name__}")
@@ -66,7 +120,7 @@ def weight_files(path: str | Path) -> list[Path]:
     if index.exists():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise UserError(f"{index}: not a readable shard index ({type(error).__name__}: {error})") from None
         files = [directory / name for name in sorted(names)]
     else:

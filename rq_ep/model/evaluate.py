@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rq_ep.core.arrays import FloatArray
 from rq_ep.core.placement import Placement
 from rq_ep.core.plan import imbalance
 from rq_ep.core.strategy import Strategy
 from rq_ep.formats import native_format_name
-from rq_ep.model.checkpoint import read_config
+from rq_ep.model.checkpoint import read_config, read_dense, read_tokenizer
 from rq_ep.model.identity import model_identity
 from rq_ep.model.load import LoadReport, load
 from rq_ep.model.placing import place_uniformly
 from rq_ep.model.seam import family_of, find_expert_modules
-from rq_ep.model.windows import Texts, Windows, make_windows
+from rq_ep.model.windows import Texts, Windows, check_sequence_length, make_windows
 from rq_ep.moe import ExpertBank, LocalExperts, Telemetry
 from rq_ep.parallel.default import own_device
 
@@ -123,15 +123,24 @@ def compare(
         UserError: no such checkpoint, no text, a placement for another model or another number of ranks.
     """
     stored_dtype: Any = read_config(path).dtype or torch.bfloat16
-    dense = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": own_device(device)})
+    identity = model_identity(path)
+    for contender in contenders:
+        if contender.placement is not None:
+            contender.placement.check_serves(identity, num_ranks, f"the placement of {contender.label}")
+    dense = read_dense(path, dtype, own_device(device))
     experts = find_expert_modules(dense)
     stored_format = native_format_name(stored_dtype)
+    check_sequence_length(sequence_length, dense.config, low=2)  # a token that is predicted, after one that is read
+    windows = make_windows(
+        texts, read_tokenizer(path), sequence_length=sequence_length, max_tokens=max_tokens,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
     runs = []
     for done, contender in enumerate(contenders):
         progress("loading", done, len(contenders))
         placement = contender.placement or place_uniformly(
             contender.strategy, experts, family_of(experts[0].module).layout, stored_format, num_ranks,
-            model_identity(path),
+            identity,
         )  # fmt: skip
         telemetry = Telemetry(clock=time.thread_time if dense.device.type == "cpu" else None)
         model = load(
@@ -139,10 +148,6 @@ def compare(
             telemetry=telemetry,
         )  # fmt: skip
         runs.append(_Run(contender.label, model, telemetry))
-    windows = make_windows(
-        texts, AutoTokenizer.from_pretrained(path), sequence_length=sequence_length, max_tokens=max_tokens,
-        batch_size=batch_size, seed=seed,
-    )  # fmt: skip
     for run in runs:
         run.model(windows.batches[0].tokens_BT.to(run.model.device), use_cache=False)
         run.telemetry.clear()

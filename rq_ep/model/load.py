@@ -18,7 +18,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.formats import get_format, native_format_name
-from rq_ep.model.checkpoint import Checkpoint, read_config
+from rq_ep.model.checkpoint import Checkpoint, read_config, transformers_may_refuse
 from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import check_fits, expert_bytes
 from rq_ep.model.placing import check_layers, choose_strategy, place_uniformly
@@ -140,11 +140,8 @@ def _empty_model(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device, its computed buffers in place."""
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{path}: transformers cannot build this model ({error})") from None
+    with transformers_may_refuse(path), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     return model
 
 

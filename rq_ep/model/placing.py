@@ -29,6 +29,7 @@ def place_uniformly(
     model: ModelIdentity,
 ) -> Placement:
     """What a strategy makes of a model nobody has calibrated, in the expert bytes of standard EP."""
+    topology = Topology(num_ranks)
     stats = ExpertStats.uniform(
         layers=tuple(module.layer for module in experts),
         num_experts=experts[0].num_experts,
@@ -36,7 +37,7 @@ def place_uniformly(
         native_format=native_format,
     )
     budget_bytes_R = (standard_ep_bytes(stats, num_ranks),) * num_ranks
-    return strategy.place(PlacementProblem(replace(stats, model=model), Topology(num_ranks), budget_bytes_R))
+    return strategy.place(PlacementProblem(replace(stats, model=model), topology, budget_bytes_R))
 
 
 def check_layers(placement: Placement, experts: Sequence[ExpertsModule]) -> None:

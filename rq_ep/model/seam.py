@@ -61,6 +61,9 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
             )
     if len({experts.layer for experts in found}) < len(found):
         raise UserError(f"model_type {model_type!r} cannot be served: a layer has more than one set of routed experts")
+    top_k = getattr(model.config, "num_experts_per_tok", None) or 1
+    if top_k > first.num_experts:
+        raise UserError(f"num_experts_per_tok {top_k}: this model has {first.num_experts} experts in a layer")
     return tuple(sorted(found))
 
 

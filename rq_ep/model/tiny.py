@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.model import corpus
 from rq_ep.model.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, byte_tokenizer
 
@@ -52,8 +52,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("family", self.family, FAMILIES)
-        if self.steps < 1:
-            raise UserError(f"--steps {self.steps}: at least one step is needed")
+        check_integer("--steps", self.steps, 1)
+        check_integer("--seed", self.seed)
 
 
 def tiny_model(directory: str | Path, recipe: Recipe | None = None, progress: Progress | None = None) -> bool:

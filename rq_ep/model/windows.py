@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from rq_ep.core.errors import UserError
+from rq_ep.core.errors import UserError, check_integer
 
 # Domain -> texts; or texts of one domain (str); or files and directories of them (Path).
 Texts = Mapping[str, Iterable[str]] | Iterable[str | Path] | Path
@@ -75,9 +75,10 @@ def make_windows(
     Raises:
         UserError: a size is not positive, or there is not even one window of text.
     """
-    for flag, value in {"--sequence-length": sequence_length, "--batch-size": batch_size}.items():
-        if value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
+    check_integer("--sequence-length", sequence_length, 1)
+    check_integer("--batch-size", batch_size, 1)
+    check_integer("--max-tokens", max_tokens)
+    check_integer("--seed", seed)
     by_domain = read_texts(texts)
     if max_tokens < sequence_length * len(by_domain):
         raise UserError(
@@ -100,6 +101,14 @@ def make_windows(
     return Windows(tuple(batch for batch in in_turns if batch is not None), tuple(domains))
 
 
+def check_sequence_length(length: int, config: PretrainedConfig, low: int = 1) -> None:
+    """Raise a `UserError` unless a model reads sequences of `length` tokens, and no fewer than `low` are asked for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    check_integer("--sequence-length", length, low)
+    if limit is not None and length > limit:
+        raise UserError(f"--sequence-length {length}: this model reads at most {limit} tokens")
+
+
 def read_texts(texts: Texts) -> dict[str, list[str]]:
     """Domain -> documents that are not empty, sorted by domain.
 
@@ -110,19 +119,30 @@ def read_texts(texts: Texts) -> dict[str, list[str]]:
     Raises:
         UserError: a path does not exist, or there is no text at all.
     """
-    if isinstance(texts, Mapping):
-        by_domain = {str(domain): [text for text in documents if text] for domain, documents in texts.items()}
-    else:
-        by_domain = {}
-        for item in [texts] if isinstance(texts, str | Path) else texts:
-            found = _read_path(item) if isinstance(item, Path) else [(DEFAULT_DOMAIN, item)]
-            for domain, text in found:
-                if text:
-                    by_domain.setdefault(domain, []).append(text)
-    by_domain = {domain: documents for domain, documents in sorted(by_domain.items()) if documents}
+    by_domain: dict[str, list[str]] = {}
+    for domain, text in _documents(texts):
+        if not isinstance(text, str):
+            raise UserError(f"texts: {text!r:.60}: must be a text (str) or a path (Path)")
+        if text:
+            by_domain.setdefault(domain, []).append(text)
     if not by_domain:
-        raise UserError("there is no text to run: --text names no file that holds UTF-8 text")
-    return by_domain
+        raise UserError(
+            "there is no text to run: --text names no file that holds UTF-8 text; give .txt, .md, source code or .jsonl"
+        )
+    return dict(sorted(by_domain.items()))
+
+
+def _documents(texts: Texts) -> Iterator[tuple[str, str]]:
+    """(domain, text) of every document."""
+    if isinstance(texts, Mapping):
+        for domain, documents in texts.items():
+            yield from ((str(domain), text) for text in ([documents] if isinstance(documents, str) else documents))
+    else:
+        for item in [texts] if isinstance(texts, str | Path) else texts:
+            try:
+                yield from _read_path(item) if isinstance(item, Path) else [(DEFAULT_DOMAIN, item)]
+            except OSError as error:
+                raise UserError(f"--text {error.filename or item}: cannot be read ({error.strerror})") from None
 
 
 def _read_path(path: Path) -> Iterator[tuple[str, str]]:
@@ -165,7 +185,7 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
         if line.strip():
             try:
                 document = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 document = None
             if not isinstance(document, str):
                 raise UserError(f'{path}, line {number}: expected an object with a string "text"')

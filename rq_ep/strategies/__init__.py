@@ -18,7 +18,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-def make_strategy(name: str, **knobs: Any) -> Strategy:
+def make_strategy(name: str, /, **knobs: Any) -> Strategy:
     """Build a strategy from its name and its knobs; unknown ones are refused by name."""
     kind = STRATEGIES[check_choice("strategy", name, STRATEGIES)]
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # strategies are dataclasses

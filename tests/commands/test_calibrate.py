@@ -25,6 +25,10 @@ def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, tmp_path: Path,
         ("--formats", "int7", "did you mean 'int8'"),
         ("--dtype", "floa32", "did you mean 'float32'"),
         ("--max-tokens", "100", "--max-tokens 100"),
+        ("--sequence-length", "0", "--sequence-length 0: must be at least 1"),
+        ("--sequence-length", "9999", "reads at most 512 tokens"),
+        ("--seed", "-1", "--seed -1: must be at least 0"),
+        ("--out", str(tmp_path), "is a directory"),
     ):
         arguments = [word for pair in {**good, flag: value}.items() for word in pair]
         assert main(["calibrate", *arguments]) == 2

@@ -52,6 +52,16 @@ def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, placement: Path
         (["--placement", tmp_path / "none.json"], "none.json: no such file"),
         (["--placement", placement, "--num-ranks", "3"], "2 ranks, but 3 were started"),
         (["--dtype", "float8"], "--dtype"),
+        (["--num-ranks", "0"], "--num-ranks 0: must be at least 1"),
+        (["--strategies", ","], "--strategies: name at least one"),
+        (["--set", "rq.name=x"], "unknown setting of strategy 'rq' 'name'"),
+        (["--set", "standard.x=1"], "'standard' has no settings"),
+        (["--set", "llep.fallback_ratio=[1"], "'[1' is not a value"),
+        (["--set", "llep.min_tokens_per_gemm=many"], "min_tokens_per_gemm 'many': must be a whole number"),
+        (["--set", "rq.max_steps=0"], "max_steps 0: must be at least 1"),
+        (["--sequence-length", "1"], "--sequence-length 1: must be at least 2"),
+        (["--sequence-length", "9999"], "reads at most 512 tokens"),
+        (["--json", tmp_path], "is a directory"),
         (["--device", "gpu"], "unknown device 'gpu'"),
     ):
         assert main(arguments(tiny_checkpoint, *more)) == 2, more

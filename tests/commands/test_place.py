@@ -62,6 +62,15 @@ def test_other_strategies(stats: str, tmp_path: Path, strategy: str) -> None:
         (["--formats", "bf16,int9"], "no sizes for int9"),
         (["--stats", "nowhere.safetensors"], "no such file"),
         (["--strategy", "eplb", "--num-redundant-experts", "3"], "needs more bytes than --budget ep"),
+        (["--num-ranks", "0"], "--num-ranks 0: must be at least 1"),
+        (["--num-ranks", "1000000000"], "must be at most 4096"),
+        (["--budget", "9" * 30], "must be at most"),
+        (["--budget", "1,2,3"], "3 sizes for 2 ranks"),
+        (["--budget", "-5"], "'-5' is not a size"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--max-low-precision-share", "nan"], "must be a number"),
+        (["--out", "/"], "/: is a directory"),
+        (["--out", "/dev/null/p.json"], "/dev/null/p.json: cannot be written"),
     ],
 )
 def test_mistakes_are_one_line(

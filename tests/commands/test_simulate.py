@@ -81,6 +81,7 @@ def test_without_placements_everything_is_placed_on_uniform_load(
         ("abc", 16, "4", ["--strategies", "llap"], "did you mean 'llep'"),
         ("abc", 16, "4", ["--machine", "h200"], "hidden_size"),
         ("abc", 16, "4", ["--machine", "h300"], "did you mean 'h200'"),
+        ("abc", 16, "4", ["--json", "/"], "is a directory"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -107,3 +108,30 @@ def test_two_placements_of_one_strategy(
     stats = write_stats(tmp_path / "held_out.safetensors")
     assert main(["simulate", "--stats", stats, "--num-ranks", "4", "--placement", placements[1], placements[1]]) == 2
     assert "a second placement made by 'rq'" in capsys.readouterr().err
+
+
+def test_a_placement_that_was_given_is_shown_whether_named_or_not(
+    tmp_path: Path, placements: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats, out = write_stats(tmp_path / "held_out.safetensors"), tmp_path / "rows.json"
+    given = ["--placement", placements[0], "--placement", placements[1]]
+    command = ["simulate", "--stats", stats, "--num-ranks", "4", "--strategies", "standard", "--json", str(out)]
+    assert main([*command, *given]) == 0
+    assert [row["strategy"] for row in json.loads(out.read_text())] == ["standard", "eplb", "rq"]
+
+
+def test_a_placement_that_lies_about_its_bytes_is_refused(
+    tmp_path: Path, placements: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads(Path(placements[0]).read_text())
+    document["bytes"][1] = 5
+    Path(placements[0]).write_text(json.dumps(document))
+    stats = write_stats(tmp_path / "held_out.safetensors")
+    assert main(["simulate", "--stats", stats, "--num-ranks", "4", "--placement", placements[0]]) == 2
+    assert "claims 5 expert bytes on rank 1" in capsys.readouterr().err
+
+
+def test_loads_without_pairs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ExpertStats(np.zeros((3, 1, 4), np.int64), ("bf16",), "bf16", {"bf16": 7}).save(tmp_path / "idle")
+    assert main(["simulate", "--stats", str(tmp_path / "idle"), "--num-ranks", "2"]) == 2
+    assert "no routed pairs to replay" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.checkpoint import Checkpoint, read_config
+from rq_ep.model.checkpoint import Checkpoint, read_config, read_dense, read_tokenizer
 from rq_ep.model.weights import WeightReader
 from tests.model.families import FAMILIES, random_model, save
 
@@ -159,3 +159,42 @@ def test_configurations_that_cannot_be_served_are_refused(
     (copy / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match=message):
         read_config(copy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_model_is_read_whole(family: str, checkpoints: dict[str, Path]) -> None:
+    found = read_dense(checkpoints[family], torch.float32, torch.device("cpu")).state_dict()
+    expected = random_model(FAMILIES[family]).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"disagree about model\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"disagree about model\.layers\.1"),
+        ({"hidden_size": 8}, "disagree about"),
+        ({"dtype": "float8"}, "transformers refuses it"),
+        ({"model_type": ["mixtral"]}, "is not a causal language model"),
+        ({"quantization_config": "x"}, r"quantized \(x\)"),
+    ],
+)
+def test_weights_that_transformers_would_make_up_are_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = Path(shutil.copytree(checkpoints["mixtral"], tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=message):
+        read_dense(path, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": 5}'])
+def test_a_missing_or_damaged_tokenizer_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, content: str | None
+) -> None:
+    path = Path(shutil.copytree(checkpoints["mixtral"], tmp_path / "model"))
+    if content is not None:
+        (path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="tokenizer"):
+        read_tokenizer(path)

@@ -68,7 +68,8 @@ def test_a_domain_too_short_for_a_window_is_left_out_and_named(caplog) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"sequence_length": 0}, "--sequence-length 0"), ({"batch_size": 0}, "--batch-size 0"),
-     ({"max_tokens": 15}, "--max-tokens 15.*16 in all")],
+     ({"max_tokens": 15}, "--max-tokens 15.*16 in all"), ({"seed": -1}, "--seed -1"),
+     ({"max_tokens": 1e3}, "--max-tokens 1000.0: must be a whole number")],
 )  # fmt: skip
 def test_impossible_sizes_are_refused(settings, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -102,7 +103,20 @@ def test_files_given_by_themselves_are_domains_and_strings_are_text(library: Pat
         "one": ["one"], "talk": ["five", "six"], "text": ["plain"],
     }  # fmt: skip
     assert read_texts(library / "four.txt") == {"four": ["four"]}
-    assert read_texts({"x": iter(["a", ""]), "y": []}) == {"x": ["a"]}
+    assert read_texts({"x": iter(["a", ""]), "y": [], "z": "one text"}) == {"x": ["a"], "z": ["one text"]}
+    assert read_texts(text for text in ("b", "c")) == {"text": ["b", "c"]}
+
+
+@pytest.mark.parametrize("texts", [[1], ["a", None], {"x": [b"bytes"]}, {"x": [Path("here")]}])
+def test_what_is_no_text_is_refused(texts) -> None:
+    with pytest.raises(UserError, match="must be a text"):
+        read_texts(texts)
+
+
+@pytest.mark.parametrize("texts", [[], "", {}, {"x": []}, iter(())])
+def test_no_text_is_refused(texts) -> None:
+    with pytest.raises(UserError, match="no text to run"):
+        read_texts(texts)
 
 
 def test_long_files_are_cut_at_a_whole_character_or_line(tmp_path: Path, monkeypatch) -> None:
@@ -115,7 +129,8 @@ def test_long_files_are_cut_at_a_whole_character_or_line(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [("absent.txt", None, "absent.txt: no such file"), ("image.bin", b"\0", "no text"), ("empty.txt", b"", "no text"),
-     ("bad.jsonl", b'{"text": 1}', "line 1"), ("worse.jsonl", b'{"text": "ok"}\nx', "line 2")],
+     ("bad.jsonl", b'{"text": 1}', "line 1"), ("worse.jsonl", b'{"text": "ok"}\nx', "line 2"),
+     ("deep.jsonl", b"[" * 10**5, "line 1"), ("latin.txt", b"\xe4", "no text")],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str, data: bytes | None, message: str) -> None:
     if data is not None:
