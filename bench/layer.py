@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rq_ep.commands.common import parse_names, parse_strategies
 from rq_ep.config import Environment
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.errors import UserError, check_choice
-from rq_ep.core.files import replacing
+from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.files import check_writable, replacing
 from rq_ep.core.placement import PlacementProblem, standard_ep_bytes
 from rq_ep.core.plan import imbalance
 from rq_ep.core.stats import ExpertStats
@@ -41,8 +41,8 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, get_format, native_format_name
 from rq_ep.moe import EPExperts, ExpertFamily, Telemetry
 from rq_ep.parallel import EPGroup, RankFailure, TorchGroup, run_local
+from rq_ep.parallel.default import own_device
 from rq_ep.parallel.reference import dense_moe
-from rq_ep.strategies import make_strategy
 
 NUM_CALIBRATION_STEPS = 16
 NUM_BATCHES = 4  # different batches that take turns
@@ -339,28 +339,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def bench_of(args: argparse.Namespace) -> Bench:
     """Check the options and put them together."""
     for name in ("hidden_size", "intermediate_size", "tokens_per_rank", "num_rounds", "local_ranks", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if (value := getattr(args, name)) is not None:
+            check_integer(f"--{name.replace('_', '-')}", value, 1)
+    check_integer("--seed", args.seed)
+    if args.local_ranks and args.pin:
+        raise UserError("--pin: ranks in one process share its cores; drop it, or start processes with torchrun")
+    if args.json:
+        check_writable(args.json)
     sizes = {name: getattr(args, name) for name in ("hidden_size", "intermediate_size") if getattr(args, name)}
     shape = replace(SHAPES[args.shape], **sizes)
     dtype = getattr(torch, args.dtype)
     native = native_format_name(dtype)
-    formats = tuple(args.formats.split(",")) if args.formats else (native,)
+    formats = tuple(parse_names(args.formats or native))
     if get_format(formats[0]).name != native:
         raise UserError(f"--formats {args.formats}: the first must be {native}, the native one of --dtype {args.dtype}")
-    names = args.strategies.split(",")
-    knobs: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for setting in args.set:
-        path, equals, value = setting.partition("=")
-        name, dot, knob = path.partition(".")
-        if not (equals and dot):
-            raise UserError(f"--set {setting}: write NAME.SETTING=VALUE")
-        knobs[check_choice("strategy in --set", name, names)][knob] = yaml.safe_load(value)
     return Bench(
         shape=shape,
         scenario=Scenario.parse(args.scenario, shape),
-        strategies={name: make_strategy(name, **settings) for name, settings in knobs.items()},
+        strategies=parse_strategies(parse_names(args.strategies), args.set),
         formats=formats,
         dtype=dtype,
         tokens_per_rank=args.tokens_per_rank,
@@ -381,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     started_s = time.monotonic()
     if args.local_ranks:
-        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+        device = own_device(args.device).type
         rows = run_local(args.local_ranks, lambda group: measure(bench, group), device)[0]
         rank, num_ranks, backend = 0, args.local_ranks, "local"
     else:

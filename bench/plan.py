@@ -9,6 +9,7 @@ Loads are log-normal, drawn again for every step; placements come from other ste
 import argparse
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.errors import UserError
-from rq_ep.core.files import replacing
+from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
+from rq_ep.core.files import check_writable, replacing
 from rq_ep.core.plan import imbalance
 from rq_ep.core.stats import ExpertStats
+from rq_ep.core.topology import Topology
 from rq_ep.strategies import STRATEGIES, make_strategy
 from rq_ep.strategies.place import place
 
@@ -74,6 +76,26 @@ def measure(name: str, num_experts: int, num_ranks: int, args: argparse.Namespac
     }
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Read `128x8`: experts and ranks."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise UserError(f"--sizes {text}: write EXPERTSxRANKS, such as 128x8")
+    return check_integer(f"--sizes {text}: experts", int(match[1]), 1, 4096), Topology(int(match[2])).num_ranks
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the options, and read the sizes."""
+    args.sizes = [parse_size(text) for text in args.sizes]
+    for name in args.strategies:
+        check_choice("strategy", name, STRATEGIES)
+    for name, low in {"pairs_per_rank": 0, "min_tokens_per_gemm": 0, "steps": 1, "rounds": 1, "seed": 0}.items():
+        check_integer(f"--{name.replace('_', '-')}", getattr(args, name), low)
+    check_number("--skew", args.skew, 0, 20)
+    if args.json:
+        check_writable(args.json)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -90,19 +112,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the loads")
     parser.add_argument("--json", metavar="FILE", help="write the figures with command, commit and versions")
     args = parser.parse_args()
+    check(args)
     table = Table(
         "experts", "ranks", "strategy", "p50 us", "p99 us", "max/mean", "replicas", "moved", "place s", box=None
     )
     rows = []
     for size in args.sizes:
-        try:
-            num_experts, num_ranks = map(int, size.split("x"))
-            found = [measure(name, num_experts, num_ranks, args) for name in args.strategies]
-        except (UserError, ValueError) as error:
-            sys.exit(f"bench/plan.py: {size}: {error}")
+        found = [measure(name, *size, args) for name in args.strategies]
         for row in found:
             table.add_row(
-                str(num_experts), str(num_ranks), row["strategy"], f"{1e6 * row['plan_p50_s']:.0f}",
+                str(row["num_experts"]), str(row["num_ranks"]), row["strategy"], f"{1e6 * row['plan_p50_s']:.0f}",
                 f"{1e6 * row['plan_p99_s']:.0f}", f"{row['imbalance']:.3f}", str(row["replicas"]),
                 f"{row['transfers']:.1f}", f"{row['place_s']:.2f}",
             )  # fmt: skip
@@ -126,4 +145,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"bench/plan.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

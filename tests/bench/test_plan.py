@@ -1,9 +1,14 @@
 """`bench/plan.py` runs, and the planners are far from a millisecond."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from rq_ep.core.errors import UserError
 
 BENCH = Path(__file__).parents[2] / "bench" / "plan.py"
 
@@ -19,7 +24,28 @@ def test_times_every_strategy(tmp_path: Path) -> None:
     assert all(0 < row["plan_p50_s"] < 5e-3 for row in rows.values())
 
 
-def test_a_size_that_is_none_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sizes", "16"], "--sizes 16: write EXPERTSxRANKS"),
+        (["--sizes", "0x4"], "experts 0: must be at least 1"),
+        (["--sizes", "16x0"], "--num-ranks 0: must be at least 1"),
+        (["--strategies", "rqq"], "did you mean 'rq'"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--pairs-per-rank", "-4"], "--pairs-per-rank -4: must be at least 0"),
+        (["--skew", "nan"], "--skew nan: must be a number"),
+        (["--json", "/"], "/: is a directory"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(BENCH), *options])
+    with pytest.raises(UserError, match=message):
+        runpy.run_path(str(BENCH), run_name="bench_plan")["main"]()
+
+
+def test_mistakes_are_one_line() -> None:
     done = subprocess.run([sys.executable, str(BENCH), "--sizes", "16"], timeout=120, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "bench/plan.py: 16:" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr == "bench/plan.py: error: --sizes 16: write EXPERTSxRANKS, such as 128x8\n"
