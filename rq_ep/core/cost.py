@@ -1,7 +1,7 @@
 """What a plan costs on a machine. Models of machines are in `rq_ep.costs`; they say what one layer costs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -38,14 +38,15 @@ class LayerCost:
     """Seconds of the parts of one layer on one machine: what a strategy weighs balance against moved weights with.
 
     A rank computes for as long as its arithmetic or the reading of its active replicas' weights takes, whichever is
-    longer (TEMPO's model: few rows wait for weights, many for arithmetic), after an overhead for each active replica.
+    longer (TEMPO's model: few rows wait for weights, many for arithmetic), after an overhead for each active replica,
+    such as dequantizing it. A replica that is split is read on each of its ranks.
     """
 
     pair_s: Mapping[str, float]  # format -> arithmetic of one pair among many
     stream_s: Mapping[str, float]  # format -> reading the weights of one replica
     transfer_s: Mapping[str, float]  # format -> one packed expert over a rank's link
     row_s: float  # one row over a rank's link, one way
-    overhead_s: float = 0.0  # of each active replica
+    overhead_s: Mapping[str, float] = field(default_factory=dict)  # format -> of each active replica; default 0
     latency_s: float = 0.0  # of each exchange and of each round of transfers
 
     def step(self, plan: DispatchPlan) -> StepCost:
@@ -71,7 +72,8 @@ class LayerCost:
         stream_s_P = np.array([self.stream_s[name] for name in replicas.formats_P], np.float64)
         arithmetic_s_R = np.bincount(replicas.ranks_P, pairs_P * pair_s_P, minlength=num_ranks)
         stream_s_R = np.bincount(replicas.ranks_P, active_P * stream_s_P, minlength=num_ranks)
-        overhead_s_R = np.bincount(replicas.ranks_P, active_P * self.overhead_s, minlength=num_ranks)
+        overhead_s_P = np.array([self.overhead_s.get(name, 0.0) for name in replicas.formats_P], np.float64)
+        overhead_s_R = np.bincount(replicas.ranks_P, active_P * overhead_s_P, minlength=num_ranks)
         seconds_R: FloatArray = np.maximum(arithmetic_s_R, stream_s_R) + overhead_s_R
         return seconds_R
 
