@@ -1,6 +1,7 @@
 """Placement: which rank holds a replica of which expert, in which format, for what share of its pairs."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,19 +29,24 @@ class Replica(NamedTuple):
 
 @dataclass(frozen=True)
 class Replicas:
-    """P replicas of one layer, at most one per (rank, expert), sorted by these: the order of every `_P` axis."""
+    """P replicas of one layer, at most one per (rank, expert), sorted by these: the order of every `_P` axis.
+
+    `mixed_formats` empty: replicas of one expert share a format. Otherwise they may mix those it names, the one of
+    fewest bits first: of a source's pairs of an expert, those with the lowest gates go there.
+    """
 
     ranks_P: IntArray
     experts_P: IntArray
     formats_P: tuple[str, ...]
+    mixed_formats: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, replicas: Iterable[Replica]) -> "Replicas":
+    def of(cls, replicas: Iterable[Replica], mixed_formats: Sequence[str] = ()) -> "Replicas":
         ordered = sorted(replicas)
         ranks, experts, formats = zip(*ordered, strict=True) if ordered else ((), (), ())
         if len(set(zip(ranks, experts, strict=True))) < len(ordered):
             raise UserError("a rank holds two replicas of one expert")
-        return cls(np.array(ranks, np.int64), np.array(experts, np.int64), tuple(formats))
+        return cls(np.array(ranks, np.int64), np.array(experts, np.int64), tuple(formats), tuple(mixed_formats))
 
     def __len__(self) -> int:
         return len(self.formats_P)
@@ -53,8 +59,24 @@ class Replicas:
 
     @cached_property
     def by_expert_P(self) -> IntArray:
-        """[P] replica indices sorted by (expert, rank): the order in which a source fills an expert's replicas."""
-        return np.lexsort((self.ranks_P, self.experts_P))
+        """[P] replica indices sorted by (expert, rank): the order in which a source fills an expert's replicas.
+
+        Where an expert mixes formats, those of fewer bits come first.
+        """
+        if not self.mixed_formats:
+            return np.lexsort((self.ranks_P, self.experts_P))
+        place = {name: number for number, name in enumerate(self.mixed_formats)}
+        bits_P = np.array([place.get(name, len(place)) for name in self.formats_P], np.int64)
+        return np.lexsort((self.ranks_P, bits_P, self.experts_P))
+
+    @cached_property
+    def mixing_experts(self) -> tuple[int, ...]:
+        """The experts whose replicas are stored in several formats, ascending."""
+        if not self.mixed_formats:
+            return ()
+        stored = set(zip(self.experts_P.tolist(), self.formats_P, strict=True))
+        numbers = Counter(expert for expert, _ in stored)
+        return tuple(sorted(expert for expert, number in numbers.items() if number > 1))
 
     def on_rank(self, rank: int) -> range:
         """Replica indices held by `rank`; their position in the range is the local replica number."""
@@ -95,10 +117,17 @@ class LayerPlacement:
         if (self.shares_P < 0).any() or not np.allclose(sums_E, 1, atol=1e-6):
             worst = int(np.argmax(np.abs(sums_E - 1)))
             raise UserError(f"{where}: shares of expert {worst} sum to {sums_E[worst]:g}, not to 1")
+        mixed_formats = self.replicas.mixed_formats
+        if len(set(mixed_formats)) < len(mixed_formats):
+            raise UserError(f"{where}: mixed_formats {', '.join(mixed_formats)}: a format is named twice")
         formats: dict[int, str] = {}
         for expert, format_ in zip(experts_P.tolist(), self.replicas.formats_P, strict=True):
-            if formats.setdefault(expert, format_) != format_:
-                raise UserError(f"{where}: replicas of expert {expert} mix formats {formats[expert]} and {format_}")
+            first = formats.setdefault(expert, format_)
+            if first != format_ and not {first, format_} <= set(mixed_formats):
+                raise UserError(
+                    f"{where}: replicas of expert {expert} mix formats {first} and {format_}, "
+                    f"but its mixed_formats are {list(mixed_formats)}"
+                )
 
     @property
     def gap(self) -> float | None:
@@ -106,9 +135,16 @@ class LayerPlacement:
         return None if self.predicted is None or self.bound is None else self.predicted / self.bound - 1
 
     @classmethod
-    def even(cls, layer: int, num_experts: int, replicas: Iterable[Replica], **notes: Any) -> "LayerPlacement":
+    def even(
+        cls,
+        layer: int,
+        num_experts: int,
+        replicas: Iterable[Replica],
+        mixed_formats: Sequence[str] = (),
+        **notes: Any,
+    ) -> "LayerPlacement":
         """A layer whose replicas share their expert's pairs evenly."""
-        table = Replicas.of(replicas)
+        table = Replicas.of(replicas, mixed_formats)
         copies_E = np.bincount(table.experts_P, minlength=num_experts)
         return cls(layer, num_experts, table, 1 / np.maximum(copies_E, 1)[table.experts_P], **notes)
 
@@ -310,6 +346,7 @@ def _layer_document(layer: LayerPlacement) -> dict[str, Any]:
     ]
     return {
         "layer": layer.layer, "num_experts": layer.num_experts, "replicas": replicas,
+        "mixed_formats": layer.replicas.mixed_formats,
         "predicted": layer.predicted, "bound": layer.bound, "gap": layer.gap, "binding": layer.binding,
     }  # fmt: skip
 
@@ -339,7 +376,10 @@ def _read_layer(document: Mapping[str, Any], num_ranks: int) -> LayerPlacement:
         shares = {_read_replica(row, num_ranks, num_experts): row["share"] for row in document["replicas"]}
         if len(shares) < len(document["replicas"]):
             raise UserError("a replica is named twice")
-        replicas = Replicas.of(shares)
+        mixed_formats = document.get("mixed_formats", [])
+        if not isinstance(mixed_formats, list):
+            raise UserError(f"mixed_formats {mixed_formats!r:.60}: must be a list of formats")
+        replicas = Replicas.of(shares, [check_text("mixed format", name) for name in mixed_formats])
     except UserError as error:
         raise UserError(f"layer {layer}: {error}") from None
     return LayerPlacement(

@@ -11,7 +11,10 @@ from rq_ep.core.placement import Replicas
 
 
 class WeightTransfer(NamedTuple):
-    """An expert that `dst` borrows from `src` for one step. It travels packed in `format`, as `src` holds it."""
+    """An expert that `dst` borrows from `src` for one step. It travels packed in `format`.
+
+    `src` holds it in that format, or makes it from the one it holds.
+    """
 
     expert: int
     src: int
@@ -25,7 +28,8 @@ class DispatchPlan:
 
     `replicas` holds the resident replicas of the layer and the borrowed ones (one for each transfer), together sorted
     by (rank, expert). `pairs_RP[r, p]` pairs go from source rank r to replica p; summed over the replicas of e they
-    equal `counts_RE[:, e]`. A source's pairs of e, in (token, k) order, fill e's replicas in the order of their ranks.
+    equal `counts_RE[:, e]`. A source's pairs of e, in (token, k) order, fill e's replicas in the order of their ranks;
+    where e's replicas mix formats, in the order of their gates, lowest first, fewest bits first.
     """
 
     replicas: Replicas

@@ -17,20 +17,30 @@ class Assignment(NamedTuple):
     replica: int
 
 
-def assign(topk_ids_TK: Sequence[Sequence[int]], plan: DispatchPlan, rank: int) -> list[Assignment]:
-    """The replica of every pair of source `rank`, in (token, k) order: each expert's replicas fill rank by rank."""
-    waiting = {
-        expert: [
-            p for p, replica in enumerate(plan.replicas) if replica.expert == expert
-            for _ in range(int(plan.pairs_RP[rank, p]))
+def assign(
+    topk_ids_TK: Sequence[Sequence[int]],
+    plan: DispatchPlan,
+    rank: int,
+    topk_weights_TK: Sequence[Sequence[float]] | None = None,
+) -> list[Assignment]:
+    """The replica of every pair of source `rank`, in (token, k) order: each expert's replicas fill rank by rank.
+
+    Where they mix formats, those of fewest bits take the pairs of lowest weight; only then are weights looked at.
+    """
+    bits = {name: number for number, name in enumerate(plan.replicas.mixed_formats)}
+    found = []
+    for number in sorted(set(plan.replicas.experts_P.tolist())):
+        held = [(p, replica) for p, replica in enumerate(plan.replicas) if replica.expert == number]
+        pairs = [
+            (t, k) for t, experts in enumerate(topk_ids_TK) for k, expert in enumerate(experts) if expert == number
         ]
-        for expert in set(plan.replicas.experts_P.tolist())
-    }  # fmt: skip
-    return [
-        Assignment(token, k, waiting[expert].pop(0))
-        for token, experts in enumerate(topk_ids_TK)
-        for k, expert in enumerate(experts)
-    ]
+        if len({replica.format for _, replica in held}) > 1:
+            assert topk_weights_TK is not None, f"expert {number} mixes formats"
+            held.sort(key=lambda item: bits[item[1].format])
+            pairs.sort(key=lambda pair: topk_weights_TK[pair[0]][pair[1]])
+        replicas = [p for p, _ in held for _ in range(int(plan.pairs_RP[rank, p]))]
+        found += [Assignment(t, k, p) for (t, k), p in zip(pairs, replicas, strict=True)]
+    return sorted(found)
 
 
 def dense_moe(

@@ -144,6 +144,7 @@ def _with_borrowed(
     experts_P = np.concatenate([replicas.experts_P, np.array([expert for _, expert in borrowed])])
     formats = [*replicas.formats_P, *(format_of[key] for key in borrowed)]
     order_P = np.lexsort((experts_P, ranks_P))
-    together = Replicas(ranks_P[order_P], experts_P[order_P], tuple(formats[p] for p in order_P.tolist()))
+    formats_P = tuple(formats[p] for p in order_P.tolist())
+    together = Replicas(ranks_P[order_P], experts_P[order_P], formats_P, replicas.mixed_formats)
     all_pairs_RP = np.concatenate([pairs_RP, np.stack(list(borrowed.values()), axis=1)], axis=1)
     return DispatchPlan(together, all_pairs_RP[:, order_P], transfers)

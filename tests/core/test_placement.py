@@ -120,7 +120,10 @@ def damage(document: dict[str, Any], path: str, value: Any) -> None:
         ("layers.0.replicas.0.share", float("inf"), "share inf: must be a number"),
         ("layers.0.replicas.0.share", 10**400, "must be at most 1"),
         ("layers.0.replicas.0.share", "a lot", "share 'a lot': must be a number"),
-        ("layers.0.replicas.0.format", "int8", "mix formats"),
+        ("layers.0.replicas.0.format", "int8", "mix formats int8 and bf16, but its mixed_formats"),
+        ("layers.0.mixed_formats", True, "True: must be a list of formats"),
+        ("layers.0.mixed_formats", [8], "8: must be text"),
+        ("layers.0.mixed_formats", ["int8", "int8"], "a format is named twice"),
         ("layers.0.replicas.0.format", None, "format None: must be text"),
         ("layers.0.replicas.1", {"expert": 0, "rank": 0, "format": "bf16", "share": 0.75}, "named twice"),
     ],
@@ -220,6 +223,28 @@ def test_replicas_are_sorted_and_unique() -> None:
     assert [list(replicas.on_rank(rank)) for rank in range(3)] == [[0, 1], [2], []]
     with pytest.raises(UserError, match="two replicas of one expert"):
         Replicas.of([Replica(0, 0, "a"), Replica(0, 0, "b")])
+
+
+def test_formats_are_mixed_where_the_placement_says_so(placement: Placement, tmp_path: Path) -> None:
+    mixed = [Replica(0, 0, "bf16"), Replica(0, 1, "bf16"), Replica(1, 0, "int8"), Replica(2, 0, "int8")]
+    with pytest.raises(UserError, match="expert 0 mix formats bf16 and int8, but its mixed_formats are \\['bf16'\\]"):
+        LayerPlacement.even(3, 2, mixed, ["bf16"])
+    layer = LayerPlacement.even(3, 2, mixed, ["int8", "bf16"])
+    assert layer.replicas.by_expert_P.tolist() == [2, 3, 0, 1], "fewest bits first, then by rank"
+    assert layer.replicas.mixing_experts == (0,)
+    assert placement.layers[0].replicas.mixing_experts == ()
+    path = tmp_path / "placement.json"
+    replace(placement, layers=(layer,), topology=Topology(3), bytes_R=(20, 5, 5), budget_bytes_R=None).save(path)
+    assert Placement.load(path).layers[0].replicas.mixed_formats == ("int8", "bf16")
+
+
+def test_a_file_that_does_not_speak_of_mixing_allows_none(placement: Placement, tmp_path: Path) -> None:
+    path = tmp_path / "placement.json"
+    placement.save(path)
+    document = json.loads(path.read_text())
+    del document["layers"][0]["mixed_formats"]
+    path.write_text(json.dumps(document))
+    assert Placement.load(path).layers[0].replicas.mixed_formats == ()
 
 
 @pytest.mark.parametrize(("num_experts", "num_ranks"), [(8, 4), (10, 3), (3, 5), (1, 4), (7, 1)])

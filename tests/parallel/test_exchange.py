@@ -20,8 +20,41 @@ def test_pairs_fill_replicas_in_the_order_of_ranks() -> None:
     replicas = Replicas.of([Replica(0, 5, "fp32"), Replica(1, 2, "fp32"), Replica(1, 5, "fp32")])
     plan = DispatchPlan(replicas, np.array([[1, 1, 2], [0, 0, 0]]))
     ids_TK = torch.tensor([[5, 2], [5, 5]])
-    assert pairs_by_replica(ids_TK, plan, 0).tolist() == [0, 1, 2, 3]
+    assert pairs_by_replica(ids_TK, torch.rand(2, 2), plan, 0).tolist() == [0, 1, 2, 3]
     assert assign(ids_TK.tolist(), plan, 0) == [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 2)]
+
+
+def test_the_lowest_gates_go_to_the_fewest_bits() -> None:
+    """Expert 0 in fp32 on rank 0 and in int8 on rank 1; expert 1 shares one format and keeps the order of its pairs."""
+    held = [Replica(0, 0, "fp32"), Replica(0, 1, "fp32"), Replica(1, 0, "int8"), Replica(1, 1, "fp32")]
+    plan = DispatchPlan(Replicas.of(held, ("int8", "fp32")), np.array([[1, 1, 2, 1], [0, 0, 0, 0]]))
+    ids_TK = torch.tensor([[0], [1], [0], [1], [0]])
+    weights_TK = torch.tensor([[0.5], [0.9], [0.1], [0.2], [0.3]])
+    assert pairs_by_replica(ids_TK, weights_TK, plan, 0).tolist() == [0, 1, 2, 4, 3]
+    found = assign(ids_TK.tolist(), plan, 0, weights_TK.tolist())
+    assert found == [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3), (4, 0, 2)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mixed_formats_follow_the_reference(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    num_experts, num_ranks = 4, 3
+    held = [
+        Replica(rank, expert, str(random.choice(["int8", "bf16", "fp32"])))
+        for expert in range(num_experts)
+        for rank in random.permutation(num_ranks)[: random.integers(1, num_ranks + 1)].tolist()
+    ]
+    replicas = Replicas.of(held, ("int8", "bf16", "fp32"))
+    ids_TK = torch.from_numpy(random.integers(num_experts, size=(9, 3)))
+    weights_TK = torch.from_numpy(random.integers(4, size=(9, 3)) / 8).bfloat16()  # with ties
+    pairs_RP = np.zeros((num_ranks, len(replicas)), np.int64)
+    for expert in ids_TK.flatten().tolist():
+        pairs_RP[1, random.choice(np.flatnonzero(replicas.experts_P == expert))] += 1
+    plan = DispatchPlan(replicas, pairs_RP)
+    replica_N = np.repeat(np.arange(len(replicas)), pairs_RP[1])
+    found = zip(pairs_by_replica(ids_TK, weights_TK, plan, 1).tolist(), replica_N.tolist(), strict=True)
+    expected = assign(ids_TK.tolist(), plan, 1, weights_TK.tolist())
+    assert sorted(found) == [(pair.token * 3 + pair.k, pair.replica) for pair in expected]
 
 
 def test_blocks_change_their_order() -> None:
@@ -106,4 +139,4 @@ def test_every_pair_arrives_once_where_the_reference_sends_it(case: tuple[Dispat
 def test_a_plan_for_other_counts_is_caught_before_anything_is_sent() -> None:
     plan = DispatchPlan(Replicas.of([Replica(0, 0, "fp32")]), np.array([[3]]))
     with pytest.raises(AssertionError, match="plan for 3 of 2 pairs"):
-        pairs_by_replica(torch.zeros(2, 1, dtype=torch.int64), plan, 0)
+        pairs_by_replica(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), plan, 0)
