@@ -1,6 +1,5 @@
 """Dispatch and combine: rows travel to the replicas the plan chose, weighted sums travel back."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,75 +8,44 @@ from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.plan import DispatchPlan
-from rq_ep.parallel.base import Arrival, EPGroup
+from rq_ep.parallel.base import EPGroup
 
-_NOTE_BYTES = 8  # a pair's row number and the bits of its fp32 weight
 
-# A step in which no rank receives more than this goes in one message for each pair: fewer bytes are not worth a hop.
-MAX_PADDED_BYTES = {"cpu": 1 << 16, "cuda": 1 << 20}
-# Rows a rank receives at once; more arrive, are computed and leave part by part, in the same buffer.
-MAX_PART_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-# Whether a rank computes its own rows while the others are under way. It takes two smaller GEMMs for each expert. On a
-# CPU the messages are carried by the very core that computes: bench/layer.py on two pinned ranks is slower with it.
-OVERLAPS = {"cpu": False, "cuda": True}
+@dataclass(frozen=True)
+class WayBack:
+    """Which of a source's tokens went where, so that their sums find home."""
+
+    num_tokens: int
+    own_tokens: Tensor  # tokens computed on this very rank
+    sent_tokens: Tensor  # tokens sent away, by destination rank, ascending within one
+    sent_splits: tuple[int, ...]  # [R] rows sent to each rank; none to this one
+    received_splits: tuple[int, ...]  # [R] rows received from each rank
 
 
 @dataclass(frozen=True)
 class Received:
-    """What a rank computes in one go. Pairs are sorted by local replica, then source rank, then (token, k)."""
+    """What a rank computes in one step. Pairs are sorted by local replica, then source rank, then (token, k)."""
 
-    rows_MD: Tensor
+    rows_MD: Tensor  # this rank's own rows, then those of each other rank
     row_N: Tensor  # int64, the row of each pair
     weight_N: Tensor  # fp32, the routing weight of each pair
     experts: tuple[int, ...]  # expert of each local replica of the plan, ascending
     offsets: tuple[int, ...]  # local replica j computes pairs offsets[j] to offsets[j + 1]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows that travel together, as this rank sends and receives them."""
-
-    tokens: Tensor  # sent, by destination rank
-    rows_out: tuple[int, ...]  # [R] rows for each rank
-    rows_in: tuple[int, ...]  # [R] rows of each rank
-    notes_N2: Tensor  # int32, of each arriving pair the row among its source's and the bits of the weight
-    pairs_RJ: IntArray  # arriving pairs of each source rank and local replica
+    way_back: WayBack
 
 
 class Exchange:
-    """Moves rows between the ranks of a group. Own rows do not travel.
+    """Moves rows between the ranks of a group. A row bound for several replicas of one rank travels once."""
 
-    Collectives of a call: small steps, dispatch 1, combine 1; larger ones notes, rows and sums. With a GPU the host
-    waits for it once, in the larger ones, to learn how many rows arrive; in parts, once more. Small steps wait for
-    nothing: the plan tells how many pairs arrive, and there are no more rows than pairs.
-    """
-
-    def __init__(
-        self,
-        group: EPGroup,
-        *,
-        max_part_bytes: int | None = None,
-        max_padded_bytes: int | None = None,
-        overlaps: bool | None = None,
-    ) -> None:
-        """
-        Args:
-            group: the ranks; all of them make the same choices here.
-            max_part_bytes: of rows that a rank receives at once, up to a row for each rank more.
-            max_padded_bytes: up to so many received bytes on every rank, rows go with each pair's note.
-            overlaps: own rows are computed while the others travel. Defaults: by device.
-        """
-        device_type = group.device.type
+    def __init__(self, group: EPGroup) -> None:
         self.group = group
-        self.max_part_bytes = max_part_bytes or MAX_PART_BYTES[device_type]
-        self.max_padded_bytes = MAX_PADDED_BYTES[device_type] if max_padded_bytes is None else max_padded_bytes
-        self.overlaps = OVERLAPS[device_type] if overlaps is None else overlaps
 
-    def dispatch(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: DispatchPlan) -> "Trip":
-        """Send this rank's rows to the replicas the plan gives them; iterate over the result for what to compute.
+    def dispatch(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: DispatchPlan) -> Received:
+        """Send this rank's rows to the replicas the plan gives them; return the rows this rank computes.
 
         A source's j-th pair of an expert, in (token, k) order, fills the expert's replicas in the order of their ranks.
-        Rows travel in their own dtype, ids not at all: how many pairs belong to which replica follows from the plan.
+        Rows travel in their own dtype. With them go, as one int32 message, each pair's row number and the bits of its
+        fp32 weight; how many pairs belong to which replica follows from the plan.
 
         Args:
             hidden_TD: [T, D] rows, T may be 0.
@@ -88,53 +56,116 @@ class Exchange:
         group, device = self.group, hidden_TD.device
         rank, size = group.rank, group.size
         num_tokens, top_k = topk_ids_TK.shape
-        pairs_out_R = plan.pairs_RR[rank]
+        pairs_out_R, pairs_in_R = plan.pairs_RR[rank], plan.pairs_RR[:, rank]
+
+        pair_N = pairs_by_replica(topk_ids_TK, topk_weights_TK, plan, rank)
+        token_N = pair_N // max(top_k, 1)
+        destination_N = _repeat(np.arange(size), pairs_out_R, device)
+
+        # Which tokens each rank gets: marking them finds every one once, whatever the number of its pairs.
+        is_sent_RT = torch.zeros(size, num_tokens, dtype=torch.bool, device=device)
+        is_sent_RT[destination_N, token_N] = True
+        rows_out_R = is_sent_RT.sum(1)
+        rows_in_R = group.all_to_all(rows_out_R, [1] * size, [1] * size)
+        rows_out, rows_in = torch.stack([rows_out_R, rows_in_R]).tolist()
+        tokens = torch.nonzero_static(is_sent_RT, size=sum(rows_out))[:, 1]
+        sent_tokens, own_tokens = _take_out(tokens, rows_out, rank)
+        way_back = WayBack(num_tokens, own_tokens, sent_tokens, _without(rows_out, rank), _without(rows_in, rank))
+
+        arrived = group.all_to_all(hidden_TD[sent_tokens], way_back.sent_splits, way_back.received_splits)
+        rows_MD = torch.cat([hidden_TD[own_tokens], arrived])
+
+        row_of_token_RT = is_sent_RT.cumsum(1, dtype=torch.int32) - 1
+        weight_N = topk_weights_TK.reshape(-1)[pair_N].float()
+        notes_N2 = torch.stack([row_of_token_RT[destination_N, token_N], weight_N.view(torch.int32)], 1)
+        sent_notes, own_notes = _take_out(notes_N2, pairs_out_R.tolist(), rank)
+        arrived_notes = group.all_to_all(sent_notes, _without(pairs_out_R, rank), _without(pairs_in_R, rank))
+        before = int(pairs_in_R[:rank].sum())
+        notes_N2 = torch.cat([arrived_notes[:before], own_notes, arrived_notes[before:]])
+
+        first_row_R = rows_in[rank] + np.cumsum(way_back.received_splits) - way_back.received_splits
+        first_row_R[rank] = 0
+        row_N = notes_N2[:, 0] + _repeat(first_row_R, pairs_in_R, device)
+
         local = plan.replicas.on_rank(rank)
         pairs_RJ = plan.pairs_RP[:, local.start : local.stop]
-        experts = tuple(plan.replicas.experts_P[local.start : local.stop].tolist())
+        order_N = block_order(pairs_RJ.ravel(), np.arange(pairs_RJ.size).reshape(pairs_RJ.shape).T.ravel(), device)
+        return Received(
+            rows_MD=rows_MD,
+            row_N=row_N[order_N],
+            weight_N=notes_N2[:, 1].contiguous().view(torch.float32)[order_N],
+            experts=tuple(plan.replicas.experts_P[local.start : local.stop].tolist()),
+            offsets=(0, *np.cumsum(pairs_RJ.sum(axis=0)).tolist()),
+            way_back=way_back,
+        )
 
-        pair_N = pairs_by_replica(topk_ids_TK, plan, rank)
-        weight_N = topk_weights_TK.reshape(-1)[pair_N].float().view(torch.int32)
-        token_N = pair_N // max(top_k, 1)
-        start = int(pairs_out_R[:rank].sum())
-        end = start + int(pairs_out_R[rank])
-        own_notes = torch.stack([token_N[start:end].int(), weight_N[start:end]], 1)
-        token_N, weight_N = (torch.cat([values[:start], values[end:]]) for values in (token_N, weight_N))
-        trip = Trip(self, hidden_TD, experts, own_notes, pairs_RJ[rank])
-        if size == 1:
-            return trip
+    def combine(self, partial_MD: Tensor, received: Received) -> Tensor:
+        """Send weighted sums back to where the rows came from and add them up: out_TD [T, D] in the rows' dtype.
 
-        away_RR = plan.pairs_RR * (1 - np.eye(size, dtype=np.int64))
-        destination_N = _repeat(np.arange(size), away_RR[rank], device)
-        # Which tokens each rank gets: marking them finds every one once, whatever the number of its pairs.
-        is_sent_RT = torch.zeros(size, num_tokens, dtype=torch.int32, device=device)
-        is_sent_RT[destination_N, token_N] = 1
-        row_N = (is_sent_RT.cumsum(1, dtype=torch.int32) - 1)[destination_N, token_N]
-        notes_N2 = torch.stack([row_N, weight_N], 1)
-        arriving_RJ = pairs_RJ.copy()
-        arriving_RJ[rank] = 0
-        row_bytes = hidden_TD.shape[1] * hidden_TD.dtype.itemsize
+        Sums are fp32, in the order of the ranks after this rank's own part, so that the same inputs give the same bits.
 
-        if int(away_RR.sum(axis=0).max()) * (row_bytes + _NOTE_BYTES) <= self.max_padded_bytes:
-            rows_out_R, rows_in_R = away_RR[rank], away_RR[:, rank]
-            tokens = _by_slot(token_N, row_N, rows_out_R)
-            message = torch.cat([_bytes(hidden_TD[tokens]), _bytes(notes_N2)], 1)
-            arrived = group.all_to_all(message, rows_out_R.tolist(), rows_in_R.tolist())
-            notes_N2 = arrived[:, row_bytes:].contiguous().view(torch.int32)
-            part = Part(tokens, tuple(rows_out_R.tolist()), tuple(rows_in_R.tolist()), notes_N2, arriving_RJ)
-            return trip.expect([part], arrived[:, :row_bytes])
+        Args:
+            partial_MD: [M, D] fp32, for each row of `received` the weighted sum over this rank's replicas.
+        """
+        way, dtype = received.way_back, received.rows_MD.dtype
+        num_own = len(way.own_tokens)
+        arrived = self.group.all_to_all(partial_MD[num_own:].to(dtype), way.received_splits, way.sent_splits)
+        out_TD = partial_MD.new_zeros(way.num_tokens, partial_MD.shape[1], dtype=torch.float32)
+        out_TD[way.own_tokens] = partial_MD[:num_own].float()
+        # One rank at a time: its tokens are distinct, so no two additions meet and their order is fixed.
+        splits = list(way.sent_splits)
+        for tokens, rows in zip(torch.split(way.sent_tokens, splits), torch.split(arrived, splits), strict=True):
+            if len(tokens):
+                out_TD.index_add_(0, tokens, rows.float())
+        return out_TD.to(dtype)
 
-        notes_N2 = group.all_to_all(notes_N2, away_RR[rank].tolist(), away_RR[:, rank].tolist())
-        source_N = _repeat(np.arange(size), away_RR[:, rank], device)
-        rows_in = torch.zeros(size, dtype=torch.int32, device=device)
-        rows_in.scatter_reduce_(0, source_N, notes_N2[:, 0] + 1, "amax")
-        rows_out_R, rows_in_R = torch.stack([is_sent_RT.sum(1, dtype=torch.int32), rows_in]).cpu().numpy().astype(int)
-        tokens = _by_slot_of(token_N, row_N, destination_N, rows_out_R)
-        # A rank receives no more rows of another than that has tokens: every rank knows this bound of every rank.
-        most_RR = np.minimum(away_RR, plan.pairs_RP.sum(axis=1, keepdims=True) // max(top_k, 1))
-        num_parts = max(1, -(-int(most_RR.sum(axis=0).max()) * row_bytes // self.max_part_bytes))
-        if num_parts == 1:
-            return trip.expect(
-                [Part(tokens, tuple(rows_out_R.tolist()), tuple(rows_in_R.tolist()), notes_N2, arriving_RJ)]
-            )
-        return trip.expect(_in_parts(num_parts, tokens, rows_out_R, rows_in_R, notes_N2, source_N, arriving_RJ))
+
+def pairs_by_replica(topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: DispatchPlan, rank: int) -> Tensor:
+    """[N] int64, the pairs t * K + k of source `rank` in the order of the replicas that compute them.
+
+    Experts whose replicas mix formats deal out their pairs by weight, lowest first; the others as they come.
+    """
+    by_expert_P, mixing = plan.replicas.by_expert_P, plan.replicas.mixing_experts
+    pairs_P = plan.pairs_RP[rank, by_expert_P]
+    num_pairs = int(pairs_P.sum())
+    assert num_pairs == topk_ids_TK.numel(), f"rank {rank}: plan for {num_pairs} of {topk_ids_TK.numel()} pairs"
+    ids_N = topk_ids_TK.reshape(-1)
+    if mixing:
+        is_mixing_N = torch.isin(ids_N, torch.tensor(mixing, device=ids_N.device))
+        by_weight_N = torch.argsort(topk_weights_TK.reshape(-1).float() * is_mixing_N, stable=True)
+        pair_N = by_weight_N[torch.argsort(ids_N[by_weight_N], stable=True)]
+    else:
+        pair_N = torch.argsort(ids_N, stable=True)
+    return pair_N[block_order(pairs_P, np.argsort(by_expert_P), pair_N.device)]
+
+
+def block_order(sizes_B: IntArray, order_B: IntArray, device: torch.device) -> Tensor:
+    """[N] indices that bring consecutive blocks of elements into another order, without waiting for the device.
+
+    Args:
+        sizes_B: elements of each block, as they lie.
+        order_B: the block that comes first, second, ...
+    """
+    starts_B = np.cumsum(sizes_B) - sizes_B
+    new_sizes_B = sizes_B[order_B]
+    shift_B = starts_B[order_B] - (np.cumsum(new_sizes_B) - new_sizes_B)
+    shift_N = _repeat(shift_B, new_sizes_B, device)
+    return shift_N + torch.arange(len(shift_N), device=device)
+
+
+def _repeat(values_B: IntArray, times_B: IntArray, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.from_numpy(np.repeat(values_B, times_B))
+    host = torch.from_numpy(np.stack([values_B, times_B])).to(device, non_blocking=True)
+    return torch.repeat_interleave(host[0], host[1], output_size=int(times_B.sum()))
+
+
+def _take_out(tensor: Tensor, splits: list[int], rank: int) -> tuple[Tensor, Tensor]:
+    """Part `rank` of a tensor, and what is left of it."""
+    start = sum(splits[:rank])
+    end = start + splits[rank]
+    return torch.cat([tensor[:start], tensor[end:]]), tensor[start:end]
+
+
+def _without(splits: list[int] | IntArray, rank: int) -> tuple[int, ...]:
+    return tuple(0 if other == rank else int(rows) for other, rows in enumerate(splits))
