@@ -25,7 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--strategies", default="standard,eplb,llep,rq", metavar="NAMES", help="strategies to replay, by commas"
     )
     parser.add_argument("--num-ranks", required=True, type=int, metavar="R", help="ranks the loads are dealt to")
-    parser.add_argument("--machine", metavar="NAME", help="h200, h100 or cpu: add seconds by a roofline model")
+    parser.add_argument(
+        "--machine", metavar="NAME",
+        help="add seconds: by the rates of h200, h100, a100, cpu or of a YAML file, or by the JSON file of "
+        "`rq-ep profile`",
+    )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME.SETTING=VALUE",
         help="setting of a strategy, such as llep.min_tokens_per_gemm=16; may be repeated",
@@ -102,12 +106,12 @@ def _row(
 
 def _cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":
     from rq_ep.core.cost import LayerShape
-    from rq_ep.core.errors import UserError, check_choice
-    from rq_ep.costs.roofline import MACHINES
+    from rq_ep.core.errors import UserError
+    from rq_ep.costs import cost_model
 
     if machine is None:
         return None
-    model = MACHINES[check_choice("machine", machine, MACHINES)]
+    model = cost_model(machine)
     if stats.hidden_size is None or stats.intermediate_size is None:
         raise UserError(f"--machine {machine}: {stats.source} does not name hidden_size and intermediate_size")
     return model.layer(LayerShape(stats.hidden_size, stats.intermediate_size, stats.expert_bytes))
@@ -140,6 +144,7 @@ def _report(rows: list[dict[str, Any]], stats: "ExpertStats", machine: str | Non
     if any(row["placement"] == UNIFORM for row in rows):
         print(f"{UNIFORM}: no placement file was made by this strategy; it placed by itself, on uniform load.")
     if machine:
-        print(
-            f"* modelled, not measured: a roofline of {machine}, the slowest rank of every layer, nothing overlapped."
-        )
+        from rq_ep.costs import cost_model
+
+        print("* modelled, not measured: the slowest rank of every layer, nothing overlapped.")
+        print(f"  {machine}: {cost_model(machine).description}")

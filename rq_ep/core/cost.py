@@ -81,4 +81,9 @@ class LayerCost:
 class CostModel(Protocol):
     """A machine, as far as the cost of a layer depends on it."""
 
+    @property
+    def description(self) -> str:
+        """Where the figures come from, for whoever reads the result."""
+        ...
+
     def layer(self, shape: LayerShape) -> LayerCost: ...

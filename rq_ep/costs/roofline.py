@@ -1,9 +1,14 @@
 """A roofline cost model: what a plan would take on a machine of given peak rates. Modelled, never measured."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rq_ep.core.cost import LayerCost, LayerShape
-from rq_ep.core.errors import UserError
+from rq_ep.core.errors import UserError, check_choice, check_integer, check_number, check_text
 
 MATRICES = 3  # of a gated expert: gate, up, down
 
@@ -17,11 +22,44 @@ class Roofline:
     link_bytes_per_s: float  # in each direction
     latency_s: float
     activation_bytes: int = 2  # of one number on the wire
+    source: str = "rates as given"  # where the rates are from
 
     def __post_init__(self) -> None:
         for name in ("flops_per_s", "memory_bytes_per_s", "link_bytes_per_s"):
-            if getattr(self, name) <= 0:
+            if check_number(name, getattr(self, name)) <= 0:
                 raise UserError(f"{name} {getattr(self, name)}: must be positive")
+        check_number("latency_s", self.latency_s, 0.0)
+        check_integer("activation_bytes", self.activation_bytes, 1, 8)
+        check_text("source", self.source)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Roofline":
+        """A machine from a YAML file that holds its fields.
+
+        Raises:
+            UserError: there is no such file, or it is not a machine.
+        """
+        return cls._of(_read_mapping(path), path)
+
+    @classmethod
+    def load_table(cls, path: str | Path) -> dict[str, "Roofline"]:
+        """Machines by name from a YAML file."""
+        return {name: cls._of(entry, f"{path}: {name}") for name, entry in _read_mapping(path).items()}
+
+    @classmethod
+    def _of(cls, entry: Mapping[str, Any], where: str | Path) -> "Roofline":
+        known = {field.name: field.default for field in fields(cls)}
+        try:
+            given = {check_choice("field", str(name), known): _number(value) for name, value in entry.items()}
+            if missing := [name for name, default in known.items() if default is MISSING and name not in given]:
+                raise UserError(f"a machine also needs {', '.join(missing)}")
+            return cls(**given)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    @property
+    def description(self) -> str:
+        return f"a roofline ({self.source})"
 
     def layer(self, shape: LayerShape) -> LayerCost:
         """Modelled seconds of the parts of a layer of this shape."""
@@ -35,9 +73,24 @@ class Roofline:
         )
 
 
-# Data-sheet peaks per rank: dense bf16 arithmetic, HBM, NVLink in one direction. The CPU row is an order of magnitude.
-MACHINES: dict[str, Roofline] = {
-    "h200": Roofline(989e12, 4.8e12, 450e9, 10e-6),
-    "h100": Roofline(989e12, 3.35e12, 450e9, 10e-6),
-    "cpu": Roofline(50e9, 10e9, 5e9, 50e-6, activation_bytes=4),
-}
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 989e12, without a point and a sign, for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _read_mapping(path: str | Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name a machine or write its rates into one") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not a readable machine file ({' '.join(str(error).split())})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected `field: value` lines of a machine, not {type(document).__name__}")
+    return document
+
+
+MACHINES: Mapping[str, Roofline] = Roofline.load_table(Path(__file__).with_name("machines.yaml"))
