@@ -488,3 +488,5 @@ if __name__ == "__main__":
     except (UserError, RankFailure) as error:
         print(f"bench/layer.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

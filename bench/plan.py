@@ -150,3 +150,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"bench/plan.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

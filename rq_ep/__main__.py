@@ -4,17 +4,39 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from rq_ep.core.errors import UserError
 
+
+class Command(NamedTuple):
+    """What the help says of a sub-command."""
+
+    summary: str
+    example: str
+
+
 COMMANDS = {
-    "tiny-model": "train a small MoE language model from text at hand: something real to try the rest on",
-    "calibrate": "run text through a model; write each expert's load and sensitivity to low bits",
-    "place": "choose replicas, formats and ranks inside a byte budget; print the bound beside the result",
-    "simulate": "replay recorded loads under several strategies; print the load of every rank",
-    "eval": "compare a placement with the dense model on held-out text: load, time, bytes, quality",
-    "env": "say what this machine has: devices, backends, versions",
+    "tiny-model": Command(
+        "train a small MoE language model from text at hand: something real to try the rest on", "--out runs/tiny"
+    ),
+    "calibrate": Command(
+        "run text through a model; write each expert's load and sensitivity to low bits",
+        "--model runs/tiny --text runs/tiny/text/train --out runs/stats.safetensors",
+    ),
+    "place": Command(
+        "choose replicas, formats and ranks inside a byte budget; print the bound beside the result",
+        "--stats runs/stats.safetensors --num-ranks 4 --budget ep --out runs/placement.json",
+    ),
+    "simulate": Command(
+        "replay recorded loads under several strategies; print the load of every rank",
+        "--stats runs/held-out.safetensors --num-ranks 4 --placement runs/placement.json",
+    ),
+    "eval": Command(
+        "compare a placement with the dense model on held-out text: load, time, bytes, quality",
+        "--model runs/tiny --text runs/tiny/text/held-out --placement runs/placement.json",
+    ),
+    "env": Command("say what this machine has: devices, backends, versions", "--json"),
 }
 
 
@@ -35,8 +57,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="rq-ep", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
+    for name, (summary, example) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, description=summary, epilog=f"example: rq-ep {name} {example}",
+            formatter_class=HelpFormatter,
+        )  # fmt: skip
         command = import_module(f"rq_ep.commands.{name.replace('-', '_')}")
         command.configure(subparser)
         subparser.set_defaults(run=command.run)
@@ -47,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rq-ep {args.command}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output left, as `| head` does
+        return 1
+    except OSError as error:  # a disk that is full, a file that may not be read
+        print(f"rq-ep {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

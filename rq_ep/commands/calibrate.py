@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a step")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as stored)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the places text is taken from")
 
 

@@ -5,9 +5,14 @@ import argparse
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="checkpoint directory; its text goes to DIR/text")
-    parser.add_argument("--family", default="qwen3_moe", metavar="NAME", help="transformers model type")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of 512 bytes each")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same model on the same machine")
+    parser.add_argument(
+        "--family",
+        default="qwen3_moe",
+        metavar="NAME",
+        help="qwen3_moe, olmoe, mixtral, deepseek_v2, deepseek_v3 or gpt_oss",
+    )
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="training steps of 512 bytes each")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same model on the same machine")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -70,7 +70,7 @@ def tiny_model(directory: str | Path, recipe: Recipe | None = None, progress: Pr
         True if a model was trained, False if one was found.
 
     Raises:
-        UserError: the directory holds something that this function did not write.
+        UserError: the directory holds something that this function did not write, or cannot be written.
     """
     recipe = recipe or Recipe()
     target = Path(directory)
@@ -78,11 +78,14 @@ def tiny_model(directory: str | Path, recipe: Recipe | None = None, progress: Pr
         return False
     if target.exists() and not (target.is_dir() and ((target / RECIPE_FILE).exists() or not any(target.iterdir()))):
         raise UserError(f"--out {target}: exists and holds something else; name another directory")
-    model = train(recipe, progress)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise UserError(f"--out {target}: cannot be written ({error.strerror}); name another place") from None
+    with beside as scratch:
         finished = Path(scratch, "model")
-        save(model, recipe, finished)
+        save(train(recipe, progress), recipe, finished)
         if _recipe_of(target) == asdict(recipe):  # somebody else was faster
             return False
         if target.exists():
