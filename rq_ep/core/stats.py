@@ -158,6 +158,7 @@ class ExpertStats:
     def load(cls, path: str | Path) -> "ExpertStats":
         """Read a `stats.safetensors` file; a `UserError` says what is wrong with a foreign or damaged one."""
         try:
+            Path(path).open("rb").close()  # says why a file cannot be read; safetensors calls all of them missing
             with safe_open(path, framework="numpy") as file:
                 texts = file.metadata() or {}
                 if texts.get("format") != json.dumps(FORMAT):

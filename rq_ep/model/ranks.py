@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import torch
 
-from rq_ep.core.errors import UserError
+from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.topology import MAX_RANKS
 from rq_ep.parallel import EPGroup
 from rq_ep.parallel.default import default_group, own_device
 
@@ -32,8 +33,7 @@ class Ranks:
         if num_local_ranks is not None:
             if group is not None:
                 raise UserError(f"num_local_ranks {num_local_ranks}: give it or a group, not both")
-            if num_local_ranks < 1:
-                raise UserError(f"num_local_ranks {num_local_ranks}: at least one rank is needed")
+            check_integer("num_local_ranks", num_local_ranks, 1, MAX_RANKS)
             return cls(num_local_ranks, tuple(range(num_local_ranks)), own_device(device), None)
         group = default_group(device) if group is None else group
         if device not in ("auto", group.device.type):

@@ -61,6 +61,8 @@ def test_truncated_and_foreign_files_are_user_errors(stats: ExpertStats, tmp_pat
     save_file({"counts": np.zeros((1, 1, 1), np.int64)}, file, {"format": '"rq_ep.stats/1"'})
     with pytest.raises(UserError, match="incomplete statistics file"):
         ExpertStats.load(file)
+    with pytest.raises(UserError, match=r"not a readable statistics file .*directory"):
+        ExpertStats.load(tmp_path)
     with pytest.raises(UserError, match="rq-ep calibrate --out"):
         ExpertStats.load(tmp_path / "missing.safetensors")
 
