@@ -6,11 +6,17 @@ from rq_ep.core.errors import UserError
 
 
 def check_servable(config: PretrainedConfig) -> None:
-    """Refuse a model whose attention the paged KV cache cannot hold.
+    """Refuse a model that continuous batching cannot run, or whose attention the paged KV cache cannot hold.
 
     Raises:
         UserError: multi-head latent attention (MLA): its keys and values differ in width, the cache has one width.
+            An encoder-decoder, which continues no prompt.
     """
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model type {config.model_type!r} is an encoder-decoder, which cannot be served over HTTP: use "
+            "rq_ep.load(...).generate(...), or serve a decoder-only model"
+        )
     text = config.get_text_config()
     if getattr(text, "kv_lora_rank", None) is not None:
         raise UserError(

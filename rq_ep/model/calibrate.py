@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
@@ -18,6 +18,7 @@ from rq_ep.model.identity import model_identity
 from rq_ep.model.recorder import IMPORTANCE, LayerRecord, recording
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.model.sensitivity import output_errors
+from rq_ep.model.teaching import taught
 from rq_ep.model.windows import Batch, Texts, Windows, check_sequence_length, make_windows
 from rq_ep.parallel.default import own_device
 
@@ -52,6 +53,9 @@ def calibrate(
     steps, each of the tokens at one position of its sequences, as if these were decoded together. The text runs through
     the model once; loads, importance and the inputs on which formats are measured all come from that pass.
 
+    An encoder-decoder reads the first half of each sequence and is made to write the second, in one prefill step; its
+    decode steps are real ones, of the first tokens written, in which the encoder's experts have no load.
+
     Args:
         model: checkpoint directory, or a model that is already in memory.
         texts: domain -> texts; or texts (str); or paths (Path) of files and directories, see `windows.read_texts`.
@@ -75,7 +79,8 @@ def calibrate(
         tokenizer = read_tokenizer(network.name_or_path)
     names = tuple(dict.fromkeys((native, *(("int8",) if formats is None else formats))))
     others = [get_format(name) for name in names[1:]]
-    check_sequence_length(sequence_length, network.config)
+    is_seq2seq = bool(network.config.is_encoder_decoder)
+    check_sequence_length(sequence_length, network.config, low=2 if is_seq2seq else 1)
     experts = find_expert_modules(network)
     num_experts = experts[0].num_experts
     layout = family_of(experts[0].module).layout
@@ -89,12 +94,16 @@ def calibrate(
     max_rows = max(1, min(MAX_ROWS, MAX_ROW_BYTES // (4 * hidden_size * num_experts * len(experts))))
     steps: list[_Step] = []
     modules = [found.module for found in experts]
-    with recording(modules, num_experts, rows_per_batch=-(-max_rows // len(windows.batches))) as records:
+    num_passes = len(windows.batches) * (1 + DECODE_STEPS if is_seq2seq else 1)
+    with recording(modules, num_experts, rows_per_batch=-(-max_rows // num_passes)) as records:
         for i, batch in enumerate(windows.batches):
-            # Without the language model's head, which nobody asks for here.
-            network.base_model(batch.tokens_BT.to(network.device), use_cache=False)
-            turn = i // len(windows.domains)  # the domains take turns
-            steps.extend(_steps(batch, records, with_decode=turn % 2 == 0))
+            with_decode = i // len(windows.domains) % 2 == 0  # the domains take turns
+            if is_seq2seq:
+                steps.extend(_seq2seq_steps(network, batch, records, with_decode))
+            else:
+                # Without the language model's head, which nobody asks for here.
+                network.base_model(batch.tokens_BT.to(network.device), use_cache=False)
+                steps.extend(_steps(batch, records, with_decode))
             progress("routing", i + 1, len(windows.batches))
     error_LEQ = np.zeros((len(experts), num_experts, len(names)))  # of the native format: none
     for i, (module, record) in enumerate(zip(modules, records, strict=True)):
@@ -150,6 +159,32 @@ def _steps(batch: Batch, records: Sequence[LayerRecord], with_decode: bool) -> I
     if with_decode:
         for position in np.unique(np.linspace(0, shape[1] - 1, DECODE_STEPS + 1).astype(int)[1:]):
             yield step("decode", slice(position, position + 1))
+
+
+def _seq2seq_steps(network: Any, batch: Batch, records: Sequence[LayerRecord], with_decode: bool) -> Iterator[_Step]:
+    """Run a batch through encoder and decoder as a prefill step, and the decoder's first tokens one by one.
+
+    Single positions of the prefill step would not do: capacity drops tokens of a sequence, but none that come alone.
+    """
+    arguments, written_BW = taught(network.config, batch.tokens_BT.to(network.device))
+
+    def step(phase: str, tokens_BW: torch.Tensor, before_LE: IntArray) -> _Step:
+        return _Step(PHASES.index(phase), batch.domain, tokens_BW.numel(), _visits(records) - before_LE)
+
+    before_LE = _visits(records)
+    encoded = network.get_encoder()(arguments["input_ids"])
+    network(encoder_outputs=encoded, decoder_input_ids=written_BW, use_cache=False)
+    yield step("prefill", written_BW, before_LE)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for tokens_B1 in written_BW.split(1, dim=1)[: DECODE_STEPS if with_decode else 0]:
+        before_LE = _visits(records)
+        network(encoder_outputs=encoded, decoder_input_ids=tokens_B1, past_key_values=cache, use_cache=True)
+        yield step("decode", tokens_B1, before_LE)
+
+
+def _visits(records: Sequence[LayerRecord]) -> IntArray:
+    """[L, E] pairs recorded so far."""
+    return np.stack([record.visits_E for record in records])
 
 
 def _open(

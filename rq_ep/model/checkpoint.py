@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,6 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rq_ep.core.errors import UserError
+from rq_ep.model.adapters import ADAPTERS, adapter_for
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,7 +34,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
     """
     raw = read_config_json(path)
     model_type = raw.get("model_type")
-    if str(model_type) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if str(model_type) not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *ADAPTERS}:
         raise UserError(
             f"{path}: model_type {model_type!r} is not a causal language model that transformers knows: "
             "give a checkpoint such as qwen3_moe, mixtral, olmoe, deepseek_v3 or gpt_oss"
@@ -63,13 +63,15 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def read_dense(path: str | Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     """The whole model in one piece, as transformers loads it, but with every weight from the checkpoint.
 
+    Its MoE layers are in the form that the seam knows.
+
     Raises:
         UserError: the checkpoint cannot be served, or lacks weights that transformers would make up.
     """
-    read_config(path)
+    adapter = adapter_for(read_config(path).model_type)
     Checkpoint(path)  # says which file is missing or cut short
     with transformers_may_refuse(path):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = adapter.auto_class.from_pretrained(
             path, dtype=dtype, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True
         )
     misshapen = {key for key, *_ in report["mismatched_keys"]}
@@ -79,6 +81,7 @@ def read_dense(path: str | Path, dtype: torch.dtype | str, device: torch.device)
             f"{path}: config.json and the weights disagree about {wrong[0]}{others}: the checkpoint is incomplete, or "
             "belongs to another configuration"
         )
+    adapter.adapt(model)
     found: PreTrainedModel = model
     return found
 

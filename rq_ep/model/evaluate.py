@@ -23,7 +23,8 @@ from rq_ep.model.identity import model_identity
 from rq_ep.model.load import LoadReport, load
 from rq_ep.model.placing import place_uniformly
 from rq_ep.model.seam import family_of, find_expert_modules
-from rq_ep.model.windows import Texts, Windows, check_sequence_length, make_windows
+from rq_ep.model.teaching import taught
+from rq_ep.model.windows import Texts, check_sequence_length, make_windows
 from rq_ep.moe import ExpertBank, LocalExperts, Telemetry
 from rq_ep.parallel.default import own_device
 
@@ -103,6 +104,8 @@ def compare(
 ) -> list[Evaluation]:
     """Run the same windows of text through the dense model and through every contender, batch by batch in turns.
 
+    An encoder-decoder reads the first half of each window and writes the second, which it is told token by token.
+
     All ranks live in this process and compute one at a time, so a rank's seconds are its own; on the CPU they are
     those of its thread, which other processes do not stretch. The first batch is run once before anything is measured.
 
@@ -149,17 +152,20 @@ def compare(
         )  # fmt: skip
         runs.append(_Run(contender.label, model, telemetry))
     for run in runs:
-        run.model(windows.batches[0].tokens_BT.to(run.model.device), use_cache=False)
+        arguments, _ = taught(dense.config, windows.batches[0].tokens_BT.to(dense.device))
+        run.model(**arguments, use_cache=False)
         run.telemetry.clear()
     dense_nll: list[float] = []
+    num_predicted = 0
     for done, batch in enumerate(windows.batches):
-        tokens_BT = batch.tokens_BT.to(dense.device)
-        dense_BTV = dense(tokens_BT, use_cache=False).logits
+        arguments, tokens_BT = taught(dense.config, batch.tokens_BT.to(dense.device))
+        num_predicted += tokens_BT[:, 1:].numel()
+        dense_BTV = dense(**arguments, use_cache=False).logits
         dense_nll += _nll(dense_BTV, tokens_BT)
         for run in runs:
-            run.quality.add(dense_BTV, run.model(tokens_BT, use_cache=False).logits, tokens_BT)
+            run.quality.add(dense_BTV, run.model(**arguments, use_cache=False).logits, tokens_BT)
         progress("evaluating", done + 1, len(windows.batches))
-    return [run.result(windows, Estimate.of(dense_nll).exp()) for run in runs]
+    return [run.result(num_predicted, Estimate.of(dense_nll).exp()) for run in runs]
 
 
 def evaluate(
@@ -197,7 +203,7 @@ class _Run:
     telemetry: Telemetry
     quality: _Quality = field(default_factory=_Quality)
 
-    def result(self, windows: Windows, dense_perplexity: Estimate) -> Evaluation:
+    def result(self, num_predicted: int, dense_perplexity: Estimate) -> Evaluation:
         report: LoadReport = self.model.rq_ep  # type: ignore[assignment]
         layers = [layer for layer in report.layers if isinstance(layer, LocalExperts)]
         loads_NR = self.telemetry.loads().reshape(-1, len(layers[0].banks))
@@ -206,7 +212,7 @@ class _Run:
         relative_NR = loads_NR / loads_NR.mean(axis=1, keepdims=True)
         return Evaluation(
             label=self.label,
-            num_tokens=windows.num_tokens - windows.num_windows,
+            num_tokens=num_predicted,
             imbalance_mean=float(imbalance_N.mean()),
             imbalance_worst=float(imbalance_N.max()),
             compute_s_p50=float(np.quantile(slowest_s, 0.5)),

@@ -12,12 +12,13 @@ import torch
 from accelerate import init_empty_weights
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.formats import get_format, native_format_name
+from rq_ep.model.adapters import adapter_for
 from rq_ep.model.checkpoint import Checkpoint, read_config, transformers_may_refuse
 from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import check_fits, expert_bytes
@@ -139,9 +140,11 @@ def _empty_model(
     path: str | Path, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device, its computed buffers in place."""
+    adapter = adapter_for(config.model_type)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with transformers_may_refuse(path), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model: PreTrainedModel = adapter.auto_class.from_config(config, dtype=dtype, **options)
+        adapter.adapt(model)
     return model
 
 

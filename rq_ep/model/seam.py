@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
 from rq_ep.formats import ExpertLayout
+from rq_ep.model.adapters import ADAPTERS
 from rq_ep.moe.family import ExpertFamily
 
 DECORATED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by `use_experts_implementation`
@@ -37,12 +38,16 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
         UserError: the model has none, or its experts do not fit the seam; the message names the module and why.
     """
     found = [
-        ExpertsModule(_layer_index(name), name, module)
+        ExpertsModule(getattr(module, "layer_index", _layer_index(name)), name, module)
         for name, module in model.named_modules()
         if all(hasattr(module, attribute) for attribute in DECORATED)
     ]
     model_type = model.config.model_type
     if not found:
+        if model_type in ADAPTERS:
+            raise UserError(
+                f"model_type {model_type!r}: this model was built without rq_ep; give its checkpoint directory"
+            )
         if strangers := [f"{name} ({type(module).__name__})" for name, module in _look_like_experts(model)]:
             raise UserError(
                 f"model_type {model_type!r} cannot be served: its experts, such as {strangers[0]}, do not use "

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from rq_ep.core.errors import UserError
+from rq_ep.model.adapters import adapter_for
 from rq_ep.model.checkpoint import Checkpoint
 
 # Buffers that older checkpoints hold and today's models compute; transformers ignores them for every model.
@@ -185,7 +186,7 @@ class _Shapes:
 
 def _recipes(model: PreTrainedModel, keys: Iterable[str], state: dict[str, torch.Tensor]) -> dict[str, Recipe]:
     """Target name -> recipe, for every tensor of the checkpoint; transformers' loader renames in the same order."""
-    rules = get_model_conversion_mapping(model)
+    rules = [*get_model_conversion_mapping(model), *adapter_for(model.config.model_type).converters()]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

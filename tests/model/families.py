@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     DeepseekV2Config,
     DeepseekV3Config,
     GptOssConfig,
@@ -14,8 +15,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
+    SwitchTransformersConfig,
 )
 from transformers.utils import logging
+
+from rq_ep.model.teaching import taught
 
 VOCAB_SIZE = 97
 
@@ -67,16 +71,30 @@ FAMILIES: dict[str, PretrainedConfig] = {
     ),
 }  # fmt: skip
 
+# Encoder-decoder; capacity 2 drops tokens of all but the shortest sequences, odd numbers of experts and sparse layers.
+SWITCH = SwitchTransformersConfig(
+    vocab_size=VOCAB_SIZE, d_model=64, d_kv=16, d_ff=48, num_heads=4, num_layers=3, num_decoder_layers=3,
+    num_sparse_encoder_layers=1, num_sparse_decoder_layers=3, num_experts=5, expert_capacity=2,
+    bos_token_id=None, eos_token_id=None, pad_token_id=0, decoder_start_token_id=0,
+)  # fmt: skip
+
 
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A dense model with weights, biases, sinks and router corrections large enough for errors to show."""
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32, attn_implementation="eager")
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto_class.from_config(deepcopy(config), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if "norm" not in name:
                 tensor.copy_(torch.empty_like(tensor).normal_(0, 0.15, generator=generator))
     return model.eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Logits of one pass over known text; an encoder-decoder reads its first half and writes the second."""
+    return model(**taught(model.config, tokens_BT)[0], use_cache=False).logits
 
 
 def save(model: PreTrainedModel, path: Path, **options: object) -> Path:
