@@ -1,103 +1,189 @@
-"""The layer benchmark: its workloads are what they say, its result holds what the protocol promises."""
+"""The layer benchmark: what it counts is right, its result holds what the protocol promises."""
 
-import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
+from bench import layer, report
+from bench.case import Case
+from bench.planned import Planned, rows_sent
 from rq_ep.core.errors import UserError
-from rq_ep.strategies import STRATEGIES
+from rq_ep.core.topology import Topology
+from rq_ep.parallel.reference import assign
+
+ROOT = Path(__file__).parents[2]
+STRATEGIES = ("standard", "eplb", "llep", "rq")
+SMALL = ["--hidden-size", "32", "--intermediate-size", "16", "--dtype", "float32", "--device", "cpu"]
 
 
-def load_bench() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "bench" / "layer.py"
-    spec = importlib.util.spec_from_file_location("bench_layer", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_bench()
-SHAPE = bench.Shape(32, 16, 8, 2)
-
-
-def test_published_scenario_puts_the_share_on_the_hot_experts() -> None:
-    ids_TK = bench.Scenario.parse("80:2", SHAPE).ids(np.random.default_rng(0), 1000, SHAPE)
-    assert ids_TK.shape == (1000, 2)
-    assert np.mean(ids_TK < 2) == pytest.approx(0.8)
-    assert set(ids_TK.ravel().tolist()) == set(range(8))
-    assert np.mean(ids_TK[:, 0] == ids_TK[:, 1]) > 0.2, "repeats within a token are part of this kind"
-
-
-@pytest.mark.parametrize(("text", "share"), [("distinct:80:4", 0.8), ("distinct:25:1", 0.25), ("balanced", 0.5)])
-def test_distinct_scenarios_never_repeat_an_expert(text: str, share: float) -> None:
-    scenario = bench.Scenario.parse(text, SHAPE)
-    ids_TK = scenario.ids(np.random.default_rng(1), 4000, SHAPE)
-    assert (ids_TK[:, 0] != ids_TK[:, 1]).all()
-    assert np.mean(ids_TK < (scenario.num_hot or 4)) == pytest.approx(share, abs=0.02)
-
-
-@pytest.mark.parametrize("text", ["80", "80:8", "101:2", "near:80:2", "80:2:1", "distinct:80:1", "distinct:0:7"])
-def test_impossible_scenarios_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match=f"--scenario {text}: "):
-        bench.Scenario.parse(text, SHAPE)
+def case_of(*options: str) -> Case:
+    return layer.cases_of(layer.parse_options([*SMALL, *options]))[0]
 
 
 def test_calibration_never_sees_what_is_measured() -> None:
-    options = bench.parse(["--tokens-per-rank", "16"])
-    made = bench.bench_of(options)
-    assert not np.array_equal(made.ids("calibrate", 0, 0), made.ids("measure", 0, 0))
-    assert np.array_equal(made.ids("measure", 0, 0), made.ids("measure", 0, 0))
-    assert made.stats(2).counts.sum() == 16 * 2 * 16 * 2
+    case = case_of("--tokens-per-rank", "16")
+    assert not np.array_equal(case.calibration.ids(0, "calibrate", 0, 0, 2), case.ids(0, 0, 2))
+    assert np.array_equal(case.ids(0, 0, 2), case.ids(0, 0, 2))
+    assert case.stats(2).counts.sum() == 16 * 2 * 16 * 2
+
+
+def test_calibration_can_see_another_workload() -> None:
+    loads_E = case_of("--scenario", "95:1", "--calibrate-on", "idle:4").stats(2).counts.sum(axis=(0, 1))
+    assert loads_E[4:].sum() == 0
+    assert loads_E[0] < 0.3 * loads_E.sum()
+
+
+def test_rows_are_counted_once_for_each_rank_they_go_to() -> None:
+    case = case_of("--scenario", "80:2", "--tokens-per-rank", "40", "--set", "llep.min_tokens_per_gemm=1")
+    topology = Topology(3)
+    placement = case.place("llep", case.stats(3), topology)
+    plan = case.planner("llep", placement, topology)(case.counts(0, 3))
+    assert plan.transfers
+    for rank in range(3):
+        ids_TK = case.ids(0, rank, 3)
+        pairs = assign(ids_TK.tolist(), plan, rank)
+        wanted = {(int(plan.replicas.ranks_P[pair.replica]), pair.token) for pair in pairs}
+        rows_R = [sum(destination == other for destination, _ in wanted) for other in range(3)]
+        assert rows_sent(ids_TK, plan, rank).tolist() == rows_R
+
+
+def test_rows_cross_nodes_only_where_there_are_several() -> None:
+    case = case_of("--tokens-per-rank", "64")
+    shares = []
+    for topology in (Topology(4), Topology(4, 2)):
+        placement = case.place("standard", case.stats(4), topology)
+        facts = Planned.of(case, "standard", placement, topology).facts()
+        assert facts["rows_staying_share"] == pytest.approx(0.25, abs=0.05)
+        shares.append(facts["rows_between_nodes_share"])
+    assert shares == [0, pytest.approx(0.5, abs=0.05)]
 
 
 def test_result_of_local_ranks(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    options = ["--local-ranks", "2", "--hidden-size", "32", "--intermediate-size", "16", "--tokens-per-rank", "64"]
-    options += ["--steps", "3", "--dtype", "float32", "--device", "cpu", "--local-rank", "0", "--json", str(out)]
-    options += ["--strategies", ",".join(STRATEGIES), "--set", "llep.min_tokens_per_gemm=1"]
-    result = bench.main(options)
+    options = ["--local-ranks", "2", *SMALL, "--tokens-per-rank", "64", "--steps", "3", "--local-rank", "0"]
+    options += ["--strategies", "standard,eplb,llep,rq,eplb+2", "--set", "llep.min_tokens_per_gemm=1"]
+    result = layer.main([*options, "--machine", "h200", "--json", str(out)])
     assert json.loads(out.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     assert {"commit", "versions", "hardware", "seed", "command"} <= result.keys()
     assert result["num_ranks"] == 2
     rows = {row["strategy"]: row for row in result["rows"]}
-    assert set(rows) == set(STRATEGIES)
-    for row in rows.values():
+    assert tuple(rows) == (*STRATEGIES, "eplb+2")
+    standard_bytes = max(rows["standard"]["resident_bytes_by_rank"])
+    for name, row in rows.items():
         assert row["output_error"] < 1e-5
-        assert max(row["resident_bytes_by_rank"]) <= max(rows["standard"]["resident_bytes_by_rank"])
+        assert (max(row["resident_bytes_by_rank"]) <= standard_bytes) == (name != "eplb+2")
         assert sum(row["pairs_by_rank"]) == 2 * 64 * 2
         assert 0 < row["compute_s"]["p50"] <= row["compute_s"]["p99"]
+        assert len(row["compute_s_by_rank"]["p99"]) == 2
+        assert row["total_s"]["p50"] > row["plan_s"]["p50"] + row["compute_s"]["p50"]
+        assert row["modelled_exchange_s"] > 0
+        assert row["received_bytes_peak"] == row["received_rows_peak"] * 32 * 4
         assert row["wall_s"] is None, "ranks that take turns have no wall clock"
+        assert row["repeats_experts"]
     assert rows["standard"]["imbalance_mean"] == pytest.approx(1.6, abs=0.01)
     assert rows["rq"]["imbalance_mean"] < 1.3
-    assert rows["llep"]["transfer_bytes_per_step"] > 0
+    assert rows["llep"]["transfer_bytes_per_step"] > 0 < rows["llep"]["modelled_transfer_s"]
+    assert rows["rq"]["modelled_transfer_s"] == 0
     assert rows["llep"]["settings"]["min_tokens_per_gemm"] == 1
+    assert rows["llep"]["received_rows_peak"] < rows["standard"]["received_rows_peak"]
+
+
+def test_all_published_scenarios_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png = tmp_path / "figure.png"
+    options = ["--local-ranks", "2", *SMALL, "--tokens-per-rank", "8", "--steps", "1", "--shape", "gpt-oss-120b"]
+    options += ["--strategies", "standard,llep", "--scenarios", "llep", "--machine", "h200", "--png", str(png)]
+    result = layer.main(options)
+    assert len(result["rows"]) == 2 * 13
+    assert png.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "speed-up over standard, gpt-oss-120b" in printed
+    assert "llep: all modelled, full size" in printed
+    published = next(line for line in printed.splitlines() if "published (8 H200)" in line)
+    assert [cell.strip() for cell in published.split("│")[2:5]] == ["1.07", "1.73", "2.85"]
+
+
+def test_speed_ups_are_over_the_first_row_of_the_same_scenario() -> None:
+    first = {"total_s_ratio": 1.0, "modelled_full_size": {"layer_s": 3.0}}
+    row = {"total_s_ratio": 0.25, "modelled_full_size": {"layer_s": 2.0}}
+    assert report.speed_up(row, "total_s", first) == 4
+    assert report.speed_up(row, "full_size", first) == 1.5
+    assert report.speed_up({"total_s_ratio": None}, "full_size", first) is None
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_deepspeed_runs_beside_ours(tmp_path: Path) -> None:
+    """On two ranks that count as two nodes."""
+    out = tmp_path / "result.json"
+    options = [
+        *SMALL,
+        "--tokens-per-rank",
+        "24",
+        "--steps",
+        "2",
+        "--scenario",
+        "distinct:80:4",
+        "--ranks-per-node",
+        "1",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "bench/layer.py"]
+    command += [*options, "--peers", "deepspeed", "--strategies", "standard,rq", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, timeout=150, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    rows = {row["strategy"]: row for row in result["rows"]}
+    assert result["ranks_per_node"] == 1
+    assert list(rows) == ["standard", "rq", "deepspeed"]
+    assert rows["deepspeed"]["label"] == "DeepSpeed MoE (capacity-padded EP)"
+    assert rows["deepspeed"]["resident_bytes_by_rank"] == [4 * (32 * 32 + 16 * 32) * 4] * 2
+    for row in rows.values():
+        assert row["output_error"] < 1e-5
+        assert row["wall_s"]["p50"] > 0
+    assert rows["standard"]["rows_between_nodes_share"] > 0.3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--strategies", "standart"], "did you mean 'standard'"),
+        (["--strategies", "eplb+x"], "--strategies eplb[+]x: write NAME[+]N"),
         (["--set", "llep.m=1"], "setting of strategy 'llep' 'm'"),
         (["--set", "m=1"], "expected NAME.SETTING=VALUE"),
         (["--set", "llep.fallback_ratio=["], "is not a value"),
         (["--strategies", ""], "--strategies: name at least one"),
         (["--scenario", "95:0"], "experts in 1..7"),
+        (["--scenarios", ","], "--scenarios: name at least one"),
+        (["--calibrate-on", "120:4"], "--scenarios 120:4: percent in 1..100"),
+        (["--shape", "olmo"], "did you mean 'olmoe'"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--local-ranks", "0"], "--local-ranks 0: must be at least 1"),
         (["--pin"], "--pin: ranks in one process share"),
         (["--json", "/"], "/: is a directory"),
+        (["--png", "/"], "/: is a directory"),
         (["--formats", "int8"], "the first must be bf16"),
         (["--tokens-per-rank", "0"], "--tokens-per-rank 0: must be at least 1"),
+        (["--tokens-per-rank", "65537"], "--tokens-per-rank 65537: must be at most 65536"),
+        (["--machine", "h201"], "did you mean 'h200'"),
+        (["--peers", "deepsped"], "did you mean 'deepspeed'"),
+        (["--peers", "deepspeed"], "needs processes"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        bench.main(["--local-ranks", "1", *options])
+        layer.main(["--local-ranks", "1", *options])
+
+
+def test_peer_needs_distinct_experts() -> None:
+    """DeepSpeed's gate cannot name an expert twice in a token."""
+    from bench.peers.deepspeed_moe import deepspeed_moe
+
+    class Processes:
+        backend, size, device = "gloo", 2, torch.device("cpu")
+
+    with pytest.raises(UserError, match="use a scenario that does"):
+        deepspeed_moe(case_of("--scenario", "80:4"), Processes())  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rq_ep.core.errors import UserError
+from rq_ep.strategies import STRATEGIES
 
 BENCH = Path(__file__).parents[2] / "bench" / "plan.py"
 
@@ -18,7 +19,7 @@ def test_times_every_strategy(tmp_path: Path) -> None:
     options = ["--sizes", "16x4", "--steps", "3", "--rounds", "4", "--min-tokens-per-gemm", "16", "--json", str(out)]
     subprocess.run([sys.executable, str(BENCH), *options], check=True, timeout=120, capture_output=True)
     rows = {row["strategy"]: row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == ["standard", "eplb", "llep", "rq"]
+    assert list(rows) == list(STRATEGIES)
     assert rows["rq"]["imbalance"] < rows["eplb"]["imbalance"] < rows["standard"]["imbalance"]
     assert rows["llep"]["transfers"] > 0
     assert all(0 < row["plan_p50_s"] < 5e-3 for row in rows.values())

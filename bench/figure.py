@@ -1,0 +1,54 @@
+"""A picture of a result over many scenarios, in the shape of the LLEP paper's Figures 1 and 4."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from bench.report import labels_of
+from bench.shapes import published
+from rq_ep.core.files import replacing
+
+COLOURS = ("#bbbbbb", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+
+
+def draw(result: Mapping[str, Any], path: str | Path) -> None:
+    """Write a PNG: speed-up over the first strategy above, rows received by the fullest rank below."""
+    rows = [row for row in result["rows"] if "imbalance_mean" in row]
+    labels = labels_of(rows)
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
+    by_name = {(row["scenario"], row["label"]): row for row in rows}
+    figure = Figure(figsize=(max(5, 0.95 * len(scenarios) + 1.5), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    at, width = np.arange(len(scenarios)), 0.8 / len(labels)
+    for number, label in enumerate(labels):
+        shift = (number - (len(labels) - 1) / 2) * width
+        of_label = [by_name[scenario, label] for scenario in scenarios]
+        colour = COLOURS[number % len(COLOURS)]
+        upper.bar(at + shift, [1 / row["compute_s_ratio"] for row in of_label], width, color=colour, label=label)
+        mebibytes = [row["received_bytes_peak"] / 2**20 for row in of_label]
+        lower.bar(at + shift, mebibytes, width, color=colour)
+    ideal = [by_name[scenario, labels[0]]["ideal_speed_up"] for scenario in scenarios]
+    upper.plot(at, ideal, "_", color="#222222", markersize=22, label="perfect balance")
+    theirs = [published(result["shape_name"], scenario).get("speed_up", np.nan) for scenario in scenarios]
+    if np.isfinite(theirs).any():
+        upper.plot(at, theirs, "x", color="#222222", label="llep, published (whole layer, 8 H200)")
+    upper.set_ylabel(f"speed-up over {labels[0]}\nslowest rank's experts, measured")
+    figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside upper center")
+    lower.set_ylabel("rows received by the\nfullest rank, MiB")
+    lower.set_xticks(at, scenarios, rotation=30)
+    shape = result["shape"]
+    figure.suptitle(
+        f"{result['shape_name']}, {result['num_ranks']} ranks ({result['backend']} on {result['device']}), "
+        f"D={shape['hidden_size']} F={shape['intermediate_size']}, "
+        f"{result['options']['tokens_per_rank']} tokens a rank",
+        fontsize=10,
+    )
+    for panel in (upper, lower):
+        panel.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

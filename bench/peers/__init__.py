@@ -1,0 +1,15 @@
+"""Other people's layers in the same run: each is built from the case, and called like ours."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from bench.case import Case
+from bench.peers.deepspeed_moe import deepspeed_moe
+from rq_ep.parallel import EPGroup
+
+Peer = Callable[[Case, EPGroup], nn.Module]  # forward(hidden_TD, topk_ids_TK, topk_weights_TK) -> out_TD
+
+PEERS: dict[str, tuple[str, Peer]] = {  # name -> label in tables, constructor
+    "deepspeed": ("DeepSpeed MoE (capacity-padded EP)", deepspeed_moe),
+}
