@@ -52,7 +52,7 @@ def measure(name: str, num_experts: int, num_ranks: int, args: argparse.Namespac
     started = time.perf_counter()
     placement = place(stats, num_ranks, strategy=name)
     place_s = time.perf_counter() - started
-    knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm} if name == "llep" else {}
+    knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm} if name in ("llep", "rq_llep") else {}
     planner = make_strategy(name, **knobs).planner(placement.layers[0], placement.topology)
     steps = draw_counts(popularity_E, args.steps, num_ranks, args.pairs_per_rank, args.seed + 2)
     plans = [planner(counts_RE) for counts_RE in steps]
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--pairs-per-rank", type=int, default=32768, metavar="N", help="routed pairs of a rank and step"
     )
-    parser.add_argument("--min-tokens-per-gemm", type=int, default=1024, metavar="M", help="of llep")
+    parser.add_argument("--min-tokens-per-gemm", type=int, default=1024, metavar="M", help="of llep and rq_llep")
     parser.add_argument("--skew", type=float, default=1.2, metavar="SD", help="of the experts' log popularity")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="different steps")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="times each step is planned")

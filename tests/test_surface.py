@@ -26,6 +26,7 @@ FROZEN_OPTIONS = {
     },
     "simulate": {"--stats", "--placement", "--strategies", "--num-ranks"},
     "eval": {"--model", "--placement", "--text"},
+    "profile": {"--out", "--model", "--formats", "--device", "--dtype"},
     "env": set(),
 }  # fmt: skip
 
@@ -49,7 +50,7 @@ def test_command_keeps_its_options(name: str) -> None:
 
 def test_tables_and_readme_agree() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert list(STRATEGIES) == ["standard", "eplb", "llep", "rq"]
+    assert list(STRATEGIES) == ["standard", "eplb", "llep", "rq", "rq_paper", "rq_llep"]
     for name in [*STRATEGIES, *FORMATS]:
         assert f"`{name}`" in readme, f"README.md does not mention {name}"
 

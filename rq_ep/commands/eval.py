@@ -26,7 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--strategies", metavar="NAMES",
-        help="strategies to compare, by commas (default: all); without a placement they place on uniform load",
+        help="strategies to compare, by commas (default: all that place in the native format); without a placement they "
+        "place on uniform load",
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME.SETTING=VALUE",
@@ -89,11 +90,11 @@ def _contenders(args: argparse.Namespace) -> "tuple[list[Contender], int]":
     from rq_ep.commands.common import parse_names, parse_strategies
     from rq_ep.core.placement import Placement
     from rq_ep.model.evaluate import Contender
-    from rq_ep.strategies import STRATEGIES
+    from rq_ep.strategies import NATIVE_STRATEGIES
 
     placements = {path: Placement.load(path) for path in args.placement}
     made_by = {placement.strategy for placement in placements.values()}
-    wanted = list(STRATEGIES) if args.strategies is None else parse_names(args.strategies)
+    wanted = list(NATIVE_STRATEGIES) if args.strategies is None else parse_names(args.strategies)
     names = [*wanted, *sorted(made_by - set(wanted))]
     strategies = parse_strategies(names, args.set)
     contenders = []

@@ -15,6 +15,8 @@ from rq_ep.moe.compute import Share, Stack, add_outputs
 from rq_ep.moe.family import ExpertFamily
 from rq_ep.parallel import EPGroup, RankFailure, Received, Transfers
 
+MAX_REPACKED = 4  # experts of a layer that a rank keeps in a second format, once it has lent them in it
+
 
 class Home(NamedTuple):
     """Where an expert lies."""
@@ -99,6 +101,7 @@ class ExpertBank:
             self._stacks[name] = stack
             self._homes |= {expert: Home(stack, slot) for slot, expert in enumerate(experts)}
         self._borrowed: dict[int, Home] = {}
+        self._repacked: dict[tuple[int, str], Tensor] = {}  # the one used last comes last
         self._arriving: tuple[Transfers, list[WeightTransfer]] | None = None
 
     @property
@@ -124,6 +127,7 @@ class ExpertBank:
             weights: its tensors, named and shaped as in the layout.
         """
         self.packed(expert).copy_(self._homes[expert].stack.format.pack(weights, self.layout))
+        self._repacked.clear()
 
     def put_packed(self, expert: int, packed: Tensor) -> None:
         """Take over an expert that is packed already, uint8 [nbytes].
@@ -140,6 +144,31 @@ class ExpertBank:
         if not is_intact(packed):
             raise UserError(f"packed expert {expert} does not match its checksum: quantize the model again")
         slot.copy_(packed)
+        self._repacked.clear()
+
+    def packed_as(self, expert: int, name: str) -> Tensor:
+        """The bytes of a resident expert in format `name`: as it lies, or packed anew, once, and kept for a while.
+
+        Raises:
+            RankFailure: the expert to be packed anew does not match its checksum any more.
+        """
+        stack, slot = self._homes[expert]
+        if stack.format.name == name:
+            return stack.packed[slot]
+        key = (expert, name)
+        packed = self._repacked.pop(key, None)
+        if packed is None:
+            if not is_intact(stack.packed[slot]):  # a new seal would hide it
+                raise RankFailure(f"rank {self.rank}: expert {expert} is damaged")
+            views, format_ = stack.experts[slot], stack.format
+            weights = {
+                tensor: format_.dequantize(views, tensor, self.layout, torch.float32) for tensor in self.layout.shapes
+            }
+            packed = get_format(name).pack(weights, self.layout)
+            if len(self._repacked) == MAX_REPACKED:
+                del self._repacked[next(iter(self._repacked))]
+        self._repacked[key] = packed
+        return packed
 
     def borrow(self, transfers: Sequence[WeightTransfer], group: EPGroup) -> None:
         """Start this rank's part of a step's transfers; `compute` waits for them.
@@ -154,7 +183,11 @@ class ExpertBank:
         wanted = sorted(transfer for transfer in transfers if transfer.dst == self.rank)
         homes = self.spare.take([transfer.format for transfer in wanted])
         self._borrowed = {transfer.expert: home for transfer, home in zip(wanted, homes, strict=True)}
-        sends = [(self.packed(transfer.expert), transfer.dst) for transfer in transfers if transfer.src == self.rank]
+        sends = [
+            (self.packed_as(transfer.expert, transfer.format), transfer.dst)
+            for transfer in transfers
+            if transfer.src == self.rank
+        ]
         receives = [
             (home.stack.packed[home.slot], transfer.src)
             for transfer in transfers

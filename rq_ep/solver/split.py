@@ -82,7 +82,7 @@ def split(shared: SharedExperts, totals_E: IntArray) -> Split:
             _water_fill(totals[v], quotas[v], loads)
         if max(loads) <= target:
             break
-    fullest, cut = _augment(quotas, loads, target)
+    fullest, cut = augment(quotas, loads, target)
     return Split(np.array([quota for by_rank in quotas for quota in by_rank.values()], np.int64), fullest, cut)
 
 
@@ -113,7 +113,7 @@ def _water_fill(pairs: int, quotas: dict[int, int], loads: list[int]) -> None:
         loads[rank] += quotas[rank]
 
 
-def _augment(quotas: Sequence[dict[int, int]], loads: list[int], target: int) -> tuple[int, tuple[int, ...]]:
+def augment(quotas: Sequence[dict[int, int]], loads: list[int], target: int) -> tuple[int, tuple[int, ...]]:
     """Push pairs along shortest chains of replicas until no rank exceeds `target`; raise it where a cut proves it low.
 
     Changes `quotas` and `loads`; returns the target in the end and the cut that proves it.

@@ -8,6 +8,8 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.strategies.eplb import Eplb
 from rq_ep.strategies.llep import Llep
 from rq_ep.strategies.rq import ReplicateQuantize
+from rq_ep.strategies.rq_llep import ReplicateLend
+from rq_ep.strategies.rq_paper import PaperReplicateQuantize
 from rq_ep.strategies.standard import Standard
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -15,7 +17,11 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "eplb": Eplb,
     "llep": Llep,
     "rq": ReplicateQuantize,
+    "rq_paper": PaperReplicateQuantize,
+    "rq_llep": ReplicateLend,
 }
+# Those that place in the native format alone, and so a model that nobody has calibrated.
+NATIVE_STRATEGIES = tuple(name for name in STRATEGIES if name != PaperReplicateQuantize.name)
 
 
 def make_strategy(name: str, /, **knobs: Any) -> Strategy:

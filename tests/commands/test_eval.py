@@ -35,7 +35,7 @@ def test_table_figures_and_picture(tiny_checkpoint: Path, placement: Path, tmp_p
     assert "2 ranks" in printed  # the placement's
     document = json.loads(figures.read_text())
     rows = {row["label"]: row for row in document["rows"]}
-    assert list(rows) == ["standard", "eplb", "llep", "rq"]
+    assert list(rows) == ["standard", "eplb", "llep", "rq", "rq_llep"]
     assert all(label in printed for label in [*rows, "dense"])
     assert rows["standard"]["agreement"] == 1
     assert rows["rq"]["bytes_R"] == list(Placement.load(placement).bytes_R)

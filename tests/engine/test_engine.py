@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rq_ep.strategies import STRATEGIES
+from rq_ep.strategies import NATIVE_STRATEGIES
 from tests.engine.cases import EOS
 from tests.engine.cases import FAMILIES as NAMES
 from tests.model.families import FAMILIES, random_model, save
@@ -53,7 +53,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", NAMES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NATIVE_STRATEGIES)
 def test_greedy_answers_equal_generate(findings: list[dict[str, Any]], family: str, strategy: str) -> None:
     served = findings[0]["served"][f"{family}/{strategy}"]
     dense = findings[0]["dense"][family]

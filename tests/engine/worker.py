@@ -20,7 +20,7 @@ from rq_ep.engine.lockstep import is_consequence
 from rq_ep.engine.request import Output, Request, Sampling
 from rq_ep.model.load import load
 from rq_ep.parallel import TorchGroup
-from rq_ep.strategies import STRATEGIES
+from rq_ep.strategies import NATIVE_STRATEGIES
 from tests.engine.cases import FAMILIES, LIMITS, requests_of
 
 TIMEOUT_S = 60
@@ -146,7 +146,7 @@ def main() -> None:
     for family in FAMILIES:
         requests = requests_of(group.rank)
         findings["dense"][family] = dense_answers(directory / family, {request.id: request for request in requests})
-        for strategy in STRATEGIES:
+        for strategy in NATIVE_STRATEGIES:
             findings["served"][f"{family}/{strategy}"] = answer(directory / family, strategy, group, requests)
     findings["sampled"] = sampled_alike(directory / "mixtral", group)
     findings["cancelled"] = cancelled(directory / "mixtral", group)

@@ -17,7 +17,7 @@ from rq_ep.model.load import load
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.moe import Telemetry
 from rq_ep.parallel import run_local, single_group
-from rq_ep.strategies import STRATEGIES
+from rq_ep.strategies import NATIVE_STRATEGIES
 from rq_ep.strategies.place import place
 from tests.model.families import FAMILIES, prompt, random_model, save
 
@@ -58,7 +58,7 @@ def skewed_placement(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_strategy_equals_the_dense_model(family: str, checkpoints: dict[str, Path]) -> None:
     expected = logits(random_model(FAMILIES[family]))
-    for strategy in STRATEGIES:
+    for strategy in NATIVE_STRATEGIES:
         for num_ranks in (1, 2, 3):
             model = load(
                 checkpoints[family], strategy=strategy, num_local_ranks=num_ranks, device="cpu",

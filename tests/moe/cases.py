@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rq_ep.core.placement import LayerPlacement, PlacementProblem
+from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.formats import FORMATS, ExpertLayout, get_format, native_format_name
 from rq_ep.moe import EPExperts, ExpertFamily
-from rq_ep.parallel.reference import dense_moe
+from rq_ep.parallel.reference import assign, dense_moe
 from rq_ep.strategies import STRATEGIES, make_strategy
 
 D, F_ = 16, 24
@@ -102,11 +103,31 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "eplb": [{}, {"num_redundant_experts": 2}],
     "llep": [{}, {"knobs": {"min_tokens_per_gemm": 1, "fallback_ratio": 1.0}}],
     "rq": [{}, {"budget": 1.6}],
+    "rq_paper": [],  # always stores some experts in few bits
+    "rq_llep": [{"budget": 1.0, "knobs": {"min_tokens_per_gemm": 1, "fallback_ratio": 1.0}}],
 }
+
+# Ways that mix the formats of an expert: an answer depends on the replica that a token meets.
+MIXING: list[tuple[str, dict[str, Any]]] = [
+    ("rq_paper", {}),
+    (
+        "rq_llep",
+        {
+            "budget": 1.0,
+            "formats": ("fp32",),
+            "knobs": {
+                "min_tokens_per_gemm": 1,
+                "fallback_ratio": 1.0,
+                "transient_format": "int8",
+                "max_low_precision_share": 1.0,
+            },
+        },
+    ),
+]
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Every strategy of the table, in each of its ways."""
+    """Every strategy of the table, in each of its ways that keep to the native format if asked to."""
     return [(name, variant) for name in STRATEGIES for variant in VARIANTS.get(name, [{}])]
 
 
@@ -120,6 +141,7 @@ def planned(
     """A layer placed by a strategy for the load it will meet, its planner, and the fullest rank's bytes."""
     num_ranks, num_experts = counts_RE.shape
     topology = Topology(num_ranks)
+    formats = variant.get("formats", formats)
     sizes = {format_: FORMATS[format_].nbytes(family.layout) for format_ in formats}
     stats = ExpertStats(counts_RE.sum(axis=0)[None, None], formats, formats[0], sizes, layers=(3,))
     budget = None
@@ -159,6 +181,20 @@ def expected(
         return family.forward(x_ND, format_, format_.views(packed, family.layout))
 
     return dense_moe(batch.hidden_TD, batch.ids_TK, batch.weights_TK, expert)
+
+
+def expected_as_planned(
+    family: ExpertFamily, weights: Sequence[dict[str, Tensor]], batch: Batch, plan: DispatchPlan, rank: int
+) -> Tensor:
+    """The layer, each pair of source `rank` in the format of the replica that the reference gives it."""
+    out_TD = torch.zeros(batch.hidden_TD.shape)
+    for token, k, p in assign(batch.ids_TK.tolist(), plan, rank, batch.weights_TK.tolist()):
+        replica = plan.replicas[p]
+        format_ = get_format(replica.format)
+        packed = format_.pack(weights[replica.expert], family.layout)
+        row_1D = family.forward(batch.hidden_TD[token, None], format_, format_.views(packed, family.layout))
+        out_TD[token] += row_1D[0].float() * float(batch.weights_TK[token, k])
+    return out_TD.to(batch.hidden_TD.dtype)
 
 
 def check_close(out_TD: Tensor, expected_TD: Tensor) -> None:

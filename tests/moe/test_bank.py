@@ -94,6 +94,29 @@ def test_an_expert_damaged_on_its_way_ends_the_step_with_rank_and_layer() -> Non
         run_local(2, main)
 
 
+def test_an_expert_travels_in_fewer_bits_and_is_packed_once() -> None:
+    weights = cases.expert_weights(FAMILY, 6)
+    bank = ExpertBank(LAYOUT, home_layer("bf16", 1, 6).replicas, 0)
+    for expert in bank.experts:
+        bank.put(expert, weights[expert])
+    rounded = {name: weight.bfloat16() for name, weight in weights[3].items()}
+    packed = bank.packed_as(3, "int8")
+    assert torch.equal(packed, FORMATS["int8"].pack(rounded, LAYOUT))
+    assert bank.packed_as(3, "int8") is packed
+    assert bank.packed_as(3, "bf16").data_ptr() == bank.packed(3).data_ptr()
+    for expert in range(3):
+        bank.packed_as(expert, "int8")
+    assert bank.packed_as(3, "int8") is packed, "four are kept"
+    for expert in (0, 1, 2, 4):
+        bank.packed_as(expert, "int8")
+    assert bank.packed_as(3, "int8") is not packed, "the one used longest ago goes first"
+    bank.put(3, weights[4])
+    assert torch.equal(bank.packed_as(3, "int8"), bank.packed_as(4, "int8"))
+    bank.packed(5)[0] ^= 1
+    with pytest.raises(RankFailure, match="rank 0: expert 5 is damaged"):
+        bank.packed_as(5, "int8")
+
+
 def test_spare_room_grows_is_kept_and_is_bounded() -> None:
     size = FORMATS["fp32"].nbytes(LAYOUT)
     room = SpareRoom(LAYOUT, "cpu", max_bytes=2 * size)

@@ -68,7 +68,35 @@ def test_variants_replicate_and_borrow() -> None:
         if planner(counts_RE).transfers:
             borrowed.add(name)
     assert {"eplb", "rq"} <= replicated
-    assert "llep" in borrowed
+    assert {"llep", "rq_llep"} <= borrowed
+
+
+@pytest.mark.parametrize(("name", "variant"), cases.MIXING, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+def test_mixed_formats_compute_each_pair_where_the_reference_says(
+    name: str, variant: dict[str, Any], routing: str
+) -> None:
+    num_experts = cases.ROUTINGS[routing][0]
+    ranks = cases.batches(routing)
+    for family in cases.FAMILIES.values():
+        weights = cases.expert_weights(family, num_experts)
+        counts_RE = cases.counts_of(ranks, num_experts)
+        layer, planner, _ = cases.planned(name, variant, family, counts_RE, ("fp32", "int8"))
+        plan = planner(counts_RE)
+        first, second = run(layer, planner, family, weights, ranks, num_steps=2)
+        for rank, batch in enumerate(ranks):
+            cases.check_close(first[rank], cases.expected_as_planned(family, weights, batch, plan, rank))
+            assert torch.equal(first[rank], second[rank]), "the same step twice gave different bits"
+
+
+@pytest.mark.parametrize(("name", "variant"), cases.MIXING, ids=lambda value: value if isinstance(value, str) else "")
+def test_mixing_ways_mix(name: str, variant: dict[str, Any]) -> None:
+    counts_RE = cases.counts_of(cases.batches("all_on_one"), 6)
+    _, planner, _ = cases.planned(name, variant, cases.FAMILIES["gated"], counts_RE, ("fp32", "int8"))
+    plan = planner(counts_RE)
+    assert plan.replicas.mixing_experts == (2,)
+    low_P = np.array([name == "int8" for name in plan.replicas.formats_P])
+    assert plan.pairs_RP[:, low_P & (plan.replicas.experts_P == 2)].sum() >= 8
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -126,7 +154,7 @@ def test_int8_experts_stay_near_the_full_precision_layer() -> None:
         assert 0 < error < 0.02
 
 
-@pytest.mark.parametrize(("name", "variant"), cases.variants(), ids=str)
+@pytest.mark.parametrize(("name", "variant"), [*cases.variants(), *cases.MIXING], ids=str)
 def test_resident_bytes_are_what_the_placement_says(name: str, variant: dict[str, Any]) -> None:
     family = cases.FAMILIES["transposed"]
     counts_RE = cases.counts_of(cases.batches("one_hot_expert"), 9)
