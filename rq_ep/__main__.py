@@ -36,6 +36,10 @@ COMMANDS = {
         "compare a placement with the dense model on held-out text: load, time, bytes, quality",
         "--model runs/tiny --text runs/tiny/text/held-out --placement runs/placement.json",
     ),
+    "profile": Command(
+        "time experts, links and planning on this machine; write the figures that price plans",
+        "--model runs/tiny --out runs/profile.json",
+    ),
     "env": Command("say what this machine has: devices, backends, versions", "--json"),
 }
 

@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores usable",
+        "processor": f"{processor_name()}, {len(os.sched_getaffinity(0))} cores usable",
         "torch threads": torch.get_num_threads(),
         "devices": devices or "no CUDA device: everything runs on the CPU",
         "collectives": ", ".join(backends),
@@ -58,7 +58,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The CPU in words."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

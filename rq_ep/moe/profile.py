@@ -1,0 +1,206 @@
+"""A profile of one MoE layer on the machine at hand: what its cost model is made from, and how far that is right."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rq_ep.core.cost import LayerShape
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Replica, Replicas
+from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.stats import ExpertStats
+from rq_ep.core.topology import Topology
+from rq_ep.costs import Profile
+from rq_ep.costs.measured import Check, Curve
+from rq_ep.formats import get_format
+from rq_ep.moe.bank import ExpertBank
+from rq_ep.moe.family import ExpertFamily
+from rq_ep.moe.links import measured_link, named_link
+from rq_ep.moe.stopwatch import own_seconds, shortest
+from rq_ep.parallel import EPGroup, Exchange, Received, single_group
+from rq_ep.strategies import STRATEGIES, make_strategy
+from rq_ep.strategies.place import place
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+MAX_EXPERTS = 8  # of a rank's share that are computed in one call, so that none finds its weights in the cache
+MAX_ROWS = 1024  # of one expert
+MAX_CALL_S = 1.0  # no more rows once a call takes longer
+GATHERED_ROWS = (16, 256, 4096)
+PLAN_RANKS = 8  # planned for where this process is the only rank
+NUM_PLANS = 30
+CHECK_TOKENS = (4, 256)  # a step of decoding, one of prefill
+
+
+@dataclass(frozen=True)
+class ProfiledLayer:
+    """The layer, and how it is computed."""
+
+    family: ExpertFamily
+    num_experts: int
+    top_k: int
+    formats: tuple[str, ...]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> LayerShape:
+        layout = self.family.layout
+        intermediate_size = layout.shapes[self.family.down][1 - layout.out_axis(self.family.down)]
+        sizes = {name: get_format(name).nbytes(layout) for name in self.formats}
+        return LayerShape(self.family.hidden_size, intermediate_size, sizes)
+
+    def rows(self, num_rows: int, device: torch.device) -> Tensor:
+        """[N, D] random rows."""
+        return torch.randn(num_rows, self.family.hidden_size).to(device, self.dtype)
+
+
+def profile_layer(
+    layer: ProfiledLayer,
+    group: EPGroup,
+    *,
+    device_name: str,
+    link_machine: str,
+    budget_s: float = 0.2,
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> Profile:
+    """Time the parts of a layer. Every rank of the group calls it; all measure at once and get the same profile.
+
+    A figure is the shortest of its repeats and the longest of the ranks'.
+
+    Args:
+        layer: what to compute.
+        group: whose links to time; a rank alone takes them from `link_machine`.
+        device_name: the device in words.
+        link_machine: one of the machines of `rq_ep.costs`.
+        budget_s: how long a figure of compute is repeated.
+        seed: of weights, rows and loads.
+        progress: called with (stage, done, total).
+    """
+    stages = [*(f"experts in {name}" for name in layer.formats), "rows and links", "planning", "checking"]
+
+    def begin(number: int) -> None:
+        group.barrier()
+        progress(stages[number], number % len(stages), len(stages))
+
+    torch.manual_seed(seed)
+    timers = {}
+    experts = {}
+    for number, name in enumerate(layer.formats):
+        begin(number)
+        timers[name] = _ExpertTimer(layer, name, group, budget_s)
+        experts[name] = _of_slowest(group, timers[name].by_rows())
+    begin(-3)
+    gather = _of_slowest(group, _gather_seconds(layer, group.device, budget_s))
+    link = measured_link(group) if group.size > 1 else named_link(link_machine)
+    begin(-2)
+    plan_ranks = group.size if group.size > 1 else PLAN_RANKS
+    plan_s: dict[str, float] = group.all_gather_object(planning_seconds(layer, plan_ranks, seed))[0]
+    begin(-1)
+    profile = Profile(
+        device=device_name,
+        dtype=str(layer.dtype).removeprefix("torch."),
+        hidden_size=layer.shape.hidden_size,
+        intermediate_size=layer.shape.intermediate_size,
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        num_ranks=group.size,
+        experts=experts,
+        gather=gather,
+        link=link,
+        plan_s=plan_s,
+        plan_ranks=plan_ranks,
+    )
+    checks = [timer.check(profile, num_tokens) for timer in timers.values() for num_tokens in CHECK_TOKENS]
+    profile = replace(profile, checks=tuple(group.all_gather_object(checks)[0]))
+    progress("done", len(stages), len(stages))
+    return profile
+
+
+class _ExpertTimer:
+    """Experts of one format on this device, and the seconds they take."""
+
+    def __init__(self, layer: ProfiledLayer, format_: str, group: EPGroup, budget_s: float) -> None:
+        self.layer = layer
+        self.format = format_
+        self.device = group.device
+        self.budget_s = budget_s
+        self.num_experts = min(MAX_EXPERTS, -(-layer.num_experts // group.size))
+        self.replicas = Replicas.of(Replica(0, expert, format_) for expert in range(self.num_experts))
+        layout = layer.family.layout
+        self.bank = ExpertBank(layout, self.replicas, 0, self.device)
+        weights = {name: torch.randn(shape).mul_(shape[-1] ** -0.5) for name, shape in layout.shapes.items()}
+        packed = get_format(format_).pack(weights, layout).to(self.device)
+        for expert in self.bank.experts:  # equal weights will do, in a buffer of each expert's own
+            self.bank.put_packed(expert, packed)
+
+    def by_rows(self) -> dict[int, float]:
+        """Rows of each expert -> seconds of one, in calls that compute every expert here."""
+        of_rows: dict[int, float] = {}
+        for power in range(MAX_ROWS.bit_length()):
+            ids_T1 = torch.arange(self.num_experts).repeat(1 << power)[:, None]
+            call_s = self._compute_seconds(ids_T1)[0]
+            of_rows[1 << power] = call_s / self.num_experts
+            if call_s > MAX_CALL_S and len(of_rows) > 1:
+                break
+        return of_rows
+
+    def check(self, profile: Profile, num_tokens: int) -> Check:
+        """Compute a step of uneven load, each token at `top_k` distinct experts, and ask the profile what it takes."""
+        popularity_E = torch.arange(1, self.num_experts + 1).reciprocal()
+        top_k = min(self.layer.top_k, self.num_experts)
+        measured_s, plan = self._compute_seconds(torch.multinomial(popularity_E.expand(num_tokens, -1), top_k))
+        predicted_s = float(profile.layer(self.layer.shape).compute_s_R(plan)[0])
+        return Check(self.format, num_tokens, predicted_s, measured_s)
+
+    def _compute_seconds(self, ids_TK: Tensor) -> tuple[float, DispatchPlan]:
+        plan = DispatchPlan(self.replicas, torch.bincount(ids_TK.flatten(), minlength=self.num_experts).numpy()[None])
+        rows_TD, weights_TK = self.layer.rows(len(ids_TK), self.device), torch.ones(ids_TK.shape, device=self.device)
+        exchange = Exchange(single_group(self.device))
+        received: Received = exchange.dispatch(rows_TD, ids_TK.to(self.device), weights_TK, plan)
+        call_s = shortest(lambda: self.bank.compute(received, self.layer.family), self.device, self.budget_s)
+        return call_s, plan
+
+
+def planning_seconds(layer: ProfiledLayer, num_ranks: int, seed: int) -> dict[str, float]:
+    """Strategy -> host time of one plan, the median over steps like those it placed the experts for.
+
+    A strategy that cannot place experts in these formats is left out.
+    """
+    random = np.random.default_rng(seed)
+    loads_E = random.lognormal(size=layer.num_experts) * 32 * layer.top_k
+    steps_SRE = random.poisson(loads_E, size=(NUM_PLANS, num_ranks, layer.num_experts))
+    native = next((name for name in layer.formats if get_format(name).is_native), layer.formats[0])
+    stats = ExpertStats(steps_SRE.sum(axis=1)[:, None], layer.formats, native, layer.shape.expert_bytes)
+    host = torch.device("cpu")
+    result = {}
+    for name in STRATEGIES:
+        strategy = make_strategy(name)
+        try:
+            placement = place(stats, num_ranks, strategy=strategy, formats=layer.formats)
+        except UserError:
+            continue
+        planner = strategy.planner(placement.layers[0], Topology(num_ranks))
+        planner(steps_SRE[0])
+        result[name] = median(own_seconds(partial(planner, counts_RE), host) for counts_RE in steps_SRE)
+    return result
+
+
+def _gather_seconds(layer: ProfiledLayer, device: torch.device, budget_s: float) -> dict[int, float]:
+    of_rows = {}
+    for num_rows in GATHERED_ROWS:
+        rows_TD, order = layer.rows(num_rows, device), torch.randperm(num_rows, device=device)
+        of_rows[num_rows] = shortest(partial(rows_TD.index_select, 0, order), device, budget_s)
+    return of_rows
+
+
+def _of_slowest(group: EPGroup, by_size: Mapping[int, float]) -> Curve:
+    """Sizes that every rank has timed, with the longest time of any."""
+    ranks = group.all_gather_object(by_size)
+    sizes = sorted(set.intersection(*map(set, ranks)))
+    return Curve(tuple(sizes), tuple(max(rank[size] for rank in ranks) for size in sizes))
