@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.model import corpus
+from rq_ep.model.adapters import ADAPTERS, adapter_for
+from rq_ep.model.teaching import taught
 from rq_ep.model.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, byte_tokenizer
 
 RECIPE_FILE = "tiny_model.json"
@@ -100,12 +102,13 @@ def train(recipe: Recipe, progress: Progress | None = None) -> PreTrainedModel:
         model = _new_model(recipe).train()
         optimizer = torch.optim.AdamW(_parameter_groups(model), lr=recipe.peak_lr, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe.steps))
-        batches = _batches(recipe)
+        is_seq2seq = model.config.is_encoder_decoder  # reads one sequence, writes the next
+        batches = _batches(recipe, recipe.sequence_length * 2 if is_seq2seq else recipe.sequence_length + 1)
         with _balance_losses(model) as balance_losses:
             for step in range(1, recipe.steps + 1):
-                tokens_BS = next(batches)
+                arguments, tokens_BS = taught(model.config, next(batches), reads_last=False)
                 balance_losses.clear()
-                logits_BSV = model(tokens_BS[:, :-1], use_cache=False).logits
+                logits_BSV = model(**arguments, use_cache=False).logits
                 loss = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
                 (loss + recipe.aux_coefficient * torch.stack(balance_losses).mean()).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,7 +124,10 @@ def train(recipe: Recipe, progress: Progress | None = None) -> PreTrainedModel:
 def save(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
     """Write checkpoint (bf16), tokenizer, generation settings, text, and last the recipe that vouches for the rest."""
     model.bfloat16()
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    start = getattr(model.config, "decoder_start_token_id", None)
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, decoder_start_token_id=start
+    )
     model.save_pretrained(directory)
     byte_tokenizer(MAX_LENGTH).save_pretrained(directory)
     corpus.write_corpus(directory / TEXT_DIRECTORY)
@@ -129,19 +135,26 @@ def save(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
 
 
 def config_for(recipe: Recipe) -> Any:
-    """The transformers configuration of `recipe`: common sizes, and what each family calls the rest."""
-    common = {
-        "vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+    """The transformers configuration of `recipe`."""
+    return AutoConfig.for_model(
+        recipe.family, vocab_size=VOCAB_SIZE, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+        **FAMILIES[recipe.family](recipe),
+    )  # fmt: skip
+
+
+def _decoder(recipe: Recipe) -> dict[str, Any]:
+    """What decoder-only families call by the same names."""
+    return {
         "hidden_size": recipe.hidden_size, "num_hidden_layers": recipe.num_layers,
         "num_attention_heads": recipe.num_heads, "num_key_value_heads": recipe.num_heads,
         "num_experts_per_tok": recipe.top_k, "max_position_embeddings": MAX_LENGTH,
         "initializer_range": 0.06, "tie_word_embeddings": False,
     }  # fmt: skip
-    return AutoConfig.for_model(recipe.family, **common, **FAMILIES[recipe.family](recipe))
 
 
 def _qwen3_moe(recipe: Recipe) -> dict[str, Any]:
     return {
+        **_decoder(recipe),
         "num_experts": recipe.num_experts, "moe_intermediate_size": recipe.intermediate_size,
         "head_dim": recipe.hidden_size // recipe.num_heads, "norm_topk_prob": True, "router_aux_loss_coef": 0.0,
     }  # fmt: skip
@@ -149,12 +162,14 @@ def _qwen3_moe(recipe: Recipe) -> dict[str, Any]:
 
 def _olmoe(recipe: Recipe) -> dict[str, Any]:
     return {
+        **_decoder(recipe),
         "num_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size, "router_aux_loss_coef": 0.0
     }  # fmt: skip
 
 
 def _mixtral(recipe: Recipe) -> dict[str, Any]:
     return {
+        **_decoder(recipe),
         "num_local_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size,
         "head_dim": recipe.hidden_size // recipe.num_heads, "sliding_window": None, "router_aux_loss_coef": 0.0,
     }  # fmt: skip
@@ -163,6 +178,7 @@ def _mixtral(recipe: Recipe) -> dict[str, Any]:
 def _deepseek(recipe: Recipe) -> dict[str, Any]:
     head_dim = recipe.hidden_size // recipe.num_heads
     return {
+        **_decoder(recipe),
         "n_routed_experts": recipe.num_experts, "n_shared_experts": 1, "first_k_dense_replace": 1,
         "moe_intermediate_size": recipe.intermediate_size, "intermediate_size": 2 * recipe.intermediate_size,
         "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
@@ -177,9 +193,22 @@ def _deepseek_v2(recipe: Recipe) -> dict[str, Any]:
 
 def _gpt_oss(recipe: Recipe) -> dict[str, Any]:
     return {
+        **_decoder(recipe),
         "num_local_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size,
         "head_dim": recipe.hidden_size // recipe.num_heads, "sliding_window": 128, "router_aux_loss_coef": 0.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+
+
+def _switch_transformers(recipe: Recipe) -> dict[str, Any]:
+    """Top-1 whatever `top_k`; as many layers in the encoder as in the decoder, every second one sparse."""
+    return {
+        "num_experts": recipe.num_experts, "d_model": recipe.hidden_size, "d_ff": recipe.intermediate_size,
+        "num_heads": recipe.num_heads, "d_kv": recipe.hidden_size // recipe.num_heads,
+        "num_layers": recipe.num_layers, "num_decoder_layers": recipe.num_layers,
+        "num_sparse_encoder_layers": recipe.num_layers // 2, "num_sparse_decoder_layers": recipe.num_layers // 2,
+        "expert_capacity": recipe.sequence_length, "router_jitter_noise": 0.0, "dropout_rate": 0.0,
+        "decoder_start_token_id": PAD,
     }  # fmt: skip
 
 
@@ -190,13 +219,16 @@ FAMILIES: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek,
     "gpt_oss": _gpt_oss,
+    "switch_transformers": _switch_transformers,
 }
 
 
 def _new_model(recipe: Recipe) -> PreTrainedModel:
-    attention = "eager" if recipe.family == "gpt_oss" else "sdpa"  # attention sinks have no sdpa form
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config_for(recipe), dtype=torch.float32, attn_implementation=attention, experts_implementation="grouped_mm"
+    # Attention sinks and learned position biases have no sdpa form.
+    attention = "eager" if recipe.family in ("gpt_oss", "switch_transformers") else "sdpa"
+    experts = {} if recipe.family in ADAPTERS else {"experts_implementation": "grouped_mm"}
+    model: PreTrainedModel = adapter_for(recipe.family).auto_class.from_config(
+        config_for(recipe), dtype=torch.float32, attn_implementation=attention, **experts
     )
     return model
 
@@ -216,12 +248,11 @@ def _lr_factor(step: int, num_steps: int, num_warmup: int = 20, floor: float = 0
     return floor + (1 - floor) * (1 + cos(pi * min(progress, 1.0))) / 2
 
 
-def _batches(recipe: Recipe) -> Iterator[Tensor]:
-    """Endless [B, S + 1] batches; row i is a random excerpt from domain i mod 4."""
+def _batches(recipe: Recipe, length: int) -> Iterator[Tensor]:
+    """Endless [B, length] batches; row i is a random excerpt from domain i mod 4."""
     train = corpus.texts("train")
     streams = [np.frombuffer("".join(train[domain]).encode(), np.uint8) for domain in corpus.DOMAINS]
     generator = np.random.default_rng(recipe.seed)
-    length = recipe.sequence_length + 1
     while True:
         rows = []
         for row in range(recipe.batch_size):
@@ -236,12 +267,16 @@ def _balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect each MoE layer's balance loss during forward passes (Switch Transformers, arXiv 2101.03961, eq. 4).
 
     1.0 is perfect balance. transformers' own loss averages the routers of all layers before it looks, which leaves
-    single layers skewed with dead experts. Every family's router returns (logits, weights, ids) and ends in "Router".
+    single layers skewed with dead experts. Every family's router returns (logits, weights, ids) and ends in "Router";
+    that of Switch Transformers returns a mask and the logits last, and chooses whom they favour.
     """
     losses: list[Tensor] = []
 
     def record(router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits_TE, _, topk_ids_TK = output
+        if topk_ids_TK.is_floating_point():
+            logits_TE = topk_ids_TK.flatten(0, 1)
+            topk_ids_TK = logits_TE.argmax(dim=1)
         num_experts = logits_TE.shape[-1]
         load_E = torch.bincount(topk_ids_TK.flatten(), minlength=num_experts) / topk_ids_TK.numel()
         losses.append(num_experts * (load_E * logits_TE.float().softmax(-1).mean(0)).sum())

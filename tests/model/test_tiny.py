@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rq_ep.core.errors import UserError
 from rq_ep.model import corpus, tiny
+from rq_ep.model.adapters import adapter_for
 
 SMALL = tiny.Recipe(steps=6, num_experts=4, num_layers=2, hidden_size=32, intermediate_size=16, num_heads=2)
 
@@ -58,7 +59,7 @@ def test_every_family_trains_and_loads_again(family: str, tmp_path) -> None:
     recipe = replace(SMALL, family=family, num_experts=8, steps=12)
     assert tiny.tiny_model(tmp_path / "model", recipe, lambda step, steps, loss, tokens: losses.append(loss))
     assert losses[-1] < losses[0] - 0.5
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = adapter_for(family).auto_class.from_pretrained(tmp_path / "model")
     assert model.config.model_type == family
 
 
