@@ -69,18 +69,21 @@ class EPExperts(nn.Module):
 
     def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         laps = self.telemetry.laps(self.group)
-        laps.mark()
         counts_RE = self.group.gather_counts(topk_ids_TK, self.layer.num_experts)
-        laps.mark()
+        laps.mark("gather")
         plan = self.planner(counts_RE)
-        laps.mark()
+        laps.mark("plan")
         self.bank.borrow(plan.transfers, self.group)
-        received = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan)
-        laps.mark()
-        partial_MD = self.bank.compute(received, self.family)
-        laps.mark()
-        out_TD = self.exchange.combine(partial_MD, received)
-        laps.mark()
+        trip = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan)
+        for received in trip:
+            laps.mark("dispatch")
+            partial_MD = self.bank.compute(received, self.family)
+            laps.mark("compute")
+            trip.send_back(partial_MD)
+            laps.mark("combine")
+        out_TD = trip.combine()
+        laps.mark("combine")
+        laps.received_bytes = trip.received_bytes
         self.telemetry.record(
             self.layer.layer, self.group.rank, counts_RE, plan, laps, transfer_bytes(plan, self.family)
         )

@@ -1,42 +1,51 @@
 """What happened in each layer and step: loads, times, bytes moved."""
 
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.errors import check_choice
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.parallel import EPGroup
 
 PHASES = ("gather", "plan", "dispatch", "compute", "combine")
 
 
-@dataclass
 class Laps:
-    """Times between the phases of one layer call, on the host's clock or, on a GPU, on the stream's."""
+    """The phases of one layer call: a stopwatch, on the host's clock or, on a GPU, on the stream's; bytes received."""
 
-    clock: Callable[[], float]
-    uses_events: bool
-    marks: list[tuple[float, torch.cuda.Event | None]] = field(default_factory=list)
+    def __init__(self, clock: Callable[[], float], uses_events: bool) -> None:
+        self.clock = clock
+        self.uses_events = uses_events
+        self.received_bytes: Mapping[str, int] = {}
+        self._marks: list[tuple[str, float, torch.cuda.Event | None]] = []
+        self.mark("")
 
-    def mark(self) -> None:
+    def mark(self, phase: str) -> None:
+        """What happened since the last mark was part of `phase`."""
         event = None
         if self.uses_events:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
-        self.marks.append((self.clock(), event))
+        self._marks.append((phase, self.clock(), event))
 
     def seconds(self, phase: str) -> float:
         """Length of a phase. Planning happens on the host; the rest is timed where it runs."""
-        (start, start_event), (end, end_event) = self.marks[(number := PHASES.index(phase)) : number + 2]
-        if start_event is None or end_event is None or phase == "plan":
-            return end - start
-        end_event.synchronize()
-        return float(start_event.elapsed_time(end_event)) / 1e3
+        total_s = 0.0
+        for (_, start_s, start), (name, end_s, end) in pairwise(self._marks):
+            if name != phase:
+                continue
+            if start is None or end is None or phase == "plan":
+                total_s += end_s - start_s
+            else:
+                end.synchronize()
+                total_s += float(start.elapsed_time(end)) / 1e3
+        return total_s
 
 
 class Record(NamedTuple):
@@ -112,6 +121,17 @@ class Telemetry:
         for record in self._records:
             seconds[steps[record.step], layers[record.layer], record.rank] = record.laps.seconds(phase)
         return seconds
+
+    def received_bytes(self, phase: str) -> IntArray:
+        """[S, L, R] bytes of rows and notes (dispatch) or sums (combine) that the ranks of this process got."""
+        check_choice("phase", phase, ("dispatch", "combine"))
+        steps, layers = self._axes()
+        num_ranks = len(self._records[0].counts_RE) if self._records else 0
+        result = np.zeros((len(steps), len(layers), num_ranks), np.int64)
+        for record in self._records:
+            at = steps[record.step], layers[record.layer], record.rank
+            result[at] = record.laps.received_bytes[phase]
+        return result
 
     def _axes(self) -> tuple[dict[int, int], dict[int, int]]:
         steps = sorted({record.step for record in self._records})

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
+from rq_ep.parallel.room import ReceiveRoom
 
 Piece = tuple[Tensor, int]  # a packed expert, uint8 [nbytes], and the rank it goes to or comes from
 
@@ -20,6 +21,14 @@ class Transfers(Protocol):
 
     def wait(self) -> None:
         """Return when everything received is in place and everything sent may be overwritten."""
+        ...
+
+
+class Arrival(Protocol):
+    """Rows of all ranks on their way to this one."""
+
+    def wait(self) -> Tensor:
+        """The rows, when they are in place; what was sent may be overwritten when every rank has returned from this."""
         ...
 
 
@@ -37,6 +46,8 @@ class EPGroup(Protocol):
     def device(self) -> torch.device: ...
     @property
     def backend(self) -> str: ...  # gloo, nccl or local
+    @property
+    def room(self) -> ReceiveRoom: ...
 
     def gather_counts(self, topk_ids_TK: Tensor, num_experts: int) -> IntArray:
         """counts_RE [R, E] int64 on the host: routed pairs from each rank to each expert, the same on every rank."""
@@ -48,6 +59,12 @@ class EPGroup(Protocol):
         Raises:
             ValueError: the splits do not fit this group or `send`.
         """
+        ...
+
+    def start_all_to_all(
+        self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
+    ) -> Arrival:
+        """`all_to_all` that returns at once; the rows arrive in `out`, contiguous, by default in a new tensor."""
         ...
 
     def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> Transfers:

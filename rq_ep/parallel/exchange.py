@@ -1,6 +1,4 @@
-"""Dispatch and combine: rows travel to the replicas the plan chose, weighted sums travel back."""
-
-from dataclasses import dataclass
+"""Dispatch: rows travel to the replicas the plan chose."""
 
 import numpy as np
 import torch
@@ -9,43 +7,54 @@ from torch import Tensor
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.parallel.base import EPGroup
+from rq_ep.parallel.order import pairs_by_replica, repeat
+from rq_ep.parallel.trip import NOTE_BYTES, Part, Trip
 
-
-@dataclass(frozen=True)
-class WayBack:
-    """Which of a source's tokens went where, so that their sums find home."""
-
-    num_tokens: int
-    own_tokens: Tensor  # tokens computed on this very rank
-    sent_tokens: Tensor  # tokens sent away, by destination rank, ascending within one
-    sent_splits: tuple[int, ...]  # [R] rows sent to each rank; none to this one
-    received_splits: tuple[int, ...]  # [R] rows received from each rank
-
-
-@dataclass(frozen=True)
-class Received:
-    """What a rank computes in one step. Pairs are sorted by local replica, then source rank, then (token, k)."""
-
-    rows_MD: Tensor  # this rank's own rows, then those of each other rank
-    row_N: Tensor  # int64, the row of each pair
-    weight_N: Tensor  # fp32, the routing weight of each pair
-    experts: tuple[int, ...]  # expert of each local replica of the plan, ascending
-    offsets: tuple[int, ...]  # local replica j computes pairs offsets[j] to offsets[j + 1]
-    way_back: WayBack
+# A step in which no rank receives more goes as one message with room for a row beside every pair: a hop saved is worth
+# more than bytes saved.
+MAX_PADDED_BYTES = {"cpu": 1 << 16, "cuda": 1 << 20}
+# Rows a rank receives at once. More arrive, are computed and leave part by part, in the same buffer.
+MAX_PART_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+# Whether a rank computes its own rows while the others are under way, which takes two smaller GEMMs for each expert.
+OVERLAPS = {"cpu": False, "cuda": True}
 
 
 class Exchange:
-    """Moves rows between the ranks of a group. A row bound for several replicas of one rank travels once."""
+    """Moves rows between the ranks of a group; a rank's own rows stay where they are.
 
-    def __init__(self, group: EPGroup) -> None:
+    A call takes two collectives in small steps, rows with notes and sums, and three in others: notes, rows, sums. The
+    host waits for a GPU once in the latter, to learn how many rows arrive, and once more if they come in parts. In
+    small steps it waits for nothing: the plan says how many pairs arrive, and there are no more rows than pairs.
+    """
+
+    def __init__(
+        self,
+        group: EPGroup,
+        *,
+        max_part_bytes: int | None = None,
+        max_padded_bytes: int | None = None,
+        overlaps: bool | None = None,
+    ) -> None:
+        """Settings, by default those of the device, must be the same on every rank.
+
+        Args:
+            group: the ranks.
+            max_part_bytes: of rows that a rank receives at once, up to a row of each other rank more.
+            max_padded_bytes: received by a rank, up to which rows and notes are one message.
+            overlaps: own rows are computed while others are under way.
+        """
+        kind = group.device.type
         self.group = group
+        self.max_part_bytes = MAX_PART_BYTES[kind] if max_part_bytes is None else max_part_bytes
+        self.max_padded_bytes = MAX_PADDED_BYTES[kind] if max_padded_bytes is None else max_padded_bytes
+        self.overlaps = OVERLAPS[kind] if overlaps is None else overlaps
 
-    def dispatch(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: DispatchPlan) -> Received:
-        """Send this rank's rows to the replicas the plan gives them; return the rows this rank computes.
+    def dispatch(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: DispatchPlan) -> "Trip":
+        """Send this rank's rows to the replicas the plan gives them; the trip tells what to compute, part by part.
 
         A source's j-th pair of an expert, in (token, k) order, fills the expert's replicas in the order of their ranks.
-        Rows travel in their own dtype. With them go, as one int32 message, each pair's row number and the bits of its
-        fp32 weight; how many pairs belong to which replica follows from the plan.
+        A row bound for several replicas of one rank is computed there once and summed. Rows travel in their own dtype;
+        ids do not: how many pairs belong to which replica follows from the plan.
 
         Args:
             hidden_TD: [T, D] rows, T may be 0.
@@ -54,118 +63,99 @@ class Exchange:
             plan: made from the counts of these very ids.
         """
         group, device = self.group, hidden_TD.device
-        rank, size = group.rank, group.size
-        num_tokens, top_k = topk_ids_TK.shape
-        pairs_out_R, pairs_in_R = plan.pairs_RR[rank], plan.pairs_RR[:, rank]
-
-        pair_N = pairs_by_replica(topk_ids_TK, topk_weights_TK, plan, rank)
-        token_N = pair_N // max(top_k, 1)
-        destination_N = _repeat(np.arange(size), pairs_out_R, device)
-
-        # Which tokens each rank gets: marking them finds every one once, whatever the number of its pairs.
-        is_sent_RT = torch.zeros(size, num_tokens, dtype=torch.bool, device=device)
-        is_sent_RT[destination_N, token_N] = True
-        rows_out_R = is_sent_RT.sum(1)
-        rows_in_R = group.all_to_all(rows_out_R, [1] * size, [1] * size)
-        rows_out, rows_in = torch.stack([rows_out_R, rows_in_R]).tolist()
-        tokens = torch.nonzero_static(is_sent_RT, size=sum(rows_out))[:, 1]
-        sent_tokens, own_tokens = _take_out(tokens, rows_out, rank)
-        way_back = WayBack(num_tokens, own_tokens, sent_tokens, _without(rows_out, rank), _without(rows_in, rank))
-
-        arrived = group.all_to_all(hidden_TD[sent_tokens], way_back.sent_splits, way_back.received_splits)
-        rows_MD = torch.cat([hidden_TD[own_tokens], arrived])
-
-        row_of_token_RT = is_sent_RT.cumsum(1, dtype=torch.int32) - 1
-        weight_N = topk_weights_TK.reshape(-1)[pair_N].float()
-        notes_N2 = torch.stack([row_of_token_RT[destination_N, token_N], weight_N.view(torch.int32)], 1)
-        sent_notes, own_notes = _take_out(notes_N2, pairs_out_R.tolist(), rank)
-        arrived_notes = group.all_to_all(sent_notes, _without(pairs_out_R, rank), _without(pairs_in_R, rank))
-        before = int(pairs_in_R[:rank].sum())
-        notes_N2 = torch.cat([arrived_notes[:before], own_notes, arrived_notes[before:]])
-
-        first_row_R = rows_in[rank] + np.cumsum(way_back.received_splits) - way_back.received_splits
-        first_row_R[rank] = 0
-        row_N = notes_N2[:, 0] + _repeat(first_row_R, pairs_in_R, device)
-
+        rank, size, top_k = group.rank, group.size, max(topk_ids_TK.shape[1], 1)
         local = plan.replicas.on_rank(rank)
         pairs_RJ = plan.pairs_RP[:, local.start : local.stop]
-        order_N = block_order(pairs_RJ.ravel(), np.arange(pairs_RJ.size).reshape(pairs_RJ.shape).T.ravel(), device)
-        return Received(
-            rows_MD=rows_MD,
-            row_N=row_N[order_N],
-            weight_N=notes_N2[:, 1].contiguous().view(torch.float32)[order_N],
-            experts=tuple(plan.replicas.experts_P[local.start : local.stop].tolist()),
-            offsets=(0, *np.cumsum(pairs_RJ.sum(axis=0)).tolist()),
-            way_back=way_back,
+        experts = tuple(plan.replicas.experts_P[local.start : local.stop].tolist())
+
+        pair_N = pairs_by_replica(topk_ids_TK, topk_weights_TK, plan, rank)
+        note_N2 = torch.stack([pair_N // top_k, topk_weights_TK.reshape(-1)[pair_N].float().view(torch.int32)], 1)
+        start = int(plan.pairs_RR[rank, :rank].sum())
+        end = start + int(plan.pairs_RR[rank, rank])
+        own = (note_N2[start:end].int(), pairs_RJ[rank])
+        if size == 1:
+            return Trip(group, hidden_TD, experts, own, [], overlaps=False)
+
+        away_RR = plan.pairs_RR.copy()
+        np.fill_diagonal(away_RR, 0)
+        pairs_out_R, pairs_in_R = away_RR[rank], away_RR[:, rank]
+        sent_N2 = torch.cat([note_N2[:start], note_N2[end:]])
+        token_N = sent_N2[:, 0]
+        destination_N = repeat(np.arange(size), pairs_out_R, device)
+        # Which tokens each rank gets: marking them finds every one once, whatever the number of its pairs.
+        is_sent_RT = torch.zeros(size, len(hidden_TD), dtype=torch.int32, device=device)
+        is_sent_RT[destination_N, token_N] = 1
+        row_N = is_sent_RT.cumsum(1)[destination_N, token_N] - 1
+        notes_N2 = torch.stack([row_N, sent_N2[:, 1]], 1).int()
+        row_bytes = hidden_TD.shape[1] * hidden_TD.dtype.itemsize
+        away_RJ = pairs_RJ.copy()
+        away_RJ[rank] = 0
+
+        if int(away_RR.sum(axis=0).max()) * (row_bytes + NOTE_BYTES) <= self.max_padded_bytes:
+            tokens = _by_slot(token_N, row_N, pairs_out_R, pairs_out_R)
+            message = torch.cat([hidden_TD[tokens].view(torch.uint8), notes_N2.view(torch.uint8)], 1)
+            rows_out, rows_in = pairs_out_R.tolist(), pairs_in_R.tolist()
+            arrived = group.all_to_all(message, rows_out, rows_in)
+            notes_N2 = arrived[:, row_bytes:].contiguous().view(torch.int32)
+            rows_MD = arrived[:, :row_bytes].contiguous().view(hidden_TD.dtype)
+            part = Part(tokens, rows_out, rows_in, notes_N2, away_RJ, rows_MD)
+            return Trip(group, hidden_TD, experts, own, [part], overlaps=False)
+
+        notes_N2 = group.all_to_all(notes_N2, pairs_out_R.tolist(), pairs_in_R.tolist())
+        rows_in_R = torch.zeros(size, dtype=torch.int32, device=device)
+        rows_in_R.scatter_reduce_(0, repeat(np.arange(size), pairs_in_R, device), notes_N2[:, 0] + 1, "amax")
+        rows_2R = torch.stack([is_sent_RT.sum(1), rows_in_R]).cpu().numpy()
+        whole = Part(
+            tokens=_by_slot(token_N, row_N, pairs_out_R, rows_2R[0]),
+            rows_out=rows_2R[0].tolist(),
+            rows_in=rows_2R[1].tolist(),
+            notes_N2=notes_N2,
+            pairs_RJ=away_RJ,
         )
-
-    def combine(self, partial_MD: Tensor, received: Received) -> Tensor:
-        """Send weighted sums back to where the rows came from and add them up: out_TD [T, D] in the rows' dtype.
-
-        Sums are fp32, in the order of the ranks after this rank's own part, so that the same inputs give the same bits.
-
-        Args:
-            partial_MD: [M, D] fp32, for each row of `received` the weighted sum over this rank's replicas.
-        """
-        way, dtype = received.way_back, received.rows_MD.dtype
-        num_own = len(way.own_tokens)
-        arrived = self.group.all_to_all(partial_MD[num_own:].to(dtype), way.received_splits, way.sent_splits)
-        out_TD = partial_MD.new_zeros(way.num_tokens, partial_MD.shape[1], dtype=torch.float32)
-        out_TD[way.own_tokens] = partial_MD[:num_own].float()
-        # One rank at a time: its tokens are distinct, so no two additions meet and their order is fixed.
-        splits = list(way.sent_splits)
-        for tokens, rows in zip(torch.split(way.sent_tokens, splits), torch.split(arrived, splits), strict=True):
-            if len(tokens):
-                out_TD.index_add_(0, tokens, rows.float())
-        return out_TD.to(dtype)
+        # From another rank come at most as many rows as it has tokens: a bound that every rank knows of every rank.
+        most_RR = np.minimum(away_RR, plan.pairs_RP.sum(axis=1, keepdims=True) // top_k)
+        num_parts = -(-int(most_RR.sum(axis=0).max()) * row_bytes // self.max_part_bytes)
+        parts = [whole] if num_parts <= 1 else _in_parts(whole, num_parts)
+        return Trip(group, hidden_TD, experts, own, parts, self.overlaps)
 
 
-def pairs_by_replica(topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: DispatchPlan, rank: int) -> Tensor:
-    """[N] int64, the pairs t * K + k of source `rank` in the order of the replicas that compute them.
-
-    Experts whose replicas mix formats deal out their pairs by weight, lowest first; the others as they come.
-    """
-    by_expert_P, mixing = plan.replicas.by_expert_P, plan.replicas.mixing_experts
-    pairs_P = plan.pairs_RP[rank, by_expert_P]
-    num_pairs = int(pairs_P.sum())
-    assert num_pairs == topk_ids_TK.numel(), f"rank {rank}: plan for {num_pairs} of {topk_ids_TK.numel()} pairs"
-    ids_N = topk_ids_TK.reshape(-1)
-    if mixing:
-        is_mixing_N = torch.isin(ids_N, torch.tensor(mixing, device=ids_N.device))
-        by_weight_N = torch.argsort(topk_weights_TK.reshape(-1).float() * is_mixing_N, stable=True)
-        pair_N = by_weight_N[torch.argsort(ids_N[by_weight_N], stable=True)]
-    else:
-        pair_N = torch.argsort(ids_N, stable=True)
-    return pair_N[block_order(pairs_P, np.argsort(by_expert_P), pair_N.device)]
-
-
-def block_order(sizes_B: IntArray, order_B: IntArray, device: torch.device) -> Tensor:
-    """[N] indices that bring consecutive blocks of elements into another order, without waiting for the device.
+def _by_slot(token_N: Tensor, row_N: Tensor, pairs_R: IntArray, slots_R: IntArray) -> Tensor:
+    """Tokens in the order they are sent: row `row_N[n]` for the rank of pair n is its token; unused slots say 0.
 
     Args:
-        sizes_B: elements of each block, as they lie.
-        order_B: the block that comes first, second, ...
+        token_N: token of each pair, pairs by destination rank.
+        row_N: number of the token among those of the destination.
+        pairs_R: pairs for each rank.
+        slots_R: rows sent to each rank, at least as many as tokens are different.
     """
-    starts_B = np.cumsum(sizes_B) - sizes_B
-    new_sizes_B = sizes_B[order_B]
-    shift_B = starts_B[order_B] - (np.cumsum(new_sizes_B) - new_sizes_B)
-    shift_N = _repeat(shift_B, new_sizes_B, device)
-    return shift_N + torch.arange(len(shift_N), device=device)
+    first_N = repeat(np.cumsum(slots_R) - slots_R, pairs_R, token_N.device)
+    return token_N.new_zeros(int(slots_R.sum())).index_put_((first_N + row_N,), token_N)
 
 
-def _repeat(values_B: IntArray, times_B: IntArray, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.from_numpy(np.repeat(values_B, times_B))
-    host = torch.from_numpy(np.stack([values_B, times_B])).to(device, non_blocking=True)
-    return torch.repeat_interleave(host[0], host[1], output_size=int(times_B.sum()))
-
-
-def _take_out(tensor: Tensor, splits: list[int], rank: int) -> tuple[Tensor, Tensor]:
-    """Part `rank` of a tensor, and what is left of it."""
-    start = sum(splits[:rank])
-    end = start + splits[rank]
-    return torch.cat([tensor[:start], tensor[end:]]), tensor[start:end]
-
-
-def _without(splits: list[int] | IntArray, rank: int) -> tuple[int, ...]:
-    return tuple(0 if other == rank else int(rows) for other, rows in enumerate(splits))
+def _in_parts(whole: Part, num_parts: int) -> list[Part]:
+    """Deal out the rows of every pair of ranks in runs of equal length, and their pairs with them."""
+    rows_out_R, rows_in_R = np.array(whole.rows_out), np.array(whole.rows_in)
+    run_out_R, run_in_R = -(-rows_out_R // num_parts), -(-rows_in_R // num_parts)
+    device, num_blocks = whole.tokens.device, whole.pairs_RJ.size
+    run_N = repeat(run_in_R, whole.pairs_RJ.sum(axis=1), device)
+    block_N = repeat(np.arange(num_blocks), whole.pairs_RJ.ravel(), device)
+    row_N = whole.notes_N2[:, 0]
+    part_N = row_N // run_N
+    counts = torch.bincount(part_N * num_blocks + block_N, minlength=num_parts * num_blocks).cpu().numpy()
+    pairs_PRJ = counts.reshape(num_parts, *whole.pairs_RJ.shape)
+    notes_N2 = torch.stack([row_N - part_N * run_N, whole.notes_N2[:, 1]], 1).int()[torch.argsort(part_N, stable=True)]
+    tokens_R = torch.split(whole.tokens, whole.rows_out)
+    return [
+        Part(
+            tokens=torch.cat(
+                [tokens[p * run : (p + 1) * run] for tokens, run in zip(tokens_R, run_out_R, strict=True)]
+            ),
+            rows_out=(rows_out_R - p * run_out_R).clip(0, run_out_R).tolist(),
+            rows_in=(rows_in_R - p * run_in_R).clip(0, run_in_R).tolist(),
+            notes_N2=notes,
+            pairs_RJ=pairs_RJ,
+        )
+        for p, (notes, pairs_RJ) in enumerate(
+            zip(torch.split(notes_N2, pairs_PRJ.sum(axis=(1, 2)).tolist()), pairs_PRJ, strict=True)
+        )
+    ]

@@ -18,6 +18,7 @@ from rq_ep.config import Environment
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.parallel.base import Piece, RankFailure, check_splits, count_pairs
+from rq_ep.parallel.room import ReceiveRoom
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class TorchGroup:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self._is_staged = self.device.type == "cuda" and self.backend == "gloo"
+        self.room = ReceiveRoom(self.device)
         self._data = new_group(backend=self.backend)
         self._borrowing = new_group(backend=self.backend)
         if self.backend == "nccl":  # NCCL wants every rank at a communicator's first use; transfers concern a few
@@ -132,12 +134,20 @@ class TorchGroup:
         return result
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
+        return self.start_all_to_all(send, input_splits, output_splits).wait()
+
+    def start_all_to_all(
+        self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
+    ) -> "TorchArrival":
         check_splits(send, input_splits, output_splits, self.size)
+        wanted = send.new_empty(sum(output_splits), *send.shape[1:]) if out is None else out
         wire = self._to_wire(send).contiguous()
-        received = wire.new_empty(sum(output_splits), *send.shape[1:])
+        landing = torch.empty_like(wanted, device="cpu") if self._is_staged else wanted
         with self._naming("all-to-all"):
-            dist.all_to_all_single(received, wire, list(output_splits), list(input_splits), group=self._data)
-        return received.to(send.device)
+            work = dist.all_to_all_single(
+                landing, wire, list(output_splits), list(input_splits), group=self._data, async_op=True
+            )
+        return TorchArrival(self, work, wire, landing, wanted)
 
     def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> "TorchTransfers":
         landings = [(torch.empty_like(to, device="cpu") if self._is_staged else to, to) for to, _ in receives]
@@ -186,6 +196,22 @@ class TorchGroup:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise RankFailure(f"rank {self.rank}: {operation} failed, another rank may have ended: {reason}") from error
+
+
+@dataclass(frozen=True)
+class TorchArrival:
+    """Rows on their way; keeps alive the buffer they are read from."""
+
+    group: TorchGroup
+    work: dist.Work
+    outgoing: Tensor
+    landing: Tensor
+    wanted: Tensor
+
+    def wait(self) -> Tensor:
+        with self.group._naming("all-to-all"):
+            self.work.wait()
+        return self.wanted if self.landing is self.wanted else self.wanted.copy_(self.landing)
 
 
 @dataclass(frozen=True)

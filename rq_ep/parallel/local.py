@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.parallel.base import Piece, RankFailure, check_splits, count_pairs
+from rq_ep.parallel.room import ReceiveRoom
 
 T = TypeVar("T")
 
@@ -82,6 +83,7 @@ class LocalGroup:
         self.rank = rank
         self.size = size
         self.device = device
+        self.room = ReceiveRoom(device)
         self._baton = baton
 
     def gather_counts(self, topk_ids_TK: Tensor, num_experts: int) -> IntArray:
@@ -89,13 +91,14 @@ class LocalGroup:
         return np.stack(self._baton.meet(self.rank, "gather of counts", counts_E))
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
+        return self.start_all_to_all(send, input_splits, output_splits).wait()
+
+    def start_all_to_all(
+        self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
+    ) -> "LocalArrival":
         check_splits(send, input_splits, output_splits, self.size)
-        sent = self._baton.meet(self.rank, "all-to-all", torch.split(send, list(input_splits)))
-        pieces = [pieces[self.rank] for pieces in sent]
-        if [len(piece) for piece in pieces] != list(output_splits):
-            found = [len(piece) for piece in pieces]
-            raise ValueError(f"rank {self.rank} expects {list(output_splits)} rows of the ranks, but they send {found}")
-        return torch.cat(pieces)
+        number = self._baton.bring(self.rank, "all-to-all", torch.split(send, list(input_splits)))
+        return LocalArrival(self.rank, self._baton, number, output_splits, out)
 
     def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> "LocalTransfers":
         for piece, dst in sends:
@@ -113,6 +116,26 @@ class LocalGroup:
 
     def close(self) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class LocalArrival:
+    """Rows that all ranks have put down or will; copied when they are waited for."""
+
+    rank: int
+    baton: "_Baton"
+    number: int
+    output_splits: Sequence[int]
+    out: Tensor | None
+
+    def wait(self) -> Tensor:
+        pieces = [pieces[self.rank] for pieces in self.baton.fetch(self.rank, self.number)]
+        if [len(piece) for piece in pieces] != list(self.output_splits):
+            found = [len(piece) for piece in pieces]
+            raise ValueError(
+                f"rank {self.rank} expects {list(self.output_splits)} rows of the ranks, but they send {found}"
+            )
+        return torch.cat(pieces) if self.out is None else torch.cat(pieces, out=self.out)
 
 
 @dataclass(frozen=True)
@@ -163,13 +186,20 @@ class _Baton:
 
     def meet(self, rank: int, operation: str, value: Any) -> list[Any]:
         """Put down a value for a collective and return every rank's, once all have come."""
+        return self.fetch(rank, self.bring(rank, operation, value))
+
+    def bring(self, rank: int, operation: str, value: Any) -> int:
+        """Put down a value for a collective; returns the number under which to fetch what the others bring."""
         number = self._num_met[rank]
         self._num_met[rank] += 1
-        brought = self._met.setdefault(number, {})
-        brought[rank] = (operation, value)
+        self._met.setdefault(number, {})[rank] = (operation, value)
         self._idle_passes = 0
+        return number
+
+    def fetch(self, rank: int, number: int) -> list[Any]:
+        brought = self._met[number]
         while len(brought) < self.num_ranks:
-            self._pass(rank, operation)
+            self._pass(rank, brought[rank][0])
         if len({name for name, _ in brought.values()}) > 1:
             calls = ", ".join(f"rank {other}: {brought[other][0]}" for other in sorted(brought))
             raise RankFailure(f"ranks call different collectives ({calls})")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
 from rq_ep.moe.compute import Share, Stack, add_outputs, can_group
-from rq_ep.parallel.exchange import Received, WayBack
+from rq_ep.parallel import Received
 from tests.moe.cases import interleaved_gate, silu_gate
 
 NUM_EXPERTS, D, F_ = 5, 64, 32
@@ -39,14 +39,12 @@ def stack_of(family: ExpertFamily, name: str, device: torch.device = CPU) -> Sta
 def received_of(pairs_J: list[int], num_rows: int, dtype: torch.dtype, device: torch.device = CPU) -> Received:
     random = torch.Generator().manual_seed(1)
     num_pairs = sum(pairs_J)
-    empty = torch.empty(0, dtype=torch.int64)
     return Received(
         rows_MD=torch.randn(num_rows, D, generator=random).to(device, dtype),
         row_N=torch.randint(num_rows, (num_pairs,), generator=random).to(device),
         weight_N=torch.rand(num_pairs, generator=random).to(device),
         experts=tuple(range(len(pairs_J))),
         offsets=(0, *np.cumsum(pairs_J).tolist()),
-        way_back=WayBack(0, empty, empty, (0,), (0,)),
     )
 
 

@@ -1,5 +1,7 @@
 """Who gets which row: hand-made cases, and the list-based reference on random plans."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 
 from rq_ep.core.placement import Replica, Replicas
 from rq_ep.core.plan import DispatchPlan
-from rq_ep.parallel import Exchange, run_local
-from rq_ep.parallel.exchange import block_order, pairs_by_replica
+from rq_ep.parallel import Exchange, Received, Trip, run_local
+from rq_ep.parallel.order import block_order, pairs_by_replica
 from rq_ep.parallel.reference import assign
 
 
@@ -62,31 +64,62 @@ def test_blocks_change_their_order() -> None:
     assert index.tolist() == [2, 3, 4, 0, 1]
 
 
+# Ways to move the rows; the bound on parts is a row or two of these tests.
+MODES: dict[str, dict[str, Any]] = {
+    "one message": {},
+    "rows": {"max_padded_bytes": 0},
+    "parts": {"max_padded_bytes": 0, "max_part_bytes": 16},
+    "overlapping": {"max_padded_bytes": 0, "overlaps": True},
+    "overlapping parts": {"max_padded_bytes": 0, "max_part_bytes": 16, "overlaps": True},
+}
+
+
+def computed(trip: Trip, compute: Callable[[Received], torch.Tensor]) -> list[Received]:
+    """Go through the parts of a trip; returns them, with rows that stay."""
+    parts = []
+    for received in trip:
+        parts.append(replace(received, rows_MD=received.rows_MD.clone()))
+        trip.send_back(compute(received))
+    return parts
+
+
+def ones_where_asked(received: Received) -> torch.Tensor:
+    """1 for every row that has a pair, in the place of weighted sums."""
+    return torch.zeros_like(received.rows_MD).index_fill_(0, received.row_N, 1)
+
+
+def tripled_where_asked(received: Received) -> torch.Tensor:
+    return received.rows_MD * 3 * ones_where_asked(received)
+
+
 def test_a_token_travels_once_to_a_rank_with_several_of_its_experts() -> None:
     replicas = Replicas.of([Replica(0, 0, "fp32"), Replica(1, 1, "fp32"), Replica(1, 2, "fp32")])
     ids_RTK = [torch.tensor([[1, 2], [0, 1], [1, 1]]), torch.tensor([[0, 2]])]
     counts_RE = np.stack([np.bincount(ids_TK.flatten(), minlength=3) for ids_TK in ids_RTK])
     plan = DispatchPlan(replicas, counts_RE)
 
-    def main(group: Any) -> tuple[Any, torch.Tensor]:
+    def main(group: Any) -> tuple[Any, torch.Tensor, dict[str, int]]:
         ids_TK = ids_RTK[group.rank]
         hidden_TD = torch.arange(len(ids_TK)).float()[:, None] + 10 * group.rank
         weights_TK = torch.ones(ids_TK.shape) * torch.tensor([1.0, 2.0])
-        exchange = Exchange(group)
-        received = exchange.dispatch(hidden_TD, ids_TK, weights_TK, plan)
-        return received, exchange.combine(received.rows_MD.clone(), received)
+        trip = Exchange(group, max_padded_bytes=0).dispatch(hidden_TD, ids_TK, weights_TK, plan)
+        (received,) = computed(trip, lambda received: received.rows_MD.clone())
+        return received, trip.combine(), trip.received_bytes
 
-    (first, first_out), (second, second_out) = run_local(2, main)
-    assert first.rows_MD.flatten().tolist() == [1, 10]  # its own token 1, then rank 1's token
+    (first, first_out, first_bytes), (second, second_out, second_bytes) = run_local(2, main)
+    assert first.rows_MD.flatten().tolist() == [0, 1, 2, 10]  # its own tokens, then rank 1's
     assert first.experts == (0,)
+    assert first.row_N.tolist() == [1, 3]
     assert first.weight_N.tolist() == [1, 1]
     assert second.rows_MD.flatten().tolist() == [10, 0, 1, 2]  # its own, then three of rank 0's, each once
     assert second.experts == (1, 2)
     assert second.offsets == (0, 4, 6)
     assert second.row_N.tolist() == [1, 2, 3, 3, 1, 0]  # expert 1: tokens 0, 1, 2, 2 of rank 0; expert 2: source 0, 1
     assert second.weight_N.tolist() == [1, 2, 1, 2, 2, 2]
-    assert first_out.flatten().tolist() == [0, 2, 2]  # every visited rank returned the row
+    assert first_out.flatten().tolist() == [0, 2, 4]  # its own row, and what every visited rank returned
     assert second_out.flatten().tolist() == [20]
+    assert first_bytes == {"dispatch": 4 + 8, "combine": 3 * 4}
+    assert second_bytes == {"dispatch": 3 * 4 + 5 * 8, "combine": 4}
 
 
 @st.composite
@@ -103,37 +136,74 @@ def plans(draw: st.DrawFn) -> tuple[DispatchPlan, list[list[list[int]]]]:
     return DispatchPlan(replicas, pairs_RP), tokens_R
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=40, deadline=None)
 @given(plans())
-def test_every_pair_arrives_once_where_the_reference_sends_it(case: tuple[DispatchPlan, list[list[list[int]]]]) -> None:
+def test_every_pair_arrives_once_where_the_reference_sends_it(
+    mode: str, case: tuple[DispatchPlan, list[list[list[int]]]]
+) -> None:
     plan, tokens_R = case
     top_k = max((len(token) for tokens in tokens_R for token in tokens), default=1)
 
-    def main(group: Any) -> tuple[Any, torch.Tensor]:
+    def main(group: Any) -> tuple[list[Any], torch.Tensor]:
         ids_TK = torch.tensor(tokens_R[group.rank], dtype=torch.int64).reshape(-1, top_k)
         token_T = torch.arange(len(ids_TK))
         hidden_TD = torch.stack([torch.full_like(token_T, group.rank), token_T], 1).float()
         weights_TK = torch.arange(ids_TK.numel()).reshape(ids_TK.shape).float()  # says which pair it is
-        exchange = Exchange(group)
-        received = exchange.dispatch(hidden_TD, ids_TK, weights_TK, plan)
-        return received, exchange.combine(torch.ones_like(received.rows_MD), received)
+        trip = Exchange(group, **MODES[mode]).dispatch(hidden_TD, ids_TK, weights_TK, plan)
+        return computed(trip, ones_where_asked), trip.combine()
 
     found, expected = [], []
-    for rank, (received, out_TD) in enumerate(run_local(len(tokens_R), main)):
-        assert len({tuple(row) for row in received.rows_MD.tolist()}) == len(received.rows_MD), "a row travelled twice"
-        for j, replica in enumerate(plan.replicas.on_rank(rank)):
-            for n in range(received.offsets[j], received.offsets[j + 1]):
-                source, token = received.rows_MD[received.row_N[n]].int().tolist()
-                found.append((replica, source, token, int(received.weight_N[n])))
+    for rank, (parts, out_TD) in enumerate(run_local(len(tokens_R), main)):
+        computed_rows = []
+        for received in parts:
+            in_part = []
+            for j, replica in enumerate(plan.replicas.on_rank(rank)):
+                for n in range(received.offsets[j], received.offsets[j + 1]):
+                    source, token = received.rows_MD[received.row_N[n]].int().tolist()
+                    in_part.append((replica, source, token, int(received.weight_N[n])))
+            by_weight = [(replica, source, weight) for replica, source, _, weight in in_part]
+            assert by_weight == sorted(by_weight), "pairs are not in the order of replica, source, (token, k)"
+            found += in_part
+            computed_rows += [tuple(received.rows_MD[row].tolist()) for row in set(received.row_N.tolist())]
+        assert len(set(computed_rows)) == len(computed_rows), "a row was summed twice"
         assignments = assign(tokens_R[rank], plan, rank)
         expected += [(pair.replica, rank, pair.token, pair.token * top_k + pair.k) for pair in assignments]
         visited = [
             {int(plan.replicas.ranks_P[p]) for token, _, p in assignments if token == t} for t in range(len(out_TD))
         ]
         assert out_TD[:, 0].tolist() == [len(ranks) for ranks in visited]
-    by_weight = [(replica, source, weight) for replica, source, _, weight in found]
-    assert by_weight == sorted(by_weight), "pairs are not in the order of replica, source, (token, k)"
     assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_memory_for_rows_stays_within_its_bound_at_one_hot_expert(overlaps: bool) -> None:
+    """Every token of four ranks goes to rank 0: it computes them all, and holds no more than it is allowed to."""
+    num_ranks, num_tokens, size = 4, 200, 8
+    replicas = Replicas.of([Replica(rank, rank, "fp32") for rank in range(num_ranks)])
+    hidden_RTD = torch.randn(num_ranks, num_tokens, size)
+    ids_TK = torch.zeros(num_tokens, 1, dtype=torch.int64)
+    plan = DispatchPlan(replicas, np.array([[num_tokens, 0, 0, 0]] * num_ranks))
+    max_rows = 90
+
+    def main(group: Any) -> tuple[list[int], int, torch.Tensor]:
+        exchange = Exchange(group, max_padded_bytes=0, max_part_bytes=max_rows * size * 4, overlaps=overlaps)
+        num_rows: list[int] = []
+        for _ in range(2):
+            trip = exchange.dispatch(hidden_RTD[group.rank], ids_TK, torch.ones(num_tokens, 1), plan)
+            num_rows = [len(received.rows_MD) for received in computed(trip, tripled_where_asked)]
+            out_TD = trip.combine()
+        return num_rows, group.room.nbytes, out_TD
+
+    for rank, (num_rows, nbytes, out_TD) in enumerate(run_local(num_ranks, main)):
+        own = num_tokens
+        if rank == 0:
+            assert sum(num_rows) == num_ranks * num_tokens
+            assert len(num_rows) == (8 if overlaps else 7)
+            assert max(num_rows[1:]) <= max_rows
+            assert num_rows[0] <= own + max_rows
+        assert nbytes <= (2 * max_rows if overlaps else own + max_rows) * size * 4
+        assert torch.equal(out_TD, hidden_RTD[rank] * 3)
 
 
 def test_a_plan_for_other_counts_is_caught_before_anything_is_sent() -> None:
