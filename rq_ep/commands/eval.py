@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--strategies", metavar="NAMES",
-        help="strategies to compare, by commas (default: all that place in the native format); without a placement they "
+        help="strategies to compare, by commas (default: all that need no low format); without a placement they "
         "place on uniform load",
     )  # fmt: skip
     parser.add_argument(

@@ -21,7 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats", metavar="NAMES", help="formats to use, by commas (default: all that were measured)"
     )
-    parser.add_argument("--strategy", default="rq", metavar="NAME", help="who places: standard, eplb, llep or rq")
+    parser.add_argument(
+        "--strategy", default="rq", metavar="NAME", help="who places: standard, eplb, llep, rq, rq_paper or rq_llep"
+    )
     parser.add_argument(
         "--max-low-precision-share", type=float, default=0.25, metavar="F",
         help="cap on the share of routed pairs computed below the native format",
