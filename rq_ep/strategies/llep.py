@@ -1,6 +1,7 @@
 """LLEP, least-loaded expert parallelism (arXiv 2601.17111): overloaded ranks lend experts to idle ones."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -28,19 +29,28 @@ class Llep:
 
     The fallback compares loads of ranks, as the authors' code and figures do; `fallback_on="expert"` is the formula
     that the paper prints. Segments of one expert on one rank are one borrowed replica, so no weight travels twice.
+
+    `auto` takes m and lambda from the cost of the layer, at break-even: an expert is worth moving for
+    m = transfer_s / pair_s pairs, as many as take as long to compute as it does to travel; a step is worth balancing if
+    its fullest rank exceeds the mean by one expert's travel, lambda = 1 + (transfer_s + latency_s) / (pair_s * mean).
     """
 
     name: ClassVar[str] = "llep"
 
     max_tokens_factor: float = 1.0  # alpha: a rank's capacity, in multiples of the mean load
-    min_tokens_per_gemm: int = 1024  # m: a helper's room below this is not worth a matrix product
-    fallback_ratio: float = 1.3  # lambda: below this max/mean, standard expert parallelism
+    min_tokens_per_gemm: int | Literal["auto"] = 1024  # m: a helper's room below this is not worth a matrix product
+    fallback_ratio: float | Literal["auto"] = 1.3  # lambda: below this max/mean, standard expert parallelism
     fallback_on: Literal["rank", "expert"] = "rank"
+    keep_small_excess: bool = False  # the paper's prose, not its algorithm: an excess below m stays on its home rank
 
     def __post_init__(self) -> None:
         check_number("max_tokens_factor", self.max_tokens_factor, 0.1, 1e6)
-        check_integer("min_tokens_per_gemm", self.min_tokens_per_gemm)
-        check_number("fallback_ratio", self.fallback_ratio)
+        if self.min_tokens_per_gemm != "auto":
+            check_integer("min_tokens_per_gemm", self.min_tokens_per_gemm)
+        if self.fallback_ratio != "auto":
+            check_number("fallback_ratio", self.fallback_ratio)
+        if not isinstance(self.keep_small_excess, bool):
+            raise UserError(f"keep_small_excess {self.keep_small_excess!r}: choose true or false")
         if self.fallback_on not in ("rank", "expert"):
             raise UserError(f"fallback_on {self.fallback_on!r}: choose rank or expert")
 
@@ -56,16 +66,21 @@ class Llep:
         homes = homes_E.tolist()
         formats = [replicas.formats_P[p] for p in home_P_E.tolist()]
         resident = dict(zip(zip(replicas.ranks_P.tolist(), replicas.experts_P.tolist()), range(len(replicas))))
+        min_chunk, min_excess = self._thresholds(formats, cost)
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
             loads_E = counts_RE.sum(axis=0)
             pairs_RP = np.zeros((num_ranks, len(replicas)), np.int64)
             pairs_RP[:, home_P_E] = counts_RE
             loads_R = np.bincount(homes_E, loads_E, minlength=num_ranks)
-            if num_ranks == 1 or imbalance(loads_R if self.fallback_on == "rank" else loads_E) < self.fallback_ratio:
+            compared = loads_R if self.fallback_on == "rank" else loads_E
+            ratio = self.fallback_ratio
+            if ratio == "auto":
+                ratio = 1 + min_excess * len(compared) / max(int(loads_E.sum()), 1)
+            if num_ranks == 1 or imbalance(compared) < ratio:
                 return DispatchPlan(replicas, pairs_RP)
             capacity = int(self.max_tokens_factor * int(loads_E.sum()) / num_ranks)
-            spilled = assign(loads_E.tolist(), homes, num_ranks, capacity, self.min_tokens_per_gemm)
+            spilled = assign(loads_E.tolist(), homes, num_ranks, capacity, min_chunk, self.keep_small_excess)
             borrowed: dict[tuple[int, int], IntArray] = {}
             for expert, segments in spilled.items():
                 pairs_RP[:, home_P_E[expert]] = 0
@@ -82,9 +97,26 @@ class Llep:
 
         return plan
 
+    def _thresholds(self, formats: list[str], cost: LayerCost | None) -> tuple[int, float]:
+        """Pairs worth a chunk, and pairs above the mean worth balancing: of the dearest format of the layer."""
+        automatic = [name for name in ("min_tokens_per_gemm", "fallback_ratio") if getattr(self, name) == "auto"]
+        if not automatic:
+            return int(self.min_tokens_per_gemm), 0.0
+        if cost is None:
+            raise UserError(f"{automatic[0]} auto: needs the cost of the layer on a machine; give a number instead")
+        excess = max((cost.transfer_s[name] + cost.latency_s) / cost.pair_s[name] for name in set(formats))
+        if self.min_tokens_per_gemm != "auto":
+            return int(self.min_tokens_per_gemm), excess
+        return ceil(max(cost.transfer_s[name] / cost.pair_s[name] for name in set(formats))), excess
+
 
 def assign(
-    loads_E: list[int], homes_E: list[int], num_ranks: int, capacity: int, min_chunk: int
+    loads_E: list[int],
+    homes_E: list[int],
+    num_ranks: int,
+    capacity: int,
+    min_chunk: int,
+    keep_small_excess: bool = False,
 ) -> dict[int, list[Segment]]:
     """Least-loaded assignment (Alg. 2 and 3): the segments of every expert that does not stay whole on its home rank.
 
@@ -94,6 +126,7 @@ def assign(
         num_ranks: R.
         capacity: pairs above which a rank counts as overloaded (alpha times the mean).
         min_chunk: least room of a helper that is worth a chunk, unless the chunk is all that is left (m).
+        keep_small_excess: an expert's pairs above the capacity stay at home if they are fewer than `min_chunk`.
     """
     effective_R = [0] * num_ranks  # assigned so far, and native work not decided yet
     for load, home in zip(loads_E, homes_E):
@@ -104,7 +137,7 @@ def assign(
         if not load:
             break
         kept = min(max(capacity - effective_R[home] + load, 0), load)
-        if kept == load:
+        if kept == load or (keep_small_excess and load - kept < min_chunk):
             continue
         effective_R[home] -= load - kept
         segments = [Segment(home, 0, kept)] if kept else []

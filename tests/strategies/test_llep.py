@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replica
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance
@@ -91,6 +92,37 @@ def test_a_small_excess_is_spilled_all_the_same() -> None:
     assert assign([53, 47], [0, 1], 2, 50, 1024) == {0: [Segment(0, 0, 50), Segment(1, 50, 53)]}
 
 
+def test_a_small_excess_stays_home_if_asked() -> None:
+    assert assign([53, 47], [0, 1], 2, 50, 4, keep_small_excess=True) == {}
+    moved = {0: [Segment(0, 0, 50), Segment(1, 50, 53)]}
+    assert assign([53, 47], [0, 1], 2, 50, 3, keep_small_excess=True) == moved
+    counts_RE = np.array([[53, 0], [0, 47]])
+    knobs = {"min_tokens_per_gemm": 4, "fallback_ratio": 1.0}
+    assert planned(Llep(**knobs), counts_RE).transfers
+    assert not planned(Llep(**knobs, keep_small_excess=True), counts_RE).transfers
+
+
+def test_auto_breaks_even() -> None:
+    # An expert travels for as long as 100 pairs compute, 20 more with the latency: m = 100, lambda = 1 + 120 / mean.
+    cost = LayerCost({"bf16": 0.5}, {"bf16": 0.0}, {"bf16": 50.0}, row_s=0.0, latency_s=10.0)
+    layer = contiguous(2, 2).layers[0]
+    strategy = Llep(min_tokens_per_gemm="auto", fallback_ratio="auto")
+    planner = strategy.planner(layer, Topology(2), cost)
+    for excess, mean in ((119, 200), (121, 200), (119, 5000), (121, 5000)):
+        plan = planner(np.array([[mean + excess, 0], [0, mean - excess]]))
+        assert bool(plan.transfers) == (excess > 120)
+    # Rooms of 60, 60 and 180: after the largest nobody has one worth a chunk, and the emptiest takes all of the rest.
+    layer = contiguous(4, 4).layers[0]
+    counts_RE = np.zeros((4, 4), np.int64)
+    counts_RE[0] = [600, 240, 240, 120]
+    plan = strategy.planner(layer, Topology(4), cost)(counts_RE)
+    assert [(transfer.dst, int(plan.loads_R[transfer.dst])) for transfer in plan.transfers] == [(1, 360), (3, 300)]
+    for name in ("min_tokens_per_gemm", "fallback_ratio"):
+        with pytest.raises(UserError, match=f"{name} auto: needs the cost of the layer"):
+            Llep(**{name: "auto"}).planner(layer, Topology(4))
+    assert not Llep(fallback_ratio="auto").planner(layer, Topology(4), cost)(np.zeros((4, 4), np.int64)).transfers
+
+
 def test_intervals_are_rank_major() -> None:
     counts_RE = np.array([[6, 0], [6, 0]])
     plan = planned(Llep(min_tokens_per_gemm=1), counts_RE)
@@ -122,7 +154,15 @@ def test_one_rank_has_nobody_to_lend_to() -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"max_tokens_factor": 0.0}, {"min_tokens_per_gemm": -1}, {"fallback_on": "layer"}], ids=str
+    "knobs",
+    [
+        {"max_tokens_factor": 0.0},
+        {"min_tokens_per_gemm": -1},
+        {"fallback_on": "layer"},
+        {"keep_small_excess": 1},
+        {"fallback_ratio": "all"},
+    ],
+    ids=str,
 )
 def test_bad_settings_are_named(knobs: dict) -> None:
     with pytest.raises(UserError, match=next(iter(knobs))):

@@ -76,7 +76,7 @@ def test_a_layer_that_cannot_stays_as_it_is_and_is_named(given: PlacementProblem
 
 
 def test_formats_without_few_bits_are_refused() -> None:
-    with pytest.raises(UserError, match="'rq_paper' stores replicas in few bits, but --formats bf16 .*: add int8"):
+    with pytest.raises(UserError, match=r"'rq_paper' stores replicas in few bits, but --formats bf16 .*: add int8"):
         placed(replace(problem(LOADS), formats=("bf16",)))
     with pytest.raises(UserError, match="--max-low-precision-share 0 allow none"):
         placed(problem(LOADS, share=0.0))
