@@ -2,6 +2,7 @@
 
 More than 60 model families decorate their experts class with `use_experts_implementation`, and call it with
 (hidden_TD, topk_ids_TK, topk_weights_TK). The decorator leaves behind how the weights lie, so one seam serves them all.
+Families that do otherwise have an adapter, which rebuilds their MoE layers in that form before they come here.
 """
 
 import copy

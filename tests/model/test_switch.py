@@ -1,11 +1,13 @@
 """Switch Transformers: what its MoE layers compute, and which tokens they drop, survives being spread over ranks."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from rq_ep.core.errors import UserError
@@ -18,7 +20,8 @@ from rq_ep.model.load import load
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.model.tokenizer import byte_tokenizer
 from rq_ep.moe import Telemetry
-from rq_ep.strategies import STRATEGIES, make_strategy
+from rq_ep.parallel import run_local
+from rq_ep.strategies import NATIVE_STRATEGIES, make_strategy
 from rq_ep.strategies.place import place
 from tests.model.families import SWITCH, logits, prompt, random_model, save
 
@@ -63,7 +66,7 @@ def test_rebuilt_layers_compute_the_same() -> None:
     assert torch.equal(family.apply_gate(torch.tensor([-1.0, 3.0])), torch.tensor([0.0, 3.0]))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NATIVE_STRATEGIES)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])  # at last more than experts
 def test_every_strategy_equals_the_dense_model(checkpoint: Path, strategy: str, num_ranks: int) -> None:
     dense, telemetry = random_model(SWITCH), Telemetry()
@@ -94,6 +97,25 @@ def test_bf16_is_exact_when_computed_in_fp32(tmp_path: Path) -> None:
     assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
+def test_a_rank_reads_and_holds_its_own_experts(checkpoint: Path) -> None:
+    dense = random_model(SWITCH)
+    all_experts = sum(tensor.nbytes for name, tensor in dense.named_parameters() if ".expert_" in name)
+    stored = sum(tensor.nbytes for tensor in dense.parameters())  # tied ones once, as in the file
+    reports = run_local(3, lambda group: load(checkpoint, group=group).rq_ep)
+    read = [report.bytes_read - (stored - all_experts) for report in reports]
+    assert sum(read) == all_experts
+    assert read == pytest.approx(list(reports[0].placement.bytes_R), rel=0.01)  # seals, padding
+
+
+def test_a_missing_expert_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["decoder.block.1.layer.2.mlp.experts.expert_3.wo.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"expert 3 of decoder\.block\.1\.layer\.2\.mlp\.experts\.down_proj"):
+        load(path, num_local_ranks=2, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that has a tokenizer."""
@@ -122,17 +144,19 @@ def test_calibration_counts_what_is_computed(complete: Path) -> None:
 def test_placements_are_evaluated_against_the_dense_model(complete: Path) -> None:
     settings = {"sequence_length": 24, "max_tokens": 24 * 16}
     stats = calibrate(complete, TEXT, **settings)
-    contenders = [Contender(name, make_strategy(name)) for name in STRATEGIES]
+    contenders = [Contender(name, make_strategy(name)) for name in NATIVE_STRATEGIES]
     contenders.append(Contender("placed", make_strategy("rq"), place(stats, 3, max_low_precision_share=0)))
-    contenders.append(Contender("low bits", make_strategy("rq"), place(stats, 3, max_low_precision_share=0.3)))
+    for name in ("rq", "rq_paper"):
+        placement = place(stats, 3, strategy=name, max_low_precision_share=0.3)
+        contenders.append(Contender(f"int8 {name}", make_strategy(name), placement))
     for row in compare(complete, TEXT, contenders, num_ranks=3, **settings):
         assert row.num_tokens == 16 * 12
         assert row.imbalance_worst <= 3
-        if row.label != "low bits":
+        if row.label.startswith("int8"):
+            assert 1e-9 < row.kl.mean < 0.01
+        else:
             assert abs(row.kl.mean) < 1e-8
             assert row.agreement == 1
-        else:
-            assert 1e-9 < row.kl.mean < 0.01
 
 
 def test_a_window_that_cannot_be_halved_is_refused(complete: Path) -> None:
