@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rq_ep.core.arrays import FloatArray
+from rq_ep.core.cost import CostModel, LayerCost
 from rq_ep.core.placement import Placement
 from rq_ep.core.plan import imbalance
 from rq_ep.core.strategy import Strategy
@@ -72,6 +73,8 @@ class Evaluation:
     imbalance_worst: float  # of all steps and layers
     compute_s_p50: float  # seconds of the slowest rank in a layer, median over steps and layers
     compute_s_p99: float
+    predicted_s_p50: float | None  # what a cost model expects instead of `compute_s_p50`
+    prediction_error: float | None  # |predicted / measured - 1| of the slowest rank, median over steps and layers
     bytes_R: tuple[int, ...]  # resident experts of all layers, and the room that borrowed ones took
     transfer_bytes: float  # borrowed experts that travel in a layer and step, on average
     dense_perplexity: Estimate
@@ -100,6 +103,7 @@ def compare(
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
     seed: int = 0,
+    machine: CostModel | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> list[Evaluation]:
     """Run the same windows of text through the dense model and through every contender, batch by batch in turns.
@@ -120,10 +124,12 @@ def compare(
         dtype: to compute in. In fp32 what remains is the error of the formats; in bf16 rounding adds its own.
         device: auto, cpu or cuda.
         seed: chooses the places that windows of text are taken from.
+        machine: predicts the seconds that are measured.
         progress: called with (stage, done, total) while it runs.
 
     Raises:
-        UserError: no such checkpoint, no text, a placement for another model or another number of ranks.
+        UserError: no such checkpoint, no text, a placement for another model or another number of ranks, a machine
+            that does not know these experts.
     """
     stored_dtype: Any = read_config(path).dtype or torch.bfloat16
     identity = model_identity(path)
@@ -132,6 +138,7 @@ def compare(
             contender.placement.check_serves(identity, num_ranks, f"the placement of {contender.label}")
     dense = read_dense(path, dtype, own_device(device))
     experts = find_expert_modules(dense)
+    family = family_of(experts[0].module)
     stored_format = native_format_name(stored_dtype)
     check_sequence_length(sequence_length, dense.config, low=2)  # a token that is predicted, after one that is read
     windows = make_windows(
@@ -142,15 +149,15 @@ def compare(
     for done, contender in enumerate(contenders):
         progress("loading", done, len(contenders))
         placement = contender.placement or place_uniformly(
-            contender.strategy, experts, family_of(experts[0].module).layout, stored_format, num_ranks,
-            identity,
-        )  # fmt: skip
+            contender.strategy, experts, family.layout, stored_format, num_ranks, identity
+        )
+        cost = None if machine is None else machine.layer(family.shape(placement.formats))
         telemetry = Telemetry(clock=time.thread_time if dense.device.type == "cpu" else None)
         model = load(
             path, placement, contender.strategy, num_local_ranks=num_ranks, dtype=dtype, device=device,
             telemetry=telemetry,
         )  # fmt: skip
-        runs.append(_Run(contender.label, model, telemetry))
+        runs.append(_Run(contender.label, model, telemetry, cost))
     for run in runs:
         arguments, _ = taught(dense.config, windows.batches[0].tokens_BT.to(dense.device))
         run.model(**arguments, use_cache=False)
@@ -201,6 +208,7 @@ class _Run:
     label: str
     model: PreTrainedModel
     telemetry: Telemetry
+    cost: LayerCost | None
     quality: _Quality = field(default_factory=_Quality)
 
     def result(self, num_predicted: int, dense_perplexity: Estimate) -> Evaluation:
@@ -209,6 +217,7 @@ class _Run:
         loads_NR = self.telemetry.loads().reshape(-1, len(layers[0].banks))
         imbalance_N = np.array([imbalance(loads_R) for loads_R in loads_NR])
         slowest_s = self.telemetry.seconds("compute").max(axis=-1)
+        predicted_s = None if self.cost is None else self.telemetry.predicted_seconds(self.cost).max(axis=-1)
         relative_NR = loads_NR / loads_NR.mean(axis=1, keepdims=True)
         return Evaluation(
             label=self.label,
@@ -217,6 +226,8 @@ class _Run:
             imbalance_worst=float(imbalance_N.max()),
             compute_s_p50=float(np.quantile(slowest_s, 0.5)),
             compute_s_p99=float(np.quantile(slowest_s, 0.99)),
+            predicted_s_p50=None if predicted_s is None else float(np.quantile(predicted_s, 0.5)),
+            prediction_error=None if predicted_s is None else float(np.median(abs(predicted_s / slowest_s - 1))),
             bytes_R=tuple(_bytes_held(banks) for banks in zip(*(layer.banks for layer in layers), strict=True)),
             transfer_bytes=float(self.telemetry.transfer_bytes().sum(axis=-1).mean()),
             dense_perplexity=dense_perplexity,

@@ -1,12 +1,13 @@
 """What the experts of a model family have in common: how their weights lie, and the activation between the matrices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from rq_ep.formats import ExpertLayout, Views, WeightFormat
+from rq_ep.core.cost import LayerShape
+from rq_ep.formats import ExpertLayout, Views, WeightFormat, get_format
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class ExpertFamily:
     @property
     def hidden_size(self) -> int:
         return self.layout.shapes[self.down][self.layout.out_axis(self.down)]
+
+    def shape(self, formats: Iterable[str]) -> LayerShape:
+        """Sizes that a cost model asks for, with the bytes of an expert in each of `formats`."""
+        intermediate_size = self.layout.shapes[self.down][1 - self.layout.out_axis(self.down)]
+        sizes = {name: get_format(name).nbytes(self.layout) for name in formats}
+        return LayerShape(self.hidden_size, intermediate_size, sizes)
 
     def forward(self, x_ND: Tensor, format_: WeightFormat, views: Views) -> Tensor:
         """One expert's output [N, D] for rows [N, D], in their dtype."""

@@ -22,7 +22,7 @@ from rq_ep.moe.bank import ExpertBank
 from rq_ep.moe.family import ExpertFamily
 from rq_ep.moe.links import measured_link, named_link
 from rq_ep.moe.stopwatch import own_seconds, shortest
-from rq_ep.parallel import EPGroup, Exchange, Received, single_group
+from rq_ep.parallel import EPGroup, Exchange, single_group
 from rq_ep.strategies import STRATEGIES, make_strategy
 from rq_ep.strategies.place import place
 
@@ -49,10 +49,7 @@ class ProfiledLayer:
 
     @property
     def shape(self) -> LayerShape:
-        layout = self.family.layout
-        intermediate_size = layout.shapes[self.family.down][1 - layout.out_axis(self.family.down)]
-        sizes = {name: get_format(name).nbytes(layout) for name in self.formats}
-        return LayerShape(self.family.hidden_size, intermediate_size, sizes)
+        return self.family.shape(self.formats)
 
     def rows(self, num_rows: int, device: torch.device) -> Tensor:
         """[N, D] random rows."""
@@ -162,7 +159,7 @@ class _ExpertTimer:
         plan = DispatchPlan(self.replicas, torch.bincount(ids_TK.flatten(), minlength=self.num_experts).numpy()[None])
         rows_TD, weights_TK = self.layer.rows(len(ids_TK), self.device), torch.ones(ids_TK.shape, device=self.device)
         exchange = Exchange(single_group(self.device))
-        received: Received = exchange.dispatch(rows_TD, ids_TK.to(self.device), weights_TK, plan)
+        (received,) = exchange.dispatch(rows_TD, ids_TK.to(self.device), weights_TK, plan)  # alone: in one part
         call_s = shortest(lambda: self.bank.compute(received, self.layer.family), self.device, self.budget_s)
         return call_s, plan
 

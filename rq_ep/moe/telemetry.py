@@ -3,15 +3,18 @@
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import check_choice
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.parallel import EPGroup
+
+Array = TypeVar("Array", IntArray, FloatArray)
 
 PHASES = ("gather", "plan", "dispatch", "compute", "combine")
 
@@ -133,16 +136,21 @@ class Telemetry:
             result[at] = record.laps.received_bytes[phase]
         return result
 
+    def predicted_seconds(self, cost: LayerCost) -> FloatArray:
+        """[S, L, R] length of the compute phase that a cost model expects of the same plans."""
+        return self._of_all_ranks(lambda record: cost.compute_s_R(record.plan))
+
     def _axes(self) -> tuple[dict[int, int], dict[int, int]]:
         steps = sorted({record.step for record in self._records})
         return {step: i for i, step in enumerate(steps)}, {layer: i for i, layer in enumerate(self.layers)}
 
-    def _of_all_ranks(self, value: Callable[[Record], IntArray]) -> IntArray:
+    def _of_all_ranks(self, value: Callable[[Record], Array]) -> Array:
         """Every rank plans the same: any one rank's record of a step and layer will do."""
         steps, layers = self._axes()
         if not self._records:
             return np.zeros((0, 0, 0), np.int64)
-        result = np.zeros((len(steps), len(layers), len(value(self._records[0]))), np.int64)
+        first = value(self._records[0])
+        result = np.zeros((len(steps), len(layers), len(first)), first.dtype)
         for record in self._records:
             result[steps[record.step], layers[record.layer]] = value(record)
         return result
