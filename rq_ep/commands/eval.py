@@ -40,6 +40,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", metavar="NAME", help="dtype to compute in")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the places text is taken from")
+    parser.add_argument(
+        "--machine", metavar="FILE",
+        help="predict the compute that is measured, by the file of `rq-ep profile`, and print the error",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
     parser.add_argument("--plot", metavar="FILE", help="write a picture of the ranks' loads here (.png)")
 
@@ -48,8 +52,10 @@ def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
     from rq_ep.commands.progress import progress_bar
     from rq_ep.core.files import check_writable, replacing
+    from rq_ep.costs import cost_model
     from rq_ep.model.evaluate import compare
 
+    machine = None if args.machine is None else cost_model(args.machine)
     quiet_libraries()
     contenders, num_ranks = _contenders(args)
     for path in filter(None, (args.json, args.plot)):
@@ -67,9 +73,12 @@ def run(args: argparse.Namespace) -> None:
             dtype=parse_dtype(args.dtype),
             device=args.device,
             seed=args.seed,
+            machine=machine,
             progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )
     _print(evaluations, num_ranks, args.dtype)
+    if machine is not None:
+        _print_predictions(evaluations, machine.description)
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
         document = {
@@ -156,3 +165,13 @@ def _print(evaluations: "list[Evaluation]", num_ranks: int, dtype: str) -> None:
     console = Console()
     console.width = max(console.width, MIN_WIDTH)
     console.print(table)
+
+
+def _print_predictions(evaluations: "list[Evaluation]", machine: str) -> None:
+    rows = [
+        f"{row.label} {row.predicted_s_p50 * 1e3:.2f} ({row.prediction_error:.0%})"
+        for row in evaluations
+        if row.predicted_s_p50 is not None
+    ]
+    print(f"ms p50 as predicted, and the median error over steps and layers: {', '.join(rows)}")
+    print(f"machine: {machine}")

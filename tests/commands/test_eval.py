@@ -26,10 +26,15 @@ def arguments(model: Path, *more: str | Path) -> list[str]:
 
 
 def test_table_figures_and_picture(tiny_checkpoint: Path, placement: Path, tmp_path: Path, capsys) -> None:
+    profile = tmp_path / "profile.json"
+    sizes = ["--model", str(tiny_checkpoint), "--repeat-seconds", "0", "--device", "cpu"]
+    assert main(["profile", "--out", str(profile), *sizes]) == 0
+    capsys.readouterr()
     figures, picture = tmp_path / "eval.json", tmp_path / "loads.png"
     settings = ["--set", "llep.min_tokens_per_gemm=8", "--set", "llep.fallback_ratio=1.0"]
     assert main(arguments(
         tiny_checkpoint, "--placement", placement, *settings, "--json", figures, "--plot", picture,
+        "--machine", profile, "--device", "cpu",
     )) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert "2 ranks" in printed  # the placement's
@@ -40,6 +45,10 @@ def test_table_figures_and_picture(tiny_checkpoint: Path, placement: Path, tmp_p
     assert rows["standard"]["agreement"] == 1
     assert rows["rq"]["bytes_R"] == list(Placement.load(placement).bytes_R)
     assert document["strategies"]["llep"]["min_tokens_per_gemm"] == 8
+    assert "as predicted" in printed
+    for row in rows.values():
+        assert row["predicted_s_p50"] > 0
+        assert row["prediction_error"] >= 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -52,6 +61,7 @@ def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, placement: Path
         (["--placement", tmp_path / "none.json"], "none.json: no such file"),
         (["--placement", placement, "--num-ranks", "3"], "2 ranks, but 3 were started"),
         (["--dtype", "float8"], "--dtype"),
+        (["--machine", tmp_path / "none.json"], "write one with `rq-ep profile`"),
         (["--num-ranks", "0"], "--num-ranks 0: must be at least 1"),
         (["--strategies", ","], "--strategies: name at least one"),
         (["--set", "rq.name=x"], "unknown setting of strategy 'rq' 'name'"),
