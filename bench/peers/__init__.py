@@ -6,10 +6,12 @@ from torch import nn
 
 from bench.case import Case
 from bench.peers.deepspeed_moe import deepspeed_moe
+from bench.peers.transformers_ep import transformers_ep
 from rq_ep.parallel import EPGroup
 
 Peer = Callable[[Case, EPGroup], nn.Module]  # forward(hidden_TD, topk_ids_TK, topk_weights_TK) -> out_TD
 
 PEERS: dict[str, tuple[str, Peer]] = {  # name -> label in tables, constructor
+    "transformers": ("transformers EP (all-to-all)", transformers_ep),
     "deepspeed": ("DeepSpeed MoE (capacity-padded EP)", deepspeed_moe),
 }

@@ -117,7 +117,7 @@ def test_speed_ups_are_over_the_first_row_of_the_same_scenario() -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_deepspeed_runs_beside_ours(tmp_path: Path) -> None:
+def test_peers_run_beside_ours(tmp_path: Path) -> None:
     """On two ranks that count as two nodes."""
     out = tmp_path / "result.json"
     options = [
@@ -132,15 +132,16 @@ def test_deepspeed_runs_beside_ours(tmp_path: Path) -> None:
         "1",
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "bench/layer.py"]
-    command += [*options, "--peers", "deepspeed", "--strategies", "standard,rq", "--json", str(out)]
+    command += [*options, "--peers", "transformers,deepspeed", "--strategies", "standard,rq", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, timeout=150, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     rows = {row["strategy"]: row for row in result["rows"]}
     assert result["ranks_per_node"] == 1
-    assert list(rows) == ["standard", "rq", "deepspeed"]
+    assert list(rows) == ["standard", "rq", "transformers", "deepspeed"]
     assert rows["deepspeed"]["label"] == "DeepSpeed MoE (capacity-padded EP)"
-    assert rows["deepspeed"]["resident_bytes_by_rank"] == [4 * (32 * 32 + 16 * 32) * 4] * 2
+    for name in ("transformers", "deepspeed"):
+        assert rows[name]["resident_bytes_by_rank"] == [4 * (32 * 32 + 16 * 32) * 4] * 2
     for row in rows.values():
         assert row["output_error"] < 1e-5
         assert row["wall_s"]["p50"] > 0
@@ -170,7 +171,8 @@ def test_deepspeed_runs_beside_ours(tmp_path: Path) -> None:
         (["--tokens-per-rank", "65537"], "--tokens-per-rank 65537: must be at most 65536"),
         (["--machine", "h201"], "did you mean 'h200'"),
         (["--peers", "deepsped"], "did you mean 'deepspeed'"),
-        (["--peers", "deepspeed"], "needs processes"),
+        (["--peers", "deepspeed"], "deepspeed: needs processes"),
+        (["--peers", "transformers"], "transformers: needs processes"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: list[str], message: str) -> None:
