@@ -10,6 +10,7 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.strategies import make_strategy
+from rq_ep.strategies.eplb import Eplb
 
 UNITS = {
     "": 1, "b": 1,
@@ -60,6 +61,11 @@ def place(
     topology = Topology(num_ranks, ranks_per_node)
     if isinstance(strategy, str):
         strategy = make_strategy(strategy)
+    if num_redundant_experts and not isinstance(strategy, Eplb):
+        raise UserError(
+            f"--num-redundant-experts {num_redundant_experts}: only eplb counts replicas; strategy {strategy.name!r} "
+            "goes by --budget"
+        )
     problem = PlacementProblem(
         stats=stats,
         topology=topology,

@@ -79,7 +79,8 @@ def test_redundant_experts_do_not_fit_the_bytes_of_standard_ep(stats: ExpertStat
         ({"formats": ("int8",)}, "must name the native format bf16"),
         ({"max_low_precision_share": 1.5}, "--max-low-precision-share 1.5"),
         ({"tokens_per_step": 0}, "--tokens-per-step 0"),
-        ({"num_redundant_experts": -1}, "--num-redundant-experts -1"),
+        ({"num_redundant_experts": -1, "strategy": "eplb"}, "--num-redundant-experts -1"),
+        ({"num_redundant_experts": 4}, "--num-redundant-experts 4: only eplb counts replicas; strategy 'rq'"),
         ({"budget": [1, 2]}, "names 2 ranks"),
     ],
 )
