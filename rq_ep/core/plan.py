@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class DispatchPlan:
     replicas: Replicas
     pairs_RP: IntArray
     transfers: tuple[WeightTransfer, ...] = ()
+    bound: Literal["pairs", "bytes"] = "pairs"  # what was balanced: computed pairs, or weights read by few of them
 
     @cached_property
     def pairs_RR(self) -> IntArray:

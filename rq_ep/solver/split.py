@@ -35,6 +35,7 @@ class SharedExperts:
     ranks_V: tuple[tuple[int, ...], ...]
     single_experts: IntArray
     single_ranks: IntArray
+    single_replicas: IntArray  # index into P
 
     @classmethod
     def of(cls, replicas: Replicas, num_ranks: int) -> "SharedExperts":
@@ -47,7 +48,7 @@ class SharedExperts:
         ranks_V = tuple(tuple(part.tolist()) for part in np.split(ranks_C, first_V[1:])) if len(first_V) else ()
         return cls(
             num_ranks, order_P[shared_P], experts_C, ranks_C, groups_C, first_V, experts_V, ranks_V,
-            experts_P[~shared_P], ranks_P[~shared_P],
+            experts_P[~shared_P], ranks_P[~shared_P], order_P[~shared_P],
         )  # fmt: skip
 
     def single_loads(self, totals_E: IntArray) -> list[int]:

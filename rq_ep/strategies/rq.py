@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import check_integer
@@ -10,6 +12,7 @@ from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
+from rq_ep.solver.activate import activate_one
 from rq_ep.solver.construct import solve
 from rq_ep.solver.deal import nearest_first
 from rq_ep.solver.split import SharedExperts, split
@@ -17,7 +20,11 @@ from rq_ep.solver.split import SharedExperts, split
 
 @dataclass(frozen=True)
 class ReplicateQuantize:
-    """Places by `rq_ep.solver` inside a byte budget for each rank; plans the exact min-max split of each step."""
+    """Places by `rq_ep.solver` inside a byte budget for each rank; plans the exact min-max split of each step.
+
+    With a cost of the layer, steps of so few pairs that ranks wait for weights instead are planned on one replica of
+    each expert, where that is modelled to be shorter.
+    """
 
     name: ClassVar[str] = "rq"
 
@@ -35,11 +42,30 @@ class ReplicateQuantize:
         replicas = layer.replicas
         shared = SharedExperts.of(replicas, topology.num_ranks)
 
-        def plan(counts_RE: IntArray) -> DispatchPlan:
+        def dealt(counts_RE: IntArray, quotas_C: IntArray) -> IntArray:
             pairs_RP = counts_RE[:, replicas.experts_P]
-            if len(shared.replicas_C):
-                quotas_C = split(shared, counts_RE.sum(axis=0)).quotas_C
-                pairs_RP[:, shared.replicas_C] = nearest_first(shared, counts_RE, quotas_C, topology)
-            return DispatchPlan(replicas, pairs_RP)
+            pairs_RP[:, shared.replicas_C] = nearest_first(shared, counts_RE, quotas_C, topology)
+            return pairs_RP
+
+        def by_pairs(counts_RE: IntArray) -> DispatchPlan:
+            if not len(shared.replicas_C):
+                return DispatchPlan(replicas, counts_RE[:, replicas.experts_P])
+            return DispatchPlan(replicas, dealt(counts_RE, split(shared, counts_RE.sum(axis=0)).quotas_C))
+
+        if cost is None or not len(shared.replicas_C):
+            return by_pairs
+
+        read_s_P = np.array([cost.stream_s[name] + cost.overhead_s.get(name, 0.0) for name in replicas.formats_P])
+        # With so many pairs arithmetic takes longer than reading every replica.
+        many_pairs = read_s_P.sum() / min(cost.pair_s[name] for name in replicas.formats_P)
+
+        def plan(counts_RE: IntArray) -> DispatchPlan:
+            balanced = by_pairs(counts_RE)
+            totals_E = counts_RE.sum(axis=0)
+            if totals_E.sum() >= many_pairs:
+                return balanced
+            pairs_RP = dealt(counts_RE, activate_one(shared, totals_E, read_s_P))
+            lean = DispatchPlan(replicas, pairs_RP, bound="bytes")
+            return lean if cost.step(lean).layer_s < cost.step(balanced).layer_s else balanced
 
         return plan
