@@ -15,7 +15,9 @@ from rq_ep.parallel.trip import NOTE_BYTES, Part, Trip
 MAX_PADDED_BYTES = {"cpu": 1 << 16, "cuda": 1 << 20}
 # Rows a rank receives at once. More arrive, are computed and leave part by part, in the same buffer.
 MAX_PART_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-# Whether a rank computes its own rows while the others are under way, which takes two smaller GEMMs for each expert.
+# Whether a rank computes its own rows while the others are under way. That takes two smaller GEMMs for each expert, and
+# with gloo the core that computes also carries the messages: on two pinned cores, 8 experts, D = F = 512, a layer took
+# 8 to 20 % more CPU time at 256 tokens a rank, and between 4 % less and 5 % more at 2048.
 OVERLAPS = {"cpu": False, "cuda": True}
 
 

@@ -149,38 +149,36 @@ class Trip:
 
     def _received(self, part: Part | None, has_own: bool, rows_MD: Tensor | None) -> Received:
         """Pairs of a part, of this rank, or of both, in the order of computing; `rows_MD` is None if yet to come."""
-        hidden_TD, (own_notes_N2, own_pairs_J) = self.hidden_TD, self.own
-        rank, size = self.group.rank, self.group.size
-        num_own = len(hidden_TD) if has_own else 0
-        if part is None:
-            rows_MD, notes_N2 = hidden_TD, own_notes_N2
-            pairs_RJ: IntArray = np.zeros((size, len(own_pairs_J)), np.int64)
-            first_row_R: IntArray = np.zeros(size, np.int64)
-        else:
-            pairs_RJ, notes_N2 = part.pairs_RJ, part.notes_N2
-            first_row_R = np.cumsum(part.rows_in) - np.array(part.rows_in, np.int64) + num_own
+        own_notes_N2, own_pairs_J = self.own
+        if part is None:  # one source: its pairs are in order
+            return self._ready(self.hidden_TD, own_notes_N2[:, 0].long(), own_notes_N2[:, 1], own_pairs_J)
+        pairs_RJ, notes_N2 = part.pairs_RJ, part.notes_N2
+        first_row_R = np.cumsum(part.rows_in) - np.array(part.rows_in, np.int64)
         if rows_MD is None:
-            assert part is not None
-            rows_MD = self._room(0, num_own + sum(part.rows_in))
-            rows_MD[:num_own] = hidden_TD[:num_own]
-            if part.rows_MD is None:
-                self._start(part, rows_MD[num_own:]).wait()
-            else:
-                rows_MD[num_own:] = part.rows_MD
+            rows_MD = self._fetch(part, has_own)
         if has_own:
+            rank = self.group.rank
             before = int(pairs_RJ[:rank].sum())
+            notes_N2 = torch.cat([notes_N2[:before], own_notes_N2, notes_N2[before:]])
             pairs_RJ = pairs_RJ.copy()
             pairs_RJ[rank] = own_pairs_J
+            first_row_R += len(self.hidden_TD)
             first_row_R[rank] = 0
-            if part is not None:
-                notes_N2 = torch.cat([notes_N2[:before], own_notes_N2, notes_N2[before:]])
         blocks_JR = np.arange(pairs_RJ.size).reshape(pairs_RJ.shape).T
         notes_N2 = notes_N2[block_order(pairs_RJ.ravel(), blocks_JR.ravel(), notes_N2.device)]
         first_row_N = repeat(np.tile(first_row_R, len(own_pairs_J)), pairs_RJ.T.ravel(), notes_N2.device)
-        return Received(
-            rows_MD=rows_MD,
-            row_N=notes_N2[:, 0] + first_row_N,
-            weight_N=notes_N2[:, 1].contiguous().view(torch.float32),
-            experts=self.experts,
-            offsets=(0, *np.cumsum(pairs_RJ.sum(axis=0)).tolist()),
-        )
+        return self._ready(rows_MD, notes_N2[:, 0] + first_row_N, notes_N2[:, 1], pairs_RJ.sum(axis=0))
+
+    def _ready(self, rows_MD: Tensor, row_N: Tensor, weight_bits_N: Tensor, pairs_J: IntArray) -> Received:
+        weight_N = weight_bits_N.contiguous().view(torch.float32)
+        return Received(rows_MD, row_N, weight_N, self.experts, (0, *np.cumsum(pairs_J).tolist()))
+
+    def _fetch(self, part: Part, has_own: bool) -> Tensor:
+        """The rows of a part, after this rank's own if it has them; returns when they are here."""
+        if part.rows_MD is not None:
+            return torch.cat([self.hidden_TD, part.rows_MD]) if has_own else part.rows_MD
+        num_own = len(self.hidden_TD) if has_own else 0
+        rows_MD = self._room(0, num_own + sum(part.rows_in))
+        rows_MD[:num_own] = self.hidden_TD[:num_own]
+        self._start(part, rows_MD[num_own:]).wait()
+        return rows_MD
