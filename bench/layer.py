@@ -51,6 +51,8 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shape", default="tiny", help=f"sizes of the layer: {', '.join(SHAPES)}")
     add("--hidden-size", type=int, help="instead of the shape's")
     add("--intermediate-size", type=int, help="instead of the shape's")
+    add("--num-experts", type=int, help="instead of the shape's")
+    add("--top-k", type=int, help="instead of the shape's")
     add("--tokens-per-rank", type=int, default=512, help=f"1 to {MAX_TOKENS_PER_RANK}")
     add("--scenarios", "--scenario", default="80:4", help=f"by commas: {GRAMMAR}; or llep, all of its paper's")
     add("--calibrate-on", metavar="SCENARIO", help="what placements are learnt from; default: the scenario itself")
@@ -79,7 +81,8 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Check the options and put together what is measured, scenario by scenario."""
-    for name in ("hidden_size", "intermediate_size", "num_rounds", "local_ranks", "ranks_per_node", "threads"):
+    sizes = ("hidden_size", "intermediate_size", "num_experts", "top_k")
+    for name in (*sizes, "num_rounds", "local_ranks", "ranks_per_node", "threads"):
         if (value := getattr(args, name)) is not None:
             check_integer(f"--{name.replace('_', '-')}", value, 1)
     check_integer("--tokens-per-rank", args.tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
@@ -90,8 +93,11 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         check_writable(path)
     for name in parse_names(args.peers):
         check_choice("peer", name, PEERS)
-    full_shape = SHAPES[shape_name(args.shape)]
-    sizes = {name: getattr(args, name) for name in ("hidden_size", "intermediate_size") if getattr(args, name)}
+    shape = SHAPES[shape_name(args.shape)]
+    shape = replace(shape, **{name: getattr(args, name) for name in sizes if getattr(args, name)})
+    if shape.top_k > shape.num_experts:
+        raise UserError(f"--top-k {shape.top_k}: there are {shape.num_experts} experts")
+    full_shape = replace(SHAPES[shape_name(args.shape)], num_experts=shape.num_experts, top_k=shape.top_k)
     dtype = parse_dtype(args.dtype)
     native = native_format_name(dtype)
     formats = tuple(parse_names(args.formats or native))
@@ -103,7 +109,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     workloads = [parse(name, full_shape, args.tokens_per_rank) for name in names]
     calibration = parse(args.calibrate_on, full_shape, args.tokens_per_rank) if args.calibrate_on else None
     case = Case(
-        shape=replace(full_shape, **sizes),
+        shape=shape,
         full_shape=full_shape,
         workload=workloads[0],
         calibration=workloads[0],
@@ -163,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "ranks_per_node": topology.ranks_per_node,
         "backend": backend,
         "device": device,
-        "shape_name": shape_name(args.shape),
+        "shape_name": shape_name(args.shape) + (" (changed)" if args.num_experts or args.top_k else ""),
         "shape": asdict(cases[0].shape),
         "formats": cases[0].formats,
         "machine": args.machine,

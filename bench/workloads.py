@@ -201,7 +201,9 @@ def _read_trace(text: str, shape: Shape) -> Trace:
         raise _refused(text, f"{path} holds layers {', '.join(map(str, stats.layers))}") from None
     if (stats.num_experts, stats.top_k or shape.top_k) != (shape.num_experts, shape.top_k):
         found = f"{stats.num_experts} experts, {stats.top_k or shape.top_k} a token"
-        raise _refused(text, f"it has {found}, the shape {shape.num_experts} and {shape.top_k}")
+        raise _refused(
+            text, f"it has {found}, the shape {shape.num_experts} and {shape.top_k}; set --num-experts, --top-k"
+        )
     counts_SE = stats.counts[:, at]
     steps = tuple(Step(number, counts_E) for number, counts_E in enumerate(counts_SE) if counts_E.any())
     if len(steps) < 2:

@@ -160,6 +160,8 @@ def test_peers_run_beside_ours(tmp_path: Path) -> None:
         (["--scenario", "95:0"], "experts in 1..7"),
         (["--scenarios", ","], "--scenarios: name at least one"),
         (["--calibrate-on", "120:4"], "--scenarios 120:4: percent in 1..100"),
+        (["--top-k", "9"], "--top-k 9: there are 8 experts"),
+        (["--num-experts", "0"], "--num-experts 0: must be at least 1"),
         (["--shape", "olmo"], "did you mean 'olmoe'"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--local-ranks", "0"], "--local-ranks 0: must be at least 1"),
