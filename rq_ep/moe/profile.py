@@ -21,14 +21,14 @@ from rq_ep.formats import get_format
 from rq_ep.moe.bank import ExpertBank
 from rq_ep.moe.family import ExpertFamily
 from rq_ep.moe.links import measured_link, named_link
-from rq_ep.moe.stopwatch import own_seconds, shortest
+from rq_ep.moe.stopwatch import own_seconds, typical
 from rq_ep.parallel import EPGroup, Exchange, single_group
 from rq_ep.strategies import STRATEGIES, make_strategy
 from rq_ep.strategies.place import place
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
-MAX_EXPERTS = 8  # of a rank's share that are computed in one call, so that none finds its weights in the cache
+MAX_EXPERTS = 8  # of a rank's share that are computed in one call
 MAX_ROWS = 1024  # of one expert
 MAX_CALL_S = 1.0  # no more rows once a call takes longer
 GATHERED_ROWS = (16, 256, 4096)
@@ -68,7 +68,7 @@ def profile_layer(
 ) -> Profile:
     """Time the parts of a layer. Every rank of the group calls it; all measure at once and get the same profile.
 
-    A figure is the shortest of its repeats and the longest of the ranks'.
+    A figure is the median of its repeats and the longest of the ranks'.
 
     Args:
         layer: what to compute.
@@ -160,7 +160,7 @@ class _ExpertTimer:
         rows_TD, weights_TK = self.layer.rows(len(ids_TK), self.device), torch.ones(ids_TK.shape, device=self.device)
         exchange = Exchange(single_group(self.device))
         (received,) = exchange.dispatch(rows_TD, ids_TK.to(self.device), weights_TK, plan)  # alone: in one part
-        call_s = shortest(lambda: self.bank.compute(received, self.layer.family), self.device, self.budget_s)
+        call_s = typical(lambda: self.bank.compute(received, self.layer.family), self.device, self.budget_s)
         return call_s, plan
 
 
@@ -192,7 +192,7 @@ def _gather_seconds(layer: ProfiledLayer, device: torch.device, budget_s: float)
     of_rows = {}
     for num_rows in GATHERED_ROWS:
         rows_TD, order = layer.rows(num_rows, device), torch.randperm(num_rows, device=device)
-        of_rows[num_rows] = shortest(partial(rows_TD.index_select, 0, order), device, budget_s)
+        of_rows[num_rows] = typical(partial(rows_TD.index_select, 0, order), device, budget_s)
     return of_rows
 
 

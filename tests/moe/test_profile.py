@@ -10,7 +10,7 @@ from rq_ep.costs import Profile
 from rq_ep.moe import profile as module
 from rq_ep.moe.links import named_link
 from rq_ep.moe.profile import ProfiledLayer, profile_layer
-from rq_ep.moe.stopwatch import own_seconds, shortest
+from rq_ep.moe.stopwatch import MIN_REPEATS, own_seconds, typical
 from rq_ep.parallel import EPGroup, run_local, single_group
 from tests.moe.cases import F_, FAMILIES, D
 
@@ -24,7 +24,7 @@ def test_a_steady_machine_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
     def microsecond_per_row(run: Callable[[], Tensor], device: torch.device, budget_s: float) -> float:
         return 1e-6 * len(run())
 
-    monkeypatch.setattr(module, "shortest", microsecond_per_row)
+    monkeypatch.setattr(module, "typical", microsecond_per_row)
     profile = timed(single_group())
     assert (profile.hidden_size, profile.intermediate_size, profile.num_experts) == (D, F_, 5)
     for name, fit in profile.fits.items():
@@ -53,13 +53,13 @@ def test_ranks_agree_and_time_their_link(family: str) -> None:
 
 
 def test_a_call_that_takes_long_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "shortest", lambda run, device, budget_s: 0.4 * len(run()))
+    monkeypatch.setattr(module, "typical", lambda run, device, budget_s: 0.4 * len(run()))
     sizes = [curve.sizes for curve in timed(single_group(), num_experts=2).experts.values()]
     assert sizes == [(1, 2)] * 2  # 0.8 s, then 1.6 s
 
 
-def test_the_shortest_repeat_counts() -> None:
+def test_calls_are_repeated_within_the_budget() -> None:
     calls: list[int] = []
-    assert shortest(lambda: calls.append(1), torch.device("cpu"), budget_s=0.0) >= 0
-    assert len(calls) == 4  # one to warm up, three to measure
+    assert typical(lambda: calls.append(1), torch.device("cpu"), budget_s=0.0) >= 0
+    assert len(calls) == 1 + MIN_REPEATS  # one to warm up
     assert own_seconds(lambda: sum(range(100_000)), torch.device("cpu")) > 0
