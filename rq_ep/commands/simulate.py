@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rq_ep.core.arrays import IntArray
     from rq_ep.core.cost import LayerCost
     from rq_ep.core.placement import Placement
     from rq_ep.core.stats import ExpertStats
@@ -16,6 +17,9 @@ UNIFORM = "(uniform)"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", required=True, metavar="FILE", help="loads to replay, best held out from placing")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="replay the tokens of this recorded routing instead; --stats still tells sizes"
+    )
     parser.add_argument(
         "--placement", nargs="+", action="extend", default=[], metavar="FILE",
         help="placements, at most one of each strategy, served by the strategy that made them; a strategy without one "
@@ -45,8 +49,10 @@ def run(args: argparse.Namespace) -> None:
     from rq_ep.core.stats import ExpertStats
 
     stats = ExpertStats.load(args.stats)
-    if not stats.counts.any():
-        raise UserError(f"{args.stats}: no routed pairs to replay; calibrate again, on more text")
+    counts = stats.counts if args.trace is None else _traced(args.trace, stats, args.num_ranks)
+    if not counts.any():
+        what, remedy = (args.trace, "record again") if args.trace else (args.stats, "calibrate again")
+        raise UserError(f"{what}: no routed pairs to replay; {remedy}, on more text")
     if args.json:
         check_writable(args.json)
     placements: dict[str, tuple[str, Placement]] = {}
@@ -65,15 +71,33 @@ def run(args: argparse.Namespace) -> None:
         placements[placement.strategy] = (Path(path).name, placement)
     names = [*parse_names(args.strategies), *placements]  # what was given is shown, named or not
     strategies = parse_strategies(names, args.set)
-    rows = [_row(strategy, stats, placements.get(name), args) for name, strategy in strategies.items()]
-    _report(rows, stats, args.machine)
+    rows = [_row(strategy, stats, counts, placements.get(name), args) for name, strategy in strategies.items()]
+    _report(rows, len(counts), stats.num_layers, args.machine)
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def _traced(path: str, stats: "ExpertStats", num_ranks: int) -> "IntArray":
+    """[S, L, R, E] pairs of a recorded routing of the model that `stats` tells about."""
+    from rq_ep.core.errors import UserError, check_integer
+    from rq_ep.sim.traces import RoutingTrace
+
+    trace = RoutingTrace.load(path)
+    if (trace.layers, trace.num_experts) != (stats.layers, stats.num_experts):
+        raise UserError(
+            f"{path}: {trace.num_experts} experts in layers {list(trace.layers)}, but {stats.source} has "
+            f"{stats.num_experts} in layers {list(stats.layers)}: record the model that was calibrated"
+        )
+    return trace.counts(check_integer("--num-ranks", num_ranks, 1))
+
+
 def _row(
-    strategy: "Strategy", stats: "ExpertStats", given: "tuple[str, Placement] | None", args: argparse.Namespace
+    strategy: "Strategy",
+    stats: "ExpertStats",
+    counts: "IntArray",
+    given: "tuple[str, Placement] | None",
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     import numpy as np
 
@@ -87,7 +111,7 @@ def _row(
         given = (UNIFORM, place(uniform, args.num_ranks, strategy=strategy))
     source, placement = given
     cost = _cost(args.machine, stats)
-    result = simulate(strategy, placement, stats.counts, stats.native_format, cost)
+    result = simulate(strategy, placement, counts, stats.native_format, cost)
     row = {
         "strategy": strategy.name,
         "placement": source,
@@ -97,7 +121,7 @@ def _row(
         "bytes_max": max(placement.bytes_R),
         "bytes": placement.bytes_R,
         "low_precision_share": result.low_precision_share,
-        "transfers_per_step": float(result.transfers_SL.sum(axis=1).mean()) if stats.num_steps else 0.0,
+        "transfers_per_step": float(result.transfers_SL.sum(axis=1).mean()),
     }
     if result.layer_s_SL is not None:
         row["modelled_step_s"] = float(result.layer_s_SL.sum(axis=1).mean())
@@ -117,7 +141,7 @@ def _cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":
     return model.layer(LayerShape(stats.hidden_size, stats.intermediate_size, stats.expert_bytes))
 
 
-def _report(rows: list[dict[str, Any]], stats: "ExpertStats", machine: str | None) -> None:
+def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -139,7 +163,7 @@ def _report(rows: list[dict[str, Any]], stats: "ExpertStats", machine: str | Non
             cells.append(f"{1000 * row['modelled_step_s']:.3g}")
         table.add_row(*cells)
     Console().print(table)
-    print(f"{stats.num_steps} steps of {stats.num_layers} layers. MiB/rank: experts on the fullest rank.")
+    print(f"{num_steps} steps of {num_layers} layers. MiB/rank: experts on the fullest rank.")
     print("low: share of pairs in low precision. moved: expert weights sent per step, all layers.")
     if any(row["placement"] == UNIFORM for row in rows):
         print(f"{UNIFORM}: no placement file was made by this strategy; it placed by itself, on uniform load.")

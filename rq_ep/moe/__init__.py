@@ -5,5 +5,6 @@ from rq_ep.moe.family import ExpertFamily
 from rq_ep.moe.layer import EPExperts
 from rq_ep.moe.local import LocalExperts
 from rq_ep.moe.telemetry import Telemetry
+from rq_ep.moe.trace import RoutingRecorder
 
-__all__ = ["EPExperts", "ExpertBank", "ExpertFamily", "LocalExperts", "SpareRoom", "Telemetry"]
+__all__ = ["EPExperts", "ExpertBank", "ExpertFamily", "LocalExperts", "RoutingRecorder", "SpareRoom", "Telemetry"]

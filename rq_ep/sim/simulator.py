@@ -32,7 +32,7 @@ class Simulation:
 def simulate(
     strategy: Strategy,
     placement: Placement,
-    counts_SLE: IntArray,
+    counts: IntArray,
     native_format: str,
     cost: LayerCost | None = None,
 ) -> Simulation:
@@ -41,20 +41,20 @@ def simulate(
     Args:
         strategy: makes the planners.
         placement: one layer for each layer of the counts.
-        counts_SLE: recorded pairs per step, layer and expert.
+        counts: recorded pairs per step, layer and expert, [S, L, E], which are dealt to the ranks, or [S, L, R, E].
         native_format: the format that does not count as low precision.
         cost: prices each plan; None: no seconds.
     """
     topology = placement.topology
     planners = [strategy.planner(layer, topology, cost) for layer in placement.layers]
-    num_steps, num_layers, _ = counts_SLE.shape
+    num_steps, num_layers = counts.shape[:2]
     imbalance_SL = np.full((num_steps, num_layers), np.nan)
     transfers_SL = np.zeros((num_steps, num_layers), np.int64)
     layer_s_SL = np.zeros((num_steps, num_layers))
     loads_LR = np.zeros((num_layers, topology.num_ranks), np.int64)
     low_pairs = 0
     for at, planner in enumerate(planners):
-        dealt_SRE = deal_counts(counts_SLE[:, at : at + 1], topology.num_ranks)[:, 0]
+        dealt_SRE = counts[:, at] if counts.ndim == 4 else deal_counts(counts[:, [at]], topology.num_ranks)[:, 0]
         for step, counts_RE in enumerate(dealt_SRE):
             plan = planner(counts_RE)
             if plan.loads_R.any():
@@ -68,7 +68,7 @@ def simulate(
     return Simulation(
         imbalance_SL=imbalance_SL,
         loads_LR=loads_LR,
-        low_precision_share=low_pairs / max(int(counts_SLE.sum()), 1),
+        low_precision_share=low_pairs / max(int(counts.sum()), 1),
         transfers_SL=transfers_SL,
         layer_s_SL=None if cost is None else layer_s_SL,
     )

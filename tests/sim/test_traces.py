@@ -1,0 +1,78 @@
+"""Recorded routing: written, read, dealt to any number of ranks, and refused when it is not whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rq_ep.__main__ import main
+from rq_ep.core.errors import UserError
+from rq_ep.sim.traces import RoutingTrace
+from tests.commands.test_simulate import write_stats
+
+
+def trace_of(tokens: list[int], num_layers: int = 2, num_experts: int = 16, top_k: int = 2) -> RoutingTrace:
+    random = np.random.default_rng(0)
+    shape = (sum(tokens), num_layers, top_k)
+    ids_NLK = random.integers(num_experts, size=shape).astype(np.int32)
+    weights_NLK = random.random(shape).astype(np.float32)
+    return RoutingTrace(ids_NLK, weights_NLK, np.array(tokens), num_experts, tuple(range(num_layers)))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_every_step_is_dealt_in_equal_runs(tmp_path: Path, num_ranks: int) -> None:
+    tokens = [7, 0, 2, 12]
+    trace_of(tokens).save(tmp_path / "trace.safetensors")
+    trace = RoutingTrace.load(tmp_path / "trace.safetensors")
+    counts_SLRE = trace.counts(num_ranks)
+    assert counts_SLRE.shape == (4, 2, num_ranks, 16)
+    for step, ids_NLK in enumerate(np.split(trace.ids_NLK, np.cumsum(tokens)[:-1])):
+        for rank, run_NLK in enumerate(np.array_split(ids_NLK, num_ranks)):
+            for layer in range(2):
+                expected_E = np.bincount(run_NLK[:, layer].ravel(), minlength=16)
+                assert counts_SLRE[step, layer, rank].tolist() == expected_E.tolist()
+
+
+def test_traces_of_ranks_are_joined_step_by_step() -> None:
+    whole = trace_of([3, 4])
+    cuts = [np.r_[0:1, 3:7], np.r_[1:3]]
+    ranks = [
+        RoutingTrace(whole.ids_NLK[cut], whole.weights_NLK[cut], np.array(tokens), 16, whole.layers)
+        for cut, tokens in zip(cuts, ([1, 4], [2, 0]), strict=True)
+    ]
+    joined = RoutingTrace.joined(ranks)
+    assert np.array_equal(joined.ids_NLK, whole.ids_NLK)
+    assert np.array_equal(joined.weights_NLK, whole.weights_NLK)
+    assert joined.tokens_S.tolist() == [3, 4]
+
+
+def test_what_is_cut_short_or_foreign_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    trace = trace_of([5, 6])
+    trace.save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-7])
+    with pytest.raises(UserError, match="not a readable trace"):
+        RoutingTrace.load(path)
+    save_file({"ids_NLK": trace.ids_NLK}, path)
+    with pytest.raises(UserError, match=r"expected 'rq_ep\.trace/1'"):
+        RoutingTrace.load(path)
+    with pytest.raises(UserError, match="no such file"):
+        RoutingTrace.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="12 tokens of 2 steps do not have"):
+        RoutingTrace(trace.ids_NLK, trace.weights_NLK, np.array([5, 7]), 16, trace.layers)
+    with pytest.raises(UserError, match="of 3: record it again"):
+        RoutingTrace(trace.ids_NLK, trace.weights_NLK, trace.tokens_S, 3, trace.layers)
+
+
+def test_simulate_replays_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stats = write_stats(tmp_path / "stats.safetensors")
+    path = tmp_path / "trace.safetensors"
+    command = ["simulate", "--stats", stats, "--num-ranks", "4", "--strategies", "standard", "--trace", str(path)]
+    trace_of([40, 50, 60]).save(path)
+    assert main(command) == 0
+    assert "3 steps of 2 layers" in capsys.readouterr().out
+    trace_of([40], num_layers=3).save(path)
+    assert main(command) == 2
+    assert "record the model that was calibrated" in capsys.readouterr().err
