@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -87,6 +87,15 @@ class ReplicateLend:
 Quotas = list[dict[int, int]]  # of each expert: rank -> pairs it computes
 
 
+class Loan(NamedTuple):
+    """Experts to lend, and who computes how much then."""
+
+    step_s: float  # as estimated: the fullest rank and the busiest link
+    transfers: list[WeightTransfer]
+    quotas_E: Quotas
+    is_cut_short: bool = False  # by the cap on low precision
+
+
 @dataclass(frozen=True)
 class Lending:
     """The tables of one layer, and the choice of what to lend in a step.
@@ -142,9 +151,17 @@ class Lending:
         )
 
     def choose(self, before: DispatchPlan) -> tuple[tuple[WeightTransfer, ...], Quotas] | None:
-        """The experts to lend and everybody's pairs then; None if lending saves nothing.
+        """The experts to lend and everybody's pairs then; None if lending saves nothing."""
+        loan = self._lend(before, has_low=self.strategy.transient_format is not None)
+        if loan.is_cut_short:
+            loan = min(loan, self._lend(before, has_low=False), key=lambda loan: loan.step_s)
+        if not loan.transfers:
+            return None
+        kept = (transfer for transfer in loan.transfers if loan.quotas_E[transfer.expert][transfer.dst])
+        return tuple(sorted(kept)), loan.quotas_E
 
-        One expert after another goes to the emptiest rank: the one that has most pairs on the ranks which hold each
+    def _lend(self, before: DispatchPlan, has_low: bool) -> "Loan":
+        """One expert after another goes to the emptiest rank: the one that has most pairs on the ranks which hold each
         other up (the cut that bounds the fullest one). Of the resulting steps the shortest is taken.
         """
         quotas_E: Quotas = [{} for _ in range(self.num_experts)]
@@ -158,8 +175,7 @@ class Lending:
         sent, received = [0.0] * len(loads), [0.0] * len(loads)
         num_borrowed = [0] * len(loads)
         transfers: list[WeightTransfer] = []
-        shortest_s = max(loads) * self.pair_s
-        best: tuple[list[WeightTransfer], Quotas] | None = None
+        best = Loan(max(loads) * self.pair_s, [], quotas_E)
         fullest, cut = augment(quotas_E, loads, mean)
         while fullest > mean:
             helpers = [rank for rank in range(len(loads)) if num_borrowed[rank] < self.strategy.max_borrowed]
@@ -170,26 +186,22 @@ class Lending:
             amount = min(movable, mean - loads[helper])
             if amount < self.min_pairs:
                 break
-            is_low = self._lent_low(quotas_E, transfers) + amount <= low_left
+            is_low = has_low and self._lent_low(quotas_E, transfers) + amount <= low_left
             transfer = self._transfer(expert, helper, sent, is_low)
             sent[transfer.src] += self.transfer_s[transfer.format]
             received[helper] += self.transfer_s[transfer.format]
             moved_s = max(*sent, *received) + self.latency_s
-            if mean * self.pair_s + moved_s >= shortest_s and moved_s:
+            if mean * self.pair_s + moved_s >= best.step_s and moved_s:
                 break
             num_borrowed[helper] += 1
             transfers.append(transfer)
             quotas_E[expert][helper] = 0
             fullest, cut = augment(quotas_E, loads, mean)
-            if (lent_low := self._lent_low(quotas_E, transfers)) and lent_low > low_left:
-                break
-            if fullest * self.pair_s + moved_s < shortest_s:
-                shortest_s = fullest * self.pair_s + moved_s
-                best = list(transfers), [dict(by_rank) for by_rank in quotas_E]
-        if best is None:
-            return None
-        kept = tuple(sorted(transfer for transfer in best[0] if best[1][transfer.expert][transfer.dst]))
-        return kept, best[1]
+            if has_low and self._lent_low(quotas_E, transfers) > max(low_left, 0):
+                return best._replace(is_cut_short=True)
+            if fullest * self.pair_s + moved_s < best.step_s:
+                best = Loan(fullest * self.pair_s + moved_s, list(transfers), [dict(pairs) for pairs in quotas_E])
+        return best
 
     def _transfer(self, expert: int, dst: int, sent: Sequence[float], is_low: bool) -> WeightTransfer:
         """From the holder that has sent least so far."""

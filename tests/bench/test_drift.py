@@ -1,0 +1,22 @@
+"""`bench/drift.py`: lending pays in large steps of another load than was calibrated, and stays away elsewhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parents[2] / "bench" / "drift.py"
+
+
+def test_lends_where_it_pays(tmp_path: Path) -> None:
+    out = tmp_path / "drift.json"
+    options = ["--tokens-per-rank", "16", "8192", "--drifts", "0", "1", "--steps", "4", "--json", str(out)]
+    done = subprocess.run([sys.executable, str(BENCH), *options], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["row"], row["tokens_per_rank"], row["drift"]): row for row in json.loads(out.read_text())["rows"]}
+    for tokens, drift in ((16, 0), (16, 1), (8192, 0), (8192, 1)):
+        assert rows["rq_llep", tokens, drift]["layer_s"] <= rows["rq", tokens, drift]["layer_s"]
+    small, large = rows["rq_llep", 16, 1], rows["rq_llep", 8192, 1]
+    assert small["transfers"] == 0 < small["bound_by_bytes"]
+    assert large["transfers"] > 0 == large["bound_by_bytes"]
+    assert large["layer_s"] < 0.9 * min(rows["rq", 8192, 1]["layer_s"], rows["llep", 8192, 1]["layer_s"])
