@@ -38,7 +38,7 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
     if np.isfinite(theirs).any():
         upper.plot(at, theirs, "x", color="#222222", label="llep, published (whole layer, 8 H200)")
     upper.set_ylabel(f"speed-up over {labels[0]}\nslowest rank's experts, measured")
-    figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside upper center")
+    figure.legend(fontsize=8, frameon=False, ncols=len(labels) + 2, loc="outside lower center")
     lower.set_ylabel("rows received by the\nfullest rank, MiB")
     lower.set_xticks(at, scenarios, rotation=30)
     shape = result["shape"]
