@@ -41,6 +41,14 @@ def test_noise_neither_breaks_the_fit_nor_makes_more_rows_cheaper(noise: list[fl
     assert fit.pair_s == pytest.approx(1e-6, rel=3)
 
 
+def test_a_disturbed_timing_of_few_rows_is_corrected_by_those_of_more() -> None:
+    truth = ExpertFit(2e-5, 1e-6, 2e-5)
+    seconds = truth.seconds(np.array(ROWS))
+    seconds[:3] *= 5
+    fit = fit_expert(ROWS, seconds.tolist())
+    assert fit.seconds(np.array(ROWS)) == pytest.approx(truth.seconds(np.array(ROWS)), rel=0.01)
+
+
 def test_time_must_grow_with_the_rows() -> None:
     with pytest.raises(UserError, match="do not grow from 1 to 256 rows"):
         fit_expert(ROWS, [1e-3 / rows for rows in ROWS])
