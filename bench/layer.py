@@ -60,7 +60,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ranks-per-node", type=int, help="default: as the launcher says")
     add(
         "--strategies",
-        default="standard,eplb,llep,rq",
+        default="standard,eplb,llep,rq,rq_llep",
         help="the first is what ratios refer to; NAME+N: N replicas on top",
     )
     add("--set", action="append", default=[], metavar="NAME.SETTING=VALUE", help="a strategy's setting, repeatable")
