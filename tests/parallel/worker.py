@@ -14,7 +14,7 @@ import torch
 
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.moe import EPExperts, Telemetry
-from rq_ep.parallel import EPGroup, RankFailure, TorchGroup
+from rq_ep.parallel import EPGroup, Exchange, RankFailure, TorchGroup
 from tests.moe import cases
 
 TIMEOUT_S = 60
@@ -65,6 +65,10 @@ def layers(group: EPGroup, dtype: torch.dtype, native: str) -> dict[str, Any]:
             first, second = (experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK) for _ in range(2))
             assert torch.equal(first, second), f"{routing} {name}: two runs gave different bits"
             assert telemetry.loads().sum() == 2 * counts_RE.sum()
+            if routing == "one_hot_expert":
+                experts.exchange = Exchange(group, max_padded_bytes=0, max_part_bytes=64, overlaps=True)
+                in_parts = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
+                cases.check_close(in_parts.cpu(), first.cpu())
             borrowed += planner(counts_RE).transfers
             results[f"{routing} {name} {variant}"] = first.cpu()
     assert bool(borrowed) == (group.size > 1), (

@@ -1,0 +1,38 @@
+"""However rows travel, the layer computes the same, with borrowed experts too."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from rq_ep.moe import EPExperts
+from rq_ep.parallel import Exchange, run_local
+from tests.moe import cases
+from tests.parallel.test_exchange import MODES
+
+BORROWING = {"knobs": {"min_tokens_per_gemm": 1, "fallback_ratio": 1.0}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("routing", ["one_hot_expert", "one_rank_empty", "duplicates", "no_tokens"])
+def test_every_way_to_move_rows_equals_the_dense_layer(mode: str, routing: str) -> None:
+    family = cases.FAMILIES["transposed"]
+    ranks = cases.batches(routing)
+    num_experts = cases.ROUTINGS[routing][0]
+    weights = cases.expert_weights(family, num_experts)
+    counts_RE = cases.counts_of(ranks, num_experts)
+    layer, planner, _ = cases.planned("llep", BORROWING, family, counts_RE)
+    settings = MODES[mode] | ({"max_part_bytes": 5 * cases.D * 4} if "max_part_bytes" in MODES[mode] else {})
+
+    def main(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        experts = EPExperts(family, layer, planner, group)
+        experts.exchange = Exchange(group, **settings)
+        cases.fill(experts, weights)
+        batch = ranks[group.rank]
+        first, again = (experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK) for _ in range(2))
+        return first, again
+
+    assert bool(planner(counts_RE).transfers) == (routing != "no_tokens")
+    for (first, again), batch in zip(run_local(len(ranks), main), ranks, strict=True):
+        cases.check_close(first, cases.expected(family, weights, batch))
+        assert torch.equal(first, again), "the same step twice gave different bits"
