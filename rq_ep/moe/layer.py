@@ -17,7 +17,13 @@ from rq_ep.parallel import EPGroup, Exchange, RankFailure
 
 
 class EPExperts(nn.Module):
-    """This rank's part of a layer's experts. Every rank of the group calls it for every step, with zero rows too."""
+    """This rank's part of a layer's experts. Every rank of the group calls it for every step, with zero rows too.
+
+    A small step takes three collectives - counts, rows, sums - and a larger one four, as pairs' notes go ahead of the
+    rows. The host waits for a GPU once, for the counts; in a larger step again for the numbers of rows, and, if they
+    come in parts, of pairs in each; after borrowing once more, for the checksums. To wait for none, the planner would
+    have to run on the GPU and every message to have the size of its bound, as small ones have already.
+    """
 
     def __init__(
         self,
