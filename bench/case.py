@@ -15,7 +15,7 @@ from rq_ep.core.placement import LayerPlacement, PlacementProblem, standard_ep_b
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner, Strategy
 from rq_ep.core.topology import Topology
-from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
 
 NUM_CALIBRATION_STEPS = 16
@@ -123,7 +123,8 @@ class Case:
         """What this layer costs on the modelled machine, in some size."""
         if self.machine is None:
             return None
-        sizes = {name: get_format(name).nbytes(_family(shape).layout) for name in self.formats}
+        layout = _family(shape).layout
+        sizes = {name: format_.nbytes(layout) for name, format_ in FORMATS.items()}  # what is lent may be in any
         return self.machine.layer(LayerShape(shape.hidden_size, shape.intermediate_size, sizes))
 
 

@@ -17,6 +17,7 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.topology import Topology
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.moe import EPExperts, Telemetry
+from rq_ep.moe.layer import transfer_bytes
 from rq_ep.parallel import EPGroup
 from rq_ep.parallel.reference import dense_moe
 
@@ -160,9 +161,8 @@ def _row(case: Case, name: str, planned: Planned | None, ranks: list[OwnFigures]
         row["num_extra_replicas"] = contestant.num_extra_replicas
         row["compute_s_by_rank"] = {f"p{p}": np.percentile(compute_RS, p, axis=1).tolist() for p in (50, 99)}
         row |= planned.facts()
-        sizes = {name: get_format(name).nbytes(case.family.layout) for name in case.formats}
-        moved = [sum(sizes[transfer.format] for transfer in plan.transfers) for plan in planned.plans]
-        row["transfer_bytes_per_step"] = float(np.mean(moved))
+        moved_BR = [transfer_bytes(plan, case.family) for plan in planned.plans]
+        row["transfer_bytes_per_step"] = float(np.sum(moved_BR, axis=1).mean())
     return row | {
         **{f"_{figure}": values_S for figure, values_S in figures.items()},
         **{figure: None if values_S is None else _quantiles(values_S) for figure, values_S in figures.items()},

@@ -77,7 +77,11 @@ class Planned:
 
 
 def rows_sent(ids_TK: IntArray, plan: DispatchPlan, rank: int) -> IntArray:
-    """[R] rows that source `rank` has for each rank, itself included."""
+    """[R] rows that source `rank` has for each rank, itself included.
+
+    Pairs are taken in (token, k) order; where formats of an expert are mixed they go by weight, which changes which
+    rows travel and hardly how many.
+    """
     by_expert_P = plan.replicas.by_expert_P
     tokens_N = np.argsort(ids_TK.ravel(), kind="stable") // ids_TK.shape[1]
     destination_N = np.repeat(plan.replicas.ranks_P[by_expert_P], plan.pairs_RP[rank, by_expert_P])
