@@ -104,11 +104,14 @@ def _report(placement: "Placement") -> None:
             f"{placement.low_precision_planned:.1%} of the calibration pairs in low precision "
             f"(cap {placement.low_precision_cap:.0%})"
         )
-    if found := placement.certificate:
+    found = placement.certificate
+    if "bound" in found:
         console.print(
             f"all layers: predicted {found['predicted']:.3f}, bound {found['bound']:.3f}, gap {found['gap']:.1%}, "
             f"binding: {found['binding']}; standard EP on the same steps {found['standard']:.3f}"
         )
+    elif found:
+        console.print("; ".join(f"{what.replace('_', ' ')}: {value}" for what, value in found.items()), markup=False)
 
 
 def _draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:

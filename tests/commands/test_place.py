@@ -45,7 +45,7 @@ def test_writes_a_placement_and_a_picture_and_says_what_it_did(
     assert sorted(file.name for file in out.parent.iterdir()) == ["placement.json", "placement.png"]
 
 
-@pytest.mark.parametrize("strategy", ["standard", "eplb", "llep"])
+@pytest.mark.parametrize("strategy", ["standard", "eplb", "llep", "rq_paper", "rq_llep"])
 def test_other_strategies(stats: str, tmp_path: Path, strategy: str) -> None:
     out = tmp_path / "placement.json"
     arguments = ["place", "--stats", stats, "--num-ranks", "3", "--strategy", strategy, "--no-plot", "--out", str(out)]
