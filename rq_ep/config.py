@@ -119,6 +119,9 @@ class ServeConfig:
     strategy: StrategyConfig | None = option(  # noqa: RUF009  (`option` is a dataclass field)
         None, help="name of a strategy, or {name: ..., setting: ...}; default: the placement's, or standard"
     )
+    machine: str | None = option(
+        None, help="what strategies weigh transfers with: a known machine, FILE.yaml or the .json of `rq-ep profile`"
+    )
     dtype: str = option("auto", help="dtype to compute in; auto: the checkpoint's", choices=DTYPES)
     device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)
     attn_implementation: str | None = option(None, help="attention of transformers; default: sdpa, or eager without it")

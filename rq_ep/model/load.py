@@ -14,15 +14,17 @@ from rich.console import Console
 from rich.progress import track
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from rq_ep.core.cost import CostModel
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
+from rq_ep.costs import cost_model
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.model.adapters import adapter_for
 from rq_ep.model.checkpoint import Checkpoint, read_config, transformers_may_refuse
 from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import check_fits, expert_bytes
-from rq_ep.model.placing import check_layers, choose_strategy, place_uniformly
+from rq_ep.model.placing import check_layers, choose_strategy, layer_cost, place_uniformly
 from rq_ep.model.ranks import Ranks
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
 from rq_ep.model.weights import WeightReader
@@ -54,6 +56,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str = "auto",
     attn_implementation: str | None = None,
+    machine: CostModel | str | None = None,
     telemetry: Telemetry | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint with its experts spread over the ranks; every rank of the group calls this.
@@ -75,6 +78,8 @@ def load(
             a placement the experts are stored in it too; those of a placement are stored in its formats.
         device: auto, cpu or cuda, where no group decides it.
         attn_implementation: as in transformers.
+        machine: what strategies weigh moving weights against balance with, or its name or file (`rq_ep.costs`), the
+            same on every rank; default: they go by their settings alone.
         telemetry: told about every call of every MoE layer.
 
     Raises:
@@ -82,7 +87,9 @@ def load(
             other ranks or layers, or the weights do not fit the device; on every rank, whichever found it.
     """
     ranks = Ranks.of(group, num_local_ranks, device)
-    return ranks.together(lambda: _load(path, placement, strategy, ranks, dtype, attn_implementation, telemetry))
+    return ranks.together(
+        lambda: _load(path, placement, strategy, ranks, dtype, attn_implementation, machine, telemetry)
+    )
 
 
 def _load(
@@ -92,10 +99,13 @@ def _load(
     ranks: Ranks,
     dtype: str | torch.dtype | None,
     attn_implementation: str | None,
+    machine: CostModel | str | None,
     telemetry: Telemetry | None,
 ) -> PreTrainedModel:
     if isinstance(placement, str | Path):
         placement = Placement.load(placement)
+    if isinstance(machine, str):
+        machine = cost_model(machine)
     strategy = choose_strategy(strategy, placement)
     config = read_config(path)
     serving_dtype = _serving_dtype(dtype, config)
@@ -116,7 +126,7 @@ def _load(
     resident = expert_bytes(placement, layout, ranks.here)
     check_fits(model, experts, resident, ranks.here[0], ranks.device)
 
-    layers = _replace_experts(model, experts, placement, strategy, ranks, telemetry)
+    layers = _replace_experts(model, experts, placement, strategy, ranks, machine, telemetry)
     _read_experts(reader, experts, layers, ranks)
     _read_others(model, reader, serving_dtype, ranks.device)
     assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
@@ -154,6 +164,7 @@ def _replace_experts(
     placement: Placement,
     strategy: Strategy,
     ranks: Ranks,
+    machine: CostModel | None,
     telemetry: Telemetry | None,
 ) -> tuple[EPExperts | LocalExperts, ...]:
     """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
@@ -161,7 +172,8 @@ def _replace_experts(
     layers: list[EPExperts | LocalExperts] = []
     for module, placed in zip(experts, placement.layers, strict=True):
         family = family_of(module.module)
-        planner = strategy.planner(placed, placement.topology)
+        cost = layer_cost(machine, family, placement, strategy)
+        planner = strategy.planner(placed, placement.topology, cost)
         layer: EPExperts | LocalExperts
         if ranks.group is None:
             layer = LocalExperts(family, placed, planner, ranks.num_ranks, device=ranks.device, telemetry=telemetry)

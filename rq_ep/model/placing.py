@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rq_ep.core.cost import CostModel, LayerCost
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats, ModelIdentity
@@ -10,6 +11,7 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.model.seam import ExpertsModule
+from rq_ep.moe import ExpertFamily
 from rq_ep.strategies import make_strategy
 
 
@@ -38,6 +40,16 @@ def place_uniformly(
     )
     budget_bytes_R = (standard_ep_bytes(stats, num_ranks),) * num_ranks
     return strategy.place(PlacementProblem(replace(stats, model=model), topology, budget_bytes_R))
+
+
+def layer_cost(
+    machine: CostModel | None, family: ExpertFamily, placement: Placement, strategy: Strategy
+) -> LayerCost | None:
+    """What a layer costs on a machine, in every format the placement stores or the strategy may send."""
+    if machine is None:
+        return None
+    sent = getattr(strategy, "transient_format", None)
+    return machine.layer(family.shape({*placement.formats, *([sent] if sent else [])}))
 
 
 def check_layers(placement: Placement, experts: Sequence[ExpertsModule]) -> None:

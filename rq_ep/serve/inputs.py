@@ -6,6 +6,7 @@ from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
+from rq_ep.costs import cost_model
 from rq_ep.engine.families import check_servable
 from rq_ep.model.checkpoint import read_config
 from rq_ep.strategies import make_strategy
@@ -15,13 +16,16 @@ def check_inputs(config: ServeConfig) -> PretrainedConfig:
     """The model's configuration, if it and everything named beside it can be served.
 
     Raises:
-        UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy.
+        UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy
+            or machine.
     """
     chosen_strategy(config)
     model_config = read_config(config.model)
     check_servable(model_config)
     if config.placement is not None:
         Placement.load(config.placement)
+    if config.machine is not None:
+        cost_model(config.machine)
     try:
         tokens = AutoTokenizer.from_pretrained(config.model).encode("text")
     except (OSError, ValueError) as error:

@@ -141,6 +141,7 @@ class RankServer:
             chosen_strategy(config),
             group=self.group,
             dtype=config.dtype,
+            machine=config.machine,
             telemetry=self.loads,
         )
         set_attention(model, config.attn_implementation)

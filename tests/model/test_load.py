@@ -17,7 +17,7 @@ from rq_ep.model.load import load
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.moe import Telemetry
 from rq_ep.parallel import run_local, single_group
-from rq_ep.strategies import NATIVE_STRATEGIES
+from rq_ep.strategies import NATIVE_STRATEGIES, make_strategy
 from rq_ep.strategies.place import place
 from tests.model.families import FAMILIES, prompt, random_model, save
 
@@ -81,6 +81,19 @@ def test_replicated_experts_equal_the_dense_model(family: str, checkpoints: dict
     torch.testing.assert_close(logits(model), logits(random_model(FAMILIES[family])), atol=1e-5, rtol=1e-5)
     assert model.rq_ep.strategy.name == "rq"
     assert telemetry.layers == tuple(layer.layer for layer in placement.layers)
+
+
+def test_a_machine_lets_strategies_weigh_transfers(checkpoints: dict[str, Path]) -> None:
+    path = checkpoints["mixtral"]
+    auto = make_strategy("llep", min_tokens_per_gemm="auto", fallback_ratio="auto")
+    with pytest.raises(UserError, match="auto"):
+        load(path, strategy=auto, num_local_ranks=2)
+    expected = logits(AutoModelForCausalLM.from_pretrained(path))
+    for strategy in (auto, make_strategy("rq_llep"), make_strategy("rq")):
+        found = logits(load(path, strategy=strategy, num_local_ranks=2, machine="h200"))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    with pytest.raises(UserError, match="did you mean 'h200'"):
+        load(path, num_local_ranks=2, machine="h2000")
 
 
 def test_formats_are_those_of_the_placement(checkpoints: dict[str, Path]) -> None:
