@@ -11,7 +11,8 @@ from bench.shapes import Shape
 from bench.workloads import Trace, Workload
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import CostModel, LayerCost, LayerShape
-from rq_ep.core.placement import LayerPlacement, PlacementProblem, standard_ep_bytes
+from rq_ep.core.placement import LayerPlacement
+from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner, Strategy
 from rq_ep.core.topology import Topology

@@ -1,87 +1,21 @@
 """Placement: which rank holds a replica of which expert, in which format, for what share of its pairs."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_integer, check_number, check_text
 from rq_ep.core.files import read_json, replacing
-from rq_ep.core.stats import ExpertStats, ModelIdentity
-from rq_ep.core.topology import Topology, home_ranks
+from rq_ep.core.replicas import Replica, Replicas
+from rq_ep.core.stats import ModelIdentity
+from rq_ep.core.topology import Topology
 
 FORMAT = "rq_ep.placement/1"
-
-
-class Replica(NamedTuple):
-    """One physical copy of an expert: the rank that holds it and the weight format it is stored in."""
-
-    rank: int
-    expert: int
-    format: str
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """P replicas of one layer, at most one per (rank, expert), sorted by these: the order of every `_P` axis.
-
-    `mixed_formats` empty: replicas of one expert share a format. Otherwise they may mix those it names, the one of
-    fewest bits first: of a source's pairs of an expert, those with the lowest gates go there.
-    """
-
-    ranks_P: IntArray
-    experts_P: IntArray
-    formats_P: tuple[str, ...]
-    mixed_formats: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, replicas: Iterable[Replica], mixed_formats: Sequence[str] = ()) -> "Replicas":
-        ordered = sorted(replicas)
-        ranks, experts, formats = zip(*ordered, strict=True) if ordered else ((), (), ())
-        if len(set(zip(ranks, experts, strict=True))) < len(ordered):
-            raise UserError("a rank holds two replicas of one expert")
-        return cls(np.array(ranks, np.int64), np.array(experts, np.int64), tuple(formats), tuple(mixed_formats))
-
-    def __len__(self) -> int:
-        return len(self.formats_P)
-
-    def __getitem__(self, p: int) -> Replica:
-        return Replica(int(self.ranks_P[p]), int(self.experts_P[p]), self.formats_P[p])
-
-    def __iter__(self) -> Iterator[Replica]:
-        return map(Replica, self.ranks_P.tolist(), self.experts_P.tolist(), self.formats_P)
-
-    @cached_property
-    def by_expert_P(self) -> IntArray:
-        """[P] replica indices sorted by (expert, rank): the order in which a source fills an expert's replicas.
-
-        Where an expert mixes formats, those of fewer bits come first.
-        """
-        if not self.mixed_formats:
-            return np.lexsort((self.ranks_P, self.experts_P))
-        place = {name: number for number, name in enumerate(self.mixed_formats)}
-        bits_P = np.array([place.get(name, len(place)) for name in self.formats_P], np.int64)
-        return np.lexsort((self.ranks_P, bits_P, self.experts_P))
-
-    @cached_property
-    def mixing_experts(self) -> tuple[int, ...]:
-        """The experts whose replicas are stored in several formats, ascending."""
-        if not self.mixed_formats:
-            return ()
-        stored = set(zip(self.experts_P.tolist(), self.formats_P, strict=True))
-        numbers = Counter(expert for expert, _ in stored)
-        return tuple(sorted(expert for expert, number in numbers.items() if number > 1))
-
-    def on_rank(self, rank: int) -> range:
-        """Replica indices held by `rank`; their position in the range is the local replica number."""
-        first, last = np.searchsorted(self.ranks_P, [rank, rank + 1])
-        return range(int(first), int(last))
 
 
 @dataclass(frozen=True)
@@ -242,92 +176,6 @@ class Placement:
             raise UserError(f"{path}: {error}") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: incomplete placement file ({type(error).__name__}: {error})") from None
-
-
-@dataclass(frozen=True)
-class PlacementProblem:
-    """What a strategy is asked to place: the statistics, the ranks, and the limits it must keep.
-
-    `budget_bytes_R` None means that bytes are not limited (the result says how many it takes).
-    """
-
-    stats: ExpertStats
-    topology: Topology
-    budget_bytes_R: tuple[int, ...] | None = None
-    formats: tuple[str, ...] = ()  # formats that may be used; default: the native one alone
-    max_low_precision_share: float = 0.25  # of routed pairs computed in a format below the native one
-    tokens_per_step: int | None = None  # the batch size that will be served; None: as calibrated
-    num_redundant_experts: int = 0  # extra replicas per layer, for strategies that count slots instead of bytes
-    seed: int = 0
-    on_progress: Callable[[float], None] = lambda fraction: None  # told the fraction done, now and then
-
-    def __post_init__(self) -> None:
-        if not self.formats:
-            object.__setattr__(self, "formats", (self.stats.native_format,))
-        if missing := [name for name in self.formats if name not in self.stats.expert_bytes]:
-            raise UserError(
-                f"--formats {','.join(self.formats)}: {self.stats.source} has no sizes for {', '.join(missing)}; "
-                f"it knows {', '.join(self.stats.formats)}"
-            )
-        if self.stats.native_format not in self.formats:
-            native = self.stats.native_format
-            raise UserError(f"--formats {','.join(self.formats)}: must name the native format {native}")
-        check_number("--max-low-precision-share", self.max_low_precision_share, 0, 1)
-        if self.tokens_per_step is not None:
-            check_integer("--tokens-per-step", self.tokens_per_step, 1)
-        check_integer("--num-redundant-experts", self.num_redundant_experts)
-        check_integer("--seed", self.seed)
-        if self.budget_bytes_R is not None:
-            if len(self.budget_bytes_R) != self.topology.num_ranks:
-                raise UserError(
-                    f"--budget names {len(self.budget_bytes_R)} ranks, but --num-ranks is {self.topology.num_ranks}"
-                )
-            sizes = tuple(check_integer("--budget", size) for size in self.budget_bytes_R)
-            object.__setattr__(self, "budget_bytes_R", sizes)
-
-    def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
-        """Put layers together: add up bytes and low-precision pairs, and refuse what does not fit the budget."""
-        bytes_R = bytes_by_rank(layers, self.topology.num_ranks, self.stats.expert_bytes)
-        low_pairs = 0.0
-        loads_LE = self.stats.counts.sum(axis=0)
-        for layer, loads_E in zip(layers, loads_LE, strict=True):
-            table = layer.replicas
-            low_P = np.array([name != self.stats.native_format for name in table.formats_P])
-            low_pairs += float((loads_E[table.experts_P] * layer.shares_P)[low_P].sum())
-        if self.budget_bytes_R is not None:
-            over_R = bytes_R - np.array(self.budget_bytes_R)
-            worst = int(np.argmax(over_R))
-            if over_R[worst] > 0:
-                raise UserError(
-                    f"strategy {strategy!r}: {bytes_R[worst]} bytes of experts on rank {worst} exceed its budget of "
-                    f"{self.budget_bytes_R[worst]}: raise --budget to {int(bytes_R.max())}"
-                )
-        return Placement(
-            layers=tuple(layers),
-            strategy=strategy,
-            topology=self.topology,
-            bytes_R=tuple(bytes_R.tolist()),
-            budget_bytes_R=self.budget_bytes_R,
-            model=self.stats.model,
-            tokens_per_step=self.tokens_per_step,
-            low_precision_cap=self.max_low_precision_share if len(self.formats) > 1 else None,
-            low_precision_planned=low_pairs / max(int(loads_LE.sum()), 1),
-            **notes,
-        )
-
-
-def contiguous(problem: PlacementProblem) -> list[LayerPlacement]:
-    """Standard EP's layers: one native replica of each expert, on its home rank."""
-    stats = problem.stats
-    homes_E = home_ranks(stats.num_experts, problem.topology.num_ranks).tolist()
-    replicas = [Replica(rank, expert, stats.native_format) for expert, rank in enumerate(homes_E)]
-    return [LayerPlacement.even(layer, stats.num_experts, replicas) for layer in stats.layers]
-
-
-def standard_ep_bytes(stats: ExpertStats, num_ranks: int) -> int:
-    """Expert bytes of standard EP's fullest rank, over all layers, in the native format: the budget `ep`."""
-    per_layer = -(-stats.num_experts // num_ranks)
-    return per_layer * stats.num_layers * stats.expert_bytes[stats.native_format]
 
 
 def bytes_by_rank(layers: Iterable[LayerPlacement], num_ranks: int, expert_bytes: Mapping[str, int]) -> IntArray:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.placement import Replicas
+from rq_ep.core.replicas import Replicas
 
 
 class WeightTransfer(NamedTuple):

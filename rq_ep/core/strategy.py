@@ -5,8 +5,9 @@ from typing import ClassVar, Protocol
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.topology import Topology
 
 # counts_RE [R, E] int64, routed pairs from each source rank to each expert, known to every rank -> the step's plan.

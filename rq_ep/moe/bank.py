@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Replicas
 from rq_ep.core.plan import WeightTransfer
+from rq_ep.core.replicas import Replicas
 from rq_ep.formats import ExpertLayout, get_format, is_intact
 from rq_ep.moe.compute import Share, Stack, add_outputs
 from rq_ep.moe.family import ExpertFamily

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rq_ep.core.cost import LayerShape
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Replica, Replicas
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.costs import Profile

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rq_ep.core.arrays import FloatArray
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.topology import home_ranks
 from rq_ep.solver.bounds import least_home_bytes, lower_bound
 from rq_ep.solver.precision import Formats

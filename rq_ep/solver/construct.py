@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement, PlacementProblem
+from rq_ep.core.placement import Placement
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.topology import home_ranks
 from rq_ep.solver.certify import certified
 from rq_ep.solver.cuts import LayerBalance, starting_sets

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.placement import PlacementProblem
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 
 

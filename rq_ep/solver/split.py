@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.placement import Replicas
+from rq_ep.core.replicas import Replicas
 
 NUM_SWEEPS = 3  # more of them gain less than the first augmenting path costs
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import PlacementProblem
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 
 

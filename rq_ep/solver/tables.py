@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rq_ep.core.placement import Replicas
+from rq_ep.core.replicas import Replicas
 
 
 def replicas_of(held_ER: npt.NDArray[np.bool_], formats_E: Sequence[str] | None = None) -> Replicas:

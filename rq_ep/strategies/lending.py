@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rq_ep.core.cost import LayerCost
-from rq_ep.core.placement import Replicas
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.core.replicas import Replicas
 from rq_ep.solver.split import augment
 
 Quotas = list[dict[int, int]]  # of each expert: rank -> pairs it computes

@@ -9,8 +9,10 @@ import numpy as np
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError, check_integer, check_number
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replicas, contiguous
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance, intervals
+from rq_ep.core.problem import PlacementProblem, contiguous
+from rq_ep.core.replicas import Replicas
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 

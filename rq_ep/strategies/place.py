@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement, PlacementProblem, standard_ep_bytes
+from rq_ep.core.placement import Placement
+from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology

@@ -8,8 +8,9 @@ import numpy as np
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import check_integer
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.solver.activate import activate_one

@@ -9,8 +9,10 @@ import numpy as np
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError, check_integer, check_number, check_text
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replicas
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.replicas import Replicas
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.solver.construct import solve

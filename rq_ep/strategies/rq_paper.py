@@ -8,8 +8,10 @@ import numpy as np
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replica
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology, home_ranks
 from rq_ep.solver.precision import Formats

@@ -6,8 +6,9 @@ from typing import ClassVar
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, contiguous
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 

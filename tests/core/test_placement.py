@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import (
-    LayerPlacement,
-    Placement,
-    PlacementProblem,
-    Replica,
-    Replicas,
-    contiguous,
-    standard_ep_bytes,
-)
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.problem import PlacementProblem, contiguous, standard_ep_bytes
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.core.topology import Topology, home_ranks
 

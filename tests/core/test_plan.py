@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rq_ep.core.placement import Replica, Replicas
 from rq_ep.core.plan import DispatchPlan, imbalance, intervals
+from rq_ep.core.replicas import Replica, Replicas
 
 
 @pytest.mark.parametrize(

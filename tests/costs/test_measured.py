@@ -10,8 +10,8 @@ import pytest
 
 from rq_ep.core.cost import LayerShape
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Replica, Replicas
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.costs import MACHINES, Profile, Roofline, cost_model
 from rq_ep.costs.fit import ExpertFit
 from rq_ep.costs.measured import Check, Curve, Link

@@ -5,8 +5,8 @@ import pytest
 
 from rq_ep.core.cost import LayerShape
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Replica, Replicas
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.costs.roofline import MACHINES, Roofline
 
 SHAPE = LayerShape(hidden_size=10, intermediate_size=20, expert_bytes={"bf16": 1200, "int8": 600})

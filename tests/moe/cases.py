@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rq_ep.core.placement import LayerPlacement, PlacementProblem
+from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology

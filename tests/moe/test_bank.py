@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import LayerPlacement, Replica
+from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.core.replicas import Replica
 from rq_ep.formats import FORMATS
 from rq_ep.moe import EPExperts, ExpertBank, SpareRoom
 from rq_ep.parallel import RankFailure, run_local

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rq_ep.core.placement import LayerPlacement, Replica
+from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.formats import FORMATS
 from rq_ep.moe import EPExperts, ExpertFamily, Telemetry

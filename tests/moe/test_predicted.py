@@ -3,8 +3,8 @@
 import numpy as np
 
 from rq_ep.core.cost import LayerCost
-from rq_ep.core.placement import Replica, Replicas
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.moe import Telemetry
 from rq_ep.parallel import single_group
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rq_ep.core.placement import LayerPlacement, Placement, Replica
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, get_format

@@ -4,7 +4,8 @@ import numpy as np
 from scipy.optimize import linprog
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.placement import PlacementProblem, Replica, Replicas, standard_ep_bytes
+from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rq_ep.core.cost import LayerCost
-from rq_ep.core.placement import LayerPlacement, Replica, Replicas
+from rq_ep.core.placement import LayerPlacement
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.solver.activate import activate_one
 from rq_ep.solver.split import SharedExperts

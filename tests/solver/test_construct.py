@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement, PlacementProblem
+from rq_ep.core.placement import Placement
 from rq_ep.core.plan import imbalance
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.topology import home_ranks
 from rq_ep.solver.construct import solve
 from rq_ep.solver.cuts import MAX_RANKS_ENUMERATED

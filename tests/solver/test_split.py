@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rq_ep.core.placement import Replica, Replicas
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.solver.deal import in_source_order, nearest_first
 from rq_ep.solver.split import SharedExperts, split

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.placement import PlacementProblem, standard_ep_bytes
+from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rq_ep.core.placement import LayerPlacement, Placement, Replica
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 from rq_ep.strategies import STRATEGIES, make_strategy
 from tests.strategies.cases import CASES, EXPERT_BYTES, Case

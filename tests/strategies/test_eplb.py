@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replica, standard_ep_bytes
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
+from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.strategies.eplb import Eplb

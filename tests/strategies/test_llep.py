@@ -5,8 +5,10 @@ import pytest
 
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import LayerPlacement, Placement, PlacementProblem, Replica
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.strategies import make_strategy

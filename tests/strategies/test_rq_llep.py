@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import LayerPlacement, Placement, Replica
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance
+from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 from rq_ep.strategies import make_strategy
 from rq_ep.strategies.place import place

@@ -1,0 +1,77 @@
+"""Replicas: physical copies of experts, and the order in which everything counts them."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError
+
+
+class Replica(NamedTuple):
+    """One physical copy of an expert: the rank that holds it and the weight format it is stored in."""
+
+    rank: int
+    expert: int
+    format: str
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """P replicas of one layer, at most one per (rank, expert), sorted by these: the order of every `_P` axis.
+
+    `mixed_formats` empty: replicas of one expert share a format. Otherwise they may mix those it names, the one of
+    fewest bits first: of a source's pairs of an expert, those with the lowest gates go there.
+    """
+
+    ranks_P: IntArray
+    experts_P: IntArray
+    formats_P: tuple[str, ...]
+    mixed_formats: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, replicas: Iterable[Replica], mixed_formats: Sequence[str] = ()) -> "Replicas":
+        ordered = sorted(replicas)
+        ranks, experts, formats = zip(*ordered, strict=True) if ordered else ((), (), ())
+        if len(set(zip(ranks, experts, strict=True))) < len(ordered):
+            raise UserError("a rank holds two replicas of one expert")
+        return cls(np.array(ranks, np.int64), np.array(experts, np.int64), tuple(formats), tuple(mixed_formats))
+
+    def __len__(self) -> int:
+        return len(self.formats_P)
+
+    def __getitem__(self, p: int) -> Replica:
+        return Replica(int(self.ranks_P[p]), int(self.experts_P[p]), self.formats_P[p])
+
+    def __iter__(self) -> Iterator[Replica]:
+        return map(Replica, self.ranks_P.tolist(), self.experts_P.tolist(), self.formats_P)
+
+    @cached_property
+    def by_expert_P(self) -> IntArray:
+        """[P] replica indices sorted by (expert, rank): the order in which a source fills an expert's replicas.
+
+        Where an expert mixes formats, those of fewer bits come first.
+        """
+        if not self.mixed_formats:
+            return np.lexsort((self.ranks_P, self.experts_P))
+        place = {name: number for number, name in enumerate(self.mixed_formats)}
+        bits_P = np.array([place.get(name, len(place)) for name in self.formats_P], np.int64)
+        return np.lexsort((self.ranks_P, bits_P, self.experts_P))
+
+    @cached_property
+    def mixing_experts(self) -> tuple[int, ...]:
+        """The experts whose replicas are stored in several formats, ascending."""
+        if not self.mixed_formats:
+            return ()
+        stored = set(zip(self.experts_P.tolist(), self.formats_P, strict=True))
+        numbers = Counter(expert for expert, _ in stored)
+        return tuple(sorted(expert for expert, number in numbers.items() if number > 1))
+
+    def on_rank(self, rank: int) -> range:
+        """Replica indices held by `rank`; their position in the range is the local replica number."""
+        first, last = np.searchsorted(self.ranks_P, [rank, rank + 1])
+        return range(int(first), int(last))
