@@ -15,6 +15,7 @@ while [ $# -gt 0 ]; do
 done
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+export DS_ACCELERATOR=cpu # an installed deepspeed would warn about it otherwise
 run=runs/demo ranks=4
 mkdir -p "$run"
 step() { printf '\n== %s\n' "$*"; "$@"; }
