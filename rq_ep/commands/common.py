@@ -1,5 +1,6 @@
 """What several commands read from their command lines alike."""
 
+import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,14 @@ def parse_dtype(name: str) -> "torch.dtype":
 
     dtype: torch.dtype = getattr(torch, check_choice("--dtype", name, DTYPES))
     return dtype
+
+
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """Declare `--set`, which `parse_strategies` reads."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME.SETTING=VALUE",
+        help="setting of a strategy, such as llep.min_tokens_per_gemm=16; may be repeated",
+    )  # fmt: skip
 
 
 def parse_strategies(names: Iterable[str], settings: Iterable[str]) -> dict[str, Strategy]:

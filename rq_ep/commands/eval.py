@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rq_ep.commands.common import add_set_option
 from rq_ep.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,10 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="strategies to compare, by commas (default: all that need no low format); without a placement they "
         "place on uniform load",
     )  # fmt: skip
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME.SETTING=VALUE",
-        help="setting of a strategy, such as llep.min_tokens_per_gemm=16; may be repeated",
-    )  # fmt: skip
+    add_set_option(parser)
     parser.add_argument("--num-ranks", type=int, metavar="R", help="ranks (default: the placement's, or 4)")
     parser.add_argument("--max-tokens", type=int, default=16_384, metavar="N", help="tokens to run, over all domains")
     parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rq_ep.commands.common import add_set_option
+
 if TYPE_CHECKING:
     from rq_ep.core.arrays import IntArray
     from rq_ep.core.cost import LayerCost
@@ -34,10 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="add seconds: by the rates of h200, h100, a100, cpu or of a YAML file, or by the JSON file of "
         "`rq-ep profile`",
     )  # fmt: skip
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME.SETTING=VALUE",
-        help="setting of a strategy, such as llep.min_tokens_per_gemm=16; may be repeated",
-    )  # fmt: skip
+    add_set_option(parser)
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON as well")
 
 

@@ -51,6 +51,16 @@ class SharedExperts:
             experts_P[~shared_P], ranks_P[~shared_P], order_P[~shared_P],
         )  # fmt: skip
 
+    @property
+    def number_C(self) -> IntArray:
+        """[C] place of each replica among its expert's, from 0."""
+        return np.arange(len(self.groups_C)) - self.first_V[self.groups_C]
+
+    @property
+    def num_replicas_C(self) -> IntArray:
+        """[C] replicas of each replica's expert."""
+        return np.bincount(self.groups_C)[self.groups_C]
+
     def single_loads(self, totals_E: IntArray) -> list[int]:
         """Pairs per rank that leave no choice; float64 sums are exact below 2^53."""
         weights = totals_E[self.single_experts]

@@ -48,8 +48,7 @@ class Eplb:
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
         shared = SharedExperts.of(replicas, topology.num_ranks)
-        number_C = np.arange(len(shared.groups_C)) - shared.first_V[shared.groups_C]
-        num_replicas_C = np.bincount(shared.groups_C)[shared.groups_C]
+        number_C, num_replicas_C = shared.number_C, shared.num_replicas_C
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
             pairs_RP = counts_RE[:, replicas.experts_P]

@@ -55,8 +55,7 @@ class PaperReplicateQuantize:
         """Pair i of an expert, counted over the source ranks, goes to replica i mod n."""
         replicas = layer.replicas
         shared = SharedExperts.of(replicas, topology.num_ranks)
-        number_C = np.arange(len(shared.replicas_C)) - shared.first_V[shared.groups_C]
-        num_replicas_C = np.bincount(shared.groups_C)[shared.groups_C]
+        number_C, num_replicas_C = shared.number_C, shared.num_replicas_C
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
             pairs_RP = counts_RE[:, replicas.experts_P]
