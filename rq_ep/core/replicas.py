@@ -71,6 +71,15 @@ class Replicas:
         numbers = Counter(expert for expert, _ in stored)
         return tuple(sorted(expert for expert, number in numbers.items() if number > 1))
 
+    def joined(self, borrowed: Sequence[Replica], mixed_formats: tuple[str, ...]) -> tuple["Replicas", IntArray]:
+        """These and borrowed replicas together, and the order that brings these followed by those into theirs."""
+        ranks_P = np.concatenate([self.ranks_P, np.array([replica.rank for replica in borrowed], np.int64)])
+        experts_P = np.concatenate([self.experts_P, np.array([replica.expert for replica in borrowed], np.int64)])
+        formats = [*self.formats_P, *(replica.format for replica in borrowed)]
+        order_P = np.lexsort((experts_P, ranks_P))
+        formats_P = tuple(formats[p] for p in order_P.tolist())
+        return Replicas(ranks_P[order_P], experts_P[order_P], formats_P, mixed_formats), order_P
+
     def on_rank(self, rank: int) -> range:
         """Replica indices held by `rank`; their position in the range is the local replica number."""
         first, last = np.searchsorted(self.ranks_P, [rank, rank + 1])

@@ -12,7 +12,7 @@ from rq_ep.core.errors import UserError, check_integer, check_number
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance, intervals
 from rq_ep.core.problem import PlacementProblem, contiguous
-from rq_ep.core.replicas import Replicas
+from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 
@@ -94,8 +94,13 @@ class Llep:
                         pairs_RP[:, resident[key]] += pairs_Rn[:, n]
                     else:
                         borrowed[key] = borrowed[key] + pairs_Rn[:, n] if key in borrowed else pairs_Rn[:, n]
-            transfers = (WeightTransfer(expert, homes[expert], rank, formats[expert]) for rank, expert in borrowed)
-            return _with_borrowed(replicas, pairs_RP, borrowed, tuple(sorted(transfers)))
+            if not borrowed:
+                return DispatchPlan(replicas, pairs_RP)
+            transient = [Replica(rank, expert, formats[expert]) for rank, expert in borrowed]
+            together, order_P = replicas.joined(transient, replicas.mixed_formats)
+            all_pairs_RP = np.concatenate([pairs_RP, np.stack(list(borrowed.values()), axis=1)], axis=1)
+            transfers = (WeightTransfer(expert, homes[expert], rank, name) for rank, expert, name in transient)
+            return DispatchPlan(together, all_pairs_RP[:, order_P], tuple(sorted(transfers)))
 
         return plan
 
@@ -163,23 +168,3 @@ def _spill(start: int, end: int, home: int, effective_R: list[int], capacity: in
         effective_R[helper] += chunk
         start += chunk
     return segments
-
-
-def _with_borrowed(
-    replicas: Replicas,
-    pairs_RP: IntArray,
-    borrowed: dict[tuple[int, int], IntArray],
-    transfers: tuple[WeightTransfer, ...],
-) -> DispatchPlan:
-    """The plan over resident and borrowed replicas together."""
-    if not borrowed:
-        return DispatchPlan(replicas, pairs_RP)
-    format_of = {(transfer.dst, transfer.expert): transfer.format for transfer in transfers}
-    ranks_P = np.concatenate([replicas.ranks_P, np.array([rank for rank, _ in borrowed])])
-    experts_P = np.concatenate([replicas.experts_P, np.array([expert for _, expert in borrowed])])
-    formats = [*replicas.formats_P, *(format_of[key] for key in borrowed)]
-    order_P = np.lexsort((experts_P, ranks_P))
-    formats_P = tuple(formats[p] for p in order_P.tolist())
-    together = Replicas(ranks_P[order_P], experts_P[order_P], formats_P, replicas.mixed_formats)
-    all_pairs_RP = np.concatenate([pairs_RP, np.stack(list(borrowed.values()), axis=1)], axis=1)
-    return DispatchPlan(together, all_pairs_RP[:, order_P], transfers)

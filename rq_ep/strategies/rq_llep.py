@@ -1,6 +1,5 @@
 """Static replicas first; what they cannot balance in a step travels, if it is worth it: `rq`, then lending as LLEP."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,15 +9,15 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError, check_integer, check_number, check_text
 from rq_ep.core.placement import LayerPlacement, Placement
-from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.replicas import Replicas
+from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.solver.construct import solve
 from rq_ep.solver.deal import nearest_first
+from rq_ep.solver.lending import Lending
 from rq_ep.solver.split import SharedExperts
-from rq_ep.strategies.lending import Lending
 from rq_ep.strategies.rq import ReplicateQuantize
 
 
@@ -81,7 +80,8 @@ class ReplicateLend:
             if moved is None:
                 return before
             transfers, quotas_E = moved
-            together = _joined(replicas, transfers, lending.mixed_formats)
+            borrowed = [Replica(transfer.dst, transfer.expert, transfer.format) for transfer in transfers]
+            together, _ = replicas.joined(borrowed, lending.mixed_formats)
             shared = SharedExperts.of(together, topology.num_ranks)
             held = zip(shared.experts_C.tolist(), shared.ranks_C.tolist(), strict=True)
             quotas_C = np.array([quotas_E[expert][rank] for expert, rank in held], np.int64)
@@ -93,12 +93,3 @@ class ReplicateLend:
             return after
 
         return plan
-
-
-def _joined(replicas: Replicas, transfers: Sequence[WeightTransfer], mixed_formats: tuple[str, ...]) -> Replicas:
-    """Resident and borrowed replicas together."""
-    ranks_P = np.concatenate([replicas.ranks_P, np.array([transfer.dst for transfer in transfers], np.int64)])
-    experts_P = np.concatenate([replicas.experts_P, np.array([transfer.expert for transfer in transfers], np.int64)])
-    formats = [*replicas.formats_P, *(transfer.format for transfer in transfers)]
-    order_P = np.lexsort((experts_P, ranks_P))
-    return Replicas(ranks_P[order_P], experts_P[order_P], tuple(formats[p] for p in order_P.tolist()), mixed_formats)
