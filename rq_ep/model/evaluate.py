@@ -22,7 +22,7 @@ from rq_ep.formats import native_format_name
 from rq_ep.model.checkpoint import read_config, read_dense, read_tokenizer
 from rq_ep.model.identity import model_identity
 from rq_ep.model.load import LoadReport, load
-from rq_ep.model.placing import place_uniformly
+from rq_ep.model.placing import layer_cost, place_uniformly
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.model.teaching import taught
 from rq_ep.model.windows import Texts, check_sequence_length, make_windows
@@ -151,7 +151,7 @@ def compare(
         placement = contender.placement or place_uniformly(
             contender.strategy, experts, family.layout, stored_format, num_ranks, identity
         )
-        cost = None if machine is None else machine.layer(family.shape(placement.formats))
+        cost = layer_cost(machine, family, placement, contender.strategy)
         telemetry = Telemetry(clock=time.thread_time if dense.device.type == "cpu" else None)
         model = load(
             path, placement, contender.strategy, num_local_ranks=num_ranks, dtype=dtype, device=device,
