@@ -1,4 +1,4 @@
-"""Loops that NumPy cannot take over: compiled by numba, or, where it is not installed, plain Python of equal results."""
+"""Loops that NumPy cannot take over: compiled by numba or, where that is missing, plain Python of equal results."""
 
 from collections.abc import Callable
 from typing import TypeVar
