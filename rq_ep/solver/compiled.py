@@ -16,4 +16,4 @@ def compiled(function: Function) -> Function:
         from numba import njit
     except ImportError:
         return function
-    return cast(Function, njit(cache=True, error_model="numpy")(function))
+    return cast("Function", njit(cache=True, error_model="numpy")(function))
