@@ -1,16 +1,21 @@
 """The placement problem: what a strategy is asked to place, and the limits it must keep."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rq_ep.core.errors import UserError, check_integer, check_number
+from rq_ep.core.cost import LayerCost
+from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
+from rq_ep.core.rules import Rules
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology, home_ranks
+
+Objective = Literal["prefill", "decode", "mixed"]
+MAX_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,17 @@ class PlacementProblem:
     tokens_per_step: int | None = None  # the batch size that will be served; None: as calibrated
     num_redundant_experts: int = 0  # extra replicas per layer, for strategies that count slots instead of bytes
     seed: int = 0
+    # What a rank's load is in a step: its pairs; bytes of the experts it activates; or one of them by the step's phase.
+    objective: Objective = "prefill"
+    cost: LayerCost | None = None  # weighs pairs and bytes by format, in seconds; None: a pair is a pair, a byte a byte
+    tail_weight: float = 0.0  # w of (1 - w) * mean + w * CVaR90 of max/mean over calibration steps
+    # Cap on the importance-weighted mean over experts of the relative output error of the format they are stored in.
+    max_error: float | None = None
+    rules: Rules = field(default_factory=Rules)
+    time_limit_s: float | None = None  # the best found until then; None: until the search is done
+    num_workers: int = 1  # processes that solve layers
+    max_moved_bytes: int | None = None  # cap on what all ranks together receive on the way from `current`
+    move_price: float = 0.0  # max/mean, mean over steps, that moving as many bytes as the whole budget must gain
     on_progress: Callable[[float], None] = lambda fraction: None  # told the fraction done, now and then
 
     def __post_init__(self) -> None:
@@ -46,6 +62,7 @@ class PlacementProblem:
             check_integer("--tokens-per-step", self.tokens_per_step, 1)
         check_integer("--num-redundant-experts", self.num_redundant_experts)
         check_integer("--seed", self.seed)
+        self._check_search()
         if self.budget_bytes_R is not None:
             if len(self.budget_bytes_R) != self.topology.num_ranks:
                 raise UserError(
@@ -54,8 +71,33 @@ class PlacementProblem:
             sizes = tuple(check_integer("--budget", size) for size in self.budget_bytes_R)
             object.__setattr__(self, "budget_bytes_R", sizes)
 
+    def _check_search(self) -> None:
+        check_choice("--objective", self.objective, get_args(Objective))
+        check_number("--tail-weight", self.tail_weight, 0, 1)
+        check_number("--move-price", self.move_price, 0)
+        check_integer("--workers", self.num_workers, 1, MAX_WORKERS)
+        if self.time_limit_s is not None:
+            check_number("--time-limit", self.time_limit_s, 0)
+        if self.max_moved_bytes is not None:
+            check_integer("--max-moved-bytes", self.max_moved_bytes)
+        if self.max_error is not None:
+            check_number("--max-error", self.max_error, 0)
+            if self.stats.error is None:
+                raise UserError(
+                    f"--max-error {self.max_error:g}: {self.stats.source} holds no measured errors; calibrate again, "
+                    "or cap pairs with --max-low-precision-share alone"
+                )
+        if self.objective == "mixed" and self.stats.phase is None:
+            raise UserError(
+                f"--objective mixed: {self.stats.source} does not say which steps are prefill and which decode; "
+                "choose prefill or decode"
+            )
+        if self.cost is not None and (missing := [name for name in self.formats if name not in self.cost.pair_s]):
+            raise UserError(f"--machine: has no times for format {', '.join(missing)}")
+        self.rules.allowed_LER(self.stats, self.topology)  # raises where the rules cannot be kept
+
     def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
-        """Put layers together: add up bytes and low-precision pairs, and refuse what does not fit the budget."""
+        """Put layers together: add up bytes and low-precision pairs; refuse what breaks the budget or the rules."""
         bytes_R = bytes_by_rank(layers, self.topology.num_ranks, self.stats.expert_bytes)
         low_pairs = 0.0
         loads_LE = self.stats.counts.sum(axis=0)
@@ -71,6 +113,10 @@ class PlacementProblem:
                     f"strategy {strategy!r}: {bytes_R[worst]} bytes of experts on rank {worst} exceed its budget of "
                     f"{self.budget_bytes_R[worst]}: raise --budget to {int(bytes_R.max())}"
                 )
+        held_LER = np.zeros((len(layers), self.stats.num_experts, self.topology.num_ranks), bool)
+        for held_ER, layer in zip(held_LER, layers, strict=True):
+            held_ER[layer.replicas.experts_P, layer.replicas.ranks_P] = True
+        self.rules.check(held_LER, self.stats, self.topology, f"strategy {strategy!r}")
         return Placement(
             layers=tuple(layers),
             strategy=strategy,
