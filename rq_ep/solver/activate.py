@@ -7,33 +7,56 @@ over its replicas then only makes more ranks read it (METRO, arXiv 2512.09277: b
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.solver.split import SharedExperts
+from rq_ep.solver.compiled import compiled
+from rq_ep.solver.split import ByExpert
 
 
-def activate_one(shared: SharedExperts, totals_E: IntArray, read_s_P: FloatArray) -> IntArray:
+def activate_one(by_expert: ByExpert, totals_E: IntArray, read_s_P: FloatArray) -> IntArray:
     """[C] all pairs of an expert on one of its replicas, so that no rank reads much longer than the others.
 
     Greedy: experts of fewest replicas choose first, each the rank that ends earliest, then the one of fewest pairs.
 
     Args:
-        shared: the layer's experts with several replicas.
+        by_expert: the layer's replicas.
         totals_E: [E] pairs of each expert in this step.
         read_s_P: [P] seconds that a replica costs once it computes a pair.
     """
-    pairs_R = shared.single_loads(totals_E)
-    single_s = read_s_P[shared.single_replicas] * (totals_E[shared.single_experts] > 0)
-    seconds_R = np.bincount(shared.single_ranks, single_s, minlength=shared.num_ranks).tolist()
-    read_s = read_s_P[shared.replicas_C].tolist()
-    totals, first_V = totals_E[shared.experts_V].tolist(), shared.first_V.tolist()
-    quotas_C = np.zeros(len(read_s), np.int64)
-    for v in sorted(range(len(totals)), key=lambda v: (len(shared.ranks_V[v]), -totals[v])):
-        if totals[v]:
-            ends = [
-                (seconds_R[rank] + read_s[c], pairs_R[rank], c, rank)
-                for c, rank in enumerate(shared.ranks_V[v], first_V[v])
-            ]
-            seconds, _, c, rank = min(ends)
-            quotas_C[c] = totals[v]
-            seconds_R[rank] = seconds
-            pairs_R[rank] += totals[v]
+    first_E = by_expert.first_E
+    order_E = np.lexsort((-totals_E, np.diff(first_E)))
+    quotas_C = np.zeros(len(by_expert.ranks_C), np.int64)
+    read_s_C = read_s_P[by_expert.replicas_C]
+    _choose(
+        np.require(totals_E, np.int64, "CW"),
+        order_E,
+        first_E,
+        by_expert.ranks_C,
+        by_expert.num_ranks,
+        read_s_C,
+        quotas_C,
+    )
     return quotas_C
+
+
+@compiled
+def _choose(
+    totals_E: IntArray,
+    order_E: IntArray,
+    first_E: IntArray,
+    ranks_C: IntArray,
+    num_ranks: int,
+    read_s_C: FloatArray,
+    quotas_C: IntArray,
+) -> None:
+    """Write the quotas, expert by expert in the order given."""
+    seconds_R, pairs_R = np.zeros(num_ranks), np.zeros(num_ranks, np.int64)
+    for expert in order_E:
+        if totals_E[expert] == 0:
+            continue
+        best = first_E[expert]
+        for c in range(first_E[expert] + 1, first_E[expert + 1]):
+            ends, earliest = seconds_R[ranks_C[c]] + read_s_C[c], seconds_R[ranks_C[best]] + read_s_C[best]
+            if ends < earliest or (ends == earliest and pairs_R[ranks_C[c]] < pairs_R[ranks_C[best]]):
+                best = c
+        quotas_C[best] = totals_E[expert]
+        seconds_R[ranks_C[best]] += read_s_C[best]
+        pairs_R[ranks_C[best]] += totals_E[expert]

@@ -12,7 +12,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.topology import home_ranks
 from rq_ep.solver.bounds import least_home_bytes, lower_bound
 from rq_ep.solver.precision import Formats
-from rq_ep.solver.split import SharedExperts, split
+from rq_ep.solver.split import ByExpert, split
 from rq_ep.solver.steps import LayerSteps
 from rq_ep.solver.tables import replicas_of
 
@@ -61,17 +61,17 @@ def certified(
 
 def _with_mean_shares(layer: LayerPlacement, steps: LayerSteps) -> LayerPlacement:
     """Shares as the exact split deals them on average, and the max/mean it attains."""
-    shared = SharedExperts.of(layer.replicas, steps.num_ranks)
-    quotas_C = np.zeros(len(shared.replicas_C))
+    by_expert = ByExpert.of(layer.replicas, steps.num_ranks)
+    quotas_C = np.zeros(len(by_expert.replicas_C))
     ratios = []
     for counts_E in steps.counts_SE:
-        best = split(shared, counts_E)
+        best = split(by_expert, counts_E)
         quotas_C += best.quotas_C
         ratios.append(best.fullest * steps.num_ranks / int(counts_E.sum()))
     shares_P = layer.shares_P.copy()
-    if len(shared.replicas_C):
-        totals_C = np.add.reduceat(quotas_C, shared.first_V)[shared.groups_C]
-        shares_P[shared.replicas_C] = np.divide(quotas_C, totals_C, out=shares_P[shared.replicas_C], where=totals_C > 0)
+    totals_C = np.add.reduceat(quotas_C, by_expert.first_E[:-1])[by_expert.experts_C]
+    shares_C = shares_P[by_expert.replicas_C]
+    shares_P[by_expert.replicas_C] = np.divide(quotas_C, totals_C, out=shares_C, where=totals_C > 0)
     return replace(layer, shares_P=shares_P, predicted=float(np.mean(ratios)) if ratios else 1.0)
 
 

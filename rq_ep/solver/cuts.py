@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rq_ep.core.arrays import FloatArray
-from rq_ep.solver.split import SharedExperts, split
+from rq_ep.solver.split import ByExpert, split
 from rq_ep.solver.steps import LayerSteps
 from rq_ep.solver.tables import replicas_of
 
@@ -118,12 +118,12 @@ class LayerBalance:
         if self.is_exact or not len(self.means_SG):
             return self.imbalance
         num_ranks = self.steps.num_ranks
-        shared = SharedExperts.of(replicas_of(self.held_ER), num_ranks)
+        by_expert = ByExpert.of(replicas_of(self.held_ER), num_ranks)
         listed_S = self.means_SG.max(axis=1)
         exact = float(listed_S.mean())
         cuts = set()
         for counts_E, listed in zip(self.steps.counts_SE, listed_S.tolist(), strict=True):
-            best = split(shared, counts_E)
+            best = split(by_expert, counts_E)
             ratio = best.fullest * num_ranks / int(counts_E.sum())
             exact += max(ratio - listed, 0) / len(listed_S)
             if ratio > listed * 1.001:

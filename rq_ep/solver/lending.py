@@ -1,5 +1,6 @@
 """What to lend for one step: experts for the emptiest ranks, so that overloaded ones can pass pairs on."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,7 +8,6 @@ from typing import NamedTuple
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replicas
-from rq_ep.solver.split import augment
 
 Quotas = list[dict[int, int]]  # of each expert: rank -> pairs it computes
 
@@ -118,7 +118,7 @@ class Lending:
         num_borrowed = [0] * len(loads)
         transfers: list[WeightTransfer] = []
         best = Loan(max(loads) * self.pair_s, [], quotas_E)
-        fullest, cut = augment(quotas_E, loads, mean)
+        fullest, cut = _augment(quotas_E, loads, mean)
         while fullest > mean:
             helpers = [rank for rank in range(len(loads)) if num_borrowed[rank] < self.max_borrowed]
             helper = min(helpers, key=lambda rank: (loads[rank], rank), default=None)
@@ -138,7 +138,7 @@ class Lending:
             num_borrowed[helper] += 1
             transfers.append(transfer)
             quotas_E[expert][helper] = 0
-            fullest, cut = augment(quotas_E, loads, mean)
+            fullest, cut = _augment(quotas_E, loads, mean)
             if has_low and self._lent_low(quotas_E, transfers) > max(low_left, 0):
                 return best._replace(is_cut_short=True)
             if fullest * self.pair_s + moved_s < best.step_s:
@@ -177,3 +177,64 @@ def _most_confined(quotas_E: Quotas, cut: Sequence[int], helper: int) -> tuple[i
             if pairs > most:
                 most, found = pairs, expert
     return found, most
+
+
+def _augment(quotas: Sequence[dict[int, int]], loads: list[int], target: int) -> tuple[int, tuple[int, ...]]:
+    """Push pairs along shortest chains of replicas until no rank exceeds `target`; raise it where a cut proves it low.
+
+    Changes `quotas` and `loads`; returns the target in the end and the cut that proves it.
+    """
+    cut = tuple(range(len(loads)))
+    over = [rank for rank, load in enumerate(loads) if load > target]
+    if not over:
+        return target, cut
+    held: list[list[dict[int, int]]] = [[] for _ in loads]
+    for by_rank in quotas:
+        for rank in by_rank:
+            held[rank].append(by_rank)
+    while over:
+        came_from: dict[int, tuple[int, dict[int, int]] | None] = dict.fromkeys(over)
+        found = _nearest_below(held, loads, target, came_from)
+        if found is None:
+            cut = tuple(sorted(came_from))
+            target = -(-sum(loads[rank] for rank in cut) // len(cut))
+        else:
+            _push(came_from, found, loads, target)
+        over = [rank for rank in over if loads[rank] > target]
+    return target, cut
+
+
+def _nearest_below(
+    held: list[list[dict[int, int]]],
+    loads: list[int],
+    target: int,
+    came_from: dict[int, tuple[int, dict[int, int]] | None],
+) -> int | None:
+    """Breadth first from the ranks in `came_from`, which grows, to a rank below `target`; None if there is none."""
+    queue = deque(came_from)
+    while queue:
+        rank = queue.popleft()
+        for by_rank in held[rank]:
+            if by_rank[rank]:
+                for other in by_rank:
+                    if other not in came_from:
+                        came_from[other] = (rank, by_rank)
+                        if loads[other] < target:
+                            return other
+                        queue.append(other)
+    return None
+
+
+def _push(came_from: dict[int, tuple[int, dict[int, int]] | None], found: int, loads: list[int], target: int) -> None:
+    """Move as many pairs as fit along the chain that ends in `found`."""
+    chain = []
+    rank = found
+    while (step := came_from[rank]) is not None:
+        chain.append((step[0], rank, step[1]))
+        rank = step[0]
+    amount = min(loads[rank] - target, target - loads[found], *(by_rank[source] for source, _, by_rank in chain))
+    for source, destination, by_rank in chain:
+        by_rank[source] -= amount
+        by_rank[destination] += amount
+    loads[rank] -= amount
+    loads[found] += amount

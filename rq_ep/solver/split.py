@@ -1,71 +1,54 @@
-"""The min-max split of one step: pairs for each replica of a shared expert, so that the fullest rank has the fewest.
+"""The min-max split of one step: pairs for each replica of an expert, so that the fullest rank has the fewest.
 
 Water-filling comes close; augmenting paths finish. A path that is not found proves a lower bound: the ranks reached
 hold every replica of what they compute, so one of them carries at least their mean (a cut; raising the target to it
 is a Newton step). The result is exact: its maximum is the optimum of the linear programme, rounded up.
+
+C replicas sorted by expert, those of expert e from `first_E[e]` up to `first_E[e + 1]`; `first_E` has E + 1 entries.
 """
 
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.replicas import Replicas
+from rq_ep.solver.compiled import compiled
+
+BoolArray = npt.NDArray[np.bool_]
 
 NUM_SWEEPS = 3  # more of them gain less than the first augmenting path costs
 
 
 @dataclass(frozen=True)
-class SharedExperts:
-    """The part of a layer that leaves a choice: experts with two or more replicas.
-
-    V shared experts, C their replicas, sorted by (expert, rank). The other experts load their only rank.
-    """
+class ByExpert:
+    """The replicas of a layer as the split sees them: sorted by expert, in the order in which sources fill them."""
 
     num_ranks: int
     replicas_C: IntArray  # index into P
     experts_C: IntArray
     ranks_C: IntArray
-    groups_C: IntArray  # index into V
-    first_V: IntArray  # index into C of each shared expert's first replica
-    experts_V: IntArray
-    ranks_V: tuple[tuple[int, ...], ...]
-    single_experts: IntArray
-    single_ranks: IntArray
-    single_replicas: IntArray  # index into P
+    first_E: IntArray  # [E + 1]
 
     @classmethod
-    def of(cls, replicas: Replicas, num_ranks: int) -> "SharedExperts":
-        order_P = replicas.by_expert_P
-        experts_P, ranks_P = replicas.experts_P[order_P], replicas.ranks_P[order_P]
-        num_replicas_E = np.bincount(experts_P)
-        shared_P = num_replicas_E[experts_P] > 1
-        experts_C, ranks_C = experts_P[shared_P], ranks_P[shared_P]
-        experts_V, first_V, groups_C = np.unique(experts_C, return_index=True, return_inverse=True)
-        ranks_V = tuple(tuple(part.tolist()) for part in np.split(ranks_C, first_V[1:])) if len(first_V) else ()
-        return cls(
-            num_ranks, order_P[shared_P], experts_C, ranks_C, groups_C, first_V, experts_V, ranks_V,
-            experts_P[~shared_P], ranks_P[~shared_P], order_P[~shared_P],
-        )  # fmt: skip
+    def of(cls, replicas: Replicas, num_ranks: int) -> "ByExpert":
+        replicas_C = replicas.by_expert_P
+        experts_C = replicas.experts_P[replicas_C]
+        num_experts = int(experts_C[-1]) + 1 if len(experts_C) else 0
+        first_E = np.searchsorted(experts_C, np.arange(num_experts + 1))
+        return cls(num_ranks, replicas_C, experts_C, replicas.ranks_P[replicas_C], first_E)
 
     @property
     def number_C(self) -> IntArray:
         """[C] place of each replica among its expert's, from 0."""
-        return np.arange(len(self.groups_C)) - self.first_V[self.groups_C]
+        return np.arange(len(self.experts_C)) - self.first_E[self.experts_C]
 
     @property
     def num_replicas_C(self) -> IntArray:
         """[C] replicas of each replica's expert."""
-        return np.bincount(self.groups_C)[self.groups_C]
-
-    def single_loads(self, totals_E: IntArray) -> list[int]:
-        """Pairs per rank that leave no choice; float64 sums are exact below 2^53."""
-        weights = totals_E[self.single_experts]
-        loads_R = np.bincount(self.single_ranks, weights, minlength=self.num_ranks)
-        return [int(load) for load in loads_R.tolist()]
+        return np.diff(self.first_E)[self.experts_C]
 
 
 class Split(NamedTuple):
@@ -76,110 +59,208 @@ class Split(NamedTuple):
     cut: tuple[int, ...]  # ranks that hold every replica of so much that their mean, rounded up, is `fullest`
 
 
-def split(shared: SharedExperts, totals_E: IntArray) -> Split:
-    """Spread a step's pairs over the replicas of shared experts so that the fullest rank is as empty as can be.
+def split(by_expert: ByExpert, totals_E: IntArray) -> Split:
+    """Spread a step's pairs over the replicas of each expert so that the fullest rank is as empty as can be.
 
     Args:
-        shared: the layer's experts with several replicas.
+        by_expert: the layer's replicas.
         totals_E: [E] pairs of each expert in this step.
     """
-    loads = shared.single_loads(totals_E)
-    totals = totals_E[shared.experts_V].tolist()
-    target = max(-(-(sum(loads) + sum(totals)) // shared.num_ranks), 0)
-    quotas: list[dict[int, int]] = [dict.fromkeys(ranks, 0) for ranks in shared.ranks_V]
-    heaviest_first = sorted(range(len(totals)), key=lambda v: -totals[v])
+    totals_E = np.require(totals_E, np.int64, "CW")
+    quotas_C = np.zeros(len(by_expert.ranks_C), np.int64)
+    loads_R = np.zeros(by_expert.num_ranks, np.int64)
+    cut_R = np.zeros(by_expert.num_ranks, np.bool_)
+    fullest = split_step(totals_E, by_expert.first_E, by_expert.ranks_C, quotas_C, loads_R, cut_R)
+    return Split(quotas_C, int(fullest), tuple(np.flatnonzero(cut_R).tolist()))
+
+
+@compiled
+def split_steps(
+    totals_SE: IntArray, first_E: IntArray, ranks_C: IntArray, num_ranks: int
+) -> tuple[IntArray, BoolArray]:
+    """Many steps at once: [S] pairs of each step's fullest rank, and [S, R] the cuts that prove them."""
+    num_steps = len(totals_SE)
+    fullest_S = np.zeros(num_steps, np.int64)
+    cuts_SR = np.zeros((num_steps, num_ranks), np.bool_)
+    quotas_C = np.zeros(len(ranks_C), np.int64)
+    loads_R = np.zeros(num_ranks, np.int64)
+    for step in range(num_steps):
+        loads_R[:] = 0
+        fullest_S[step] = split_step(totals_SE[step], first_E, ranks_C, quotas_C, loads_R, cuts_SR[step])
+    return fullest_S, cuts_SR
+
+
+@compiled
+def split_step(
+    totals_E: IntArray, first_E: IntArray, ranks_C: IntArray, quotas_C: IntArray, loads_R: IntArray, cut_R: BoolArray
+) -> int:
+    """Split one step; write quotas, loads and cut, and return the pairs of the fullest rank.
+
+    Args:
+        totals_E: [E] pairs of each expert.
+        first_E: [E + 1] index into C of each expert's first replica.
+        ranks_C: [C] rank of each replica; those of an expert are on distinct ranks.
+        quotas_C: [C] overwritten.
+        loads_R: [R] what the ranks carry already, in general zeros; the quotas are added.
+        cut_R: [R] overwritten.
+    """
+    num_shared = 0
+    shared_V = np.empty(len(totals_E), np.int64)
+    weights_V = np.empty(len(totals_E), np.int64)
+    for expert in range(len(totals_E)):
+        first, end = first_E[expert], first_E[expert + 1]
+        quotas_C[first:end] = 0
+        if end - first == 1:
+            quotas_C[first] = totals_E[expert]
+            loads_R[ranks_C[first]] += totals_E[expert]
+        elif totals_E[expert] > 0:
+            shared_V[num_shared] = expert
+            weights_V[num_shared] = totals_E[expert]
+            num_shared += 1
+    total = loads_R.sum() + weights_V[:num_shared].sum()
+    target = -(-total // len(loads_R))
+    heaviest_first_V = shared_V[:num_shared][np.argsort(-weights_V[:num_shared], kind="mergesort")]
+    by_load = np.empty(len(loads_R), np.int64)
     for _ in range(NUM_SWEEPS):
-        for v in heaviest_first:
-            _water_fill(totals[v], quotas[v], loads)
-        if max(loads) <= target:
+        for expert in heaviest_first_V:
+            _water_fill(totals_E[expert], first_E[expert], first_E[expert + 1], ranks_C, quotas_C, loads_R, by_load)
+        if loads_R.max() <= target:
             break
-    fullest, cut = augment(quotas, loads, target)
-    return Split(np.array([quota for by_rank in quotas for quota in by_rank.values()], np.int64), fullest, cut)
+    return augment(first_E, ranks_C, quotas_C, loads_R, target, cut_R)
 
 
-def _water_fill(pairs: int, quotas: dict[int, int], loads: list[int]) -> None:
+@compiled
+def _water_fill(
+    pairs: int, first: int, end: int, ranks_C: IntArray, quotas_C: IntArray, loads_R: IntArray, by_load: IntArray
+) -> None:
     """Take an expert's pairs off its ranks and pour them back, the emptiest rank first, to a common level."""
-    if not pairs:
+    if end - first == 2:
+        one, two = ranks_C[first], ranks_C[first + 1]
+        free_one, free_two = loads_R[one] - quotas_C[first], loads_R[two] - quotas_C[first + 1]
+        share = min(max((pairs + free_two - free_one + 1) >> 1, 0), pairs)
+        quotas_C[first], quotas_C[first + 1] = share, pairs - share
+        loads_R[one], loads_R[two] = free_one + share, free_two + pairs - share
         return
-    if len(quotas) == 2:
-        (one, old_one), (two, old_two) = quotas.items()
-        free_one, free_two = loads[one] - old_one, loads[two] - old_two
-        first = min(max((pairs + free_two - free_one + 1) >> 1, 0), pairs)
-        quotas[one], quotas[two] = first, pairs - first
-        loads[one], loads[two] = free_one + first, free_two + pairs - first
-        return
-    for rank, quota in quotas.items():
-        loads[rank] -= quota
-        quotas[rank] = 0
-    by_load = sorted(quotas, key=loads.__getitem__)
-    volume = pairs
-    for num_filled, rank in enumerate(by_load):
-        if num_filled and loads[rank] * num_filled >= volume:
-            by_load = by_load[:num_filled]
+    num = 0
+    for c in range(first, end):  # insertion by load; the first of equals stays first
+        load = loads_R[ranks_C[c]] - quotas_C[c]
+        loads_R[ranks_C[c]] = load
+        quotas_C[c] = 0
+        place = num
+        while place > 0 and loads_R[ranks_C[by_load[place - 1]]] > load:
+            by_load[place] = by_load[place - 1]
+            place -= 1
+        by_load[place] = c
+        num += 1
+    volume, num_filled = pairs, 0
+    while num_filled < num:
+        load = loads_R[ranks_C[by_load[num_filled]]]
+        if num_filled > 0 and load * num_filled >= volume:
             break
-        volume += loads[rank]
-    level, extra = divmod(volume, len(by_load))
-    for position, rank in enumerate(by_load):
-        quotas[rank] = level + (position < extra) - loads[rank]
-        loads[rank] += quotas[rank]
+        volume += load
+        num_filled += 1
+    level, extra = volume // num_filled, volume % num_filled
+    for place in range(num_filled):
+        c = by_load[place]
+        quotas_C[c] = level + (1 if place < extra else 0) - loads_R[ranks_C[c]]
+        loads_R[ranks_C[c]] += quotas_C[c]
 
 
-def augment(quotas: Sequence[dict[int, int]], loads: list[int], target: int) -> tuple[int, tuple[int, ...]]:
+@compiled
+def augment(
+    first_E: IntArray, ranks_C: IntArray, quotas_C: IntArray, loads_R: IntArray, target: int, cut_R: BoolArray
+) -> int:
     """Push pairs along shortest chains of replicas until no rank exceeds `target`; raise it where a cut proves it low.
 
-    Changes `quotas` and `loads`; returns the target in the end and the cut that proves it.
+    Changes `quotas_C` and `loads_R`, writes `cut_R`, and returns the target in the end, which the cut proves.
     """
-    cut = tuple(range(len(loads)))
-    over = [rank for rank, load in enumerate(loads) if load > target]
-    if not over:
-        return target, cut
-    held: list[list[dict[int, int]]] = [[] for _ in loads]
-    for by_rank in quotas:
-        for rank in by_rank:
-            held[rank].append(by_rank)
-    while over:
-        came_from: dict[int, tuple[int, dict[int, int]] | None] = dict.fromkeys(over)
-        found = _nearest_below(held, loads, target, came_from)
-        if found is None:
-            cut = tuple(sorted(came_from))
-            target = -(-sum(loads[rank] for rank in cut) // len(cut))
+    cut_R[:] = True
+    if loads_R.max() <= target:
+        return target
+    num_ranks = len(loads_R)
+    experts_C, first_R, held_H = _by_rank(first_E, ranks_C, num_ranks)
+    giver_R = np.empty(num_ranks, np.int64)  # the chain that reached a rank: whose replica gives,
+    taker_R = np.empty(num_ranks, np.int64)  # and the rank's own replica of the same expert
+    queue_R = np.empty(num_ranks, np.int64)
+    reached_R = np.empty(num_ranks, np.bool_)
+    while True:
+        num_over = 0
+        for rank in range(num_ranks):
+            reached_R[rank] = loads_R[rank] > target
+            if reached_R[rank]:
+                giver_R[rank] = -1
+                queue_R[num_over] = rank
+                num_over += 1
+        if num_over == 0:
+            return target
+        num_reached, found = num_over, -1
+        place = 0
+        while place < num_reached and found < 0:
+            rank = queue_R[place]
+            place += 1
+            for c in held_H[first_R[rank] : first_R[rank + 1]]:
+                if quotas_C[c] == 0:
+                    continue
+                for other in range(first_E[experts_C[c]], first_E[experts_C[c] + 1]):
+                    taker = ranks_C[other]
+                    if not reached_R[taker]:
+                        reached_R[taker] = True
+                        giver_R[taker], taker_R[taker] = c, other
+                        queue_R[num_reached] = taker
+                        num_reached += 1
+                        if found < 0 and loads_R[taker] < target:
+                            found = taker
+                if found >= 0:
+                    break
+        if found >= 0:
+            _push(found, giver_R, taker_R, ranks_C, quotas_C, loads_R, target)
         else:
-            _push(came_from, found, loads, target)
-        over = [rank for rank in over if loads[rank] > target]
-    return target, cut
+            confined = 0
+            for rank in queue_R[:num_reached]:
+                confined += loads_R[rank]
+            target = -(-confined // num_reached)
+            cut_R[:] = reached_R
 
 
-def _nearest_below(
-    held: list[list[dict[int, int]]],
-    loads: list[int],
+@compiled
+def _by_rank(first_E: IntArray, ranks_C: IntArray, num_ranks: int) -> tuple[IntArray, IntArray, IntArray]:
+    """[C] the expert of each replica, and the replicas of rank r that leave a choice: `held_H[first_R[r] : ...]`."""
+    experts_C = np.empty(len(ranks_C), np.int64)
+    end_R = np.zeros(num_ranks + 1, np.int64)
+    for expert in range(len(first_E) - 1):
+        experts_C[first_E[expert] : first_E[expert + 1]] = expert
+        if first_E[expert + 1] - first_E[expert] > 1:
+            for c in range(first_E[expert], first_E[expert + 1]):
+                end_R[ranks_C[c]] += 1
+    end_R = np.cumsum(end_R)
+    held_H = np.empty(end_R[num_ranks], np.int64)
+    for c in range(len(ranks_C) - 1, -1, -1):
+        if first_E[experts_C[c] + 1] - first_E[experts_C[c]] > 1:
+            end_R[ranks_C[c]] -= 1
+            held_H[end_R[ranks_C[c]]] = c
+    return experts_C, end_R, held_H
+
+
+@compiled
+def _push(
+    found: int,
+    giver_R: IntArray,
+    taker_R: IntArray,
+    ranks_C: IntArray,
+    quotas_C: IntArray,
+    loads_R: IntArray,
     target: int,
-    came_from: dict[int, tuple[int, dict[int, int]] | None],
-) -> int | None:
-    """Breadth first from the ranks in `came_from`, which grows, to a rank below `target`; None if there is none."""
-    queue = deque(came_from)
-    while queue:
-        rank = queue.popleft()
-        for by_rank in held[rank]:
-            if by_rank[rank]:
-                for other in by_rank:
-                    if other not in came_from:
-                        came_from[other] = (rank, by_rank)
-                        if loads[other] < target:
-                            return other
-                        queue.append(other)
-    return None
-
-
-def _push(came_from: dict[int, tuple[int, dict[int, int]] | None], found: int, loads: list[int], target: int) -> None:
-    """Move as many pairs as fit along the chain that ends in `found`."""
-    chain = []
+) -> None:
+    """Move as many pairs as fit along the chain that ends in rank `found`."""
+    amount, rank = target - loads_R[found], found
+    while giver_R[rank] >= 0:
+        amount = min(amount, quotas_C[giver_R[rank]])
+        rank = ranks_C[giver_R[rank]]
+    amount = min(amount, loads_R[rank] - target)
+    loads_R[rank] -= amount
+    loads_R[found] += amount
     rank = found
-    while (step := came_from[rank]) is not None:
-        chain.append((step[0], rank, step[1]))
-        rank = step[0]
-    amount = min(loads[rank] - target, target - loads[found], *(by_rank[source] for source, _, by_rank in chain))
-    for source, destination, by_rank in chain:
-        by_rank[source] -= amount
-        by_rank[destination] += amount
-    loads[rank] -= amount
-    loads[found] += amount
+    while giver_R[rank] >= 0:
+        quotas_C[giver_R[rank]] -= amount
+        quotas_C[taker_R[rank]] += amount
+        rank = ranks_C[giver_R[rank]]

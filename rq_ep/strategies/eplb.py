@@ -15,7 +15,7 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.solver.deal import in_source_order
-from rq_ep.solver.split import SharedExperts
+from rq_ep.solver.split import ByExpert
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,13 @@ class Eplb:
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
-        shared = SharedExperts.of(replicas, topology.num_ranks)
-        number_C, num_replicas_C = shared.number_C, shared.num_replicas_C
+        by_expert = ByExpert.of(replicas, topology.num_ranks)
+        number_C, num_replicas_C = by_expert.number_C, by_expert.num_replicas_C
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
-            pairs_RP = counts_RE[:, replicas.experts_P]
-            if len(shared.replicas_C):
-                totals_C = counts_RE.sum(axis=0)[shared.experts_C]
-                quotas_C = (number_C + 1) * totals_C // num_replicas_C - number_C * totals_C // num_replicas_C
-                supply_RV = counts_RE[:, shared.experts_V]
-                pairs_RP[:, shared.replicas_C] = in_source_order(shared, supply_RV, quotas_C)
-            return DispatchPlan(replicas, pairs_RP)
+            totals_C = counts_RE.sum(axis=0)[by_expert.experts_C]
+            quotas_C = (number_C + 1) * totals_C // num_replicas_C - number_C * totals_C // num_replicas_C
+            return DispatchPlan(replicas, in_source_order(by_expert, counts_RE, quotas_C))
 
         return plan
 

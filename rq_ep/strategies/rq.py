@@ -16,7 +16,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.solver.activate import activate_one
 from rq_ep.solver.construct import solve
 from rq_ep.solver.deal import nearest_first
-from rq_ep.solver.split import SharedExperts, split
+from rq_ep.solver.split import ByExpert, split
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,14 @@ class ReplicateQuantize:
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
-        shared = SharedExperts.of(replicas, topology.num_ranks)
-
-        def dealt(counts_RE: IntArray, quotas_C: IntArray) -> IntArray:
-            pairs_RP = counts_RE[:, replicas.experts_P]
-            pairs_RP[:, shared.replicas_C] = nearest_first(shared, counts_RE, quotas_C, topology)
-            return pairs_RP
+        by_expert = ByExpert.of(replicas, topology.num_ranks)
 
         def by_pairs(counts_RE: IntArray) -> DispatchPlan:
-            if not len(shared.replicas_C):
-                return DispatchPlan(replicas, counts_RE[:, replicas.experts_P])
-            return DispatchPlan(replicas, dealt(counts_RE, split(shared, counts_RE.sum(axis=0)).quotas_C))
+            quotas_C = split(by_expert, counts_RE.sum(axis=0)).quotas_C
+            return DispatchPlan(replicas, nearest_first(by_expert, counts_RE, quotas_C, topology))
 
-        if cost is None or not len(shared.replicas_C):
+        by_pairs(np.zeros((topology.num_ranks, layer.num_experts), np.int64))  # what is compiled is compiled now
+        if cost is None or len(replicas) == layer.num_experts:
             return by_pairs
 
         read_s_P = np.array([cost.stream_s[name] + cost.overhead_s.get(name, 0.0) for name in replicas.formats_P])
@@ -65,7 +60,8 @@ class ReplicateQuantize:
             totals_E = counts_RE.sum(axis=0)
             if totals_E.sum() >= many_pairs:
                 return balanced
-            pairs_RP = dealt(counts_RE, activate_one(shared, totals_E, read_s_P))
+            quotas_C = activate_one(by_expert, totals_E, read_s_P)
+            pairs_RP = nearest_first(by_expert, counts_RE, quotas_C, topology)
             lean = DispatchPlan(replicas, pairs_RP, bound="bytes")
             return lean if cost.step(lean).layer_s < cost.step(balanced).layer_s else balanced
 

@@ -17,7 +17,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.solver.construct import solve
 from rq_ep.solver.deal import nearest_first
 from rq_ep.solver.lending import Lending
-from rq_ep.solver.split import SharedExperts
+from rq_ep.solver.split import ByExpert
 from rq_ep.strategies.rq import ReplicateQuantize
 
 
@@ -82,11 +82,10 @@ class ReplicateLend:
             transfers, quotas_E = moved
             borrowed = [Replica(transfer.dst, transfer.expert, transfer.format) for transfer in transfers]
             together, _ = replicas.joined(borrowed, lending.mixed_formats)
-            shared = SharedExperts.of(together, topology.num_ranks)
-            held = zip(shared.experts_C.tolist(), shared.ranks_C.tolist(), strict=True)
+            by_expert = ByExpert.of(together, topology.num_ranks)
+            held = zip(by_expert.experts_C.tolist(), by_expert.ranks_C.tolist(), strict=True)
             quotas_C = np.array([quotas_E[expert][rank] for expert, rank in held], np.int64)
-            pairs_RP = counts_RE[:, together.experts_P]
-            pairs_RP[:, shared.replicas_C] = nearest_first(shared, counts_RE, quotas_C, topology)
+            pairs_RP = nearest_first(by_expert, counts_RE, quotas_C, topology)
             after = DispatchPlan(together, pairs_RP, transfers)
             if cost is not None and cost.step(after).layer_s >= cost.step(before).layer_s:
                 return before

@@ -15,7 +15,7 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology, home_ranks
 from rq_ep.solver.precision import Formats
-from rq_ep.solver.split import SharedExperts
+from rq_ep.solver.split import ByExpert
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class PaperReplicateQuantize:
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         """Pair i of an expert, counted over the source ranks, goes to replica i mod n."""
         replicas = layer.replicas
-        shared = SharedExperts.of(replicas, topology.num_ranks)
-        number_C, num_replicas_C = shared.number_C, shared.num_replicas_C
+        by_expert = ByExpert.of(replicas, topology.num_ranks)
+        number_C, num_replicas_C = by_expert.number_C, by_expert.num_replicas_C
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
-            pairs_RP = counts_RE[:, replicas.experts_P]
-            ends_RC = np.cumsum(counts_RE[:, shared.experts_C], axis=0)
+            ends_RC = np.cumsum(counts_RE[:, by_expert.experts_C], axis=0)
             dealt_RC = (ends_RC + (num_replicas_C - 1 - number_C)) // num_replicas_C
-            pairs_RP[:, shared.replicas_C] = np.diff(dealt_RC, axis=0, prepend=0)
+            pairs_RP = np.empty_like(dealt_RC)
+            pairs_RP[:, by_expert.replicas_C] = np.diff(dealt_RC, axis=0, prepend=0)
             return DispatchPlan(replicas, pairs_RP)
 
         return plan

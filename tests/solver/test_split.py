@@ -1,21 +1,27 @@
 """The split of one step: as good as the linear programme, and dealt to sources without losing a pair."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.solver.deal import in_source_order, nearest_first
-from rq_ep.solver.split import SharedExperts, split
+from rq_ep.solver.split import ByExpert, split, split_steps
 from tests.solver.instances import best_maximum, random_replicas, skewed
 
 
-def loads_R(replicas: Replicas, totals_E: np.ndarray, shared: SharedExperts, quotas_C: np.ndarray) -> np.ndarray:
-    pairs_P = totals_E[replicas.experts_P]
-    pairs_P[shared.replicas_C] = quotas_C
-    loads = np.zeros(shared.num_ranks, np.int64)
-    np.add.at(loads, replicas.ranks_P, pairs_P)
+def loads_R(by_expert: ByExpert, quotas_C: np.ndarray) -> np.ndarray:
+    loads = np.zeros(by_expert.num_ranks, np.int64)
+    np.add.at(loads, by_expert.ranks_C, quotas_C)
     return loads
+
+
+def sums_E(by_expert: ByExpert, pairs_C: np.ndarray) -> np.ndarray:
+    return np.add.reduceat(pairs_C, by_expert.first_E[:-1], axis=-1)
 
 
 @pytest.mark.parametrize("num_pairs", [7, 300, 10**5, 10**10])
@@ -28,12 +34,11 @@ def test_the_fullest_rank_is_the_optimum_rounded_up(
     for seed in range(4):
         replicas = random_replicas(num_experts, num_ranks, num_extra, seed)
         totals_E = skewed(num_experts, num_pairs, seed)[0]
-        shared = SharedExperts.of(replicas, num_ranks)
-        best = split(shared, totals_E)
+        by_expert = ByExpert.of(replicas, num_ranks)
+        best = split(by_expert, totals_E)
         assert (best.quotas_C >= 0).all()
-        sums_V = np.add.reduceat(best.quotas_C, shared.first_V)
-        np.testing.assert_array_equal(sums_V, totals_E[shared.experts_V])
-        loads = loads_R(replicas, totals_E, shared, best.quotas_C)
+        np.testing.assert_array_equal(sums_E(by_expert, best.quotas_C), totals_E)
+        loads = loads_R(by_expert, best.quotas_C)
         assert loads.max() == best.fullest
         optimum = best_maximum(replicas, totals_E, num_ranks)
         assert best.fullest == pytest.approx(optimum, rel=1e-7, abs=1)
@@ -44,58 +49,99 @@ def test_the_fullest_rank_is_the_optimum_rounded_up(
 def test_a_chain_of_full_ranks_is_followed_to_its_end() -> None:
     # Rank r shares expert r with rank r + 1. Perfect balance pushes every shared expert to its second rank whole.
     chain = [Replica(rank, expert, "a") for expert in range(7) for rank in (expert, expert + 1)]
-    shared = SharedExperts.of(Replicas.of([*chain, Replica(0, 7, "a")]), 8)
-    best = split(shared, np.full(8, 300))
+    by_expert = ByExpert.of(Replicas.of([*chain, Replica(0, 7, "a")]), 8)
+    best = split(by_expert, np.full(8, 300))
     assert best.fullest == 300
-    assert best.quotas_C.tolist() == [0, 300] * 7
+    assert best.quotas_C.tolist() == [0, 300] * 7 + [300]
 
 
 def test_without_pairs_there_is_nothing_to_split() -> None:
-    shared = SharedExperts.of(random_replicas(6, 3, 4, seed=0), 3)
-    best = split(shared, np.zeros(6, np.int64))
+    by_expert = ByExpert.of(random_replicas(6, 3, 4, seed=0), 3)
+    best = split(by_expert, np.zeros(6, np.int64))
     assert best.fullest == 0
     assert not best.quotas_C.any()
 
 
+def test_many_steps_are_split_as_one_by_one() -> None:
+    by_expert = ByExpert.of(random_replicas(64, 8, 20, seed=1), 8)
+    totals_SE = skewed(64, 10**5, seed=2, num_steps=20)
+    totals_SE[3] = 0
+    fullest_S, cuts_SR = split_steps(totals_SE, by_expert.first_E, by_expert.ranks_C, 8)
+    for totals_E, fullest, cut_R in zip(totals_SE, fullest_S.tolist(), cuts_SR, strict=True):
+        best = split(by_expert, totals_E)
+        assert (best.fullest, best.cut) == (fullest, tuple(np.flatnonzero(cut_R).tolist()))
+    assert len({tuple(cut_R) for cut_R in cuts_SR}) > 1
+
+
+PLAIN = """
+import numpy as np
+from rq_ep.core.topology import Topology
+from rq_ep.solver.deal import nearest_first
+from rq_ep.solver.split import ByExpert, split
+from tests.solver.instances import random_replicas, skewed
+
+for seed in range(12):
+    by_expert = ByExpert.of(random_replicas(24, 6, 15, seed), 6)
+    counts_RE = np.stack([skewed(24, 10 ** (seed % 6), 10 * seed + rank)[0] for rank in range(6)])
+    best = split(by_expert, counts_RE.sum(axis=0))
+    pairs_RP = nearest_first(by_expert, counts_RE, best.quotas_C, Topology(6, ranks_per_node=2))
+    print(best.fullest, best.cut, best.quotas_C.tolist(), pairs_RP.tolist())
+"""
+
+
+def test_compiled_and_plain_python_give_the_same_bits() -> None:
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", PLAIN],
+            env={**os.environ, "NUMBA_DISABLE_JIT": disabled},
+            check=True,
+            capture_output=True,
+            timeout=120,
+        ).stdout
+        for disabled in ("0", "1")
+    }
+    assert len(said) == 1
+    assert len(said.pop().splitlines()) == 12
+
+
 def test_sources_fill_their_own_replicas_first_then_those_of_their_node() -> None:
     replicas = Replicas.of(Replica(rank, 0, "a") for rank in (0, 1, 3))
-    shared = SharedExperts.of(replicas, 4)
+    by_expert = ByExpert.of(replicas, 4)
     counts_RE = np.array([[10], [0], [6], [4]])
     quotas_C = np.array([4, 8, 8])
-    pairs_RC = nearest_first(shared, counts_RE, quotas_C, Topology(4, ranks_per_node=2))
+    pairs_RP = nearest_first(by_expert, counts_RE, quotas_C, Topology(4, ranks_per_node=2))
     expected = [[4, 6, 0], [0, 0, 0], [0, 2, 4], [0, 0, 4]]  # rank 2 fills rank 3's replica, next door, before rank 1's
-    np.testing.assert_array_equal(pairs_RC, expected)
-    one_node_RC = nearest_first(shared, counts_RE, quotas_C, Topology(4))
-    np.testing.assert_array_equal(one_node_RC, [[4, 6, 0], [0, 0, 0], [0, 2, 4], [0, 0, 4]])
+    np.testing.assert_array_equal(pairs_RP, expected)
+    one_node_RP = nearest_first(by_expert, counts_RE, quotas_C, Topology(4))
+    np.testing.assert_array_equal(one_node_RP, [[4, 6, 0], [0, 0, 0], [0, 2, 4], [0, 0, 4]])
 
 
 @pytest.mark.parametrize("ranks_per_node", [0, 2, 3])
 def test_dealing_keeps_quotas_and_counts(ranks_per_node: int) -> None:
     for seed in range(20):
         replicas = random_replicas(12, 6, 20, seed)
-        shared = SharedExperts.of(replicas, 6)
+        by_expert = ByExpert.of(replicas, 6)
         counts_RE = np.stack([skewed(12, 500, seed * 10 + rank)[0] for rank in range(6)])
-        quotas_C = split(shared, counts_RE.sum(axis=0)).quotas_C
+        quotas_C = split(by_expert, counts_RE.sum(axis=0)).quotas_C
         given_RE = counts_RE.copy()
-        for pairs_RC in (
-            nearest_first(shared, counts_RE, quotas_C, Topology(6, ranks_per_node)),
-            in_source_order(shared, counts_RE[:, shared.experts_V], quotas_C),
+        for pairs_RP in (
+            nearest_first(by_expert, counts_RE, quotas_C, Topology(6, ranks_per_node)),
+            in_source_order(by_expert, counts_RE, quotas_C),
         ):
+            pairs_RC = pairs_RP[:, by_expert.replicas_C]
             assert (pairs_RC >= 0).all()
             np.testing.assert_array_equal(pairs_RC.sum(axis=0), quotas_C)
-            np.testing.assert_array_equal(
-                np.add.reduceat(pairs_RC, shared.first_V, axis=1), counts_RE[:, shared.experts_V]
-            )
+            np.testing.assert_array_equal(sums_E(by_expert, pairs_RC), counts_RE)
         np.testing.assert_array_equal(counts_RE, given_RE)
 
 
 def test_more_stays_at_home_than_in_source_order() -> None:
     replicas = random_replicas(16, 4, 20, seed=3)
-    shared = SharedExperts.of(replicas, 4)
+    by_expert = ByExpert.of(replicas, 4)
     counts_RE = np.stack([skewed(16, 400, rank)[0] for rank in range(4)])
-    quotas_C = split(shared, counts_RE.sum(axis=0)).quotas_C
-    here = np.arange(len(quotas_C))
-    local = nearest_first(shared, counts_RE, quotas_C, Topology(4))[shared.ranks_C, here].sum()
-    in_order = in_source_order(shared, counts_RE[:, shared.experts_V], quotas_C)[shared.ranks_C, here].sum()
-    assert local == np.minimum(counts_RE[shared.ranks_C, shared.experts_C], quotas_C).sum()
+    quotas_C = split(by_expert, counts_RE.sum(axis=0)).quotas_C
+    ranks_C, here = by_expert.ranks_C, by_expert.replicas_C
+    local = nearest_first(by_expert, counts_RE, quotas_C, Topology(4))[ranks_C, here].sum()
+    in_order = in_source_order(by_expert, counts_RE, quotas_C)[ranks_C, here].sum()
+    assert local == np.minimum(counts_RE[ranks_C, by_expert.experts_C], quotas_C).sum()
     assert local > in_order
