@@ -159,9 +159,9 @@ def _print(profile: "Profile", layer: "ProfiledLayer", kind: str) -> None:
         f"one expert, hidden size {shape.hidden_size}, intermediate size {shape.intermediate_size}, "
         f"computed in {profile.dtype}"
     )
-    fitted = Table("format", "KiB", "us overhead", "us weights", "us per row", **STYLE)
+    fitted = Table("format", "KiB", "us a call", "us an expert", "us weights", "us a row", **STYLE)
     for name, fit in profile.fits.items():
-        figures = (fit.overhead_s, fit.stream_s, fit.pair_s)
+        figures = (fit.call_s, fit.overhead_s, fit.stream_s, fit.pair_s)
         fitted.add_row(name, f"{shape.expert_bytes[name] / 1024:,.0f}", *(f"{1e6 * figure:.4g}" for figure in figures))
     checks = Table("format", "tokens", "us predicted", "us measured", "error", **STYLE)
     for check in profile.checks:
@@ -169,7 +169,7 @@ def _print(profile: "Profile", layer: "ProfiledLayer", kind: str) -> None:
         checks.add_row(check.format, str(check.num_tokens), *times, f"{check.error:+.0%}")
     cost = profile.layer(shape)
     console.print(fitted)
-    print("n rows take an expert: overhead + max(n x per row, weights). Overheads add up over experts.\n")
+    print("a rank's step takes a call for each format, its experts, and the longer of its rows and its weights.\n")
     print("prediction and measurement of steps that were not fitted, uneven load:")
     console.print(checks)
     print()

@@ -39,7 +39,8 @@ class LayerCost:
 
     A rank computes for as long as its arithmetic or the reading of its active replicas' weights takes, whichever is
     longer (TEMPO's model: few rows wait for weights, many for arithmetic), after an overhead for each active replica,
-    such as dequantizing it. A replica that is split is read on each of its ranks.
+    such as dequantizing it, and for each call, which computes all of one format. A replica that is split is read on
+    each of its ranks.
     """
 
     pair_s: Mapping[str, float]  # format -> arithmetic of one pair among many
@@ -48,6 +49,7 @@ class LayerCost:
     row_s: float  # one row over a rank's link, one way
     overhead_s: Mapping[str, float] = field(default_factory=dict)  # format -> of each active replica; default 0
     latency_s: float = 0.0  # of each exchange and of each round of transfers
+    call_s: Mapping[str, float] = field(default_factory=dict)  # format -> on a rank that computes in it; default 0
 
     def step(self, plan: DispatchPlan) -> StepCost:
         """Modelled seconds of `plan`; exchanges and transfers last as the larger of a rank's sending and receiving."""
@@ -75,6 +77,9 @@ class LayerCost:
         overhead_s_P = np.array([self.overhead_s.get(name, 0.0) for name in replicas.formats_P], np.float64)
         overhead_s_R = np.bincount(replicas.ranks_P, active_P * overhead_s_P, minlength=num_ranks)
         seconds_R: FloatArray = np.maximum(arithmetic_s_R, stream_s_R) + overhead_s_R
+        for name, call_s in self.call_s.items():
+            in_format_P = np.array([name == format_ for format_ in replicas.formats_P], bool)
+            seconds_R[np.unique(replicas.ranks_P[active_P & in_format_P])] += call_s
         return seconds_R
 
 

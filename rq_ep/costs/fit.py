@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rq_ep.core.arrays import FloatArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError
 
 
@@ -19,14 +19,17 @@ class Line:
 
 @dataclass(frozen=True)
 class ExpertFit:
-    """One expert on n rows takes overhead_s + max(n * pair_s, stream_s): never less for more rows."""
+    """A call for several experts takes call_s, and for each of them overhead_s + max(rows * pair_s, stream_s)."""
 
+    call_s: float
     overhead_s: float
     pair_s: float
     stream_s: float
 
-    def seconds(self, rows_n: FloatArray) -> FloatArray:
-        result: FloatArray = self.overhead_s + np.maximum(rows_n * self.pair_s, self.stream_s)
+    def seconds(self, experts_n: IntArray, rows_n: IntArray) -> FloatArray:
+        """[n] seconds of calls for so many experts with so many rows each: never less for more of either."""
+        each_s_n = self.overhead_s + np.maximum(rows_n * self.pair_s, self.stream_s)
+        result: FloatArray = self.call_s + experts_n * each_s_n
         return result
 
 
@@ -42,34 +45,43 @@ def fit_line(sizes: Sequence[int], seconds: Sequence[float]) -> Line:
     return Line(float(start_s), float(each_s))
 
 
-def fit_expert(rows: Sequence[int], seconds: Sequence[float]) -> ExpertFit:
-    """Overhead, arithmetic and streaming of one expert from its time on few and many rows.
+def fit_experts(experts: Sequence[int], rows: Sequence[int], seconds: Sequence[float]) -> ExpertFit:
+    """What a call costs, and each of its experts in overhead, arithmetic and streaming, from calls of several sizes.
 
     Where streaming ends is tried at every gap between two row counts; the rest is linear. Without a flat part
-    there is no streaming to see, and all that does not grow is overhead.
+    there is no streaming to see, and all that does not grow is overhead: of the call as far as it does not grow with
+    the experts, which calls for one number of experts only cannot tell.
 
     Args:
-        rows: [n] ascending, at least two.
-        seconds: [n] positive.
+        experts: [n] experts in a call.
+        rows: [n] rows of each of them, at least two different ones.
+        seconds: [n] of the call, positive.
 
     Raises:
         UserError: the seconds do not grow with the rows.
     """
-    rows_n = np.asarray(rows, np.float64)
-    # Fewer rows never take longer: where they seem to, something else used the machine.
-    seconds_n = np.minimum.accumulate(np.asarray(seconds, np.float64)[::-1])[::-1]
-    best, least = ExpertFit(0.0, 0.0, 0.0), np.inf
-    for num_flat in range(len(rows_n) - 1):
-        is_flat_n = np.arange(len(rows_n)) < num_flat
-        columns = [np.ones(len(rows_n)), np.where(is_flat_n, 0, rows_n), is_flat_n]
-        overhead_s, pair_s, stream_s = _solve(np.stack(columns, 1), seconds_n)
-        fit = ExpertFit(float(overhead_s), float(pair_s), float(stream_s))
-        error = float(np.square(fit.seconds(rows_n) / seconds_n - 1).sum())
+    experts_n, rows_n = np.asarray(experts, np.int64), np.asarray(rows, np.int64)
+    seconds_n = _undisturbed(experts_n, rows_n, np.asarray(seconds, np.float64))
+    is_call_seen = len(set(experts)) > 1
+    best, least = ExpertFit(0.0, 0.0, 0.0, 0.0), np.inf
+    for last_flat in [0, *sorted(set(rows))[:-2]]:
+        is_flat_n = rows_n <= last_flat
+        columns = [is_call_seen * np.ones(len(rows_n)), np.ones(len(rows_n)), np.where(is_flat_n, 0, rows_n), is_flat_n]
+        columns[1:] = [column * experts_n for column in columns[1:]]
+        fit = ExpertFit(*_solve(np.stack(columns, 1), seconds_n).tolist())
+        error = float(np.square(fit.seconds(experts_n, rows_n) / seconds_n - 1).sum())
         if error < least - 1e-12:
             best, least = fit, error
     if best.pair_s <= 0:
-        raise UserError(f"seconds of an expert do not grow from {rows[0]} to {rows[-1]} rows: profile more rows")
+        raise UserError(f"seconds of an expert do not grow from {min(rows)} to {max(rows)} rows: profile more rows")
     return best
+
+
+def _undisturbed(experts_n: IntArray, rows_n: IntArray, seconds_n: FloatArray) -> FloatArray:
+    """[n] the least seconds of any call as large: where less work seems to take longer, something else went on."""
+    is_as_large_nn = (experts_n >= experts_n[:, None]) & (rows_n >= rows_n[:, None])
+    least_n: FloatArray = np.where(is_as_large_nn, seconds_n, np.inf).min(axis=1)
+    return least_n
 
 
 def _solve(columns_nk: FloatArray, seconds_n: FloatArray) -> FloatArray:

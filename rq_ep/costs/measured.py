@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number, check_text
 from rq_ep.core.files import read_json, replacing
-from rq_ep.costs.fit import ExpertFit, fit_expert, fit_line
+from rq_ep.costs.fit import ExpertFit, fit_experts, fit_line
 
-FORMAT = "rq_ep.profile/1"
+FORMAT = "rq_ep.profile/2"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 T = TypeVar("T")
@@ -34,6 +34,27 @@ class Curve:
                 raise UserError("seconds 0: must be positive")
         if list(self.sizes) != sorted(set(self.sizes)):
             raise UserError(f"sizes {list(self.sizes)} must ascend")
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Seconds of calls that compute several experts, each with as many rows."""
+
+    experts: tuple[int, ...]
+    rows: tuple[int, ...]  # of each expert
+    seconds: tuple[float, ...]  # of the call
+
+    def __post_init__(self) -> None:
+        if not len(self.experts) == len(self.rows) == len(self.seconds):
+            lengths = f"{len(self.experts)} experts, {len(self.rows)} rows and {len(self.seconds)} seconds"
+            raise UserError(f"{lengths}: there must be as many of each")
+        for experts, rows, seconds in zip(self.experts, self.rows, self.seconds):
+            check_integer("experts", experts, 1)
+            check_integer("rows", rows, 1)
+            if check_number("seconds", seconds, 0.0) == 0:
+                raise UserError("seconds 0: must be positive")
+        if len(set(self.rows)) < 2:
+            raise UserError(f"rows {list(self.rows)}: at least two numbers of rows are needed")
 
 
 @dataclass(frozen=True)
@@ -83,7 +104,7 @@ class Profile:
     num_experts: int
     top_k: int
     num_ranks: int  # ranks that measured, all at once
-    experts: Mapping[str, Curve]  # format -> one expert's rows
+    experts: Mapping[str, Calls]  # format -> calls for one expert and for several
     gather: Curve  # rows picked from a batch of rows
     link: Link
     plan_s: Mapping[str, float]  # strategy -> host time of one plan
@@ -108,8 +129,8 @@ class Profile:
 
     @cached_property
     def fits(self) -> dict[str, ExpertFit]:
-        """Format -> what its timings say of one expert."""
-        return {name: fit_expert(curve.sizes, curve.seconds) for name, curve in self.experts.items()}
+        """Format -> what its timings say of a call and of an expert."""
+        return {name: fit_experts(calls.experts, calls.rows, calls.seconds) for name, calls in self.experts.items()}
 
     def layer(self, shape: LayerShape) -> LayerCost:
         """Seconds of the parts of the layer that was profiled.
@@ -137,6 +158,7 @@ class Profile:
             transfer_s={name: size * self.link.transfer_byte_s for name, size in shape.expert_bytes.items()},
             row_s=row_bytes * self.link.row_byte_s + fit_line(self.gather.sizes, self.gather.seconds).each_s,
             latency_s=self.link.latency_s,
+            call_s={name: fit.call_s for name, fit in fits.items()},
         )
 
     def save(self, path: str | Path) -> None:
@@ -168,7 +190,7 @@ class Profile:
             raise UserError(f"this profile lacks {', '.join(missing)}")
         values = {name: document[name] for name in known}
         experts, checks = _mapping("experts", document["experts"]), document["checks"]
-        values["experts"] = {name: _curve(f"experts of {name}", curve) for name, curve in experts.items()}
+        values["experts"] = {name: _built(f"experts of {name}", calls, _calls) for name, calls in experts.items()}
         values["gather"] = _curve("gather", document["gather"])
         values["link"] = _built("link", document["link"], Link)
         values["plan_s"] = _mapping("plan_s", document["plan_s"])
@@ -182,6 +204,10 @@ def _mapping(what: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{what} {value!r:.60}: must be a mapping")
     return value
+
+
+def _calls(experts: Any, rows: Any, seconds: Any) -> Calls:
+    return Calls(tuple(experts), tuple(rows), tuple(seconds))
 
 
 def _curve(what: str, value: Any) -> Curve:

@@ -16,7 +16,7 @@ from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.costs import Profile
-from rq_ep.costs.measured import Check, Curve
+from rq_ep.costs.measured import Calls, Check, Curve
 from rq_ep.formats import get_format
 from rq_ep.moe.bank import ExpertBank
 from rq_ep.moe.family import ExpertFamily
@@ -28,13 +28,13 @@ from rq_ep.strategies.place import place
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
-MAX_EXPERTS = 8  # of a rank's share that are computed in one call
+MAX_EXPERTS = 8  # of a rank's share that are computed in one call; calls for one expert are timed as well
 MAX_ROWS = 1024  # of one expert
 MAX_CALL_S = 1.0  # no more rows once a call takes longer
 GATHERED_ROWS = (16, 256, 4096)
 PLAN_RANKS = 8  # planned for where this process is the only rank
 NUM_PLANS = 30
-CHECK_TOKENS = (4, 256)  # a step of decoding, one of prefill
+CHECK_TOKENS = (1, 4, 16, 64, 256, 1024)  # from steps of decoding to those of prefill
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def profile_layer(
     for number, name in enumerate(layer.formats):
         begin(number)
         timers[name] = _ExpertTimer(layer, name, group, budget_s)
-        experts[name] = _of_slowest(group, timers[name].by_rows())
+        experts[name] = _calls_of_slowest(group, timers[name].by_size())
     begin(-3)
     gather = _of_slowest(group, _gather_seconds(layer, group.device, budget_s))
     link = measured_link(group) if group.size > 1 else named_link(link_machine)
@@ -113,7 +113,7 @@ def profile_layer(
         plan_s=plan_s,
         plan_ranks=plan_ranks,
     )
-    checks = [timer.check(profile, num_tokens) for timer in timers.values() for num_tokens in CHECK_TOKENS]
+    checks = [check for timer in timers.values() for check in timer.checks(profile)]
     profile = replace(profile, checks=tuple(group.all_gather_object(checks)[0]))
     progress("done", len(stages), len(stages))
     return profile
@@ -136,32 +136,40 @@ class _ExpertTimer:
         for expert in self.bank.experts:  # equal weights will do, in a buffer of each expert's own
             self.bank.put_packed(expert, packed)
 
-    def by_rows(self) -> dict[int, float]:
-        """Rows of each expert -> seconds of one, in calls that compute every expert here."""
-        of_rows: dict[int, float] = {}
-        for power in range(MAX_ROWS.bit_length()):
-            ids_T1 = torch.arange(self.num_experts).repeat(1 << power)[:, None]
-            call_s = self._compute_seconds(ids_T1)[0]
-            of_rows[1 << power] = call_s / self.num_experts
-            if call_s > MAX_CALL_S and len(of_rows) > 1:
-                break
-        return of_rows
+    def by_size(self) -> dict[tuple[int, int], float]:
+        """(experts, rows of each) -> seconds of the call that computes them."""
+        of_size: dict[tuple[int, int], float] = {}
+        for num_experts in sorted({1, self.num_experts}):
+            for power in range(MAX_ROWS.bit_length()):
+                ids_T1 = torch.arange(num_experts).repeat(1 << power)[:, None]
+                call_s = self._seconds(ids_T1, self._plan(ids_T1))
+                of_size[num_experts, 1 << power] = call_s
+                if call_s > MAX_CALL_S and power > 0:
+                    break
+        return of_size
 
-    def check(self, profile: Profile, num_tokens: int) -> Check:
-        """Compute a step of uneven load, each token at `top_k` distinct experts, and ask the profile what it takes."""
+    def checks(self, profile: Profile) -> list[Check]:
+        """Compute steps of uneven load, each token at `top_k` distinct experts, and ask the profile what they take."""
+        cost = profile.layer(self.layer.shape)
         popularity_E = torch.arange(1, self.num_experts + 1).reciprocal()
         top_k = min(self.layer.top_k, self.num_experts)
-        measured_s, plan = self._compute_seconds(torch.multinomial(popularity_E.expand(num_tokens, -1), top_k))
-        predicted_s = float(profile.layer(self.layer.shape).compute_s_R(plan)[0])
-        return Check(self.format, num_tokens, predicted_s, measured_s)
+        checks = []
+        for num_tokens in CHECK_TOKENS:
+            ids_TK = torch.multinomial(popularity_E.expand(num_tokens, -1), top_k)
+            plan = self._plan(ids_TK)
+            predicted_s = float(cost.compute_s_R(plan)[0])
+            if predicted_s < MAX_CALL_S or num_tokens == CHECK_TOKENS[0]:
+                checks.append(Check(self.format, num_tokens, predicted_s, self._seconds(ids_TK, plan)))
+        return checks
 
-    def _compute_seconds(self, ids_TK: Tensor) -> tuple[float, DispatchPlan]:
-        plan = DispatchPlan(self.replicas, torch.bincount(ids_TK.flatten(), minlength=self.num_experts).numpy()[None])
+    def _plan(self, ids_TK: Tensor) -> DispatchPlan:
+        return DispatchPlan(self.replicas, torch.bincount(ids_TK.flatten(), minlength=self.num_experts).numpy()[None])
+
+    def _seconds(self, ids_TK: Tensor, plan: DispatchPlan) -> float:
         rows_TD, weights_TK = self.layer.rows(len(ids_TK), self.device), torch.ones(ids_TK.shape, device=self.device)
         exchange = Exchange(single_group(self.device))
         (received,) = exchange.dispatch(rows_TD, ids_TK.to(self.device), weights_TK, plan)  # alone: in one part
-        call_s = typical(lambda: self.bank.compute(received, self.layer.family), self.device, self.budget_s)
-        return call_s, plan
+        return typical(lambda: self.bank.compute(received, self.layer.family), self.device, self.budget_s)
 
 
 def planning_seconds(layer: ProfiledLayer, num_ranks: int, seed: int) -> dict[str, float]:
@@ -201,3 +209,11 @@ def _of_slowest(group: EPGroup, by_size: Mapping[int, float]) -> Curve:
     ranks = group.all_gather_object(by_size)
     sizes = sorted(set.intersection(*map(set, ranks)))
     return Curve(tuple(sizes), tuple(max(rank[size] for rank in ranks) for size in sizes))
+
+
+def _calls_of_slowest(group: EPGroup, by_size: Mapping[tuple[int, int], float]) -> Calls:
+    """Calls that every rank has timed, with the longest time of any."""
+    ranks = group.all_gather_object(by_size)
+    sizes = sorted(set.intersection(*map(set, ranks)))
+    experts, rows = zip(*sizes, strict=True)
+    return Calls(experts, rows, tuple(max(rank[size] for rank in ranks) for size in sizes))

@@ -14,14 +14,14 @@ from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.costs import MACHINES, Profile, Roofline, cost_model
 from rq_ep.costs.fit import ExpertFit
-from rq_ep.costs.measured import Check, Curve, Link
+from rq_ep.costs.measured import Calls, Check, Curve, Link
 
-ROWS = (1, 2, 4, 8, 16, 32)
+EXPERTS, ROWS = (1,) * 6 + (4,) * 6, (1, 2, 4, 8, 16, 32) * 2
 SHAPE = LayerShape(hidden_size=10, intermediate_size=20, expert_bytes={"bf16": 1200, "int8": 600})
 
 
-def curve(overhead_s: float, pair_s: float, stream_s: float) -> Curve:
-    return Curve(ROWS, tuple(ExpertFit(overhead_s, pair_s, stream_s).seconds(np.array(ROWS)).tolist()))
+def calls(truth: ExpertFit) -> Calls:
+    return Calls(EXPERTS, ROWS, tuple(truth.seconds(np.array(EXPERTS), np.array(ROWS)).tolist()))
 
 
 PROFILE = Profile(
@@ -32,7 +32,7 @@ PROFILE = Profile(
     num_experts=4,
     top_k=2,
     num_ranks=2,
-    experts={"bf16": curve(2.0, 1.0, 6.0), "int8": curve(5.0, 1.0, 3.0)},
+    experts={"bf16": calls(ExpertFit(7.0, 2.0, 1.0, 6.0)), "int8": calls(ExpertFit(0.0, 5.0, 1.0, 3.0))},
     gather=Curve((1, 11), (0.75, 3.25)),
     link=Link("measured", latency_s=0.5, row_byte_s=0.025, transfer_byte_s=0.01),
     plan_s={"rq": 1e-4},
@@ -46,7 +46,8 @@ def test_a_step_by_hand() -> None:
     plan = DispatchPlan(replicas, np.array([[4, 0, 0], [4, 2, 1]]), (WeightTransfer(0, 0, 1, "bf16"),))
     cost = PROFILE.layer(SHAPE).step(plan)
     # Rank 0: 10 pairs of a second outlast 6 + 3 of streaming; 2 + 5 of overhead. Rank 1 waits for its one expert.
-    np.testing.assert_allclose(cost.compute_s_R, [10 + 7, 6 + 2])
+    # A call in bf16 is 7 more on each.
+    np.testing.assert_allclose(cost.compute_s_R, [10 + 7 + 7, 6 + 2 + 7])
     # 6 rows of 40 bytes go one way, 1.0 each over the link and 0.25 to pick them out; then back.
     np.testing.assert_allclose(cost.exchange_s_R, [2 * (6 * 1.25 + 0.5)] * 2)
     np.testing.assert_allclose(cost.transfer_s_R, [12.5, 12.5])
@@ -74,11 +75,12 @@ def test_file_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "rq_ep.profile/9"}, r"rq_ep.profile/9' is not 'rq_ep.profile/1': profile again"),
+        ({"format": "rq_ep.profile/1"}, r"rq_ep.profile/1' is not 'rq_ep.profile/2': profile again"),
         ({"experts": {}}, "at least one format"),
-        ({"experts": {"bf16": {"sizes": [1, 2], "seconds": [1.0]}}}, "experts of bf16: 2 sizes and 1 seconds"),
-        ({"experts": {"bf16": {"sizes": 7, "seconds": [1.0]}}}, "experts of bf16"),
-        ({"experts": {"bf16": {"sizes": [2, 1], "seconds": [1.0, 1.0]}}}, "must ascend"),
+        ({"experts": {"bf16": {"experts": [1, 1], "rows": [1, 2], "seconds": [1.0]}}}, "experts of bf16: 2 experts, 2"),
+        ({"experts": {"bf16": {"experts": 1, "rows": 7, "seconds": [1.0]}}}, "experts of bf16"),
+        ({"experts": {"bf16": {"experts": [1, 2], "rows": [7, 7], "seconds": [1.0, 1.0]}}}, "two numbers of rows"),
+        ({"gather": {"sizes": [2, 1], "seconds": [1.0, 1.0]}}, "must ascend"),
         ({"gather": {"sizes": [1, 2], "seconds": [0, 1]}}, "gather: seconds 0"),
         ({"link": {"latency_s": -1.0, "row_byte_s": 0, "transfer_byte_s": 0, "source": "x"}}, "link: latency_s"),
         ({"link": "fast"}, "link 'fast': must be a mapping"),
@@ -101,7 +103,7 @@ def test_missing_fields_and_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     with pytest.raises(UserError, match="rq-ep profile"):
         cost_model(str(path))
-    path.write_text('{"format": "rq_ep.profile/1"}')
+    path.write_text('{"format": "rq_ep.profile/2"}')
     with pytest.raises(UserError, match="lacks checks, device"):
         Profile.load(path)
     path.write_text("[]")

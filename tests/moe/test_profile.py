@@ -29,7 +29,7 @@ def test_a_steady_machine_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (profile.hidden_size, profile.intermediate_size, profile.num_experts) == (D, F_, 5)
     for name, fit in profile.fits.items():
         assert fit.pair_s == pytest.approx(1e-6), name
-        assert fit.overhead_s + fit.stream_s == pytest.approx(0, abs=2e-6)
+        assert fit.call_s + fit.overhead_s + fit.stream_s == pytest.approx(0, abs=2e-6)
     assert [(check.format, check.num_tokens) for check in profile.checks] == [
         (name, tokens) for name in ("fp32", "int8") for tokens in module.CHECK_TOKENS
     ]
@@ -49,13 +49,13 @@ def test_ranks_agree_and_time_their_link(family: str) -> None:
     assert first.link.source == "measured between 2 ranks, local"
     assert (first.num_ranks, first.plan_ranks) == (2, 2)
     assert {"standard", "rq"} <= set(first.plan_s)
-    assert all(curve.sizes[0] == 1 for curve in first.experts.values())
+    assert all(set(calls.experts) == {1, 3} for calls in first.experts.values())
 
 
 def test_a_call_that_takes_long_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "typical", lambda run, device, budget_s: 0.4 * len(run()))
-    sizes = [curve.sizes for curve in timed(single_group(), num_experts=2).experts.values()]
-    assert sizes == [(1, 2)] * 2  # 0.8 s, then 1.6 s
+    sizes = [list(zip(calls.experts, calls.rows)) for calls in timed(single_group(), num_experts=2).experts.values()]
+    assert sizes == [[(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)]] * 2  # 0.4, 0.8 and 1.6 s; 0.8 and 1.6 s
 
 
 def test_calls_are_repeated_within_the_budget() -> None:
