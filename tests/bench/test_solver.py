@@ -1,0 +1,59 @@
+"""`bench/solver.py` runs, its traces are what they say, and its scores are those of the planner."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.solver_score import score
+from bench.solver_traces import LAWS, draw_trace
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.replicas import Replica
+from rq_ep.core.topology import Topology
+
+BENCH = Path(__file__).parents[2] / "bench" / "solver.py"
+
+
+def test_prints_the_table_with_eplb_beside(tmp_path: Path) -> None:
+    out = tmp_path / "solver.json"
+    command = [sys.executable, str(BENCH), "--quick", "--formats", "int8", "--json", str(out)]
+    done = subprocess.run(command, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert f"{row['fractional']:.4f}" in done.stdout
+    assert row["bound"] <= row["calibration"] <= row["eplb_calibration"]
+    assert row["fractional"] <= row["integer"]
+    assert row["low_share"] <= row["cap"]
+
+
+def test_says_what_is_wrong() -> None:
+    done = subprocess.run([sys.executable, str(BENCH), "--cases", "16x4"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "bench/solver.py: error: --cases 16x4: write EXPERTSxRANKS:CAP, such as 256x64:0.25\n"
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_traces_have_distinct_experts_and_steps_that_are_held_out(law: str, tokens: int) -> None:
+    trace = draw_trace(law, 32, 4, tokens, 2, (8, 16), seed=0)
+    again = draw_trace(law, 32, 4, tokens, 2, (8, 16), seed=0)
+    assert trace.calibration_SLE.shape == (8, 2, 32)
+    assert trace.held_out_SLE.shape == (16, 2, 32)
+    for counts_SLE, same_SLE in zip((trace.calibration_SLE, trace.held_out_SLE), vars(again).values(), strict=True):
+        np.testing.assert_array_equal(counts_SLE, same_SLE)
+        assert counts_SLE.max() <= tokens
+        np.testing.assert_allclose(counts_SLE.sum(axis=2), 4 * tokens, rtol=0.1)
+    assert not np.array_equal(trace.calibration_SLE[:8], trace.held_out_SLE[:8])
+
+
+def test_scores() -> None:
+    replicas = [Replica(0, 0, "a"), Replica(0, 1, "a"), Replica(1, 1, "a")]
+    placement = Placement((LayerPlacement.even(0, 2, replicas),), "test", Topology(2), (2, 1))
+    found = score(placement, np.array([[[1, 4]], [[4, 1]]]))
+    assert found.even == pytest.approx((3 / 2.5 + 4.5 / 2.5) / 2)
+    assert found.fractional == pytest.approx((1 + 4 / 2.5) / 2, abs=1e-3)
+    assert found.integer == pytest.approx((3 / 2.5 + 4 / 2.5) / 2)
+    assert found.cvar90 == pytest.approx(4 / 2.5)
