@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rq_ep.core.stats import ExpertStats
 
+STEADY = 0.9  # rank correlation of loads between halves above which the sample is taken to be large enough
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint")
@@ -19,6 +21,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=32_768, metavar="N", help="tokens to run, over all domains")
     parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a step")
+    parser.add_argument(
+        "--importance", default="output", metavar="NAME",
+        help="what makes an expert important: output (default: gate weight x norm of its output), gate-mass, load, "
+        "wanda, or drop (what the answers lose without it: a pass over the text for every expert)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--measure-kl", action="store_true",
+        help="measure what each expert in each format does to the answers, a pass for each: for small models; "
+        "`place` then goes by that",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sensitivity-tokens", type=int, default=2048, metavar="N",
+        help="tokens of each such pass (default 2048)",
+    )  # fmt: skip
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as stored)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the places text is taken from")
@@ -41,6 +57,9 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             sequence_length=args.sequence_length,
             max_tokens=args.max_tokens,
+            importance=args.importance,
+            measure_kl=args.measure_kl,
+            sensitivity_tokens=args.sensitivity_tokens,
             dtype=None if args.dtype is None else parse_dtype(args.dtype),
             device=args.device,
             seed=args.seed,
@@ -55,6 +74,9 @@ def _report(stats: "ExpertStats") -> None:
     import numpy as np
     from rich.console import Console
     from rich.table import Table
+
+    from rq_ep.core.stats import PHASES
+    from rq_ep.model.stability import ranking_agreement
 
     assert stats.visits is not None
     assert stats.importance is not None
@@ -73,4 +95,19 @@ def _report(stats: "ExpertStats") -> None:
             f"{weightiest} ({stats.importance[i, weightiest] / stats.importance[i].sum():.0%})",
             *(f"{stats.error[i, :, q].mean():.2%}" for q in others),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if unseen := int((stats.visits == 0).sum()):
+        console.print(
+            f"{unseen} experts were never chosen: nothing is known of what low bits would do to them, so `place` keeps "
+            "them as they are; more text, or other text, may reach them"
+        )
+    assert stats.phase is not None
+    assert stats.domain is not None
+    prefill = stats.phase == PHASES.index("prefill")
+    agreement = ranking_agreement(stats.counts[prefill], stats.domain[prefill])
+    if agreement is not None:
+        console.print(
+            f"ranking by load: Spearman {agreement:.2f} between one half of the steps and the other"
+            + ("; it still moves: give more text or raise --max-tokens" if agreement < STEADY else "")
+        )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rq_ep.model.evaluate import Contender, Evaluation
 
 DEFAULT_NUM_RANKS = 4
-MIN_WIDTH = 100  # columns; a table cut to less could not be read
+MIN_WIDTH = 120  # columns; a table cut to less could not be read
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--machine", metavar="FILE",
         help="predict the compute that is measured, by the file of `rq-ep profile`, and print the error",
+    )  # fmt: skip
+    parser.add_argument(
+        "--greedy-tokens", type=int, default=32, metavar="N",
+        help="length of the greedy continuations compared with the dense model's (default 32; 0: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-noise-floor", action="store_true",
+        help="spare the comparison of the dense model in bf16 with itself in fp32, and the memory of one copy of it",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
     parser.add_argument("--plot", metavar="FILE", help="write a picture of the ranks' loads here (.png)")
@@ -72,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
             device=args.device,
             seed=args.seed,
             machine=machine,
+            noise_floor=not args.no_noise_floor,
+            greedy_tokens=args.greedy_tokens,
             progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )
     _print(evaluations, num_ranks, args.dtype)
@@ -121,12 +131,13 @@ def _contenders(args: argparse.Namespace) -> "tuple[list[Contender], int]":
 
 
 def _print(evaluations: "list[Evaluation]", num_ranks: int, dtype: str) -> None:
+    import numpy as np
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     first = evaluations[0]
-    dense = first.dense_perplexity
+    dense = first.dense
     table = Table(
         title=f"{num_ranks} ranks, {first.num_tokens} predicted tokens, computed in {dtype}",
         caption=(
@@ -134,14 +145,15 @@ def _print(evaluations: "list[Evaluation]", num_ranks: int, dtype: str) -> None:
             "layer. KiB: experts on the fullest rank (and room for borrowed ones), and what is borrowed in a layer and "
             "step. KL and "
             "next token: against the dense model, whose perplexity has a standard error of "
-            f"{dense.error:.2f}."
+            f"{dense.perplexity.error:.2f}. shift: choices of the dense routers not made here, all layers. greedy: "
+            "continuations equal to the dense model's in every token."
         ),
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
     )
     columns = (
         "load\nmean", "\nworst", "ms\np50", "\np99", "KiB\nheld", "\nmoved",
-        "\nperplexity", "\nKL / 1e-6", "next token\nas dense",
+        "\nperplexity", "\nKL / 1e-6", "next token\nas dense", "\nshift", "\ngreedy",
     )  # fmt: skip
     table.add_column("\nstrategy", no_wrap=True)
     for column in columns:
@@ -157,9 +169,18 @@ def _print(evaluations: "list[Evaluation]", num_ranks: int, dtype: str) -> None:
             f"{row.transfer_bytes / 1024:,.0f}",
             f"{row.perplexity.mean:.4f}",
             f"{row.kl.mean * 1e6:.1f} +- {row.kl.error * 1e6:.1f}",
-            f"{row.agreement:.2%}",
+            f"{row.agreement.mean:.2%} +- {row.agreement.error:.2%}",
+            f"{np.mean([shift.mean for shift in row.routing_shift_L]):.2%}" if row.routing_shift_L else "-",
+            "-" if row.greedy_match is None else f"{row.greedy_match.mean:.0%}",
         )
-    table.add_row("dense", *[""] * 6, f"{dense.mean:.4f}", style="dim")
+    table.add_row("dense", *[""] * 6, f"{dense.perplexity.mean:.4f}", style="dim")
+    if dense.bf16_kl is not None and dense.bf16_agreement is not None:
+        table.add_row(
+            "dense, bf16 to fp32", *[""] * 7,
+            f"{dense.bf16_kl.mean * 1e6:.1f} +- {dense.bf16_kl.error * 1e6:.1f}",
+            f"{dense.bf16_agreement.mean:.2%} +- {dense.bf16_agreement.error:.2%}",
+            style="dim",
+        )  # fmt: skip
     console = Console()
     console.width = max(console.width, MIN_WIDTH)
     console.print(table)

@@ -58,6 +58,7 @@ class ExpertStats:
     visits: IntArray | None = None  # [L, E] calibration pairs that `importance` and `error` rest on
     gate_mass: FloatArray | None = None  # [L, E] sum of routing weights
     error: FloatArray | None = None  # [L, E, Q] relative output error of each expert in each format
+    kl: FloatArray | None = None  # [L, E, Q] nats per token between the model and itself with one expert in a format
     model: ModelIdentity | None = None
     layers: tuple[int, ...] = ()  # index of each MoE layer in the model; default 0..L-1
     hidden_size: int | None = None
@@ -104,6 +105,7 @@ class ExpertStats:
             "tokens": (np.int64, per_step), "phase": (np.int64, per_step), "domain": (np.int64, per_step),
             "importance": (np.float64, per_expert), "visits": (np.int64, per_expert),
             "gate_mass": (np.float64, per_expert), "error": (np.float64, (*per_expert, len(self.formats))),
+            "kl": (np.float64, (*per_expert, len(self.formats))),
         }  # fmt: skip
         for name, (dtype, shape) in arrays.items():
             if getattr(self, name) is not None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +10,16 @@ import numpy as np
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from rq_ep.core.arrays import IntArray
-from rq_ep.core.errors import UserError
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.model.checkpoint import read_config, read_dense, read_tokenizer
+from rq_ep.model.divergence import Divergence, dropped_LE, quantized_LEQ
 from rq_ep.model.identity import model_identity
-from rq_ep.model.recorder import IMPORTANCE, LayerRecord, recording
-from rq_ep.model.seam import family_of, find_expert_modules
+from rq_ep.model.importance import IMPORTANCES, wanda_E
+from rq_ep.model.recorder import LayerRecord, recording
+from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
 from rq_ep.model.sensitivity import output_errors
 from rq_ep.model.teaching import taught
 from rq_ep.model.windows import Batch, Texts, Windows, check_sequence_length, make_windows
@@ -42,6 +45,9 @@ def calibrate(
     batch_size: int = 8,
     sequence_length: int = 128,
     max_tokens: int = 32_768,
+    importance: str = "output",
+    measure_kl: bool = False,
+    sensitivity_tokens: int = 2048,
     dtype: torch.dtype | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -64,14 +70,22 @@ def calibrate(
         batch_size: sequences in a batch.
         sequence_length: tokens in a sequence.
         max_tokens: tokens to run in all, shared evenly by the domains.
+        importance: how much an expert matters, one of `importance.IMPORTANCES`. `drop` takes a pass over
+            `sensitivity_tokens` for every expert: for small models.
+        measure_kl: also measure what each expert's formats do to the model's answers, a pass for each of them; `place`
+            then goes by this instead of importance and error. For small models.
+        sensitivity_tokens: tokens of such a pass, at least one batch.
         dtype: to compute in; default: as the weights are stored.
         device: auto, cpu or cuda; a model in memory stays where it is.
         seed: chooses the places that windows of text are taken from.
         progress: called with (stage, done, total) while it runs.
 
     Raises:
-        UserError: no such checkpoint, a model without experts that we can serve, no text, an unknown format.
+        UserError: no such checkpoint, a model without experts that we can serve, no text, an unknown format, a model
+            whose experts give infinite or undefined outputs.
     """
+    check_choice("--importance", importance, IMPORTANCES)
+    check_integer("--sensitivity-tokens", sensitivity_tokens, 1)
     network, identity, native = _open(model, dtype, device)
     if tokenizer is None:
         if not network.name_or_path:
@@ -105,11 +119,20 @@ def calibrate(
                 network.base_model(batch.tokens_BT.to(network.device), use_cache=False)
                 steps.extend(_steps(batch, records, with_decode))
             progress("routing", i + 1, len(windows.batches))
+    _check_finite(experts, records)
     error_LEQ = np.zeros((len(experts), num_experts, len(names)))  # of the native format: none
     for i, (module, record) in enumerate(zip(modules, records, strict=True)):
         if others:
-            error_LEQ[i, :, 1:] = output_errors(module, layout, [torch.cat(rows) for rows in record.rows], others)
+            error_LEQ[i, :, 1:] = output_errors(module, layout, record.kept_rows(), others)
         progress("formats", i + 1, len(experts))
+    asks_again = importance == "drop" or (measure_kl and bool(others))
+    num_batches = max(1, sensitivity_tokens // (batch_size * sequence_length))
+    divergence = Divergence(network, windows.batches[:num_batches]) if asks_again else None
+    kl_LEQ = None
+    if measure_kl and divergence is not None:
+        kl_LEQ = np.zeros_like(error_LEQ)
+        tick = _ticks(progress, "formats, expert by expert", kl_LEQ[..., 1:].size)
+        kl_LEQ[..., 1:] = quantized_LEQ(divergence, experts, layout, others, tick)
 
     return ExpertStats(
         counts=np.stack([step.counts_LE for step in steps]),
@@ -119,17 +142,18 @@ def calibrate(
         formats=names,
         native_format=native,
         expert_bytes={name: get_format(name).nbytes(layout) for name in names},
-        importance=np.stack([record.importance_E for record in records]),
+        importance=_importance_LE(importance, experts, records, divergence, progress),
         visits=np.stack([record.visits_E for record in records]),
         gate_mass=np.stack([record.gate_mass_E for record in records]),
         error=error_LEQ,
+        kl=kl_LEQ,
         model=identity,
         layers=tuple(found.layer for found in experts),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         top_k=records[0].topk_ids_TK.shape[1],
         expert_groups=getattr(network.config, "n_group", None) or None,
-        importance_definition=IMPORTANCE,
+        importance_definition=IMPORTANCES[importance],
         num_tokens=windows.num_tokens,
         domains=windows.domains,
         source="calibration",
@@ -201,6 +225,45 @@ def _open(
     network.eval()
     identity = model_identity(path) if Path(path, "config.json").is_file() else None
     return network, identity, native_format_name(stored)
+
+
+def _importance_LE(
+    name: str,
+    experts: Sequence[ExpertsModule],
+    records: Sequence[LayerRecord],
+    divergence: Divergence | None,
+    progress: Progress,
+) -> FloatArray:
+    """[L, E] what `importance.IMPORTANCES` calls `name`."""
+    if name == "drop":
+        assert divergence is not None
+        tick = _ticks(progress, "dropping, expert by expert", sum(found.num_experts for found in experts))
+        return dropped_LE(divergence, experts, tick)
+    of_record: dict[str, Callable[[ExpertsModule, LayerRecord], FloatArray]] = {
+        "output": lambda found, record: record.importance_E,
+        "gate-mass": lambda found, record: record.gate_mass_E,
+        "load": lambda found, record: record.visits_E.astype(np.float64),
+        "wanda": lambda found, record: wanda_E(
+            found.module, family_of(found.module), record.kept_rows(), record.visits_E
+        ),
+    }
+    return np.stack([of_record[name](found, record) for found, record in zip(experts, records, strict=True)])
+
+
+def _ticks(progress: Progress, stage: str, total: int) -> Callable[[], None]:
+    """Each call reports one more step of a stage."""
+    numbers = count(1)
+    return lambda: progress(stage, next(numbers), total)
+
+
+def _check_finite(experts: Sequence[ExpertsModule], records: Sequence[LayerRecord]) -> None:
+    for found, record in zip(experts, records, strict=True):
+        wrong = np.flatnonzero(~np.isfinite(record.importance_E))
+        if wrong.size:
+            raise UserError(
+                f"layer {found.layer}: expert {wrong[0]} gives infinite or undefined outputs on this text: check the "
+                "model, or compute in float32 with --dtype"
+            )
 
 
 def _warn_if_small(windows: Windows) -> None:

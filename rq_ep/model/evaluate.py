@@ -2,19 +2,20 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import exp, isnan, sqrt
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rq_ep.core.arrays import FloatArray
 from rq_ep.core.cost import CostModel, LayerCost
+from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import Placement
 from rq_ep.core.plan import imbalance
 from rq_ep.core.strategy import Strategy
@@ -23,13 +24,16 @@ from rq_ep.model.checkpoint import read_config, read_dense, read_tokenizer
 from rq_ep.model.identity import model_identity
 from rq_ep.model.load import LoadReport, load
 from rq_ep.model.placing import layer_cost, place_uniformly
+from rq_ep.model.quality import Estimate, Quality, continuations, nll, routing_shift, watching_choices
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.model.teaching import taught
-from rq_ep.model.windows import Texts, check_sequence_length, make_windows
+from rq_ep.model.windows import Batch, Texts, check_sequence_length, make_windows
 from rq_ep.moe import ExpertBank, LocalExperts, Telemetry
 from rq_ep.parallel.default import own_device
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+MAX_CONTINUED = 16  # windows that are continued greedily
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,12 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over windows of text and its standard error, which is NaN for a single window."""
+class Reference:
+    """The dense model that all are compared with, and how far its own bf16 lies from its fp32: the noise floor."""
 
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, per_window: Sequence[float]) -> "Estimate":
-        values = np.array(per_window)
-        error = float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else float("nan")
-        return cls(float(values.mean()), error)
-
-    def exp(self) -> "Estimate":
-        """e to the mean, the error carried along: a perplexity from nats per token."""
-        return Estimate(exp(self.mean), exp(self.mean) * self.error)
-
-    def as_dict(self) -> dict[str, float | None]:
-        """Plain values, for JSON, which knows no NaN."""
-        return {"mean": self.mean, "error": None if isnan(self.error) else self.error}
+    perplexity: Estimate
+    bf16_kl: Estimate | None  # nats per token; None: not asked for
+    bf16_agreement: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -77,17 +68,26 @@ class Evaluation:
     prediction_error: float | None  # |predicted / measured - 1| of the slowest rank, median over steps and layers
     bytes_R: tuple[int, ...]  # resident experts of all layers, and the room that borrowed ones took
     transfer_bytes: float  # borrowed experts that travel in a layer and step, on average
-    dense_perplexity: Estimate
+    dense: Reference
     perplexity: Estimate
     kl: Estimate  # nats per token, dense || this
-    agreement: float  # share of tokens with the dense model's most likely next token
+    agreement: Estimate  # share of tokens with the dense model's most likely next token
+    routing_shift_L: tuple[Estimate, ...]  # share of the dense routers' choices not made here; () of encoder-decoders
+    greedy_match: Estimate | None  # share of greedy continuations equal to the dense model's, token by token
     sorted_loads_R: FloatArray = field(compare=False)  # mean load of the busiest rank, the next, ...; 1 is the mean
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        values["sorted_loads_R"] = self.sorted_loads_R.tolist()
-        return {name: value.as_dict() if isinstance(value, Estimate) else value for name, value in values.items()}
+        """Plain values, for JSON, which knows no NaN: a standard error of one window is None."""
+        values: dict[str, Any] = _plain(asdict(self))
+        return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and isnan(value) else value
 
 
 @torch.no_grad()
@@ -104,6 +104,8 @@ def compare(
     device: str = "auto",
     seed: int = 0,
     machine: CostModel | None = None,
+    noise_floor: bool = True,
+    greedy_tokens: int = 32,
     progress: Progress = lambda stage, done, total: None,
 ) -> list[Evaluation]:
     """Run the same windows of text through the dense model and through every contender, batch by batch in turns.
@@ -125,12 +127,15 @@ def compare(
         device: auto, cpu or cuda.
         seed: chooses the places that windows of text are taken from.
         machine: predicts the seconds that are measured.
+        noise_floor: also compare the dense model in bf16 with itself in fp32, which takes a further copy of it.
+        greedy_tokens: length of the greedy continuations that are compared, of at most 16 windows; 0: none.
         progress: called with (stage, done, total) while it runs.
 
     Raises:
         UserError: no such checkpoint, no text, a placement for another model or another number of ranks, a machine
             that does not know these experts.
     """
+    check_integer("--greedy-tokens", greedy_tokens)
     stored_dtype: Any = read_config(path).dtype or torch.bfloat16
     identity = model_identity(path)
     for contender in contenders:
@@ -158,21 +163,34 @@ def compare(
             telemetry=telemetry,
         )  # fmt: skip
         runs.append(_Run(contender.label, model, telemetry, cost))
-    for run in runs:
-        arguments, _ = taught(dense.config, windows.batches[0].tokens_BT.to(dense.device))
-        run.model(**arguments, use_cache=False)
-        run.telemetry.clear()
+    noise = _Noise.of(path, dtype, dense.device) if noise_floor else None
+    _warm_up(dense, runs, windows.batches, greedy_tokens, progress)
+
     dense_nll: list[float] = []
     num_predicted = 0
-    for done, batch in enumerate(windows.batches):
-        arguments, tokens_BT = taught(dense.config, batch.tokens_BT.to(dense.device))
-        num_predicted += tokens_BT[:, 1:].numel()
-        dense_BTV = dense(**arguments, use_cache=False).logits
-        dense_nll += _nll(dense_BTV, tokens_BT)
-        for run in runs:
-            run.quality.add(dense_BTV, run.model(**arguments, use_cache=False).logits, tokens_BT)
-        progress("evaluating", done + 1, len(windows.batches))
-    return [run.result(num_predicted, Estimate.of(dense_nll).exp()) for run in runs]
+    # An encoder-decoder's capacity drops tokens before its experts are asked, and other tokens where choices shift.
+    has_choices = not dense.config.is_encoder_decoder
+    with ExitStack() as stack:
+        dense_choices = stack.enter_context(watching_choices([found.module for found in experts]))
+        choices = [stack.enter_context(watching_choices(run.layers)) for run in runs]
+        for done, batch in enumerate(windows.batches):
+            arguments, tokens_BT = taught(dense.config, batch.tokens_BT.to(dense.device))
+            num_predicted += tokens_BT[:, 1:].numel()
+            dense_BTV = dense(**arguments, use_cache=False).logits
+            dense_nll += nll(dense_BTV, tokens_BT)
+            for run, found_choices in zip(runs, choices, strict=True):
+                run.quality.add(dense_BTV, run.model(**arguments, use_cache=False).logits, tokens_BT)
+                if has_choices:
+                    run.add_shift(routing_shift(dense_choices, found_choices, len(tokens_BT)))
+            if noise is not None:
+                noise.add(dense_BTV, noise.model(**arguments, use_cache=False).logits, tokens_BT)
+            progress("evaluating", done + 1, len(windows.batches))
+    reference = Reference(
+        Estimate.of(dense_nll).exp(),
+        None if noise is None else Estimate.of(noise.quality.kl),
+        None if noise is None else Estimate.of(noise.quality.agreement),
+    )
+    return [run.result(num_predicted, reference) for run in runs]
 
 
 def evaluate(
@@ -183,22 +201,40 @@ def evaluate(
     return compare(path, texts, [contender], **settings)[0]
 
 
-@dataclass
-class _Quality:
-    """Window by window, how far logits are from the dense model's."""
+def _warm_up(
+    dense: PreTrainedModel, runs: "Sequence[_Run]", batches: Sequence[Batch], greedy_tokens: int, progress: Progress
+) -> None:
+    """Run the first batch, which nobody measures, and let all continue the beginnings of the first windows."""
+    tokens_BT = torch.cat([batch.tokens_BT for batch in batches[:MAX_CONTINUED]])[:MAX_CONTINUED].to(dense.device)
+    prompts_BT = tokens_BT[:, : tokens_BT.shape[1] // 2]
+    expected_BW = continuations(dense, prompts_BT, greedy_tokens) if greedy_tokens else None
+    arguments, _ = taught(dense.config, batches[0].tokens_BT.to(dense.device))
+    for done, run in enumerate(runs):
+        progress("warming up", done, len(runs))
+        run.model(**arguments, use_cache=False)
+        if expected_BW is not None:
+            found_BW = continuations(run.model, prompts_BT, greedy_tokens)
+            run.greedy_matches = (found_BW == expected_BW).all(dim=1).double().tolist()
+        run.telemetry.clear()
 
-    nll: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    agreement: list[float] = field(default_factory=list)
+
+@dataclass
+class _Noise:
+    """The dense model once more, in the other of fp32 and bf16."""
+
+    model: PreTrainedModel
+    is_exact: bool  # this one is in fp32
+    quality: Quality = field(default_factory=Quality)
+
+    @classmethod
+    def of(cls, path: str | Path, dtype: torch.dtype, device: torch.device) -> "_Noise":
+        """For a dense model in `dtype`."""
+        is_exact = dtype != torch.float32
+        return cls(read_dense(path, torch.float32 if is_exact else torch.bfloat16, device), is_exact)
 
     def add(self, dense_BTV: Tensor, logits_BTV: Tensor, tokens_BT: Tensor) -> None:
-        self.nll += _nll(logits_BTV, tokens_BT)
-        for dense_TV, logits_TV in zip(dense_BTV, logits_BTV, strict=True):
-            # In doubles: the figure can be a billionth, and one window at a time bounds the memory.
-            expected_TV, found_TV = (logits[:-1].double().log_softmax(-1) for logits in (dense_TV, logits_TV))
-            kl_T = (expected_TV.exp() * (expected_TV - found_TV)).sum(-1)
-            self.kl.append(kl_T.mean().item())
-            self.agreement.append((expected_TV.argmax(-1) == found_TV.argmax(-1)).double().mean().item())
+        pair = (logits_BTV, dense_BTV) if self.is_exact else (dense_BTV, logits_BTV)
+        self.quality.add(*pair, tokens_BT)
 
 
 @dataclass
@@ -209,11 +245,20 @@ class _Run:
     model: PreTrainedModel
     telemetry: Telemetry
     cost: LayerCost | None
-    quality: _Quality = field(default_factory=_Quality)
+    quality: Quality = field(default_factory=Quality)
+    shift_L: list[list[float]] = field(default_factory=list)  # window by window
+    greedy_matches: list[float] = field(default_factory=list)
 
-    def result(self, num_predicted: int, dense_perplexity: Estimate) -> Evaluation:
+    @property
+    def layers(self) -> list[LocalExperts]:
         report: LoadReport = self.model.rq_ep  # type: ignore[assignment]
-        layers = [layer for layer in report.layers if isinstance(layer, LocalExperts)]
+        return [layer for layer in report.layers if isinstance(layer, LocalExperts)]
+
+    def add_shift(self, shift_L: list[list[float]]) -> None:
+        self.shift_L = [[*seen, *new] for seen, new in zip(self.shift_L or [[]] * len(shift_L), shift_L, strict=True)]
+
+    def result(self, num_predicted: int, dense: Reference) -> Evaluation:
+        layers = self.layers
         loads_NR = self.telemetry.loads().reshape(-1, len(layers[0].banks))
         imbalance_N = np.array([imbalance(loads_R) for loads_R in loads_NR])
         slowest_s = self.telemetry.seconds("compute").max(axis=-1)
@@ -230,10 +275,12 @@ class _Run:
             prediction_error=None if predicted_s is None else float(np.median(abs(predicted_s / slowest_s - 1))),
             bytes_R=tuple(_bytes_held(banks) for banks in zip(*(layer.banks for layer in layers), strict=True)),
             transfer_bytes=float(self.telemetry.transfer_bytes().sum(axis=-1).mean()),
-            dense_perplexity=dense_perplexity,
+            dense=dense,
             perplexity=Estimate.of(self.quality.nll).exp(),
             kl=Estimate.of(self.quality.kl),
-            agreement=float(np.mean(self.quality.agreement)),
+            agreement=Estimate.of(self.quality.agreement),
+            routing_shift_L=tuple(map(Estimate.of, self.shift_L)),
+            greedy_match=Estimate.of(self.greedy_matches) if self.greedy_matches else None,
             sorted_loads_R=np.sort(relative_NR, axis=1)[:, ::-1].mean(axis=0),
         )
 
@@ -242,12 +289,3 @@ def _bytes_held(banks: Sequence[ExpertBank]) -> int:
     """Bytes of one rank's experts in all layers, and of the largest room for borrowed ones, which ranks that are
     processes share between layers."""
     return sum(bank.nbytes for bank in banks) + max(bank.spare.nbytes for bank in banks)
-
-
-def _nll(logits_BTV: Tensor, tokens_BT: Tensor) -> list[float]:
-    """Nats per token of each window."""
-    losses: list[float] = [
-        F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:]).item()
-        for logits_TV, tokens_T in zip(logits_BTV, tokens_BT, strict=True)
-    ]
-    return losses

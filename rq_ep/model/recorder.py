@@ -13,8 +13,6 @@ from rq_ep.core.arrays import FloatArray, IntArray
 # (hidden_TD, topk_ids_TK, topk_weights_TK) -> out_TD
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-IMPORTANCE = "sum over routed calibration pairs of (gate weight * L2 norm of the expert's output)"
-
 
 @dataclass
 class LayerRecord:
@@ -38,6 +36,10 @@ class LayerRecord:
     def counts_E(self, topk_ids: IntArray) -> IntArray:
         """[E] routed pairs among `topk_ids`."""
         return np.bincount(topk_ids.ravel(), minlength=self.num_experts)
+
+    def kept_rows(self) -> list[Tensor]:
+        """[E] inputs [n, D] that were kept of each expert."""
+        return [torch.cat(rows) for rows in self.rows]
 
     def add(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, norms_TK: Tensor) -> None:
         """Take in one forward pass; `norms_TK` are those of every expert's output before it is weighted."""

@@ -42,7 +42,7 @@ def test_table_figures_and_picture(tiny_checkpoint: Path, placement: Path, tmp_p
     rows = {row["label"]: row for row in document["rows"]}
     assert list(rows) == ["standard", "eplb", "llep", "rq", "rq_llep"]
     assert all(label in printed for label in [*rows, "dense"])
-    assert rows["standard"]["agreement"] == 1
+    assert rows["standard"]["agreement"]["mean"] == 1
     assert rows["rq"]["bytes_R"] == list(Placement.load(placement).bytes_R)
     assert document["strategies"]["llep"]["min_tokens_per_gemm"] == 8
     assert "as predicted" in printed
