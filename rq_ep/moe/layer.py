@@ -13,7 +13,7 @@ from rq_ep.formats import get_format
 from rq_ep.moe.bank import ExpertBank, SpareRoom
 from rq_ep.moe.family import ExpertFamily
 from rq_ep.moe.telemetry import Telemetry
-from rq_ep.parallel import EPGroup, Exchange, RankFailure
+from rq_ep.parallel import EPGroup, Exchange, Homes, RankFailure
 
 
 class EPExperts(nn.Module):
@@ -34,6 +34,7 @@ class EPExperts(nn.Module):
         *,
         telemetry: Telemetry | None = None,
         spare: SpareRoom | None = None,
+        max_dispatch_bytes: int | None = None,
     ) -> None:
         """Reserve room for this rank's replicas; fill `bank` before the first call.
 
@@ -44,13 +45,16 @@ class EPExperts(nn.Module):
             group: the ranks that share the experts.
             telemetry: told about every call; default: nobody is.
             spare: room for borrowed experts, which layers may share; default: a room of this layer's own.
+            max_dispatch_bytes: rows of other ranks that a rank holds at once, the same on every rank; more come in
+                parts. Default: a tenth more than in a balanced step of as many tokens.
         """
         super().__init__()
         self.family = family
         self.layer = layer
         self.planner = planner
         self.group = group
-        self.exchange = Exchange(group)
+        self.homes = Homes.of(layer.replicas, layer.num_experts, group.size, group.device)
+        self.exchange = Exchange(group, max_dispatch_bytes=max_dispatch_bytes)
         self.bank = ExpertBank(family.layout, layer.replicas, group.rank, group.device, spare)
         self.telemetry = Telemetry(max_records=0) if telemetry is None else telemetry
 
@@ -75,12 +79,12 @@ class EPExperts(nn.Module):
 
     def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         laps = self.telemetry.laps(self.group)
-        counts_RE = self.group.gather_counts(topk_ids_TK, self.layer.num_experts)
+        census = self.homes.census(topk_ids_TK, self.group)
         laps.mark("gather")
-        plan = self.planner(counts_RE)
+        plan = self.planner(census.counts_RE)
         laps.mark("plan")
         self.bank.borrow(plan.transfers, self.group)
-        trip = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan)
+        trip = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan, census)
         for received in trip:
             laps.mark("dispatch")
             partial_MD = self.bank.compute(received, self.family)
@@ -91,7 +95,7 @@ class EPExperts(nn.Module):
         laps.mark("combine")
         laps.received_bytes = trip.received_bytes
         self.telemetry.record(
-            self.layer.layer, self.group.rank, counts_RE, plan, laps, transfer_bytes(plan, self.family)
+            self.layer.layer, self.group.rank, census.counts_RE, plan, laps, transfer_bytes(plan, self.family)
         )
         return out_TD
 

@@ -24,11 +24,15 @@ class LocalExperts(nn.Module):
         *,
         device: torch.device | str = "cpu",
         telemetry: Telemetry | None = None,
+        max_dispatch_bytes: int | None = None,
     ) -> None:
-        """Reserve room for all ranks' replicas; fill `banks` before the first call."""
+        """Reserve room for all ranks' replicas; fill `banks` before the first call. Arguments as of `EPExperts`."""
         super().__init__()
         self.world = LocalWorld(num_ranks, device)
-        self.ranks = tuple(EPExperts(family, layer, planner, group, telemetry=telemetry) for group in self.world.groups)
+        self.ranks = tuple(
+            EPExperts(family, layer, planner, group, telemetry=telemetry, max_dispatch_bytes=max_dispatch_bytes)
+            for group in self.world.groups
+        )
 
     @property
     def banks(self) -> tuple[ExpertBank, ...]:

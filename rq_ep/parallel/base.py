@@ -49,8 +49,8 @@ class EPGroup(Protocol):
     @property
     def room(self) -> ReceiveRoom: ...
 
-    def gather_counts(self, topk_ids_TK: Tensor, num_experts: int) -> IntArray:
-        """counts_RE [R, E] int64 on the host: routed pairs from each rank to each expert, the same on every rank."""
+    def gather_counts(self, counts_N: Tensor) -> IntArray:
+        """[R, N] int64 on the host: what each rank counted, the same on every rank. Waits for the device."""
         ...
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
@@ -85,10 +85,14 @@ class EPGroup(Protocol):
 
 
 def count_pairs(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """[E] int64 pairs of each expert, on the ids' device and without waiting for it."""
-    ids_N = topk_ids_TK.reshape(-1).to(torch.int64)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_N.device)
-    return counts_E.scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    """[E] int64 pairs of each expert, on the ids' device."""
+    return count(topk_ids_TK.reshape(-1).to(torch.int64), num_experts)
+
+
+def count(values_N: Tensor, num_values: int) -> Tensor:
+    """[num_values] int64, how often each of 0, 1, ... is there; unlike `bincount` it does not wait for the device."""
+    counts = torch.zeros(num_values, dtype=torch.int64, device=values_N.device)
+    return counts.scatter_add_(0, values_N, torch.ones_like(values_N))
 
 
 def check_splits(send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], size: int) -> None:

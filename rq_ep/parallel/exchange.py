@@ -6,15 +6,22 @@ from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.plan import DispatchPlan
-from rq_ep.parallel.base import EPGroup
-from rq_ep.parallel.order import pairs_by_replica, repeat
+from rq_ep.parallel.base import EPGroup, count
+from rq_ep.parallel.census import Census
+from rq_ep.parallel.order import pairs_by_replica, repeat, stable_order
 from rq_ep.parallel.trip import NOTE_BYTES, Part, Trip
 
 # A step in which no rank receives more goes as one message with room for a row beside every pair: a hop saved is worth
 # more than bytes saved.
 MAX_PADDED_BYTES = {"cpu": 1 << 16, "cuda": 1 << 20}
-# Rows a rank receives at once. More arrive, are computed and leave part by part, in the same buffer.
-MAX_PART_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+# Rows of other ranks that a rank holds at once: so much more than if the step were balanced, within these bounds. More
+# arrive, are computed and leave part by part, in the same buffers.
+PART_SLACK = 1.1
+MIN_DISPATCH_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
+MAX_DISPATCH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+# Whether the host waits to learn how many rows are sent, each token once, where an expert is split or lent; otherwise
+# there is room for all that the census allows, at most for a row beside every pair.
+LEARNS_ROWS = {"cpu": True, "cuda": False}
 # Whether a rank computes its own rows while the others are under way. That takes two smaller GEMMs for each expert, and
 # with gloo the core that computes also carries the messages: on two pinned cores, 8 experts, D = F = 512, a layer took
 # 8 to 20 % more CPU time at 256 tokens a rank, and between 4 % less and 5 % more at 2048.
@@ -25,33 +32,44 @@ class Exchange:
     """Moves rows between the ranks of a group; a rank's own rows stay where they are.
 
     A call takes two collectives in small steps, rows with notes and sums, and three in others: notes, rows, sums. The
-    host waits for a GPU once in the latter, to learn how many rows arrive, and once more if they come in parts. In
-    small steps it waits for nothing: the plan says how many pairs arrive, and there are no more rows than pairs.
+    host waits for no GPU: the plan says how many pairs arrive, and the census how many rows at most. Only where they
+    come in parts it waits once, to learn how many pairs are in each.
     """
 
     def __init__(
         self,
         group: EPGroup,
         *,
-        max_part_bytes: int | None = None,
+        max_dispatch_bytes: int | None = None,
         max_padded_bytes: int | None = None,
+        learns_rows: bool | None = None,
         overlaps: bool | None = None,
     ) -> None:
         """Settings, by default those of the device, must be the same on every rank.
 
         Args:
             group: the ranks.
-            max_part_bytes: of rows that a rank receives at once, up to a row of each other rank more.
+            max_dispatch_bytes: rows of other ranks that a rank holds at once, up to a row of each more in each part;
+                default: a tenth more than in a balanced step of as many tokens.
             max_padded_bytes: received by a rank, up to which rows and notes are one message.
+            learns_rows: the host waits to learn how many rows there are, where a plan only bounds them.
             overlaps: own rows are computed while others are under way.
         """
         kind = group.device.type
         self.group = group
-        self.max_part_bytes = MAX_PART_BYTES[kind] if max_part_bytes is None else max_part_bytes
+        self.max_dispatch_bytes = max_dispatch_bytes
         self.max_padded_bytes = MAX_PADDED_BYTES[kind] if max_padded_bytes is None else max_padded_bytes
+        self.learns_rows = LEARNS_ROWS[kind] if learns_rows is None else learns_rows
         self.overlaps = OVERLAPS[kind] if overlaps is None else overlaps
 
-    def dispatch(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: DispatchPlan) -> "Trip":
+    def dispatch(
+        self,
+        hidden_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        plan: DispatchPlan,
+        census: Census | None = None,
+    ) -> Trip:
         """Send this rank's rows to the replicas the plan gives them; the trip tells what to compute, part by part.
 
         A source's j-th pair of an expert, in (token, k) order, fills the expert's replicas in the order of their ranks.
@@ -63,6 +81,7 @@ class Exchange:
             topk_ids_TK: [T, K] integers, the experts of each row; one may be named twice.
             topk_weights_TK: [T, K] routing weights.
             plan: made from the counts of these very ids.
+            census: of these ids; without it rows are only known not to exceed pairs and tokens.
         """
         group, device = self.group, hidden_TD.device
         rank, size, top_k = group.rank, group.size, max(topk_ids_TK.shape[1], 1)
@@ -103,22 +122,42 @@ class Exchange:
             part = Part(tokens, rows_out, rows_in, notes_N2, away_RJ, rows_MD)
             return Trip(group, hidden_TD, experts, own, [part], overlaps=False)
 
+        tokens_R = plan.pairs_RP.sum(axis=1) // top_k
+        most_RR = np.minimum(away_RR, tokens_R[:, None])
+        if census is not None:
+            most_RR = np.minimum(most_RR, census.most_rows_RR(plan))
         notes_N2 = group.all_to_all(notes_N2, pairs_out_R.tolist(), pairs_in_R.tolist())
-        rows_in_R = torch.zeros(size, dtype=torch.int32, device=device)
-        rows_in_R.scatter_reduce_(0, repeat(np.arange(size), pairs_in_R, device), notes_N2[:, 0] + 1, "amax")
-        rows_2R = torch.stack([is_sent_RT.sum(1), rows_in_R]).cpu().numpy()
+        rows_out_R, rows_in_R = most_RR[rank], most_RR[:, rank]
+        if self.learns_rows:
+            last_R = torch.zeros(size, dtype=torch.int32, device=device)
+            last_R.scatter_reduce_(0, repeat(np.arange(size), pairs_in_R, device), notes_N2[:, 0] + 1, "amax")
+            rows_out_R, rows_in_R = torch.stack([is_sent_RT.sum(1), last_R]).cpu().numpy()
         whole = Part(
-            tokens=_by_slot(token_N, row_N, pairs_out_R, rows_2R[0]),
-            rows_out=rows_2R[0].tolist(),
-            rows_in=rows_2R[1].tolist(),
+            tokens=_by_slot(token_N, row_N, pairs_out_R, rows_out_R),
+            rows_out=rows_out_R.tolist(),
+            rows_in=rows_in_R.tolist(),
             notes_N2=notes_N2,
             pairs_RJ=away_RJ,
         )
-        # From another rank come at most as many rows as it has tokens: a bound that every rank knows of every rank.
-        most_RR = np.minimum(away_RR, plan.pairs_RP.sum(axis=1, keepdims=True) // top_k)
-        num_parts = -(-int(most_RR.sum(axis=0).max()) * row_bytes // self.max_part_bytes)
-        parts = [whole] if num_parts <= 1 else _in_parts(whole, num_parts)
+        num_parts = self._num_parts(most_RR, tokens_R, top_k, row_bytes)
+        parts = [whole] if num_parts == 1 else _in_parts(whole, num_parts)
         return Trip(group, hidden_TD, experts, own, parts, self.overlaps)
+
+    def _num_parts(self, most_RR: IntArray, tokens_R: IntArray, top_k: int, row_bytes: int) -> int:
+        """In how many parts rows come, from what every rank knows of every rank."""
+        limit = self.max_dispatch_bytes
+        if limit is None:
+            # A token whose K choices fall on ranks at random misses a rank with probability ((R - 1) / R)^K. In whole
+            # numbers: all ranks must find the same.
+            size, kind = len(tokens_R), self.group.device.type
+            others = int(tokens_R.sum() - tokens_R.min())
+            balanced = others * (size**top_k - (size - 1) ** top_k) // size**top_k
+            limit = int(PART_SLACK * balanced * row_bytes)
+            limit = min(max(limit, MIN_DISPATCH_BYTES[kind]), MAX_DISPATCH_BYTES[kind])
+        most = int(most_RR.sum(axis=0).max()) * row_bytes
+        if most <= limit:
+            return 1
+        return -(-most * (1 + self.overlaps) // limit)  # two parts are held at once if they overlap
 
 
 def _by_slot(token_N: Tensor, row_N: Tensor, pairs_R: IntArray, slots_R: IntArray) -> Tensor:
@@ -143,9 +182,9 @@ def _in_parts(whole: Part, num_parts: int) -> list[Part]:
     block_N = repeat(np.arange(num_blocks), whole.pairs_RJ.ravel(), device)
     row_N = whole.notes_N2[:, 0]
     part_N = row_N // run_N
-    counts = torch.bincount(part_N * num_blocks + block_N, minlength=num_parts * num_blocks).cpu().numpy()
+    counts = count(part_N * num_blocks + block_N, num_parts * num_blocks).cpu().numpy()
     pairs_PRJ = counts.reshape(num_parts, *whole.pairs_RJ.shape)
-    notes_N2 = torch.stack([row_N - part_N * run_N, whole.notes_N2[:, 1]], 1).int()[torch.argsort(part_N, stable=True)]
+    notes_N2 = torch.stack([row_N - part_N * run_N, whole.notes_N2[:, 1]], 1).int()[stable_order(part_N, num_parts)]
     tokens_R = torch.split(whole.tokens, whole.rows_out)
     return [
         Part(

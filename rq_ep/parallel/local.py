@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.parallel.base import Piece, RankFailure, check_splits, count_pairs
+from rq_ep.parallel.base import Piece, RankFailure, check_splits
 from rq_ep.parallel.room import ReceiveRoom
 
 T = TypeVar("T")
@@ -86,9 +86,8 @@ class LocalGroup:
         self.room = ReceiveRoom(device)
         self._baton = baton
 
-    def gather_counts(self, topk_ids_TK: Tensor, num_experts: int) -> IntArray:
-        counts_E = count_pairs(topk_ids_TK, num_experts).cpu().numpy()
-        return np.stack(self._baton.meet(self.rank, "gather of counts", counts_E))
+    def gather_counts(self, counts_N: Tensor) -> IntArray:
+        return np.stack(self._baton.meet(self.rank, "gather of counts", counts_N.cpu().numpy()))
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
         return self.start_all_to_all(send, input_splits, output_splits).wait()

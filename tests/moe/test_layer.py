@@ -22,7 +22,7 @@ def test_every_way_to_move_rows_equals_the_dense_layer(mode: str, routing: str) 
     weights = cases.expert_weights(family, num_experts)
     counts_RE = cases.counts_of(ranks, num_experts)
     layer, planner, _ = cases.planned("llep", BORROWING, family, counts_RE)
-    settings = MODES[mode] | ({"max_part_bytes": 5 * cases.D * 4} if "max_part_bytes" in MODES[mode] else {})
+    settings = MODES[mode] | ({"max_dispatch_bytes": 5 * cases.D * 4} if "max_dispatch_bytes" in MODES[mode] else {})
 
     def main(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
         experts = EPExperts(family, layer, planner, group)

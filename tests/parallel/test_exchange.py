@@ -68,9 +68,11 @@ def test_blocks_change_their_order() -> None:
 MODES: dict[str, dict[str, Any]] = {
     "one message": {},
     "rows": {"max_padded_bytes": 0},
-    "parts": {"max_padded_bytes": 0, "max_part_bytes": 16},
+    "bounded rows": {"max_padded_bytes": 0, "learns_rows": False},
+    "parts": {"max_padded_bytes": 0, "max_dispatch_bytes": 16},
     "overlapping": {"max_padded_bytes": 0, "overlaps": True},
-    "overlapping parts": {"max_padded_bytes": 0, "max_part_bytes": 16, "overlaps": True},
+    "overlapping parts": {"max_padded_bytes": 0, "max_dispatch_bytes": 16, "overlaps": True},
+    "bounded parts": {"max_padded_bytes": 0, "max_dispatch_bytes": 16, "overlaps": True, "learns_rows": False},
 }
 
 
@@ -187,7 +189,7 @@ def test_memory_for_rows_stays_within_its_bound_at_one_hot_expert(overlaps: bool
     max_rows = 90
 
     def main(group: Any) -> tuple[list[int], int, torch.Tensor]:
-        exchange = Exchange(group, max_padded_bytes=0, max_part_bytes=max_rows * size * 4, overlaps=overlaps)
+        exchange = Exchange(group, max_padded_bytes=0, max_dispatch_bytes=max_rows * size * 4, overlaps=overlaps)
         num_rows: list[int] = []
         for _ in range(2):
             trip = exchange.dispatch(hidden_RTD[group.rank], ids_TK, torch.ones(num_tokens, 1), plan)
@@ -199,10 +201,10 @@ def test_memory_for_rows_stays_within_its_bound_at_one_hot_expert(overlaps: bool
         own = num_tokens
         if rank == 0:
             assert sum(num_rows) == num_ranks * num_tokens
-            assert len(num_rows) == (8 if overlaps else 7)
+            assert len(num_rows) == (15 if overlaps else 7)
             assert max(num_rows[1:]) <= max_rows
             assert num_rows[0] <= own + max_rows
-        assert nbytes <= (2 * max_rows if overlaps else own + max_rows) * size * 4
+        assert nbytes <= (max_rows if overlaps else own + max_rows) * size * 4
         assert torch.equal(out_TD, hidden_RTD[rank] * 3)
 
 

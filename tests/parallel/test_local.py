@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from rq_ep.parallel import RankFailure, run_local, single_group
+from rq_ep.parallel.base import count_pairs
 
 
 def test_collectives_return_what_the_ranks_brought() -> None:
     def main(group: Any) -> tuple[Any, ...]:
         ids_TK = torch.full((group.rank, 2), group.rank, dtype=[torch.int64, torch.int32, torch.int64][group.rank])
-        counts_RE = group.gather_counts(ids_TK, 3)
+        counts_RE = group.gather_counts(count_pairs(ids_TK, 3))
         send = torch.arange(3) + 10 * group.rank
         received = group.all_to_all(send, [1, 1, 1], [1, 1, 1])
         group.barrier()

@@ -32,7 +32,7 @@ def collectives(group: EPGroup) -> dict[str, Any]:
     return {
         "received": received,
         "nothing": list(nothing.shape),
-        "counts": group.gather_counts(torch.full((group.rank, 2), group.rank, device=group.device), 4).tolist(),
+        "counts": group.gather_counts(torch.full((4,), group.rank, device=group.device)).tolist(),
         "objects": group.all_gather_object({"rank": group.rank}),
     }
 
@@ -66,7 +66,7 @@ def layers(group: EPGroup, dtype: torch.dtype, native: str) -> dict[str, Any]:
             assert torch.equal(first, second), f"{routing} {name}: two runs gave different bits"
             assert telemetry.loads().sum() == 2 * counts_RE.sum()
             if routing == "one_hot_expert":
-                experts.exchange = Exchange(group, max_padded_bytes=0, max_part_bytes=64, overlaps=True)
+                experts.exchange = Exchange(group, max_padded_bytes=0, max_dispatch_bytes=64, overlaps=True)
                 in_parts = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
                 cases.check_close(in_parts.cpu(), first.cpu())
             borrowed += planner(counts_RE).transfers
@@ -94,7 +94,7 @@ def loss_of_a_rank(group: EPGroup) -> dict[str, Any]:
         os._exit(0)  # without a word to the others
     start_s = time.monotonic()
     try:
-        group.gather_counts(torch.zeros(1, 1, dtype=torch.int64, device=group.device), 2)
+        group.gather_counts(torch.zeros(2, dtype=torch.int64, device=group.device))
     except RankFailure as failure:
         return {"message": str(failure), "seconds": time.monotonic() - start_s}
     raise AssertionError("the loss of a rank went unnoticed")
