@@ -30,12 +30,14 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     required: bool = False,
+    secret: bool = False,
 ) -> Any:
     """Declare a settings field: its default, its help text, and the values it takes.
 
     `required` marks a field that only the command line or the file can know; its default stands for "not given".
+    `secret` marks one that is never shown.
     """
-    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "required": required}
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "required": required, "secret": secret}
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -129,6 +131,7 @@ class ServeConfig:
 
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, help="port to listen on; 0 picks a free one", minimum=0, maximum=65535)
+    api_key: str | None = option(None, help="key that requests under /v1 must bring; default: none", secret=True)
     served_model_name: str | None = option(None, help="name of the model in requests; default: as given by --model")
     max_num_seqs: int = option(64, help="requests that run at once on a rank", minimum=1)
     max_num_batched_tokens: int = option(1024, help="tokens of one step on a rank", minimum=1)
@@ -218,9 +221,15 @@ def from_mapping(settings: type[Settings], document: Mapping[str, Any]) -> Setti
     return settings(**_read_mapping(settings, document, settings.__name__))
 
 
+def shown(settings: Any) -> dict[str, Any]:
+    """The settings as anybody may see them: what is secret is hidden."""
+    secrets = {item.name for item in fields(settings) if item.metadata["secret"]}
+    return {name: "***" if name in secrets and value else value for name, value in as_mapping(settings).items()}
+
+
 def resolved(settings: Any) -> str:
-    """The settings as the YAML that would give them again."""
-    return yaml.safe_dump(as_mapping(settings), sort_keys=False).rstrip()
+    """The settings as the YAML that would give them again, but for what is secret."""
+    return yaml.safe_dump(shown(settings), sort_keys=False).rstrip()
 
 
 def _read_mapping(settings: type[Any], document: Mapping[str, Any], where: str) -> dict[str, Any]:

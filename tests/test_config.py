@@ -53,6 +53,13 @@ def test_a_strategy_is_a_name_or_a_mapping(write, text: str, expected: StrategyC
     assert read("--config", write(f"model: m\nstrategy: {text}\n")).strategy == expected
 
 
+def test_a_secret_is_not_shown() -> None:
+    config = read("--model", "m", "--api-key", "hush")
+    assert config.api_key == "hush"
+    assert "hush" not in resolved(config)
+    assert yaml.safe_load(resolved(read("--model", "m")))["api_key"] is None
+
+
 def test_resolved_settings_are_a_file_that_gives_them_again(write) -> None:
     config = ServeConfig(model="m", strategy=StrategyConfig("llep", {"min_tokens_per_gemm": 16}), shutdown_timeout=2.5)
     assert read("--config", write(resolved(config))) == config

@@ -7,15 +7,16 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from rq_ep.engine.idle import empty_step
 from rq_ep.engine.lockstep import LockstepManager, agreement, batching_config
-from rq_ep.engine.request import Output, Request, Sampling
+from rq_ep.engine.request import Output, Request, Score
+from rq_ep.engine.running import News, Running
+from rq_ep.engine.scoring import PromptScorer
 
 CPU_KV_CACHE_TOKENS = 16384
+SCORING_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,13 @@ class Engine:
         heartbeat_s: float = 1.0,
     ) -> None:
         self.eos_token_ids = _eos_token_ids(model)
-        self._samplings: dict[str, Sampling] = {}
+        self._running: dict[str, Running] = {}
+        self._scorer = PromptScorer(
+            model,
+            model.config._attn_implementation,
+            min(SCORING_CHUNK, limits.max_num_batched_tokens),
+            self._prompt_scored,
+        )
         self._manager = LockstepManager(
             model,
             GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
@@ -65,11 +72,14 @@ class Engine:
             ),
             agree=agreement(control),
             empty_step=empty_step(model, layers),
-            samplings=self._samplings,
+            running=self._running,
+            scorer=self._scorer,
             on_failure=on_failure,
             heartbeat_s=heartbeat_s,
         )
-        self._news = _News(on_outputs, self._samplings, frozenset(self.eos_token_ids))
+        self._news = News(
+            self._running, frozenset(self.eos_token_ids), on_outputs, on_broken=self._manager.cancel_request
+        )
         self._manager.output_router = self._news
         self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
         self.max_request_tokens = infer_max_single_request_tokens(self._manager.batch_processor.cache)
@@ -80,8 +90,14 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Take a request; its tokens come through `on_outputs`. It must fit: `num_tokens <= max_request_tokens`."""
-        self._samplings[request.id] = request.sampling
-        self._news.expect(request.id)
+        self._running[request.id] = Running(request)
+        if request.scores_prompt:
+            self._scorer.add(request)
+            self._manager.wake(0)
+        else:
+            self._generate(request)
+
+    def _generate(self, request: Request) -> None:
         self._manager.add_request(
             request.prompt_ids,
             request_id=request.id,
@@ -90,9 +106,14 @@ class Engine:
             eos_token_id=-1 if request.ignore_eos else None,
         )
 
+    def _prompt_scored(self, request: Request, scores: list[Score]) -> None:
+        self._news.prompt_scored(request, scores)
+        if request.id in self._running:
+            self._generate(request)
+
     def cancel(self, request_id: str) -> None:
         """Forget a request; nothing more is heard of it."""
-        self._news.forget(request_id)
+        self._running.pop(request_id, None)
         self._manager.cancel_request(request_id)
 
     def wake(self, num_announced: int) -> None:
@@ -112,51 +133,16 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not been started."""
-        processor = self._manager.batch_processor
-        waiting = 0 if processor is None else len(processor.scheduler.waiting_requests)
-        return waiting + self._manager.input_queue.qsize()
+        """Requests that have not been started, or whose prompt is being scored."""
+        return max(len(self._running) - self.num_running, 0)
 
-
-class _News(OutputRouter):
-    """Turns the manager's cumulative outputs into what is new of each request, one call for each step."""
-
-    def __init__(
-        self,
-        on_outputs: Callable[[list[Output]], None],
-        samplings: dict[str, Sampling],
-        eos_token_ids: frozenset[int],
-    ) -> None:
-        super().__init__()
-        self._on_outputs = on_outputs
-        self._samplings = samplings
-        self._eos_token_ids = eos_token_ids
-        self._num_told: dict[str, int] = {}
-
-    def expect(self, request_id: str) -> None:
-        self._num_told[request_id] = 0
-
-    def forget(self, request_id: str) -> None:
-        self._num_told.pop(request_id, None)
-        self._samplings.pop(request_id, None)
-
-    def deliver(self, output: GenerationOutput) -> None:
-        self.deliver_batch([output])
-
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        if news := [self._new_part(output) for output in outputs if output.request_id in self._num_told]:
-            self._on_outputs(news)
-
-    def _new_part(self, output: GenerationOutput) -> Output:
-        token_ids = output.generated_tokens[self._num_told.get(output.request_id, 0) :]
-        if not output.is_finished():
-            self._num_told[output.request_id] = len(output.generated_tokens)
-            return Output(output.request_id, token_ids)
-        self.forget(output.request_id)
-        if output.status == RequestStatus.FAILED:
-            return Output(output.request_id, token_ids, "error", output.error or "the request failed")
-        ended_itself = bool(token_ids) and token_ids[-1] in self._eos_token_ids
-        return Output(output.request_id, token_ids, "stop" if ended_itself else "length")
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache that requests hold."""
+        pool = self._manager.batch_processor.cache.pool
+        # A sector stays with the layers it was given to when its blocks fall free.
+        begun = sum(pool.count_free_blocks(at) / size for at, size in enumerate(pool.blocks_per_sector))
+        return 1 - (pool.num_free_sectors + begun) / pool.num_sectors
 
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:

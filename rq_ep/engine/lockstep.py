@@ -18,8 +18,11 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
+from rq_ep.engine.latent import cache_head_size, pad_cache
 from rq_ep.engine.request import Sampling
+from rq_ep.engine.running import Running
 from rq_ep.engine.sampling import next_tokens
+from rq_ep.engine.scoring import PromptScorer, score_tokens
 from rq_ep.parallel.base import RankFailure
 
 # Largest value of each flag over the ranks.
@@ -73,7 +76,8 @@ class LockstepManager(ContinuousBatchingManager):
         batching: sizes of batches and cache.
         agree: the group's agreement.
         empty_step: enters every MoE layer with zero rows.
-        samplings: how each running request, by its id, chooses tokens.
+        running: the requests of this rank that are still wanted, by id.
+        scorer: the prompts of this rank that are to be scored.
         on_failure: told of an error that ends the loop; the others wait for this rank, so it must end the process.
         heartbeat_s: longest sleep of an idle group, in seconds.
     """
@@ -86,17 +90,20 @@ class LockstepManager(ContinuousBatchingManager):
         *,
         agree: Agree,
         empty_step: Callable[[], None],
-        samplings: Mapping[str, Sampling],
+        running: Mapping[str, Running],
+        scorer: PromptScorer,
         on_failure: Callable[[BaseException], None],
         heartbeat_s: float,
     ) -> None:
         super().__init__(model, generation_config, batching)
         self._agree = agree
         self._empty_step = empty_step
-        self._samplings = samplings
+        self._running = running
+        self._scorer = scorer
         self._on_failure = on_failure
         self._heartbeat_s = heartbeat_s
         self._num_announced = 0
+        self._has_just_scored = False
 
     def wake(self, num_announced: int) -> None:
         """Rouse the loop: the group has been given `num_announced` requests so far, one of them perhaps to this rank.
@@ -111,9 +118,13 @@ class LockstepManager(ContinuousBatchingManager):
         super().join(stop_trigger_time, timeout)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        processor = super()._create_batch_processor()
-        runner = processor.model_runner
-        runner._sample = Sampler(processor.inputs_and_outputs, self._samplings)
+        is_first = self.batch_processor is None
+        config = self.model.config.get_text_config()
+        with cache_head_size(config):
+            processor = super()._create_batch_processor()
+        if is_first:
+            pad_cache(processor.cache, config)
+            processor.model_runner._sample = Sampler(processor.inputs_and_outputs, self._running)
         return processor
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
@@ -128,21 +139,27 @@ class LockstepManager(ContinuousBatchingManager):
         """One step of the group; False ends the loop on every rank."""
         self._wake_up_loop.clear()
         announced = self._num_announced
-        ready = processor.prepare_next_batch()
+        # Scoring and batches take turns: neither waits for the other's last request.
+        has_scored = self._has_just_scored
+        scores = self._scorer.has_work() and not (has_scored and processor.has_pending_requests())
+        self._has_just_scored = scores
+        ready = scores or processor.prepare_next_batch()
         # `tp_status` lags behind by one call of prepare_next_batch
         status = self.background_thread_status.local_status
         flags = (
             ready,
             status == BackgroundThreadStatus.DONT_STOP,
             status >= BackgroundThreadStatus.HARD_STOP,
-            processor.has_pending_requests(),
+            processor.has_pending_requests() or self._scorer.has_work(),
             announced,
             -announced,
         )
         any_ready, any_running, any_hard_stop, any_pending, most, minus_least = self._agree(flags)
         if any_hard_stop:
             return False
-        if ready:
+        if scores:
+            self._score()
+        elif ready:
             self._generation_step()
             self.current_batch += 1
             processor.update_batch()
@@ -156,20 +173,33 @@ class LockstepManager(ContinuousBatchingManager):
             self._wake_up_loop.wait(timeout=self._heartbeat_s)
         return True
 
+    def _score(self) -> None:
+        """Score a chunk of a prompt; if nobody wants one any more, the group still waits for this rank."""
+        if not self._scorer.step(self._running.__contains__):
+            self._empty_step()
+
 
 class Sampler:
     """Stands in for `ModelRunner._sample`: each request has a temperature and a random stream of its own."""
 
-    def __init__(self, ios: ContinuousBatchingIOs, samplings: Mapping[str, Sampling]) -> None:
+    def __init__(self, ios: ContinuousBatchingIOs, running: Mapping[str, Running]) -> None:
         self._ios = ios
-        self._samplings = samplings
+        self._running = running
 
     def __call__(self, scores_1NV: torch.Tensor, output_ids: torch.Tensor) -> None:
         states = [future.state for future in self._ios.requests_in_batch if future.has_new_token]
-        samplings = [self._samplings.get(state.request_id, GREEDY) for state in states]
-        positions = [state.position_offset for state in states]
-        tokens_N = next_tokens(scores_1NV[0, : len(states)], samplings, positions)
+        scores_NV = scores_1NV[0, : len(states)]
+        running = [self._running.get(state.request_id) for state in states]
+        samplings = [GREEDY if found is None else found.request.sampling for found in running]
+        tokens_N = next_tokens(scores_NV, samplings, [state.position_offset for state in states])
         output_ids[0, : len(states)].copy_(tokens_N)
+        is_finite = scores_NV.amax(dim=-1).isfinite().tolist()  # not where any logit is NaN
+        for row, found in enumerate(running):
+            if found is None:
+                continue
+            found.is_broken |= not is_finite[row]
+            if (num_top := found.request.num_logprobs) is not None:
+                found.scores += score_tokens(scores_NV[row : row + 1], tokens_N[row : row + 1], num_top)
 
 
 def batching_config(

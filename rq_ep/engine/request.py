@@ -1,6 +1,8 @@
 """What goes into an engine and what comes out of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -14,13 +16,19 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be continued by at most `max_tokens` tokens."""
+    """A prompt to be continued by at most `max_tokens` tokens.
+
+    `num_logprobs` asks for the log-probability of every token, and of so many of the likeliest at its place;
+    `scores_prompt` asks for them of the prompt's tokens too, and then `max_tokens` may be 0.
+    """
 
     id: str
     prompt_ids: list[int]
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
+    num_logprobs: int | None = None
+    scores_prompt: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -28,14 +36,39 @@ class Request:
         return len(self.prompt_ids) + self.max_tokens
 
 
+class Score(NamedTuple):
+    """Log-probabilities at a token's place, by the model's own distribution, before temperature and top-p."""
+
+    logprob: float
+    top_ids: list[int]  # the likeliest tokens, likeliest first
+    top_logprobs: list[float]
+
+
 @dataclass(frozen=True)
 class Output:
     """News of a request: tokens since the last news, and whether it ended.
 
     `finish_reason` is `stop` (the model's end token, which is the last of `token_ids`), `length`, or `error`.
+    `scores` has one entry for each of `token_ids` where the request asks for them; `prompt_scores` comes once, with one
+    entry for each token of the prompt but its first.
     """
 
     request_id: str
     token_ids: list[int]
     finish_reason: str | None = None
     error: str | None = None
+    scores: list[Score] = field(default_factory=list)
+    prompt_scores: list[Score] | None = None
+
+
+def output_from(
+    request_id: str,
+    token_ids: list[int],
+    finish_reason: str | None = None,
+    error: str | None = None,
+    scores: Sequence[Any] = (),
+    prompt_scores: Sequence[Any] | None = None,
+) -> Output:
+    """The output whose fields were sent as JSON, where scores are plain lists."""
+    prompt = None if prompt_scores is None else [Score(*score) for score in prompt_scores]
+    return Output(request_id, token_ids, finish_reason, error, [Score(*score) for score in scores], prompt)

@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rq_ep.engine.request import Request
 from rq_ep.serve.errors import ApiError
-from rq_ep.serve.service import Piece
+from rq_ep.serve.logprobs import TokenText, chat_logprobs, completion_logprobs
+from rq_ep.serve.pieces import Piece, ScoredToken
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,17 @@ class Answer:
     request: Request
     model: str
     is_chat: bool
+    token_text: TokenText
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         id_ = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.request.id}"
         return {"id": id_, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more}
+
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        if self.request.num_logprobs is None:
+            return None
+        return (chat_logprobs if self.is_chat else completion_logprobs)(tokens, self.token_text)
 
     def _usage(self, num_tokens: int) -> dict[str, int]:
         num_prompt = len(self.request.prompt_ids)
@@ -36,7 +43,8 @@ class Answer:
         """The body of an answer that is sent at once."""
         all_ = [piece async for piece in pieces]
         text = "".join(piece.text for piece in all_)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": all_[-1].finish_reason, "logprobs": None}
+        logprobs = self._logprobs([token for piece in all_ for token in piece.tokens])
+        choice: dict[str, Any] = {"index": 0, "finish_reason": all_[-1].finish_reason, "logprobs": logprobs}
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
@@ -53,17 +61,13 @@ class Answer:
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
         num_tokens = 0
         if self.is_chat:
-            yield _event(self._frame(kind, [self._delta({"role": "assistant", "content": ""}, None)], **usage))
+            yield _event(self._frame(kind, [self._chunk("", None, (), is_first=True)], **usage))
         try:
             async for piece in pieces:
                 num_tokens += piece.num_tokens
-                if not piece.text and piece.finish_reason is None:
-                    continue
-                if self.is_chat:
-                    choice = self._delta({"content": piece.text} if piece.text else {}, piece.finish_reason)
-                else:
-                    choice = {"index": 0, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
-                yield _event(self._frame(kind, [choice], **usage))
+                if piece.text or piece.finish_reason is not None:
+                    chunk = self._chunk(piece.text, piece.finish_reason, piece.tokens)
+                    yield _event(self._frame(kind, [chunk], **usage))
         except ApiError as error:
             yield _event(error.body())
             return
@@ -71,9 +75,15 @@ class Answer:
             yield _event(self._frame(kind, [], usage=self._usage(num_tokens)))
         yield "data: [DONE]\n\n"
 
-    @staticmethod
-    def _delta(delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken], *, is_first: bool = False
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(tokens) if tokens else None
+        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+        if not self.is_chat:
+            return {**choice, "text": text}
+        role = {"role": "assistant"} if is_first else {}
+        return {**choice, "delta": {**role, "content": text} if text or is_first else {}}
 
 
 def _event(body: dict[str, Any]) -> str:

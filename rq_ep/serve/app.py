@@ -12,21 +12,29 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from rq_ep.serve.answers import Answer
 from rq_ep.serve.errors import ApiError
+from rq_ep.serve.guards import BodyLimit, KeyGuard
 from rq_ep.serve.metrics import RequestMetrics
+from rq_ep.serve.pieces import Piece
 from rq_ep.serve.schemas import ChatBody, CompletionBody, GenerationBody
-from rq_ep.serve.service import Piece, Service
+from rq_ep.serve.service import Service
 
 T = TypeVar("T")
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody is there to read it
 
 
-def make_app(service: Service, max_body_bytes: int) -> ASGIApp:
-    """The ASGI application in front of a service."""
-    app = FastAPI(title="rq_ep", version=version("rq_ep"))
+def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) -> ASGIApp:
+    """The ASGI application in front of a service.
+
+    Args:
+        service: what answers.
+        max_body_bytes: longest request body.
+        api_key: what requests under /v1 must bring; None: nothing.
+    """
+    app = FastAPI(title="rq_ep", version=version("rq_ep"), docs_url=None, redoc_url=None)
     created = int(time.time())
 
     @app.post("/v1/completions")
@@ -43,8 +51,8 @@ def make_app(service: Service, max_body_bytes: int) -> ASGIApp:
 
     async def respond(http: Request, body: GenerationBody, prompt_ids: list[int], times: RequestMetrics) -> Response:
         request = service.request(prompt_ids, body)
-        answer = Answer(request, service.model_name, is_chat=isinstance(body, ChatBody))
-        pieces = service.pieces(request, body.stops, times)
+        answer = Answer(request, service.model_name, isinstance(body, ChatBody), service.token_text)
+        pieces = service.pieces(request, body, times)
         if not body.stream:
             return JSONResponse(await unless_left(http, answer.whole(pieces)))
         # The first piece is awaited before the status is sent, so that a refusal is a status and not an event.
@@ -72,6 +80,10 @@ def make_app(service: Service, max_body_bytes: int) -> ASGIApp:
         if (reason := service.why_unavailable()) is not None:
             raise ApiError(503, reason)
         return {"status": "ok"}
+
+    @app.get("/livez")
+    async def livez() -> dict[str, str]:
+        return {"status": "alive"}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -105,7 +117,8 @@ def make_app(service: Service, max_body_bytes: int) -> ASGIApp:
     async def on_bug(http: Request, error: Exception) -> Response:
         return await on_api_error(http, ApiError(500, f"internal error: {type(error).__name__}"))
 
-    return BodyLimit(app, max_body_bytes)
+    guarded = BodyLimit(app, max_body_bytes)
+    return guarded if api_key is None else KeyGuard(guarded, api_key)
 
 
 async def _chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
@@ -151,32 +164,3 @@ def _describe(error: RequestValidationError) -> ApiError:
     if param is None:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
     return ApiError(400, f"{place}: {first['msg']}", param)
-
-
-class BodyLimit:
-    """Refuses bodies beyond a size, told by their header or found out while reading."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        too_large = ApiError(413, f"the body is longer than {self.max_bytes} bytes (--max-body-bytes)")
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self.max_bytes:
-            await too_large.response()(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_bytes:
-                raise too_large
-            return message
-
-        await self.app(scope, counted, send)

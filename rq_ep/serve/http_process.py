@@ -13,7 +13,7 @@ from importlib.metadata import version
 import uvicorn
 from transformers import AutoTokenizer
 
-from rq_ep.config import ServeConfig, as_mapping, from_mapping
+from rq_ep.config import ServeConfig, from_mapping, shown
 from rq_ep.serve.app import make_app
 from rq_ep.serve.hub import Hub, listen
 from rq_ep.serve.leave import leave
@@ -62,11 +62,11 @@ async def run(config: ServeConfig, num_ranks: int, token: str, http: socket.sock
     )
     service = Service(config.model_name, config.seed, hub, metrics)
     service.info = {
-        "settings": as_mapping(config),
+        "settings": shown(config),
         "num_ranks": num_ranks,
         "versions": {name: version(name) for name in ("rq_ep", "torch", "transformers")},
     }
-    app = make_app(service, config.max_body_bytes)
+    app = make_app(service, config.max_body_bytes, config.api_key)
     server = Server(
         uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     )

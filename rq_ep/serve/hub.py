@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rq_ep.engine.request import Output, Request
+from rq_ep.engine.request import Output, Request, output_from
 from rq_ep.engine.spread import least_loaded
 from rq_ep.serve.errors import ApiError
 from rq_ep.serve.link import MAX_LINE_BYTES, Message, encode, messages
@@ -157,7 +157,7 @@ class Hub:
             case "outputs":
                 self._last_news_s = time.monotonic()
                 for fields in message["outputs"]:
-                    self._pass_on(Output(*fields))
+                    self._pass_on(output_from(*fields))
             case "stats":
                 self._on_stats(rank, message)
             case "checked":

@@ -9,15 +9,12 @@ from rq_ep.serve.errors import ApiError
 # Parameters of OpenAI's reference that are not supported, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1, None),
-    "echo": (False, None),
     "frequency_penalty": (0, None),
     "function_call": ("none", None),
     "functions": (None,),
     "logit_bias": ({}, None),
-    "logprobs": (False, None),
     "metadata": ({}, None),
     "modalities": (["text"], None),
-    "n": (1, None),
     "parallel_tool_calls": (False, True, None),
     "presence_penalty": (0, None),
     "response_format": ({"type": "text"}, None),
@@ -26,8 +23,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("", None),
     "tool_choice": ("none", "auto", None),
     "tools": ([], None),
-    "top_logprobs": (None,),
 }
+
+MAX_LOGPROBS = 20
 
 StopString = Annotated[str, Field(min_length=1)]
 
@@ -44,6 +42,7 @@ class GenerationBody(_Body):
     """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
 
     model: str
+    n: Literal[1] | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -72,6 +71,16 @@ class GenerationBody(_Body):
         return self
 
     @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to name at each token's place; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is part of the answer."""
+        return False
+
+    @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
@@ -89,6 +98,23 @@ TokenId = Annotated[int, Field(ge=0)]
 
 class CompletionBody(GenerationBody):
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def check_max_tokens(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens is 0, which is only allowed with echo: ask for at least 1", "max_tokens")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     @property
     def single_prompt(self) -> str | list[int]:
@@ -122,3 +148,15 @@ class ChatMessage(_Body):
 class ChatBody(GenerationBody):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def check_top_logprobs(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs are only allowed when logprobs is true", "top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from rq_ep.engine.request import Output, Request, Sampling
 from rq_ep.serve.errors import ApiError
 from rq_ep.serve.metrics import Metrics, RequestMetrics
+from rq_ep.serve.pieces import AnswerText, Piece
 from rq_ep.serve.schemas import ChatBody, CompletionBody, GenerationBody
-from rq_ep.serve.text import Detokenizer, StopStrings
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 
@@ -33,15 +33,6 @@ class Served:
 
     max_model_len: int
     vocab_size: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer; the last one carries the reason of the end."""
-
-    text: str
-    num_tokens: int
-    finish_reason: str | None
 
 
 class Service:
@@ -106,10 +97,11 @@ class Service:
             raise ApiError(400, "the prompt is empty: give at least one token", param)
         if (largest := max(prompt_ids)) >= self.served.vocab_size:
             raise ApiError(400, f"token id {largest} lies outside the vocabulary of {self.served.vocab_size}", param)
-        wanted = body.max_tokens
+        max_tokens = body.max_tokens
         if isinstance(body, ChatBody):
-            wanted = body.max_completion_tokens or wanted or max(limit - num_prompt, 1)
-        max_tokens = wanted or max(min(DEFAULT_COMPLETION_TOKENS, limit - num_prompt), 1)
+            max_tokens = body.max_completion_tokens or max_tokens or max(limit - num_prompt, 1)
+        if max_tokens is None:
+            max_tokens = max(min(DEFAULT_COMPLETION_TOKENS, limit - num_prompt), 1)
         if num_prompt + max_tokens > limit:
             raise ApiError(
                 400,
@@ -122,29 +114,46 @@ class Service:
             top_p=1.0 if body.top_p is None else float(body.top_p),
             seed=self._next_seed() if body.seed is None else body.seed,
         )
-        return Request(secrets.token_hex(12), prompt_ids, max_tokens, sampling, body.ignore_eos)
+        return Request(
+            secrets.token_hex(12),
+            prompt_ids,
+            max_tokens,
+            sampling,
+            bool(body.ignore_eos),
+            num_logprobs=body.num_logprobs,
+            scores_prompt=body.echoes and body.num_logprobs is not None,
+        )
 
     def _next_seed(self) -> int:
         """A stream of its own for each request that names none, the same in every run with the same --seed."""
         self._num_unseeded += 1
         return (self._seed << 32) + self._num_unseeded
 
-    async def pieces(self, request: Request, stops: list[str], times: RequestMetrics) -> AsyncIterator[Piece]:
+    async def pieces(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Piece]:
         """Generate an answer, cut at the first stop string; leaving early cancels it."""
         times.prompt(len(request.prompt_ids))
-        detokenizer, stop_strings = Detokenizer(self.tokenizer), StopStrings(stops)
+        text = AnswerText(self.tokenizer, body.stops)
+        prompt_ids = request.prompt_ids
+        if body.echoes and not request.scores_prompt:
+            reason = None if request.max_tokens else "length"
+            yield await asyncio.to_thread(text.echo, prompt_ids, None, reason)
+            if reason is not None:
+                times.finished(reason)
+                return
         async with aclosing(self._ranks.generate(request)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
-                times.tokens(len(output.token_ids))
-                is_end_token = output.finish_reason == "stop"
-                token_ids = output.token_ids[:-1] if is_end_token else output.token_ids
-                text, is_stopped = stop_strings.push(detokenizer.push(token_ids))
-                if output.finish_reason is not None and not is_stopped:
-                    rest, is_stopped = stop_strings.push(detokenizer.flush())
-                    text += rest if is_stopped else rest + stop_strings.flush()
-                reason = "stop" if is_stopped else output.finish_reason
-                if reason is not None:
-                    times.finished(reason)
-                yield Piece(text, len(output.token_ids), reason)
-                if reason is not None:
+                if output.prompt_scores is not None:
+                    piece = await asyncio.to_thread(text.echo, prompt_ids, output.prompt_scores, output.finish_reason)
+                else:
+                    times.tokens(len(output.token_ids))
+                    piece = text.piece(output)
+                if piece.finish_reason is not None:
+                    times.finished(piece.finish_reason)
+                yield piece
+                if piece.finish_reason is not None:
                     return
+
+    def token_text(self, token_id: int) -> str:
+        """A token's text by itself."""
+        text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        return text

@@ -2,10 +2,17 @@
 
 from rq_ep.engine.engine import Limits
 from rq_ep.engine.request import Request
+from rq_ep.strategies import NATIVE_STRATEGIES
 
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+SCORED_FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")  # sdpa, eager with a window, latent attention
 LIMITS = Limits(max_num_seqs=4, max_num_batched_tokens=12, kv_cache_tokens=512)
 EOS = 11  # a token that greedy answers of some of the models run into
+
+
+def strategies_of(family: str) -> tuple[str, ...]:
+    """Every strategy on one family; the others differ in what is not the strategy's."""
+    return tuple(NATIVE_STRATEGIES) if family == "mixtral" else ("llep",)
 
 
 def requests_of(rank: int) -> list[Request]:
@@ -21,3 +28,6 @@ def requests_of(rank: int) -> list[Request]:
         )
         for number in range(5)
     ]
+
+
+SERVED = [(family, strategy) for family in FAMILIES for strategy in strategies_of(family)]

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from rq_ep.strategies import NATIVE_STRATEGIES
-from tests.engine.cases import EOS
+from tests.engine.cases import EOS, SCORED_FAMILIES, SERVED
 from tests.engine.cases import FAMILIES as NAMES
 from tests.model.families import FAMILIES, random_model, save
 
@@ -52,8 +51,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((directory / f"findings-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
 
-@pytest.mark.parametrize("family", NAMES)
-@pytest.mark.parametrize("strategy", NATIVE_STRATEGIES)
+@pytest.mark.parametrize(("family", "strategy"), SERVED)
 def test_greedy_answers_equal_generate(findings: list[dict[str, Any]], family: str, strategy: str) -> None:
     served = findings[0]["served"][f"{family}/{strategy}"]
     dense = findings[0]["dense"][family]
@@ -80,6 +78,19 @@ def test_a_cancelled_request_is_heard_of_no_more(findings: list[dict[str, Any]],
     found = findings[rank]["cancelled"]
     assert found["told"] == found["told later"] < 110
     assert found["reasons"] == {"short": "length"}
+
+
+@pytest.mark.parametrize("family", SCORED_FAMILIES)
+def test_scores_are_those_of_the_dense_model(findings: list[dict[str, Any]], family: str) -> None:
+    found = findings[0]["scored"][family]
+    assert len(found["served"]) == len(found["dense"]) == 29 + 4
+    for served, dense in zip(found["served"], found["dense"], strict=True):
+        assert served[0] == pytest.approx(dense[0], abs=1e-4)
+        assert served[1] == dense[1]
+        assert served[2] == pytest.approx(dense[2], abs=1e-4)
+    for alone, dense in zip(found["alone"], found["dense"][:19], strict=True):
+        assert (alone[0], alone[1]) == (pytest.approx(dense[0], abs=1e-4), dense[1][:2])
+    assert found["reasons"] == {"scored": "length", "prompt only": "length"}
 
 
 def test_a_failing_rank_is_named_and_ends_the_others(findings: list[dict[str, Any]]) -> None:

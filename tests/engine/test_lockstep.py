@@ -4,6 +4,7 @@ import inspect
 import threading
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,12 +44,16 @@ def test_the_overridden_methods_are_those_of_the_pinned_transformers() -> None:
 class Bench:
     """A manager without a model, one of two ranks; `other` are the flags of the other one."""
 
-    def __init__(self, ready: bool, pending: bool, other: tuple[int, ...], status: int) -> None:
+    def __init__(self, ready: bool, pending: bool, other: tuple[int, ...], status: int, prompts: int = 0) -> None:
         self.did: list[str] = []
         manager: Any = LockstepManager.__new__(LockstepManager)
         manager._wake_up_loop = threading.Event()
         manager._num_announced = 3
         manager._heartbeat_s = 0.2
+        manager._running = {"wanted": None}
+        manager._has_just_scored = False
+        self.prompts = prompts
+        manager._scorer = SimpleNamespace(has_work=lambda: self.prompts > 0, step=self.score)
         manager._agree = lambda flags: [max(pair) for pair in zip(flags, other, strict=True)]
         manager._empty_step = lambda: self.did.append("empty step")
         manager._generation_step = lambda: self.did.append("step")
@@ -61,6 +66,11 @@ class Bench:
             has_pending_requests=lambda: pending,
             update_batch=lambda: self.did.append("update"),
         )
+
+    def score(self, is_wanted: Callable[[str], bool]) -> bool:
+        self.prompts -= 1
+        self.did.append("score")
+        return is_wanted("wanted")
 
     def step(self) -> bool:
         return self.manager._step(self.processor)
@@ -93,6 +103,20 @@ def test_a_step_does_what_the_group_agreed(
 ) -> None:
     bench = Bench(ready, pending, other, status)
     assert (bench.step(), bench.did) == (goes_on, did)
+
+
+def test_scoring_takes_turns_with_batches() -> None:
+    bench = Bench(True, True, IDLE, GOING, prompts=2)
+    for _ in range(4):
+        assert bench.step()
+    assert bench.did == ["score", "step", "update", "score", "step", "update"]
+
+
+def test_a_prompt_nobody_waits_for_is_an_empty_step() -> None:
+    bench = Bench(False, False, IDLE, GOING, prompts=1)
+    bench.manager._running.clear()
+    assert bench.step()
+    assert bench.did == ["score", "empty step"], "the other ranks have entered the step already"
 
 
 def time_of_an_idle_step(other: tuple[int, ...], wake_after_s: float | None = None) -> float:

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from rq_ep.engine.engine import Engine
 from rq_ep.engine.families import set_attention
 from rq_ep.engine.lockstep import is_consequence
-from rq_ep.engine.request import Output, Request, Sampling
+from rq_ep.engine.request import Output, Request, Sampling, Score
+from rq_ep.engine.scoring import score_tokens
 from rq_ep.model.load import load
 from rq_ep.parallel import TorchGroup
-from rq_ep.strategies import NATIVE_STRATEGIES
-from tests.engine.cases import FAMILIES, LIMITS, requests_of
+from tests.engine.cases import FAMILIES, LIMITS, SCORED_FAMILIES, requests_of, strategies_of
 
 TIMEOUT_S = 60
 
@@ -32,6 +32,8 @@ class Answers:
     def __init__(self, num_expected: int) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, str] = {}
+        self.scores: dict[str, list[Score]] = {}
+        self.prompt_scores: dict[str, list[Score]] = {}
         self.some = threading.Event()
         self.all = threading.Event()
         self._num_expected = num_expected
@@ -40,6 +42,8 @@ class Answers:
         for output in outputs:
             assert output.error is None, output
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            self.scores.setdefault(output.request_id, []).extend(output.scores)
+            self.prompt_scores.setdefault(output.request_id, []).extend(output.prompt_scores or [])
             if output.finish_reason is not None:
                 assert output.request_id not in self.reasons, "a request ends once"
                 self.reasons[output.request_id] = output.finish_reason
@@ -90,6 +94,32 @@ def cancelled(path: Path, group: TorchGroup) -> dict[str, Any]:
     told = len(answers.tokens["long"])
     engine.stop()
     return {"told": told, "told later": len(answers.tokens["long"]), "reasons": answers.reasons}
+
+
+def scored(path: Path, group: TorchGroup) -> dict[str, Any]:
+    """Scores of a prompt of several chunks and of its answer, as served and of the dense model; rank 1 generates."""
+    prompt_ids = [(5 * at + 3) % 96 + 1 for at in range(30)]
+    request = Request("scored", prompt_ids, 4, num_logprobs=3, scores_prompt=True, ignore_eos=True)
+    alone = Request("prompt only", prompt_ids[:20], 0, num_logprobs=2, scores_prompt=True)
+    plain = Request("plain", prompt_ids[:7], 6, ignore_eos=True)
+    requests = [request, alone] if group.rank == 0 else [plain]
+    answers = Answers(len(requests))
+    engine = start(path, "standard", group, answers)
+    for each in requests:
+        engine.submit(each)
+    assert answers.all.wait(TIMEOUT_S), answers.tokens
+    engine.stop()
+    token_ids = prompt_ids + answers.tokens.get("scored", [])
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits_TV = dense(input_ids=torch.tensor([token_ids])).logits[0]
+    expected = score_tokens(logits_TV[:-1], torch.tensor(token_ids[1:]), 3)
+    return {
+        "served": answers.prompt_scores.get("scored", []) + answers.scores.get("scored", []),
+        "alone": answers.prompt_scores.get("prompt only", []),
+        "dense": expected,
+        "reasons": answers.reasons,
+    }
 
 
 def ending(what: str, findings: dict[str, Any] | None = None, path: Path | None = None) -> Any:
@@ -146,10 +176,11 @@ def main() -> None:
     for family in FAMILIES:
         requests = requests_of(group.rank)
         findings["dense"][family] = dense_answers(directory / family, {request.id: request for request in requests})
-        for strategy in NATIVE_STRATEGIES:
+        for strategy in strategies_of(family):
             findings["served"][f"{family}/{strategy}"] = answer(directory / family, strategy, group, requests)
     findings["sampled"] = sampled_alike(directory / "mixtral", group)
     findings["cancelled"] = cancelled(directory / "mixtral", group)
+    findings["scored"] = {family: scored(directory / family, group) for family in SCORED_FAMILIES}
     path = directory / f"findings-{group.rank}.json"
     fail_on_rank_1(directory / "mixtral", group, ending("expected", findings, path))
 

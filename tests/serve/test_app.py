@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rq_ep.engine.request import Output, Request
+from rq_ep.engine.request import Output, Request, Score
 from rq_ep.serve.app import make_app
 from rq_ep.serve.errors import TYPES, ApiError
 from rq_ep.serve.metrics import Metrics
@@ -38,6 +38,11 @@ class ByteTokenizer:
         return "".join(f"<{message['role']}>{message['content']}" for message in conversation)
 
 
+def score(token_id: int) -> Score:
+    """The likeliest token is always `!`."""
+    return Score(-token_id / 64, [33, token_id], [-0.25, -token_id / 64])
+
+
 class ScriptedRanks:
     """Answers every request with `answer`, a byte at a time, then as `end` says."""
 
@@ -60,12 +65,19 @@ class ScriptedRanks:
         is_done = False
         token_ids = list(self.answer.encode()) + ([EOS] if self.end == "stop" else [])
         try:
+            if request.scores_prompt:
+                is_done = request.max_tokens == 0
+                scores = [score(token_id) for token_id in request.prompt_ids[1:]]
+                yield Output(request.id, [], "length" if is_done else None, prompt_scores=scores)
+                if is_done:
+                    return
             for at, token_id in enumerate(token_ids):
                 is_last = at == len(token_ids) - 1
                 if is_last and self.end == "error":
                     raise ApiError(500, "rank 1: it broke")
                 is_done = is_last
-                yield Output(request.id, [token_id], self.end if is_last else None)
+                scores = [] if request.num_logprobs is None else [score(token_id)]
+                yield Output(request.id, [token_id], self.end if is_last else None, scores=scores)
                 if self.is_slow:
                     await asyncio.sleep(60)
         finally:
@@ -233,15 +245,17 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
-        ({"n": 2}, "n", "n=2 is not supported"),
-        ({"logprobs": 3}, "logprobs", "logprobs=3 is not supported"),
-        ({"echo": True}, "echo", "echo=True is not supported"),
+        ({"n": 2}, "n", "n: Input should be 1"),
+        ({"best_of": 2}, "best_of", "best_of=2 is not supported"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+        ({"max_tokens": 0}, "max_tokens", "only allowed with echo"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "is not supported"),
         ({"temprature": 1}, "temprature", "unknown parameter 'temprature'"),
         ({"temperature": "hot"}, "temperature", "temperature: Input should be a valid number"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"max_tokens": "5"}, "max_tokens", "valid integer"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, "stop", "at least 1"),
@@ -289,6 +303,76 @@ def test_chat_errors(bench: Bench) -> None:
     assert "no chat template" in error(bench.chat(), 400)["message"]
 
 
+def test_logprobs_of_a_completion(bench: Bench) -> None:
+    found = bench.complete(logprobs=2).json()["choices"][0]["logprobs"]
+    assert found["tokens"] == list("hello")
+    assert found["token_logprobs"] == [-byte / 64 for byte in b"hello"]
+    assert found["text_offset"] == [0, 1, 2, 3, 4]
+    assert found["top_logprobs"][0] == {"!": -0.25, "h": -104 / 64}
+    assert bench.ranks.taken[0].num_logprobs == 2
+
+
+def test_logprobs_of_a_chat(bench: Bench) -> None:
+    found = bench.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
+    assert [entry["token"] for entry in found["content"]] == list("hello")
+    top = [{"token": "!", "logprob": -0.25, "bytes": [33]}, {"token": "h", "logprob": -104 / 64, "bytes": [104]}]
+    assert found["content"][0] == {**top[1], "top_logprobs": top}
+    assert error(bench.chat(top_logprobs=2), 400)["param"] == "top_logprobs"
+
+
+@pytest.mark.parametrize("call", ["complete", "chat"])
+def test_a_stream_loses_no_logprobs(bench: Bench, call: str) -> None:
+    bench.ranks.answer = "h\u00e9llo"  # the first half of the second character has no text yet
+    asked = {"logprobs": 1} if call == "complete" else {"logprobs": True, "top_logprobs": 1}
+    whole = getattr(bench, call)(**asked).json()["choices"][0]["logprobs"]
+    chunks = events(getattr(bench, call)(**asked, stream=True))[:-1]
+    found = [logprobs for chunk in chunks if (logprobs := chunk["choices"][0]["logprobs"])]
+    key = "token_logprobs" if call == "complete" else "content"
+    assert [entry for logprobs in found for entry in logprobs[key]] == whole[key]
+    assert len(whole[key]) == 6
+
+
+def test_logprobs_end_where_a_stop_string_cuts(bench: Bench) -> None:
+    choice = bench.complete(logprobs=0, stop="lo").json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["tokens"]) == ("hel", ["h", "e", "l"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_shows_the_prompt(bench: Bench, stream: bool) -> None:
+    response = bench.complete(echo=True, stop="bc", stream=stream)
+    choices = [e["choices"][0] for e in events(response)[:-1]] if stream else response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "abchello"
+    assert not bench.ranks.taken[0].scores_prompt
+
+
+def test_echo_with_logprobs_scores_the_prompt(bench: Bench) -> None:
+    body = bench.complete(echo=True, logprobs=1, max_tokens=1).json()
+    found = body["choices"][0]["logprobs"]
+    assert bench.ranks.taken[0].scores_prompt
+    assert found["tokens"] == list("abchello")
+    assert found["token_logprobs"][:3] == [None, -98 / 64, -99 / 64]
+    assert found["top_logprobs"][:2] == [None, {"!": -0.25, "b": -98 / 64}]
+    assert found["text_offset"] == list(range(8))
+    assert body["usage"]["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_prompt_may_be_scored_without_an_answer(bench: Bench, logprobs: int | None) -> None:
+    body = bench.complete(echo=True, logprobs=logprobs, max_tokens=0).json()
+    assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("abc", "length")
+    assert len(bench.ranks.taken) == (logprobs is not None)
+    assert body["usage"]["completion_tokens"] == 0
+
+
+def test_an_api_key_is_asked_for_under_v1(bench: Bench) -> None:
+    bench.app = make_app(bench.service, max_body_bytes=2000, api_key="secret")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        assert "--api-key" in error(bench.call("GET", "/v1/models", headers=headers), 401)["message"]
+    assert bench.call("GET", "/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    for path in ("/health", "/livez", "/metrics", "/version"):
+        assert bench.call("GET", path).status_code == 200
+
+
 def test_unknown_things_are_not_found(bench: Bench) -> None:
     assert error(bench.complete(model="gpt-5"), 404)["param"] == "model"
     assert "/v1/embeddings" in error(bench.call("POST", "/v1/embeddings", json={}), 404)["message"]
@@ -317,6 +401,7 @@ def test_health_says_why_not(bench: Bench, reason: str) -> None:
     assert error(bench.call("GET", "/health"), 503)["message"] == reason
     assert reason in error(bench.complete(), 503)["message"]
     assert bench.call("GET", "/metrics").status_code == 200
+    assert bench.call("GET", "/livez").json() == {"status": "alive"}, "the process lives, whatever the group does"
 
 
 def test_models_are_listed(bench: Bench) -> None:

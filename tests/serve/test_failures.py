@@ -15,7 +15,6 @@ from rq_ep.core.stats import ModelIdentity
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.serve.__main__ import main
-from tests.model.families import FAMILIES, random_model, save
 from tests.serve.running import SERVE, running, torchrun
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -46,7 +45,7 @@ def test_mistakes_on_the_command_line(argv: list[str], message: str, capsys: pyt
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("case", ["model", "strategy", "setting", "ranks", "foreign", "latent", "length", "tokenizer"])
+@pytest.mark.parametrize("case", ["model", "strategy", "setting", "ranks", "foreign", "length", "tokenizer"])
 def test_what_a_user_can_put_right_is_told_in_one_line(
     case: str, tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,12 +63,9 @@ def test_what_a_user_can_put_right_is_told_in_one_line(
             ["--model", model, "--placement", write_placement(tmp_path / "foreign", 1, other)],
             "was made for model 'other'",
         ),
-        "latent": (["--model", str(tmp_path / "mla")], "'deepseek_v3' uses multi-head latent attention"),
         "length": (["--model", model, "--max-model-len", "600"], "--max-model-len 600: the model was made for 512"),
         "tokenizer": (["--model", str(tmp_path / "mute")], "no tokenizer that transformers can read"),
     }[case]
-    if case == "latent":
-        save(random_model(FAMILIES["deepseek_v3"]), tmp_path / "mla")
     if case == "tokenizer":
         shutil.copytree(tiny_checkpoint, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*", "text"))
     assert main([*arguments, "--port", "0", "--device", "cpu", "--log-level", "error"]) == 2

@@ -5,11 +5,12 @@ import queue
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 
-from rq_ep.engine.request import Output, Request
+from rq_ep.engine.request import Output, Request, Score
 from rq_ep.serve.errors import ApiError
 from rq_ep.serve.hub import Hub, listen
 from rq_ep.serve.link import Link, Message
@@ -32,7 +33,7 @@ class FakeRank:
         assert message["kind"] == kind, message
         return message
 
-    def tell(self, *outputs: tuple[str, list[int], str | None, str | None]) -> None:
+    def tell(self, *outputs: tuple[Any, ...]) -> None:
         self.link.send({"kind": "outputs", "outputs": outputs})
 
     def die(self) -> None:
@@ -102,6 +103,17 @@ def test_requests_are_spread_and_everyone_is_woken() -> None:
         assert await tasks[0] == [Output("0", [5]), Output("0", [6, 7], "length")]
         for task in tasks[1:]:
             task.cancel()
+
+    play(scene)
+
+
+def test_scores_arrive_as_they_were_sent() -> None:
+    async def scene(it: Stage) -> None:
+        task = it.ask("0")
+        await it.ranks[0].hear("add")
+        scored = Output("0", [5], "length", None, [Score(-0.5, [5, 2], [-0.5, -1.5])], [Score(-1.0, [], [])])
+        it.ranks[0].tell(astuple(scored))
+        assert await task == [scored]
 
     play(scene)
 

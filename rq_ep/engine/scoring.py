@@ -1,0 +1,112 @@
+"""Log-probabilities of given tokens, and the forward passes that score a prompt."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from rq_ep.engine.request import Request, Score
+
+LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
+
+
+def score_tokens(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) -> list[Score]:
+    """Log-probabilities of tokens, and of the likeliest ones at their places.
+
+    Args:
+        logits_NV: [N, V] logits of any floating dtype.
+        tokens_N: [N] int64 token ids.
+        num_top: how many of the likeliest tokens to name; at most V of them are.
+    """
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1).clamp(min=LOWEST)
+    top = logprobs_NV.topk(min(num_top, logprobs_NV.shape[1]), dim=-1)
+    chosen_N = logprobs_NV.gather(1, tokens_N[:, None]).squeeze(1)
+    rows = zip(chosen_N.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [Score(*row) for row in rows]
+
+
+@dataclass
+class _Job:
+    request: Request
+    cache: DynamicCache
+    scores: list[Score] = field(default_factory=list)
+    num_done: int = 0
+
+
+class PromptScorer:
+    """Scores prompts one after another, a chunk of one prompt a step.
+
+    A chunk is a forward pass of its own, outside the batches, and a step of the group like any other. A prompt's keys
+    and values are held beside the paged cache until it is scored.
+
+    Args:
+        model: a causal language model.
+        attn_implementation: attention for a plain forward pass; continuous batching may have set one of its own.
+        chunk_size: tokens of one step, which bounds the logits held at once.
+        on_scored: told of each prompt, with one score for each of its tokens but the first.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attn_implementation: str,
+        chunk_size: int,
+        on_scored: Callable[[Request, list[Score]], None],
+    ) -> None:
+        self._model = model
+        self._attn_implementation = attn_implementation
+        self._chunk_size = chunk_size
+        self._on_scored = on_scored
+        self._arrived: deque[Request] = deque()
+        self._job: _Job | None = None
+
+    def add(self, request: Request) -> None:
+        """Queue a prompt; any thread may."""
+        self._arrived.append(request)
+
+    def has_work(self) -> bool:
+        return self._job is not None or bool(self._arrived)
+
+    @torch.no_grad()
+    def step(self, is_wanted: Callable[[str], bool]) -> bool:
+        """Score the next chunk, if there is one that is still wanted; whether the model was run.
+
+        Args:
+            is_wanted: whether anybody still waits for the request of this id.
+        """
+        if self._job is not None and not is_wanted(self._job.request.id):
+            self._job = None
+        while self._job is None:
+            if not self._arrived:
+                return False
+            request = self._arrived.popleft()
+            if is_wanted(request.id):
+                self._job = _Job(request, DynamicCache(config=self._model.config))
+        self._advance(self._job)
+        return True
+
+    def _advance(self, job: _Job) -> None:
+        prompt_ids, start = job.request.prompt_ids, job.num_done
+        chunk = prompt_ids[start : start + self._chunk_size]
+        job.num_done += len(chunk)
+        logits_TV = self._logits(chunk, job.cache)
+        following = prompt_ids[start + 1 : start + 1 + len(chunk)]
+        targets_N = torch.tensor(following, dtype=torch.int64, device=logits_TV.device)
+        job.scores += score_tokens(logits_TV[: len(following)], targets_N, job.request.num_logprobs or 0)
+        if job.num_done == len(prompt_ids):
+            self._job = None
+            self._on_scored(job.request, job.scores)
+
+    def _logits(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+        batching_attention = self._model.config._attn_implementation
+        input_ids = torch.tensor([token_ids], device=self._model.device)
+        try:
+            if batching_attention != self._attn_implementation:
+                self._model.set_attn_implementation(self._attn_implementation)
+            logits_1TV: torch.Tensor = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+        finally:
+            if batching_attention != self._attn_implementation:
+                self._model.set_attn_implementation(batching_attention)
+        return logits_1TV[0]
