@@ -13,9 +13,13 @@ from rq_ep.core.replicas import Replicas
 from rq_ep.formats import ExpertLayout, get_format, is_intact
 from rq_ep.moe.compute import Share, Stack, add_outputs
 from rq_ep.moe.family import ExpertFamily
-from rq_ep.parallel import EPGroup, RankFailure, Received, Transfers
+from rq_ep.parallel import EPGroup, Received, Transfers
 
 MAX_REPACKED = 4  # experts of a layer that a rank keeps in a second format, once it has lent them in it
+
+
+class DamagedExpert(RuntimeError):
+    """The bytes of an expert are not those it was sealed with; the message names it."""
 
 
 class Home(NamedTuple):
@@ -25,25 +29,78 @@ class Home(NamedTuple):
     slot: int
 
 
+class Verdict(NamedTuple):
+    """Which borrowed experts are intact, known when the event has happened."""
+
+    is_intact_N: Tensor  # bool, on the host
+    event: torch.cuda.Event | None
+    names: list[str]
+
+
 class SpareRoom:
-    """Slots for borrowed experts. Layers that compute one after another can share it; it grows to what is needed."""
+    """Slots for borrowed experts. Layers that compute one after another can share it; it grows to what is needed.
+
+    Borrowed experts are verified beside what is computed with them, on a GPU on a stream of its own. Whoever shares the
+    room asks for the verdict before anything leaves this rank that came of them.
+    """
 
     def __init__(self, layout: ExpertLayout, device: torch.device | str, max_bytes: int | None = None) -> None:
         self.layout = layout
         self.device = torch.device(device)
         self.max_bytes = max_bytes
         self._stacks: dict[str, Stack] = {}
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._verdict: Verdict | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(stack.packed.nbytes for stack in self._stacks.values())
+
+    def verify(self, homes: Sequence[Home], names: Sequence[str]) -> None:
+        """Start to compare experts that have arrived with their checksums; `settle` tells how it ended.
+
+        Args:
+            homes: where they lie.
+            names: what to call each in a message.
+        """
+        packed = [home.stack.packed[home.slot] for home in homes]
+        if self._stream is None:
+            self._verdict = Verdict(torch.stack([is_intact(expert) for expert in packed]), None, list(names))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            found_N = torch.stack([is_intact(expert) for expert in packed])
+            is_intact_N = torch.empty(len(packed), dtype=torch.bool, pin_memory=True).copy_(found_N, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        self._verdict = Verdict(is_intact_N, event, list(names))
+
+    def settle(self) -> None:
+        """Return when everything that `verify` was given is known to be intact.
+
+        Raises:
+            DamagedExpert: something is not.
+        """
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
+            return
+        if verdict.event is not None:
+            verdict.event.synchronize()
+        if damaged := [
+            name for name, whole in zip(verdict.names, verdict.is_intact_N.tolist(), strict=True) if not whole
+        ]:
+            raise DamagedExpert(f"{damaged[0]} arrived damaged")
 
     def take(self, formats: Sequence[str]) -> list[Home]:
         """A slot for an expert in each of `formats`; what was there before is given up.
 
         Raises:
             UserError: together they take more than `max_bytes`.
+            DamagedExpert: one that was there before is.
         """
+        self.settle()
         wanted = Counter(formats)
         wanted_bytes = self._nbytes_of(wanted)
         if self.max_bytes is not None and wanted_bytes > self.max_bytes:
@@ -79,6 +136,7 @@ class ExpertBank:
         rank: int,
         device: torch.device | str = "cpu",
         spare: SpareRoom | None = None,
+        layer: int = 0,
     ) -> None:
         """Reserve room for this rank's replicas of one layer; `put` fills it.
 
@@ -88,7 +146,9 @@ class ExpertBank:
             rank: whose replicas this bank holds.
             device: where they lie.
             spare: room for borrowed experts; default: this bank's own, without a bound.
+            layer: number to name in messages.
         """
+        self.layer = layer
         self.layout = layout
         self.rank = rank
         self.spare = SpareRoom(layout, device) if spare is None else spare
@@ -150,7 +210,7 @@ class ExpertBank:
         """The bytes of a resident expert in format `name`: as it lies, or packed anew, once, and kept for a while.
 
         Raises:
-            RankFailure: the expert to be packed anew does not match its checksum any more.
+            DamagedExpert: the expert to be packed anew does not match its checksum any more.
         """
         stack, slot = self._homes[expert]
         if stack.format.name == name:
@@ -159,7 +219,7 @@ class ExpertBank:
         packed = self._repacked.pop(key, None)
         if packed is None:
             if not is_intact(stack.packed[slot]):  # a new seal would hide it
-                raise RankFailure(f"rank {self.rank}: expert {expert} is damaged")
+                raise DamagedExpert(f"expert {expert} of layer {self.layer} on rank {self.rank} is damaged")
             views, format_ = stack.experts[slot], stack.format
             weights = {
                 tensor: format_.dequantize(views, tensor, self.layout, torch.float32) for tensor in self.layout.shapes
@@ -200,10 +260,11 @@ class ExpertBank:
         """partial_MD [M, D] fp32: for every received row the weighted sum over this rank's replicas.
 
         Sums run over the resident formats, then over the borrowed experts, each in the order of the pairs. Borrowed
-        experts are waited for after the resident ones are computed.
+        experts are waited for after the resident ones are computed. Whether they are as they were sent is known when
+        the spare room's `settle` has returned.
 
         Raises:
-            RankFailure: a borrowed expert did not arrive, or not as it was sent.
+            RankFailure: a borrowed expert did not arrive.
         """
         rows_MD = received.rows_MD
         partial_MD = rows_MD.new_zeros(rows_MD.shape, dtype=torch.float32)
@@ -230,10 +291,7 @@ class ExpertBank:
         assert self._arriving is not None
         (handle, wanted), self._arriving = self._arriving, None
         handle.wait()
-        homes = [self._borrowed[transfer.expert] for transfer in wanted]
-        if not homes:
-            return
-        intact = torch.stack([is_intact(home.stack.packed[home.slot]) for home in homes]).tolist()
-        if not all(intact):
-            damaged = wanted[intact.index(False)]
-            raise RankFailure(f"rank {self.rank}: expert {damaged.expert} from rank {damaged.src} arrived damaged")
+        if wanted:
+            homes = [self._borrowed[transfer.expert] for transfer in wanted]
+            whence = [f"expert {item.expert} of layer {self.layer} from rank {item.src}" for item in wanted]
+            self.spare.verify(homes, whence)

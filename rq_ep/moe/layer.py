@@ -20,9 +20,10 @@ class EPExperts(nn.Module):
     """This rank's part of a layer's experts. Every rank of the group calls it for every step, with zero rows too.
 
     A small step takes three collectives - counts, rows, sums - and a larger one four, as pairs' notes go ahead of the
-    rows. The host waits for a GPU once, for the counts; in a larger step again for the numbers of rows, and, if they
-    come in parts, of pairs in each; after borrowing once more, for the checksums. To wait for none, the planner would
-    have to run on the GPU and every message to have the size of its bound, as small ones have already.
+    rows. The host waits for a GPU once, for the counts; once more in a step so uneven that rows come in parts, for the
+    pairs in each. Checksums of borrowed experts have been computed when the next layer has its counts; the last layer
+    of a step waits for its own. To wait for none, the planner would have to run on the GPU and tell the kernels their
+    sizes there; every message already has the size of a bound that the plan gives.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class EPExperts(nn.Module):
         telemetry: Telemetry | None = None,
         spare: SpareRoom | None = None,
         max_dispatch_bytes: int | None = None,
+        verifies_later: bool = False,
     ) -> None:
         """Reserve room for this rank's replicas; fill `bank` before the first call.
 
@@ -47,6 +49,8 @@ class EPExperts(nn.Module):
             spare: room for borrowed experts, which layers may share; default: a room of this layer's own.
             max_dispatch_bytes: rows of other ranks that a rank holds at once, the same on every rank; more come in
                 parts. Default: a tenth more than in a balanced step of as many tokens.
+            verifies_later: what this layer borrows is known to be intact only when the next layer that shares `spare`
+                has been entered; every step must end with a layer that does not do so.
         """
         super().__init__()
         self.family = family
@@ -55,7 +59,8 @@ class EPExperts(nn.Module):
         self.group = group
         self.homes = Homes.of(layer.replicas, layer.num_experts, group.size, group.device)
         self.exchange = Exchange(group, max_dispatch_bytes=max_dispatch_bytes)
-        self.bank = ExpertBank(family.layout, layer.replicas, group.rank, group.device, spare)
+        self.bank = ExpertBank(family.layout, layer.replicas, group.rank, group.device, spare, layer.layer)
+        self.verifies_later = verifies_later
         self.telemetry = Telemetry(max_records=0) if telemetry is None else telemetry
 
     @torch.no_grad()
@@ -80,6 +85,7 @@ class EPExperts(nn.Module):
     def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         laps = self.telemetry.laps(self.group)
         census = self.homes.census(topk_ids_TK, self.group)
+        self.bank.spare.settle()  # no other rank gets beyond its counts before this one joins the next collective
         laps.mark("gather")
         plan = self.planner(census.counts_RE)
         laps.mark("plan")
@@ -88,6 +94,8 @@ class EPExperts(nn.Module):
         for received in trip:
             laps.mark("dispatch")
             partial_MD = self.bank.compute(received, self.family)
+            if not self.verifies_later:
+                self.bank.spare.settle()
             laps.mark("compute")
             trip.send_back(partial_MD)
             laps.mark("combine")

@@ -1,5 +1,6 @@
 """The bank keeps what it is given, borrows whole experts, and notices what went wrong on the way."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica
 from rq_ep.formats import FORMATS
 from rq_ep.moe import EPExperts, ExpertBank, SpareRoom
+from rq_ep.moe.bank import DamagedExpert
 from rq_ep.parallel import RankFailure, run_local
 from tests.moe import cases
 
@@ -91,8 +93,41 @@ def test_an_expert_damaged_on_its_way_ends_the_step_with_rank_and_layer() -> Non
         batch = cases.batches("all_on_one")[0]
         experts(batch.hidden_TD, batch.ids_TK * 0, batch.weights_TK)
 
-    with pytest.raises(RankFailure, match=r"MoE layer 2 on rank 1: .*expert 0 from rank 0 arrived damaged"):
+    with pytest.raises(RankFailure, match=r"MoE layer 2 on rank 1: expert 0 of layer 2 from rank 0 arrived damaged"):
         run_local(2, main)
+
+
+def test_a_damaged_expert_stops_the_step_in_the_next_layer_at_the_latest() -> None:
+    """Layers that verify later leave it to the next one, on every rank before that layer has an output."""
+    weights = cases.expert_weights(FAMILY, 4)
+    layers = [replace(home_layer("fp32", 2, 4), layer=number) for number in (2, 5)]
+    replicas = type(layers[0].replicas).of([*layers[0].replicas, Replica(1, 0, "fp32")])
+    outputs: list[tuple[int, int]] = []
+
+    def lending(counts_RE: np.ndarray) -> DispatchPlan:
+        pairs_RP = counts_RE[:, replicas.experts_P]
+        pairs_RP[:, replicas.on_rank(0)[0]] = 0
+        return DispatchPlan(replicas, pairs_RP, (WeightTransfer(0, 0, 1, "fp32"),))
+
+    def staying(counts_RE: np.ndarray) -> DispatchPlan:
+        return DispatchPlan(layers[1].replicas, counts_RE[:, layers[1].replicas.experts_P])
+
+    def main(group: Any) -> None:
+        spare = SpareRoom(LAYOUT, "cpu")
+        first = EPExperts(FAMILY, layers[0], lending, group, spare=spare, verifies_later=True)
+        second = EPExperts(FAMILY, layers[1], staying, group, spare=spare)
+        batch = cases.batches("all_on_one")[0]
+        for experts in (first, second):
+            cases.fill(experts, weights)
+        if group.rank == 0:
+            first.bank.packed(0)[5] ^= 1
+        for number, experts in enumerate((first, second)):
+            experts(batch.hidden_TD, batch.ids_TK * 0, batch.weights_TK)
+            outputs.append((number, group.rank))
+
+    with pytest.raises(RankFailure, match=r"MoE layer 5 on rank 1: expert 0 of layer 2 from rank 0 arrived damaged"):
+        run_local(2, main)
+    assert {number for number, _ in outputs} == {0}
 
 
 def test_an_expert_travels_in_fewer_bits_and_is_packed_once() -> None:
@@ -114,7 +149,7 @@ def test_an_expert_travels_in_fewer_bits_and_is_packed_once() -> None:
     bank.put(3, weights[4])
     assert torch.equal(bank.packed_as(3, "int8"), bank.packed_as(4, "int8"))
     bank.packed(5)[0] ^= 1
-    with pytest.raises(RankFailure, match="rank 0: expert 5 is damaged"):
+    with pytest.raises(DamagedExpert, match="expert 5 of layer 0 on rank 0 is damaged"):
         bank.packed_as(5, "int8")
 
 

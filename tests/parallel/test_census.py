@@ -24,8 +24,11 @@ class Reads(TorchFunctionMode):
 
     # `numpy` is not among them: it refuses what lies on a GPU.
     WAITING = frozenset(
-        "cpu item tolist __bool__ __int__ __float__ __index__ bincount nonzero masked_select unique".split()
-    )
+        [
+            "cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "bincount", "nonzero",
+            "masked_select", "unique",
+        ]
+    )  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
