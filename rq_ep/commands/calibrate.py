@@ -17,6 +17,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="files and directories of UTF-8 text, .jsonl with a text to a line; a directory's name is a domain",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="FILE", help="where the statistics go (.safetensors)")
+    parser.add_argument(
+        "--trace", metavar="FILE",
+        help="also write what the router chose for every token (.safetensors), for `rq-ep simulate --trace` and "
+        "bench/layer.py",
+    )  # fmt: skip
     parser.add_argument("--formats", metavar="NAMES", help="formats to measure, by commas (default: native and int8)")
     parser.add_argument("--max-tokens", type=int, default=32_768, metavar="N", help="tokens to run, over all domains")
     parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
@@ -63,10 +68,13 @@ def run(args: argparse.Namespace) -> None:
             dtype=None if args.dtype is None else parse_dtype(args.dtype),
             device=args.device,
             seed=args.seed,
+            trace_path=args.trace,
             progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )
     stats.save(args.out)
     _report(stats)
+    if args.trace:
+        print(f"{args.trace}: what the router chose in these steps, token by token")
     print(f"{args.out}: {stats.num_steps} steps, {stats.num_tokens} tokens of {', '.join(stats.domains)}")
 
 

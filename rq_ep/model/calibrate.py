@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Pre
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer
+from rq_ep.core.files import check_writable
 from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.model.checkpoint import read_config, read_dense, read_tokenizer
@@ -19,6 +20,7 @@ from rq_ep.model.divergence import Divergence, dropped_LE, quantized_LEQ
 from rq_ep.model.identity import model_identity
 from rq_ep.model.importance import IMPORTANCES, wanda_E
 from rq_ep.model.recorder import LayerRecord, recording
+from rq_ep.model.routes import RouteLog
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
 from rq_ep.model.sensitivity import output_errors
 from rq_ep.model.teaching import taught
@@ -51,6 +53,7 @@ def calibrate(
     dtype: torch.dtype | None = None,
     device: str = "auto",
     seed: int = 0,
+    trace_path: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> ExpertStats:
     """Run text through a model and record what `place` needs to know of its experts.
@@ -78,6 +81,7 @@ def calibrate(
         dtype: to compute in; default: as the weights are stored.
         device: auto, cpu or cuda; a model in memory stays where it is.
         seed: chooses the places that windows of text are taken from.
+        trace_path: also write what the router chose for every token of the same steps, a `RoutingTrace`, there.
         progress: called with (stage, done, total) while it runs.
 
     Raises:
@@ -95,6 +99,11 @@ def calibrate(
     others = [get_format(name) for name in names[1:]]
     is_seq2seq = bool(network.config.is_encoder_decoder)
     check_sequence_length(sequence_length, network.config, low=2 if is_seq2seq else 1)
+    if trace_path is not None:
+        if is_seq2seq:
+            raise UserError("--trace: layers of an encoder and a decoder see different tokens; leave it out")
+        check_writable(trace_path)
+    routes = None if trace_path is None else RouteLog()
     experts = find_expert_modules(network)
     num_experts = experts[0].num_experts
     layout = family_of(experts[0].module).layout
@@ -117,9 +126,12 @@ def calibrate(
             else:
                 # Without the language model's head, which nobody asks for here.
                 network.base_model(batch.tokens_BT.to(network.device), use_cache=False)
-                steps.extend(_steps(batch, records, with_decode))
+                steps.extend(_steps(batch, records, with_decode, routes))
             progress("routing", i + 1, len(windows.batches))
     _check_finite(experts, records)
+    layers = tuple(found.layer for found in experts)
+    if routes is not None and trace_path is not None:
+        routes.trace(num_experts, layers, identity).save(trace_path)
     error_LEQ = np.zeros((len(experts), num_experts, len(names)))  # of the native format: none
     for i, (module, record) in enumerate(zip(modules, records, strict=True)):
         if others:
@@ -148,7 +160,7 @@ def calibrate(
         error=error_LEQ,
         kl=kl_LEQ,
         model=identity,
-        layers=tuple(found.layer for found in experts),
+        layers=layers,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         top_k=records[0].topk_ids_TK.shape[1],
@@ -169,14 +181,18 @@ class _Step(NamedTuple):
     counts_LE: IntArray
 
 
-def _steps(batch: Batch, records: Sequence[LayerRecord], with_decode: bool) -> Iterator[_Step]:
+def _steps(batch: Batch, records: Sequence[LayerRecord], with_decode: bool, routes: RouteLog | None) -> Iterator[_Step]:
     """The batch that has just run as a prefill step, and single positions of it as decode steps."""
     shape = batch.tokens_BT.shape
+    if routes is not None:
+        routes.begin((shape[0], shape[1]))
     ids_LBTK = [record.topk_ids_TK.reshape(*shape, -1) for record in records]
 
     def step(phase: str, positions: slice) -> _Step:
         counts_LE = [record.counts_E(ids_BTK[:, positions]) for record, ids_BTK in zip(records, ids_LBTK, strict=True)]
         tokens = batch.tokens_BT[:, positions].numel()
+        if routes is not None:
+            routes.add(PHASES.index(phase), records, positions)
         return _Step(PHASES.index(phase), batch.domain, tokens, np.stack(counts_LE))
 
     yield step("prefill", slice(None))

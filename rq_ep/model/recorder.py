@@ -21,6 +21,7 @@ class LayerRecord:
     num_experts: int
     rows_per_batch: int  # inputs to keep of each expert and batch
     topk_ids_TK: IntArray = field(init=False)  # of the last forward pass
+    topk_weights_TK: FloatArray = field(init=False)
     importance_E: FloatArray = field(init=False)
     gate_mass_E: FloatArray = field(init=False)
     visits_E: IntArray = field(init=False)
@@ -28,6 +29,7 @@ class LayerRecord:
 
     def __post_init__(self) -> None:
         self.topk_ids_TK = np.zeros((0, 0), np.int64)
+        self.topk_weights_TK = np.zeros((0, 0))
         self.importance_E = np.zeros(self.num_experts)
         self.gate_mass_E = np.zeros(self.num_experts)
         self.visits_E = np.zeros(self.num_experts, np.int64)
@@ -46,7 +48,7 @@ class LayerRecord:
         ids_TK = topk_ids_TK.cpu().numpy()
         weights_TK = topk_weights_TK.double().cpu().numpy()
         strength_TK = weights_TK * norms_TK.double().cpu().numpy()
-        self.topk_ids_TK = ids_TK
+        self.topk_ids_TK, self.topk_weights_TK = ids_TK, weights_TK
         self.visits_E += self.counts_E(ids_TK)
         self.gate_mass_E += np.bincount(ids_TK.ravel(), weights_TK.ravel(), self.num_experts)
         self.importance_E += np.bincount(ids_TK.ravel(), strength_TK.ravel(), self.num_experts)

@@ -1,7 +1,7 @@
 """Recorded routing and recorded loads, dealt to the ranks that would have served them."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,39 @@ from safetensors.numpy import save_file
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.files import replacing
+from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
 
 FORMAT = "rq_ep.trace/1"
+REQUIRED = {"ids_NLK": np.int32, "weights_NLK": np.float32, "tokens_S": np.int64}
+OPTIONAL = {"sequence_N": np.int64, "phase_S": np.int64}
 
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """What the router of every MoE layer chose for every token of S steps; N tokens in all, step after step."""
+    """What the router of every MoE layer chose for every token of S steps; N tokens in all, step after step.
+
+    Where sequences were recorded they are what is dealt to ranks: a sequence stays on its rank from step to step, as
+    on a server.
+    """
 
     ids_NLK: npt.NDArray[np.int32]
     weights_NLK: npt.NDArray[np.float32]
     tokens_S: IntArray  # tokens of each step
     num_experts: int
     layers: tuple[int, ...]  # index of each MoE layer in the model
+    sequence_N: IntArray | None = None  # number of the sequence that each token belongs to
+    phase_S: IntArray | None = None  # index into `rq_ep.core.stats.PHASES`
+    model: ModelIdentity | None = None
     source: str = field(default="trace", compare=False)  # where it was read from, for messages
 
     def __post_init__(self) -> None:
         shape = (int(self.tokens_S.sum()), len(self.layers), self.ids_NLK.shape[-1] if self.ids_NLK.ndim == 3 else -1)
-        wanted = {"ids_NLK": np.int32, "weights_NLK": np.float32, "tokens_S": np.int64}
-        for name, dtype in wanted.items():
+        shapes = {"_NLK": shape, "_N": shape[:1], "_S": (len(self.tokens_S.ravel()),)}
+        for name, dtype in (REQUIRED | OPTIONAL).items():
             array = getattr(self, name)
-            fits = array.ndim == 1 if name == "tokens_S" else array.shape == shape
-            if array.dtype != dtype or not fits:
+            if array is None and name in OPTIONAL:
+                continue
+            if array.dtype != dtype or array.shape != shapes[name[name.index("_") :]]:
                 found = f"{array.dtype} {list(array.shape)}"
                 raise UserError(
                     f"{self.source}: {name} is {found}, which {len(self.layers)} layers and {shape[0]} tokens of "
@@ -42,17 +53,41 @@ class RoutingTrace:
                 )
         if self.tokens_S.size and self.tokens_S.min() < 0:
             raise UserError(f"{self.source}: a step of {self.tokens_S.min()} tokens: record it again")
+        if self.sequence_N is not None and self.sequence_N.size and self.sequence_N.min() < 0:
+            raise UserError(f"{self.source}: sequence {self.sequence_N.min()}: record it again")
+        if self.phase_S is not None and not np.isin(self.phase_S, range(len(PHASES))).all():
+            raise UserError(f"{self.source}: phases {sorted(set(self.phase_S.tolist()))}: record it again")
         wrong = self.ids_NLK[(self.ids_NLK < 0) | (self.ids_NLK >= check_integer("num_experts", self.num_experts, 1))]
         if wrong.size:
             raise UserError(f"{self.source}: expert {wrong[0]} of {self.num_experts}: record it again")
 
-    def counts(self, num_ranks: int) -> IntArray:
-        """[S, L, R, E] pairs from each source rank; each step's tokens are dealt to the ranks in equal runs."""
-        num_steps, num_layers = len(self.tokens_S), len(self.layers)
+    def check(self, stats: ExpertStats) -> None:
+        """Raise a `UserError` unless it was recorded on the model that `stats` tells about."""
+        if (self.layers, self.num_experts) != (stats.layers, stats.num_experts):
+            raise UserError(
+                f"{self.source}: {self.num_experts} experts in layers {list(self.layers)}, but {stats.source} has "
+                f"{stats.num_experts} in layers {list(stats.layers)}: record the model that was calibrated"
+            )
+        if self.model is not None and stats.model is not None:
+            stats.model.check(self.model, f"trace {self.source}")
+
+    def ranks_N(self, num_ranks: int) -> IntArray:
+        """[N] the rank that would have served each token.
+
+        Sequences go to the ranks in turns; without them, each step's tokens in equal runs.
+        """
+        if self.sequence_N is not None:
+            of_sequence: IntArray = self.sequence_N % num_ranks
+            return of_sequence
         # As np.array_split deals: the first ranks take one more.
         runs_SR = self.tokens_S[:, None] // num_ranks + (np.arange(num_ranks) < self.tokens_S[:, None] % num_ranks)
-        run_N = np.repeat(np.arange(num_steps * num_ranks), runs_SR.ravel())
-        step_N, rank_N = np.divmod(run_N, num_ranks)
+        in_runs: IntArray = np.repeat(np.tile(np.arange(num_ranks), len(self.tokens_S)), runs_SR.ravel())
+        return in_runs
+
+    def counts(self, num_ranks: int) -> IntArray:
+        """[S, L, R, E] pairs from each source rank, dealt as `ranks_N` says."""
+        num_steps, num_layers = len(self.tokens_S), len(self.layers)
+        rank_N, step_N = self.ranks_N(num_ranks), np.repeat(np.arange(num_steps), self.tokens_S)
         row_NL = (step_N[:, None] * num_layers + np.arange(num_layers)) * num_ranks + rank_N[:, None]
         shape = (num_steps, num_layers, num_ranks, self.num_experts)
         keys = (row_NL[:, :, None] * self.num_experts + self.ids_NLK).ravel()
@@ -62,7 +97,7 @@ class RoutingTrace:
     @classmethod
     def joined(cls, traces: "list[RoutingTrace]") -> "RoutingTrace":
         """One trace of what several ranks recorded in the same steps: in each step the tokens of one after another."""
-        first = traces[0]
+        first, num_ranks = traces[0], len(traces)
         ends = [np.cumsum(trace.tokens_S)[:-1] for trace in traces]
 
         def together(name: str) -> Any:
@@ -70,13 +105,34 @@ class RoutingTrace:
             return np.concatenate([part for step in zip(*by_rank, strict=True) for part in step])
 
         tokens_S = np.sum([trace.tokens_S for trace in traces], axis=0)
-        return cls(together("ids_NLK"), together("weights_NLK"), tokens_S, first.num_experts, first.layers)
+        # Numbered so that as many ranks are dealt what each has recorded.
+        numbered = [
+            replace(trace, sequence_N=trace.sequence_N * num_ranks + rank)
+            for rank, trace in enumerate(traces)
+            if trace.sequence_N is not None
+        ]
+        has_sequences = len(numbered) == num_ranks
+        traces = numbered if has_sequences else traces
+        return cls(
+            together("ids_NLK"),
+            together("weights_NLK"),
+            tokens_S,
+            first.num_experts,
+            first.layers,
+            sequence_N=together("sequence_N") if has_sequences else None,
+            phase_S=first.phase_S,
+            model=first.model,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the trace; a reader never sees half of it."""
-        names = ("ids_NLK", "weights_NLK", "tokens_S")
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in names}
-        metadata = {"format": FORMAT, "num_experts": self.num_experts, "layers": self.layers}
+        arrays = {
+            name: np.ascontiguousarray(array)
+            for name in (*REQUIRED, *OPTIONAL)
+            if (array := getattr(self, name)) is not None
+        }
+        model = None if self.model is None else {"id": self.model.id, "hash": self.model.hash}
+        metadata = {"format": FORMAT, "num_experts": self.num_experts, "layers": self.layers, "model": model}
         with replacing(path) as temporary:
             save_file(arrays, temporary, {key: json.dumps(value) for key, value in metadata.items()})
 
@@ -88,15 +144,31 @@ class RoutingTrace:
                 texts = file.metadata() or {}
                 if texts.get("format") != json.dumps(FORMAT):
                     raise UserError(f"{path}: format is {texts.get('format')}, expected {FORMAT!r}")
-                arrays = {name: file.get_tensor(name) for name in ("ids_NLK", "weights_NLK", "tokens_S")}
-            layers = tuple(json.loads(texts["layers"]))
-            return cls(**arrays, num_experts=json.loads(texts["num_experts"]), layers=layers, source=str(path))
+                present = {*REQUIRED, *(OPTIONAL.keys() & set(file.keys()))}
+                arrays = {name: file.get_tensor(name) for name in present}
+            model = json.loads(texts.get("model", "null"))
+            return cls(
+                **arrays,
+                num_experts=json.loads(texts["num_experts"]),
+                layers=tuple(json.loads(texts["layers"])),
+                model=None if model is None else ModelIdentity(**model),
+                source=str(path),
+            )
         except UserError:
             raise
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file; record a trace with rq_ep.moe.RoutingRecorder") from None
+            raise UserError(f"{path}: no such file; record one with `rq-ep calibrate --trace {path}`") from None
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a readable trace ({error}); record it again") from None
+
+
+def is_trace(path: str | Path) -> bool:
+    """Whether a file says that it is a routing trace. What is wrong with it otherwise is for `load` to say."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == json.dumps(FORMAT)
+    except (SafetensorError, OSError):
+        return False
 
 
 def deal_counts(counts_SLE: IntArray, num_ranks: int) -> IntArray:

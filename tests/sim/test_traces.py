@@ -1,5 +1,6 @@
 """Recorded routing: written, read, dealt to any number of ranks, and refused when it is not whole."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from safetensors.numpy import save_file
 
 from rq_ep.__main__ import main
 from rq_ep.core.errors import UserError
-from rq_ep.sim.traces import RoutingTrace
+from rq_ep.core.stats import ExpertStats, ModelIdentity
+from rq_ep.sim.traces import RoutingTrace, is_trace
 from tests.commands.test_simulate import write_stats
 
 
@@ -32,6 +34,26 @@ def test_every_step_is_dealt_in_equal_runs(tmp_path: Path, num_ranks: int) -> No
             for layer in range(2):
                 expected_E = np.bincount(run_NLK[:, layer].ravel(), minlength=16)
                 assert counts_SLRE[step, layer, rank].tolist() == expected_E.tolist()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_recorded_sequences_stay_whole_and_on_their_rank(tmp_path: Path, num_ranks: int) -> None:
+    sequence_N = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 1, 2])
+    recorded = replace(trace_of([9, 3]), sequence_N=sequence_N, phase_S=np.array([0, 1]), model=ModelIdentity("m", "1"))
+    recorded.save(tmp_path / "trace.safetensors")
+    trace = RoutingTrace.load(tmp_path / "trace.safetensors")
+    assert (trace.phase_S.tolist(), trace.model) == ([0, 1], recorded.model)
+    assert trace.ranks_N(num_ranks).tolist() == (sequence_N % num_ranks).tolist()
+    counts_SLRE = trace.counts(num_ranks)
+    for rank in range(num_ranks):
+        ids_NLK = trace.ids_NLK[9:][np.arange(3) % num_ranks == rank]
+        assert counts_SLRE[1, 1, rank].tolist() == np.bincount(ids_NLK[:, 1].ravel(), minlength=16).tolist()
+
+
+def test_joined_sequences_are_dealt_to_the_ranks_that_recorded_them() -> None:
+    ranks = [replace(trace_of([4]), sequence_N=np.array([0, 0, 1, 1])) for _ in range(3)]
+    assert RoutingTrace.joined(ranks).ranks_N(3).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert RoutingTrace.joined([*ranks[:2], trace_of([4])]).sequence_N is None
 
 
 def test_traces_of_ranks_are_joined_step_by_step() -> None:
@@ -62,8 +84,31 @@ def test_what_is_cut_short_or_foreign_is_refused(tmp_path: Path) -> None:
         RoutingTrace.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="12 tokens of 2 steps do not have"):
         RoutingTrace(trace.ids_NLK, trace.weights_NLK, np.array([5, 7]), 16, trace.layers)
+    with pytest.raises(UserError, match=r"sequence_N is int64 \[12\], which 2 layers and 11 tokens"):
+        replace(trace, sequence_N=np.arange(12))
+    with pytest.raises(UserError, match=r"phases \[0, 2\]"):
+        replace(trace, phase_S=np.array([0, 2]))
     with pytest.raises(UserError, match="of 3: record it again"):
         RoutingTrace(trace.ids_NLK, trace.weights_NLK, trace.tokens_S, 3, trace.layers)
+
+
+def test_a_trace_of_another_model_is_refused() -> None:
+    stats = ExpertStats.uniform((0, 1), 16, {"bf16": 1}, "bf16")
+    trace = replace(trace_of([3]), model=ModelIdentity("a", "1"))
+    trace.check(stats)
+    trace.check(replace(stats, model=ModelIdentity("elsewhere/a", "1")))
+    with pytest.raises(UserError, match="trace trace was made for model 'a'"):
+        trace.check(replace(stats, model=ModelIdentity("b", "2")))
+    with pytest.raises(UserError, match="record the model that was calibrated"):
+        trace.check(replace(stats, layers=(0, 2)))
+
+
+def test_a_trace_is_told_from_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    trace_of([3]).save(path)
+    assert is_trace(path)
+    assert not is_trace(Path(write_stats(tmp_path / "stats.safetensors")))
+    assert not is_trace(tmp_path / "nothing")
 
 
 def test_simulate_replays_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
