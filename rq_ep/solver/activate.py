@@ -26,7 +26,7 @@ def activate_one(by_expert: ByExpert, totals_E: IntArray, read_s_P: FloatArray) 
     quotas_C = np.zeros(len(by_expert.ranks_C), np.int64)
     read_s_C = read_s_P[by_expert.replicas_C]
     _choose(
-        np.require(totals_E, np.int64, "CW"),
+        np.require(totals_E, np.int64, ("C", "W")),
         order_E,
         first_E,
         by_expert.ranks_C,

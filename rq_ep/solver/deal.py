@@ -28,7 +28,7 @@ def nearest_first(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, 
 
 
 def _dealt(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, reaches: tuple[int, ...]) -> IntArray:
-    counts_RE = np.require(counts_RE, np.int64, "CW")
+    counts_RE = np.require(counts_RE, np.int64, ("C", "W"))
     pairs_RP = np.empty((len(counts_RE), len(quotas_C)), np.int64)
     deal(counts_RE, by_expert.first_E, by_expert.ranks_C, by_expert.replicas_C, quotas_C, np.array(reaches), pairs_RP)
     return pairs_RP

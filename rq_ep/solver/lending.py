@@ -1,24 +1,30 @@
-"""What to lend for one step: experts for the emptiest ranks, so that overloaded ones can pass pairs on."""
+"""What to lend for one step: experts for the emptiest ranks, so that overloaded ones can pass pairs on.
 
-from collections import deque
-from collections.abc import Sequence
+Letters as in `rq_ep.solver.split`: C replicas sorted by expert. N loans.
+"""
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
-from rq_ep.core.replicas import Replicas
+from rq_ep.core.replicas import Replica, Replicas
+from rq_ep.solver.compiled import compiled
+from rq_ep.solver.split import ByExpert, augment
 
-Quotas = list[dict[int, int]]  # of each expert: rank -> pairs it computes
+BoolArray = npt.NDArray[np.bool_]
 
 
-class Loan(NamedTuple):
+class Loans(NamedTuple):
     """Experts to lend, and who computes how much then."""
 
-    step_s: float  # as estimated: the fullest rank and the busiest link
-    transfers: list[WeightTransfer]
-    quotas_E: Quotas
-    is_cut_short: bool = False  # by the cap on low precision
+    transfers: tuple[WeightTransfer, ...]
+    replicas: Replicas  # with the borrowed ones
+    quotas_ER: IntArray  # [E, R] pairs of each expert on each rank
 
 
 @dataclass(frozen=True)
@@ -28,23 +34,25 @@ class Lending:
     With a cost seconds are modelled; without one a pair takes one second, a transfer none, and thresholds decide.
     """
 
-    num_experts: int
+    replicas: Replicas
+    by_expert: ByExpert
     max_borrowed: int  # experts that a rank makes room for
     transient_format: str | None
     max_low_precision_share: float  # of the step's pairs, computed in `transient_format`
-    formats: dict[tuple[int, int], str]  # (expert, rank) -> format of the resident replica
-    pair_s: float
-    transfer_s: dict[str, float]  # of the formats that may travel
+    pair_s: float  # that a pair less on the fullest rank saves: its arithmetic and its row's way there and back
+    transfer_s_C: FloatArray  # of an expert as it lies
+    is_low_C: BoolArray  # whether it lies in the transient format
+    low_s: float  # of an expert in the transient format
     latency_s: float
     min_pairs: int  # that an expert must be able to take off the fullest ranks
     min_ratio: float
     mixed_formats: tuple[str, ...]  # of plans with borrowed experts
-    holders_E: list[list[int]]
 
     @classmethod
     def of(
         cls,
         replicas: Replicas,
+        num_ranks: int,
         cost: LayerCost | None,
         *,
         max_borrowed: int,
@@ -54,187 +62,228 @@ class Lending:
         min_ratio: float,
     ) -> "Lending":
         """The tables of a layer; `min_pairs` and `min_ratio` are thresholds for want of a cost."""
-        stored = sorted(set(replicas.formats_P))
-        low = transient_format
+        stored, low = sorted(set(replicas.formats_P)), transient_format
         mixed_formats = replicas.mixed_formats
         if low is not None and low not in mixed_formats:
             mixed_formats = (low, *(mixed_formats or (name for name in stored if name != low)))
-        travelling = stored if low is None else [low, *stored]
-        num_experts = int(replicas.experts_P.max()) + 1
-        holders_E: list[list[int]] = [[] for _ in range(num_experts)]
-        for rank, expert, _ in replicas:
-            holders_E[expert].append(rank)
-        pair_s = 1.0 if cost is None else max(cost.pair_s[name] for name in stored)
-        transfer_s = {name: 0.0 if cost is None else cost.transfer_s[name] for name in travelling}
+        by_expert = ByExpert.of(replicas, num_ranks)
+        transfer_s_P = np.array([0.0 if cost is None else cost.transfer_s[name] for name in replicas.formats_P])
+        pair_s = 1.0
+        if cost is not None:
+            pair_s = max(cost.pair_s[name] for name in stored) + 2 * cost.row_s * (num_ranks - 1) / num_ranks
         return cls(
-            num_experts=num_experts,
+            replicas=replicas,
+            by_expert=by_expert,
             max_borrowed=max_borrowed,
-            transient_format=transient_format,
-            max_low_precision_share=max_low_precision_share,
-            formats={(expert, rank): name for rank, expert, name in replicas},
-            pair_s=pair_s,
-            transfer_s=transfer_s,
-            latency_s=0.0 if cost is None else cost.latency_s,
+            transient_format=low,
+            max_low_precision_share=float(max_low_precision_share),
+            pair_s=float(pair_s),
+            transfer_s_C=transfer_s_P[by_expert.replicas_C],
+            is_low_C=np.array([name == low for name in replicas.formats_P], np.bool_)[by_expert.replicas_C],
+            low_s=0.0 if cost is None or low is None else float(cost.transfer_s[low]),
+            latency_s=0.0 if cost is None else float(cost.latency_s),
             min_pairs=max(1, min_pairs if cost is None else 1),
             min_ratio=min_ratio if cost is None else 1.0,
             mixed_formats=mixed_formats,
-            holders_E=holders_E,
         )
 
-    def may_pay(self, fullest: int, total: int, num_ranks: int) -> bool:
+    def may_pay(self, loads_R: IntArray) -> bool:
         """Whether perfect balance by a single transfer would be worth it: if not, nothing is."""
-        excess = fullest - -(-total // num_ranks)
+        fullest, total = int(loads_R.max()), int(loads_R.sum())
+        excess = fullest - -(-total // len(loads_R))
+        transfer_s = float(self.transfer_s_C.min())
+        if self.transient_format is not None:
+            transfer_s = min(transfer_s, self.low_s)
         return (
             excess >= self.min_pairs
-            and fullest * num_ranks >= self.min_ratio * total
-            and excess * self.pair_s > min(self.transfer_s.values()) + self.latency_s
+            and fullest * len(loads_R) >= self.min_ratio * total
+            and excess * self.pair_s > transfer_s + self.latency_s
         )
 
-    def choose(self, before: DispatchPlan) -> tuple[tuple[WeightTransfer, ...], Quotas] | None:
+    def choose(self, before: DispatchPlan) -> Loans | None:
         """The experts to lend and everybody's pairs then; None if lending saves nothing."""
-        loan = self._lend(before, has_low=self.transient_format is not None)
-        if loan.is_cut_short:
-            loan = min(loan, self._lend(before, has_low=False), key=lambda loan: loan.step_s)
-        if not loan.transfers:
+        found = self._lend(before, self.transient_format is not None)
+        if found.is_cut_short:
+            found = min(found, self._lend(before, False), key=lambda found: found.step_s)
+        by_expert, transfers, borrowed = self.by_expert, [], []
+        loans = zip(found.sources_N.tolist(), found.borrowers_N.tolist(), found.is_low_N.tolist(), strict=True)
+        for source, borrower, is_low in loans:
+            expert, lender = int(by_expert.experts_C[source]), int(by_expert.ranks_C[source])
+            if found.quotas_ER[expert, borrower]:
+                name = self.replicas.formats_P[by_expert.replicas_C[source]]
+                if is_low and self.transient_format is not None:
+                    name = self.transient_format
+                transfers.append(WeightTransfer(expert, lender, borrower, name))
+                borrowed.append(Replica(borrower, expert, name))
+        if not transfers:
             return None
-        kept = (transfer for transfer in loan.transfers if loan.quotas_E[transfer.expert][transfer.dst])
-        return tuple(sorted(kept)), loan.quotas_E
+        together, _ = self.replicas.joined(borrowed, self.mixed_formats)
+        return Loans(tuple(sorted(transfers)), together, found.quotas_ER)
 
-    def _lend(self, before: DispatchPlan, has_low: bool) -> Loan:
-        """Lend one expert after another, as long as that may shorten the step, and return the shortest.
-
-        The emptiest rank borrows, and always the expert with most pairs on the ranks that hold each other up: the cut
-        which bounds the fullest one. After each loan paths of replicas carry pairs to where room has become.
-        """
-        quotas_E: Quotas = [{} for _ in range(self.num_experts)]
-        pairs_P = before.pairs_RP.sum(axis=0).tolist()
-        for (rank, expert, _), pairs in zip(before.replicas, pairs_P, strict=True):
-            quotas_E[expert][rank] = pairs
-        loads = before.loads_R.tolist()
-        total = sum(loads)
-        mean = -(-total // len(loads))
-        low_left = self.max_low_precision_share * total - self._resident_low(quotas_E)
-        sent, received = [0.0] * len(loads), [0.0] * len(loads)
-        num_borrowed = [0] * len(loads)
-        transfers: list[WeightTransfer] = []
-        best = Loan(max(loads) * self.pair_s, [], quotas_E)
-        fullest, cut = _augment(quotas_E, loads, mean)
-        while fullest > mean:
-            helpers = [rank for rank in range(len(loads)) if num_borrowed[rank] < self.max_borrowed]
-            helper = min(helpers, key=lambda rank: (loads[rank], rank), default=None)
-            if helper is None:
-                break
-            expert, movable = _most_confined(quotas_E, cut, helper)
-            amount = min(movable, mean - loads[helper])
-            if amount < self.min_pairs:
-                break
-            is_low = has_low and self._lent_low(quotas_E, transfers) + amount <= low_left
-            transfer = self._transfer(expert, helper, sent, is_low)
-            sent[transfer.src] += self.transfer_s[transfer.format]
-            received[helper] += self.transfer_s[transfer.format]
-            moved_s = max(*sent, *received) + self.latency_s
-            if mean * self.pair_s + moved_s >= best.step_s and moved_s:
-                break
-            num_borrowed[helper] += 1
-            transfers.append(transfer)
-            quotas_E[expert][helper] = 0
-            fullest, cut = _augment(quotas_E, loads, mean)
-            if has_low and self._lent_low(quotas_E, transfers) > max(low_left, 0):
-                return best._replace(is_cut_short=True)
-            if fullest * self.pair_s + moved_s < best.step_s:
-                best = Loan(fullest * self.pair_s + moved_s, list(transfers), [dict(pairs) for pairs in quotas_E])
-        return best
-
-    def _transfer(self, expert: int, dst: int, sent: Sequence[float], is_low: bool) -> WeightTransfer:
-        """From the holder that has sent least so far."""
-        src = min(self.holders_E[expert], key=lambda rank: (sent[rank], rank))
-        format_ = self.formats[expert, src]
-        if is_low and self.transient_format is not None:
-            format_ = self.transient_format
-        return WeightTransfer(expert, src, dst, format_)
-
-    def _resident_low(self, quotas_E: Quotas) -> int:
-        """Pairs whose replicas lie in the transient format anyway."""
-        low = self.transient_format
-        return sum(quotas_E[expert][rank] for (expert, rank), name in self.formats.items() if name == low)
-
-    def _lent_low(self, quotas_E: Quotas, transfers: Sequence[WeightTransfer]) -> int:
-        """Pairs of experts that travel in another format than they lie in."""
-        return sum(
-            quotas_E[transfer.expert][transfer.dst]
-            for transfer in transfers
-            if transfer.format != self.formats[transfer.expert, transfer.src]
+    def _lend(self, before: DispatchPlan, has_low: bool) -> "_Found":
+        by_expert = self.by_expert
+        return _Found(
+            *lend(
+                by_expert.first_E,
+                by_expert.ranks_C,
+                before.pairs_RP.sum(axis=0)[by_expert.replicas_C],
+                self.transfer_s_C,
+                self.is_low_C,
+                by_expert.num_ranks,
+                self.max_borrowed,
+                self.min_pairs,
+                self.pair_s,
+                self.latency_s,
+                self.low_s,
+                self.max_low_precision_share if has_low else -1.0,
+            )
         )
 
 
-def _most_confined(quotas_E: Quotas, cut: Sequence[int], helper: int) -> tuple[int, int]:
-    """The expert with most pairs on the ranks of the cut, of those the helper lacks, and how many these are."""
-    inside = set(cut)
-    most, found = 0, 0
-    for expert, by_rank in enumerate(quotas_E):
-        if helper not in by_rank:
-            pairs = sum(pairs for rank, pairs in by_rank.items() if rank in inside)
-            if pairs > most:
-                most, found = pairs, expert
+class _Found(NamedTuple):
+    step_s: float  # as estimated: the fullest rank and the busiest link
+    is_cut_short: bool  # by the cap on low precision
+    sources_N: IntArray  # index into C of the replica that is sent
+    borrowers_N: IntArray
+    is_low_N: BoolArray  # sent in the transient format
+    quotas_ER: IntArray
+
+
+@compiled
+def lend(
+    first_E: IntArray,
+    ranks_C: IntArray,
+    quotas_C: IntArray,
+    transfer_s_C: FloatArray,
+    is_low_C: BoolArray,
+    num_ranks: int,
+    max_borrowed: int,
+    min_pairs: int,
+    pair_s: float,
+    latency_s: float,
+    low_s: float,
+    max_low_share: float,
+) -> tuple[float, bool, IntArray, IntArray, BoolArray, IntArray]:
+    """Lend one expert after another, as long as that may shorten the step, and return the shortest, as `_Found`.
+
+    The emptiest rank borrows, and always the expert with most pairs on the ranks that hold each other up: the cut
+    which bounds the fullest one. After each loan paths of replicas carry pairs to where room has become.
+
+    Args:
+        first_E: [E + 1] index into C of each expert's first replica.
+        ranks_C: [C] rank of each resident replica.
+        quotas_C: [C] its pairs under the best split without loans.
+        transfer_s_C: [C] seconds it travels as it lies.
+        is_low_C: [C] whether it lies in the transient format.
+        num_ranks: R.
+        max_borrowed: experts that a rank makes room for.
+        min_pairs: least that a loan must take off the fullest ranks.
+        pair_s: seconds of a pair.
+        latency_s: of a round of transfers.
+        low_s: seconds an expert travels in the transient format.
+        max_low_share: of the pairs, in the transient format; negative: nothing is lent in it.
+    """
+    num_experts, num_resident = len(first_E) - 1, len(ranks_C)
+    max_loans = num_ranks * min(max_borrowed, num_experts)
+    # The replicas with the borrowed ones, which are put behind the others of their expert.
+    first_E = first_E.copy()
+    num_replicas = num_resident
+    ranks = np.zeros(num_resident + max_loans, np.int64)
+    quotas = np.zeros(num_resident + max_loans, np.int64)
+    is_low = np.zeros(num_resident + max_loans, np.bool_)
+    source = np.zeros(num_resident + max_loans, np.int64)  # index into C; of a borrowed one -1
+    ranks[:num_resident], quotas[:num_resident], is_low[:num_resident] = ranks_C, quotas_C, is_low_C
+    source[:num_resident] = np.arange(num_resident)
+
+    loads_R = np.zeros(num_ranks, np.int64)
+    for c in range(num_resident):
+        loads_R[ranks_C[c]] += quotas_C[c]
+    sent_s_R, received_s_R = np.zeros(num_ranks), np.zeros(num_ranks)
+    num_borrowed_R = np.zeros(num_ranks, np.int64)
+    cut_R = np.zeros(num_ranks, np.bool_)
+    sources_N, borrowers_N = np.zeros(max_loans, np.int64), np.zeros(max_loans, np.int64)
+    is_low_N = np.zeros(max_loans, np.bool_)
+
+    total = loads_R.sum()
+    mean = -(-total // num_ranks)
+    low_pairs = _low_pairs(quotas, is_low, num_replicas)
+    max_low_pairs = max(max_low_share * total, low_pairs)
+    best_s, num_best, num_loans, is_cut_short = loads_R.max() * pair_s, 0, 0, False
+    best_ER = np.zeros((num_experts, num_ranks), np.int64)
+    _write_table(first_E, ranks, quotas, best_ER)
+    fullest = augment(first_E, ranks[:num_replicas], quotas[:num_replicas], loads_R, mean, cut_R)
+    while fullest > mean and num_loans < max_loans:
+        borrower = -1
+        for rank in range(num_ranks):
+            if num_borrowed_R[rank] < max_borrowed and (borrower < 0 or loads_R[rank] < loads_R[borrower]):
+                borrower = rank
+        expert, movable = _most_confined(first_E, ranks, quotas, cut_R, borrower)
+        amount = min(movable, mean - loads_R[borrower])
+        if amount < min_pairs:
+            break
+        sender = -1  # the holder that has sent least so far
+        for n in range(first_E[expert], first_E[expert + 1]):
+            if source[n] >= 0 and (sender < 0 or sent_s_R[ranks[n]] < sent_s_R[ranks[sender]]):
+                sender = n
+        becomes_low = max_low_share >= 0 and low_pairs + amount <= max_low_pairs
+        seconds = low_s if becomes_low else transfer_s_C[source[sender]]
+        sent_s_R[ranks[sender]] += seconds
+        received_s_R[borrower] += seconds
+        moved_s = max(sent_s_R.max(), received_s_R.max()) + latency_s
+        if moved_s > 0 and mean * pair_s + moved_s >= best_s:
+            break
+        sources_N[num_loans], borrowers_N[num_loans], is_low_N[num_loans] = source[sender], borrower, becomes_low
+        num_loans += 1
+        num_borrowed_R[borrower] += 1
+        is_low_there = becomes_low or is_low[sender]
+        end = first_E[expert + 1]
+        for n in range(num_replicas, end, -1):
+            ranks[n], quotas[n], is_low[n], source[n] = ranks[n - 1], quotas[n - 1], is_low[n - 1], source[n - 1]
+        ranks[end], quotas[end], is_low[end], source[end] = borrower, 0, is_low_there, -1
+        first_E[expert + 1 :] += 1
+        num_replicas += 1
+        fullest = augment(first_E, ranks[:num_replicas], quotas[:num_replicas], loads_R, mean, cut_R)
+        low_pairs = _low_pairs(quotas, is_low, num_replicas)
+        if max_low_share >= 0 and low_pairs > max_low_pairs:
+            is_cut_short = True
+            break
+        if fullest * pair_s + moved_s < best_s:
+            best_s, num_best = fullest * pair_s + moved_s, num_loans
+            _write_table(first_E, ranks, quotas, best_ER)
+    return best_s, is_cut_short, sources_N[:num_best], borrowers_N[:num_best], is_low_N[:num_best], best_ER
+
+
+@compiled
+def _most_confined(
+    first_E: IntArray, ranks: IntArray, quotas: IntArray, cut_R: BoolArray, borrower: int
+) -> tuple[int, int]:
+    """The expert with most pairs on the ranks of the cut, of those the borrower lacks, and how many these are."""
+    found, most = 0, 0
+    for expert in range(len(first_E) - 1):
+        pairs = 0
+        for n in range(first_E[expert], first_E[expert + 1]):
+            if ranks[n] == borrower:
+                pairs = 0
+                break
+            if cut_R[ranks[n]]:
+                pairs += quotas[n]
+        if pairs > most:
+            found, most = expert, pairs
     return found, most
 
 
-def _augment(quotas: Sequence[dict[int, int]], loads: list[int], target: int) -> tuple[int, tuple[int, ...]]:
-    """Push pairs along shortest chains of replicas until no rank exceeds `target`; raise it where a cut proves it low.
-
-    Changes `quotas` and `loads`; returns the target in the end and the cut that proves it.
-    """
-    cut = tuple(range(len(loads)))
-    over = [rank for rank, load in enumerate(loads) if load > target]
-    if not over:
-        return target, cut
-    held: list[list[dict[int, int]]] = [[] for _ in loads]
-    for by_rank in quotas:
-        for rank in by_rank:
-            held[rank].append(by_rank)
-    while over:
-        came_from: dict[int, tuple[int, dict[int, int]] | None] = dict.fromkeys(over)
-        found = _nearest_below(held, loads, target, came_from)
-        if found is None:
-            cut = tuple(sorted(came_from))
-            target = -(-sum(loads[rank] for rank in cut) // len(cut))
-        else:
-            _push(came_from, found, loads, target)
-        over = [rank for rank in over if loads[rank] > target]
-    return target, cut
+@compiled
+def _low_pairs(quotas: IntArray, is_low: BoolArray, num_replicas: int) -> int:
+    pairs = 0
+    for n in range(num_replicas):
+        if is_low[n]:
+            pairs += quotas[n]
+    return pairs
 
 
-def _nearest_below(
-    held: list[list[dict[int, int]]],
-    loads: list[int],
-    target: int,
-    came_from: dict[int, tuple[int, dict[int, int]] | None],
-) -> int | None:
-    """Breadth first from the ranks in `came_from`, which grows, to a rank below `target`; None if there is none."""
-    queue = deque(came_from)
-    while queue:
-        rank = queue.popleft()
-        for by_rank in held[rank]:
-            if by_rank[rank]:
-                for other in by_rank:
-                    if other not in came_from:
-                        came_from[other] = (rank, by_rank)
-                        if loads[other] < target:
-                            return other
-                        queue.append(other)
-    return None
-
-
-def _push(came_from: dict[int, tuple[int, dict[int, int]] | None], found: int, loads: list[int], target: int) -> None:
-    """Move as many pairs as fit along the chain that ends in `found`."""
-    chain = []
-    rank = found
-    while (step := came_from[rank]) is not None:
-        chain.append((step[0], rank, step[1]))
-        rank = step[0]
-    amount = min(loads[rank] - target, target - loads[found], *(by_rank[source] for source, _, by_rank in chain))
-    for source, destination, by_rank in chain:
-        by_rank[source] -= amount
-        by_rank[destination] += amount
-    loads[rank] -= amount
-    loads[found] += amount
+@compiled
+def _write_table(first_E: IntArray, ranks: IntArray, quotas: IntArray, quotas_ER: IntArray) -> None:
+    quotas_ER[:] = 0
+    for expert in range(len(first_E) - 1):
+        for n in range(first_E[expert], first_E[expert + 1]):
+            quotas_ER[expert, ranks[n]] = quotas[n]

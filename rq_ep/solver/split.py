@@ -66,7 +66,7 @@ def split(by_expert: ByExpert, totals_E: IntArray) -> Split:
         by_expert: the layer's replicas.
         totals_E: [E] pairs of each expert in this step.
     """
-    totals_E = np.require(totals_E, np.int64, "CW")
+    totals_E = np.require(totals_E, np.int64, ("C", "W"))
     quotas_C = np.zeros(len(by_expert.ranks_C), np.int64)
     loads_R = np.zeros(by_expert.num_ranks, np.int64)
     cut_R = np.zeros(by_expert.num_ranks, np.bool_)

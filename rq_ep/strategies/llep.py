@@ -1,5 +1,6 @@
 """LLEP, least-loaded expert parallelism (arXiv 2601.17111): overloaded ranks lend experts to idle ones."""
 
+import sys
 from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar, Literal, NamedTuple
@@ -156,15 +157,16 @@ def assign(
 def _spill(start: int, end: int, home: int, effective_R: list[int], capacity: int, min_chunk: int) -> list[Segment]:
     """Hand pairs `start` up to `end` to the least loaded other ranks, by chunks (Alg. 3); updates `effective_R`."""
     segments: list[Segment] = []
-    helpers = [rank for rank in range(len(effective_R)) if rank != home]
+    load_at_home, effective_R[home] = effective_R[home], sys.maxsize
     while start < end:
-        helpers.sort(key=lambda rank: (effective_R[rank], rank))
         # The emptiest helper has the most room: if it cannot take a chunk, nobody can, and it is given everything.
-        helper, rest = helpers[0], end - start
-        chunk = min(rest, capacity - effective_R[helper])
+        least = min(effective_R)
+        helper, rest = effective_R.index(least), end - start
+        chunk = min(rest, capacity - least)
         if chunk <= 0 or (chunk < min_chunk and chunk < rest):
             chunk = rest
         segments.append(Segment(helper, start, start + chunk))
         effective_R[helper] += chunk
         start += chunk
+    effective_R[home] = load_at_home
     return segments

@@ -11,7 +11,6 @@ from rq_ep.core.errors import UserError, check_integer, check_number, check_text
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.solver.construct import solve
@@ -61,6 +60,7 @@ class ReplicateLend:
         static = ReplicateQuantize().planner(layer, topology, cost)
         lending = Lending.of(
             replicas,
+            topology.num_ranks,
             cost,
             max_borrowed=self.max_borrowed,
             transient_format=self.transient_format,
@@ -71,24 +71,18 @@ class ReplicateLend:
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
             before = static(counts_RE)
-            if before.bound == "bytes":
+            if before.bound == "bytes" or not lending.may_pay(before.loads_R):
                 return before
-            fullest, total = int(before.loads_R.max()), int(before.loads_R.sum())
-            if not lending.may_pay(fullest, total, topology.num_ranks):
+            loans = lending.choose(before)
+            if loans is None:
                 return before
-            moved = lending.choose(before)
-            if moved is None:
-                return before
-            transfers, quotas_E = moved
-            borrowed = [Replica(transfer.dst, transfer.expert, transfer.format) for transfer in transfers]
-            together, _ = replicas.joined(borrowed, lending.mixed_formats)
-            by_expert = ByExpert.of(together, topology.num_ranks)
-            held = zip(by_expert.experts_C.tolist(), by_expert.ranks_C.tolist(), strict=True)
-            quotas_C = np.array([quotas_E[expert][rank] for expert, rank in held], np.int64)
+            by_expert = ByExpert.of(loans.replicas, topology.num_ranks)
+            quotas_C = loans.quotas_ER[by_expert.experts_C, by_expert.ranks_C]
             pairs_RP = nearest_first(by_expert, counts_RE, quotas_C, topology)
-            after = DispatchPlan(together, pairs_RP, transfers)
+            after = DispatchPlan(loans.replicas, pairs_RP, loans.transfers)
             if cost is not None and cost.step(after).layer_s >= cost.step(before).layer_s:
                 return before
             return after
 
+        lending.choose(plan(np.zeros((topology.num_ranks, layer.num_experts), np.int64)))  # compiled now, not in a step
         return plan
