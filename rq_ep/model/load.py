@@ -15,7 +15,7 @@ from rich.progress import track
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rq_ep.core.cost import CostModel
-from rq_ep.core.errors import UserError
+from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
@@ -23,7 +23,7 @@ from rq_ep.formats import get_format, native_format_name
 from rq_ep.model.adapters import adapter_for
 from rq_ep.model.checkpoint import Checkpoint, read_config, transformers_may_refuse
 from rq_ep.model.identity import model_identity
-from rq_ep.model.memory import check_fits, expert_bytes
+from rq_ep.model.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
 from rq_ep.model.placing import check_layers, choose_strategy, layer_cost, place_uniformly
 from rq_ep.model.ranks import Ranks
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
@@ -44,6 +44,7 @@ class LoadReport:
     telemetry: Telemetry | None
     bytes_read: int  # from the checkpoint, by this process
     expert_bytes: Mapping[str, int]  # resident in this process, by weight format
+    rank_bytes: RankBytes  # all that a rank needs of its device
 
 
 def load(
@@ -58,6 +59,8 @@ def load(
     attn_implementation: str | None = None,
     machine: CostModel | str | None = None,
     telemetry: Telemetry | None = None,
+    max_tokens: int | None = None,
+    max_dispatch_bytes: int | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint with its experts spread over the ranks; every rank of the group calls this.
 
@@ -81,15 +84,24 @@ def load(
         machine: what strategies weigh moving weights against balance with, or its name or file (`rq_ep.costs`), the
             same on every rank; default: they go by their settings alone.
         telemetry: told about every call of every MoE layer.
+        max_tokens: of a rank's largest step, so that its rows are counted when memory is checked; default: not known.
+        max_dispatch_bytes: rows of other ranks that a rank holds at once; more come in parts. Default: a tenth more
+            than in a balanced step.
 
     Raises:
         UserError: the checkpoint cannot be served, a file is missing, damaged or of another model, the placement is for
-            other ranks or layers, or the weights do not fit the device; on every rank, whichever found it.
+            other ranks or layers, or what a rank needs does not fit its device; on every rank, whichever found it.
     """
+    for name, value in (("max_tokens", max_tokens), ("max_dispatch_bytes", max_dispatch_bytes)):
+        if value is not None:
+            check_integer(name, value, 1)
     ranks = Ranks.of(group, num_local_ranks, device)
     return ranks.together(
-        lambda: _load(path, placement, strategy, ranks, dtype, attn_implementation, machine, telemetry)
-    )
+        lambda: _load(
+            path, placement, strategy, ranks, dtype, attn_implementation, machine, telemetry, max_tokens,
+            max_dispatch_bytes,
+        )
+    )  # fmt: skip
 
 
 def _load(
@@ -101,6 +113,8 @@ def _load(
     attn_implementation: str | None,
     machine: CostModel | str | None,
     telemetry: Telemetry | None,
+    max_tokens: int | None,
+    max_dispatch_bytes: int | None,
 ) -> PreTrainedModel:
     if isinstance(placement, str | Path):
         placement = Placement.load(placement)
@@ -116,7 +130,8 @@ def _load(
 
     model = _empty_model(path, config, serving_dtype, attn_implementation)
     experts = find_expert_modules(model)
-    layout = family_of(experts[0].module).layout
+    family = family_of(experts[0].module)
+    layout = family.layout
     checkpoint = Checkpoint(path)
     reader = WeightReader(checkpoint, model, [module.name for module in experts])
     if placement is None:
@@ -124,15 +139,25 @@ def _load(
     check_layers(placement, experts)
     placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
     resident = expert_bytes(placement, layout, ranks.here)
-    check_fits(model, experts, resident, ranks.here[0], ranks.device)
+    step = None
+    if max_tokens is not None:
+        top_k = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
+        kind = ranks.device.type
+        step = step_bytes(family, top_k, ranks.num_ranks, max_tokens, serving_dtype, kind, max_dispatch_bytes)
+    needed = rank_bytes(model, experts, resident, placement, strategy, layout, step)
+    check_fits(needed, ranks.here[0], ranks.device)
 
-    layers = _replace_experts(model, experts, placement, strategy, ranks, machine, telemetry)
+    layers = _replace_experts(
+        model, experts, placement, strategy, ranks, machine, telemetry, needed.borrowed, max_dispatch_bytes
+    )
     _read_experts(reader, experts, layers, ranks)
     _read_others(model, reader, serving_dtype, ranks.device)
     assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
-    _finish(model, path, ranks, LoadReport(placement, strategy, layers, telemetry, checkpoint.bytes_read, resident))
+    report = LoadReport(placement, strategy, layers, telemetry, checkpoint.bytes_read, resident, needed)
+    _finish(model, path, ranks, report)
     sizes = ", ".join(f"{size:,} in {name}" for name, size in sorted(resident.items()))
     log.info("rank %d: %s bytes read, bytes of experts: %s", ranks.here[0], f"{checkpoint.bytes_read:,}", sizes or 0)
+    log.info("rank %d needs at most %s", ranks.here[0], needed)
     return model
 
 
@@ -166,19 +191,29 @@ def _replace_experts(
     ranks: Ranks,
     machine: CostModel | None,
     telemetry: Telemetry | None,
+    max_borrowed_bytes: int | None,
+    max_dispatch_bytes: int | None,
 ) -> tuple[EPExperts | LocalExperts, ...]:
     """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
-    spare = SpareRoom(family_of(experts[0].module).layout, ranks.device)
+    layout = family_of(experts[0].module).layout
+    spares = [SpareRoom(layout, ranks.device, max_borrowed_bytes) for _ in ranks.here]
     layers: list[EPExperts | LocalExperts] = []
     for module, placed in zip(experts, placement.layers, strict=True):
         family = family_of(module.module)
         cost = layer_cost(machine, family, placement, strategy)
         planner = strategy.planner(placed, placement.topology, cost)
+        settings: dict[str, Any] = {
+            "telemetry": telemetry,
+            "max_dispatch_bytes": max_dispatch_bytes,
+            "verifies_later": module is not experts[-1],
+        }
         layer: EPExperts | LocalExperts
         if ranks.group is None:
-            layer = LocalExperts(family, placed, planner, ranks.num_ranks, device=ranks.device, telemetry=telemetry)
+            layer = LocalExperts(
+                family, placed, planner, ranks.num_ranks, device=ranks.device, spares=spares, **settings
+            )
         else:
-            layer = EPExperts(family, placed, planner, ranks.group, telemetry=telemetry, spare=spare)
+            layer = EPExperts(family, placed, planner, ranks.group, spare=spares[0], **settings)
         model.set_submodule(module.name, layer)
         layers.append(layer)
     return tuple(layers)

@@ -1,16 +1,48 @@
-"""Refusing in advance what would not fit: the weights of this process against the memory of its device."""
+"""Refusing in advance what would not fit: all that a rank needs at worst against the memory of its device."""
 
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
+from rq_ep.core.strategy import Strategy
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.model.seam import ExpertsModule
+from rq_ep.moe import ExpertFamily
+from rq_ep.moe.bank import MAX_REPACKED
+from rq_ep.moe.compute import workspace_bytes
+from rq_ep.parallel.room import dispatch_limit, worst_dispatch_bytes
+
+LENDING = ("llep", "rq_llep")  # strategies whose plans move experts
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """What one rank needs of its device, by purpose; None where nothing bounds it in advance."""
+
+    others: int  # weights that are no routed experts
+    experts: int  # resident ones
+    borrowed: int | None  # room for experts borrowed for a step, which the layers share
+    repacked: int  # experts kept in the format they are lent in
+    step: int | None  # rows, notes, sums and intermediate results of the largest step
+
+    @property
+    def total(self) -> int:
+        return self.others + self.experts + (self.borrowed or 0) + self.repacked + (self.step or 0)
+
+    def __str__(self) -> str:
+        parts = [f"{_gib(self.others + self.experts)} for weights ({_gib(self.experts)} of experts)"]
+        parts.append("unbounded for borrowed experts" if self.borrowed is None else f"{_gib(self.borrowed)} to borrow")
+        if self.repacked:
+            parts.append(f"{_gib(self.repacked)} to lend in another format")
+        parts.append("steps of unknown size" if self.step is None else f"{_gib(self.step)} for the largest step")
+        return ", ".join(parts)
 
 
 def expert_bytes(placement: Placement, layout: ExpertLayout, ranks: Sequence[int]) -> dict[str, int]:
@@ -19,27 +51,79 @@ def expert_bytes(placement: Placement, layout: ExpertLayout, ranks: Sequence[int
     return {name: number * get_format(name).nbytes(layout) for name, number in held.items()}
 
 
-def check_fits(
+def borrowed_bytes(strategy: Strategy, placement: Placement, layout: ExpertLayout) -> int | None:
+    """Bytes of the experts that a rank borrows in a step at most; None if the strategy sets no bound."""
+    if strategy.name not in LENDING:
+        return 0
+    number = getattr(strategy, "max_borrowed", None)
+    sent = getattr(strategy, "transient_format", None)
+    names = {sent} if sent else set(placement.formats)
+    return None if number is None else number * max(get_format(name).nbytes(layout) for name in names)
+
+
+def step_bytes(
+    family: ExpertFamily, top_k: int, num_ranks: int, num_tokens: int, dtype: torch.dtype, kind: str, limit: int | None
+) -> int:
+    """Bytes of a rank's largest step: every rank has `num_tokens`, and all of them may choose this rank's experts.
+
+    Args:
+        family: of the experts.
+        top_k: experts of a token.
+        num_ranks: R.
+        num_tokens: of each rank.
+        dtype: of the rows.
+        kind: type of the device.
+        limit: bytes of other ranks' rows held at once; None: as the exchange chooses.
+    """
+    row_bytes = family.hidden_size * dtype.itemsize
+    if limit is None:
+        limit = dispatch_limit(np.full(num_ranks, num_tokens), top_k, row_bytes, kind)
+    rows = worst_dispatch_bytes(num_tokens, top_k, num_ranks, family.hidden_size, dtype.itemsize, limit)
+    return rows + workspace_bytes(family, dtype, num_ranks * num_tokens * top_k, kind)
+
+
+def rank_bytes(
     model: PreTrainedModel,
     experts: Sequence[ExpertsModule],
     resident: Mapping[str, int],
-    rank: int,
-    device: torch.device,
-) -> None:
-    """Raise a `UserError` with the numbers unless a rank's weights fit its device.
+    placement: Placement,
+    strategy: Strategy,
+    layout: ExpertLayout,
+    step: int | None,
+) -> RankBytes:
+    """Add up what a rank will need.
 
     Args:
         model: on the meta device, with all of its experts.
         experts: its routed experts.
         resident: bytes of the experts that the rank will hold, by format.
+        placement: of all experts.
+        strategy: that may borrow some.
+        layout: of an expert.
+        step: bytes of the largest step, if it is known.
     """
     routed = sum(parameter.nbytes for module in experts for parameter in module.module.parameters())
-    others = sum(parameter.nbytes for parameter in model.parameters()) - routed
-    needed, available = others + sum(resident.values()), available_bytes(device)
-    if available is not None and needed > available:
+    sent = getattr(strategy, "transient_format", None)
+    repacked = 0
+    if sent is not None and set(placement.formats) != {sent}:
+        repacked = MAX_REPACKED * len(experts) * get_format(sent).nbytes(layout)
+    return RankBytes(
+        others=sum(parameter.nbytes for parameter in model.parameters()) - routed,
+        experts=sum(resident.values()),
+        borrowed=borrowed_bytes(strategy, placement, layout),
+        repacked=repacked,
+        step=step,
+    )
+
+
+def check_fits(needed: RankBytes, rank: int, device: torch.device) -> None:
+    """Raise a `UserError` with the numbers unless what a rank needs fits its device."""
+    available = available_bytes(device)
+    if available is not None and needed.total > available:
         raise UserError(
-            f"rank {rank} needs {_gib(needed)} for weights ({_gib(sum(resident.values()))} of experts), but {device} "
-            f"has {_gib(available)}: start more ranks, or place with lower-bit --formats and a smaller --budget"
+            f"rank {rank} needs {_gib(needed.total)}: {needed}; but {device} has {_gib(available)}: start more ranks, "
+            "place with lower-bit --formats and a smaller --budget, let the strategy borrow fewer experts "
+            "(max_borrowed), or lower --max-num-batched-tokens or --max-dispatch-bytes"
         )
 
 

@@ -129,6 +129,11 @@ def _add_rows(out_MD: Tensor, rows_N: Tensor, values_ND: Tensor) -> None:
         out_MD.index_add_(0, rows_N, values_ND)
 
 
+def workspace_bytes(family: ExpertFamily, dtype: torch.dtype, num_pairs: int, kind: str) -> int:
+    """Bytes of intermediate results that so many pairs take on a device of type `kind`."""
+    return min(num_pairs * _row_bytes(family, dtype), MAX_WORKSPACE_BYTES[kind])
+
+
 def _row_bytes(family: ExpertFamily, dtype: torch.dtype) -> int:
     """Workspace of one pair: its row, both matrices' outputs, the gate's, and the weighted output in fp32."""
     up_size = family.layout.shapes[family.up][family.layout.out_axis(family.up)]

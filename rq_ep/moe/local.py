@@ -1,11 +1,13 @@
 """All ranks of a layer in one process: for evaluation, and to time each rank's share of work on one machine."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.strategy import Planner
-from rq_ep.moe.bank import ExpertBank
+from rq_ep.moe.bank import ExpertBank, SpareRoom
 from rq_ep.moe.family import ExpertFamily
 from rq_ep.moe.layer import EPExperts
 from rq_ep.moe.telemetry import Telemetry
@@ -24,13 +26,28 @@ class LocalExperts(nn.Module):
         *,
         device: torch.device | str = "cpu",
         telemetry: Telemetry | None = None,
+        spares: Sequence[SpareRoom] | None = None,
         max_dispatch_bytes: int | None = None,
+        verifies_later: bool = False,
     ) -> None:
-        """Reserve room for all ranks' replicas; fill `banks` before the first call. Arguments as of `EPExperts`."""
+        """Reserve room for all ranks' replicas; fill `banks` before the first call. Arguments as of `EPExperts`.
+
+        Args:
+            spares: for each rank the room for borrowed experts, which layers may share.
+        """
         super().__init__()
         self.world = LocalWorld(num_ranks, device)
         self.ranks = tuple(
-            EPExperts(family, layer, planner, group, telemetry=telemetry, max_dispatch_bytes=max_dispatch_bytes)
+            EPExperts(
+                family,
+                layer,
+                planner,
+                group,
+                telemetry=telemetry,
+                spare=None if spares is None else spares[group.rank],
+                max_dispatch_bytes=max_dispatch_bytes,
+                verifies_later=verifies_later,
+            )
             for group in self.world.groups
         )
 

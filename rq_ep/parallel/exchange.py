@@ -9,16 +9,12 @@ from rq_ep.core.plan import DispatchPlan
 from rq_ep.parallel.base import EPGroup, count
 from rq_ep.parallel.census import Census
 from rq_ep.parallel.order import pairs_by_replica, repeat, stable_order
+from rq_ep.parallel.room import dispatch_limit
 from rq_ep.parallel.trip import NOTE_BYTES, Part, Trip
 
 # A step in which no rank receives more goes as one message with room for a row beside every pair: a hop saved is worth
 # more than bytes saved.
 MAX_PADDED_BYTES = {"cpu": 1 << 16, "cuda": 1 << 20}
-# Rows of other ranks that a rank holds at once: so much more than if the step were balanced, within these bounds. More
-# arrive, are computed and leave part by part, in the same buffers.
-PART_SLACK = 1.1
-MIN_DISPATCH_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
-MAX_DISPATCH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 # Whether the host waits to learn how many rows are sent, each token once, where an expert is split or lent; otherwise
 # there is room for all that the census allows, at most for a row beside every pair.
 LEARNS_ROWS = {"cpu": True, "cuda": False}
@@ -147,13 +143,7 @@ class Exchange:
         """In how many parts rows come, from what every rank knows of every rank."""
         limit = self.max_dispatch_bytes
         if limit is None:
-            # A token whose K choices fall on ranks at random misses a rank with probability ((R - 1) / R)^K. In whole
-            # numbers: all ranks must find the same.
-            size, kind = len(tokens_R), self.group.device.type
-            others = int(tokens_R.sum() - tokens_R.min())
-            balanced = others * (size**top_k - (size - 1) ** top_k) // size**top_k
-            limit = int(PART_SLACK * balanced * row_bytes)
-            limit = min(max(limit, MIN_DISPATCH_BYTES[kind]), MAX_DISPATCH_BYTES[kind])
+            limit = dispatch_limit(tokens_R, top_k, row_bytes, self.group.device.type)
         most = int(most_RR.sum(axis=0).max()) * row_bytes
         if most <= limit:
             return 1

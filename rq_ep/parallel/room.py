@@ -1,7 +1,16 @@
-"""Memory for arriving rows that the layers of a rank use one after another."""
+"""Memory for arriving rows that the layers of a rank use one after another, and its bounds."""
 
 import torch
 from torch import Tensor
+
+from rq_ep.core.arrays import IntArray
+
+# Rows of other ranks that a rank holds at once: so much more than if the step were balanced, within these bounds. More
+# arrive, are computed and leave part by part, in the same buffers.
+PART_SLACK = 1.1
+MIN_DISPATCH_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
+MAX_DISPATCH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+PAIR_BYTES = 48  # of notes, and of indices that bring them into order
 
 
 class ReceiveRoom:
@@ -24,3 +33,42 @@ class ReceiveRoom:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
                 buffer = self._buffers[number] = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return buffer[:num_bytes].view(dtype).view(num_rows, row_size)
+
+
+def dispatch_limit(tokens_R: IntArray, top_k: int, row_bytes: int, kind: str) -> int:
+    """Bytes of other ranks' rows that a rank holds at once, unless it is told; the same on every rank.
+
+    A token whose K choices fall on ranks at random misses a rank with probability ((R - 1) / R)^K. That is reckoned in
+    whole numbers, as all ranks must find the same.
+
+    Args:
+        tokens_R: [R] tokens of each rank in this step.
+        top_k: choices of a token.
+        row_bytes: of one row.
+        kind: type of the device.
+    """
+    size = len(tokens_R)
+    others = int(tokens_R.sum() - tokens_R.min())
+    balanced = others * (size**top_k - (size - 1) ** top_k) // size**top_k
+    return min(max(int(PART_SLACK * balanced * row_bytes), MIN_DISPATCH_BYTES[kind]), MAX_DISPATCH_BYTES[kind])
+
+
+def worst_dispatch_bytes(
+    num_tokens: int, top_k: int, num_ranks: int, hidden_size: int, itemsize: int, limit: int
+) -> int:
+    """Bytes that rows, notes and sums of one layer take on a rank, however uneven a step of so many tokens a rank is.
+
+    Args:
+        num_tokens: of each rank.
+        top_k: choices of a token.
+        num_ranks: R.
+        hidden_size: of a row.
+        itemsize: bytes of a number in a row.
+        limit: bytes of other ranks' rows that are held at once.
+    """
+    row_bytes = hidden_size * itemsize
+    own = num_tokens * row_bytes
+    held = min((num_ranks - 1) * own, limit + num_ranks * row_bytes)
+    away = min(top_k, num_ranks - 1) * own  # rows sent to others; as many sums come back
+    sums = (own + held) // itemsize * 4  # of what is held, in fp32
+    return own + held + sums + held + 2 * away + num_ranks * num_tokens * top_k * PAIR_BYTES

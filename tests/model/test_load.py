@@ -223,8 +223,30 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**18)
-    with pytest.raises(UserError, match=r"rank 0 needs 0\.000\d+ GiB .* of experts\), but cpu has 0\.000244 GiB"):
+    with pytest.raises(UserError, match=r"rank 0 needs 0\.000\d+ GiB: .* of experts\), .* but cpu has 0\.000244 GiB"):
         load(checkpoints["mixtral"], num_local_ranks=2, device="cpu")
+
+
+def test_rows_and_borrowed_experts_are_counted_before_loading(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lend = make_strategy("rq_llep", max_borrowed=3, transient_format="int8")
+    size = get_format("int8").nbytes(family_of(find_expert_modules(random_model(FAMILIES["mixtral"]))[0].module).layout)
+    path, settings = checkpoints["mixtral"], {"num_local_ranks": 2, "device": "cpu"}
+    found = load(path, strategy=lend, max_tokens=64, **settings).rq_ep
+    assert (found.rank_bytes.borrowed, found.rank_bytes.repacked) == (3 * size, 4 * size * len(found.layers))
+    assert found.layers[0].banks[0].spare.max_bytes == 3 * size
+    assert found.layers[0].banks[1].spare is found.layers[1].banks[1].spare
+    assert [layer.ranks[0].verifies_later for layer in found.layers] == [True, False]
+    few = load(path, strategy=lend, max_tokens=64, max_dispatch_bytes=1024, **settings).rq_ep
+    assert 0 < few.rank_bytes.step < found.rank_bytes.step
+    assert "unbounded for borrowed experts" in str(load(path, strategy="llep", **settings).rq_ep.rank_bytes)
+    assert str(load(path, **settings).rq_ep.rank_bytes).endswith("0 GiB to borrow, steps of unknown size")
+    monkeypatch.setattr(memory, "available_bytes", lambda device: found.rank_bytes.total - 1)
+    with pytest.raises(UserError, match=r"for the largest step; but cpu has .*--max-num-batched-tokens or --max-dis"):
+        load(path, strategy=lend, max_tokens=64, **settings)
+    with pytest.raises(UserError, match="max_tokens 0"):
+        load(path, max_tokens=0, **settings)
 
 
 def test_available_memory_is_known_for_this_machine() -> None:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replica, Replicas
-from rq_ep.parallel import Exchange, Homes, exchange, run_local
+from rq_ep.parallel import Exchange, Homes, room, run_local
 from rq_ep.parallel.reference import assign
 from tests.parallel.test_exchange import computed, plans, tripled_where_asked
 
@@ -84,7 +84,7 @@ def test_an_expert_that_is_lent_is_bounded_by_its_pairs() -> None:
 
 def test_memory_for_rows_at_95_to_1_is_that_of_a_balanced_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default, under standard EP: nearly all tokens go to rank 0, and it holds hardly more than when it is idle."""
-    monkeypatch.setitem(exchange.MIN_DISPATCH_BYTES, "cpu", 0)
+    monkeypatch.setitem(room.MIN_DISPATCH_BYTES, "cpu", 0)
     num_ranks, num_tokens, top_k, num_experts, size = 8, 400, 4, 32, 16
     replicas = Replicas.of([Replica(e * num_ranks // num_experts, e, "fp32") for e in range(num_experts)])
     homes = Homes.of(replicas, num_experts, num_ranks, CPU)
@@ -92,7 +92,7 @@ def test_memory_for_rows_at_95_to_1_is_that_of_a_balanced_step(monkeypatch: pyte
     hidden_RTD = torch.randn(num_ranks, num_tokens, size)
     weights_TK = torch.ones(num_tokens, top_k)
 
-    def room(ids_RTK: np.ndarray) -> int:
+    def peak(ids_RTK: np.ndarray) -> int:
         def main(group: Any) -> int:
             ids_TK = torch.from_numpy(ids_RTK[group.rank])
             census = homes.census(ids_TK, group)
@@ -108,8 +108,8 @@ def test_memory_for_rows_at_95_to_1_is_that_of_a_balanced_step(monkeypatch: pyte
 
     balanced_RTK = random.random((num_ranks, num_tokens, num_experts)).argsort(-1)[..., :top_k]
     skewed_RTK = np.where(random.random(balanced_RTK.shape) < 0.95, 0, balanced_RTK)
-    assert room(balanced_RTK) > (1 + 2) * num_tokens * size * 4, "a balanced step comes whole"
-    assert room(skewed_RTK) <= 1.15 * room(balanced_RTK)
+    assert peak(balanced_RTK) > (1 + 2) * num_tokens * size * 4, "a balanced step comes whole"
+    assert peak(skewed_RTK) <= 1.15 * peak(balanced_RTK)
 
 
 @pytest.mark.parametrize(
