@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from rq_ep.core.errors import UserError, check_choice
+from rq_ep.formats.fp8 import Fp8
+from rq_ep.formats.int4 import Int4
 from rq_ep.formats.int8 import Int8
 from rq_ep.formats.layout import ExpertLayout, Packing, Views, checksum, is_intact
+from rq_ep.formats.mxfp4 import Mxfp4
 from rq_ep.formats.native import Native
 
 
@@ -59,6 +62,11 @@ FORMATS: dict[str, WeightFormat] = {
     "bf16": Native("bf16", torch.bfloat16),
     "fp16": Native("fp16", torch.float16),
     "int8": Int8(),
+    "fp8": Fp8(),
+    "int4_g32": Int4(32),
+    "int4_g64": Int4(64),
+    "int4_g128": Int4(128),
+    "mxfp4": Mxfp4(),
 }
 
 _NATIVE_NAMES = {format_.dtype: name for name, format_ in FORMATS.items() if isinstance(format_, Native)}

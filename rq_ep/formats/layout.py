@@ -35,6 +35,11 @@ class ExpertLayout:
         assert len(self.shapes[name]) == 2, name
         return 1 if self.is_transposed else 0
 
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """Output and input channels of matrix `name`."""
+        out_axis = self.out_axis(name)
+        return self.shapes[name][out_axis], self.shapes[name][1 - out_axis]
+
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise a `UserError` unless `weights` holds exactly the tensors of this layout."""
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}

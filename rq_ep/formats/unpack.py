@@ -1,0 +1,121 @@
+"""Low bits to bf16, a block of output channels at a time. On a CPU in compiled loops, far above the speed of tensor
+operations; elsewhere with these. Both round to nearest even and give the same bits.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit
+from torch import Tensor
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """uint8 [..., n] -> [..., 2n], low halves first."""
+    return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+
+
+def int8_to_bf16(levels: Tensor) -> Tensor:
+    """int8 [out, in] -> bf16, exact."""
+    if levels.device.type != "cpu":
+        return levels.to(torch.bfloat16)
+    out = torch.empty(levels.shape, dtype=torch.bfloat16)
+    _int8(levels.numpy(), _bits(out, np.uint16))
+    return out
+
+
+def e4m3_to_bf16(numbers: Tensor) -> Tensor:
+    """float8_e4m3fn [out, in] -> bf16, exact."""
+    if numbers.device.type != "cpu":
+        return numbers.to(torch.bfloat16)
+    out = torch.empty(numbers.shape, dtype=torch.bfloat16)
+    _e4m3(numbers.view(torch.uint8).numpy(), _bits(out, np.uint16))
+    return out
+
+
+def int4_to_bf16(codes_OGB: Tensor, scale_OG: Tensor) -> Tensor:
+    """Levels plus 8, uint8 [out, groups, group / 2], and bf16 scales -> bf16 [out, in]; CPU only."""
+    out = torch.empty(len(codes_OGB), codes_OGB[0].numel() * 2, dtype=torch.bfloat16)
+    _int4(codes_OGB.numpy(), scale_OG.float().numpy(), _bits(out, np.uint32).reshape(codes_OGB.shape))
+    return out
+
+
+def mxfp4_to_bf16(blocks_OGB: Tensor, half_OG: Tensor) -> Tensor:
+    """Codes, uint8 [out, groups, 16], and what the number 0.5 stands for, fp32 -> bf16 [out, in], exact; CPU only."""
+    out = torch.empty(len(blocks_OGB), blocks_OGB[0].numel() * 2, dtype=torch.bfloat16)
+    _mxfp4(blocks_OGB.numpy(), half_OG.numpy(), _bits(out, np.uint32).reshape(blocks_OGB.shape))
+    return out
+
+
+def _bits(out: Tensor, dtype: type[np.uint16] | type[np.uint32]) -> npt.NDArray[np.unsignedinteger]:
+    return out.view(torch.int16).numpy().view(dtype)
+
+
+# The loops are written so that the compiler turns them into vector instructions: each of these forms was timed, and
+# close relatives (an index computed from several variables, a call for every group) are five to ten times slower.
+
+
+@njit(cache=True, nogil=True)
+def _int8(levels, out):
+    for n in range(levels.shape[0]):
+        for k in range(levels.shape[1]):
+            out[n, k] = np.float32(levels[n, k]).view(np.uint32) >> np.uint32(16)
+
+
+@njit(cache=True, nogil=True)
+def _e4m3(bytes_, out):
+    for n in range(bytes_.shape[0]):
+        for k in range(bytes_.shape[1]):
+            magnitude = np.uint32(bytes_[n, k] & np.uint8(127))
+            normal = np.uint32((magnitude << np.uint32(4)) + np.uint32(120 << 7))
+            steps = np.float32(bytes_[n, k] & np.uint8(127))
+            subnormal = np.float32(steps * np.float32(2.0**-9)).view(np.uint32) >> np.uint32(16)
+            sign = (np.uint32(bytes_[n, k]) & np.uint32(128)) << np.uint32(8)
+            out[n, k] = np.uint16((normal if magnitude > np.uint32(7) else subnormal) | sign)
+
+
+@njit(cache=True, nogil=True)
+def _int4(codes, scale, out):
+    low = np.empty(codes.shape[1:], np.float32)
+    high = np.empty(codes.shape[1:], np.float32)
+    low_bits, high_bits = low.view(np.uint32), high.view(np.uint32)
+    for n in range(codes.shape[0]):
+        for g in range(codes.shape[1]):
+            factor = scale[n, g]
+            for k in range(codes.shape[2]):
+                low[g, k] = np.float32(np.int32(codes[n, g, k] & 15) - 8) * factor
+                high[g, k] = np.float32(np.int32(codes[n, g, k] >> 4) - 8) * factor
+        for g in range(codes.shape[1]):
+            for k in range(codes.shape[2]):
+                low_half = _to_even(low_bits[g, k]) >> np.uint32(16)
+                out[n, g, k] = low_half | (_to_even(high_bits[g, k]) & np.uint32(0xFFFF0000))
+
+
+@njit(cache=True, nogil=True)
+def _mxfp4(blocks, half, out):
+    low = np.empty(blocks.shape[1:], np.float32)
+    high = np.empty(blocks.shape[1:], np.float32)
+    low_bits, high_bits = low.view(np.uint32), high.view(np.uint32)
+    for n in range(blocks.shape[0]):
+        for g in range(blocks.shape[1]):
+            factor = half[n, g]
+            for k in range(blocks.shape[2]):
+                low[g, k] = _in_halves(blocks[n, g, k] & 15) * factor
+                high[g, k] = _in_halves(blocks[n, g, k] >> 4) * factor
+        for g in range(blocks.shape[1]):
+            for k in range(blocks.shape[2]):
+                out[n, g, k] = (low_bits[g, k] >> np.uint32(16)) | (high_bits[g, k] & np.uint32(0xFFFF0000))
+
+
+@njit(inline="always")
+def _in_halves(code):
+    """The value of an e2m1 code in halves: 0 1 2 3 4 6 8 12, negative with bit 3."""
+    magnitude = np.int32(code & 7)
+    value = (magnitude if magnitude < 4 else 2 * magnitude - 4) if magnitude < 6 else 4 * magnitude - 16
+    return np.float32(value if code < 8 else -value)
+
+
+@njit(inline="always")
+def _to_even(bits):
+    """Bits of an fp32 number, so changed that their upper half is its bf16, rounded to nearest even."""
+    is_odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(bits + np.uint32(np.uint32(0x7FFF) + is_odd))
