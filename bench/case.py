@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.recorded import Recorded, RecordedRoutes
 from bench.shapes import Shape
-from bench.workloads import Trace, Workload
+from bench.workloads import Workload
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import CostModel, LayerCost, LayerShape
 from rq_ep.core.placement import LayerPlacement
@@ -47,8 +48,8 @@ class Case:
 
     shape: Shape  # as run
     full_shape: Shape  # of the model, before sizes were reduced
-    workload: Workload | Trace
-    calibration: Workload | Trace
+    workload: Workload | Recorded
+    calibration: Workload | Recorded
     contestants: dict[str, Contestant]
     formats: tuple[str, ...]
     dtype: torch.dtype
@@ -73,6 +74,8 @@ class Case:
         random = torch.Generator(device).manual_seed(hash((self.seed, step, rank)))
         hidden_TD = torch.randn(len(ids_TK), self.shape.hidden_size, generator=random, device=device)
         weights_TK = torch.rand(ids_TK.shape, generator=random, device=device).softmax(-1)
+        if isinstance(self.workload, RecordedRoutes):
+            weights_TK = torch.from_numpy(self.workload.weights("measure", step, rank, num_ranks)).to(device)
         return Batch(hidden_TD.to(self.dtype), ids_TK, weights_TK)
 
     def expert(self, number: int, device: torch.device) -> dict[str, Tensor]:

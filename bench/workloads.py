@@ -1,21 +1,22 @@
 """What the router chose: every token follows from the name of a workload, a seed and a step, or from a record."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 from zlib import crc32
 
 import numpy as np
 
+from bench.recorded import Recorded, read_recorded, refused
 from bench.shapes import PUBLISHED, Shape
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.stats import ExpertStats
 
 PAPER_SCENARIOS: tuple[str, ...] = tuple(PUBLISHED["scenarios"])
 STAGES = ("calibrate", "measure")  # what is measured was never seen by calibration
 MODIFIERS = ("spread", "moving", "ragged")
-GRAMMAR = "P:H, distinct:P:H, balanced, zipf:A, idle:N or trace:FILE[:LAYER], and +spread, +moving, +ragged"
+GRAMMAR = (
+    "P:H, distinct:P:H, balanced, zipf:A, idle:N; +spread, +moving, +ragged; trace:FILE[:LAYER], +prefill, +decode"
+)
 
 
 class Router(Protocol):
@@ -114,48 +115,20 @@ class Workload:
         return np.concatenate([hot, np.setdiff1d(np.arange(self.num_experts), hot)])
 
 
-class Step(NamedTuple):
-    """One recorded step of one layer."""
-
-    number: int
-    counts_E: IntArray
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Recorded counts dealt to tokens and ranks: the first half of the steps calibrates, the second is measured.
-
-    Which experts met in a token was not recorded: an expert's pairs go to consecutive tokens, so none meets it twice.
-    """
-
-    name: str
-    steps: tuple[Step, ...]
-    top_k: int
-    repeats_experts = False
-
-    def ids(self, seed: int, stage: str, step: int, rank: int, num_ranks: int) -> IntArray:
-        half = len(self.steps) // 2
-        steps = self.steps[:half] if stage == "calibrate" else self.steps[half:]
-        number, counts_E = steps[step % len(steps)]
-        ids_TK = np.repeat(np.arange(len(counts_E)), counts_E).reshape(self.top_k, -1).T
-        order_T = np.random.default_rng([crc32(self.name.encode()), seed, number]).permutation(len(ids_TK))
-        return ids_TK[np.array_split(order_T, num_ranks)[rank]]
-
-
-def parse(text: str, shape: Shape, tokens_per_rank: int) -> Workload | Trace:
+def parse(text: str, shape: Shape, tokens_per_rank: int) -> Workload | Recorded:
     """Read a scenario, such as `80:4`, `distinct:50:8+spread` or `trace:stats.safetensors:3`.
 
     Raises:
         UserError: it makes no sense for this shape.
     """
     if text.startswith("trace:"):
-        return _read_trace(text, shape)
+        return read_recorded(text, shape)
     base, *modifiers = text.split("+")
     if unknown := [name for name in modifiers if name not in MODIFIERS]:
-        raise _refused(text, f"+{unknown[0]} is none of {', '.join(MODIFIERS)}")
+        raise refused(text, f"+{unknown[0]} is none of {', '.join(MODIFIERS)}")
     router = _parse_router(text, base, shape)
     if "spread" in modifiers and not isinstance(router, HotPairs | HotDistinct):
-        raise _refused(text, "+spread is for P:H and distinct:P:H, which have hot experts")
+        raise refused(text, "+spread is for P:H and distinct:P:H, which have hot experts")
     return Workload(text, router, shape.num_experts, shape.top_k, tokens_per_rank, frozenset(modifiers))
 
 
@@ -167,24 +140,24 @@ def _parse_router(text: str, base: str, shape: Shape) -> Router:
             return Popularity((1.0,) * num_experts)
         if kind == "zipf":
             if not 0 <= (exponent := float(value)) <= 10:
-                raise _refused(text, "the exponent must lie in 0..10")
+                raise refused(text, "the exponent must lie in 0..10")
             return Popularity(tuple((1.0 + np.arange(num_experts)) ** -exponent))
         if kind == "idle":
             if not 0 < (num_idle := int(value)) <= num_experts - top_k:
-                raise _refused(text, f"of {num_experts} experts, 1..{num_experts - top_k} may be idle")
+                raise refused(text, f"of {num_experts} experts, 1..{num_experts - top_k} may be idle")
             return Popularity((1.0,) * (num_experts - num_idle) + (0.0,) * num_idle)
         percent, num_hot = map(int, (value if kind == "distinct" else base).split(":"))
     except UserError:
         raise
     except ValueError:
-        raise _refused(text, f"write {GRAMMAR}") from None
+        raise refused(text, f"write {GRAMMAR}") from None
     if not 0 < percent <= 100 or not 0 < num_hot < num_experts:
-        raise _refused(text, f"percent in 1..100, experts in 1..{num_experts - 1}")
+        raise refused(text, f"percent in 1..100, experts in 1..{num_experts - 1}")
     share = percent / 100
     if kind != "distinct":
         return HotPairs(share, num_hot, num_experts)
     if share * top_k > num_hot or top_k - share * top_k > num_experts - num_hot:
-        raise _refused(
+        raise refused(
             text,
             f"with {top_k} distinct experts a token, {num_hot} of {num_experts} experts hold between "
             f"{max(0, top_k - num_experts + num_hot) / top_k:.0%} and {min(1, num_hot / top_k):.0%} of the pairs",
@@ -192,35 +165,8 @@ def _parse_router(text: str, base: str, shape: Shape) -> Router:
     return HotDistinct(share, num_hot, num_experts)
 
 
-def _read_trace(text: str, shape: Shape) -> Trace:
-    path, _, number = text.removeprefix("trace:").partition(":")
-    stats = ExpertStats.load(Path(path))
-    try:
-        at = stats.layers.index(int(number)) if number else 0
-    except ValueError:
-        raise _refused(text, f"{path} holds layers {', '.join(map(str, stats.layers))}") from None
-    if (stats.num_experts, stats.top_k or shape.top_k) != (shape.num_experts, shape.top_k):
-        found = f"{stats.num_experts} experts, {stats.top_k or shape.top_k} a token"
-        raise _refused(
-            text, f"it has {found}, the shape {shape.num_experts} and {shape.top_k}; set --num-experts, --top-k"
-        )
-    counts_SE = stats.counts[:, at]
-    steps = tuple(Step(number, counts_E) for number, counts_E in enumerate(counts_SE) if counts_E.any())
-    if len(steps) < 2:
-        raise _refused(text, f"{len(steps)} steps with routed pairs: one must calibrate and another be measured")
-    for number, counts_E in steps:
-        num_tokens, rest = divmod(int(counts_E.sum()), shape.top_k)
-        if rest or counts_E.max() > num_tokens:
-            raise _refused(text, f"the counts of step {number} are not {shape.top_k} distinct experts of each token")
-    return Trace(text, steps, shape.top_k)
-
-
 def _smallest(keys_TE: FloatArray, number_T: IntArray) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
     """[T, E] which `number_T[t]` keys of each row are its smallest."""
     at_T1 = np.maximum(number_T - 1, 0)[:, None]
     limit_T1 = np.take_along_axis(np.sort(keys_TE, axis=1), at_T1, axis=1)
     return (keys_TE <= limit_T1) & (number_T[:, None] > 0)
-
-
-def _refused(text: str, reason: str) -> UserError:
-    return UserError(f"--scenarios {text}: {reason}")

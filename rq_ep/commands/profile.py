@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,10 +10,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rq_ep.costs import Profile
+    from rq_ep.costs.shapes import Shape
     from rq_ep.moe.family import ExpertFamily
     from rq_ep.moe.profile import ProfiledLayer
 
-TINY = {"hidden_size": 256, "intermediate_size": 256, "num_experts": 8, "top_k": 2}
+SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # computed in, by default
 LINKS = {"cpu": "cpu", "cuda": "h200"}  # device -> machine whose link stands in for one that was not measured
 
@@ -21,11 +23,16 @@ STYLE: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="profile to write (.json), for --machine FILE")
-    parser.add_argument("--model", metavar="DIR", help="checkpoint whose experts are timed, instead of the sizes below")
-    for name, size in TINY.items():
+    parser.add_argument("--model", metavar="DIR", help="checkpoint whose experts are timed, instead of a shape's")
+    parser.add_argument(
+        "--shape", metavar="NAME",
+        help="sizes of a gated layer, without a model: tiny (default), olmoe, mixtral, qwen3-moe, gpt-oss-120b, "
+        "deepseek-v3 or kimi-k2",
+    )  # fmt: skip
+    for name in SIZES:
         what = name.replace("_", " ")
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{what} of a gated layer (default: {size})"
+            f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{what}, instead of the shape's"
         )
     parser.add_argument("--formats", default="bf16,int8", metavar="NAMES", help="weight formats, by commas")
     parser.add_argument(
@@ -55,12 +62,12 @@ def run(args: argparse.Namespace) -> None:
     check_number("--repeat-seconds", args.repeat_seconds, 0.0, 60.0)
     if args.link_machine is not None:
         check_choice("--link-machine", args.link_machine, MACHINES)
-    sizes = _sizes(args)
+    shape = _shape(args)
     quiet_libraries()
     group = default_group(args.device)
     try:
         kind = group.device.type
-        layer = _layer(args, sizes, parse_dtype(args.dtype or DTYPES[kind]))
+        layer = _layer(args, shape, parse_dtype(args.dtype or DTYPES[kind]))
         with progress_bar() if group.rank == 0 else nullcontext() as bar:
             task = None if bar is None else bar.add_task("starting", total=1)
 
@@ -84,24 +91,26 @@ def run(args: argparse.Namespace) -> None:
         group.close()
 
 
-def _sizes(args: argparse.Namespace) -> dict[str, int] | None:
+def _shape(args: argparse.Namespace) -> "Shape | None":
     """Sizes of the layer as asked for; None where a model has them."""
     from rq_ep.core.errors import UserError, check_integer
+    from rq_ep.costs.shapes import SHAPES, shape_name
 
-    given = {name: getattr(args, name) for name in TINY if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     for name, size in given.items():
         check_integer(f"--{name.replace('_', '-')}", size, 1)
     if args.model is not None:
-        if given:
-            raise UserError(f"--model {args.model}: the model has its own {', '.join(given)}; leave these options out")
+        if given or args.shape is not None:
+            own = ", ".join(["shape"] if args.shape else given)
+            raise UserError(f"--model {args.model}: the model has its own {own}; leave these options out")
         return None
-    sizes = TINY | given
-    if sizes["top_k"] > sizes["num_experts"]:
-        raise UserError(f"--top-k {sizes['top_k']}: more than the {sizes['num_experts']} experts")
-    return sizes
+    shape = replace(SHAPES[shape_name(args.shape or "tiny")], **given)
+    if shape.top_k > shape.num_experts:
+        raise UserError(f"--top-k {shape.top_k}: more than the {shape.num_experts} experts")
+    return shape
 
 
-def _layer(args: argparse.Namespace, sizes: dict[str, int] | None, dtype: "torch.dtype") -> "ProfiledLayer":
+def _layer(args: argparse.Namespace, shape: "Shape | None", dtype: "torch.dtype") -> "ProfiledLayer":
     from rq_ep.commands.common import parse_names
     from rq_ep.core.errors import UserError
     from rq_ep.formats import ExpertLayout, get_format
@@ -111,11 +120,11 @@ def _layer(args: argparse.Namespace, sizes: dict[str, int] | None, dtype: "torch
     formats = tuple(dict.fromkeys(get_format(name).name for name in parse_names(args.formats)))
     if not formats:
         raise UserError(f"--formats {args.formats!r}: name at least one, such as bf16,int8")
-    if sizes is None:
+    if shape is None:
         return ProfiledLayer(*_family_of_model(args.model), formats, dtype)
-    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    hidden, inner = shape.hidden_size, shape.intermediate_size
     layout = ExpertLayout({"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)})
-    return ProfiledLayer(ExpertFamily(layout, _silu_gate), sizes["num_experts"], sizes["top_k"], formats, dtype)
+    return ProfiledLayer(ExpertFamily(layout, _silu_gate), shape.num_experts, shape.top_k, formats, dtype)
 
 
 def _family_of_model(path: str) -> "tuple[ExpertFamily, int, int]":

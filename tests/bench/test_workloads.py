@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.recorded import RecordedRoutes
 from bench.shapes import PUBLISHED, SHAPES, Shape, published, shape_name
 from bench.workloads import PAPER_SCENARIOS, Workload, parse
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
+from rq_ep.sim.traces import RoutingTrace
 
 SHAPE = Shape(32, 16, 8, 2)
 
@@ -125,6 +127,52 @@ def test_trace_deals_the_recorded_counts_to_ranks(tmp_path: Path) -> None:
 
     assert counts("calibrate", 0) == counts("calibrate", 1) == steps[0]
     assert [counts("measure", 0), counts("measure", 1), counts("measure", 2)] == [steps[2], steps[3], steps[2]]
+
+
+def write_routes(path: Path, top_k: int = 2, num_experts: int = 8) -> tuple[str, RoutingTrace]:
+    """Two prefill steps of 4 sequences of 3 tokens, and after each a decode step."""
+    random = np.random.default_rng(0)
+    ids_NLK = random.random((32, 2, num_experts)).argsort(axis=2)[..., :top_k].astype(np.int32)
+    weights_NLK = random.random(ids_NLK.shape).astype(np.float32)
+    sequence_N = np.concatenate([np.repeat(np.arange(4), 3), np.arange(4)] * 2)
+    tokens_S, phase_S = np.array([12, 4, 12, 4]), np.array([0, 1, 0, 1])
+    trace = RoutingTrace(ids_NLK, weights_NLK, tokens_S, num_experts, (1, 3), sequence_N=sequence_N, phase_S=phase_S)
+    trace.save(path)
+    return f"trace:{path}", trace
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tokens", "at"),
+    [("", slice(16, 28), 0), (":3", slice(16, 28), 1), (":3+prefill", slice(16, 28), 1), ("+decode", slice(28, 32), 0)],
+)
+def test_a_routing_trace_is_replayed_token_by_token(tmp_path: Path, suffix: str, tokens: slice, at: int) -> None:
+    text, trace = write_routes(tmp_path / "trace.safetensors")
+    workload = parse(text + suffix, SHAPE, 16)
+    assert isinstance(workload, RecordedRoutes)
+    for rank in range(3):
+        mine_N = np.flatnonzero(trace.sequence_N[tokens] % 3 == rank)
+        ids_TK, weights_TK = workload.ids(5, "measure", 0, rank, 3), workload.weights("measure", 0, rank, 3)
+        assert np.array_equal(ids_TK, trace.ids_NLK[tokens][mine_N, at])
+        assert np.array_equal(weights_TK, trace.weights_NLK[tokens][mine_N, at])
+    assert len(workload.ids(0, "calibrate", 0, 0, 1)) == tokens.stop - tokens.start
+    assert not np.array_equal(workload.ids(0, "calibrate", 0, 0, 1), workload.ids(0, "measure", 0, 0, 1))
+
+
+def test_foreign_routing_traces_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    for changes, suffix, message in (
+        ({"top_k": 3}, "", "it has 8 experts, 3 a token, the shape 8 and 2"),
+        ({"num_experts": 9}, "", "it has 9 experts"),
+        ({}, ":2", "holds layers 1, 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(write_routes(path, **changes)[0] + suffix, SHAPE, 16)
+    text, _ = write_routes(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=str(path)):
+        parse(text, SHAPE, 16)
+    with pytest.raises(UserError, match="phases were not recorded"):
+        parse(write_stats(path, [[1] * 8] * 2) + "+decode", SHAPE, 16)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from rq_ep.__main__ import main
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs import Profile
+from rq_ep.costs.shapes import SHAPES
 from tests.serve.running import torchrun
 
 SMALL = ["--hidden-size", "16", "--intermediate-size", "24", "--num-experts", "4", "--repeat-seconds", "0"]
@@ -38,6 +39,19 @@ def test_writes_what_simulate_reads(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "hidden size 16 and intermediate size 24, not 16 and 32" in capsys.readouterr().err
 
 
+def test_takes_the_sizes_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "profile.json"
+    small = ["--hidden-size", "16", "--intermediate-size", "24", "--repeat-seconds", "0", "--formats", "bf16"]
+    assert main(["profile", "--out", str(out), "--device", "cpu", "--shape", "gpt_oss_120b", *small]) == 0
+    profile = Profile.load(out)
+    assert (profile.hidden_size, profile.intermediate_size, profile.num_experts, profile.top_k) == (16, 24, 128, 4)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["profile", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert set(SHAPES) <= set(words)
+
+
 def test_takes_the_sizes_of_a_model(tmp_path: Path, tiny_checkpoint: Path) -> None:
     out = str(tmp_path / "profile.json")
     options = ["--formats", "int8", "--dtype", "bfloat16", "--device", "cpu", "--repeat-seconds", "0"]
@@ -55,6 +69,8 @@ def test_takes_the_sizes_of_a_model(tmp_path: Path, tiny_checkpoint: Path) -> No
         (["--dtype", "float23"], "did you mean 'float32'"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--hidden-size", "0"], "--hidden-size 0: must be at least 1"),
+        (["--shape", "mixtrl"], "unknown --shape 'mixtrl': did you mean 'mixtral'"),
+        (["--shape", "mixtral", "--model", "nowhere"], "the model has its own shape"),
         (["--top-k", "9"], "--top-k 9: more than the 8 experts"),
         (["--link-machine", "h2000"], "did you mean 'h200'"),
         (["--repeat-seconds", "-1"], "--repeat-seconds -1.0: must be at least 0"),
