@@ -68,6 +68,18 @@ class LayerPlacement:
         """How far `predicted` lies above the bound, as a fraction of the bound."""
         return None if self.predicted is None or self.bound is None else self.predicted / self.bound - 1
 
+    def loads_R(self, pairs_E: IntArray, num_ranks: int) -> FloatArray:
+        """[R] what each rank computes of an expert's pairs, if these are dealt by the planned shares."""
+        pairs_P = pairs_E[self.replicas.experts_P] * self.shares_P
+        loads_R = np.zeros(num_ranks)
+        np.add.at(loads_R, self.replicas.ranks_P, pairs_P)
+        return loads_R
+
+    def low_pairs(self, pairs_E: IntArray, native_format: str) -> float:
+        """Of an expert's pairs, dealt by the planned shares, those computed in another format than the native one."""
+        low_P = np.array([name != native_format for name in self.replicas.formats_P], bool)
+        return float((pairs_E[self.replicas.experts_P] * self.shares_P)[low_P].sum())
+
     @classmethod
     def even(
         cls,

@@ -99,12 +99,10 @@ class PlacementProblem:
     def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
         """Put layers together: add up bytes and low-precision pairs; refuse what breaks the budget or the rules."""
         bytes_R = bytes_by_rank(layers, self.topology.num_ranks, self.stats.expert_bytes)
-        low_pairs = 0.0
         loads_LE = self.stats.counts.sum(axis=0)
-        for layer, loads_E in zip(layers, loads_LE, strict=True):
-            table = layer.replicas
-            low_P = np.array([name != self.stats.native_format for name in table.formats_P])
-            low_pairs += float((loads_E[table.experts_P] * layer.shares_P)[low_P].sum())
+        low_pairs = sum(
+            layer.low_pairs(loads_E, self.stats.native_format) for layer, loads_E in zip(layers, loads_LE, strict=True)
+        )
         if self.budget_bytes_R is not None:
             over_R = bytes_R - np.array(self.budget_bytes_R)
             worst = int(np.argmax(over_R))

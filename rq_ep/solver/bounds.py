@@ -1,86 +1,113 @@
-"""A bound that no placement of the same bytes can beat, from a linear programme over replica numbers."""
+"""A bound that no placement inside the same limits can beat: its cases, and the limits it holds under."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.solver.precision import Formats
+from rq_ep.solver.relaxation import BoundLayer, Limits, Prices, solve_jointly, solve_priced
 from rq_ep.solver.steps import LayerSteps
+
+CLOSE = 1e-6  # of max/mean: what differs by less is equal
+MAX_ROWS = 6000  # of a joint linear programme; one of more rows takes seconds
 
 
 class Bound(NamedTuple):
     """Least max/mean over ranks, mean over steps and layers, and what keeps it from being lower.
 
-    `binding` is `mean` (perfect balance is not excluded), `bytes`, or `hot expert` (no byte is left for any replica).
+    `binding` is `mean` (perfect balance is not excluded), `bytes`, `replicas` (an expert may have no more of them), or
+    `hot expert` (no byte is left for a replica of any). A few more bytes or low pairs take `per_byte` or `per_pair`
+    off the value for each.
     """
 
     value: float
     binding: str
+    per_byte: float = 0.0
+    per_pair: float = 0.0
 
 
-def least_home_bytes(pairs_E: IntArray, formats: Formats, max_share: float) -> int:
-    """Bytes of one replica of each expert at least, with at most `max_share` of the pairs on low ones."""
-    native = len(pairs_E) * formats.native_bytes
-    if formats.low is None:
-        return native
-    coldest_first = np.cumsum(np.sort(pairs_E))
-    num_low = int(np.searchsorted(coldest_first, max_share * int(pairs_E.sum()), side="right"))
-    return native - num_low * (formats.native_bytes - formats.low_bytes)
+def least_home_bytes(pairs_LE: IntArray, limits: Limits) -> int:
+    """Bytes of one replica of each expert at least: as many low ones as the cap lets through, coldest first."""
+    saved = limits.native_bytes - limits.low_bytes
+    coldest_first = np.cumsum(np.sort(pairs_LE, axis=None))
+    num_low = int(np.searchsorted(coldest_first, limits.max_low_pairs, side="right")) if saved else 0
+    return pairs_LE.size * limits.native_bytes - num_low * saved
 
 
-def lower_bound(steps: Sequence[LayerSteps], max_replicas: int, num_ranks: int) -> Bound:
-    """Balance that no placement with `max_replicas` replicas of these layers together can beat.
+def lower_bound(
+    steps: Sequence[LayerSteps],
+    pairs_LE: IntArray,
+    limits: Limits,
+    least_LE: IntArray | None = None,
+    most_LE: IntArray | None = None,
+) -> Bound:
+    """Balance that no placement of these layers together inside `limits` can beat, under any split of the steps.
 
-    Variables: n_e >= 1 replicas of each expert, T_s >= 1 the step's max/mean. A step's load r of an expert with n
-    replicas puts at least r / n on some rank; the chords of r / n between whole n are linear and hold for all whole n.
+    Args:
+        steps: calibration steps of each layer.
+        pairs_LE: pairs of the whole record, which the cap is on.
+        limits: bytes, formats, ranks and cap.
+        least_LE: replicas each expert has at least; default one.
+        most_LE: and at most; default one on every usable rank.
     """
-    # Planners on every rank import this package; SciPy would make up most of the time that takes.
-    from scipy.optimize import linprog
-    from scipy.sparse import coo_array
+    used = [at for at, layer in enumerate(steps) if len(layer.counts_SE)]
+    idle = 1 - len(used) / len(steps)  # layers that nobody uses are balanced
+    least_LE = np.ones_like(pairs_LE) if least_LE is None else np.maximum(least_LE, 1)
+    most_LE = np.full_like(pairs_LE, limits.num_usable) if most_LE is None else np.minimum(most_LE, limits.num_usable)
+    layers = [BoundLayer.of(layer, limits, *rows) for layer, *rows in zip(steps, pairs_LE, least_LE, most_LE)]
+    weight = 1 / len(steps)
+    floor = idle + weight * sum(float(layers[at].floor_S.mean()) for at in used)
+    if _balance_fits(layers, limits):
+        return Bound(floor, "mean")
+    left = None if limits.max_bytes is None else limits.max_bytes - least_home_bytes(pairs_LE, limits)
+    if left is not None and left < limits.low_bytes and (least_LE == 1).all():
+        value = idle + weight * sum(float(layers[at].alone_S.mean()) for at in used)
+        return Bound(value, "hot expert") if value > floor + CLOSE else Bound(floor, "mean")
+    num_rows = sum(layer.num_chords for layer in layers)
+    if len(layers) == 1 or num_rows <= MAX_ROWS:
+        value, prices = solve_jointly(layers, weight, limits)
+    else:
+        # Any prices of bytes and low pairs give a bound, layer by layer; those of a few layers give nearly the best.
+        prices = _prices_of_some(layers, limits, MAX_ROWS / num_rows)
+        value = solve_priced(layers, weight, limits, prices)
+    value += idle
+    if value <= floor + CLOSE:
+        return Bound(floor, "mean")
+    return Bound(value, "bytes" if prices.byte > 0 else "replicas", prices.byte, prices.pair)
 
-    num_extra = max_replicas - sum(layer.counts_SE.shape[1] for layer in steps)
-    weights: list[FloatArray] = []
-    least: list[FloatArray] = []
-    rows: list[int] = []
-    columns: list[int] = []
-    values: list[float] = []
-    limits: list[float] = []
-    num_steps = sum(len(layer.counts_SE) for layer in steps)
-    num_hot, first_step = 0, 0
-    for layer in steps:
-        totals_S = layer.counts_SE.sum(axis=1)
-        least.append(-(-totals_S // num_ranks) * num_ranks / np.maximum(totals_S, 1))
-        weights.append(np.full(len(totals_S), 1 / (len(steps) * max(len(totals_S), 1))))
-        hot = np.flatnonzero((layer.loads_SE > 1).any(axis=0))
-        for step, column in zip(*np.nonzero(layer.loads_SE[:, hot] > 1), strict=True):
-            load = float(layer.loads_SE[step, hot[column]])
-            for n in range(1, min(int(np.ceil(load)), num_ranks)):
-                slope = load / (n * (n + 1))
-                rows += [len(limits)] * 2
-                columns += [first_step + int(step), num_steps + num_hot + int(column)]
-                values += [-1.0, -slope]
-                limits.append(-load / n - slope * n)
-        num_hot += len(hot)
-        first_step += len(totals_S)
-    if not num_steps:
-        return Bound(1.0, "mean")
-    floor = float(np.concatenate(weights) @ np.concatenate(least))
-    if not limits:
-        return Bound(floor, "mean")
-    rows += [len(limits)] * num_hot
-    columns += range(num_steps, num_steps + num_hot)
-    values += [1.0] * num_hot
-    limits.append(float(num_hot + max(num_extra, 0)))
-    solution = linprog(
-        np.concatenate([*weights, np.zeros(num_hot)]),
-        A_ub=coo_array((values, (rows, columns)), shape=(len(limits), num_steps + num_hot)).tocsr(),
-        b_ub=limits,
-        bounds=[(value, None) for value in np.concatenate(least)] + [(1, num_ranks)] * num_hot,
-        method="highs",
+
+def _prices_of_some(layers: Sequence[BoundLayer], limits: Limits, fraction: float) -> Prices:
+    """Prices of a fraction of the layers, inside their part of the limits."""
+    number = max(round(fraction * len(layers)), 1)
+    some = [layers[at] for at in np.linspace(0, len(layers) - 1, number).astype(int)]
+    part = replace(
+        limits,
+        max_bytes=None if limits.max_bytes is None else limits.max_bytes * number // len(layers),
+        max_low_pairs=limits.max_low_pairs * sum(map(_pairs, some)) / max(sum(map(_pairs, layers)), 1),
     )
-    assert solution.status == 0, solution.message
-    if solution.fun <= floor + 1e-6:
-        return Bound(floor, "mean")
-    return Bound(float(solution.fun), "bytes" if num_extra > 0 else "hot expert")
+    return solve_jointly(some, 1 / len(layers), part)[1]
+
+
+def _pairs(layer: BoundLayer) -> int:
+    return int(layer.pairs_E.sum())
+
+
+def _balance_fits(layers: Sequence[BoundLayer], limits: Limits) -> bool:
+    """Whether replicas for perfect balance fit: what to store low is a knapsack of fractions, best saving first."""
+    if any((layer.peak_E > layer.most_E).any() for layer in layers):
+        return False
+    if limits.max_bytes is None:
+        return True
+    wanted = np.concatenate([layer.most_E for layer in layers]).astype(np.float64)
+    pairs = np.concatenate([layer.pairs_E for layer in layers]).astype(np.float64)
+    order = np.argsort(pairs / wanted, kind="stable")
+    fraction: FloatArray = np.divide(
+        limits.max_low_pairs - (np.cumsum(pairs[order]) - pairs[order]),
+        pairs[order],
+        out=np.ones_like(pairs),
+        where=pairs[order] > 0,
+    ).clip(0, 1)
+    saved = (limits.native_bytes - limits.low_bytes) * float(wanted[order] @ fraction)
+    return limits.native_bytes * float(wanted.sum()) - saved <= limits.max_bytes

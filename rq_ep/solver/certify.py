@@ -1,22 +1,28 @@
-"""What a finished placement promises: shares, its balance on the calibration steps, and the bound beside that."""
+"""What a finished placement promises: its balance on the steps, a bound beside that, and how far to trust both."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rules import Rules
 from rq_ep.core.topology import home_ranks
-from rq_ep.solver.bounds import least_home_bytes, lower_bound
+from rq_ep.solver.bounds import Bound, lower_bound
+from rq_ep.solver.judge import SPLIT_RULES, SplitRule, judge
 from rq_ep.solver.precision import Formats
-from rq_ep.solver.split import ByExpert, split
-from rq_ep.solver.steps import LayerSteps
+from rq_ep.solver.relaxation import Limits
+from rq_ep.solver.steps import LayerSteps, layer_steps, spread_steps
 from rq_ep.solver.tables import replicas_of
+from rq_ep.solver.trust import mean_of, trust
 
 BoolArray = npt.NDArray[np.bool_]
+MAX_STEPS = 64  # a placement is judged on
 
 
 def certified(
@@ -27,58 +33,155 @@ def certified(
     held_LER: BoolArray,
     low_LE: BoolArray,
 ) -> Placement:
-    """The placement in which rank r holds expert e where `held_LER` says so, low where `low_LE` does.
+    """The certified placement in which rank r holds expert e where `held_LER` says so, low where `low_LE` does."""
+    stats = problem.stats
+    layers = [
+        LayerPlacement.even(number, stats.num_experts, replicas_of(held_ER, formats.names_of(low_E)))
+        for number, held_ER, low_E in zip(stats.layers, held_LER, low_LE, strict=True)
+    ]
+    return certify(problem, strategy, layers, "exact", max(len(layer.counts_SE) for layer in steps))
 
-    The bound of a layer holds for every placement of that layer in as many bytes as it takes here; the bound in the
-    certificate for every placement of the model in the whole budget; both under the cap on low-precision pairs.
+
+def certify(
+    problem: PlacementProblem,
+    strategy: str,
+    layers: Sequence[LayerPlacement],
+    rule: SplitRule,
+    max_steps: int = MAX_STEPS,
+    **notes: Any,
+) -> Placement:
+    """Put `layers` together as the placement of `strategy`, with shares and figures on the calibration steps.
+
+    The bound of a layer holds for every placement of that layer in as many bytes and low pairs as it takes here, the
+    bound in the certificate for every placement of the model inside the budget and the cap; both under any split.
+
+    Args:
+        problem: what was asked.
+        strategy: who placed.
+        layers: one for each layer of the statistics; their shares are replaced where the exact split serves.
+        rule: the split that the strategy serves with.
+        max_steps: calibration steps to judge on, spread over the record.
+        notes: further entries of the certificate.
     """
-    stats, num_ranks, share = problem.stats, problem.topology.num_ranks, problem.max_low_precision_share
-    home_bytes_L = [least_home_bytes(pairs_E, formats, share) for pairs_E in stats.counts.sum(axis=0)]
-    layers = []
-    for at, (layer_steps, held_ER, low_E) in enumerate(zip(steps, held_LER, low_LE, strict=True)):
-        used = int((held_ER.sum(axis=1) * formats.bytes_of(low_E)).sum())
-        max_replicas = stats.num_experts + (used - home_bytes_L[at]) // formats.low_bytes
-        bound = lower_bound([layer_steps], max_replicas, num_ranks)
-        layer = LayerPlacement.even(stats.layers[at], stats.num_experts, replicas_of(held_ER, formats.names_of(low_E)))
-        layers.append(replace(_with_mean_shares(layer, layer_steps), bound=bound.value, binding=bound.binding))
-    predicted = float(np.mean([layer.predicted for layer in layers]))
-    num_experts = stats.num_layers * stats.num_experts
-    extra = num_experts * (num_ranks - 1)
-    if problem.budget_bytes_R is not None:
-        extra = min(extra, (sum(problem.budget_bytes_R) - sum(home_bytes_L)) // formats.low_bytes)
-    overall = lower_bound(steps, num_experts + extra, num_ranks)
+    num_ranks = problem.topology.num_ranks
+    seen_S = spread_steps(problem, max_steps)
+    steps = layer_steps(problem, seen_S)
+    judged = [
+        judge(layer.replicas, layer_of.counts_SE, num_ranks, rule)
+        for layer, layer_of in zip(layers, steps, strict=True)
+    ]
+    layers = [
+        replace(_with_shares(layer, found.pairs_P), predicted=mean_of([found.ratio_S]))
+        for layer, found in zip(layers, judged, strict=True)
+    ]
+    placement = problem.placement(strategy, layers)
+    overall, bounds = _bounds(problem, placement, steps)
+    layers = [
+        replace(layer, bound=bound.value, binding=bound.binding) for layer, bound in zip(layers, bounds, strict=True)
+    ]
+    ratios = [found.ratio_S for found in judged]
+    predicted = mean_of(ratios)
     certificate = {
-        "objective": "max/mean of pairs over ranks under the exact split, mean over calibration steps and layers",
+        "objective": "max/mean of pairs over ranks, mean over calibration steps and layers",
+        "split": f"{rule}: {SPLIT_RULES[rule]}",
         "predicted": predicted,
         "bound": overall.value,
         "gap": predicted / overall.value - 1,
         "binding": overall.binding,
-        "steps": max(len(layer.counts_SE) for layer in steps),
-        "standard": float(_contiguous_imbalance_L(problem, steps).mean()),
+        "steps": max(len(ratio_S) for ratio_S in ratios),
+        "standard": _standard(problem, steps),
+        **_tail(ratios),
+        **trust(problem, layers, rule, seen_S, ratios),
+        "load": _load_R(problem, layers).tolist(),
+        "bytes_by_format": _bytes_by_format(problem, layers),
+        "replicas_by_format": dict(sorted(Counter(name for la in layers for name in la.replicas.formats_P).items())),
+        **notes,
     }
-    return problem.placement(strategy, layers, certificate=certificate)
+    return replace(placement, layers=tuple(layers), certificate=certificate)
 
 
-def _with_mean_shares(layer: LayerPlacement, steps: LayerSteps) -> LayerPlacement:
-    """Shares as the exact split deals them on average, and the max/mean it attains."""
-    by_expert = ByExpert.of(layer.replicas, steps.num_ranks)
-    quotas_C = np.zeros(len(by_expert.replicas_C))
-    ratios = []
-    for counts_E in steps.counts_SE:
-        best = split(by_expert, counts_E)
-        quotas_C += best.quotas_C
-        ratios.append(best.fullest * steps.num_ranks / int(counts_E.sum()))
-    shares_P = layer.shares_P.copy()
-    totals_C = np.add.reduceat(quotas_C, by_expert.first_E[:-1])[by_expert.experts_C]
-    shares_C = shares_P[by_expert.replicas_C]
-    shares_P[by_expert.replicas_C] = np.divide(quotas_C, totals_C, out=shares_C, where=totals_C > 0)
-    return replace(layer, shares_P=shares_P, predicted=float(np.mean(ratios)) if ratios else 1.0)
+def _with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:
+    """The layer with the shares that its replicas computed; an expert that nobody used keeps its own."""
+    totals_E = np.bincount(layer.replicas.experts_P, pairs_P, minlength=layer.num_experts)
+    totals_P = totals_E[layer.replicas.experts_P]
+    shares_P = np.divide(pairs_P, totals_P, out=layer.shares_P.copy(), where=totals_P > 0)
+    return replace(layer, shares_P=shares_P)
 
 
-def _contiguous_imbalance_L(problem: PlacementProblem, steps: Sequence[LayerSteps]) -> FloatArray:
-    """[L] max/mean of standard EP on the same steps."""
+def _bounds(problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]) -> tuple[Bound, list[Bound]]:
+    """The bound inside the budget and the cap, and that of each layer in what it takes of them."""
+    stats, num_ranks = problem.stats, problem.topology.num_ranks
+    native = stats.expert_bytes[stats.native_format]
+    low = min(stats.expert_bytes[name] for name in problem.formats) if problem.max_low_precision_share else native
+    pairs_LE = stats.counts.sum(axis=0)
+    least_LE, most_LE = None, None
+    usable_R: BoolArray = np.ones(num_ranks, bool)
+    if problem.rules != Rules():
+        allowed_LER = problem.rules.allowed_LER(stats, problem.topology)
+        least_LE = problem.rules.fixed_LER(stats, problem.topology).sum(axis=2)
+        most_LE = allowed_LER.sum(axis=2)
+        usable_R[~allowed_LER.any(axis=(0, 1))] = False
+    budget_R = problem.budget_bytes_R
+    if budget_R is not None:
+        usable_R[np.array(budget_R) < min(low, native)] = False
+    limits = Limits(
+        num_ranks=num_ranks,
+        num_usable=max(int(usable_R.sum()), 1),
+        native_bytes=native,
+        low_bytes=min(low, native),
+        max_bytes=None if budget_R is None else sum(budget_R),
+        max_low_pairs=problem.max_low_precision_share * float(pairs_LE.sum()),
+        mixes=any(layer.replicas.mixed_formats for layer in placement.layers),
+    )
+    overall = lower_bound(steps, pairs_LE, limits, least_LE, most_LE)
+    bounds = []
+    for at, layer in enumerate(placement.layers):
+        inside = replace(
+            limits,
+            max_bytes=sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
+            max_low_pairs=layer.low_pairs(pairs_LE[at], stats.native_format),
+        )
+        of_layer = [None if array is None else array[[at]] for array in (least_LE, most_LE)]
+        bounds.append(lower_bound([steps[at]], pairs_LE[[at]], inside, *of_layer))
+    return overall, bounds
+
+
+def _tail(ratios: Sequence[FloatArray]) -> dict[str, float]:
+    """How the worst steps are: p90, mean of the worst tenth, and worst, each taken in every layer and averaged."""
+    used = [np.sort(ratio_S) for ratio_S in ratios if len(ratio_S)]
+    if not used:
+        return {"p90": 1.0, "cvar90": 1.0, "worst": 1.0}
+    return {
+        "p90": float(np.mean([np.quantile(ratio_S, 0.9) for ratio_S in used])),
+        "cvar90": float(np.mean([ratio_S[-max(len(ratio_S) // 10, 1) :].mean() for ratio_S in used])),
+        "worst": float(max(ratio_S[-1] for ratio_S in used)),
+    }
+
+
+def _standard(problem: PlacementProblem, steps: Sequence[LayerSteps]) -> float:
+    """max/mean of standard EP on the same steps."""
     num_ranks = problem.topology.num_ranks
-    homes_E = home_ranks(problem.stats.num_experts, num_ranks)
-    held_ER = homes_E[:, None] == np.arange(num_ranks)
-    loads = [layer.loads_SE @ held_ER for layer in steps]
-    return np.array([loads_SR.max(axis=1).mean() if len(loads_SR) else 1.0 for loads_SR in loads])
+    on_rank_ER = home_ranks(problem.stats.num_experts, num_ranks)[:, None] == np.arange(num_ranks)
+    return mean_of([(layer.loads_SE @ on_rank_ER).max(axis=1, initial=0.0) for layer in steps])
+
+
+def _load_R(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> FloatArray:
+    """[R] planned load of each rank in units of the mean, mean over layers."""
+    loads_LE = problem.stats.counts.sum(axis=0)
+    num_ranks = problem.topology.num_ranks
+    loads_LR = np.stack([layer.loads_R(loads_E, num_ranks) for layer, loads_E in zip(layers, loads_LE, strict=True)])
+    means_L1 = loads_LR.mean(axis=1, keepdims=True)
+    load_R: FloatArray = np.divide(loads_LR, means_L1, out=np.ones_like(loads_LR), where=means_L1 > 0).mean(axis=0)
+    return load_R
+
+
+def _bytes_by_format(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> dict[str, list[int]]:
+    """Format -> [R] bytes of its replicas on each rank."""
+    bytes_by_format: dict[str, list[int]] = {}
+    for name in sorted({name for layer in layers for name in layer.replicas.formats_P}):
+        number_R = np.zeros(problem.topology.num_ranks, np.int64)
+        for layer in layers:
+            is_P = np.array([other == name for other in layer.replicas.formats_P])
+            number_R += np.bincount(layer.replicas.ranks_P[is_P], minlength=len(number_R))
+        bytes_by_format[name] = (number_R * problem.stats.expert_bytes[name]).tolist()
+    return bytes_by_format

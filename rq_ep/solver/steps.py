@@ -35,7 +35,12 @@ class LayerSteps:
 
 
 def calibration_steps(problem: PlacementProblem, max_steps: int) -> list[LayerSteps]:
-    """At most `max_steps` steps for each layer, thinned to `problem.tokens_per_step`, spread over the record.
+    """At most `max_steps` steps for each layer, thinned to `problem.tokens_per_step`, spread over the record."""
+    return layer_steps(problem, spread_steps(problem, max_steps))
+
+
+def spread_steps(problem: PlacementProblem, max_steps: int) -> IntArray:
+    """Indices of at most `max_steps` recorded steps, ascending.
 
     They lie at even distances in routed pairs: a record of few long prefill and many short decode steps is seen as its
     work is spread, not as its steps are counted.
@@ -44,13 +49,18 @@ def calibration_steps(problem: PlacementProblem, max_steps: int) -> list[LayerSt
     pairs_S = stats.counts.sum(axis=(1, 2)).astype(np.float64)
     if problem.tokens_per_step is not None:
         pairs_S *= np.minimum(problem.tokens_per_step / np.maximum(_tokens(stats), 1), 1)
-    running_S = np.cumsum(pairs_S)
+    if not pairs_S.any():
+        return np.zeros(0, np.int64)
     marks = (np.arange(max_steps) + 0.5) / max_steps * pairs_S.sum()
-    chosen_S = np.unique(np.searchsorted(running_S, marks, side="right")) if pairs_S.any() else np.zeros(0, np.int64)
-    counts_SLE = stats.counts[chosen_S]
+    return np.unique(np.searchsorted(np.cumsum(pairs_S), marks, side="right"))
+
+
+def layer_steps(problem: PlacementProblem, chosen_S: IntArray) -> list[LayerSteps]:
+    """These recorded steps for each layer, thinned to `problem.tokens_per_step`, without those that route nothing."""
+    counts_SLE = problem.stats.counts[chosen_S]
     if problem.tokens_per_step is not None:
-        counts_SLE = _thin(counts_SLE, _tokens(stats)[chosen_S], problem.tokens_per_step, problem.seed)
-    layers = (counts_SLE[:, layer] for layer in range(stats.num_layers))
+        counts_SLE = _thin(counts_SLE, _tokens(problem.stats)[chosen_S], problem.tokens_per_step, problem.seed)
+    layers = (counts_SLE[:, layer] for layer in range(problem.stats.num_layers))
     return [LayerSteps(counts_SE[counts_SE.any(axis=1)], problem.topology.num_ranks) for counts_SE in layers]
 
 

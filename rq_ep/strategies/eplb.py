@@ -14,6 +14,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
+from rq_ep.solver.certify import certify
 from rq_ep.solver.deal import in_source_order
 from rq_ep.solver.split import ByExpert
 
@@ -43,7 +44,7 @@ class Eplb:
                 for expert, rank in _place_pool(loads_E, experts, ranks, extras):
                     replicas.append(Replica(rank, expert, stats.native_format))
             layers.append(LayerPlacement.even(layer, stats.num_experts, replicas))
-        return problem.placement(self.name, layers)
+        return certify(problem, self.name, layers, "even")
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas

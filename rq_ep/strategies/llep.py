@@ -16,6 +16,7 @@ from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
+from rq_ep.solver.certify import certify
 
 
 class Segment(NamedTuple):
@@ -58,7 +59,7 @@ class Llep:
             raise UserError(f"fallback_on {self.fallback_on!r}: choose rank or expert")
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return problem.placement(self.name, contiguous(problem))
+        return certify(problem, self.name, contiguous(problem), "home")
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         """The home of an expert is the first rank that holds it; a replica that is there already is not sent."""

@@ -14,6 +14,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology, home_ranks
+from rq_ep.solver.certify import certify
 from rq_ep.solver.precision import Formats
 from rq_ep.solver.split import ByExpert
 
@@ -45,11 +46,8 @@ class PaperReplicateQuantize:
             if len(replicas) == stats.num_experts:
                 without.append(layer)
             layers.append(LayerPlacement.even(layer, stats.num_experts, replicas, (formats.low, formats.native)))
-        certificate = {
-            "importance": "pairs" if stats.importance is None else "importance",
-            "layers_without_replica": without,
-        }
-        return problem.placement(self.name, layers, certificate=certificate)
+        importance = "pairs" if stats.importance is None else "importance"
+        return certify(problem, self.name, layers, "even", importance=importance, layers_without_replica=without)
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         """Pair i of an expert, counted over the source ranks, goes to replica i mod n."""

@@ -11,6 +11,7 @@ from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
+from rq_ep.solver.certify import certify
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Standard:
     name: ClassVar[str] = "standard"
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return problem.placement(self.name, contiguous(problem))
+        return certify(problem, self.name, contiguous(problem), "home")
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas

@@ -1,0 +1,61 @@
+"""How even a layer's replicas make recorded steps, under the split that its strategy serves them with."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.replicas import Replicas
+from rq_ep.solver.compiled import compiled
+from rq_ep.solver.split import ByExpert, split_step
+
+SplitRule = Literal["home", "even", "exact"]
+SPLIT_RULES: dict[SplitRule, str] = {
+    "home": "all pairs to the only replica",
+    "even": "an expert's pairs evenly over its replicas",
+    "exact": "the exact split of each step",
+}
+
+
+class Judgement(NamedTuple):
+    """S steps through one layer."""
+
+    ratio_S: FloatArray  # max/mean of pairs over ranks, of whole pairs
+    pairs_P: IntArray  # of each replica, all steps together
+
+
+def judge(replicas: Replicas, counts_SE: IntArray, num_ranks: int, rule: SplitRule) -> Judgement:
+    """Split steps that route at least one pair over `replicas`."""
+    totals_S = counts_SE.sum(axis=1)
+    by_expert = ByExpert.of(replicas, num_ranks)
+    if rule == "exact" and len(replicas) > len(by_expert.first_E) - 1:
+        fullest_S, pairs_C = _split_exactly(
+            np.ascontiguousarray(counts_SE), by_expert.first_E, by_expert.ranks_C, num_ranks
+        )
+    else:
+        # The quotas of eplb's planner: consecutive intervals of a number that differ by one pair at most.
+        totals_SC, number_C, of_C = counts_SE[:, by_expert.experts_C], by_expert.number_C, by_expert.num_replicas_C
+        quotas_SC = (number_C + 1) * totals_SC // of_C - number_C * totals_SC // of_C
+        on_rank_CR = (by_expert.ranks_C[:, None] == np.arange(num_ranks)).astype(np.float64)
+        fullest_S = (quotas_SC @ on_rank_CR).max(axis=1, initial=0.0)
+        pairs_C = quotas_SC.sum(axis=0)
+    pairs_P = np.zeros_like(pairs_C)
+    pairs_P[by_expert.replicas_C] = pairs_C
+    return Judgement(fullest_S * num_ranks / totals_S, pairs_P)
+
+
+@compiled
+def _split_exactly(
+    counts_SE: IntArray, first_E: IntArray, ranks_C: IntArray, num_ranks: int
+) -> tuple[IntArray, IntArray]:
+    """[S] pairs of each step's fullest rank, and [C] pairs of each replica."""
+    fullest_S = np.zeros(len(counts_SE), np.int64)
+    pairs_C = np.zeros(len(ranks_C), np.int64)
+    quotas_C = np.zeros(len(ranks_C), np.int64)
+    loads_R = np.zeros(num_ranks, np.int64)
+    cut_R = np.zeros(num_ranks, np.bool_)
+    for step in range(len(counts_SE)):
+        loads_R[:] = 0
+        fullest_S[step] = split_step(counts_SE[step], first_E, ranks_C, quotas_C, loads_R, cut_R)
+        pairs_C += quotas_C
+    return fullest_S, pairs_C
