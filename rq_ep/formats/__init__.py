@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.formats.fp8 import Fp8
+from rq_ep.formats.fp8_groups import Fp8Groups
 from rq_ep.formats.int4 import Int4
 from rq_ep.formats.int8 import Int8
 from rq_ep.formats.layout import ExpertLayout, Packing, Views, checksum, is_intact
@@ -63,6 +64,7 @@ FORMATS: dict[str, WeightFormat] = {
     "fp16": Native("fp16", torch.float16),
     "int8": Int8(),
     "fp8": Fp8(),
+    "fp8_g128": Fp8Groups(128),
     "int4_g32": Int4(32),
     "int4_g64": Int4(64),
     "int4_g128": Int4(128),

@@ -15,7 +15,8 @@ from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files import check_writable
 from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
 from rq_ep.formats import get_format, native_format_name
-from rq_ep.model.checkpoint import read_config, read_dense, read_tokenizer
+from rq_ep.model.checkpoint import read_config, read_tokenizer
+from rq_ep.model.dense import read_dense
 from rq_ep.model.divergence import Divergence, dropped_LE, quantized_LEQ
 from rq_ep.model.identity import model_identity
 from rq_ep.model.importance import IMPORTANCES, wanda_E
@@ -23,6 +24,7 @@ from rq_ep.model.recorder import LayerRecord, recording
 from rq_ep.model.routes import RouteLog
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
 from rq_ep.model.sensitivity import output_errors
+from rq_ep.model.stored import expert_format, open_checkpoint
 from rq_ep.model.teaching import taught
 from rq_ep.model.windows import Batch, Texts, Windows, check_sequence_length, make_windows
 from rq_ep.parallel.default import own_device
@@ -69,7 +71,8 @@ def calibrate(
         model: checkpoint directory, or a model that is already in memory.
         texts: domain -> texts; or texts (str); or paths (Path) of files and directories, see `windows.read_texts`.
         tokenizer: default: the checkpoint's.
-        formats: weight formats to measure; the native one is always among them. Default: native and int8.
+        formats: weight formats to measure; the native one is always among them. Default: native and, unless the
+            checkpoint is quantized already, int8.
         batch_size: sequences in a batch.
         sequence_length: tokens in a sequence.
         max_tokens: tokens to run in all, shared evenly by the domains.
@@ -95,7 +98,9 @@ def calibrate(
         if not network.name_or_path:
             raise UserError("tokenizer: a model that was not loaded from a checkpoint brings none; give one")
         tokenizer = read_tokenizer(network.name_or_path)
-    names = tuple(dict.fromkeys((native, *(("int8",) if formats is None else formats))))
+    if formats is None:
+        formats = ("int8",) if get_format(native).is_native else ()
+    names = tuple(dict.fromkeys((native, *formats)))
     others = [get_format(name) for name in names[1:]]
     is_seq2seq = bool(network.config.is_encoder_decoder)
     check_sequence_length(sequence_length, network.config, low=2 if is_seq2seq else 1)
@@ -233,14 +238,15 @@ def _open(
     """The model, ready to run; its identity, if it lies on disk; the format its experts are stored in."""
     if isinstance(model, PreTrainedModel):
         network, path = model, str(model.name_or_path)
-        stored: Any = find_expert_modules(model)[0].module.down_proj.dtype
+        down_proj: Any = find_expert_modules(model)[0].module.down_proj
+        native = native_format_name(down_proj.dtype)
     else:
         path = str(model)
         network = read_dense(path, dtype or "auto", own_device(device))
-        stored = read_config(path).dtype or network.dtype
+        native = expert_format(open_checkpoint(path), read_config(path).dtype or network.dtype)
     network.eval()
     identity = model_identity(path) if Path(path, "config.json").is_file() else None
-    return network, identity, native_format_name(stored)
+    return network, identity, native
 
 
 def _importance_LE(

@@ -12,13 +12,13 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.adapters import ADAPTERS, adapter_for
+from rq_ep.model.adapters import ADAPTERS
+from rq_ep.model.schemes import scheme_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,11 +26,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
-    """The configuration of the checkpoint in directory `path`.
+    """The configuration of the checkpoint in directory `path`; that of a quantized one does not say so.
 
     Raises:
         UserError: the directory is no checkpoint, or one that cannot be served: an unknown `model_type`, no causal
-            language model, or quantized weights.
+            language model, or weights quantized in a way we cannot read.
     """
     raw = read_config_json(path)
     model_type = raw.get("model_type")
@@ -39,13 +39,11 @@ def read_config(path: str | Path) -> PretrainedConfig:
             f"{path}: model_type {model_type!r} is not a causal language model that transformers knows: "
             "give a checkpoint such as qwen3_moe, mixtral, olmoe, deepseek_v3 or gpt_oss"
         )
-    if quantization := raw.get("quantization_config"):
-        raise UserError(
-            f"{path}: the weights are quantized ({_quant_method(quantization)}), which is not "
-            "supported: save a bf16 copy (from_pretrained with dequantization, then save_pretrained) and use that"
-        )
+    is_quantized = scheme_of(raw, str(path)) is not None
     with transformers_may_refuse(f"{path}/config.json"):
         config: PretrainedConfig = AutoConfig.from_pretrained(path)
+    if is_quantized:
+        del config.quantization_config  # transformers builds a plain model; we read its weights
     return config
 
 
@@ -60,32 +58,6 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_dense(path: str | Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-    """The whole model in one piece, as transformers loads it, but with every weight from the checkpoint.
-
-    Its MoE layers are in the form that the seam knows.
-
-    Raises:
-        UserError: the checkpoint cannot be served, or lacks weights that transformers would make up.
-    """
-    adapter = adapter_for(read_config(path).model_type)
-    Checkpoint(path)  # says which file is missing or cut short
-    with transformers_may_refuse(path):
-        model, report = adapter.auto_class.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    misshapen = {key for key, *_ in report["mismatched_keys"]}
-    if wrong := sorted(misshapen.union(report["missing_keys"], report["unexpected_keys"])):
-        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(
-            f"{path}: config.json and the weights disagree about {wrong[0]}{others}: the checkpoint is incomplete, or "
-            "belongs to another configuration"
-        )
-    adapter.adapt(model)
-    found: PreTrainedModel = model
-    return found
-
-
 @contextmanager
 def transformers_may_refuse(what: str | Path) -> Iterator[None]:
     """Tell in one line why transformers cannot use what a checkpoint holds; every family fails in its own way."""
@@ -94,10 +66,6 @@ def transformers_may_refuse(what: str | Path) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: transformers refuses it ({reason:.400})") from error
-
-
-def _quant_method(settings: Any) -> str:
-    return str(settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings)
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:

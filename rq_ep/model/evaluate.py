@@ -19,13 +19,14 @@ from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import Placement
 from rq_ep.core.plan import imbalance
 from rq_ep.core.strategy import Strategy
-from rq_ep.formats import native_format_name
-from rq_ep.model.checkpoint import read_config, read_dense, read_tokenizer
+from rq_ep.model.checkpoint import read_config, read_tokenizer
+from rq_ep.model.dense import read_dense
 from rq_ep.model.identity import model_identity
 from rq_ep.model.load import LoadReport, load
 from rq_ep.model.placing import layer_cost, place_uniformly
 from rq_ep.model.quality import Estimate, Quality, continuations, nll, routing_shift, watching_choices
 from rq_ep.model.seam import family_of, find_expert_modules
+from rq_ep.model.stored import expert_format, open_checkpoint
 from rq_ep.model.teaching import taught
 from rq_ep.model.windows import Batch, Texts, check_sequence_length, make_windows
 from rq_ep.moe import ExpertBank, LocalExperts, Telemetry
@@ -144,7 +145,7 @@ def compare(
     dense = read_dense(path, dtype, own_device(device))
     experts = find_expert_modules(dense)
     family = family_of(experts[0].module)
-    stored_format = native_format_name(stored_dtype)
+    stored_format = expert_format(open_checkpoint(path), stored_dtype)
     check_sequence_length(sequence_length, dense.config, low=2)  # a token that is predicted, after one that is read
     windows = make_windows(
         texts, read_tokenizer(path), sequence_length=sequence_length, max_tokens=max_tokens,

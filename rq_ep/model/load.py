@@ -1,7 +1,6 @@
 """Loading a checkpoint onto the ranks of an expert-parallel group: on every rank, an ordinary transformers model."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from rich.console import Console
 from rich.progress import track
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -19,14 +17,15 @@ from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
-from rq_ep.formats import get_format, native_format_name
-from rq_ep.model.adapters import adapter_for
-from rq_ep.model.checkpoint import Checkpoint, read_config, transformers_may_refuse
+from rq_ep.formats import get_format
+from rq_ep.model.checkpoint import read_config
+from rq_ep.model.dense import empty_model, fill
 from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
 from rq_ep.model.placing import check_layers, choose_strategy, layer_cost, place_uniformly
 from rq_ep.model.ranks import Ranks
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
+from rq_ep.model.stored import expert_format, open_checkpoint
 from rq_ep.model.weights import WeightReader
 from rq_ep.moe import EPExperts, ExpertBank, LocalExperts, SpareRoom, Telemetry
 from rq_ep.parallel import EPGroup
@@ -123,19 +122,20 @@ def _load(
     strategy = choose_strategy(strategy, placement)
     config = read_config(path)
     serving_dtype = _serving_dtype(dtype, config)
-    native_format = native_format_name(serving_dtype)
     identity = model_identity(path)
     if placement is not None:
         placement.check_serves(identity, ranks.num_ranks)
 
-    model = _empty_model(path, config, serving_dtype, attn_implementation)
+    model = empty_model(path, config, serving_dtype, attn_implementation)
     experts = find_expert_modules(model)
     family = family_of(experts[0].module)
     layout = family.layout
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     reader = WeightReader(checkpoint, model, [module.name for module in experts])
     if placement is None:
-        placement = place_uniformly(strategy, experts, layout, native_format, ranks.num_ranks, identity)
+        placement = place_uniformly(
+            strategy, experts, layout, expert_format(checkpoint, serving_dtype), ranks.num_ranks, identity
+        )
     check_layers(placement, experts)
     placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
     resident = expert_bytes(placement, layout, ranks.here)
@@ -151,7 +151,7 @@ def _load(
         model, experts, placement, strategy, ranks, machine, telemetry, needed.borrowed, max_dispatch_bytes
     )
     _read_experts(reader, experts, layers, ranks)
-    _read_others(model, reader, serving_dtype, ranks.device)
+    fill(model, reader, serving_dtype, ranks.device)
     assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
     report = LoadReport(placement, strategy, layers, telemetry, checkpoint.bytes_read, resident, needed)
     _finish(model, path, ranks, report)
@@ -169,18 +169,6 @@ def _serving_dtype(dtype: str | torch.dtype | None, config: PretrainedConfig) ->
     if isinstance(known := getattr(torch, dtype, None), torch.dtype):
         return known
     raise UserError(f"dtype {dtype!r}: choose from auto, bfloat16, float16, float32")
-
-
-def _empty_model(
-    path: str | Path, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
-) -> PreTrainedModel:
-    """The model with its parameters on the meta device, its computed buffers in place."""
-    adapter = adapter_for(config.model_type)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with transformers_may_refuse(path), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = adapter.auto_class.from_config(config, dtype=dtype, **options)
-        adapter.adapt(model)
-    return model
 
 
 def _replace_experts(
@@ -239,22 +227,12 @@ def _read_experts(
     console = Console(stderr=True)
     is_shown = 0 in ranks.here and console.is_terminal
     for name, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
+        stored = reader.stored_expert(name, expert, bank.format_of(expert).name)
+        if stored is not None:
+            bank.put_packed(expert, stored.to(ranks.device))
+            continue
         weights = reader.expert(name, expert)
         bank.put(expert, {tensor: weight.to(ranks.device) for tensor, weight in weights.items()})
-
-
-def _read_others(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype, device: torch.device) -> None:
-    """Read everything but the routed experts, each tensor in the dtype that transformers would give it."""
-    kept_precise = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]  # all of them fp32
-    expected = model.state_dict()
-    state = {}
-    for name, tensor in reader.tensors():
-        is_precise = any(re.search(pattern, name) for pattern in kept_precise)
-        state[name] = tensor.to(device, torch.float32 if is_precise else expected[name].dtype)
-    for name in expected.keys() - state.keys():  # tied, or computed by the model
-        state[name] = state[model.all_tied_weights_keys[name]] if expected[name].is_meta else expected[name]
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
 
 
 def _finish(model: Any, path: str | Path, ranks: Ranks, report: LoadReport) -> None:

@@ -14,6 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -22,8 +24,12 @@ from transformers.core_model_loading import (
 )
 
 from rq_ep.core.errors import UserError
+from rq_ep.formats import ExpertLayout
+from rq_ep.formats.quantized import Parts
 from rq_ep.model.adapters import adapter_for
 from rq_ep.model.checkpoint import Checkpoint
+from rq_ep.model.seam import family_of
+from rq_ep.model.stored import QuantizedCheckpoint
 
 # Buffers that older checkpoints hold and today's models compute; transformers ignores them for every model.
 COMPUTED_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -74,7 +80,9 @@ class WeightReader:
         self._refuse_leftovers(model, made)
         self._refuse_missing(model, made)
         self._experts: dict[str, dict[str, Recipe]] = {}
+        self._layouts: dict[str, ExpertLayout] = {}
         for name in experts:
+            self._layouts[name] = family_of(model.get_submodule(name)).layout
             tensors = [tensor for tensor, _ in model.get_submodule(name).named_parameters()]
             self._experts[name] = {tensor: recipes.pop(f"{name}.{tensor}") for tensor in tensors}
             for recipe in self._experts[name].values():
@@ -82,7 +90,10 @@ class WeightReader:
         self._others = list(recipes.values())
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every stored tensor outside the routed experts, one after another, in the checkpoint's dtype."""
+        """Every stored tensor outside the routed experts, one after another, in the checkpoint's dtype.
+
+        Here as in `expert`, weights stored in few bits come in fp32.
+        """
         for recipe in self._others:
             if known := {name: self._state[name].shape for name in recipe.targets if name in self._state}:
                 sources = [(source.pattern, self._checkpoint.tensor(source.key)) for source in recipe.sources]
@@ -91,6 +102,39 @@ class WeightReader:
     def expert(self, name: str, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert of the experts module `name`, in the checkpoint's dtype."""
         return {tensor: self._expert_tensor(recipe, expert) for tensor, recipe in self._experts[name].items()}
+
+    def stored_expert(self, name: str, expert: int, format_name: str) -> torch.Tensor | None:
+        """An expert as the checkpoint stores it, packed: uint8 [nbytes]; None unless that is in format `format_name`.
+
+        Its numbers and scales come together, go through the same merging, and are not rounded again.
+        """
+        checkpoint = self._checkpoint
+        if not isinstance(checkpoint, QuantizedCheckpoint) or checkpoint.format.name != format_name:
+            return None
+        recipes = self._experts[name]
+        matrices = {tensor for tensor, recipe in recipes.items() if self._state[recipe.target].ndim == 3}
+        for tensor in matrices:
+            recipe = recipes[tensor]
+            operations = [] if recipe.converter is None else recipe.converter.operations
+            only_merges = all(isinstance(operation, MergeModulelist | Concatenate) for operation in operations)
+            if not only_merges or not all(source.key in checkpoint.matrices for source in recipe.sources):
+                return None
+        biases = {tensor: self._expert_tensor(recipes[tensor], expert) for tensor in recipes.keys() - matrices}
+        parts = {tensor: self._expert_parts(checkpoint, recipes[tensor], expert) for tensor in matrices}
+        return checkpoint.format.pack_parts(parts, biases, self._layouts[name])
+
+    def _expert_parts(self, checkpoint: QuantizedCheckpoint, recipe: Recipe, expert: int) -> Parts:
+        """What is stored of one expert's matrix, each part merged as the matrix would be."""
+        if recipe.converter is None:
+            return checkpoint.parts(recipe.sources[0].key, expert)
+        sources = [
+            (source.pattern, checkpoint.parts(source.key)) for source in recipe.sources if source.expert == expert
+        ]
+        merged = {}
+        for part in sources[0][1]:
+            tensors = [(pattern, parts[part]) for pattern, parts in sources]
+            merged[part] = self._convert(recipe.target, recipe.converter, tensors, _Shapes({}))[recipe.target][0]
+        return merged
 
     def _expert_tensor(self, recipe: Recipe, expert: int) -> torch.Tensor:
         sources = []

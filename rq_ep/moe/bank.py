@@ -10,7 +10,7 @@ from torch import Tensor
 from rq_ep.core.errors import UserError
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replicas
-from rq_ep.formats import ExpertLayout, get_format, is_intact
+from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
 from rq_ep.moe.compute import Share, Stack, add_outputs
 from rq_ep.moe.family import ExpertFamily
 from rq_ep.parallel import EPGroup, Received, Transfers
@@ -178,6 +178,10 @@ class ExpertBank:
         """The bytes of a resident expert, uint8 [nbytes]."""
         home = self._homes[expert]
         return home.stack.packed[home.slot]
+
+    def format_of(self, expert: int) -> WeightFormat:
+        """The format that a resident expert is stored in."""
+        return self._homes[expert].stack.format
 
     def put(self, expert: int, weights: Mapping[str, Tensor]) -> None:
         """Pack an expert into the format its replica on this rank has.

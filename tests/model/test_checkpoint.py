@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.checkpoint import Checkpoint, read_config, read_dense, read_tokenizer
+from rq_ep.model.checkpoint import Checkpoint, read_config, read_tokenizer
+from rq_ep.model.dense import read_dense
 from rq_ep.model.weights import WeightReader
 from tests.model.families import FAMILIES, random_model, save
 
