@@ -1,26 +1,30 @@
 """Host time of planning one layer and step, for every strategy; no tensors, no ranks.
 
-    python bench/plan.py                                       # 128 experts on 8 ranks, and other sizes
+    python bench/plan.py                                       # 64 experts on 8 ranks, and other sizes
+    python bench/plan.py --uncalibrated                        # placed for even loads, so that rq_llep has to lend
     python bench/plan.py --sizes 256x32 --json bench/results/plan_NAME.json
 
 Loads are log-normal, drawn again for every step; placements come from other steps. Each strategy sees the same steps.
+Loops are compiled when the first planner of a size is built, or read from the cache of an earlier process: that is
+in `build/ms`, and in no plan.
 """
 
 import argparse
 import json
-import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file
+
+from bench.facts import facts
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.files import check_writable, replacing
@@ -47,13 +51,16 @@ def draw_counts(popularity_E: FloatArray, num_steps: int, num_ranks: int, pairs:
 def measure(name: str, num_experts: int, num_ranks: int, args: argparse.Namespace) -> dict[str, Any]:
     """Time the planner of one strategy; the first pass over the steps is warm-up."""
     popularity_E = np.exp(args.skew * np.random.default_rng(args.seed).standard_normal(num_experts))
-    recorded = draw_counts(popularity_E, NUM_CALIBRATION_STEPS, num_ranks, args.pairs_per_rank, args.seed + 1)
+    known_E = np.ones(num_experts) if args.uncalibrated else popularity_E
+    recorded = draw_counts(known_E, NUM_CALIBRATION_STEPS, num_ranks, args.pairs_per_rank, args.seed + 1)
     stats = ExpertStats(recorded.sum(axis=1)[:, None], tuple(EXPERT_BYTES), "bf16", EXPERT_BYTES)
     started = time.perf_counter()
     placement = place(stats, num_ranks, strategy=name)
     place_s = time.perf_counter() - started
     knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm} if name in ("llep", "rq_llep") else {}
+    started = time.perf_counter()
     planner = make_strategy(name, **knobs).planner(placement.layers[0], placement.topology)
+    build_s = time.perf_counter() - started
     steps = draw_counts(popularity_E, args.steps, num_ranks, args.pairs_per_rank, args.seed + 2)
     plans = [planner(counts_RE) for counts_RE in steps]
     seconds = []
@@ -69,6 +76,7 @@ def measure(name: str, num_experts: int, num_ranks: int, args: argparse.Namespac
         "strategy": name,
         "plan_p50_s": p50,
         "plan_p99_s": p99,
+        "build_s": build_s,
         "place_s": place_s,
         "imbalance": float(np.mean([imbalance(plan.loads_R) for plan in plans])),
         "replicas": len(placement.layers[0].replicas),
@@ -99,13 +107,14 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--sizes", nargs="+", default=["16x4", "64x8", "128x8", "256x8"], metavar="ExR", help="experts x ranks"
+        "--sizes", nargs="+", default=["64x8", "128x8", "256x8", "256x64"], metavar="ExR", help="experts x ranks"
     )
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME", help="which to time")
     parser.add_argument(
         "--pairs-per-rank", type=int, default=32768, metavar="N", help="routed pairs of a rank and step"
     )
     parser.add_argument("--min-tokens-per-gemm", type=int, default=1024, metavar="M", help="of llep and rq_llep")
+    parser.add_argument("--uncalibrated", action="store_true", help="placements are learnt from even loads")
     parser.add_argument("--skew", type=float, default=1.2, metavar="SD", help="of the experts' log popularity")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="different steps")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="times each step is planned")
@@ -113,9 +122,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures with command, commit and versions")
     args = parser.parse_args()
     check(args)
-    table = Table(
-        "experts", "ranks", "strategy", "p50 us", "p99 us", "max/mean", "replicas", "moved", "place s", box=None
-    )
+    columns = "experts ranks strategy p50/us p99/us max/mean replicas moved build/ms place/s"
+    table = Table(*columns.split(), box=None)
     rows = []
     for size in args.sizes:
         found = [measure(name, *size, args) for name in args.strategies]
@@ -123,25 +131,16 @@ def main() -> None:
             table.add_row(
                 str(row["num_experts"]), str(row["num_ranks"]), row["strategy"], f"{1e6 * row['plan_p50_s']:.0f}",
                 f"{1e6 * row['plan_p99_s']:.0f}", f"{row['imbalance']:.3f}", str(row["replicas"]),
-                f"{row['transfers']:.1f}", f"{row['place_s']:.2f}",
+                f"{row['transfers']:.1f}", f"{1e3 * row['build_s']:.0f}", f"{row['place_s']:.2f}",
             )  # fmt: skip
         rows += found
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
     if args.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        facts = {
-            "command": shlex.join(["python", *sys.argv]),
-            "commit": commit,
-            "python": platform.python_version(),
-            "numpy": version("numpy"),
-            "processor": platform.processor() or platform.machine(),
-            "settings": vars(args),
-            "rows": rows,
-        }
+        document = {"command": shlex.join(["python", *sys.argv]), "settings": vars(args), **facts("cpu"), "rows": rows}
         with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1) + "\n")
+            temporary.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
