@@ -60,7 +60,7 @@ class Record(NamedTuple):
     counts_RE: IntArray
     plan: DispatchPlan
     laps: Laps
-    transfer_bytes_R: IntArray  # received by each rank
+    transfer_bytes_R: Callable[[], IntArray]  # received by each rank
 
 
 class Telemetry:
@@ -86,8 +86,15 @@ class Telemetry:
         return Laps(self._clock or group.clock, uses_events)
 
     def record(
-        self, layer: int, rank: int, counts_RE: IntArray, plan: DispatchPlan, laps: Laps, transfer_bytes_R: IntArray
+        self,
+        layer: int,
+        rank: int,
+        counts_RE: IntArray,
+        plan: DispatchPlan,
+        laps: Laps,
+        transfer_bytes_R: Callable[[], IntArray],
     ) -> None:
+        """Keep what a call left behind. Nothing is derived from it before somebody asks."""
         step = self._num_calls[layer, rank]
         self._num_calls[layer, rank] += 1
         self._records.append(Record(step, layer, rank, counts_RE, plan, laps, transfer_bytes_R))
@@ -114,7 +121,7 @@ class Telemetry:
 
     def transfer_bytes(self) -> IntArray:
         """[S, L, R] bytes of borrowed experts received by each rank."""
-        return self._of_all_ranks(lambda record: record.transfer_bytes_R)
+        return self._of_all_ranks(lambda record: record.transfer_bytes_R())
 
     def seconds(self, phase: str = "compute") -> FloatArray:
         """[S, L, R] length of a phase, one of PHASES, on the ranks of this process."""

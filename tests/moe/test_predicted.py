@@ -19,6 +19,6 @@ def test_every_step_and_rank_is_priced_by_its_own_plan() -> None:
         plan = DispatchPlan(replicas, np.array([counts, [0, 0]]))
         for rank in range(2):
             laps = telemetry.laps(single_group())
-            telemetry.record(4, rank, plan.pairs_RP, plan, laps, np.zeros(2, np.int64))
+            telemetry.record(4, rank, plan.pairs_RP, plan, laps, lambda: np.zeros(2, np.int64))
     np.testing.assert_allclose(telemetry.predicted_seconds(COST), [[[4.5, 0.0]], [[3.0, 4.0]]])
     assert telemetry.loads().dtype == np.int64
