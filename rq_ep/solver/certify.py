@@ -71,7 +71,7 @@ def certify(
         for layer, layer_of in zip(layers, steps, strict=True)
     ]
     layers = [
-        replace(_with_shares(layer, found.pairs_P), predicted=mean_of([found.ratio_S]))
+        replace(_with_shares(layer, found.pairs_P) if rule == "exact" else layer, predicted=mean_of([found.ratio_S]))
         for layer, found in zip(layers, judged, strict=True)
     ]
     placement = problem.placement(strategy, layers)

@@ -7,7 +7,8 @@ expert's, where that lowers the mean over steps of max/mean; experts that are bu
 The first improvement among one rank's slots is taken. Simulated annealing was tried and was no better at equal time.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.replicas import Replica
 from rq_ep.core.rules import Rules
+from rq_ep.solver.certify import certify
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.steps import LayerSteps, calibration_steps
-from rq_ep.solver.tables import replicas_of
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -31,13 +33,18 @@ LEAST_STEP = 1e-6  # of the mean of max/mean: smaller gains are rounding
 
 
 def place_slots(
-    problem: PlacementProblem, start: Placement, max_steps: int = MAX_STEPS, max_moves: int = MAX_MOVES
+    problem: PlacementProblem,
+    strategy: str,
+    start: Sequence[LayerPlacement],
+    max_steps: int = MAX_STEPS,
+    max_moves: int = MAX_MOVES,
 ) -> Placement:
     """The best placement found with as many slots as `start`, never worse than it on the calibration steps.
 
     Args:
         problem: statistics, ranks and limits; `rules.whole_groups` keeps groups of experts on nodes.
-        start: from where the search goes, such as EPLB's answer; its strategy's name is kept.
+        strategy: the name the placement will carry; it must split evenly, as `eplb` does.
+        start: from where the search goes, such as EPLB's layers.
         max_steps: calibration steps to look at, spread over the record.
         max_moves: moves tried in each layer.
 
@@ -49,25 +56,15 @@ def place_slots(
     allowed_LER = problem.rules.allowed_LER(problem.stats, problem.topology)
     deadline = monotonic() + (np.inf if problem.time_limit_s is None else problem.time_limit_s)
     layers, before = [], []
-    for at, (layer, layer_steps, allowed_ER) in enumerate(zip(start.layers, steps, allowed_LER, strict=True)):
+    for at, (layer, layer_steps, allowed_ER) in enumerate(zip(start, steps, allowed_LER, strict=True)):
         slots_RK = _slots_of(layer, problem.topology.num_ranks)
         generator = np.random.default_rng([problem.seed, at])
         draws_N3 = generator.random((max_moves if monotonic() < deadline else 0, 3))
-        found = improve_slots(layer_steps, slots_RK, allowed_ER, draws_N3)
-        layers.append(_layer(problem, layer, layer_steps, found.slots_RK, found.imbalance))
+        found_RK = improve_slots(layer_steps, slots_RK, allowed_ER, draws_N3)
+        layers.append(_layer_of(layer, found_RK, problem.stats.native_format))
         before.append(even_imbalance(layer_steps, slots_RK))
         problem.on_progress((at + 1) / len(steps))
-    predicted, bound = (float(np.mean([getattr(layer, name) for layer in layers])) for name in ("predicted", "bound"))
-    certificate = {
-        "objective": "max/mean of pairs over ranks under an even split over equal slots, mean over steps and layers",
-        "predicted": predicted,
-        "bound": bound,
-        "gap": predicted / bound - 1,
-        "binding": "slots" if bound > 1 + LEAST_STEP else "mean",
-        "steps": max(len(layer.counts_SE) for layer in steps),
-        "start": float(np.mean(before)),
-    }
-    return problem.placement(start.strategy, layers, certificate=certificate)
+    return certify(problem, strategy, layers, "even", max_steps, start=float(np.mean(before)))
 
 
 def check_slots(problem: PlacementProblem) -> int:
@@ -94,18 +91,17 @@ def check_slots(problem: PlacementProblem) -> int:
     return num_slots // num_ranks
 
 
-@dataclass(frozen=True)
-class SlotSearch:
-    """What a search of one layer found."""
+def improve_slots(steps: LayerSteps, slots_RK: IntArray, allowed_ER: BoolArray, draws_N3: FloatArray) -> IntArray:
+    """[R, K] the expert in each slot after a search from `slots_RK`, in which no rank holds an expert twice.
 
-    slots_RK: IntArray  # the expert in each slot of each rank
-    imbalance: float  # max/mean under the even split, mean over steps
-
-
-def improve_slots(steps: LayerSteps, slots_RK: IntArray, allowed_ER: BoolArray, draws_N3: FloatArray) -> SlotSearch:
-    """Search from `slots_RK`, in which no rank holds an expert twice; `draws_N3`, in [0, 1), are its random numbers."""
+    Args:
+        steps: what the layer is balanced for.
+        slots_RK: where the search begins.
+        allowed_ER: the ranks that each expert may be moved to.
+        draws_N3: numbers in [0, 1) for each move tried.
+    """
     if not len(steps.counts_SE):
-        return SlotSearch(slots_RK, 1.0)
+        return slots_RK
     num_ranks, num_experts = allowed_ER.shape[1], len(allowed_ER)
     held_ER = np.zeros((num_experts, num_ranks), bool)
     held_ER[slots_RK, np.arange(num_ranks)[:, None]] = True
@@ -123,7 +119,7 @@ def improve_slots(steps: LayerSteps, slots_RK: IntArray, allowed_ER: BoolArray, 
         fullest_S3=np.zeros((len(steps.counts_SE), 3), np.int64),
     )
     _search(state, allowed_ER, draws_N3)
-    return SlotSearch(state.slots_RK, even_imbalance(steps, state.slots_RK))
+    return state.slots_RK
 
 
 def even_imbalance(steps: LayerSteps, slots_RK: IntArray) -> float:
@@ -134,28 +130,6 @@ def even_imbalance(steps: LayerSteps, slots_RK: IntArray) -> float:
     copies_E = np.bincount(slots_RK.ravel(), minlength=steps.counts_SE.shape[1])
     loads_SRK = (steps.loads_SE / np.maximum(copies_E, 1))[:, slots_RK.ravel()].reshape(-1, num_ranks, num_slots)
     return float(loads_SRK.sum(axis=2).max(axis=1).mean())
-
-
-def even_bound(steps: LayerSteps, num_slots: int) -> float:
-    """What no placement on `num_slots` slots can beat under the even split, on average over steps.
-
-    Each step by itself: the least T at which experts of load w fit as sum of ceil(w / T) slots and, where every expert
-    has one slot, the heaviest expert beside the lightest that fill its rank.
-    """
-    loads_SE, num_ranks = steps.loads_SE, steps.num_ranks
-    if not len(loads_SE):
-        return 1.0
-    low_S, high_S = np.ones(len(loads_SE)), np.maximum(loads_SE.max(axis=1), 1)
-    for _ in range(40):
-        middle_S = (low_S + high_S) / 2
-        fits_S = np.ceil(loads_SE / middle_S[:, None] - 1e-9).clip(1, num_ranks).sum(axis=1) <= num_slots
-        fits_S &= loads_SE.max(axis=1) <= middle_S * num_ranks
-        low_S, high_S = np.where(fits_S, low_S, middle_S), np.where(fits_S, middle_S, high_S)
-    if num_slots == loads_SE.shape[1]:
-        ordered_SE = np.sort(loads_SE, axis=1)
-        fillers = num_slots // num_ranks - 1
-        low_S = np.maximum(low_S, ordered_SE[:, -1] + ordered_SE[:, :fillers].sum(axis=1))
-    return float(low_S.mean())
 
 
 def _check_limits(problem: PlacementProblem) -> None:
@@ -188,21 +162,9 @@ def _slots_of(layer: LayerPlacement, num_ranks: int) -> IntArray:
     return slots_RK
 
 
-def _layer(
-    problem: PlacementProblem, start: LayerPlacement, steps: LayerSteps, slots_RK: IntArray, imbalance: float
-) -> LayerPlacement:
-    num_experts = start.num_experts
-    held_ER = np.zeros((num_experts, len(slots_RK)), bool)
-    held_ER[slots_RK, np.arange(len(slots_RK))[:, None]] = True
-    bound = even_bound(steps, slots_RK.size)
-    return LayerPlacement.even(
-        start.layer,
-        num_experts,
-        replicas_of(held_ER, [problem.stats.native_format] * num_experts),
-        predicted=max(imbalance, 1.0),
-        bound=bound,
-        binding="slots" if bound > 1 + LEAST_STEP else "mean",
-    )
+def _layer_of(start: LayerPlacement, slots_RK: IntArray, native_format: str) -> LayerPlacement:
+    replicas = [Replica(rank, expert, native_format) for rank, row in enumerate(slots_RK.tolist()) for expert in row]
+    return LayerPlacement.even(start.layer, start.num_experts, replicas)
 
 
 class _State(NamedTuple):
