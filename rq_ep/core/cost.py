@@ -55,7 +55,8 @@ class LayerCost:
         """Modelled seconds of `plan`; exchanges and transfers last as the larger of a rank's sending and receiving."""
         num_ranks = len(plan.pairs_RP)
         compute_s_R = self.compute_s_R(plan)
-        away_RR = plan.pairs_RR - np.diag(np.diag(plan.pairs_RR))
+        away_RR = plan.pairs_RR.copy()
+        np.fill_diagonal(away_RR, 0)
         one_way_s_R = np.maximum(away_RR.sum(axis=0), away_RR.sum(axis=1)) * self.row_s
         exchange_s_R = 2 * (one_way_s_R + self.latency_s * (num_ranks > 1))  # dispatch, and combine the other way
         sent_s_R, received_s_R = np.zeros(num_ranks), np.zeros(num_ranks)
@@ -68,18 +69,20 @@ class LayerCost:
     def compute_s_R(self, plan: DispatchPlan) -> FloatArray:
         """[R] modelled seconds of expert compute alone."""
         replicas, num_ranks = plan.replicas, len(plan.pairs_RP)
+        stored, number_P = replicas.stored_formats
         pairs_P = plan.pairs_RP.sum(axis=0)
         active_P = pairs_P > 0
-        pair_s_P = np.array([self.pair_s[name] for name in replicas.formats_P], np.float64)
-        stream_s_P = np.array([self.stream_s[name] for name in replicas.formats_P], np.float64)
+        pair_s_P = np.array([self.pair_s[name] for name in stored])[number_P]
+        stream_s_P = np.array([self.stream_s[name] for name in stored])[number_P]
         arithmetic_s_R = np.bincount(replicas.ranks_P, pairs_P * pair_s_P, minlength=num_ranks)
         stream_s_R = np.bincount(replicas.ranks_P, active_P * stream_s_P, minlength=num_ranks)
-        overhead_s_P = np.array([self.overhead_s.get(name, 0.0) for name in replicas.formats_P], np.float64)
-        overhead_s_R = np.bincount(replicas.ranks_P, active_P * overhead_s_P, minlength=num_ranks)
-        seconds_R: FloatArray = np.maximum(arithmetic_s_R, stream_s_R) + overhead_s_R
-        for name, call_s in self.call_s.items():
-            in_format_P = np.array([name == format_ for format_ in replicas.formats_P], bool)
-            seconds_R[np.unique(replicas.ranks_P[active_P & in_format_P])] += call_s
+        seconds_R: FloatArray = np.maximum(arithmetic_s_R, stream_s_R)
+        if self.overhead_s:
+            overhead_s_P = np.array([self.overhead_s.get(name, 0.0) for name in stored])[number_P]
+            seconds_R += np.bincount(replicas.ranks_P, active_P * overhead_s_P, minlength=num_ranks)
+        for number, name in enumerate(stored):
+            if call_s := self.call_s.get(name, 0.0):
+                seconds_R[np.unique(replicas.ranks_P[active_P & (number_P == number)])] += call_s
         return seconds_R
 
 

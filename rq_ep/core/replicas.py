@@ -63,6 +63,14 @@ class Replicas:
         return np.lexsort((self.ranks_P, bits_P, self.experts_P))
 
     @cached_property
+    def stored_formats(self) -> tuple[tuple[str, ...], IntArray]:
+        """The formats in use, sorted, and [P] the number of each replica's among them."""
+        names = tuple(sorted(set(self.formats_P)))
+        if len(names) == 1:
+            return names, np.zeros(len(self), np.int64)
+        return names, np.array([names.index(name) for name in self.formats_P], np.int64)
+
+    @cached_property
     def mixing_experts(self) -> tuple[int, ...]:
         """The experts whose replicas are stored in several formats, ascending."""
         if not self.mixed_formats:

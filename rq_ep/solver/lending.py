@@ -62,12 +62,12 @@ class Lending:
         min_ratio: float,
     ) -> "Lending":
         """The tables of a layer; `min_pairs` and `min_ratio` are thresholds for want of a cost."""
-        stored, low = sorted(set(replicas.formats_P)), transient_format
+        (stored, number_P), low = replicas.stored_formats, transient_format
         mixed_formats = replicas.mixed_formats
         if low is not None and low not in mixed_formats:
             mixed_formats = (low, *(mixed_formats or (name for name in stored if name != low)))
         by_expert = ByExpert.of(replicas, num_ranks)
-        transfer_s_P = np.array([0.0 if cost is None else cost.transfer_s[name] for name in replicas.formats_P])
+        transfer_s_P = np.array([0.0 if cost is None else cost.transfer_s[name] for name in stored])[number_P]
         pair_s = 1.0
         if cost is not None:
             pair_s = max(cost.pair_s[name] for name in stored) + 2 * cost.row_s * (num_ranks - 1) / num_ranks
@@ -79,7 +79,7 @@ class Lending:
             max_low_precision_share=float(max_low_precision_share),
             pair_s=float(pair_s),
             transfer_s_C=transfer_s_P[by_expert.replicas_C],
-            is_low_C=np.array([name == low for name in replicas.formats_P], np.bool_)[by_expert.replicas_C],
+            is_low_C=np.array([name == low for name in stored])[number_P[by_expert.replicas_C]],
             low_s=0.0 if cost is None or low is None else float(cost.transfer_s[low]),
             latency_s=0.0 if cost is None else float(cost.latency_s),
             min_pairs=max(1, min_pairs if cost is None else 1),
