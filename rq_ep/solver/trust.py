@@ -13,7 +13,7 @@ from rq_ep.solver.judge import SplitRule, judge
 from rq_ep.solver.steps import layer_steps
 
 FEWEST_STEPS = 16  # with fewer, held-out balance is clearly worse (measured: twice the excess at 8 steps)
-NOTABLE = 0.02  # of max/mean: smaller differences are not worth a warning
+NOTABLE = 0.03  # of max/mean: smaller differences are not worth a warning
 STANDARD_ERRORS = 3.0  # a difference is taken for real beyond so many
 
 
@@ -75,4 +75,4 @@ def _differ(one: Sequence[FloatArray], other: Sequence[FloatArray]) -> bool:
     """Whether two means differ by more than is notable and than steps scatter."""
     variance = sum(part.var(ddof=1) / len(part) for part in (*one, *other) if len(part) > 1)
     difference = abs(mean_of(one) - mean_of(other))
-    return bool(difference > max(NOTABLE, STANDARD_ERRORS * sqrt(variance) / len(one)))
+    return bool(difference > max(NOTABLE * mean_of(one), STANDARD_ERRORS * sqrt(variance) / len(one)))
