@@ -10,8 +10,9 @@ from rq_ep.core.stats import PHASES, ExpertStats
 from rq_ep.formats import get_format
 from rq_ep.model import tiny
 from rq_ep.model.adapters import ADAPTERS
-from rq_ep.model.calibrate import DECODE_STEPS, calibrate
+from rq_ep.model.calibrate import calibrate
 from rq_ep.model.identity import model_identity
+from rq_ep.model.listen import DECODE_STEPS
 from rq_ep.model.recorder import recording
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.model.sensitivity import output_errors

@@ -14,8 +14,9 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.stats import PHASES
 from rq_ep.engine.families import check_servable
 from rq_ep.model import switch
-from rq_ep.model.calibrate import DECODE_STEPS, calibrate
+from rq_ep.model.calibrate import calibrate
 from rq_ep.model.evaluate import Contender, compare
+from rq_ep.model.listen import DECODE_STEPS
 from rq_ep.model.load import load
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.model.tokenizer import byte_tokenizer
