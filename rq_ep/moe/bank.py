@@ -1,7 +1,8 @@
 """The experts a rank holds in one layer, and the ones it borrows for a step."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -30,18 +31,50 @@ class Home(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Which borrowed experts are intact, known when the event has happened."""
+    """Whether borrowed experts are intact."""
 
-    is_intact_N: Tensor  # bool, on the host
-    event: torch.cuda.Event | None
-    names: list[str]
+    wait: Callable[[], list[bool]]  # returns when it is known
+    names: Sequence[str]
+
+
+class _ThreadChecker:
+    """Compares experts with their checksums on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checksums")  # starts with the first expert
+
+    def start(self, packed: Sequence[Tensor]) -> Callable[[], list[bool]]:
+        return self._thread.submit(lambda: [bool(is_intact(expert)) for expert in packed]).result
+
+
+class _StreamChecker:
+    """Compares experts with their checksums on a stream of its own; the host waits for that stream alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def start(self, packed: Sequence[Tensor]) -> Callable[[], list[bool]]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # on which they have arrived
+        with torch.cuda.stream(self._stream):
+            found_N = torch.stack([is_intact(expert) for expert in packed])
+            is_intact_N = torch.empty(len(packed), dtype=torch.bool, pin_memory=True).copy_(found_N, non_blocking=True)
+            is_known = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            is_known.record()
+
+        def wait() -> list[bool]:
+            is_known.synchronize()
+            found: list[bool] = is_intact_N.tolist()
+            return found
+
+        return wait
 
 
 class SpareRoom:
     """Slots for borrowed experts. Layers that compute one after another can share it; it grows to what is needed.
 
-    Borrowed experts are verified beside what is computed with them, on a GPU on a stream of its own. Whoever shares the
-    room asks for the verdict before anything leaves this rank that came of them.
+    Borrowed experts are verified beside what is computed with them, on a thread of its own or a GPU's own stream.
+    Whoever shares the room asks for the verdict before anything leaves this rank that came of them.
     """
 
     def __init__(self, layout: ExpertLayout, device: torch.device | str, max_bytes: int | None = None) -> None:
@@ -49,9 +82,7 @@ class SpareRoom:
         self.device = torch.device(device)
         self.max_bytes = max_bytes
         self._stacks: dict[str, Stack] = {}
-        self._stream: torch.cuda.Stream | None = None
-        if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._checker = _StreamChecker(self.device) if self.device.type == "cuda" else _ThreadChecker()
         self._verdict: Verdict | None = None
 
     @property
@@ -65,17 +96,7 @@ class SpareRoom:
             homes: where they lie.
             names: what to call each in a message.
         """
-        packed = [home.stack.packed[home.slot] for home in homes]
-        if self._stream is None:
-            self._verdict = Verdict(torch.stack([is_intact(expert) for expert in packed]), None, list(names))
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            found_N = torch.stack([is_intact(expert) for expert in packed])
-            is_intact_N = torch.empty(len(packed), dtype=torch.bool, pin_memory=True).copy_(found_N, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        self._verdict = Verdict(is_intact_N, event, list(names))
+        self._verdict = Verdict(self._checker.start([home.stack.packed[home.slot] for home in homes]), names)
 
     def settle(self) -> None:
         """Return when everything that `verify` was given is known to be intact.
@@ -86,12 +107,9 @@ class SpareRoom:
         verdict, self._verdict = self._verdict, None
         if verdict is None:
             return
-        if verdict.event is not None:
-            verdict.event.synchronize()
-        if damaged := [
-            name for name, whole in zip(verdict.names, verdict.is_intact_N.tolist(), strict=True) if not whole
-        ]:
-            raise DamagedExpert(f"{damaged[0]} arrived damaged")
+        for name, whole in zip(verdict.names, verdict.wait(), strict=True):
+            if not whole:
+                raise DamagedExpert(f"{name} arrived damaged")
 
     def take(self, formats: Sequence[str]) -> list[Home]:
         """A slot for an expert in each of `formats`; what was there before is given up.
