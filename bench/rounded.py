@@ -1,0 +1,130 @@
+"""A small dense model whose experts are, for a while, what weight formats make of them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.model.quality import Quality, nll
+from rq_ep.model.seam import ExpertsModule
+from rq_ep.model.windows import Batch
+
+BoolArray = npt.NDArray[np.bool_]
+Forward = Callable[..., Tensor]
+Change = Callable[[int, Forward], Forward]  # layer, its experts' forward method -> another
+
+
+@dataclass
+class RoundedModel:
+    """A dense model, what it says of some text, and what it says of it with other experts."""
+
+    network: PreTrainedModel
+    experts: Sequence[ExpertsModule]
+    layout: ExpertLayout
+    batches: Sequence[Batch]
+    dense_BTV: list[Tensor]  # logits, batch by batch
+    dense_nll: float  # nats per token
+    rounded: dict[str, list[dict[str, Tensor]]]  # the last format -> [L] the experts' tensors as it gives them back
+
+    @classmethod
+    def of(
+        cls, network: PreTrainedModel, experts: Sequence[ExpertsModule], layout: ExpertLayout, batches: Sequence[Batch]
+    ) -> "RoundedModel":
+        dense = [_logits(network, batch) for batch in batches]
+        losses = [loss for logits, batch in zip(dense, batches, strict=True) for loss in nll(logits, batch.tokens_BT)]
+        return cls(network, experts, layout, batches, dense, float(np.mean(losses)), {})
+
+    def low(self, name: str, low_LE: BoolArray) -> Quality:
+        """The experts of `low_LE` in format `name`, all others as they are."""
+
+        def change(layer: int, plain: Forward) -> Forward:
+            module = self.experts[layer].module
+            low_E = torch.from_numpy(low_LE[layer])
+            mixed = {
+                tensor: torch.where(low_E.view(-1, *[1] * (kept.ndim - 1)), self._rounded(name)[layer][tensor], kept)
+                for tensor, kept in module.named_parameters()
+            }
+            return lambda *arguments: _called(module, mixed, arguments)
+
+        return self._quality(change)
+
+    def half_low(self, name: str, by_gate: bool) -> Quality:
+        """Every expert computes half of its pairs of a pass in format `name`: those of lowest gates, or any."""
+        generator = torch.Generator().manual_seed(0)
+
+        def change(layer: int, plain: Forward) -> Forward:
+            found, rounded = self.experts[layer], self._rounded(name)[layer]
+
+            def forward(hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+                order_TK = topk_weights_TK if by_gate else torch.rand(topk_ids_TK.shape, generator=generator)
+                is_low_TK = torch.zeros(topk_ids_TK.shape, dtype=torch.bool)
+                for expert in topk_ids_TK.unique():
+                    of_expert = topk_ids_TK == expert
+                    is_low_TK |= of_expert & (order_TK < order_TK[of_expert].median())
+                low_TK, high_TK = (topk_weights_TK.masked_fill(mask, 0) for mask in (~is_low_TK, is_low_TK))
+                out_TD = _called(found.module, rounded, (hidden_TD, topk_ids_TK, low_TK))
+                return out_TD + plain(hidden_TD, topk_ids_TK, high_TK)
+
+            return forward
+
+        return self._quality(change)
+
+    def _quality(self, change: Change) -> Quality:
+        quality = Quality()
+        with _changed([found.module for found in self.experts], change):
+            for expected, batch in zip(self.dense_BTV, self.batches, strict=True):
+                quality.add(expected, _logits(self.network, batch), batch.tokens_BT)
+        return quality
+
+    def _rounded(self, name: str) -> list[dict[str, Tensor]]:
+        if name not in self.rounded:
+            self.rounded = {name: [_round_trip(found, self.layout, name) for found in self.experts]}
+        return self.rounded[name]
+
+
+@torch.no_grad()
+def _logits(network: PreTrainedModel, batch: Batch) -> Tensor:
+    logits_BTV: Tensor = network(batch.tokens_BT, use_cache=False).logits
+    return logits_BTV
+
+
+@torch.no_grad()
+def _round_trip(found: ExpertsModule, layout: ExpertLayout, name: str) -> dict[str, Tensor]:
+    """An experts module's tensors, packed in a format and unpacked."""
+    format_ = get_format(name)
+    parameters = dict(found.module.named_parameters())
+    rounded = {tensor: torch.empty_like(parameter) for tensor, parameter in parameters.items()}
+    for expert in range(found.num_experts):
+        packed = format_.pack({tensor: parameter[expert] for tensor, parameter in parameters.items()}, layout)
+        for tensor, parameter in rounded.items():
+            parameter[expert] = format_.dequantize(format_.views(packed, layout), tensor, layout, parameter.dtype)
+    return rounded
+
+
+def _called(module: nn.Module, tensors: Mapping[str, Tensor], arguments: Sequence[Tensor]) -> Tensor:
+    """The module's own forward method, with other tensors."""
+    changed = module.__dict__.pop("forward")
+    try:
+        out: Tensor = functional_call(module, dict(tensors), tuple(arguments))
+        return out
+    finally:
+        module.__dict__["forward"] = changed
+
+
+@contextmanager
+def _changed(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
+    """While open, every module's forward method is what `change` makes of it."""
+    try:
+        for layer, module in enumerate(modules):
+            module.__dict__["forward"] = change(layer, type(module).forward.__get__(module))
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)

@@ -1,0 +1,64 @@
+"""The fidelity bench on the small trained model: experts as they are change nothing, fewer bits change more."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import fidelity
+from bench.rounded import RoundedModel
+from rq_ep.model.dense import read_dense
+from rq_ep.model.seam import family_of, find_expert_modules
+from rq_ep.model.windows import make_windows
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> RoundedModel:
+    from rq_ep.model.checkpoint import read_tokenizer
+
+    network = read_dense(tiny_checkpoint, torch.float32, torch.device("cpu"))
+    experts = find_expert_modules(network)
+    text = tiny_checkpoint / "text" / "held-out"
+    windows = make_windows(text, read_tokenizer(tiny_checkpoint), sequence_length=64, max_tokens=1024, batch_size=8)
+    return RoundedModel.of(network, experts, family_of(experts[0].module).layout, windows.batches)
+
+
+def test_the_native_format_and_no_expert_change_nothing(model: RoundedModel) -> None:
+    everything, nothing = np.ones((2, 8), bool), np.zeros((2, 8), bool)
+    for quality in (model.low("fp32", everything), model.low("int4_g32", nothing), model.half_low("fp32", True)):
+        assert np.allclose(quality.kl, 0, atol=1e-8)
+        assert quality.agreement == [1] * 16
+
+
+def test_fewer_bits_on_more_experts_cost_more(model: RoundedModel) -> None:
+    half = np.arange(16).reshape(2, 8) % 2 == 0
+    kl = [np.mean(model.low(name, low).kl) for name, low in (
+        ("int8", half), ("int8", half | True), ("int4_g32", half), ("int4_g32", half | True),
+    )]  # fmt: skip
+    assert 1e-8 < min(kl[:2])
+    assert 5 * max(kl[:2]) < kl[2] < kl[3]
+    assert kl[3] > np.mean(model.half_low("int4_g32", by_gate=True).kl) > 0
+    assert all("forward" not in found.module.__dict__ for found in model.experts)
+
+
+def test_the_command_prints_writes_and_draws(tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    figures, picture = tmp_path / "fidelity.json", tmp_path / "fidelity.png"
+    text = tiny_checkpoint / "text"
+    monkeypatch.setattr(sys, "argv", [
+        "fidelity.py", "--model", str(tiny_checkpoint), "--text", str(text / "held-out"),
+        "--calibrate-on", str(text / "train"), "--formats", "int4_g32", "--max-tokens", "1024",
+        "--json", str(figures), "--png", str(picture),
+    ])  # fmt: skip
+    fidelity.main()
+    document = json.loads(figures.read_text())
+    assert [(row["chosen"], row["share"]) for row in document["rows"]] == [
+        ("least important", 0.25), ("coldest", 0.25), ("by chance", 0.25),
+        ("least important", 0.5), ("coldest", 0.5), ("by chance", 0.5), ("all", 1.0),
+    ]  # fmt: skip
+    assert [row["chosen"] for row in document["importances"]][-1] == "own KL"
+    assert len(document["mixed_replicas"]) == 2
+    assert "Mixed replicas" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
