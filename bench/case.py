@@ -1,6 +1,7 @@
 """What is measured. Everything follows from these fields: rows, routing, weights, and what calibration saw."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from rq_ep.moe import ExpertFamily
 NUM_CALIBRATION_STEPS = 16
 MAX_CALIBRATION_TOKENS = 4096  # per rank and step: shares of load need no more
 NUM_BATCHES = 4  # different batches that take turns
+
+Routes = tuple[tuple[IntArray, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,13 @@ class Case:
         """[T, K] experts of one rank's tokens in a measured step."""
         return self.workload.ids(self.seed, "measure", step, rank, num_ranks)
 
-    def counts(self, step: int, num_ranks: int) -> IntArray:
-        """[R, E] routed pairs of a measured step."""
-        return np.stack([_count(self.ids(step, rank, num_ranks), self.shape) for rank in range(num_ranks)])
+    def all_ids(self, num_ranks: int) -> Routes:
+        """[batch][rank] experts of all ranks' tokens in the measured steps."""
+        return tuple(tuple(self.ids(step, rank, num_ranks) for rank in range(num_ranks)) for step in range(NUM_BATCHES))
+
+    def counts(self, ids_R: Sequence[IntArray]) -> IntArray:
+        """[R, E] routed pairs of one step."""
+        return np.stack([_count(ids_TK, self.shape) for ids_TK in ids_R])
 
     def batch(self, step: int, rank: int, num_ranks: int, device: torch.device) -> Batch:
         ids_TK = torch.from_numpy(self.ids(step, rank, num_ranks)).to(device)
@@ -88,9 +95,12 @@ class Case:
 
     def stats(self, num_ranks: int) -> ExpertStats:
         """Calibration: loads of steps that are not measured, from the same generator."""
+        source = self.calibration
+        if isinstance(source, Workload):
+            source = replace(source, tokens_per_rank=min(source.tokens_per_rank, MAX_CALIBRATION_TOKENS))
         counts_SE = [
             sum(
-                _count(self.calibration.ids(self.seed, "calibrate", step, rank, num_ranks), self.shape)
+                _count(source.ids(self.seed, "calibrate", step, rank, num_ranks), self.shape)
                 for rank in range(num_ranks)
             )
             for step in range(NUM_CALIBRATION_STEPS)

@@ -28,7 +28,7 @@ from bench.figure import draw
 from bench.measure import measure
 from bench.peers import PEERS
 from bench.report import show
-from bench.shapes import SHAPES, shape_name
+from bench.shapes import SHAPES, Shape, shape_name
 from bench.workloads import GRAMMAR, PAPER_SCENARIOS, parse
 from rq_ep.commands.common import DTYPES, parse_dtype, parse_names, parse_strategies
 from rq_ep.config import Environment
@@ -40,7 +40,10 @@ from rq_ep.formats import get_format, native_format_name
 from rq_ep.parallel import EPGroup, RankFailure, TorchGroup, run_local
 from rq_ep.parallel.default import own_device
 
+log = logging.getLogger(__name__)
+
 MAX_TOKENS_PER_RANK = 2**16
+MAX_CPU_SIZE, CPU_SIZE = 256, 128  # hidden and intermediate size up to which a CPU computes as is, and others in time
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,11 +52,11 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--shape", default="tiny", help=f"sizes of the layer: {', '.join(SHAPES)}")
-    add("--hidden-size", type=int, help="instead of the shape's")
-    add("--intermediate-size", type=int, help="instead of the shape's")
+    add("--hidden-size", type=int, help=f"instead of the shape's; default on a CPU, if large: {CPU_SIZE}")
+    add("--intermediate-size", type=int, help="the same")
     add("--num-experts", type=int, help="instead of the shape's")
     add("--top-k", type=int, help="instead of the shape's")
-    add("--tokens-per-rank", type=int, default=512, help=f"1 to {MAX_TOKENS_PER_RANK}")
+    add("--tokens-per-rank", type=int, help=f"1 to {MAX_TOKENS_PER_RANK}; default: 512, for --scenarios llep 4096")
     add("--scenarios", "--scenario", default="80:4", help=f"by commas: {GRAMMAR}; or llep, all of its paper's")
     add("--calibrate-on", metavar="SCENARIO", help="what placements are learnt from; default: the scenario itself")
     add("--local-ranks", type=int, help="ranks inside this process, which compute one at a time; no wall clock")
@@ -85,6 +88,8 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     for name in (*sizes, "num_rounds", "local_ranks", "ranks_per_node", "threads"):
         if (value := getattr(args, name)) is not None:
             check_integer(f"--{name.replace('_', '-')}", value, 1)
+    if args.tokens_per_rank is None:
+        args.tokens_per_rank = 4096 if args.scenarios == "llep" else 512
     check_integer("--tokens-per-rank", args.tokens_per_rank, 1, MAX_TOKENS_PER_RANK)
     check_integer("--seed", args.seed)
     if args.local_ranks and args.pin:
@@ -94,6 +99,8 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     for name in parse_names(args.peers):
         check_choice("peer", name, PEERS)
     shape = SHAPES[shape_name(args.shape)]
+    if own_device(args.device).type == "cpu":
+        shape = _affordable(shape, args)
     shape = replace(shape, **{name: getattr(args, name) for name in sizes if getattr(args, name)})
     if shape.top_k > shape.num_experts:
         raise UserError(f"--top-k {shape.top_k}: there are {shape.num_experts} experts")
@@ -121,6 +128,20 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         seed=args.seed,
     )
     return [replace(case, workload=workload, calibration=calibration or workload) for workload in workloads]
+
+
+def _affordable(shape: Shape, args: argparse.Namespace) -> Shape:
+    """The shape with smaller experts, unless sizes were asked for. Loads, plans and rows stay those of the model."""
+    asked = args.hidden_size or args.intermediate_size
+    if asked or max(shape.hidden_size, shape.intermediate_size) <= MAX_CPU_SIZE:
+        return shape
+    if Environment.from_os().rank == 0:
+        log.info(
+            "a CPU would take long for D=%d F=%d: experts are run at %d; --hidden-size %d --intermediate-size %d "
+            "runs them in full",
+            shape.hidden_size, shape.intermediate_size, CPU_SIZE, shape.hidden_size, shape.intermediate_size,
+        )  # fmt: skip
+    return replace(shape, hidden_size=CPU_SIZE, intermediate_size=CPU_SIZE)
 
 
 def _contestants(args: argparse.Namespace) -> dict[str, Contestant]:
@@ -199,7 +220,7 @@ def _run(args: argparse.Namespace, cases: list[Case], group: EPGroup, topology: 
             label = peers[row["strategy"]][0] if row["strategy"] in peers else row["strategy"]
             rows.append({"scenario": name, "repeats_experts": case.workload.repeats_experts, "label": label, **row})
         if found and len(cases) > 1:
-            logging.getLogger(__name__).info("%s done", name)
+            log.info("%s done", name)
     return rows
 
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,18 +11,19 @@ from torch import Tensor, nn
 from bench.case import NUM_BATCHES, Batch, Case
 from bench.peers import Peer
 from bench.planned import Planned
+from bench.rows import OwnFigures, rows_of
 from rq_ep.core.arrays import FloatArray
+from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.topology import Topology
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.moe import EPExperts, Telemetry
-from rq_ep.moe.layer import transfer_bytes
-from rq_ep.parallel import EPGroup
+from rq_ep.parallel import EPGroup, Exchange
 from rq_ep.parallel.reference import dense_moe
+from rq_ep.parallel.trip import Trip
 
 NUM_REFERENCE_ROWS = 32  # rows of each rank that are compared with the dense layer
-WARM_UP_ROUNDS = 2
-RATIOS = ("compute_s", "cpu_s", "wall_s", "total_s")
+WARM_UP_ROUNDS = {"cpu": 2, "cuda": NUM_BATCHES}  # on a GPU room and kernels are found for every batch
 
 
 class Timing(NamedTuple):
@@ -31,23 +31,26 @@ class Timing(NamedTuple):
 
     wall_s: float
     cpu_s: float
+    working_bytes: int  # most that was allocated during the call, beyond what was before; 0 on a CPU
 
 
-class OwnFigures(NamedTuple):
-    """What one rank knows of one contestant. Peers do not tell how long their experts compute."""
+class WatchedExchange(Exchange):
+    """Remembers the most rows of other ranks that were held at once."""
 
-    timings_S2: FloatArray
-    compute_s_S: FloatArray | None
-    plan_s_S: FloatArray | None
-    resident_bytes: int
-    borrowed_bytes: int
-    error: tuple[float, float]
+    held_rows = 0
+
+    def dispatch(self, *arguments: Any, **named: Any) -> Trip:
+        trip = super().dispatch(*arguments, **named)
+        rows = sorted((sum(part.rows_in) for part in trip.parts), reverse=True)
+        self.held_rows = max(self.held_rows, sum(rows[: 1 + trip.overlaps]))
+        return trip
 
 
 def measure(case: Case, group: EPGroup, topology: Topology, peers: Mapping[str, Peer]) -> list[dict[str, Any]]:
     """Run every contestant in turn, A B C then C B A, on the same batches; returns a row for each, on rank 0."""
-    stats = case.stats(group.size)
-    placements = {name: case.place(name, stats, topology) for name in case.contestants}
+    # Rank 0 places for all: ranks of one process would do it one after another.
+    mine_to_tell = None if group.rank else _place(case, group, topology)
+    placements: dict[str, LayerPlacement] = group.all_gather_object(mine_to_tell)[0]
     layers: dict[str, nn.Module] = {
         name: _layer(case, name, placement, group, topology) for name, placement in placements.items()
     }
@@ -58,22 +61,45 @@ def measure(case: Case, group: EPGroup, topology: Topology, peers: Mapping[str, 
     gathered = group.all_gather_object(mine)
     if group.rank:
         return []
-    rows = []
-    for name in layers:
-        planned = Planned.of(case, name, placements[name], topology) if name in placements else None
-        rows.append(_row(case, name, planned, [ranks[name] for ranks in gathered]))
-    for row in rows:
-        if group.backend == "local":
-            row["_wall_s"] = row["wall_s"] = None  # ranks that take turns have no wall clock
-        for figure in RATIOS:
-            row[f"{figure}_ratio"] = _ratio(row[f"_{figure}"], rows[0][f"_{figure}"])
-    return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+    routes = case.all_ids(group.size)
+    planned = {
+        name: Planned.of(case, name, placements[name], topology, routes) if name in placements else None
+        for name in layers
+    }
+    return rows_of(case, planned, gathered, has_wall=group.backend != "local")
+
+
+def _place(case: Case, group: EPGroup, topology: Topology) -> dict[str, LayerPlacement]:
+    stats = case.stats(group.size)
+    placements = {name: case.place(name, stats, topology) for name in case.contestants}
+    _check_room(case, group, placements)
+    return placements
+
+
+def _check_room(case: Case, group: EPGroup, placements: Mapping[str, LayerPlacement]) -> None:
+    """Every contestant holds its own experts all the time: say before loading them that a GPU cannot hold them."""
+    if group.device.type != "cuda":
+        return
+    ranks = range(group.size) if group.backend == "local" else (group.rank,)
+    wanted_bytes = sum(
+        get_format(placement.replicas.formats_P[p]).nbytes(case.family.layout)
+        for placement in placements.values()
+        for rank in ranks
+        for p in placement.replicas.on_rank(rank)
+    )
+    free_bytes = torch.cuda.mem_get_info(group.device)[0]
+    if wanted_bytes > free_bytes:
+        raise UserError(
+            f"--strategies {','.join(placements)}: their experts take {wanted_bytes / 2**30:.1f} GiB of the GPU, which "
+            f"has {free_bytes / 2**30:.1f} GiB free: name fewer, or lower --hidden-size"
+        )
 
 
 def _layer(case: Case, name: str, placement: LayerPlacement, group: EPGroup, topology: Topology) -> EPExperts:
     # A rank's own time: of its thread on a CPU, of its stream on a GPU.
     telemetry = Telemetry(clock=time.thread_time if group.device.type == "cpu" else None)
     layer = EPExperts(case.family, placement, case.planner(name, placement, topology), group, telemetry=telemetry)
+    layer.exchange = WatchedExchange(group)
     for expert in layer.bank.experts:
         layer.bank.put(expert, case.expert(expert, group.device))
     return layer
@@ -84,7 +110,7 @@ def _time_rounds(
 ) -> dict[str, list[Timing]]:
     timings: dict[str, list[Timing]] = {name: [] for name in layers}
     names = list(layers)
-    for number in range(-WARM_UP_ROUNDS, case.num_rounds):
+    for number in range(-WARM_UP_ROUNDS[group.device.type], case.num_rounds):
         if number == 0:
             for name, layer in layers.items():
                 timings[name].clear()
@@ -97,26 +123,32 @@ def _time_rounds(
 
 def _time_call(layer: nn.Module, batch: Batch, group: EPGroup) -> Timing:
     group.barrier()
-    if group.device.type == "cuda":
+    on_gpu, before_bytes, working_bytes = group.device.type == "cuda", 0, 0
+    if on_gpu:
         torch.cuda.synchronize(group.device)
+        torch.cuda.reset_peak_memory_stats(group.device)
+        before_bytes = torch.cuda.memory_allocated(group.device)
     wall_s, cpu_s = time.perf_counter(), time.thread_time()
     layer(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
-    if group.device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize(group.device)
-    return Timing(time.perf_counter() - wall_s, time.thread_time() - cpu_s)
+        working_bytes = torch.cuda.max_memory_allocated(group.device) - before_bytes
+    return Timing(time.perf_counter() - wall_s, time.thread_time() - cpu_s, working_bytes)
 
 
-def _own_figures(case: Case, layer: nn.Module, timings_S2: FloatArray, batch: Batch) -> OwnFigures:
+def _own_figures(case: Case, layer: nn.Module, timings_S3: FloatArray, batch: Batch) -> OwnFigures:
     if not isinstance(layer, EPExperts):
-        return OwnFigures(timings_S2, None, None, layer.resident_bytes, 0, _output_error(case, layer, batch))
+        return OwnFigures(timings_S3, None, None, layer.resident_bytes, 0, None, _output_error(case, layer, batch))
+    assert isinstance(layer.exchange, WatchedExchange)
     rank = layer.group.rank
     return OwnFigures(
-        timings_S2,
+        timings_S3,
         compute_s_S=layer.telemetry.seconds("compute")[:, 0, rank],
         plan_s_S=layer.telemetry.seconds("plan")[:, 0, rank],
         resident_bytes=layer.bank.nbytes,
         borrowed_bytes=layer.bank.spare.nbytes,
-        error=_output_error(case, layer, batch),
+        held_rows=layer.exchange.held_rows,
+        error=_output_error(case, layer, batch),  # last: it is one more call
     )
 
 
@@ -132,52 +164,3 @@ def _output_error(case: Case, layer: nn.Module, batch: Batch) -> tuple[float, fl
     out_TD = layer(batch.hidden_TD, batch.ids_TK, batch.weights_TK)[rows].float()
     exact_TD = dense_moe(batch.hidden_TD[rows].float(), batch.ids_TK[rows], batch.weights_TK[rows], expert)
     return float((out_TD - exact_TD).square().sum()), float(exact_TD.square().sum())
-
-
-def _row(case: Case, name: str, planned: Planned | None, ranks: list[OwnFigures]) -> dict[str, Any]:
-    """Figures of one contestant. Names that begin with _ are arrays over rounds, [S], for ratios."""
-    timings_RS2 = np.stack([rank.timings_S2 for rank in ranks])
-    difference, size = np.sum([rank.error for rank in ranks], axis=0)
-    figures: dict[str, FloatArray | None] = {
-        "wall_s": timings_RS2[..., 0].max(axis=0),
-        "cpu_s": timings_RS2[..., 1].max(axis=0),
-        "compute_s": None,
-        "plan_s": None,
-        "total_s": None,
-    }
-    row: dict[str, Any] = {"strategy": name}
-    if planned is not None:
-        compute_RS = np.stack([rank.compute_s_S for rank in ranks])
-        figures["compute_s"] = compute_RS.max(axis=0)
-        figures["plan_s"] = np.stack([rank.plan_s_S for rank in ranks]).max(axis=0)
-        if planned.costs:
-            moved_SR = [
-                cost.exchange_s_R + cost.transfer_s_R
-                for cost in (planned.costs[number % NUM_BATCHES] for number in range(compute_RS.shape[1]))
-            ]
-            figures["total_s"] = figures["plan_s"] + (compute_RS.T + np.stack(moved_SR)).max(axis=1)
-        contestant = case.contestants[name]
-        row["settings"] = asdict(contestant.strategy)  # type: ignore[call-overload]  # strategies are dataclasses
-        row["num_extra_replicas"] = contestant.num_extra_replicas
-        row["compute_s_by_rank"] = {f"p{p}": np.percentile(compute_RS, p, axis=1).tolist() for p in (50, 99)}
-        row |= planned.facts()
-        moved_BR = [transfer_bytes(plan, case.family) for plan in planned.plans]
-        row["transfer_bytes_per_step"] = float(np.sum(moved_BR, axis=1).mean())
-    return row | {
-        **{f"_{figure}": values_S for figure, values_S in figures.items()},
-        **{figure: None if values_S is None else _quantiles(values_S) for figure, values_S in figures.items()},
-        "resident_bytes_by_rank": [rank.resident_bytes for rank in ranks],
-        "borrowed_bytes_by_rank": [rank.borrowed_bytes for rank in ranks],
-        "output_error": float(np.sqrt(difference / size)) if size else 0.0,
-    }
-
-
-def _quantiles(values_S: FloatArray) -> dict[str, float]:
-    return {f"p{percent}": float(np.percentile(values_S, percent)) for percent in (25, 50, 75, 99)}
-
-
-def _ratio(values_S: FloatArray | None, first_S: FloatArray | None) -> float | None:
-    """Median over rounds of a figure to the first contestant's in the same round."""
-    if values_S is None or first_S is None:
-        return None
-    return float(np.median(values_S / np.maximum(first_S, 1e-9)))

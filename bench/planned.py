@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.case import NUM_BATCHES, Case
+from bench.case import Case, Routes
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, StepCost
 from rq_ep.core.placement import LayerPlacement
@@ -24,13 +24,12 @@ class Planned:
     rows_BRR: IntArray  # [batch, source, destination] rows: a token bound for several experts of a rank counts once
 
     @classmethod
-    def of(cls, case: Case, name: str, layer: LayerPlacement, topology: Topology) -> "Planned":
+    def of(cls, case: Case, name: str, layer: LayerPlacement, topology: Topology, routes: Routes) -> "Planned":
         planner = case.planner(name, layer, topology)
-        num_ranks = topology.num_ranks
-        plans = tuple(planner(case.counts(step, num_ranks)) for step in range(NUM_BATCHES))
+        plans = tuple(planner(case.counts(ids_R)) for ids_R in routes)
         rows_BRR = [
-            [rows_sent(case.ids(step, rank, num_ranks), plan, rank) for rank in range(num_ranks)]
-            for step, plan in enumerate(plans)
+            [rows_sent(ids_TK, plan, rank) for rank, ids_TK in enumerate(ids_R)]
+            for plan, ids_R in zip(plans, routes, strict=True)
         ]
         return cls(case, topology, plans, np.array(rows_BRR))
 

@@ -65,7 +65,9 @@ def _scenario_table(result: Mapping[str, Any], scenario: str, rows: list[Row]) -
             ("\nratio", lambda row: _number(row["wall_s_ratio"], ".3f")),
         ]
     columns += [
+        ("of\nideal", lambda row: _number(row["of_ideal"], ".2f")),
         ("rows in\npeak", lambda row: _number(row.get("received_rows_peak"), "d")),
+        ("rows held\nMiB", lambda row: _number(row.get("held_bytes_peak"), ".1f", 2**-20)),
         ("MiB\na rank", lambda row: f"{max(row['resident_bytes_by_rank']) / 2**20:.1f}"),
         ("borrowed\nMiB/step", lambda row: _number(row.get("transfer_bytes_per_step"), ".1f", 2**-20)),
         ("output\nerror", lambda row: f"{row['output_error']:.1e}"),
@@ -101,13 +103,25 @@ def _speed_up_table(result: Mapping[str, Any], scenarios: list[str]) -> Table:
             rows = [by_name[scenario, label] for scenario in scenarios]
             add(title.format(label), [speed_up(row, figure, first) for row, first in zip(rows, firsts, strict=True)])
     table.add_section()
+    for label in labels[1:]:
+        add(f"{label}: of ideal", [by_name[scenario, label]["of_ideal"] for scenario in scenarios])
+    if "balanced" in scenarios:
+        table.add_section()
+        for label in labels:
+            held = [by_name[scenario, label].get("held_bytes_peak") for scenario in scenarios]
+            base = held[scenarios.index("balanced")]
+            add(f"{label}: rows held, to balanced", [base and value / base for value in held])
+    table.add_section()
     theirs = [published(result["shape_name"], scenario).get("speed_up") for scenario in scenarios]
     add("llep, published (8 H200)", theirs)
     return table
 
 
 def _footnotes(result: Mapping[str, Any]) -> str:
-    notes = []
+    notes = [
+        "of ideal: speed-up of planning, of the rank slowest by its own median, and of its modelled links if there are "
+        "any, as a fraction of perfect balance. rows held: of other ranks, at once, on the fullest rank."
+    ]
     if result["machine"]:
         notes.append(
             f"modelled: a model of {result['machine']}, nothing overlapped. 'with modelled links': planning and "

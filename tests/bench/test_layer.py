@@ -42,7 +42,7 @@ def test_rows_are_counted_once_for_each_rank_they_go_to() -> None:
     case = case_of("--scenario", "80:2", "--tokens-per-rank", "40", "--set", "llep.min_tokens_per_gemm=1")
     topology = Topology(3)
     placement = case.place("llep", case.stats(3), topology)
-    plan = case.planner("llep", placement, topology)(case.counts(0, 3))
+    plan = case.planner("llep", placement, topology)(case.counts(case.all_ids(3)[0]))
     assert plan.transfers
     for rank in range(3):
         ids_TK = case.ids(0, rank, 3)
@@ -57,7 +57,7 @@ def test_rows_cross_nodes_only_where_there_are_several() -> None:
     shares = []
     for topology in (Topology(4), Topology(4, 2)):
         placement = case.place("standard", case.stats(4), topology)
-        facts = Planned.of(case, "standard", placement, topology).facts()
+        facts = Planned.of(case, "standard", placement, topology, case.all_ids(4)).facts()
         assert facts["rows_staying_share"] == pytest.approx(0.25, abs=0.05)
         shares.append(facts["rows_between_nodes_share"])
     assert shares == [0, pytest.approx(0.5, abs=0.05)]
@@ -83,6 +83,8 @@ def test_result_of_local_ranks(tmp_path: Path) -> None:
         assert row["total_s"]["p50"] > row["plan_s"]["p50"] + row["compute_s"]["p50"]
         assert row["modelled_exchange_s"] > 0
         assert row["received_bytes_peak"] == row["received_rows_peak"] * 32 * 4
+        assert 0 < row["held_rows_peak"] <= row["received_rows_peak"]
+        assert row["of_ideal"] == pytest.approx(rows["standard"]["steady_s"] / row["steady_s"] / 1.6, rel=0.01)
         assert row["wall_s"] is None, "ranks that take turns have no wall clock"
         assert row["repeats_experts"]
     assert rows["standard"]["imbalance_mean"] == pytest.approx(1.6, abs=0.01)
@@ -102,9 +104,21 @@ def test_all_published_scenarios_in_one_table(tmp_path: Path, capsys: pytest.Cap
     assert png.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "speed-up over standard, gpt-oss-120b" in printed
-    assert "llep: all modelled, full size" in printed
+    assert {"llep: all modelled, full size", "llep: of ideal", "llep: rows held, to balanced"} <= {
+        line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")
+    }
     published = next(line for line in printed.splitlines() if "published (8 H200)" in line)
     assert [cell.strip() for cell in published.split("│")[2:5]] == ["1.07", "1.73", "2.85"]
+
+
+def test_large_experts_shrink_on_a_cpu_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    case = layer.cases_of(layer.parse_options(["--shape", "gpt-oss-120b", "--device", "cpu", "--scenarios", "llep"]))[0]
+    assert (case.shape.hidden_size, case.full_shape.hidden_size, case.workload.tokens_per_rank) == (128, 2880, 4096)
+    assert "--hidden-size 2880 --intermediate-size 2880 runs them in full" in caplog.text
+    assert case_of("--shape", "gpt-oss-120b").shape.hidden_size == 32
+    tiny = layer.cases_of(layer.parse_options(["--device", "cpu"]))[0]
+    assert tiny.shape == tiny.full_shape
 
 
 def test_speed_ups_are_over_the_first_row_of_the_same_scenario() -> None:
