@@ -1,6 +1,7 @@
 """Starting the ranks of the process tests."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(num_ranks: int, directory: Path, device: str, timeout_s: float) -> list[dict[str, Any]]:
-    """Run `worker.py` on every rank and return what each saw; nothing is left running."""
+    """Run `worker.py` on every rank and return what each saw; the last may get killed, and nothing is left running."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -34,5 +35,6 @@ def run_ranks(num_ranks: int, directory: Path, device: str, timeout_s: float) ->
             process.kill()
             process.wait()
     logs = "\n".join((directory / f"rank{rank}.log").read_text() for rank in range(num_ranks))
-    assert codes == [0] * num_ranks, logs
+    assert codes[:-1] == [0] * (num_ranks - 1), logs
+    assert codes[-1] in (0, -signal.SIGKILL), logs
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(num_ranks)]
