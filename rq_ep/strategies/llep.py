@@ -18,6 +18,8 @@ from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.solver.certify import certify
 
+DEFAULT_MIN_TOKENS = 1024
+
 
 class Segment(NamedTuple):
     """Pairs `start` up to `end` of an expert, in the order of source ranks, computed on `rank`."""
@@ -34,15 +36,18 @@ class Llep:
     The fallback compares loads of ranks, as the authors' code and figures do; `fallback_on="expert"` is the formula
     that the paper prints. Segments of one expert on one rank are one borrowed replica, so no weight travels twice.
 
-    `auto` takes m and lambda from the cost of the layer, at break-even: an expert is worth moving for
-    m = transfer_s / pair_s pairs, as many as take as long to compute as it does to travel; a step is worth balancing if
-    its fullest rank exceeds the mean by one expert's travel, lambda = 1 + (transfer_s + latency_s) / (pair_s * mean).
+    `auto` decides by the cost of the layer. m: an expert is worth moving for transfer_s / pair_s pairs, which take as
+    long to compute as it does to travel; the default m is tried as well, and the shorter step is taken. lambda: a step
+    is balanced if that is modelled to be shorter than standard expert parallelism; it is not tried unless the fullest
+    rank exceeds the mean by one expert's travel, (transfer_s + latency_s) / (pair_s + 2 row_s) pairs.
     """
 
     name: ClassVar[str] = "llep"
 
     max_tokens_factor: float = 1.0  # alpha: a rank's capacity, in multiples of the mean load
-    min_tokens_per_gemm: int | Literal["auto"] = 1024  # m: a helper's room below this is not worth a matrix product
+    min_tokens_per_gemm: int | Literal["auto"] = (
+        DEFAULT_MIN_TOKENS  # m: a helper's room below this is not worth a matrix product
+    )
     fallback_ratio: float | Literal["auto"] = 1.3  # lambda: below this max/mean, standard expert parallelism
     fallback_on: Literal["rank", "expert"] = "rank"
     keep_small_excess: bool = False  # the paper's prose, not its algorithm: an excess below m stays on its home rank
@@ -70,19 +75,31 @@ class Llep:
         homes = homes_E.tolist()
         formats = [replicas.formats_P[p] for p in home_P_E.tolist()]
         resident = dict(zip(zip(replicas.ranks_P.tolist(), replicas.experts_P.tolist()), range(len(replicas))))
-        min_chunk, min_excess = self._thresholds(formats, cost)
+        min_chunks, min_excess = self._thresholds(formats, cost)
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
             loads_E = counts_RE.sum(axis=0)
-            pairs_RP = np.zeros((num_ranks, len(replicas)), np.int64)
-            pairs_RP[:, home_P_E] = counts_RE
             loads_R = np.bincount(homes_E, loads_E, minlength=num_ranks)
             compared = loads_R if self.fallback_on == "rank" else loads_E
             ratio = self.fallback_ratio
             if ratio == "auto":
                 ratio = 1 + min_excess * len(compared) / max(int(loads_E.sum()), 1)
             if num_ranks == 1 or imbalance(compared) < ratio:
-                return DispatchPlan(replicas, pairs_RP)
+                return DispatchPlan(replicas, at_home(counts_RE))
+            plans = [spread(counts_RE, loads_E, min_chunk) for min_chunk in min_chunks]
+            if self.fallback_ratio == "auto":
+                plans.append(DispatchPlan(replicas, at_home(counts_RE)))
+            if cost is None or len(plans) == 1:
+                return plans[0]
+            return min(plans, key=lambda plan: cost.step(plan).layer_s)
+
+        def at_home(counts_RE: IntArray) -> IntArray:
+            pairs_RP = np.zeros((num_ranks, len(replicas)), np.int64)
+            pairs_RP[:, home_P_E] = counts_RE
+            return pairs_RP
+
+        def spread(counts_RE: IntArray, loads_E: IntArray, min_chunk: int) -> DispatchPlan:
+            pairs_RP = at_home(counts_RE)
             capacity = int(self.max_tokens_factor * int(loads_E.sum()) / num_ranks)
             spilled = assign(loads_E.tolist(), homes, num_ranks, capacity, min_chunk, self.keep_small_excess)
             borrowed: dict[tuple[int, int], IntArray] = {}
@@ -106,17 +123,21 @@ class Llep:
 
         return plan
 
-    def _thresholds(self, formats: list[str], cost: LayerCost | None) -> tuple[int, float]:
-        """Pairs worth a chunk, and pairs above the mean worth balancing: of the dearest format of the layer."""
+    def _thresholds(self, formats: list[str], cost: LayerCost | None) -> tuple[tuple[int, ...], float]:
+        """Pairs worth a chunk, to be tried, and pairs above the mean worth balancing."""
         automatic = [name for name in ("min_tokens_per_gemm", "fallback_ratio") if getattr(self, name) == "auto"]
-        if not automatic:
-            return int(self.min_tokens_per_gemm), 0.0
-        if cost is None:
+        if automatic and cost is None:
             raise UserError(f"{automatic[0]} auto: needs the cost of the layer on a machine; give a number instead")
-        excess = max((cost.transfer_s[name] + cost.latency_s) / cost.pair_s[name] for name in set(formats))
+        excess = 0.0
+        if cost is not None:
+            excess = min(
+                (cost.transfer_s[name] + cost.latency_s) / (cost.pair_s[name] + 2 * cost.row_s) for name in formats
+            )
         if self.min_tokens_per_gemm != "auto":
-            return int(self.min_tokens_per_gemm), excess
-        return ceil(max(cost.transfer_s[name] / cost.pair_s[name] for name in set(formats))), excess
+            return (int(self.min_tokens_per_gemm),), excess
+        assert cost is not None
+        break_even = ceil(max(cost.transfer_s[name] / cost.pair_s[name] for name in formats))
+        return (break_even, DEFAULT_MIN_TOKENS), excess
 
 
 def assign(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rq_ep.core.cost import LayerCost
+from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance
@@ -11,6 +11,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
+from rq_ep.costs import MACHINES
 from rq_ep.strategies import make_strategy
 from rq_ep.strategies.llep import Llep, Segment, assign
 
@@ -105,7 +106,7 @@ def test_a_small_excess_stays_home_if_asked() -> None:
 
 
 def test_auto_breaks_even() -> None:
-    # An expert travels for as long as 100 pairs compute, 20 more with the latency: m = 100, lambda = 1 + 120 / mean.
+    # An expert travels for as long as 100 pairs compute, 20 more with the latency: above an excess of 120 it pays.
     cost = LayerCost({"bf16": 0.5}, {"bf16": 0.0}, {"bf16": 50.0}, row_s=0.0, latency_s=10.0)
     layer = contiguous(2, 2).layers[0]
     strategy = Llep(min_tokens_per_gemm="auto", fallback_ratio="auto")
@@ -113,18 +114,36 @@ def test_auto_breaks_even() -> None:
     for excess, mean in ((119, 200), (121, 200), (119, 5000), (121, 5000)):
         plan = planner(np.array([[mean + excess, 0], [0, mean - excess]]))
         assert bool(plan.transfers) == (excess > 120)
-    # Rooms of 60, 60 and 180: after the largest nobody has one worth a chunk, and the emptiest takes all of the rest.
-    layer = contiguous(4, 4).layers[0]
-    counts_RE = np.zeros((4, 4), np.int64)
-    counts_RE[0] = [600, 240, 240, 120]
-    plan = strategy.planner(layer, Topology(4), cost)(counts_RE)
-    assert [transfer.dst for transfer in plan.transfers if transfer.expert == 0] == [1, 3]
-    few = Llep(min_tokens_per_gemm=60).planner(layer, Topology(4))(counts_RE)
-    assert [transfer.dst for transfer in few.transfers if transfer.expert == 0] == [1, 2, 3]
     for name in ("min_tokens_per_gemm", "fallback_ratio"):
         with pytest.raises(UserError, match=f"{name} auto: needs the cost of the layer"):
             Llep(**{name: "auto"}).planner(layer, Topology(4))
-    assert not Llep(fallback_ratio="auto").planner(layer, Topology(4), cost)(np.zeros((4, 4), np.int64)).transfers
+    assert not Llep(fallback_ratio="auto").planner(layer, Topology(2), cost)(np.zeros((2, 2), np.int64)).transfers
+
+
+def test_auto_tries_the_break_even_chunk_and_the_default_one() -> None:
+    # Three small chunks balance perfectly; nobody has room for 1024, so each expert that spills moves to one rank.
+    layer = contiguous(4, 4).layers[0]
+    counts_RE = np.zeros((4, 4), np.int64)
+    counts_RE[0] = [600, 240, 240, 120]
+    loads = {}
+    for transfer_s in (50.0, 10.0):
+        cost = LayerCost({"bf16": 0.5}, {"bf16": 0.0}, {"bf16": transfer_s}, row_s=0.0, latency_s=10.0)
+        planner = Llep(min_tokens_per_gemm="auto").planner(layer, Topology(4), cost)
+        loads[transfer_s] = planner(counts_RE).loads_R.tolist()
+    assert loads == {50.0: [300, 360, 240, 300], 10.0: [300, 300, 300, 300]}
+
+
+@pytest.mark.parametrize("tokens", [64, 1024, 16384])
+def test_auto_is_never_modelled_to_be_longer_than_the_defaults_or_standard_ep(tokens: int) -> None:
+    cost = MACHINES["h200"].layer(LayerShape(2880, 2880, {"bf16": 2 * 3 * 2880**2}))
+    layer = contiguous(128, NUM_RANKS).layers[0]
+    settings = ({"min_tokens_per_gemm": "auto", "fallback_ratio": "auto"}, {}, {"fallback_ratio": 8.0})
+    planners = [Llep(**knobs).planner(layer, Topology(NUM_RANKS), cost) for knobs in settings]
+    for percent in (1, 15, 20, 30, 50, 80, 95):
+        for num_hot in (16, 4, 1):
+            counts_RE = scenario(128, NUM_RANKS * tokens * 4, percent, num_hot)
+            auto, *others = (cost.step(planner(counts_RE)).layer_s for planner in planners)
+            assert auto <= min(others)
 
 
 def test_intervals_are_rank_major() -> None:
