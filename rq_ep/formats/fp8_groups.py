@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rq_ep.formats.fp8 import DTYPE, LARGEST, Fp8
 from rq_ep.formats.quantized import Fields, Parts, Quantized
+from rq_ep.formats.unpack import e4m3_to_bf16
 
 
 @dataclass(frozen=True)
@@ -40,5 +41,9 @@ class Fp8Groups(Quantized):
         return {"numbers": numbers_OGI.flatten(1)[:, :num_in].to(DTYPE), "scale": scale_OG}
 
     def expand(self, parts: Parts, num_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        if dtype == torch.bfloat16 and num_in % self.group == 0:
+            weight = e4m3_to_bf16(parts["numbers"])
+            weight.view(*parts["scale"].shape, self.group).mul_(parts["scale"][..., None])
+            return weight, None
         scale = parts["scale"].repeat_interleave(self.group, 1)[:, :num_in]
         return (parts["numbers"].float() * scale).to(dtype), None

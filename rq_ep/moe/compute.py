@@ -1,47 +1,19 @@
 """Grouped expert computation: rows through the experts they are routed to, weighted and summed row by row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rq_ep.formats import ExpertLayout, Views, WeightFormat
 from rq_ep.moe.family import ExpertFamily
+from rq_ep.moe.kernels import Stack, multiply
 from rq_ep.parallel import Received
 
 # Bytes of intermediate results; more pairs than fit are computed one part after another.
 MAX_WORKSPACE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-_GROUPED_STRIDE_BYTES = 16  # what the grouped kernel wants strides to be multiples of
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Packed experts of one format in one buffer, uint8 [slots, nbytes]."""
-
-    format: WeightFormat
-    layout: ExpertLayout
-    packed: Tensor
-
-    @classmethod
-    def empty(cls, format_: WeightFormat, layout: ExpertLayout, num_slots: int, device: torch.device) -> "Stack":
-        shape = (num_slots, format_.nbytes(layout))
-        return cls(format_, layout, torch.zeros(shape, dtype=torch.uint8, device=device))
-
-    @cached_property
-    def views(self) -> Views:
-        """Tensors of all experts, [slots, ...]."""
-        return self.format.views(self.packed, self.layout)
-
-    @cached_property
-    def experts(self) -> tuple[Views, ...]:
-        """Tensors of each expert."""
-        return tuple(self.format.views(packed, self.layout) for packed in self.packed)
 
 
 class Share(NamedTuple):
@@ -73,46 +45,9 @@ def add_outputs(
     for start in range(0, len(row_N), step):
         rows = row_N[start : start + step]
         ends = (ends_G - start).clip(0, len(rows)).tolist()
-        up_NF = _linear(received.rows_MD[rows], share, ends, family.up)
-        out_ND = _linear(family.apply_gate(up_NF), share, ends, family.down)
+        up_NF = multiply(received.rows_MD[rows], share.stack, share.slots, ends, family.up)
+        out_ND = multiply(family.apply_gate(up_NF), share.stack, share.slots, ends, family.down)
         _add_rows(partial_MD, rows, out_ND.float().mul_(weight_N[start : start + step, None]))
-
-
-def _linear(x_ND: Tensor, share: Share, ends: Sequence[int], name: str) -> Tensor:
-    """Rows up to ends[0] through the first expert's matrix `name`, then up to ends[1] through the second's, ..."""
-    stack = share.stack
-    spans = list(pairwise([0, *ends]))
-    if sum(start < end for start, end in spans) > 1 and can_group(x_ND, stack, name):
-        return _grouped_linear(x_ND, share, ends, name)
-    parts = [
-        stack.format.linear(x_ND[start:end], stack.experts[slot], name, stack.layout)
-        for slot, (start, end) in zip(share.slots, spans, strict=True)
-        if start < end
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def can_group(x_ND: Tensor, stack: Stack, name: str) -> bool:
-    """Whether one grouped kernel computes a stack's experts: bf16, stored as computed, strides as it wants them."""
-    if not stack.format.is_native or not x_ND.dtype == stack.views[name].dtype == torch.bfloat16:
-        return False
-    if x_ND.device.type == "cuda" and torch.cuda.get_device_capability(x_ND.device) < (8, 0):
-        return False
-    return all(size * x_ND.dtype.itemsize % _GROUPED_STRIDE_BYTES == 0 for size in stack.layout.shapes[name])
-
-
-def _grouped_linear(x_ND: Tensor, share: Share, ends: Sequence[int], name: str) -> Tensor:
-    stack = share.stack
-    num_slots = len(stack.packed)
-    sizes_S = np.zeros(num_slots, np.int64)
-    sizes_S[list(share.slots)] = np.diff(ends, prepend=0)
-    ends_S = torch.from_numpy(sizes_S.cumsum().astype(np.int32)).to(x_ND.device, non_blocking=True)
-    weight = stack.views[name] if stack.layout.is_transposed else stack.views[name].transpose(1, 2)
-    out_NO = F.grouped_mm(x_ND, weight, offs=ends_S)
-    if (bias := stack.views.get(f"{name}_bias")) is not None:
-        sizes = torch.from_numpy(sizes_S).to(x_ND.device, non_blocking=True)
-        out_NO += torch.repeat_interleave(bias, sizes, 0, output_size=len(x_ND))
-    return out_NO
 
 
 def _gather(values_N: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from rq_ep.formats import FORMATS, is_intact
 from rq_ep.moe import LocalExperts, Telemetry
-from rq_ep.moe.compute import can_group
+from rq_ep.moe.kernels import can_group
 from rq_ep.parallel.base import count_pairs
 from tests.moe import cases
 from tests.moe.test_compute import FAMILIES, outputs, received_of, stack_of
@@ -44,7 +44,7 @@ def test_grouped_kernel_equals_the_loop(monkeypatch: pytest.MonkeyPatch, family:
     assert can_group(received.rows_MD, stack, family.up) == (torch.cuda.get_device_capability() >= (8, 0))
     grouped_MD = outputs(stack, family, received)
     assert all(torch.equal(grouped_MD, outputs(stack, family, received)) for _ in range(5)), "bits differ"
-    monkeypatch.setattr("rq_ep.moe.compute.can_group", lambda *_: False)
+    monkeypatch.setattr("rq_ep.moe.kernels.can_group", lambda *_: False)
     loop_MD = outputs(stack, family, received)
     assert (grouped_MD - loop_MD).norm() < 2e-2 * loop_MD.norm()
 

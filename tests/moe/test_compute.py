@@ -1,13 +1,16 @@
 """Grouped kernel, loop and parts of bounded size compute the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
-from rq_ep.moe.compute import Share, Stack, add_outputs, can_group
+from rq_ep.moe.compute import Share, Stack, add_outputs
+from rq_ep.moe.kernels import can_group
 from rq_ep.parallel import Received
 from tests.moe.cases import interleaved_gate, silu_gate
 
@@ -67,12 +70,12 @@ def test_grouped_kernel_equals_the_loop(
     monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
     grouped_MD = outputs(stack, family, received)
     assert bool(calls) == (sum(pairs > 0 for pairs in pairs_J) > 1)
-    monkeypatch.setattr("rq_ep.moe.compute.can_group", lambda *_: False)
+    monkeypatch.setattr("rq_ep.moe.kernels.can_group", lambda *_: False)
     loop_MD = outputs(stack, family, received)
     assert (grouped_MD - loop_MD).norm() < 2e-2 * loop_MD.norm()
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_bounded_workspace_gives_the_same_sums(name: str) -> None:
     family = FAMILIES["gated"]
     stack = stack_of(family, name)
@@ -88,6 +91,20 @@ def test_kernel_is_only_chosen_where_it_works() -> None:
     assert not can_group(x_ND, stack_of(FAMILIES["gated"], "int8"), "gate_up_proj")
     odd = ExpertFamily(ExpertLayout({"gate_up_proj": (2 * 33, D), "down_proj": (D, 33)}), silu_gate)
     assert not can_group(x_ND, stack_of(odd, "bf16"), "gate_up_proj")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("pairs_J", [[3, 0, 17, 1, 4], [40, 30, 0, 0, 50]], ids=str)
+@pytest.mark.parametrize("name", [name for name, format_ in FORMATS.items() if not format_.is_native])
+def test_low_bits_in_bf16_equal_the_dequantized_experts(name: str, family: ExpertFamily, pairs_J: list[int]) -> None:
+    stack = stack_of(family, name)
+    dequantized = Stack.empty(get_format("fp32"), family.layout, NUM_EXPERTS, CPU)
+    for expert, packed in zip(stack.experts, dequantized.packed, strict=True):
+        weights = {n: stack.format.dequantize(expert, n, family.layout, torch.float32) for n in family.layout.shapes}
+        packed.copy_(dequantized.format.pack(weights, family.layout))
+    received = received_of(pairs_J, 30, torch.bfloat16)
+    expected_MD = outputs(dequantized, family, replace(received, rows_MD=received.rows_MD.float()))
+    assert (outputs(stack, family, received) - expected_MD).norm() < 1e-2 * expected_MD.norm()
 
 
 def test_rows_that_repeat_are_added_in_a_fixed_order() -> None:
