@@ -1,9 +1,5 @@
 """The split of one step: as good as the linear programme, and dealt to sources without losing a pair."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -71,37 +67,6 @@ def test_many_steps_are_split_as_one_by_one() -> None:
         best = split(by_expert, totals_E)
         assert (best.fullest, best.cut) == (fullest, tuple(np.flatnonzero(cut_R).tolist()))
     assert len({tuple(cut_R) for cut_R in cuts_SR}) > 1
-
-
-PLAIN = """
-import numpy as np
-from rq_ep.core.topology import Topology
-from rq_ep.solver.deal import nearest_first
-from rq_ep.solver.split import ByExpert, split
-from tests.solver.instances import random_replicas, skewed
-
-for seed in range(12):
-    by_expert = ByExpert.of(random_replicas(24, 6, 15, seed), 6)
-    counts_RE = np.stack([skewed(24, 10 ** (seed % 6), 10 * seed + rank)[0] for rank in range(6)])
-    best = split(by_expert, counts_RE.sum(axis=0))
-    pairs_RP = nearest_first(by_expert, counts_RE, best.quotas_C, Topology(6, ranks_per_node=2))
-    print(best.fullest, best.cut, best.quotas_C.tolist(), pairs_RP.tolist())
-"""
-
-
-def test_compiled_and_plain_python_give_the_same_bits() -> None:
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", PLAIN],
-            env={**os.environ, "NUMBA_DISABLE_JIT": disabled},
-            check=True,
-            capture_output=True,
-            timeout=120,
-        ).stdout
-        for disabled in ("0", "1")
-    }
-    assert len(said) == 1
-    assert len(said.pop().splitlines()) == 12
 
 
 def test_sources_fill_their_own_replicas_first_then_those_of_their_node() -> None:
