@@ -10,7 +10,8 @@ def compiled(function: Function) -> Function:
     """Compile `function` on its first call, and keep the machine code beside the source for the next process.
 
     It must stay within what numba knows: NumPy arrays, numbers and tuples of them. Sums are not reordered, so that a
-    compiled function and a plain one give the same bits.
+    compiled function and a plain one give the same bits. Kept code is renewed when its own file changes, not when a
+    compiled function of another file does that it calls: delete `__pycache__` after changing one.
     """
     try:
         from numba import njit
