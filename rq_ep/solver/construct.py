@@ -1,155 +1,141 @@
-"""The placement solver: formats, homes, replicas and swaps inside a byte budget per rank over all layers.
+"""The placement solver: formats, homes, replicas and moves inside a byte budget per rank over all layers.
 
-Several ways to begin are tried, and the one with the best balance on the calibration steps is kept; standard EP's
-contiguous blocks are among them, so the result is never worse than these.
+Several ways to begin are tried on some of the steps, and the search goes on from the best. The result is never worse
+than standard EP's contiguous blocks or the candidates it is given.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import FloatArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement
-from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.topology import home_ranks
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.problem import PlacementProblem, contiguous
+from rq_ep.core.rules import Rules
 from rq_ep.solver.certify import certified
-from rq_ep.solver.cuts import LayerBalance, starting_sets
-from rq_ep.solver.fill import GOOD_ENOUGH, fill, promote
+from rq_ep.solver.draft import Draft, Ready, Start, start_of
+from rq_ep.solver.fill import promote
 from rq_ep.solver.homes import deal_homes
-from rq_ep.solver.improve import improve, trim
-from rq_ep.solver.precision import Formats, damage_LE, least_missed
+from rq_ep.solver.layer import GOOD_ENOUGH
+from rq_ep.solver.precision import damage_LE, low_experts
 from rq_ep.solver.steps import LayerSteps, calibration_steps
 
 BoolArray = npt.NDArray[np.bool_]
-UNLIMITED = 2**60
-NUM_ROUNDS = 2  # of filling and moving
-COST_OF_INEXACT = 5  # a move takes that much longer where sets of ranks are too many to list, so fewer are tried
+STEPS_TO_CHOOSE = 16  # enough to tell a good beginning from a bad one
+PROGRESS_AT_START = 0.1  # what the choice of a beginning is taken to be of the whole
 
 
-@dataclass
-class Draft:
-    """A placement being made: every expert has a home, and what is left of each rank's bytes."""
-
-    layers: list[LayerBalance]
-    low_LE: BoolArray
-    bytes_LE: IntArray
-    free_R: IntArray
-
-    @classmethod
-    def of(
-        cls,
-        problem: PlacementProblem,
-        steps: Sequence[LayerSteps],
-        formats: Formats,
-        homes_LE: IntArray,
-        low_LE: BoolArray,
-    ) -> "Draft":
-        num_ranks = problem.topology.num_ranks
-        sets_GR = starting_sets(num_ranks)
-        held_LER = homes_LE[:, :, None] == np.arange(num_ranks)
-        bytes_LE = formats.bytes_of(low_LE)
-        free_R = _budget(problem) - np.einsum("ler,le->r", held_LER, bytes_LE)
-        layers = [LayerBalance(layer, held_ER, sets_GR) for layer, held_ER in zip(steps, held_LER, strict=True)]
-        return cls(layers, low_LE.copy(), bytes_LE, free_R)
-
-    @property
-    def rating(self) -> tuple[float, int]:
-        """Lower is better: mean balance, taken as good enough below a threshold, then fewer experts in few bits."""
-        imbalance = float(np.mean([layer.refine() for layer in self.layers])) if self.layers else 1.0
-        return max(round(imbalance, 4), GOOD_ENOUGH), int(self.low_LE.sum())
-
-    def complete(self, max_moves: int, seed: int, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
-        """Replicas by gain, then moves; bytes that a balanced layer can spare serve the others in a second round."""
-        generator = np.random.default_rng(seed)
-        if not all(layer.is_exact for layer in self.layers):
-            max_moves //= COST_OF_INEXACT
-        for turn in range(NUM_ROUNDS):
-            if turn and any(layer.imbalance > GOOD_ENOUGH for layer in self.layers):
-                for layer, bytes_E in zip(self.layers, self.bytes_LE, strict=True):
-                    trim(layer, bytes_E, self.free_R)
-            fill(self.layers, self.bytes_LE, self.free_R)
-            for done, (layer, bytes_E) in enumerate(zip(self.layers, self.bytes_LE, strict=True)):
-                improve(layer, bytes_E, self.free_R, max_moves // NUM_ROUNDS, generator)
-                on_progress((turn + (done + 1) / len(self.layers)) / NUM_ROUNDS)
-        fill(self.layers, self.bytes_LE, self.free_R)
-
-
-def solve(problem: PlacementProblem, strategy: str, max_steps: int, max_moves: int) -> Placement:
+def solve(
+    problem: PlacementProblem,
+    strategy: str,
+    max_steps: int,
+    max_moves: int,
+    current: Placement | None = None,
+    candidates: Sequence[Sequence[LayerPlacement]] = (),
+) -> Placement:
     """Place every layer of `problem`.
 
     Args:
-        problem: statistics, ranks and limits.
+        problem: statistics, ranks, limits, and what to lower. With `time_limit_s` the best found until then.
         strategy: the name the placement will carry.
         max_steps: calibration steps to look at, spread over the record.
         max_moves: moves of replicas tried in each layer.
+        current: a placement of the same layers on as many ranks to begin from. It may lack experts, hold too much or
+            break rules (a rank was lost, its budget cut): homes are found and replicas given up first. Its formats
+            stay. Beyond that, no more than `problem.max_moved_bytes` are moved, and a move must gain more than
+            `problem.move_price` asks for its bytes.
+        candidates: layers of other placements that the result must not be worse than, and may begin from.
 
     Raises:
-        UserError: the budget is too small; the message says how many bytes would do.
+        UserError: the budget is too small (the message says how many bytes would do), or `current` has formats that
+            the problem may not use.
     """
     steps = calibration_steps(problem, max_steps)
-    formats = Formats.of(problem)
-    drafts = [
-        Draft.of(problem, steps, formats, homes_LE, low_LE) for homes_LE, low_LE in _starts(problem, steps, formats)
-    ]
-    for number, draft in enumerate(drafts):
-        draft.complete(max_moves // 4, problem.seed)
-        problem.on_progress((number + 1) / len(drafts) / 2)
-        if draft.rating[0] <= GOOD_ENOUGH:
+    ready = Ready.of(problem, max_moves, current)
+    if ready.current is not None:
+        best = _searched(ready, steps, _repaired(ready, steps, ready.current))
+    else:
+        known = (start_of(problem, ready.formats, layers) for layers in (contiguous(problem), *candidates))
+        plain = [start for start in known if start is not None and ready.keeps_limits(start)]
+        best = _searched(ready, steps, _best_start(ready, steps, [*plain, *_dealt(ready, steps)]))
+        for start in plain:
+            if Draft(ready, steps, start).rating < best.rating:
+                best = _searched(ready, steps, start)
+    held_LER = best.held_LER
+    if ready.formats.low and ready.current is None:
+        promote(held_LER, best.low_LE, damage_LE(problem.stats, ready.formats.low), ready.formats, best.free_R)
+    placement = certified(problem, strategy, steps, ready.formats, held_LER, best.low_LE)
+    problem.on_progress(1.0)
+    return placement
+
+
+def _searched(ready: Ready, steps: Sequence[LayerSteps], start: Start) -> Draft:
+    draft = Draft(ready, steps, start).fill()
+    rest = 0.99 - PROGRESS_AT_START  # the certificate is to come
+    draft.search(lambda fraction: ready.problem.on_progress(PROGRESS_AT_START + rest * fraction))
+    return draft
+
+
+def _best_start(ready: Ready, steps: Sequence[LayerSteps], starts: Sequence[Start]) -> Start:
+    """The start that fills up best on some of the steps; the plainest come first, and are taken if they will do."""
+    few = [layer.some(STEPS_TO_CHOOSE) for layer in steps]
+    ratings = []
+    for number, start in enumerate(starts):
+        ratings.append(Draft(ready, few, start).fill().rating)
+        ready.problem.on_progress(PROGRESS_AT_START * (number + 1) / len(starts))
+        if ratings[-1][0] <= GOOD_ENOUGH or ready.effort.is_over():
             break
-    best = min(drafts, key=lambda draft: draft.rating)
-    best.complete(max_moves, problem.seed, lambda fraction: problem.on_progress((1 + fraction) / 2))
-    if formats.low:
-        promote(best.layers, best.low_LE, damage_LE(problem.stats, formats.low), formats, best.free_R)
-    held_LER = np.stack([layer.held_ER for layer in best.layers])
-    return certified(problem, strategy, steps, formats, held_LER, best.low_LE)
+    return starts[ratings.index(min(ratings))]
 
 
-def _starts(
-    problem: PlacementProblem, steps: Sequence[LayerSteps], formats: Formats
-) -> list[tuple[IntArray, BoolArray]]:
-    """Homes and low experts to begin with, the plainest first."""
-    stats, num_ranks = problem.stats, problem.topology.num_ranks
-    budget_R = _budget(problem)
-    all_native_LE = np.zeros((stats.num_layers, stats.num_experts), bool)
+def _dealt(ready: Ready, steps: Sequence[LayerSteps]) -> list[Start]:
+    """Starts made anew: all experts native, or the least missed low; a `UserError` if none fits."""
+    problem, formats = ready.problem, ready.formats
     mean_LE = np.stack([layer.mean_E for layer in steps])
-    starts = []
-    homes_E = home_ranks(stats.num_experts, num_ranks)
-    if (np.bincount(homes_E, minlength=num_ranks) * stats.num_layers * formats.native_bytes <= budget_R).all():
-        starts.append((np.tile(homes_E, (stats.num_layers, 1)), all_native_LE))
-    options = [(all_native_LE, 1)]
+    options = [(np.zeros(mean_LE.shape, bool), 1)]
     if formats.low is not None and problem.budget_bytes_R is not None:
-        low_LE = _low_experts(problem, formats)
+        low_LE = low_experts(problem, formats)
         group = max(formats.native_bytes // (formats.native_bytes - formats.low_bytes), 1)
-        options += [(low_LE, number) for number in (1, group, group + 1)]
+        groups = (1, group, group + 1) if problem.rules == Rules() else (1,)  # rules leave no room for patterns
+        options += [(low_LE, number) for number in groups]
+    starts = []
     for low_LE, group in options:
-        homes_LE = deal_homes(mean_LE, low_LE, formats, budget_R, group)
-        if homes_LE is not None:
-            starts.append((homes_LE, low_LE))
+        held_LER = _homes(ready, mean_LE, low_LE, ready.budget_R, group)
+        if held_LER is not None:
+            starts.append(Start(held_LER, low_LE))
     if not starts:
-        raise UserError(_too_small(problem, formats, mean_LE, options[-1][0]))
+        raise UserError(_too_small(ready, mean_LE, options[-1][0]))
     return starts
 
 
-def _budget(problem: PlacementProblem) -> IntArray:
-    return np.array(problem.budget_bytes_R or [UNLIMITED] * problem.topology.num_ranks, np.int64)
+def _homes(
+    ready: Ready, mean_LE: FloatArray, low_LE: BoolArray, budget_R: npt.NDArray[np.int64], group: int
+) -> BoolArray | None:
+    """[L, E, R] a home for every expert, low ones dealt in groups where there are no rules; None if it does not fit."""
+    if ready.problem.rules != Rules():
+        return ready.homes(ready.fixed_LER, mean_LE, low_LE, budget_R)
+    homes_LE = deal_homes(mean_LE, low_LE, ready.formats, budget_R, group)
+    return None if homes_LE is None else homes_LE[:, :, None] == np.arange(len(budget_R))
 
 
-def _low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
-    assert formats.low is not None
-    damages_LE, pairs_LE = damage_LE(problem.stats, formats.low), problem.stats.counts.sum(axis=0)
-    share = problem.max_low_precision_share
-    return np.stack([least_missed(damage_E, pairs_E, share) for damage_E, pairs_E in zip(damages_LE, pairs_LE)])
+def _repaired(ready: Ready, steps: Sequence[LayerSteps], start: Start) -> Start:
+    """The start inside the limits, with a home for every expert."""
+    mean_LE = np.stack([layer.mean_E for layer in steps])
+    held_LER = ready.homes(start.held_LER, mean_LE, start.low_LE, ready.budget_R)
+    if held_LER is None:
+        raise UserError(_too_small(ready, mean_LE, start.low_LE))
+    return Start(held_LER, start.low_LE)
 
 
-def _too_small(problem: PlacementProblem, formats: Formats, mean_LE: FloatArray, low_LE: BoolArray) -> str:
+def _too_small(ready: Ready, mean_LE: FloatArray, low_LE: BoolArray) -> str:
     """What to tell the user: the bytes with which the homes alone fit."""
+    problem, formats = ready.problem, ready.formats
     assert problem.budget_bytes_R is not None
     num_ranks = problem.topology.num_ranks
     enough = -(-int(formats.bytes_of(low_LE).sum()) // num_ranks)
-    while deal_homes(mean_LE, low_LE, formats, np.full(num_ranks, enough), 1) is None:
+    while _homes(ready, mean_LE, low_LE, np.full(num_ranks, enough), 1) is None:
         enough += formats.low_bytes
     hint = "" if formats.low else ", or allow a smaller format with --formats and --max-low-precision-share"
     return (

@@ -2,142 +2,194 @@
 
 Experts whose replicas all lie in a set of ranks must be computed there, so some rank of the set carries at least the
 set's mean. The fullest rank of the best split is the maximum of these means over all sets (max-flow min-cut). Up to
-`MAX_RANKS_ENUMERATED` ranks every set is listed and the value is exact; beyond, sets are generated: those that the
-exact split returns as its proof. Adding or moving a replica changes a column, so it is priced in microseconds.
+`MAX_RANKS_ENUMERATED` ranks every set is listed and the value is exact; beyond, sets are listed as splits return them
+as their proof, and the value is a lower bound. A change of a few replicas changes few means, so it is priced in
+microseconds, and most changes are refused without any split.
 """
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray
-from rq_ep.solver.split import ByExpert, split
-from rq_ep.solver.steps import LayerSteps
-from rq_ep.solver.tables import replicas_of
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.solver.compiled import compiled
+from rq_ep.solver.flow import Index
 
 BoolArray = npt.NDArray[np.bool_]
 
 MAX_RANKS_ENUMERATED = 8
-SHARPNESS = 60.0  # of the soft maximum: sets within some 1/60 of the fullest count as well
-TINY = 1e-300
-EXPERTS_PRICED = 16  # experts whose gain is computed exactly, the first by their linear estimate
+MAX_CUTS = 512  # beside single ranks
 
 
-def starting_sets(num_ranks: int) -> BoolArray:
-    """[G, R] sets of ranks to begin with: all of them for few ranks, else single ranks, all but one, and all."""
-    if num_ranks <= MAX_RANKS_ENUMERATED:
-        numbers_G = np.arange(1, 2**num_ranks)
-        sets_GR: BoolArray = (numbers_G[:, None] >> np.arange(num_ranks)) % 2 == 1
-        return sets_GR
-    single = np.eye(num_ranks, dtype=bool)
-    return np.concatenate([single, ~single, np.ones((1, num_ranks), bool)])
+class Cuts(NamedTuple):
+    """Listed sets of ranks, G of them in arrays that have room for more, and what is confined to each.
 
-
-@dataclass
-class LayerBalance:
-    """The balance of one layer while it is being placed: who holds what, and the load confined to each set of ranks.
-
-    G sets of ranks; loads in units of the step's mean rank load.
+    Loads in units of the step's mean rank load.
     """
 
-    steps: LayerSteps
-    held_ER: BoolArray
-    sets_GR: BoolArray
-
-    def __post_init__(self) -> None:
-        self._recount()
-
-    def _recount(self) -> None:
-        self.outside_RG: FloatArray = (~self.sets_GR.T).astype(np.float64)
-        self.sizes_G: FloatArray = self.sets_GR.sum(axis=1).astype(np.float64)
-        self.confined_EG: FloatArray = self._confined(self.held_ER)
-        self.means_SG: FloatArray = self.steps.loads_SE @ (self.confined_EG / self.sizes_G)
-
-    def _confined(self, held_ER: BoolArray) -> FloatArray:
-        return np.asarray(held_ER @ self.outside_RG == 0, np.float64)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every set of ranks is listed."""
-        return len(self.sets_GR) == (1 << self.steps.num_ranks) - 1
-
-    @property
-    def imbalance(self) -> float:
-        """max/mean over ranks of the best split, mean over steps; over the listed sets, so a lower bound beyond."""
-        return _mean_maximum(self.means_SG)
-
-    def means_with(self, experts: list[int], held_nR: BoolArray) -> FloatArray:
-        """[S, G] the means if `experts` were held by the ranks of `held_nR` instead."""
-        change_nG = (self._confined(held_nR) - self.confined_EG[experts]) / self.sizes_G
-        means_SG: FloatArray = self.means_SG + self.steps.loads_SE[:, experts] @ change_nG
-        return means_SG
-
-    def imbalance_with(self, experts: list[int], held_nR: BoolArray) -> float:
-        return _mean_maximum(self.means_with(experts, held_nR))
-
-    def hold(self, experts: list[int], held_nR: BoolArray) -> None:
-        """Let `experts` be held by the ranks of `held_nR`."""
-        self.means_SG = self.means_with(experts, held_nR)
-        self.held_ER[experts] = held_nR
-        self.confined_EG[experts] = self._confined(held_nR)
-
-    def gains_ER(self, bytes_E: FloatArray) -> FloatArray:
-        """[E, R] fall of the soft maximum, per byte, if rank r also held expert e; 0 where that was not worth pricing.
-
-        The soft maximum log(sum(exp(SHARPNESS * mean))) / SHARPNESS sees sets that are second by little, so that two
-        equally overloaded ranks can be relieved one after the other.
-        """
-        gains_ER = np.zeros(self.held_ER.shape)
-        if not len(self.means_SG):
-            return gains_ER
-        loads_SE = self.steps.loads_SE
-        weight_SG = np.exp(SHARPNESS * (self.means_SG - self.means_SG.max(axis=1, keepdims=True)))
-        weight_SG /= weight_SG.sum(axis=1, keepdims=True)
-        pull_EG = (loads_SE.T @ weight_SG) * (self.confined_EG / self.sizes_G)
-        linear_E = (pull_EG @ self.outside_RG.T).max(axis=1) / bytes_E
-        for expert in np.argsort(-linear_E, kind="stable")[:EXPERTS_PRICED].tolist():
-            if linear_E[expert] <= 0:
-                break
-            confined_G = self.confined_EG[expert] > 0
-            kept_SG = weight_SG[:, confined_G]
-            left_SG = kept_SG * np.exp(-SHARPNESS * loads_SE[:, expert, None] / self.sizes_G[confined_G])
-            outside_RG = self.outside_RG[:, confined_G]
-            after_SR = weight_SG[:, ~confined_G].sum(axis=1)[:, None] + kept_SG @ (1 - outside_RG.T)
-            after_SR += left_SG @ outside_RG.T
-            gains_ER[expert] = -np.log(after_SR.clip(min=TINY)).mean(axis=0) / (SHARPNESS * bytes_E[expert])
-        gains_ER[self.held_ER] = 0  # not by the rounding of a sum either
-        return gains_ER
-
-    def refine(self, give_up_at: float = math.inf) -> float:
-        """Split every step exactly, list the sets that prove it, and return the exact imbalance.
-
-        Once the imbalance is known to reach `give_up_at`, the steps that are left are not split.
-        """
-        if self.is_exact or not len(self.means_SG):
-            return self.imbalance
-        num_ranks = self.steps.num_ranks
-        by_expert = ByExpert.of(replicas_of(self.held_ER), num_ranks)
-        listed_S = self.means_SG.max(axis=1)
-        exact = float(listed_S.mean())
-        cuts = set()
-        for counts_E, listed in zip(self.steps.counts_SE, listed_S.tolist(), strict=True):
-            best = split(by_expert, counts_E)
-            ratio = best.fullest * num_ranks / int(counts_E.sum())
-            exact += max(ratio - listed, 0) / len(listed_S)
-            if ratio > listed * 1.001:
-                cuts.add(best.cut)
-            if exact >= give_up_at:
-                break
-        if cuts:
-            new_GR = np.zeros((len(cuts), num_ranks), bool)
-            for row, cut in zip(new_GR, sorted(cuts), strict=True):
-                row[list(cut)] = True
-            self.sets_GR = np.unique(np.concatenate([self.sets_GR, new_GR]), axis=0)
-            self._recount()
-        return exact
+    outside_RG: npt.NDArray[np.int16]  # 1 where the set lacks the rank
+    sizes_G: FloatArray
+    missing_EG: npt.NDArray[np.int16]  # replicas of the expert outside the set; confined to it if 0
+    means_SG: FloatArray  # load confined to the set over its ranks
+    tops_S: FloatArray  # the largest mean of each step
+    at_S: IntArray  # and its set
+    num: IntArray  # [1] sets listed
 
 
-def _mean_maximum(means_SG: FloatArray) -> float:
-    return float(means_SG.max(axis=1).mean()) if len(means_SG) else 1.0
+def no_cuts(num_ranks: int, num_experts: int, num_steps: int) -> Cuts:
+    """An empty list with room for single ranks and `MAX_CUTS` more."""
+    room = num_ranks + MAX_CUTS
+    return Cuts(
+        np.zeros((num_ranks, room), np.int16), np.ones(room), np.zeros((num_experts, room), np.int16),
+        np.zeros((num_steps, room)), np.zeros(num_steps), np.zeros(num_steps, np.int64), np.zeros(1, np.int64),
+    )  # fmt: skip
+
+
+def starting_cuts(index: Index, loads_SE: FloatArray, num_ranks: int, found_NR: BoolArray) -> Cuts:
+    """All sets for few ranks; else single ranks, all of them together, and those of `found_NR`."""
+    cuts = no_cuts(num_ranks, loads_SE.shape[1], len(loads_SE))
+    if num_ranks <= MAX_RANKS_ENUMERATED:
+        sets_GR = (np.arange(1, 2**num_ranks)[:, None] >> np.arange(num_ranks)) % 2 == 1
+    else:
+        found = {row.tobytes(): row for row in found_NR if 1 < row.sum() < num_ranks}
+        some = list(found.values())[: MAX_CUTS // 2]
+        sets_GR = np.stack([*np.eye(num_ranks, dtype=bool), np.ones(num_ranks, bool), *some])
+    for set_R in sets_GR:
+        list_cut(cuts, index, loads_SE, set_R)
+    find_tops(cuts)
+    return cuts
+
+
+@compiled
+def list_cut(cuts: Cuts, index: Index, loads_SE: FloatArray, cut_R: BoolArray) -> None:
+    """Add a set; the caller finds the tops again."""
+    g = cuts.num[0]
+    size = 0
+    for rank in range(len(cut_R)):
+        cuts.outside_RG[rank, g] = 0 if cut_R[rank] else 1
+        size += 1 if cut_R[rank] else 0
+    cuts.sizes_G[g] = size
+    for expert in range(loads_SE.shape[1]):
+        missing = 0
+        for p in index.by_expert_P[index.first_E[expert] : index.first_E[expert + 1]]:
+            missing += cuts.outside_RG[index.ranks_P[p], g]
+        cuts.missing_EG[expert, g] = missing
+    for step in range(len(loads_SE)):
+        confined = 0.0
+        for expert in range(loads_SE.shape[1]):
+            if cuts.missing_EG[expert, g] == 0:
+                confined += loads_SE[step, expert]
+        cuts.means_SG[step, g] = confined / size
+    cuts.num[0] = g + 1
+
+
+@compiled
+def find_tops(cuts: Cuts) -> None:
+    """Note the largest mean of each step."""
+    for step in range(len(cuts.tops_S)):
+        best = 0
+        for g in range(cuts.num[0]):
+            if cuts.means_SG[step, g] > cuts.means_SG[step, best]:
+                best = g
+        cuts.at_S[step] = best
+        cuts.tops_S[step] = cuts.means_SG[step, best]
+
+
+@compiled
+def forget_cuts(cuts: Cuts, num_kept: int) -> None:
+    """Drop the half of the sets, the first `num_kept` aside, that come least close to being a step's largest."""
+    num = cuts.num[0]
+    closest_G = np.full(num, np.inf)
+    for step in range(len(cuts.tops_S)):
+        for g in range(num):
+            closest_G[g] = min(closest_G[g], cuts.tops_S[step] - cuts.means_SG[step, g])
+    closest_G[:num_kept] = -1.0
+    order = np.argsort(closest_G, kind="mergesort")[: num_kept + (num - num_kept) // 2]
+    order = np.sort(order)
+    for to in range(len(order)):
+        g = order[to]
+        cuts.sizes_G[to] = cuts.sizes_G[g]
+        cuts.outside_RG[:, to] = cuts.outside_RG[:, g]
+        cuts.missing_EG[:, to] = cuts.missing_EG[:, g]
+        cuts.means_SG[:, to] = cuts.means_SG[:, g]
+    cuts.num[0] = len(order)
+    find_tops(cuts)
+
+
+@compiled
+def change_signs(cuts: Cuts, expert: int, off: int, on: int, signs_G: npt.NDArray[np.int8]) -> None:
+    """For each set: 1 if the expert becomes confined to it, -1 if it is released, by leaving `off` and coming to `on`.
+
+    Args:
+        off: a rank, or -1.
+        on: a rank, or -1.
+        signs_G: overwritten.
+    """
+    for g in range(cuts.num[0]):
+        before = cuts.missing_EG[expert, g]
+        after = before
+        if off >= 0:
+            after -= cuts.outside_RG[off, g]
+        if on >= 0:
+            after += cuts.outside_RG[on, g]
+        signs_G[g] = (1 if after == 0 else 0) - (1 if before == 0 else 0)
+
+
+@compiled
+def price(
+    cuts: Cuts, loads_SE: FloatArray, experts_N: IntArray, off_N: IntArray, on_N: IntArray, values_S: FloatArray
+) -> None:
+    """Write each step's largest mean if N distinct experts left ranks `off_N` and came to `on_N` (-1: none)."""
+    num_experts, num = len(experts_N), cuts.num[0]
+    signs_NG = np.empty((num_experts, num), np.int8)
+    for n in range(num_experts):
+        change_signs(cuts, experts_N[n], off_N[n], on_N[n], signs_NG[n])
+    changed_C = np.empty(num, np.int64)
+    is_changed_G = np.zeros(num, np.bool_)
+    num_changed, num_raised = 0, 0
+    for raised in (True, False):  # the raised ones first: of the others a step need know only if its top is relieved
+        for g in range(num):
+            highest, lowest = 0, 0
+            for n in range(num_experts):
+                highest = max(highest, signs_NG[n, g])
+                lowest = min(lowest, signs_NG[n, g])
+            if (highest > 0) == raised and (raised or lowest < 0):
+                changed_C[num_changed] = g
+                num_changed += 1
+                is_changed_G[g] = True
+        if raised:
+            num_raised = num_changed
+    for step in range(len(values_S)):
+        value = cuts.tops_S[step]
+        num_seen = num_raised
+        if is_changed_G[cuts.at_S[step]]:
+            value = 0.0
+            num_seen = num_changed
+            for g in range(num):
+                if not is_changed_G[g]:
+                    value = max(value, cuts.means_SG[step, g])
+        for g in changed_C[:num_seen]:
+            change = 0.0
+            for n in range(num_experts):
+                change += signs_NG[n, g] * loads_SE[step, experts_N[n]]
+            value = max(value, cuts.means_SG[step, g] + change / cuts.sizes_G[g])
+        values_S[step] = value
+
+
+@compiled
+def change(cuts: Cuts, loads_SE: FloatArray, experts_N: IntArray, off_N: IntArray, on_N: IntArray) -> None:
+    """Let N distinct experts leave ranks `off_N` and come to `on_N` (-1: none)."""
+    signs_G = np.empty(cuts.num[0], np.int8)
+    for n in range(len(experts_N)):
+        expert = experts_N[n]
+        change_signs(cuts, expert, off_N[n], on_N[n], signs_G)
+        for g in range(cuts.num[0]):
+            if off_N[n] >= 0:
+                cuts.missing_EG[expert, g] -= cuts.outside_RG[off_N[n], g]
+            if on_N[n] >= 0:
+                cuts.missing_EG[expert, g] += cuts.outside_RG[on_N[n], g]
+            if signs_G[g] != 0:
+                for step in range(len(loads_SE)):
+                    cuts.means_SG[step, g] += signs_G[g] * loads_SE[step, expert] / cuts.sizes_G[g]
+    find_tops(cuts)

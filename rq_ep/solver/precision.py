@@ -9,6 +9,8 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 
+BoolArray = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Formats:
@@ -28,42 +30,80 @@ class Formats:
             low = None
         return cls(native, size[native], low, size[low] if low else size[native])
 
-    def bytes_of(self, low: npt.NDArray[np.bool_]) -> IntArray:
+    def bytes_of(self, low: BoolArray) -> IntArray:
         """Bytes of one replica of each expert, low ones marked."""
         return np.where(low, self.low_bytes, self.native_bytes)
 
-    def names_of(self, low_E: npt.NDArray[np.bool_]) -> list[str]:
+    def names_of(self, low_E: BoolArray) -> list[str]:
         return [self.low if low and self.low else self.native for low in low_E.tolist()]
 
 
 def damage_LE(stats: ExpertStats, low: str) -> FloatArray:
     """[L, E] expected loss of storing an expert low: what it contributes times its relative output error there.
 
-    Its contribution is its importance where that was measured, else its gate mass, else its pairs; an error nobody
-    measured is taken to be the same for all. How often an expert is used is not how much it matters.
+    An error nobody measured is taken to be the same for all. How often an expert is used is not how much it matters.
     """
-    contributions = (stats.importance, stats.gate_mass, stats.counts.sum(axis=0))
-    contribution_LE = next(array for array in contributions if array is not None).astype(np.float64)
+    contribution_LE = contributions_LE(stats)
     if stats.error is None:
         return contribution_LE
     damage: FloatArray = contribution_LE * stats.error[:, :, stats.formats.index(low)]
     return damage
 
 
-def least_missed(damage_E: FloatArray, pairs_E: IntArray, max_share: float) -> npt.NDArray[np.bool_]:
+def contributions_LE(stats: ExpertStats) -> FloatArray:
+    """[L, E] importance where that was measured, else gate mass, else pairs."""
+    measured = (stats.importance, stats.gate_mass, stats.counts.sum(axis=0))
+    return next(array for array in measured if array is not None).astype(np.float64)
+
+
+def low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
+    """[L, E] experts to store low: those missed least, up to the caps on pairs and on error, over all layers together.
+
+    Damage counts in shares of its layer's, so that layers whose outputs are larger are not spared for it.
+    """
+    stats = problem.stats
+    if formats.low is None:
+        return np.zeros((stats.num_layers, stats.num_experts), bool)
+    damages_LE = damage_LE(stats, formats.low)
+    damages_LE = damages_LE / np.maximum(damages_LE.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    pairs_LE = stats.counts.sum(axis=0)
+    errors_LE = error_LE(stats, formats.low) - error_LE(stats, formats.native)
+    max_error = np.inf if problem.max_error is None else problem.max_error - error_LE(stats, formats.native).sum()
+    share = problem.max_low_precision_share
+    low = least_missed(damages_LE.ravel(), pairs_LE.ravel(), share, errors_LE.ravel(), max_error)
+    return low.reshape(pairs_LE.shape)
+
+
+def error_LE(stats: ExpertStats, name: str) -> FloatArray:
+    """[L, E] what each expert adds to the importance-weighted mean of relative output errors, stored in this format."""
+    if stats.error is None:
+        return np.zeros(stats.counts.shape[1:])
+    contribution_LE = contributions_LE(stats)
+    added: FloatArray = contribution_LE * stats.error[:, :, stats.formats.index(name)]
+    return added / max(float(contribution_LE.sum()), np.finfo(np.float64).tiny)
+
+
+def least_missed(
+    damage_E: FloatArray,
+    pairs_E: IntArray,
+    max_share: float,
+    errors_E: FloatArray | None = None,
+    max_error: float = np.inf,
+) -> BoolArray:
     """[E] experts to store low, by rising damage, while both their pairs and their damage keep to `max_share` of all.
 
     An expert that would exceed it is skipped. The cap on damage keeps a rare expert that matters from being taken only
-    because its few pairs fit.
+    because its few pairs fit. `errors_E` of those taken add up to `max_error` at most.
     """
     low_E = np.zeros(len(damage_E), bool)
     allowed_pairs, allowed_damage = max_share * int(pairs_E.sum()), max_share * float(damage_E.sum())
-    pairs, damage = 0, 0.0
+    errors = np.zeros(len(damage_E)) if errors_E is None else errors_E
+    pairs, damage, error = 0, 0.0, 0.0
     if not allowed_pairs:
         return low_E
     for expert in np.lexsort((pairs_E, damage_E)).tolist():
-        if pairs + int(pairs_E[expert]) <= allowed_pairs and damage + damage_E[expert] <= allowed_damage:
+        more = (pairs + int(pairs_E[expert]), damage + float(damage_E[expert]), error + float(errors[expert]))
+        if more[0] <= allowed_pairs and more[1] <= allowed_damage and more[2] <= max_error:
             low_E[expert] = True
-            pairs += int(pairs_E[expert])
-            damage += float(damage_E[expert])
+            pairs, damage, error = more
     return low_E

@@ -17,6 +17,15 @@ class LayerSteps:
 
     counts_SE: IntArray
     num_ranks: int
+    phase_S: IntArray | None = None  # index into PHASES, where it was recorded
+
+    def some(self, num_steps: int) -> "LayerSteps":
+        """At most so many of these steps, at even distances."""
+        chosen = np.unique(np.linspace(0, max(len(self.counts_SE) - 1, 0), num_steps).astype(np.int64))
+        chosen = chosen[: len(self.counts_SE)]
+        return LayerSteps(
+            self.counts_SE[chosen], self.num_ranks, None if self.phase_S is None else self.phase_S[chosen]
+        )
 
     @cached_property
     def loads_SE(self) -> FloatArray:
@@ -60,8 +69,14 @@ def layer_steps(problem: PlacementProblem, chosen_S: IntArray) -> list[LayerStep
     counts_SLE = problem.stats.counts[chosen_S]
     if problem.tokens_per_step is not None:
         counts_SLE = _thin(counts_SLE, _tokens(problem.stats)[chosen_S], problem.tokens_per_step, problem.seed)
-    layers = (counts_SLE[:, layer] for layer in range(problem.stats.num_layers))
-    return [LayerSteps(counts_SE[counts_SE.any(axis=1)], problem.topology.num_ranks) for counts_SE in layers]
+    phase_S = None if problem.stats.phase is None else problem.stats.phase[chosen_S]
+    layers = []
+    for layer in range(problem.stats.num_layers):
+        counts_SE = counts_SLE[:, layer]
+        used_S = counts_SE.any(axis=1)
+        phases = None if phase_S is None else phase_S[used_S]
+        layers.append(LayerSteps(counts_SE[used_S], problem.topology.num_ranks, phases))
+    return layers
 
 
 def _thin(counts_SLE: IntArray, tokens_S: IntArray, tokens_per_step: int, seed: int) -> IntArray:

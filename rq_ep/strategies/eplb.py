@@ -1,6 +1,6 @@
 """EPLB, DeepSeek's balancer: replicate the experts with most load per replica, pack evenly, split evenly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 from typing import ClassVar
 
@@ -30,6 +30,10 @@ class Eplb:
     name: ClassVar[str] = "eplb"
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
+        return certify(problem, self.name, self.layers(problem), "even")
+
+    def layers(self, problem: PlacementProblem) -> list[LayerPlacement]:
+        """Replicas of every layer, with `problem.num_redundant_experts` more than experts in each."""
         stats, topology = problem.stats, problem.topology
         loads_LE = stats.counts.sum(axis=0).astype(np.float64)
         layers = []
@@ -44,7 +48,7 @@ class Eplb:
                 for expert, rank in _place_pool(loads_E, experts, ranks, extras):
                     replicas.append(Replica(rank, expert, stats.native_format))
             layers.append(LayerPlacement.even(layer, stats.num_experts, replicas))
-        return certify(problem, self.name, layers, "even")
+        return layers
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
@@ -57,6 +61,16 @@ class Eplb:
             return DispatchPlan(replicas, in_source_order(by_expert, counts_RE, quotas_C))
 
         return plan
+
+
+def eplb_candidates(problem: PlacementProblem) -> list[list[LayerPlacement]]:
+    """EPLB's layers with no extra replicas, and with as many as the smallest budget has room for."""
+    stats, num_ranks = problem.stats, problem.topology.num_ranks
+    numbers = {0}
+    if problem.budget_bytes_R is not None:
+        slots = min(problem.budget_bytes_R) // (stats.expert_bytes[stats.native_format] * stats.num_layers)
+        numbers.add(max(min(slots, stats.num_experts) * num_ranks - stats.num_experts, 0))
+    return [Eplb().layers(replace(problem, num_redundant_experts=number)) for number in sorted(numbers)]
 
 
 def _node_pools(

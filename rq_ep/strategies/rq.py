@@ -17,6 +17,7 @@ from rq_ep.solver.activate import activate_one
 from rq_ep.solver.construct import solve
 from rq_ep.solver.deal import nearest_first
 from rq_ep.solver.split import ByExpert, split
+from rq_ep.strategies.eplb import eplb_candidates
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,15 @@ class ReplicateQuantize:
     name: ClassVar[str] = "rq"
 
     max_steps: int = 64  # calibration steps the solver looks at, spread over the record
-    max_moves: int = 3000  # moves it tries in each layer
+    max_moves: int = 6000  # moves it tries in each layer
 
     def __post_init__(self) -> None:
         check_integer("max_steps", self.max_steps, 1)
         check_integer("max_moves", self.max_moves)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return solve(problem, self.name, self.max_steps, self.max_moves)
+        candidates = eplb_candidates(problem)
+        return solve(problem, self.name, self.max_steps, self.max_moves, current, candidates)
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas

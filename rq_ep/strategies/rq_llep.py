@@ -17,6 +17,7 @@ from rq_ep.solver.construct import solve
 from rq_ep.solver.deal import nearest_first
 from rq_ep.solver.lending import Lending
 from rq_ep.solver.split import ByExpert
+from rq_ep.strategies.eplb import eplb_candidates
 from rq_ep.strategies.rq import ReplicateQuantize
 
 
@@ -37,7 +38,7 @@ class ReplicateLend:
     transient_format: str | None = None  # that experts travel in; None: as they lie
     max_low_precision_share: float = 0.25  # of a step's pairs, computed in `transient_format`
     max_steps: int = 64  # as for `rq`
-    max_moves: int = 3000  # as for `rq`
+    max_moves: int = 6000  # as for `rq`
 
     def __post_init__(self) -> None:
         check_number("fallback_ratio", self.fallback_ratio)
@@ -50,7 +51,7 @@ class ReplicateLend:
         check_integer("max_moves", self.max_moves)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return solve(problem, self.name, self.max_steps, self.max_moves)
+        return solve(problem, self.name, self.max_steps, self.max_moves, current, eplb_candidates(problem))
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         if cost is not None and self.transient_format is not None and self.transient_format not in cost.transfer_s:

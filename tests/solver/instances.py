@@ -8,6 +8,7 @@ from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
+from rq_ep.solver.moves import Limits
 
 
 def random_replicas(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> Replicas:
@@ -57,3 +58,20 @@ def problem(
     if budget == "ep":
         budget = (standard_ep_bytes(stats, num_ranks),) * num_ranks
     return PlacementProblem(stats, Topology(num_ranks), budget, formats, **limits)  # type: ignore[arg-type]
+
+
+def random_held(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> np.ndarray:
+    """[E, R] the same as a table of who holds what."""
+    replicas = random_replicas(num_experts, num_ranks, num_extra, seed)
+    held_ER = np.zeros((num_experts, num_ranks), bool)
+    held_ER[replicas.experts_P, replicas.ranks_P] = True
+    return held_ER
+
+
+def no_limits(num_experts: int, num_ranks: int) -> Limits:
+    """Experts of one byte and as many bytes as one could want, no rules, nothing to move from."""
+    anywhere_ER = np.ones((num_experts, num_ranks), bool)
+    return Limits(
+        np.ones(num_experts, np.int64), np.full(num_ranks, 2**40), anywhere_ER, ~anywhere_ER,
+        np.zeros(num_ranks, np.int64), 1, anywhere_ER, 0.0, np.array([2**40]),
+    )  # fmt: skip

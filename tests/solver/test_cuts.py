@@ -1,77 +1,80 @@
-"""Balance seen through sets of ranks: equal to the split, cheap to price, and complete after refining."""
+"""Balance seen through sets of ranks: equal to the split where all are listed, and cheap to price."""
 
 import numpy as np
 import pytest
 
-from rq_ep.solver.cuts import MAX_RANKS_ENUMERATED, LayerBalance, starting_sets
+from rq_ep.solver.cuts import MAX_RANKS_ENUMERATED, Cuts, change, forget_cuts, price, starting_cuts
+from rq_ep.solver.layer import LayerSplit
 from rq_ep.solver.steps import LayerSteps
-from tests.solver.instances import best_maximum, random_replicas, skewed
+from tests.solver.instances import random_held, skewed
 
 
-def balance_of(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> LayerBalance:
-    replicas = random_replicas(num_experts, num_ranks, num_extra, seed)
-    held_ER = np.zeros((num_experts, num_ranks), bool)
-    held_ER[replicas.experts_P, replicas.ranks_P] = True
+def layer_of(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> LayerSplit:
     steps = LayerSteps(skewed(num_experts, 10**6, seed, num_steps=6), num_ranks)
-    return LayerBalance(steps, held_ER, starting_sets(num_ranks))
+    return LayerSplit.of(steps.loads_SE, random_held(num_experts, num_ranks, num_extra, seed))
 
 
-def optimum(balance: LayerBalance) -> float:
-    """Mean over steps of the best split's max/mean, by HiGHS."""
-    num_ranks = balance.steps.num_ranks
-    from rq_ep.solver.tables import replicas_of
-
-    replicas = replicas_of(balance.held_ER)
-    ratios = [
-        best_maximum(replicas, totals_E, num_ranks) * num_ranks / totals_E.sum() for totals_E in balance.steps.counts_SE
-    ]
-    return float(np.mean(ratios))
+def cuts_of(layer: LayerSplit, found_NR: np.ndarray | None = None) -> Cuts:
+    num_ranks = layer.loads_SR.shape[1]
+    if found_NR is None:
+        found_NR = np.zeros((0, num_ranks), bool)
+    return starting_cuts(layer.index, layer.loads_SE, num_ranks, found_NR)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 7])
 def test_the_worst_set_of_ranks_says_what_the_best_split_attains(num_ranks: int) -> None:
     assert num_ranks <= MAX_RANKS_ENUMERATED
     for seed in range(5):
-        balance = balance_of(12, num_ranks, 2 * (num_ranks - 1), seed)
-        assert balance.is_exact
-        assert balance.imbalance == pytest.approx(optimum(balance), rel=1e-6)
+        layer = layer_of(12, num_ranks, 2 * (num_ranks - 1), seed)
+        np.testing.assert_allclose(cuts_of(layer).tops_S, layer.values_S, atol=2e-5)
 
 
-def test_beyond_enumeration_refining_reaches_the_exact_value() -> None:
-    balance = balance_of(24, MAX_RANKS_ENUMERATED + 4, 14, seed=2)
-    assert not balance.is_exact
-    before = balance.imbalance
-    exact = balance.refine()
-    assert exact == pytest.approx(optimum(balance), rel=1e-3)
-    assert before <= exact
-    assert balance.imbalance == pytest.approx(exact, rel=2e-3)
+def test_the_sets_that_a_split_returns_prove_it() -> None:
+    layer = layer_of(24, MAX_RANKS_ENUMERATED + 4, 14, seed=2)
+    assert (cuts_of(layer).tops_S < layer.values_S - 1e-3).any()
+    again = LayerSplit.of(layer.loads_SE, layer.held_ER)
+    again.quotas_SP[:], again.loads_SR[:] = 0, 0
+    again.quotas_SP[:, again.index.by_expert_P[again.index.first_E[:-1]]] = again.loads_SE
+    for loads_R, quotas_P in zip(again.loads_SR, again.quotas_SP, strict=True):
+        np.add.at(loads_R, again.index.ranks_P, quotas_P)
+    cuts_SR = again.settle()  # from the worst split to the best: every step finds its proof
+    np.testing.assert_allclose(again.values_S, layer.values_S, atol=2e-5)
+    np.testing.assert_allclose(cuts_of(again, cuts_SR).tops_S, layer.values_S, atol=2e-5)
 
 
-def test_a_change_is_priced_as_it_turns_out() -> None:
-    balance = balance_of(12, 4, 5, seed=0)
-    held_2R = np.array([[True, False, True, False], [False, True, False, False]])
-    priced = balance.imbalance_with([3, 7], held_2R)
-    assert priced != pytest.approx(balance.imbalance)
-    balance.hold([3, 7], held_2R)
-    assert balance.imbalance == pytest.approx(priced)
-    rebuilt = LayerBalance(balance.steps, balance.held_ER.copy(), balance.sets_GR)
-    assert rebuilt.imbalance == pytest.approx(priced)
+@pytest.mark.parametrize("num_ranks", [4, 12])
+def test_a_change_is_priced_as_it_turns_out(num_ranks: int) -> None:
+    layer = layer_of(16, num_ranks, 9, seed=0)
+    held_ER = layer.held_ER
+    cuts = cuts_of(layer, layer.settle())
+    one, two = 3, 7
+    off, on = int(np.flatnonzero(held_ER[one])[0]), int(np.flatnonzero(~held_ER[one])[0])
+    added = int(np.flatnonzero(~held_ER[two])[0])
+    move = np.array([one, two]), np.array([off, -1]), np.array([on, added])
+    priced_S = np.empty_like(layer.values_S)
+    price(cuts, layer.loads_SE, *move, priced_S)
+    change(cuts, layer.loads_SE, *move)
+    np.testing.assert_allclose(cuts.tops_S, priced_S, atol=1e-12)
+    held_ER[one, off], held_ER[one, on], held_ER[two, added] = False, True, True
+    rebuilt = LayerSplit.of(layer.loads_SE, held_ER)
+    num = int(cuts.num[0])
+    sets_GR = cuts.outside_RG[:, :num].T == 0
+    fresh = cuts_of(rebuilt, sets_GR)
+    np.testing.assert_allclose(fresh.tops_S, priced_S, atol=1e-9)
+    assert (priced_S <= rebuilt.values_S + 2e-5).all()
 
 
-def test_the_largest_gain_is_a_replica_of_the_hot_expert_on_an_idle_rank() -> None:
-    counts_SE = np.tile([500, 100, 100, 100, 100, 20], (3, 1))
-    held_ER = np.eye(3, dtype=bool)[[0, 0, 1, 1, 2, 2]]
-    balance = LayerBalance(LayerSteps(counts_SE, 3), held_ER, starting_sets(3))
-    gains_ER = balance.gains_ER(np.full(6, 1000.0))
-    assert np.unravel_index(gains_ER.argmax(), gains_ER.shape) == (0, 2)
-    assert not gains_ER[held_ER].any()
-    # A byte that buys twice as much is worth twice as much.
-    np.testing.assert_allclose(balance.gains_ER(np.full(6, 500.0)), 2 * gains_ER)
+def test_of_sets_too_many_those_stay_that_come_close() -> None:
+    layer = layer_of(24, 12, 14, seed=1)
+    generator = np.random.default_rng(0)
+    cuts = cuts_of(layer, np.concatenate([layer.settle(), generator.random((80, 12)) < 0.5]))
+    before, tops_S = int(cuts.num[0]), cuts.tops_S.copy()
+    forget_cuts(cuts, 12)
+    assert cuts.num[0] == 12 + (before - 12) // 2
+    np.testing.assert_array_equal(cuts.tops_S, tops_S)
 
 
-def test_no_steps_no_gains() -> None:
-    balance = LayerBalance(
-        LayerSteps(np.zeros((0, 4), np.int64), 2), np.eye(2, dtype=bool)[[0, 0, 1, 1]], starting_sets(2)
-    )
-    assert balance.imbalance == balance.refine() == 1.0
-    assert not balance.gains_ER(np.ones(4)).any()
+def test_no_steps() -> None:
+    layer = LayerSplit.of(np.zeros((0, 4)), random_held(4, 2, 0, seed=0))
+    assert layer.value == 1.0
+    assert not len(cuts_of(layer).tops_S)
