@@ -27,6 +27,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a step")
     parser.add_argument(
+        "--experts", metavar="DIR",
+        help="experts written by `rq-ep quantize`: measure the error of their formats on these",
+    )  # fmt: skip
+    parser.add_argument(
         "--importance", default="output", metavar="NAME",
         help="what makes an expert important: output (default: gate weight x norm of its output), gate-mass, load, "
         "wanda, or drop (what the answers lose without it: a pass over the text for every expert)",
@@ -62,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             sequence_length=args.sequence_length,
             max_tokens=args.max_tokens,
+            packed_experts=args.experts,
             importance=args.importance,
             measure_kl=args.measure_kl,
             sensitivity_tokens=args.sensitivity_tokens,

@@ -42,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--machine", metavar="FILE",
         help="predict the compute that is measured, by the file of `rq-ep profile`, and print the error",
     )  # fmt: skip
+    parser.add_argument("--experts", metavar="DIR", help="quantized experts written by `rq-ep quantize`")
     parser.add_argument(
         "--greedy-tokens", type=int, default=32, metavar="N",
         help="length of the greedy continuations compared with the dense model's (default 32; 0: none)",
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
             device=args.device,
             seed=args.seed,
             machine=machine,
+            packed_experts=args.experts,
             noise_floor=not args.no_noise_floor,
             greedy_tokens=args.greedy_tokens,
             progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),

@@ -1,11 +1,13 @@
 """Calibration: run a little text, and learn each expert's load, step by step, and how much low bits would hurt it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rq_ep.core.arrays import FloatArray
@@ -16,6 +18,7 @@ from rq_ep.formats import get_format
 from rq_ep.model.divergence import Divergence, dropped_LE, quantized_LEQ
 from rq_ep.model.importance import IMPORTANCES, wanda_E
 from rq_ep.model.listen import Progress, Subject, listen
+from rq_ep.model.packed import PackedExperts
 from rq_ep.model.recorder import LayerRecord
 from rq_ep.model.routes import RouteLog
 from rq_ep.model.seam import ExpertsModule
@@ -36,6 +39,7 @@ def calibrate(
     importance: str = "output",
     measure_kl: bool = False,
     sensitivity_tokens: int = 2048,
+    packed_experts: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -61,6 +65,8 @@ def calibrate(
         measure_kl: also measure what each expert's formats do to the model's answers, a pass for each of them; `place`
             then goes by this instead of importance and error. For small models.
         sensitivity_tokens: tokens of such a pass, at least one batch.
+        packed_experts: directory that `rq-ep quantize` wrote: the error of a format is measured on these experts, where
+            they are there, instead of on weights rounded to the nearest.
         dtype: to compute in; default: as the weights are stored.
         device: auto, cpu or cuda; a model in memory stays where it is.
         seed: chooses the places that windows of text are taken from.
@@ -83,6 +89,11 @@ def calibrate(
             raise UserError("--trace: layers of an encoder and a decoder see different tokens; leave it out")
         check_writable(trace_path)
     routes = None if trace_path is None else RouteLog()
+    prepared = None
+    if packed_experts is not None:
+        if subject.identity is None:
+            raise UserError("--experts: the model was not loaded from a checkpoint directory")
+        prepared = PackedExperts.open(packed_experts, subject.identity)
     heard = listen(
         subject, texts, tokenizer=tokenizer, batch_size=batch_size, sequence_length=sequence_length,
         max_tokens=max_tokens, seed=seed, routes=routes, progress=progress,
@@ -96,7 +107,8 @@ def calibrate(
     error_LEQ = np.zeros((len(experts), num_experts, len(names)))  # of the native format: none
     for i, (found, record) in enumerate(zip(experts, records, strict=True)):
         if others:
-            error_LEQ[i, :, 1:] = output_errors(found.module, layout, record.kept_rows(), others)
+            packed = partial(_packed, prepared, found.layer)
+            error_LEQ[i, :, 1:] = output_errors(found.module, layout, record.kept_rows(), others, packed)
         progress("formats", i + 1, len(experts))
     asks_again = importance == "drop" or (measure_kl and bool(others))
     num_batches = max(1, sensitivity_tokens // (batch_size * sequence_length))
@@ -132,6 +144,10 @@ def calibrate(
         domains=heard.windows.domains,
         source="calibration",
     )
+
+
+def _packed(prepared: PackedExperts | None, layer: int, expert: int, name: str) -> Tensor | None:
+    return None if prepared is None else prepared.packed(layer, expert, name)
 
 
 def _importance_LE(

@@ -105,6 +105,7 @@ def compare(
     device: str = "auto",
     seed: int = 0,
     machine: CostModel | None = None,
+    packed_experts: str | Path | None = None,
     noise_floor: bool = True,
     greedy_tokens: int = 32,
     progress: Progress = lambda stage, done, total: None,
@@ -128,6 +129,7 @@ def compare(
         device: auto, cpu or cuda.
         seed: chooses the places that windows of text are taken from.
         machine: predicts the seconds that are measured.
+        packed_experts: directory that `rq-ep quantize` wrote, as in `load`.
         noise_floor: also compare the dense model in bf16 with itself in fp32, which takes a further copy of it.
         greedy_tokens: length of the greedy continuations that are compared, of at most 16 windows; 0: none.
         progress: called with (stage, done, total) while it runs.
@@ -161,7 +163,7 @@ def compare(
         telemetry = Telemetry(clock=time.thread_time if dense.device.type == "cpu" else None)
         model = load(
             path, placement, contender.strategy, num_local_ranks=num_ranks, dtype=dtype, device=device,
-            telemetry=telemetry,
+            telemetry=telemetry, packed_experts=packed_experts,
         )  # fmt: skip
         runs.append(_Run(contender.label, model, telemetry, cost))
     noise = _Noise.of(path, dtype, dense.device) if noise_floor else None

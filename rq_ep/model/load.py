@@ -22,6 +22,7 @@ from rq_ep.model.checkpoint import read_config
 from rq_ep.model.dense import empty_model, fill
 from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
+from rq_ep.model.packed import PackedExperts
 from rq_ep.model.placing import check_layers, choose_strategy, layer_cost, place_uniformly
 from rq_ep.model.ranks import Ranks
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
@@ -56,6 +57,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str = "auto",
     attn_implementation: str | None = None,
+    packed_experts: str | Path | None = None,
     machine: CostModel | str | None = None,
     telemetry: Telemetry | None = None,
     max_tokens: int | None = None,
@@ -80,6 +82,8 @@ def load(
             a placement the experts are stored in it too; those of a placement are stored in its formats.
         device: auto, cpu or cuda, where no group decides it.
         attn_implementation: as in transformers.
+        packed_experts: directory that `rq-ep quantize` wrote; an expert that is not there in its format is quantized
+            now, each weight rounded to the nearest.
         machine: what strategies weigh moving weights against balance with, or its name or file (`rq_ep.costs`), the
             same on every rank; default: they go by their settings alone.
         telemetry: told about every call of every MoE layer.
@@ -97,8 +101,8 @@ def load(
     ranks = Ranks.of(group, num_local_ranks, device)
     return ranks.together(
         lambda: _load(
-            path, placement, strategy, ranks, dtype, attn_implementation, machine, telemetry, max_tokens,
-            max_dispatch_bytes,
+            path, placement, strategy, ranks, dtype, attn_implementation, packed_experts, machine, telemetry,
+            max_tokens, max_dispatch_bytes,
         )
     )  # fmt: skip
 
@@ -110,6 +114,7 @@ def _load(
     ranks: Ranks,
     dtype: str | torch.dtype | None,
     attn_implementation: str | None,
+    packed_experts: str | Path | None,
     machine: CostModel | str | None,
     telemetry: Telemetry | None,
     max_tokens: int | None,
@@ -125,6 +130,7 @@ def _load(
     identity = model_identity(path)
     if placement is not None:
         placement.check_serves(identity, ranks.num_ranks)
+    prepared = None if packed_experts is None else PackedExperts.open(packed_experts, identity)
 
     model = empty_model(path, config, serving_dtype, attn_implementation)
     experts = find_expert_modules(model)
@@ -150,7 +156,7 @@ def _load(
     layers = _replace_experts(
         model, experts, placement, strategy, ranks, machine, telemetry, needed.borrowed, max_dispatch_bytes
     )
-    _read_experts(reader, experts, layers, ranks)
+    _read_experts(reader, prepared, experts, layers, ranks)
     fill(model, reader, serving_dtype, ranks.device)
     assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
     report = LoadReport(placement, strategy, layers, telemetry, checkpoint.bytes_read, resident, needed)
@@ -213,26 +219,30 @@ def _banks(layer: EPExperts | LocalExperts) -> tuple[ExpertBank, ...]:
 
 def _read_experts(
     reader: WeightReader,
+    prepared: PackedExperts | None,
     experts: Sequence[ExpertsModule],
     layers: Sequence[EPExperts | LocalExperts],
     ranks: Ranks,
 ) -> None:
-    """Read, pack and store this process' replicas, one expert at a time; packing happens where it will lie."""
+    """Read and store this process' replicas, one by one; what is not packed yet is packed where it will lie."""
     replicas = [
-        (module.name, expert, bank)
+        (module, expert, bank)
         for module, layer in zip(experts, layers, strict=True)
         for bank in _banks(layer)
         for expert in bank.experts
     ]
     console = Console(stderr=True)
     is_shown = 0 in ranks.here and console.is_terminal
-    for name, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
-        stored = reader.stored_expert(name, expert, bank.format_of(expert).name)
-        if stored is not None:
-            bank.put_packed(expert, stored.to(ranks.device))
-            continue
-        weights = reader.expert(name, expert)
-        bank.put(expert, {tensor: weight.to(ranks.device) for tensor, weight in weights.items()})
+    for module, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
+        format_ = bank.format_of(expert).name
+        packed = reader.stored_expert(module.name, expert, format_)
+        if packed is None and prepared is not None:
+            packed = prepared.packed(module.layer, expert, format_)
+        if packed is None:
+            weights = reader.expert(module.name, expert)
+            bank.put(expert, {tensor: weight.to(ranks.device) for tensor, weight in weights.items()})
+        else:
+            bank.put_packed(expert, packed.to(ranks.device))
 
 
 def _finish(model: Any, path: str | Path, ranks: Ranks, report: LoadReport) -> None:

@@ -1,6 +1,6 @@
 """How much an expert's output suffers when its weights are stored in fewer bits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from rq_ep.formats import ExpertLayout, WeightFormat
 
 @torch.no_grad()
 def output_errors(
-    module: nn.Module, layout: ExpertLayout, rows: Sequence[Tensor], formats: Sequence[WeightFormat]
+    module: nn.Module,
+    layout: ExpertLayout,
+    rows: Sequence[Tensor],
+    formats: Sequence[WeightFormat],
+    packed: Callable[[int, str], Tensor | None] = lambda expert, name: None,
 ) -> FloatArray:
     """Relative output error of each expert of a layer in each format, computed in fp32.
 
@@ -24,6 +28,8 @@ def output_errors(
         layout: of one of its experts.
         rows: [E] inputs [n, D] of each expert.
         formats: the Q formats to measure, at least one.
+        packed: (expert, format name) -> the expert as it was packed in advance; None where each weight is to be rounded
+            to the nearest.
 
     Returns:
         [E, Q].
@@ -49,8 +55,10 @@ def output_errors(
     for format_ in formats:
         rounded = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
         for expert in range(len(rows)):
-            packed = format_.pack({name: parameter[expert] for name, parameter in parameters.items()}, layout)
-            views = format_.views(packed, layout)
+            buffer = packed(expert, format_.name)
+            if buffer is None:
+                buffer = format_.pack({name: parameter[expert] for name, parameter in parameters.items()}, layout)
+            views = format_.views(buffer.to(device), layout)
             for name, parameter in rounded.items():
                 parameter[expert] = format_.dequantize(views, name, layout, torch.float32)
         errors.append((squares_E(outputs(rounded) - exact_ND) / size_E).sqrt())

@@ -1,0 +1,96 @@
+"""Experts quantized in advance: a directory with a file for each MoE layer, written by `rq-ep quantize`.
+
+A file holds packed experts, uint8, keyed "EXPERT.FORMAT". It is written whole or not at all, so that quantizing can go
+on where it was stopped; reading touches only the experts that are asked for.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.files import replacing
+from rq_ep.core.stats import ModelIdentity
+
+FORMAT = "rq_ep.experts/1"
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """A directory of packed experts of one model."""
+
+    path: Path
+    model: ModelIdentity
+
+    @classmethod
+    def open(cls, path: str | Path, model: ModelIdentity) -> "PackedExperts":
+        """
+        Args:
+            path: the directory.
+            model: whose experts are wanted.
+
+        Raises:
+            UserError: no such directory, or nothing in it.
+        """
+        found = cls(Path(path), model)
+        if not any(found.path.glob("layer-*.safetensors")):
+            raise UserError(
+                f"--experts {path}: no quantized experts there; write them with `rq-ep quantize --out {path}`"
+            )
+        return found
+
+    def packed(self, layer: int, expert: int, format_name: str) -> Tensor | None:
+        """An expert as it was packed, uint8 [nbytes]; None if it was not quantized to this format.
+
+        Raises:
+            UserError: the layer's file is damaged, or of another model.
+        """
+        file = self.file(layer)
+        key = f"{expert}.{format_name}"
+        if not file.exists() or key not in self._read(file)[1]:
+            return None
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                packed: Tensor = tensors.get_tensor(key)
+                return packed
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: cut short or damaged ({error}): quantize the model again") from None
+
+    def has(self, layer: int, how: Mapping[str, str]) -> bool:
+        """Whether a layer was written for this model with the settings `how`."""
+        file = self.file(layer)
+        return file.exists() and self._read(file)[0] == how
+
+    def write(self, layer: int, how: Mapping[str, str], experts: Mapping[tuple[int, str], Tensor]) -> None:
+        """Write a layer's experts, (expert, format) -> uint8 [nbytes]."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": FORMAT, "model": json.dumps([self.model.id, self.model.hash]), "how": json.dumps(how)}
+        tensors = {f"{expert}.{name}": packed.cpu() for (expert, name), packed in experts.items()}
+        with replacing(self.file(layer)) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    def file(self, layer: int) -> Path:
+        """Where the experts of a layer, by its index in the model, lie."""
+        return self.path / f"layer-{layer:05d}.safetensors"
+
+    def _read(self, file: Path) -> tuple[dict[str, str], frozenset[str]]:
+        """How a file was made, and the keys in it."""
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                metadata, keys = tensors.metadata() or {}, frozenset(tensors.keys())
+            found = metadata.get("format")
+            if found == FORMAT:
+                model, how = ModelIdentity(*json.loads(metadata["model"])), json.loads(metadata["how"])
+        except UserError:
+            raise
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: cut short, damaged or foreign ({error}): quantize the model again") from None
+        if found != FORMAT:
+            raise UserError(f"{file}: format is {found!r:.60}, expected {FORMAT!r}")
+        self.model.check(model, str(file))
+        return how, keys

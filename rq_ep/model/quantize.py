@@ -1,0 +1,116 @@
+"""Quantizing experts in advance: rounded with regard to the inputs they meet, layer by layer, into a directory."""
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.placement import Placement
+from rq_ep.formats import get_format
+from rq_ep.model.listen import Progress, Subject, listen
+from rq_ep.model.packed import PackedExperts
+from rq_ep.model.placing import check_layers
+from rq_ep.model.rounding import ROUNDINGS
+from rq_ep.model.windows import Texts
+
+
+@torch.no_grad()
+def quantize(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    *,
+    formats: Sequence[str] | None = None,
+    placement: Placement | None = None,
+    rounding: str = "nearest",
+    texts: Texts | None = None,
+    max_tokens: int = 32_768,
+    batch_size: int = 8,
+    sequence_length: int = 128,
+    dtype: torch.dtype | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> PackedExperts:
+    """Write a model's experts in low-bit formats; layers that are there already, made in the same way, are kept.
+
+    Args:
+        model: checkpoint directory, or a model loaded from one.
+        out: directory to write to.
+        formats: every expert in each of these; default: what `placement` asks for.
+        placement: only the experts that it stores in low bits, in its formats.
+        rounding: one of `rounding.ROUNDINGS`; `calibrated` needs text.
+        texts: what the experts are to meet; see `windows.read_texts`.
+        max_tokens: tokens to run in all.
+        batch_size: sequences in a batch.
+        sequence_length: tokens in a sequence.
+        dtype: to compute in; default: as the weights are stored.
+        device: auto, cpu or cuda.
+        seed: chooses the places that windows of text are taken from.
+        progress: called with (stage, done, total) while it runs.
+
+    Raises:
+        UserError: nothing to quantize, no text to calibrate on, a model or a placement that does not fit.
+    """
+    round_expert = ROUNDINGS[check_choice("--rounding", rounding, ROUNDINGS)]
+    if (formats is None) == (placement is None):
+        raise UserError("give either --formats, for all experts, or --placement, for those it stores in low bits")
+    if rounding != "nearest" and texts is None:
+        raise UserError(
+            f"--rounding {rounding} needs --text: give text of the kind you will serve, or round to nearest"
+        )
+    subject = Subject.open(model, dtype, device)
+    if subject.identity is None:
+        raise UserError("quantize: the model was not loaded from a checkpoint directory")
+    wanted = _wanted(subject, formats, placement)
+    how = {"rounding": rounding, "seed": str(seed), "max_tokens": str(max_tokens), "wanted": _digest(wanted)}
+    packed = PackedExperts(Path(out), subject.identity)
+    missing = [at for at, found in enumerate(subject.experts) if wanted[at] and not packed.has(found.layer, how)]
+    rows_LE: Mapping[int, list[Tensor]] = {}
+    if missing and rounding != "nearest":
+        assert texts is not None
+        heard = listen(
+            subject, texts, max_tokens=max_tokens, batch_size=batch_size, sequence_length=sequence_length, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        rows_LE = {at: heard.records[at].kept_rows() for at in missing}
+    for done, at in enumerate(missing):
+        progress("quantizing", done, len(missing))
+        found = subject.experts[at]
+        experts = {}
+        for expert, name in wanted[at]:
+            weights = {tensor: parameter[expert] for tensor, parameter in found.module.named_parameters()}
+            rows_ND = rows_LE[at][expert] if rows_LE else None
+            experts[expert, name] = round_expert(get_format(name), weights, rows_ND, subject.family)
+        packed.write(found.layer, how, experts)
+    progress("quantizing", len(missing), len(missing))
+    return packed
+
+
+Wanted = list[list[tuple[int, str]]]  # [L] (expert, format) to be written
+
+
+def _wanted(subject: Subject, formats: Sequence[str] | None, placement: Placement | None) -> Wanted:
+    native = get_format(subject.native).name
+    if placement is None:
+        names = [name for name in dict.fromkeys(formats or ()) if get_format(name).name != native]
+        if not names:
+            raise UserError(f"--formats {','.join(formats or ())}: name a format other than the stored one, {native}")
+        return [[(expert, name) for expert in range(found.num_experts) for name in names] for found in subject.experts]
+    assert subject.identity is not None
+    placement.check_serves(subject.identity, placement.topology.num_ranks)
+    check_layers(placement, subject.experts)
+    wanted = [
+        sorted({(replica.expert, replica.format) for replica in layer.replicas if replica.format != native})
+        for layer in placement.layers
+    ]
+    if not any(wanted):
+        raise UserError(f"--placement: all replicas are in {native}, as the checkpoint has them: nothing to quantize")
+    return wanted
+
+
+def _digest(wanted: Wanted) -> str:
+    return sha256(repr(wanted).encode()).hexdigest()[:16]
