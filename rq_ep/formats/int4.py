@@ -36,17 +36,20 @@ class Int4(Quantized):
         return {"codes": ((num_out, -(-num_in // 2)), torch.uint8), "scale": ((num_out, num_groups), torch.bfloat16)}
 
     def quantize(self, weight_OI: Tensor) -> Parts:
-        num_out, num_in = weight_OI.shape
-        grouped_OGI = F.pad(weight_OI, (0, -num_in % self.group)).view(num_out, -1, self.group)
-        scale_OG = self.scales(grouped_OGI)
-        levels_OI = to_levels(grouped_OGI, scale_OG[..., None]).view(num_out, -1)[:, :num_in]
+        scale_OG = self.scales(weight_OI)
+        levels_OI = to_levels(weight_OI, self.spread(scale_OG, weight_OI.shape[1]))
         return {"codes": pack_levels(levels_OI), "scale": scale_OG}
 
-    @staticmethod
-    def scales(grouped_OGI: Tensor) -> Tensor:
-        """bf16 [out, groups] for weights [out, groups, group]."""
+    def scales(self, weight_OI: Tensor) -> Tensor:
+        """bf16 [out, groups]: what makes the largest weight of a group level -8."""
+        num_out, num_in = weight_OI.shape
+        grouped_OGI = F.pad(weight_OI, (0, -num_in % self.group)).view(num_out, -1, self.group)
         extreme = grouped_OGI.gather(2, grouped_OGI.abs().argmax(2, keepdim=True)).squeeze(2)
         return (extreme / -8).to(torch.bfloat16)
+
+    def spread(self, scale_OG: Tensor, num_in: int) -> Tensor:
+        """The scale of every weight, fp32 [out, in]."""
+        return scale_OG.float().repeat_interleave(self.group, 1)[:, :num_in]
 
     def expand(self, parts: Parts, num_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         codes, scale = parts["codes"], parts["scale"]
@@ -54,13 +57,12 @@ class Int4(Quantized):
         if dtype == torch.bfloat16 and codes.device.type == "cpu" and num_in % group == group % 2 == 0:
             return int4_to_bf16(codes.view(*scale.shape, group // 2), scale), None
         levels = nibbles(codes)[:, :num_in].to(torch.float32).sub_(OFFSET)
-        return levels.mul_(scale.float().repeat_interleave(self.group, 1)[:, :num_in]).to(dtype), None
+        return levels.mul_(self.spread(scale, num_in)).to(dtype), None
 
 
 def to_levels(weight: Tensor, scale: Tensor) -> Tensor:
     """The nearest level, -8 .. 7, as float; 0 where the scale is 0."""
-    scale = scale.float()
-    return (weight / torch.where(scale == 0, 1, scale)).round_().clamp_(-8, 7)
+    return (weight / torch.where(scale == 0, torch.inf, scale)).round_().clamp_(-8, 7)
 
 
 def pack_levels(levels_OI: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""Rounding to int4 that knows the inputs: GPTQ (Frantar et al., arXiv 2210.17323).
+
+Rounding one weight leaves an error in the output; GPTQ moves it onto the weights not yet rounded, as far as their
+inputs go with its own. Scales and bytes are those of round-to-nearest: whoever computes with the result need not know.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rq_ep.core.errors import UserError
+from rq_ep.formats.int4 import Int4, pack_levels, to_levels
+from rq_ep.formats.layout import ExpertLayout
+from rq_ep.formats.quantized import check_finite
+
+DAMPING = 0.01  # of the mean second moment, added to each input's: the paper's
+_BLOCK = 128  # inputs; errors reach those behind a block in one product
+
+
+def second_moments(x_NI: Tensor) -> Tensor:
+    """What `calibrated` needs of rows [N, in]: fp32 [in, in], the sum of x x^T. Those of several batches add up."""
+    x_NI = x_NI.float()
+    return x_NI.T @ x_NI
+
+
+def calibrated(
+    format_: Int4,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    layout: ExpertLayout,
+    damping: float = DAMPING,
+) -> Tensor:
+    """Pack one expert with rounding fitted to its inputs: uint8 [nbytes], as `format_.pack` would, only of less error.
+
+    An output channel keeps nearest rounding where that is better on these inputs. The format's `max_error` bounds the
+    scales' steps as before, but a weight may be several steps from where it was.
+
+    Args:
+        format_: of the result.
+        weights: its tensors, named and shaped as in the layout.
+        moments: of each matrix's inputs, see `second_moments`.
+        layout: tensors of one expert.
+        damping: share of the mean second moment that is added to each input's own.
+
+    Raises:
+        UserError: weights or moments are not finite or misshapen, or no row reached this expert.
+    """
+    layout.check(weights)
+    matrices = {}
+    for name in layout.matrices:
+        weight = weights[name].T if layout.is_transposed else weights[name]
+        check_finite(name, weight)
+        _check_moments(name, moments, layout)
+        weight_OI = weight.float().contiguous()
+        scale_OG = format_.scales(weight_OI)
+        scale_OI = format_.spread(scale_OG, weight_OI.shape[1])
+        levels_OI = _fitted_levels(weight_OI, scale_OI, moments[name], damping)
+        matrices[name] = {"codes": pack_levels(levels_OI), "scale": scale_OG}
+    return format_.pack_parts(matrices, weights, layout)
+
+
+def _check_moments(name: str, moments: Mapping[str, Tensor], layout: ExpertLayout) -> None:
+    num_in = layout.matrix_shape(name)[1]
+    found = tuple(moments[name].shape) if name in moments else None
+    if found != (num_in, num_in):
+        raise UserError(f"second moments of the inputs of {name!r}: {(num_in, num_in)} expected, not {found}")
+    if not moments[name].isfinite().all():
+        raise UserError(f"the inputs of {name!r} are infinite or undefined: check the model")
+    if not moments[name].any():
+        raise UserError(f"no calibration row reached {name!r} of an expert: give more text, or leave it as it is")
+
+
+def _fitted_levels(weight_OI: Tensor, scale_OI: Tensor, moment_II: Tensor, damping: float) -> Tensor:
+    nearest_OI = to_levels(weight_OI, scale_OI)
+    fitted_OI = _gptq(weight_OI, scale_OI, moment_II, damping)
+    errors_2O = [
+        torch.einsum("oi,ij,oj->o", difference, moment_II.float(), difference)
+        for levels_OI in (nearest_OI, fitted_OI)
+        for difference in [weight_OI - levels_OI * scale_OI]
+    ]
+    return torch.where((errors_2O[1] < errors_2O[0])[:, None], fitted_OI, nearest_OI)
+
+
+def _gptq(weight_OI: Tensor, scale_OI: Tensor, moment_II: Tensor, damping: float) -> Tensor:
+    """Levels [out, in] as float. The inputs of largest moment come first: most others are left to correct for them."""
+    hessian_II = moment_II.double()
+    diagonal_I = hessian_II.diagonal()
+    order = diagonal_I.argsort(descending=True, stable=True)
+    hessian_II = hessian_II[order][:, order]
+    hessian_II.diagonal().add_(damping * diagonal_I.mean())
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
+    upper_II = torch.linalg.cholesky(inverse_II, upper=True).float()
+
+    weight_OI, scale_OI = weight_OI[:, order], scale_OI[:, order]
+    levels_OI = torch.empty_like(weight_OI)
+    for start in range(0, len(order), _BLOCK):
+        end = min(start + _BLOCK, len(order))
+        errors_OB = weight_OI.new_empty(len(weight_OI), end - start)
+        for i in range(start, end):
+            levels_OI[:, i] = to_levels(weight_OI[:, i], scale_OI[:, i])
+            error_O = (weight_OI[:, i] - levels_OI[:, i] * scale_OI[:, i]) / upper_II[i, i]
+            weight_OI[:, i + 1 : end] -= error_O[:, None] * upper_II[i, i + 1 : end]
+            errors_OB[:, i - start] = error_O
+        weight_OI[:, end:] -= errors_OB @ upper_II[start:end, end:]
+    return levels_OI[:, order.argsort()]
