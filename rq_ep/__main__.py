@@ -24,6 +24,10 @@ COMMANDS = {
         "run text through a model; write each expert's load and sensitivity to low bits",
         "--model runs/tiny --text runs/tiny/text/train --out runs/stats.safetensors",
     ),
+    "quantize": Command(
+        "write experts in low-bit formats, once, for calibrate, eval and serve to load",
+        "--model runs/tiny --formats int4_g32 --out runs/experts",
+    ),
     "place": Command(
         "choose replicas, formats and ranks inside a byte budget; print the bound beside the result",
         "--stats runs/stats.safetensors --num-ranks 4 --budget ep --out runs/placement.json",
@@ -39,6 +43,10 @@ COMMANDS = {
     "profile": Command(
         "time experts, links and planning on this machine; write the figures that price plans",
         "--model runs/tiny --out runs/profile.json",
+    ),
+    "convert": Command(
+        "turn other engines' expert statistics into ours, and placements into theirs or back",
+        "runs/placement.json --to sglang --out runs/init_expert_location.json",
     ),
     "env": Command("say what this machine has: devices, backends, versions", "--json"),
 }

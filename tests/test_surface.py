@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 FROZEN_OPTIONS = {
     "tiny-model": {"--out", "--family", "--steps", "--seed"},
     "calibrate": {"--model", "--text", "--out"},
+    "quantize": {"--model", "--out", "--formats", "--placement", "--rounding", "--text", "--max-tokens"},
     "place": {
         "--stats", "--num-ranks", "--ranks-per-node", "--budget", "--formats", "--strategy",
         "--max-low-precision-share", "--tokens-per-step", "--num-redundant-experts", "--out",
@@ -27,6 +28,10 @@ FROZEN_OPTIONS = {
     "simulate": {"--stats", "--placement", "--strategies", "--num-ranks"},
     "eval": {"--model", "--placement", "--text"},
     "profile": {"--out", "--model", "--formats", "--device", "--dtype"},
+    "convert": {
+        "--from", "--to", "--out", "--expert-bytes", "--native-format", "--layers", "--top-k", "--num-ranks", "--stats",
+        "--num-model-layers",
+    },
     "env": set(),
 }  # fmt: skip
 
