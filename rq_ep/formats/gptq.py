@@ -92,15 +92,15 @@ def _gptq(weight_OI: Tensor, scale_OI: Tensor, moment_II: Tensor, damping: float
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
     upper_II = torch.linalg.cholesky(inverse_II, upper=True).float()
 
-    weight_OI, scale_OI = weight_OI[:, order], scale_OI[:, order]
-    levels_OI = torch.empty_like(weight_OI)
+    # Transposed, an input's weights lie side by side.
+    weight_IO, scale_IO = weight_OI.T[order], scale_OI.T[order]
+    levels_IO = torch.empty_like(weight_IO)
     for start in range(0, len(order), _BLOCK):
         end = min(start + _BLOCK, len(order))
-        errors_OB = weight_OI.new_empty(len(weight_OI), end - start)
+        errors_BO = torch.empty_like(weight_IO[start:end])
         for i in range(start, end):
-            levels_OI[:, i] = to_levels(weight_OI[:, i], scale_OI[:, i])
-            error_O = (weight_OI[:, i] - levels_OI[:, i] * scale_OI[:, i]) / upper_II[i, i]
-            weight_OI[:, i + 1 : end] -= error_O[:, None] * upper_II[i, i + 1 : end]
-            errors_OB[:, i - start] = error_O
-        weight_OI[:, end:] -= errors_OB @ upper_II[start:end, end:]
-    return levels_OI[:, order.argsort()]
+            levels_IO[i] = to_levels(weight_IO[i], scale_IO[i])
+            errors_BO[i - start] = (weight_IO[i] - levels_IO[i] * scale_IO[i]) / upper_II[i, i]
+            weight_IO[i + 1 : end].addr_(upper_II[i, i + 1 : end], errors_BO[i - start], alpha=-1)
+        weight_IO[end:].addmm_(upper_II[start:end, end:].T, errors_BO, alpha=-1)
+    return levels_IO[order.argsort()].T
