@@ -26,7 +26,7 @@ from bench.case import Case, Contestant
 from bench.facts import facts
 from bench.figure import draw
 from bench.measure import measure
-from bench.peers import PEERS
+from bench.peers import LOGGED, PEERS
 from bench.report import show
 from bench.shapes import SHAPES, Shape, shape_name
 from bench.workloads import GRAMMAR, PAPER_SCENARIOS, parse
@@ -68,6 +68,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--set", action="append", default=[], metavar="NAME.SETTING=VALUE", help="a strategy's setting, repeatable")
     add("--peers", default="", help=f"other layers in the same run, under a launcher: {', '.join(PEERS)}")
+    add("--comm-log", action="store_true", help=f"have DeepSpeed log communication of its peers: {', '.join(LOGGED)}")
     add("--formats", help="formats rq may use, native first; default: the dtype's own")
     add("--machine", help=f"add modelled links and layers: {', '.join(MACHINES)}, or a file, as in `rq-ep simulate`")
     add("--dtype", choices=DTYPES, default="bfloat16")
@@ -98,6 +99,8 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         check_writable(path)
     for name in parse_names(args.peers):
         check_choice("peer", name, PEERS)
+    if args.comm_log and not set(parse_names(args.peers)) & set(LOGGED):
+        raise UserError(f"--comm-log: sees only what DeepSpeed sends; add --peers {LOGGED[1]}")
     shape = SHAPES[shape_name(args.shape)]
     if own_device(args.device).type == "cpu":
         shape = _affordable(shape, args)
@@ -215,7 +218,8 @@ def _run(args: argparse.Namespace, cases: list[Case], group: EPGroup, topology: 
     rows = []
     for case in cases:
         name = case.workload.name
-        found = measure(case, group, topology, {key: build for key, (_, build) in peers.items()})
+        logged = [key for key in peers if key in LOGGED] if args.comm_log else []
+        found = measure(case, group, topology, {key: build for key, (_, build) in peers.items()}, logged)
         for row in found:
             label = peers[row["strategy"]][0] if row["strategy"] in peers else row["strategy"]
             rows.append({"scenario": name, "repeats_experts": case.workload.repeats_experts, "label": label, **row})

@@ -1,7 +1,7 @@
 """Running the contestants: the same rows, routing, weights and kernels in turn; only the plan differs."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bench.case import NUM_BATCHES, Batch, Case
 from bench.peers import Peer
+from bench.peers.comm_log import communication
 from bench.planned import Planned
 from bench.rows import OwnFigures, rows_of
 from rq_ep.core.arrays import FloatArray
@@ -46,8 +47,18 @@ class WatchedExchange(Exchange):
         return trip
 
 
-def measure(case: Case, group: EPGroup, topology: Topology, peers: Mapping[str, Peer]) -> list[dict[str, Any]]:
-    """Run every contestant in turn, A B C then C B A, on the same batches; returns a row for each, on rank 0."""
+def measure(
+    case: Case, group: EPGroup, topology: Topology, peers: Mapping[str, Peer], logged: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Run every contestant in turn, A B C then C B A, on the same batches; returns a row for each, on rank 0.
+
+    Args:
+        case: what to measure.
+        group: the ranks; every one calls this.
+        topology: their nodes.
+        peers: other people's layers, by name.
+        logged: those peers whose communication is logged afterwards, in calls that are not timed.
+    """
     # Rank 0 places for all: ranks of one process would do it one after another.
     mine_to_tell = None if group.rank else _place(case, group, topology)
     placements: dict[str, LayerPlacement] = group.all_gather_object(mine_to_tell)[0]
@@ -58,6 +69,7 @@ def measure(case: Case, group: EPGroup, topology: Topology, peers: Mapping[str, 
     batches = [case.batch(step, group.rank, group.size, group.device) for step in range(NUM_BATCHES)]
     timings = _time_rounds(case, layers, batches, group)
     mine = {name: _own_figures(case, layer, np.array(timings[name]), batches[0]) for name, layer in layers.items()}
+    logs = {name: communication(layers[name], batches[0]) for name in logged}
     gathered = group.all_gather_object(mine)
     if group.rank:
         return []
@@ -66,7 +78,10 @@ def measure(case: Case, group: EPGroup, topology: Topology, peers: Mapping[str, 
         name: Planned.of(case, name, placements[name], topology, routes) if name in placements else None
         for name in layers
     }
-    return rows_of(case, planned, gathered, has_wall=group.backend != "local")
+    rows = rows_of(case, planned, gathered, has_wall=group.backend != "local")
+    for row in rows:
+        row["communication"] = logs.get(row["strategy"])
+    return rows
 
 
 def _place(case: Case, group: EPGroup, topology: Topology) -> dict[str, LayerPlacement]:

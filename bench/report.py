@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 def show(result: Mapping[str, Any]) -> None:
     """Print a table for each scenario and, if there are several, the speed-ups side by side."""
-    console = Console(width=max(170, Console().width))
+    console = Console(width=max(185, Console().width))
     scenarios = list(dict.fromkeys(row["scenario"] for row in result["rows"]))
     for scenario in scenarios:
         rows = [row for row in result["rows"] if row["scenario"] == scenario]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from bench.case import Case
+from bench.peers.deepspeed_autoep import deepspeed_autoep
 from bench.peers.deepspeed_moe import deepspeed_moe
 from bench.peers.transformers_ep import transformers_ep
 from rq_ep.parallel import EPGroup
@@ -14,4 +15,6 @@ Peer = Callable[[Case, EPGroup], nn.Module]  # forward(hidden_TD, topk_ids_TK, t
 PEERS: dict[str, tuple[str, Peer]] = {  # name -> label in tables, constructor
     "transformers": ("transformers EP (all-to-all)", transformers_ep),
     "deepspeed": ("DeepSpeed MoE (capacity-padded EP)", deepspeed_moe),
+    "autoep": ("DeepSpeed AutoEP", deepspeed_autoep),
 }
+LOGGED = ("deepspeed", "autoep")  # those that DeepSpeed's communication logger sees

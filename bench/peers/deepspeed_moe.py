@@ -7,10 +7,10 @@ times the real rows.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.case import Case
+from bench.peers.deepspeed_start import start_deepspeed
 from rq_ep.core.errors import UserError
 from rq_ep.parallel import EPGroup
 
@@ -71,24 +71,13 @@ def deepspeed_moe(case: Case, group: EPGroup) -> nn.Module:
     Raises:
         UserError: DeepSpeed is not installed, or cannot run this case.
     """
-    experts, top_k = case.shape.num_experts, case.shape.top_k
-    if group.backend == "local":
-        raise UserError("--peers deepspeed: needs processes; start it with torchrun, without --local-ranks")
     if case.workload.repeats_experts:
         raise UserError(
             "--peers deepspeed: its gate names an expert once in a token; use a scenario that does, such as balanced"
         )
-    if experts % group.size:
-        raise UserError(f"--peers deepspeed: {experts} experts do not divide by {group.size} ranks")
-    try:
-        import deepspeed
-        from deepspeed.moe.layer import MoE
-    except ImportError:
-        raise UserError('--peers deepspeed: not installed; pip install "rq_ep[deepspeed]"') from None
-    if group.device.type == "cpu":  # it would compile an op that gloo does not need
-        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    moe = MoE(
+    deepspeed = start_deepspeed("deepspeed", case, group)
+    experts, top_k = case.shape.num_experts, case.shape.top_k
+    moe = deepspeed.moe.layer.MoE(
         case.shape.hidden_size,
         Expert(case, group.device),
         experts,

@@ -11,6 +11,7 @@ import torch
 
 from bench import layer, report
 from bench.case import Case
+from bench.peers.comm_log import NUM_CALLS
 from bench.planned import Planned, rows_sent
 from rq_ep.core.errors import UserError
 from rq_ep.core.topology import Topology
@@ -146,15 +147,20 @@ def test_peers_run_beside_ours(tmp_path: Path) -> None:
         "1",
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "bench/layer.py"]
-    command += [*options, "--peers", "transformers,deepspeed", "--strategies", "standard,rq", "--json", str(out)]
+    command += [*options, "--peers", "transformers,deepspeed,autoep", "--comm-log"]
+    command += ["--strategies", "standard,rq", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, timeout=150, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     rows = {row["strategy"]: row for row in result["rows"]}
     assert result["ranks_per_node"] == 1
-    assert list(rows) == ["standard", "rq", "transformers", "deepspeed"]
+    assert list(rows) == ["standard", "rq", "transformers", "deepspeed", "autoep"]
     assert rows["deepspeed"]["label"] == "DeepSpeed MoE (capacity-padded EP)"
-    for name in ("transformers", "deepspeed"):
+    for name in ("deepspeed", "autoep"):
+        messages = rows[name]["communication"]["all_to_all_single"].values()
+        assert sum(message["count"] for message in messages) >= 2 * NUM_CALLS  # rows there and back
+    assert rows["rq"]["communication"] is None
+    for name in ("transformers", "deepspeed", "autoep"):
         assert rows[name]["resident_bytes_by_rank"] == [4 * (32 * 32 + 16 * 32) * 4] * 2
     for row in rows.values():
         assert row["output_error"] < 1e-5
@@ -187,8 +193,10 @@ def test_peers_run_beside_ours(tmp_path: Path) -> None:
         (["--tokens-per-rank", "65537"], "--tokens-per-rank 65537: must be at most 65536"),
         (["--machine", "h201"], "did you mean 'h200'"),
         (["--peers", "deepsped"], "did you mean 'deepspeed'"),
-        (["--peers", "deepspeed"], "deepspeed: needs processes"),
+        (["--peers", "deepspeed", "--scenario", "balanced"], "deepspeed: needs processes"),
         (["--peers", "transformers"], "transformers: needs processes"),
+        (["--peers", "autoep"], "autoep: needs processes"),
+        (["--peers", "transformers", "--comm-log"], "--comm-log: sees only what DeepSpeed sends"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: list[str], message: str) -> None:
