@@ -12,6 +12,9 @@ from rq_ep.core.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
+    from rq_ep.core.cost import LayerCost
+    from rq_ep.core.stats import ExpertStats
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,6 +70,19 @@ def _read_value(text: str, value: str) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"--set {text}: {value!r} is not a value") from None
+
+
+def layer_cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":
+    """What a layer of the calibrated model costs on the machine that `--machine` names; None without one."""
+    from rq_ep.core.cost import LayerShape
+    from rq_ep.costs import cost_model
+
+    if machine is None:
+        return None
+    model = cost_model(machine)
+    if stats.hidden_size is None or stats.intermediate_size is None:
+        raise UserError(f"--machine {machine}: {stats.source} does not name hidden_size and intermediate_size")
+    return model.layer(LayerShape(stats.hidden_size, stats.intermediate_size, stats.expert_bytes))
 
 
 def quiet_libraries() -> None:

@@ -9,7 +9,6 @@ from rq_ep.commands.common import add_set_option
 
 if TYPE_CHECKING:
     from rq_ep.core.arrays import IntArray
-    from rq_ep.core.cost import LayerCost
     from rq_ep.core.placement import Placement
     from rq_ep.core.stats import ExpertStats
     from rq_ep.core.strategy import Strategy
@@ -100,6 +99,7 @@ def _row(
 ) -> dict[str, Any]:
     import numpy as np
 
+    from rq_ep.commands.common import layer_cost
     from rq_ep.core.stats import ExpertStats
     from rq_ep.sim.simulator import simulate
     from rq_ep.strategies.place import place
@@ -109,7 +109,7 @@ def _row(
         uniform = ExpertStats.uniform(stats.layers, stats.num_experts, native, stats.native_format)
         given = (UNIFORM, place(uniform, args.num_ranks, strategy=strategy))
     source, placement = given
-    cost = _cost(args.machine, stats)
+    cost = layer_cost(args.machine, stats)
     result = simulate(strategy, placement, counts, stats.native_format, cost)
     row = {
         "strategy": strategy.name,
@@ -125,19 +125,6 @@ def _row(
     if result.layer_s_SL is not None:
         row["modelled_step_s"] = float(result.layer_s_SL.sum(axis=1).mean())
     return row
-
-
-def _cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":
-    from rq_ep.core.cost import LayerShape
-    from rq_ep.core.errors import UserError
-    from rq_ep.costs import cost_model
-
-    if machine is None:
-        return None
-    model = cost_model(machine)
-    if stats.hidden_size is None or stats.intermediate_size is None:
-        raise UserError(f"--machine {machine}: {stats.source} does not name hidden_size and intermediate_size")
-    return model.layer(LayerShape(stats.hidden_size, stats.intermediate_size, stats.expert_bytes))
 
 
 def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine: str | None) -> None:

@@ -71,6 +71,11 @@ class PlacementProblem:
             sizes = tuple(check_integer("--budget", size) for size in self.budget_bytes_R)
             object.__setattr__(self, "budget_bytes_R", sizes)
 
+    @property
+    def native_bytes(self) -> int:
+        """Bytes of one expert in the native format."""
+        return self.stats.expert_bytes[self.stats.native_format]
+
     def _check_search(self) -> None:
         check_choice("--objective", self.objective, get_args(Objective))
         check_number("--tail-weight", self.tail_weight, 0, 1)

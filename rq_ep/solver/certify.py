@@ -14,7 +14,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.rules import Rules
 from rq_ep.core.topology import home_ranks
 from rq_ep.solver.bounds import Bound, lower_bound
-from rq_ep.solver.judge import SPLIT_RULES, SplitRule, judge
+from rq_ep.solver.judge import SplitRule, judge
 from rq_ep.solver.precision import Formats
 from rq_ep.solver.relaxation import Limits
 from rq_ep.solver.steps import LayerSteps, layer_steps, spread_steps
@@ -83,7 +83,7 @@ def certify(
     predicted = mean_of(ratios)
     certificate = {
         "objective": "max/mean of pairs over ranks, mean over calibration steps and layers",
-        "split": f"{rule}: {SPLIT_RULES[rule]}",
+        "split": rule,
         "predicted": predicted,
         "bound": overall.value,
         "gap": predicted / overall.value - 1,

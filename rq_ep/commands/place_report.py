@@ -1,0 +1,173 @@
+"""A placement on one screen and as a picture: what it promises, how far that is from the best, and what holds it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rq_ep.core.placement import Placement
+    from rq_ep.core.stats import ExpertStats
+
+MAX_ROWS = 8  # of layers, and of ranks; those furthest from even are shown
+
+BINDING = {
+    "mean": "perfect balance is not excluded: the bound is the mean alone",
+    "bytes": "the bytes of the budget keep the bound above the mean",
+    "replicas": "the rules allow the hot experts no more replicas",
+    "hot expert": "no byte is left for a replica of the hottest expert",
+}
+
+
+def report(placement: "Placement") -> None:
+    """Print what the certificate holds."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    _print_summary(console, placement)
+    console.print(_layers_table(placement))
+    console.print(_ranks_table(placement))
+    for row in placement.certificate.get("what_if", ()):
+        held_out = f", {row['held_out']:.3f} on the other half" if "held_out" in row else ""
+        text = f"what if: {row['change']}: predicted {row['predicted']:.3f}{held_out}, bound {row['bound']:.3f}"
+        console.print(text, soft_wrap=True)
+    for warning in placement.certificate.get("warnings", ()):
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _print_summary(console: "Console", placement: "Placement") -> None:
+    found = placement.certificate
+    num_layers = len(placement.layers)
+    console.print(f"Balance: {found['objective']} ({found['steps']} steps, {num_layers} layers)", soft_wrap=True)
+    lines = [
+        ("predicted", found["predicted"], f"split: {_split(found['split'])}"),
+        ("worst tenth", found["cvar90"], f"p90 {found['p90']:.3f}, worst step {found['worst']:.3f}"),
+        ("bound", found["bound"], f"any placement, any split; gap {found['gap']:.1%}; {BINDING[found['binding']]}"),
+        ("standard EP", found["standard"], "on the same steps"),
+        ("first half", found["halves"][0], f"of the steps; {found['halves'][1]:.3f} on the second"),
+    ]
+    if found["unseen"]:
+        lines.append(
+            ("unseen", found["unseen"]["predicted"], f"on {found['unseen']['steps']} other steps of the record")
+        )
+    for name, value, note in lines:
+        console.print(f"  {name:<12}{value:7.3f}  {note}", markup=False, soft_wrap=True)
+    if placement.low_precision_cap is not None:
+        console.print(
+            f"  {'low pairs':<12}{placement.low_precision_planned:7.1%}  of the calibration pairs in low precision "
+            f"(cap {placement.low_precision_cap:.0%})",
+            soft_wrap=True,
+        )
+    for name, value in found.items():
+        if name in ("importance", "layers_without_replica", "start"):
+            console.print(f"  {name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)
+    if replaced := found.get("replaced"):
+        console.print(f"  {'current':<12}{_told(replaced)}", markup=False, soft_wrap=True)
+
+
+def _split(rule: str) -> str:
+    from rq_ep.solver.judge import SPLIT_RULES
+
+    return {str(name): text for name, text in SPLIT_RULES.items()}[rule]
+
+
+def _told(replaced: "dict[str, Any]") -> str:
+    staying = (
+        f"cannot stay ({replaced['refused']})"
+        if replaced["staying"] is None
+        else f"staying predicted {replaced['staying']:.3f}"
+    )
+    whole = replaced["moving_all"]
+    return (
+        f"{replaced['choice']}, {replaced['moved_bytes']:,} bytes; {staying}; moving all {whole['predicted']:.3f} for "
+        f"{whole['moved_bytes']:,} bytes"
+    )
+
+
+def _layers_table(placement: "Placement") -> Any:
+    from rich.table import Table
+
+    shown = sorted(placement.layers, key=lambda layer: -(layer.predicted or 0))[:MAX_ROWS]
+    title = "Layers" if len(shown) == len(placement.layers) else f"Worst {len(shown)} of {len(placement.layers)} layers"
+    table = Table("layer", "predicted", "bound", "gap", "binding", "replicas", title=title, box=None, padding=(0, 1))
+    for layer in sorted(shown, key=lambda layer: layer.layer) if len(shown) == len(placement.layers) else shown:
+        table.add_row(
+            str(layer.layer),
+            *("-" if value is None else f"{value:.3f}" for value in (layer.predicted, layer.bound)),
+            "-" if layer.gap is None else f"{layer.gap:.1%}",
+            layer.binding or "-",
+            _counted(layer.replicas.formats_P),
+        )
+    if len(shown) < len(placement.layers):
+        values = [layer.predicted or 1.0 for layer in placement.layers]
+        every = [name for layer in placement.layers for name in layer.replicas.formats_P]
+        table.add_row("all", f"{sum(values) / len(values):.3f}", "", "", "", _counted(every))
+    return table
+
+
+def _counted(names: "tuple[str, ...] | list[str]") -> str:
+    return ", ".join(f"{number} {name}" for name, number in sorted(Counter(names).items()))
+
+
+def _ranks_table(placement: "Placement") -> Any:
+    from rich.table import Table
+
+    num_ranks = placement.topology.num_ranks
+    load_R = placement.certificate["load"]
+    by_format = placement.certificate["bytes_by_format"]
+    order = sorted(range(num_ranks), key=lambda rank: -load_R[rank])
+    shown = range(num_ranks) if num_ranks <= MAX_ROWS else [*order[: MAX_ROWS // 2], *order[-MAX_ROWS // 2 :]]
+    title = "Ranks, all layers together" if num_ranks <= MAX_ROWS else f"Busiest and idlest of {num_ranks} ranks"
+    table = Table("rank", "load", "expert bytes", "budget", "used", *by_format, title=title, box=None, padding=(0, 1))
+    for rank in shown:
+        used, budget = placement.bytes_R[rank], placement.budget_bytes_R[rank] if placement.budget_bytes_R else None
+        table.add_row(
+            str(rank),
+            f"{load_R[rank]:.3f}",
+            f"{used:,}",
+            "-" if budget is None else f"{budget:,}",
+            "-" if not budget else f"{used / budget:.1%}",
+            *(f"{sizes[rank]:,}" for sizes in by_format.values()),
+        )
+    return table
+
+
+def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
+    """Write a PNG: planned load of every rank and layer, and the replicas of every layer by format."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    from rq_ep.core.files import replacing
+
+    num_ranks = placement.topology.num_ranks
+    rows = []
+    for layer, loads_E in zip(placement.layers, stats.counts.sum(axis=0), strict=True):
+        load_R = layer.loads_R(loads_E, num_ranks)
+        rows.append(load_R / max(load_R.mean(), 1e-300))
+    names = [str(layer.layer) for layer in placement.layers]
+    figure = Figure(figsize=(10, min(1.5 + 0.3 * max(len(names), 6), 20)), layout="constrained")
+    FigureCanvasAgg(figure)
+    heat, bars = figure.subplots(1, 2)
+    image = heat.imshow(np.array(rows), aspect="auto", cmap="coolwarm", vmin=0.5, vmax=1.5)
+    figure.colorbar(image, ax=heat, label="planned load / mean")
+    found = placement.certificate
+    told = (
+        f"predicted {found['predicted']:.3f}, bound {found['bound']:.3f}" if "bound" in found else "load of every rank"
+    )
+    heat.set(xlabel="rank", ylabel="layer", title=f"{placement.strategy}: {told}", yticks=range(len(names)))
+    heat.set_yticklabels(names)
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left = np.zeros(len(names))
+    for name in placement.formats:
+        numbers = np.array([layer.replicas.formats_P.count(name) for layer in placement.layers])
+        bars.barh(range(len(names)), numbers, left=left, label=name)
+        left += numbers
+    bars.set(xlabel="replicas", title="replicas by format", yticks=range(len(names)))
+    bars.set_yticklabels(names)
+    bars.invert_yaxis()
+    bars.legend(loc="lower right")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
