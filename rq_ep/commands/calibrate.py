@@ -16,7 +16,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--text", required=True, nargs="+", type=Path, metavar="PATH",
         help="files and directories of UTF-8 text, .jsonl with a text to a line; a directory's name is a domain",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="FILE", help="where the statistics go (.safetensors)")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="where the statistics go (.safetensors); the same command goes on where it was stopped",
+    )
     parser.add_argument(
         "--trace", metavar="FILE",
         help="also write what the router chose for every token (.safetensors), for `rq-ep simulate --trace` and "
@@ -67,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
             sequence_length=args.sequence_length,
             max_tokens=args.max_tokens,
             packed_experts=args.experts,
+            halfway_path=f"{args.out}.halfway" if args.trace is None else None,
             importance=args.importance,
             measure_kl=args.measure_kl,
             sensitivity_tokens=args.sensitivity_tokens,

@@ -44,6 +44,7 @@ def calibrate(
     device: str = "auto",
     seed: int = 0,
     trace_path: str | Path | None = None,
+    halfway_path: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> ExpertStats:
     """Run text through a model and record what `place` needs to know of its experts.
@@ -71,6 +72,8 @@ def calibrate(
         device: auto, cpu or cuda; a model in memory stays where it is.
         seed: chooses the places that windows of text are taken from.
         trace_path: also write what the router chose for every token of the same steps, a `RoutingTrace`, there.
+        halfway_path: file to keep what has been heard in, so that the same call can go on where it was stopped; not
+            with a trace.
         progress: called with (stage, done, total) while it runs.
 
     Raises:
@@ -96,7 +99,7 @@ def calibrate(
         prepared = PackedExperts.open(packed_experts, subject.identity)
     heard = listen(
         subject, texts, tokenizer=tokenizer, batch_size=batch_size, sequence_length=sequence_length,
-        max_tokens=max_tokens, seed=seed, routes=routes, progress=progress,
+        max_tokens=max_tokens, seed=seed, routes=routes, halfway_path=halfway_path, progress=progress,
     )  # fmt: skip
     experts, layout, records = subject.experts, subject.family.layout, heard.records
     num_experts = experts[0].num_experts

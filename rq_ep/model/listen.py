@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from rq_ep.core.stats import PHASES, ModelIdentity
 from rq_ep.formats import native_format_name
 from rq_ep.model.checkpoint import read_config, read_tokenizer
 from rq_ep.model.dense import read_dense
+from rq_ep.model.halfway import SAVE_EVERY_S, Halfway
 from rq_ep.model.identity import model_identity
-from rq_ep.model.recorder import LayerRecord, recording
+from rq_ep.model.recorder import LayerRecord, Step, recording
 from rq_ep.model.routes import RouteLog
 from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
 from rq_ep.model.stored import expert_format, open_checkpoint
@@ -34,15 +35,6 @@ ENOUGH_TOKENS, ENOUGH_WINDOWS = 4096, 32  # below, popularity on other text of t
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 log = logging.getLogger(__name__)
-
-
-class Step(NamedTuple):
-    """One step of the record."""
-
-    phase: int
-    domain: int
-    tokens: int
-    counts_LE: IntArray
 
 
 @dataclass(frozen=True)
@@ -101,6 +93,8 @@ def listen(
     max_tokens: int = 32_768,
     seed: int = 0,
     routes: RouteLog | None = None,
+    halfway_path: str | Path | None = None,
+    save_every_s: float = SAVE_EVERY_S,
     progress: Progress = lambda stage, done, total: None,
 ) -> Heard:
     """Run text through a model, once.
@@ -120,6 +114,9 @@ def listen(
         max_tokens: tokens to run in all, shared evenly by the domains.
         seed: chooses the places that windows of text are taken from.
         routes: told every token's routes; not of an encoder-decoder.
+        halfway_path: file to keep what has been heard in, so that the same call can go on after it was stopped; it is
+            gone in the end. Not with `routes`.
+        save_every_s: seconds between two writings of it.
         progress: called with (stage, done, total) while it runs.
 
     Raises:
@@ -140,10 +137,16 @@ def listen(
     all_experts = num_experts * len(subject.experts)
     max_rows = max(1, min(MAX_ROWS, MAX_ROW_BYTES // (4 * subject.family.hidden_size * all_experts)))
     num_passes = len(windows.batches) * (1 + DECODE_STEPS if subject.is_seq2seq else 1)
+    assert routes is None or halfway_path is None
+    halfway = None
+    if halfway_path is not None:
+        settings = (subject.identity, str(network.dtype), num_passes, max_rows)
+        halfway = Halfway(halfway_path, windows, settings, save_every_s)
     steps: list[Step] = []
     modules = [found.module for found in subject.experts]
     with recording(modules, num_experts, rows_per_batch=-(-max_rows // num_passes)) as records:
-        for i, batch in enumerate(windows.batches):
+        first = 0 if halfway is None else halfway.resume(steps, records)
+        for i, batch in enumerate(windows.batches[first:], first):
             with_decode = i // len(windows.domains) % 2 == 0  # the domains take turns
             if subject.is_seq2seq:
                 steps.extend(_seq2seq_steps(network, batch, records, with_decode))
@@ -151,8 +154,12 @@ def listen(
                 # Without the language model's head, which nobody asks for here.
                 network.base_model(batch.tokens_BT.to(network.device), use_cache=False)
                 steps.extend(_steps(batch, records, with_decode, routes))
+            if halfway is not None:
+                halfway.save(i + 1, steps, records)
             progress("routing", i + 1, len(windows.batches))
     _check_finite(subject.experts, records)
+    if halfway is not None:
+        halfway.remove()
     return Heard(windows, steps, records)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,15 @@ from rq_ep.core.arrays import FloatArray, IntArray
 
 # (hidden_TD, topk_ids_TK, topk_weights_TK) -> out_TD
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """One step of the record."""
+
+    phase: int
+    domain: int
+    tokens: int
+    counts_LE: IntArray
 
 
 @dataclass
