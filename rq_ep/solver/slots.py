@@ -64,7 +64,7 @@ def place_slots(
         layers.append(_layer_of(layer, found_RK, problem.stats.native_format))
         before.append(even_imbalance(layer_steps, slots_RK))
         problem.on_progress((at + 1) / len(steps))
-    return certify(problem, strategy, layers, "even", max_steps, start=float(np.mean(before)))
+    return certify(problem, strategy, layers, "even", max_steps, searched_from=round(float(np.mean(before)), 4))
 
 
 def check_slots(problem: PlacementProblem) -> int:
