@@ -52,21 +52,20 @@ def survivors(current: Placement, num_ranks: int, lost_ranks: Collection[int] = 
 
 
 def completed(problem: PlacementProblem, left: Survivors) -> list[LayerPlacement] | None:
-    """What is left with a replica of every expert that has none, each on an allowed rank with room and little load.
+    """What is left with a replica of every expert that has none, each on an allowed rank of little load, with room.
 
-    Missing experts are stored in the native format where it fits, else in the smallest. None if one fits nowhere, or
-    if what is left is no placement for this problem: it exceeds a budget, or uses a format that may not be used.
+    Missing experts are stored in the native format where it fits, else in the smallest; without room anywhere they are
+    added all the same: the result is where a search begins, and may exceed budgets and break rules. None if what is
+    left uses a format that this problem may not.
     """
     stats, num_ranks = problem.stats, problem.topology.num_ranks
-    names = sorted(problem.formats, key=lambda name: (name != stats.native_format, stats.expert_bytes[name]))
-    bytes_R = sum(
-        (bytes_of(replicas, num_ranks, stats.expert_bytes) for replicas in left.held), np.zeros(num_ranks, np.int64)
-    )
+    if any(one.format not in problem.formats for layer in left.held for one in layer):
+        return None
+    smallest = min(problem.formats, key=lambda name: (stats.expert_bytes[name], name))
     limit_R = np.full(num_ranks, np.iinfo(np.int64).max)
     if problem.budget_bytes_R is not None:
         limit_R = np.array(problem.budget_bytes_R, np.int64)
-    if (bytes_R > limit_R).any() or any(one.format not in problem.formats for layer in left.held for one in layer):
-        return None
+    free_R = limit_R - sum(bytes_of(replicas, num_ranks, stats.expert_bytes) for replicas in left.held)
     allowed_LER = problem.rules.allowed_LER(stats, problem.topology)
     layers = []
     for at, (replicas, mixed_formats) in enumerate(zip(left.held, left.mixed_formats, strict=True)):
@@ -75,15 +74,13 @@ def completed(problem: PlacementProblem, left: Survivors) -> list[LayerPlacement
         load_R = _loads_R(complete, pairs_E, num_ranks)
         missing = set(range(stats.num_experts)) - {one.expert for one in replicas}
         for expert in sorted(missing, key=lambda expert: (-pairs_E[expert], expert)):
-            for name in names[:1] + names[-1:]:
-                fits_R = allowed_LER[at, expert] & (bytes_R + stats.expert_bytes[name] <= limit_R)
-                if fits_R.any():
-                    break
-            else:
-                return None
-            rank = int(np.where(fits_R, load_R, np.inf).argmin())
+            allowed_R = allowed_LER[at, expert]
+            native = (allowed_R & (free_R >= problem.native_bytes)).any()
+            name = stats.native_format if native else smallest
+            fits_R = allowed_R & (free_R >= stats.expert_bytes[name])
+            rank = int(np.where(fits_R if fits_R.any() else allowed_R, load_R, np.inf).argmin())
             complete.append(Replica(rank, expert, name))
-            bytes_R[rank] += stats.expert_bytes[name]
+            free_R[rank] -= stats.expert_bytes[name]
             load_R[rank] += pairs_E[expert]
         layers.append(LayerPlacement.even(stats.layers[at], stats.num_experts, complete, mixed_formats))
     return layers

@@ -1,19 +1,20 @@
 """Placing where a placement serves already: on the same ranks, on more or fewer, or after some are lost."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.moves import Moves
-from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certify import MAX_STEPS, certify
 from rq_ep.solver.elastic import Survivors, completed, survivors
 from rq_ep.solver.migrate import plan_moves
-from rq_ep.solver.replace import choose
+from rq_ep.solver.replace import choose, moved_bytes_LR
 
 MIN_GAIN = 0.01  # of max/mean: for less a placement that serves is not changed
 LOW_SLACK = 0.01  # of all pairs, by which one that serves may exceed the cap on new statistics
@@ -43,16 +44,30 @@ def place_again(
         return certify(problem, strategy.name, layers, fresh[0].certificate["split"], max_steps)
 
     layers, stay = completed(problem, left), None
-    refused = (
-        "what is left does not fit the budget or the formats" if layers is None else _refused(layers, problem, fresh[0])
-    )
-    if layers is not None and not refused:
+    if layers is None:
+        return choose(
+            problem, left.held, None, fresh, certified, min_gain, "it uses a format that --formats leaves out"
+        )
+    refused = _refused(layers, problem, fresh[0])
+    if not refused:
         stay = certified(layers)
-        fresh.append(strategy.place(second, stay))
-        share = stay.low_precision_planned
-        if share > problem.max_low_precision_share + LOW_SLACK:
-            stay, refused = None, f"{share:.1%} of its pairs would be in low precision"
+    with suppress(UserError):  # the search may find no way from there; the solution made anew remains
+        fresh.append(strategy.place(_within(second, left, layers), _as_it_is(problem, strategy.name, layers)))
     return choose(problem, left.held, stay, fresh, certified, min_gain, refused)
+
+
+def _within(problem: PlacementProblem, left: Survivors, layers: Sequence[LayerPlacement]) -> PlacementProblem:
+    """The problem with that part of its cap on moved bytes that finding missing experts again leaves."""
+    if problem.max_moved_bytes is None:
+        return problem
+    found = int(moved_bytes_LR(left.held, layers, problem).sum())
+    return replace(problem, max_moved_bytes=max(problem.max_moved_bytes - found, 0))
+
+
+def _as_it_is(problem: PlacementProblem, strategy: str, layers: Sequence[LayerPlacement]) -> Placement:
+    """What serves now, within the limits or not, for a search to begin from."""
+    bytes_R = bytes_by_rank(layers, problem.topology.num_ranks, problem.stats.expert_bytes)
+    return Placement(tuple(layers), strategy, problem.topology, tuple(bytes_R.tolist()), model=problem.stats.model)
 
 
 def moves_to(
@@ -89,7 +104,9 @@ def _refused(layers: Sequence[LayerPlacement], problem: PlacementProblem, like: 
     if like.certificate["split"] == "home" and any(len(layer.replicas) > layer.num_experts for layer in layers):
         return f"{like.strategy} serves one replica of each expert"
     try:
-        problem.placement(like.strategy, layers)
+        share = problem.placement(like.strategy, layers).low_precision_planned
     except UserError as error:
         return str(error)
+    if share > problem.max_low_precision_share + LOW_SLACK:
+        return f"{share:.1%} of its pairs would be in low precision"
     return ""

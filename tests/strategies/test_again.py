@@ -103,7 +103,7 @@ def test_a_budget_too_small_for_the_current_placement_moves() -> None:
     current = placed(stats, budget=8000)
     new = placed(stats, budget=4200, current=current)
     assert told(new)["staying"] is None
-    assert "does not fit the budget" in told(new)["refused"]
+    assert "exceed its budget of 4200" in told(new)["refused"]
 
 
 def test_rules_are_kept_and_a_current_placement_that_breaks_them_goes() -> None:
