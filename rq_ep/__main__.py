@@ -25,8 +25,8 @@ COMMANDS = {
         "--model runs/tiny --text runs/tiny/text/train --out runs/stats.safetensors",
     ),
     "quantize": Command(
-        "write experts in low-bit formats, once, for calibrate, eval and serve to load",
-        "--model runs/tiny --formats int4_g32 --out runs/experts",
+        "write experts in low-bit formats, rounded with regard to the inputs they meet",
+        "--model runs/tiny --text runs/tiny/text/train --formats int4_g32 --out runs/experts",
     ),
     "place": Command(
         "choose replicas, formats and ranks inside a byte budget; print the bound beside the result",

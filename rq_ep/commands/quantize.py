@@ -16,8 +16,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--placement", metavar="FILE", help="write only the experts that a placement stores in low bits, in its formats"
     )
     parser.add_argument(
-        "--rounding", default="nearest", metavar="NAME",
-        help="calibrated (with regard to the inputs that each expert meets; needs --text) or nearest (the default)",
+        "--rounding", default="calibrated", metavar="NAME",
+        help="calibrated (int4 by GPTQ, with regard to the inputs that each expert meets; needs --text) or nearest",
     )  # fmt: skip
     parser.add_argument(
         "--text", nargs="+", type=Path, metavar="PATH",

@@ -28,7 +28,7 @@ from rq_ep.moe.family import ExpertFamily
 from rq_ep.parallel.default import own_device
 
 DECODE_STEPS = 8  # taken from every second batch of a domain
-MAX_ROWS = 256  # inputs kept of each expert, to measure and round formats on
+MAX_ROWS = 256  # inputs kept of each expert, to measure formats on
 MAX_ROW_BYTES = 2 << 30  # of all kept inputs together
 ENOUGH_TOKENS, ENOUGH_WINDOWS = 4096, 32  # below, popularity on other text of the same kind is badly predicted
 
@@ -92,6 +92,7 @@ def listen(
     sequence_length: int = 128,
     max_tokens: int = 32_768,
     seed: int = 0,
+    max_rows: int = MAX_ROWS,
     routes: RouteLog | None = None,
     halfway_path: str | Path | None = None,
     save_every_s: float = SAVE_EVERY_S,
@@ -113,6 +114,7 @@ def listen(
         sequence_length: tokens in a sequence.
         max_tokens: tokens to run in all, shared evenly by the domains.
         seed: chooses the places that windows of text are taken from.
+        max_rows: inputs to keep of each expert, as far as `MAX_ROW_BYTES` allow.
         routes: told every token's routes; not of an encoder-decoder.
         halfway_path: file to keep what has been heard in, so that the same call can go on after it was stopped; it is
             gone in the end. Not with `routes`.
@@ -135,7 +137,7 @@ def listen(
 
     num_experts = subject.experts[0].num_experts
     all_experts = num_experts * len(subject.experts)
-    max_rows = max(1, min(MAX_ROWS, MAX_ROW_BYTES // (4 * subject.family.hidden_size * all_experts)))
+    max_rows = max(1, min(max_rows, MAX_ROW_BYTES // (4 * subject.family.hidden_size * all_experts)))
     num_passes = len(windows.batches) * (1 + DECODE_STEPS if subject.is_seq2seq else 1)
     assert routes is None or halfway_path is None
     halfway = None

@@ -1,6 +1,6 @@
 """Quantizing experts in advance: rounded with regard to the inputs they meet, layer by layer, into a directory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from rq_ep.model.placing import check_layers
 from rq_ep.model.rounding import ROUNDINGS
 from rq_ep.model.windows import Texts
 
+MAX_ROWS = 2048  # inputs kept of each expert: GPTQ wants some for each of a matrix' inputs
+
 
 @torch.no_grad()
 def quantize(
@@ -25,7 +27,7 @@ def quantize(
     *,
     formats: Sequence[str] | None = None,
     placement: Placement | None = None,
-    rounding: str = "nearest",
+    rounding: str = "calibrated",
     texts: Texts | None = None,
     max_tokens: int = 32_768,
     batch_size: int = 8,
@@ -55,6 +57,8 @@ def quantize(
     Raises:
         UserError: nothing to quantize, no text to calibrate on, a model or a placement that does not fit.
     """
+    for name in formats or ():
+        get_format(name)  # names it if there is none
     round_expert = ROUNDINGS[check_choice("--rounding", rounding, ROUNDINGS)]
     if (formats is None) == (placement is None):
         raise UserError("give either --formats, for all experts, or --placement, for those it stores in low bits")
@@ -69,12 +73,12 @@ def quantize(
     how = {"rounding": rounding, "seed": str(seed), "max_tokens": str(max_tokens), "wanted": _digest(wanted)}
     packed = PackedExperts(Path(out), subject.identity)
     missing = [at for at, found in enumerate(subject.experts) if wanted[at] and not packed.has(found.layer, how)]
-    rows_LE: Mapping[int, list[Tensor]] = {}
+    rows_LE: dict[int, list[Tensor]] = {}
     if missing and rounding != "nearest":
         assert texts is not None
         heard = listen(
             subject, texts, max_tokens=max_tokens, batch_size=batch_size, sequence_length=sequence_length, seed=seed,
-            progress=progress,
+            max_rows=MAX_ROWS, progress=progress,
         )  # fmt: skip
         rows_LE = {at: heard.records[at].kept_rows() for at in missing}
     for done, at in enumerate(missing):
@@ -83,7 +87,7 @@ def quantize(
         experts = {}
         for expert, name in wanted[at]:
             weights = {tensor: parameter[expert] for tensor, parameter in found.module.named_parameters()}
-            rows_ND = rows_LE[at][expert] if rows_LE else None
+            rows_ND = rows_LE[at][expert] if rows_LE else torch.empty(0, subject.family.hidden_size)
             experts[expert, name] = round_expert(get_format(name), weights, rows_ND, subject.family)
         packed.write(found.layer, how, experts)
     progress("quantizing", len(missing), len(missing))

@@ -6,7 +6,7 @@ from rq_ep.__main__ import main
 def test_experts_are_written_then_calibrated_and_evaluated(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:
     model, text = str(tiny_checkpoint), str(tiny_checkpoint / "text" / "train")
     out, stats, placement = (str(tmp_path / name) for name in ("experts", "stats.safetensors", "placement.json"))
-    assert main(["quantize", "--model", model, "--formats", "int8", "--out", out]) == 0
+    assert main(["quantize", "--model", model, "--formats", "int8", "--text", text, "--out", out]) == 0
     assert "2 layers" in capsys.readouterr().out
     sample = ["--max-tokens", "1024", "--sequence-length", "64"]
     assert main(["calibrate", "--model", model, "--text", text, "--experts", out, "--out", stats, *sample]) == 0

@@ -33,7 +33,7 @@ def placement(tiny_checkpoint: Path, text: Path) -> Placement:
     return place(stats, 2, max_low_precision_share=0.5)
 
 
-@pytest.fixture(scope="module", params=ROUNDINGS)
+@pytest.fixture(scope="module", params=list(ROUNDINGS))
 def written(request, tiny_checkpoint: Path, text: Path, placement: Placement, tmp_path_factory) -> PackedExperts:
     out = tmp_path_factory.mktemp("experts")
     return quantize(tiny_checkpoint, out, placement=placement, rounding=request.param, texts=text, **SAMPLE)
@@ -93,10 +93,21 @@ def test_error_is_measured_on_the_written_bytes(tiny_checkpoint: Path, text: Pat
     assert changed.tolist() == [[0, 5]]
 
 
+def test_calibrated_rounding_is_better_than_nearest(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    errors = {}
+    for rounding in ROUNDINGS:
+        quantize(tiny_checkpoint, tmp_path / rounding, formats=["int4_g64"], rounding=rounding, texts=text)
+        held_out = tiny_checkpoint / "text" / "held-out"
+        found = calibrate(tiny_checkpoint, held_out, formats=["int4_g64"], packed_experts=tmp_path / rounding, **SAMPLE)
+        errors[rounding] = found.error[..., 1].mean()
+    assert errors["calibrated"] < 0.9 * errors["nearest"]
+
+
 def test_users_mistakes_are_named(tiny_checkpoint: Path, text: Path, placement: Placement, tmp_path: Path) -> None:
     for settings, message in (
         ({"formats": ["int8"], "placement": placement}, "either --formats"),
         ({"formats": None}, "either --formats"),
+        ({"formats": ["int8"]}, "needs --text"),
         ({"formats": ["bf16"], "rounding": "nearest"}, "other than the stored one, bf16"),
         ({"formats": ["int9"], "rounding": "nearest"}, "did you mean 'int8'"),
         ({"formats": ["int8"], "rounding": "nearset"}, "did you mean 'nearest'"),
