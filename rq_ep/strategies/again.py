@@ -52,7 +52,9 @@ def place_again(
     if not refused:
         stay = certified(layers)
     with suppress(UserError):  # the search may find no way from there; the solution made anew remains
-        fresh.append(strategy.place(_within(second, left, layers), _as_it_is(problem, strategy.name, layers)))
+        found = strategy.place(_within(second, left, layers), _as_it_is(problem, strategy.name, layers))
+        if found.low_precision_planned <= problem.max_low_precision_share + LOW_SLACK:  # formats stay in that search
+            fresh.append(found)
     return choose(problem, left.held, stay, fresh, certified, min_gain, refused)
 
 

@@ -75,6 +75,13 @@ def test_no_more_moves_than_allowed_and_more_bytes_never_hurt() -> None:
     assert predicted[0] > predicted[-1]
 
 
+def test_the_cap_on_low_pairs_holds_on_the_new_load() -> None:
+    current, stats = place(recorded(0), 4), recorded(1)
+    reversed_load = replace(stats, counts=np.ascontiguousarray(recorded(0).counts[:, :, ::-1]))
+    new = place(reversed_load, 4, current=current)
+    assert new.low_precision_planned <= 0.25 + 0.01
+
+
 @pytest.mark.parametrize("num_ranks", [3, 5, 8])
 def test_other_numbers_of_ranks(num_ranks: int) -> None:
     stats, current = recorded(), placed(recorded())
