@@ -6,6 +6,7 @@ Letters as in `rq_ep.solver.split`: C replicas sorted by expert.
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError
 from rq_ep.core.topology import Topology
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.split import ByExpert
@@ -29,6 +30,9 @@ def nearest_first(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, 
 
 def _dealt(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, reaches: tuple[int, ...]) -> IntArray:
     counts_RE = np.require(counts_RE, np.int64, ("C", "W"))
+    if counts_RE.shape != (by_expert.num_ranks, by_expert.num_experts):
+        wanted = f"{by_expert.num_ranks} ranks and {by_expert.num_experts} experts"
+        raise UserError(f"counts of shape {counts_RE.shape}: the placement has {wanted}")
     pairs_RP = np.empty((len(counts_RE), len(quotas_C)), np.int64)
     deal(counts_RE, by_expert.first_E, by_expert.ranks_C, by_expert.replicas_C, quotas_C, np.array(reaches), pairs_RP)
     return pairs_RP

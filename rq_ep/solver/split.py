@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError
 from rq_ep.core.replicas import Replicas
 from rq_ep.solver.compiled import compiled
 
@@ -34,11 +35,18 @@ class ByExpert:
 
     @classmethod
     def of(cls, replicas: Replicas, num_ranks: int) -> "ByExpert":
+        last = int(replicas.ranks_P.max(initial=0))
+        if last >= num_ranks:
+            raise UserError(f"a replica on rank {last}: there are {num_ranks} ranks")
         replicas_C = replicas.by_expert_P
         experts_C = replicas.experts_P[replicas_C]
         num_experts = int(experts_C[-1]) + 1 if len(experts_C) else 0
         first_E = np.searchsorted(experts_C, np.arange(num_experts + 1))
         return cls(num_ranks, replicas_C, experts_C, replicas.ranks_P[replicas_C], first_E)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.first_E) - 1
 
     @property
     def number_C(self) -> IntArray:
@@ -65,8 +73,16 @@ def split(by_expert: ByExpert, totals_E: IntArray) -> Split:
     Args:
         by_expert: the layer's replicas.
         totals_E: [E] pairs of each expert in this step.
+
+    Raises:
+        UserError: counts are not those of the layer's experts.
     """
     totals_E = np.require(totals_E, np.int64, ("C", "W"))
+    if totals_E.shape != (by_expert.num_experts,):
+        raise UserError(f"counts of {totals_E.size} experts: the placement has {by_expert.num_experts}")
+    if totals_E.min(initial=0) < 0:
+        expert = int(totals_E.argmin())
+        raise UserError(f"expert {expert} has {totals_E[expert]} pairs: counts must be at least 0")
     quotas_C = np.zeros(len(by_expert.ranks_C), np.int64)
     loads_R = np.zeros(by_expert.num_ranks, np.int64)
     cut_R = np.zeros(by_expert.num_ranks, np.bool_)

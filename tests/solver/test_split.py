@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rq_ep.core.errors import UserError
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.solver.deal import in_source_order, nearest_first
@@ -110,3 +111,30 @@ def test_more_stays_at_home_than_in_source_order() -> None:
     in_order = in_source_order(by_expert, counts_RE, quotas_C)[ranks_C, here].sum()
     assert local == np.minimum(counts_RE[ranks_C, by_expert.experts_C], quotas_C).sum()
     assert local > in_order
+
+
+def test_counts_of_another_layer_are_refused() -> None:
+    replicas = random_replicas(6, 3, 4, seed=0)
+    by_expert = ByExpert.of(replicas, 3)
+    quotas_C = np.zeros(len(replicas), np.int64)
+    with pytest.raises(UserError, match="counts of 5 experts: the placement has 6"):
+        split(by_expert, np.zeros(5, np.int64))
+    with pytest.raises(UserError, match="expert 2 has -7 pairs"):
+        split(by_expert, np.array([1, 2, -7, 3, 4, 5]))
+    with pytest.raises(UserError, match=r"counts of shape \(2, 6\): the placement has 3 ranks and 6 experts"):
+        nearest_first(by_expert, np.zeros((2, 6), np.int64), quotas_C, Topology(3))
+    with pytest.raises(UserError, match="a replica on rank 2: there are 2 ranks"):
+        ByExpert.of(replicas, 2)
+
+
+def test_any_memory_order_and_integer_type_will_do() -> None:
+    by_expert = ByExpert.of(random_replicas(16, 4, 20, seed=3), 4)
+    counts_RE = np.stack([skewed(16, 400, rank)[0] for rank in range(4)])
+    best = split(by_expert, counts_RE.sum(axis=0))
+    frozen_RE = np.asfortranarray(counts_RE).astype(np.int32)
+    frozen_RE.flags.writeable = False
+    assert split(by_expert, frozen_RE.sum(axis=0, dtype=np.int32)).fullest == best.fullest
+    np.testing.assert_array_equal(
+        nearest_first(by_expert, frozen_RE, best.quotas_C, Topology(4)),
+        nearest_first(by_expert, counts_RE, best.quotas_C, Topology(4)),
+    )
