@@ -19,6 +19,7 @@ from rq_ep.formats.int4 import Int4
 from rq_ep.formats.int8 import Int8
 from rq_ep.formats.mxfp4 import GROUP, Mxfp4
 from rq_ep.formats.quantized import Parts, Quantized
+from rq_ep.formats.triton_codes import byte_value, nibble_value, scale_value
 
 FORMATS = (Int8, Fp8, Fp8Groups, Int4, Mxfp4)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -111,49 +112,18 @@ def _grouped_kernel(
             mask = is_row[:, None] & is_pair[None, :]
             even = tl.load(x_row + start + 2 * pairs[None, :], mask=mask, other=0)
             odd = tl.load(x_row + start + 2 * pairs[None, :] + 1, mask=mask, other=0)
-            part = tl.dot(even, tl.trans(_nibble(codes & 15, KIND).to(even.dtype)))
-            part += tl.dot(odd, tl.trans(_nibble(codes >> 4, KIND).to(odd.dtype)))
+            part = tl.dot(even, tl.trans(nibble_value(codes & 15, KIND).to(even.dtype)))
+            part += tl.dot(odd, tl.trans(nibble_value(codes >> 4, KIND).to(odd.dtype)))
         else:
             ins = start + tl.arange(0, BLOCK_K)
             is_in = ins < num_in
             codes = tl.load(codes_row + ins[None, :], mask=is_out[:, None] & is_in[None, :], other=0)
             x = tl.load(x_row + ins[None, :], mask=is_row[:, None] & is_in[None, :], other=0)
-            part = tl.dot(x, tl.trans(_byte(codes, KIND).to(x.dtype)))
+            part = tl.dot(x, tl.trans(byte_value(codes, KIND).to(x.dtype)))
         if GROUPED:
-            part *= _scale(tl.load(scale_row + start // BLOCK_K, mask=is_out, other=0), KIND)[None, :]
+            part *= scale_value(tl.load(scale_row + start // BLOCK_K, mask=is_out, other=0), KIND)[None, :]
         sums += part
     if not GROUPED:
         sums *= tl.load(scale_row, mask=is_out, other=0)[None, :]
     out = out_ptr + rows.to(tl.int64)[:, None] * num_out + outs[None, :]
     tl.store(out, sums.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_out[None, :])
-
-
-@triton.jit
-def _nibble(code, KIND: tl.constexpr):
-    """The number a 4-bit code stands for, fp32."""
-    code = code.to(tl.int32)
-    if KIND == "int4":
-        number = (code - 8).to(tl.float32)
-    else:
-        magnitude = code & 7
-        halves = tl.where(magnitude < 4, magnitude, tl.where(magnitude < 6, 2 * magnitude - 4, 4 * magnitude - 16))
-        number = tl.where(code < 8, halves, -halves).to(tl.float32) * 0.5
-    return number
-
-
-@triton.jit
-def _byte(code, KIND: tl.constexpr):
-    """The number an 8-bit code stands for, fp32; e4m3 by its bits, which every GPU can."""
-    if KIND == "int8":
-        number = code.to(tl.float32)
-    else:
-        magnitude = code.to(tl.int32) & 127
-        normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-        number = tl.where(magnitude > 7, normal, magnitude.to(tl.float32) * 0.001953125)
-        number = tl.where(code < 128, number, -number)
-    return number
-
-
-@triton.jit
-def _scale(stored, KIND: tl.constexpr):
-    return (stored.to(tl.int32) << 23).to(tl.float32, bitcast=True) if KIND == "mxfp4" else stored.to(tl.float32)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import int4_to_bf16, nibbles
+from rq_ep.formats.unpack import can_unpack_pairs, int4_to_bf16, nibbles
 
 OFFSET = 8  # a stored nibble is the level plus this; levels are -8 .. 7
 
@@ -54,7 +54,7 @@ class Int4(Quantized):
     def expand(self, parts: Parts, num_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         codes, scale = parts["codes"], parts["scale"]
         group = min(self.group, num_in)
-        if dtype == torch.bfloat16 and codes.device.type == "cpu" and num_in % group == group % 2 == 0:
+        if dtype == torch.bfloat16 and can_unpack_pairs(codes) and num_in % group == group % 2 == 0:
             return int4_to_bf16(codes.view(*scale.shape, group // 2), scale), None
         levels = nibbles(codes)[:, :num_in].to(torch.float32).sub_(OFFSET)
         return levels.mul_(self.spread(scale, num_in)).to(dtype), None

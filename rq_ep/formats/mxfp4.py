@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rq_ep.core.errors import UserError
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import mxfp4_to_bf16, nibbles
+from rq_ep.formats.unpack import can_unpack_pairs, mxfp4_to_bf16, nibbles, power_of_two
 
 GROUP = 32
 EXPONENT_BIAS = 127
@@ -55,8 +55,8 @@ class Mxfp4(Quantized):
 
     def expand(self, parts: Parts, num_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         blocks, scales = parts["blocks"], parts["scales"]
-        if dtype == torch.bfloat16 and blocks.device.type == "cpu":
-            return mxfp4_to_bf16(blocks, _power_of_two(scales.int() - EXPONENT_BIAS - 1))[:, :num_in], None
+        if dtype == torch.bfloat16 and can_unpack_pairs(blocks):
+            return mxfp4_to_bf16(blocks, scales)[:, :num_in], None
         value = _value(nibbles(blocks), scales.int() - EXPONENT_BIAS)
         return value.flatten(1)[:, :num_in].to(dtype), None
 
@@ -65,7 +65,7 @@ def _round(grouped_OGI: Tensor, exponent_OG: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (uint8) of weights under one exponent for each group, ties to the even code; and the exponents."""
     magnitudes = grouped_OGI.new_tensor(MAGNITUDES)
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
-    scaled = grouped_OGI * _power_of_two(-exponent_OG)[..., None]
+    scaled = grouped_OGI * power_of_two(-exponent_OG)[..., None]
     down, up = (torch.bucketize(scaled.abs(), middles, right=right) for right in (False, True))
     magnitude = torch.where(down % 2 == 0, down, up)
     return (magnitude | (scaled < 0) << 3).to(torch.uint8), exponent_OG
@@ -73,9 +73,4 @@ def _round(grouped_OGI: Tensor, exponent_OG: Tensor) -> tuple[Tensor, Tensor]:
 
 def _value(codes: Tensor, exponent_OG: Tensor) -> Tensor:
     values = torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)], device=codes.device)
-    return values[codes.int()] * _power_of_two(exponent_OG)[..., None]
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2 to integers, fp32, by its bits; 0 below 2^-126."""
-    return (exponent + EXPONENT_BIAS).clamp_(min=0).bitwise_left_shift_(23).to(torch.int32).view(torch.float32)
+    return values[codes.int()] * power_of_two(exponent_OG)[..., None]

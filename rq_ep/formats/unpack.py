@@ -1,6 +1,10 @@
-"""Low bits to bf16, a block of output channels at a time. On a CPU in compiled loops, far above the speed of tensor
-operations; elsewhere with these. Both round to nearest even and give the same bits.
+"""Low bits to bf16, a block of output channels at a time: on a CPU in compiled loops, on a GPU in Triton's kernels.
+
+Tensor operations take several passes for the same. All round to nearest even and give the same bits.
 """
+
+from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -32,18 +36,45 @@ def e4m3_to_bf16(numbers: Tensor) -> Tensor:
     return out
 
 
+@cache
+def has_triton() -> bool:
+    """Whether the GPU's kernels can be compiled here."""
+    return find_spec("triton") is not None
+
+
+def can_unpack_pairs(codes: Tensor) -> bool:
+    """Whether `int4_to_bf16` and `mxfp4_to_bf16` run on the device of `codes`."""
+    return codes.device.type == "cpu" or has_triton()
+
+
 def int4_to_bf16(codes_OGB: Tensor, scale_OG: Tensor) -> Tensor:
-    """Levels plus 8, uint8 [out, groups, group / 2], and bf16 scales -> bf16 [out, in]; CPU only."""
+    """Levels plus 8, uint8 [out, groups, group / 2], and bf16 scales -> bf16 [out, in]."""
+    if codes_OGB.device.type != "cpu":
+        return _pairs_on_gpu("int4", codes_OGB, scale_OG)
     out = torch.empty(len(codes_OGB), codes_OGB[0].numel() * 2, dtype=torch.bfloat16)
     _int4(codes_OGB.numpy(), scale_OG.float().numpy(), _bits(out, np.uint32).reshape(codes_OGB.shape))
     return out
 
 
-def mxfp4_to_bf16(blocks_OGB: Tensor, half_OG: Tensor) -> Tensor:
-    """Codes, uint8 [out, groups, 16], and what the number 0.5 stands for, fp32 -> bf16 [out, in], exact; CPU only."""
+def mxfp4_to_bf16(blocks_OGB: Tensor, scales_OG: Tensor) -> Tensor:
+    """Codes, uint8 [out, groups, 16], and exponents plus 127, uint8 -> bf16 [out, in], exact."""
+    if blocks_OGB.device.type != "cpu":
+        return _pairs_on_gpu("mxfp4", blocks_OGB, scales_OG)
     out = torch.empty(len(blocks_OGB), blocks_OGB[0].numel() * 2, dtype=torch.bfloat16)
-    _mxfp4(blocks_OGB.numpy(), half_OG.numpy(), _bits(out, np.uint32).reshape(blocks_OGB.shape))
+    halves_OG = power_of_two(scales_OG.int() - 128)  # what the number 0.5 stands for
+    _mxfp4(blocks_OGB.numpy(), halves_OG.numpy(), _bits(out, np.uint32).reshape(blocks_OGB.shape))
     return out
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2 to integers, fp32, by its bits; 0 below 2^-126."""
+    return (exponent + 127).clamp_(min=0).bitwise_left_shift_(23).to(torch.int32).view(torch.float32)
+
+
+def _pairs_on_gpu(kind: str, codes_OGB: Tensor, scale_OG: Tensor) -> Tensor:
+    from rq_ep.formats.triton_codes import pairs_to_bf16
+
+    return pairs_to_bf16(kind, codes_OGB, scale_OG)
 
 
 def _bits(out: Tensor, dtype: type[np.uint16] | type[np.uint32]) -> npt.NDArray[np.unsignedinteger]:

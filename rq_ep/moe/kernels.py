@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib.util import find_spec
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from rq_ep.core.arrays import IntArray
 from rq_ep.formats import ExpertLayout, Views, WeightFormat
 from rq_ep.formats.quantized import Quantized
+from rq_ep.formats.unpack import has_triton
 
 MAX_GROUPED_ROWS = 128  # of a low-bit expert on a GPU, on average; not tuned on one
 _GROUPED_STRIDE_BYTES = 16  # what the grouped kernel wants strides to be multiples of
@@ -112,7 +112,7 @@ def _grouped_native(batch: Batch, stack: Stack, name: str) -> Tensor:
 def _are_few_low_bits_on_gpu(batch: Batch, stack: Stack, name: str) -> bool:
     """Few: reading the weights takes longer than multiplying them."""
     x_ND = batch.x_ND
-    if x_ND.device.type != "cuda" or not isinstance(stack.format, Quantized) or not _has_triton():
+    if x_ND.device.type != "cuda" or not isinstance(stack.format, Quantized) or not has_triton():
         return False
     from rq_ep.formats.grouped import can_multiply
 
@@ -142,11 +142,6 @@ def _add_bias(out_NO: Tensor, sizes_S: IntArray, stack: Stack, name: str) -> Ten
         sizes = torch.from_numpy(sizes_S).to(out_NO.device, non_blocking=True)
         out_NO += torch.repeat_interleave(bias, sizes, 0, output_size=len(out_NO))
     return out_NO
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 # The first that can is taken.

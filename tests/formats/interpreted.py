@@ -8,7 +8,10 @@ from torch import Tensor
 
 from rq_ep.formats import FORMATS, ExpertLayout
 from rq_ep.formats.grouped import can_multiply, grouped_product, operand
+from rq_ep.formats.int4 import Int4
+from rq_ep.formats.mxfp4 import Mxfp4
 from rq_ep.formats.quantized import Quantized
+from rq_ep.formats.triton_codes import pairs_to_bf16
 
 LAYOUT = ExpertLayout({"gate_up_proj": (80, 256), "down_proj": (130, 384)})  # out: no multiples of a block
 SLOTS, ENDS = (0, 2, 3), (3, 4, 25)
@@ -40,8 +43,26 @@ def dequantized(format_: Quantized, packed: Tensor, matrix: str) -> Tensor:
     return format_.dequantize(format_.views(packed, LAYOUT), matrix, LAYOUT, torch.float32)
 
 
+def check_unpacked(name: str, matrix: str, device: str = "cpu") -> None:
+    """Compare 4-bit codes as the GPU unpacks them with those that tensor operations unpack, bit by bit."""
+    format_ = FORMATS[name]
+    assert isinstance(format_, Int4 | Mxfp4)
+    num_out, num_in = LAYOUT.matrix_shape(matrix)
+    parts = format_.quantize(torch.randn(num_out, num_in, generator=torch.Generator().manual_seed(0)))
+    expected, _ = format_.expand(parts, num_in, torch.float32)
+    kind, codes, scale = (
+        ("int4", parts["codes"], parts["scale"])
+        if isinstance(format_, Int4)
+        else ("mxfp4", parts["blocks"], parts["scales"])
+    )
+    found = pairs_to_bf16(kind, codes.view(*scale.shape, -1).to(device), scale.to(device))
+    assert torch.equal(found.cpu(), expected.bfloat16()), (name, matrix)
+
+
 if __name__ == "__main__":
     for name, format_ in FORMATS.items():
         if not format_.is_native:
             for matrix in LAYOUT.matrices:
                 print(name, matrix, f"{check(name, matrix, torch.float16):.1e}")
+                if isinstance(format_, Int4 | Mxfp4):
+                    check_unpacked(name, matrix)

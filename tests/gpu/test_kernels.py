@@ -17,10 +17,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_kernels_multiply_dequantized_weights(name: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    from tests.formats.interpreted import LAYOUT, check
+    from tests.formats.interpreted import LAYOUT, check, check_unpacked
 
     for matrix in LAYOUT.matrices:
         check(name, matrix, dtype, "cuda")
+        if name.startswith(("int4", "mxfp4")):
+            check_unpacked(name, matrix, "cuda")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
