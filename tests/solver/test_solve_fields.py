@@ -1,0 +1,182 @@
+"""The solver's further wishes: loads, tails, error, rules, candidates, time, processes, a current placement."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rq_ep.core.cost import LayerCost
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.core.rules import Rules, Where
+from rq_ep.core.topology import Topology
+from rq_ep.solver.construct import solve
+from rq_ep.solver.layer import LayerSplit
+from rq_ep.solver.loads import loads_SE
+from rq_ep.solver.precision import Formats, error_LE
+from rq_ep.solver.steps import LayerSteps, calibration_steps
+from rq_ep.strategies.eplb import eplb_candidates
+from rq_ep.strategies.rq import ReplicateQuantize
+from tests.solver.instances import problem, skewed
+
+
+def recorded(num_experts: int, num_layers: int = 2, num_steps: int = 12, pairs: int = 8000) -> np.ndarray:
+    return np.stack([skewed(num_experts, pairs, seed, num_steps) for seed in range(num_layers)], axis=1)
+
+
+def held_LER(placement: Placement) -> np.ndarray:
+    num_ranks = placement.topology.num_ranks
+    held = np.zeros((len(placement.layers), placement.layers[0].num_experts, num_ranks), bool)
+    for held_ER, layer in zip(held, placement.layers, strict=True):
+        held_ER[layer.replicas.experts_P, layer.replicas.ranks_P] = True
+    return held
+
+
+def test_a_load_is_pairs_or_bytes_or_seconds_or_by_phase() -> None:
+    counts_SE = np.array([[6, 0, 2], [4, 2, 2]])
+    asked = problem(counts_SE[:, None], 2)
+    formats, low_E = Formats.of(asked), np.array([False, False, True])
+    steps = LayerSteps(counts_SE, 2, np.array([0, 1]))
+
+    def loads(**wish: object) -> list[list[float]]:
+        wished = replace(asked, **wish)  # type: ignore[arg-type]
+        load_SE = loads_SE(wished, formats, steps, low_E)
+        np.testing.assert_allclose(load_SE.sum(axis=1), 2)
+        return (load_SE / load_SE.max(axis=1, keepdims=True)).round(3).tolist()
+
+    by_pairs, by_bytes = [[1, 0, 0.333], [1, 0.5, 0.5]], [[1, 0, 0.504], [1, 1, 0.504]]
+    assert loads() == by_pairs
+    assert loads(objective="decode") == by_bytes
+    stats = replace(asked.stats, phase=np.array([0, 1]))
+    assert loads(objective="mixed", stats=stats) == [by_pairs[0], by_bytes[1]]
+    cost = LayerCost({"bf16": 1.0, "int8": 0.75}, {"bf16": 8.0, "int8": 3.0}, {}, 0.0, {"int8": 1.0})
+    assert loads(cost=cost) == [[1, 0, 0.25], [1, 0.5, 0.375]]
+    assert loads(cost=cost, objective="decode") == [[1, 0, 0.5], [1, 1, 0.5]]
+
+
+@pytest.mark.parametrize("objective", ["prefill", "decode"])
+def test_what_is_asked_for_is_what_gets_better(objective: str) -> None:
+    counts_SLE = recorded(16, num_layers=1, pairs=24)  # of few pairs, so that experts stay idle
+    asked = problem(counts_SLE, 4, max_low_precision_share=0.5)
+
+    def reading(placement: Placement) -> float:
+        decode = replace(asked, objective="decode")
+        (steps,) = calibration_steps(asked, 64)
+        low_E = np.array([False] * 16)
+        return LayerSplit.of(loads_SE(decode, Formats.of(asked), steps, low_E), held_LER(placement)[0]).value
+
+    found = {
+        name: solve(replace(asked, objective=name, formats=("bf16",)), "rq", 64, 600)  # type: ignore[arg-type]
+        for name in ("prefill", "decode")
+    }
+    other = "decode" if objective == "prefill" else "prefill"
+    if objective == "decode":
+        assert reading(found[objective]) < reading(found[other])
+    else:
+        assert found[objective].certificate["predicted"] < found[other].certificate["predicted"]
+
+
+def test_the_tail_is_lowered_where_it_counts() -> None:
+    asked = problem(recorded(16, num_steps=24), 4, formats=("bf16",))
+    worst = {weight: solve(replace(asked, tail_weight=weight), "rq", 64, 900).certificate for weight in (0.0, 1.0)}
+    assert worst[1.0]["cvar90"] <= worst[0.0]["cvar90"]
+
+
+def test_the_cap_on_error_is_kept() -> None:
+    counts_SLE = recorded(16)
+    error = np.zeros((2, 16, 2))
+    error[:, :, 1] = np.linspace(0.01, 0.2, 16)
+    asked = problem(counts_SLE, 4, notes={"error": error}, max_low_precision_share=0.5)
+    loose, tight = (replace(asked, max_error=cap) for cap in (1.0, 0.002))
+    low = {}
+    for wished in (loose, tight):
+        placement = solve(wished, "rq", 64, 60)
+        low_LE = np.zeros((2, 16), bool)
+        for at, layer in enumerate(placement.layers):
+            low_LE[at, [one.expert for one in layer.replicas if one.format == "int8"]] = True
+        assert error_LE(wished.stats, "int8")[low_LE].sum() <= wished.max_error
+        low[wished.max_error] = int(low_LE.sum())
+    assert 0 < low[0.002] < low[1.0]
+
+
+@pytest.mark.parametrize("room", [0, 1000, 2600])
+def test_never_worse_than_eplb_in_as_many_bytes(room: int) -> None:
+    for seed in range(3):
+        counts_SLE = np.stack([skewed(12, 3000, seed + layer, 8) for layer in range(2)], axis=1)
+        asked = problem(counts_SLE, 4, budget=(2 * 3000 + 2 * room,) * 4, formats=("bf16",))
+        steps = calibration_steps(asked, 64)
+        found = ReplicateQuantize(max_moves=30).place(asked)
+        values = []
+        for layers in eplb_candidates(asked):
+            held = np.zeros((2, 12, 4), bool)
+            for held_ER, layer in zip(held, layers, strict=True):
+                held_ER[layer.replicas.experts_P, layer.replicas.ranks_P] = True
+            values.append(np.mean([LayerSplit.of(of.loads_SE, held_ER).value for of, held_ER in zip(steps, held)]))
+        mine = np.mean([LayerSplit.of(of.loads_SE, held_ER).value for of, held_ER in zip(steps, held_LER(found))])
+        assert mine <= max(min(values), 1.0005) + 1e-4
+
+
+def test_rules_are_kept() -> None:
+    rules = Rules(
+        fixed=(Where(experts=(0,), ranks=(1, 2)),), forbidden=(Where(experts=tuple(range(8)), ranks=(3,)),),
+        spread_nodes=True,
+    )  # fmt: skip
+    asked = replace(problem(recorded(16), 4, budget=(11_000,) * 4, rules=rules), topology=Topology(4, 2))
+    found = solve(asked, "rq", 64, 400)
+    rules.check(held_LER(found), asked.stats, asked.topology, "what was found")
+    assert found.certificate["predicted"] < found.certificate["standard"]
+
+
+def test_fixed_replicas_that_do_not_fit_are_refused_with_what_would() -> None:
+    rules = Rules(fixed=(Where(ranks=(0,)),))
+    asked = problem(recorded(8), 2, formats=("bf16",), rules=rules)
+    with pytest.raises(UserError, match="raise it to 16000 bytes per rank"):
+        solve(asked, "rq", 64, 10)
+
+
+def test_out_of_time_there_is_a_placement_all_the_same() -> None:
+    asked = replace(problem(recorded(16), 4), time_limit_s=0.0)
+    hurried = solve(asked, "rq", 64, 10**9)
+    assert hurried.certificate["predicted"] <= hurried.certificate["standard"]
+
+
+def test_processes_do_not_change_the_answer() -> None:
+    asked = problem(recorded(20, num_layers=3), 10)
+    alone, together = (solve(replace(asked, num_workers=number), "rq", 64, 300) for number in (1, 2))
+    np.testing.assert_array_equal(held_LER(alone), held_LER(together))
+
+
+def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
+    before = solve(problem(recorded(16), 4), "rq", 64, 300)
+    asked = problem(recorded(16)[:, ::-1].copy(), 4)  # the layers change places: much is wrong now
+    held = held_LER(before)
+
+    def again(**wish: float) -> tuple[Placement, int]:
+        placement = solve(replace(asked, **wish), "rq", 64, 300, before)  # type: ignore[arg-type]
+        sizes = {"bf16": 1000, "int8": 504}
+        moved = sum(
+            sizes[one.format]
+            for at, layer in enumerate(placement.layers)
+            for one in layer.replicas
+            if not held[at, one.expert, one.rank]
+        )
+        return placement, moved
+
+    free, much = again()
+    capped, some = again(max_moved_bytes=3000)
+    dear, none = again(move_price=1e3)
+    assert much > 3000 >= some > 0 == none
+    np.testing.assert_array_equal(held_LER(dear), held)
+    values = [placement.certificate["predicted"] for placement in (free, capped, dear)]
+    assert values == sorted(values)
+    assert values[0] < values[2]
+
+
+def test_what_a_lost_rank_held_is_found_a_place() -> None:
+    before = solve(problem(recorded(16), 4), "rq", 64, 300)
+    asked = problem(recorded(16), 4, budget=(12_000, 12_000, 12_000, 0))
+    after = solve(asked, "rq", 64, 300, before)
+    assert after.bytes_R[3] == 0
+    assert held_LER(after).any(axis=2).all()
+    with pytest.raises(UserError, match="--formats bf16: the current placement uses bf16,int8"):
+        solve(replace(asked, formats=("bf16",)), "rq", 64, 300, before)
