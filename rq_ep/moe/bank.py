@@ -293,7 +293,7 @@ class ExpertBank:
         for share in self._shares(received, self._homes):
             add_outputs(partial_MD, received, share, family)
         if self._arriving is not None:
-            self._await_borrowed()
+            self.await_borrowed()
         for share in self._shares(received, self._borrowed):
             add_outputs(partial_MD, received, share, family)
         return partial_MD
@@ -309,7 +309,12 @@ class ExpertBank:
                 share.replicas.append(replica)
         return [by_format[name] for name in sorted(by_format)]
 
-    def _await_borrowed(self) -> None:
+    def await_borrowed(self) -> None:
+        """Return when this step's borrowed experts are here; they are verified from then on.
+
+        Raises:
+            RankFailure: one did not arrive.
+        """
         assert self._arriving is not None
         (handle, wanted), self._arriving = self._arriving, None
         handle.wait()
