@@ -51,6 +51,7 @@ class Environment:
     local_world_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0
+    restart_count: int = 0
 
     @classmethod
     def from_os(cls, environ: Mapping[str, str] | None = None) -> "Environment":
@@ -75,6 +76,7 @@ class Environment:
             local_world_size=_environment_int(given, "LOCAL_WORLD_SIZE", world_size),
             master_addr=given["MASTER_ADDR"],
             master_port=_environment_int(given, "MASTER_PORT", 0),
+            restart_count=_environment_int(given, "TORCHELASTIC_RESTART_COUNT", 0),
         )
 
 
@@ -142,7 +144,9 @@ class ServeConfig:
     max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
     max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)
     shutdown_timeout: float = option(30.0, help="seconds running requests get to finish after SIGTERM", minimum=0)
-    rank_timeout: float = option(300.0, help="seconds a rank may be silent inside a step", minimum=1)
+    rank_timeout: float = option(300.0, help="seconds a collective may take", minimum=1)
+    stall_timeout: float = option(60.0, help="seconds a rank may be silent, or all ranks in one place", minimum=2)
+    record_dir: str | None = option(None, help="directory for traces of /v1/ep/record; default: none are recorded")
     log_level: str = option("info", help="how much to log", choices=LOG_LEVELS)
 
     @property

@@ -4,16 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
 from rq_ep.engine.idle import empty_step
 from rq_ep.engine.lockstep import LockstepManager, agreement, batching_config
+from rq_ep.engine.place import Place
+from rq_ep.engine.position import Position
 from rq_ep.engine.request import Output, Request, Score
 from rq_ep.engine.running import News, Running
 from rq_ep.engine.scoring import PromptScorer
+from rq_ep.moe import EPExperts
+from rq_ep.parallel import TorchGroup
 
 CPU_KV_CACHE_TOKENS = 16384
 SCORING_CHUNK = 512
@@ -34,23 +36,25 @@ class Engine:
     Args:
         model: a causal language model, its attention chosen (`families.set_attention`).
         layers: its expert-parallel layers, in the order in which a forward pass enters them.
-        control: the group's gloo process group, used by nobody else while the engine runs; None: one rank alone.
+        group: its ranks; nobody else uses their control group while the engine runs.
         limits: sizes of this rank's batches and cache.
         on_outputs: called after each step with the news of this rank's requests, on the engine's thread.
         on_failure: called with an error that ends the engine, on the engine's thread. The other ranks wait for this
             one: it must end the process.
+        on_mark: called with a mark, on the engine's thread, between the same two steps on every rank.
         heartbeat_s: how often an idle group meets, in seconds.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: Sequence[nn.Module],
-        control: dist.ProcessGroup | None,
+        layers: Sequence[EPExperts],
+        group: TorchGroup,
         limits: Limits,
         *,
         on_outputs: Callable[[list[Output]], None],
         on_failure: Callable[[BaseException], None],
+        on_mark: Callable[[int], None] = lambda number: None,
         heartbeat_s: float = 1.0,
     ) -> None:
         self.eos_token_ids = _eos_token_ids(model)
@@ -61,6 +65,7 @@ class Engine:
             min(SCORING_CHUNK, limits.max_num_batched_tokens),
             self._prompt_scored,
         )
+        self._position = Position(layers, [layer.layer.layer for layer in layers], lambda: group.operation)
         self._manager = LockstepManager(
             model,
             GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
@@ -70,11 +75,13 @@ class Engine:
                 kv_cache_tokens=limits.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if model.device.type == "cpu" else None),
                 seed=0,
             ),
-            agree=agreement(control),
+            agree=agreement(group.control if group.size > 1 else None),
             empty_step=empty_step(model, layers),
             running=self._running,
             scorer=self._scorer,
             on_failure=on_failure,
+            on_mark=on_mark,
+            position=self._position,
             heartbeat_s=heartbeat_s,
         )
         self._news = News(
@@ -120,10 +127,24 @@ class Engine:
         """Say that the group has been given `num_announced` requests so far, so that no rank sleeps through one."""
         self._manager.wake(num_announced)
 
+    def mark(self, number: int) -> None:
+        """Have `on_mark` of every rank called with this number, higher than any before; one rank's engine is told."""
+        self._manager.mark(number)
+
     def stop(self) -> None:
         """Finish what is running and wait for the engine's thread. It ends once every rank has been asked to stop."""
         if self._manager.is_running():
             self._manager.stop(block=True)
+
+    @property
+    def place(self) -> Place:
+        """Where this rank is now."""
+        return self._position.place()
+
+    @property
+    def steps(self) -> tuple[int, float]:
+        """Steps so far with tokens of this rank, and the seconds they took."""
+        return self._manager.num_steps, self._manager.steps_s
 
     @property
     def num_running(self) -> int:

@@ -4,6 +4,7 @@
 of transformers they were tested with.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 from rq_ep.engine.latent import cache_head_size, pad_cache
+from rq_ep.engine.position import Position
 from rq_ep.engine.request import Sampling
 from rq_ep.engine.running import Running
 from rq_ep.engine.sampling import next_tokens
@@ -79,6 +81,8 @@ class LockstepManager(ContinuousBatchingManager):
         running: the requests of this rank that are still wanted, by id.
         scorer: the prompts of this rank that are to be scored.
         on_failure: told of an error that ends the loop; the others wait for this rank, so it must end the process.
+        on_mark: told of a mark (`Engine.mark`), between two steps, the same two on every rank.
+        position: told where the loop is.
         heartbeat_s: longest sleep of an idle group, in seconds.
     """
 
@@ -93,6 +97,8 @@ class LockstepManager(ContinuousBatchingManager):
         running: Mapping[str, Running],
         scorer: PromptScorer,
         on_failure: Callable[[BaseException], None],
+        on_mark: Callable[[int], None],
+        position: Position,
         heartbeat_s: float,
     ) -> None:
         super().__init__(model, generation_config, batching)
@@ -101,9 +107,14 @@ class LockstepManager(ContinuousBatchingManager):
         self._running = running
         self._scorer = scorer
         self._on_failure = on_failure
+        self._on_mark = on_mark
+        self._position = position
         self._heartbeat_s = heartbeat_s
         self._num_announced = 0
         self._has_just_scored = False
+        self._mark = self._marked = 0
+        self.num_steps = 0  # with tokens of this rank
+        self.steps_s = 0.0
 
     def wake(self, num_announced: int) -> None:
         """Rouse the loop: the group has been given `num_announced` requests so far, one of them perhaps to this rank.
@@ -111,6 +122,11 @@ class LockstepManager(ContinuousBatchingManager):
         A rank that knows of more requests than another must not sleep before the other knows of them too.
         """
         self._num_announced = max(self._num_announced, num_announced)
+        self._wake_up_loop.set()
+
+    def mark(self, number: int) -> None:
+        """Have every rank told this number between the same two steps; numbers rise."""
+        self._mark = number
         self._wake_up_loop.set()
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
@@ -153,10 +169,17 @@ class LockstepManager(ContinuousBatchingManager):
             processor.has_pending_requests() or self._scorer.has_work(),
             announced,
             -announced,
+            self._mark,
         )
-        any_ready, any_running, any_hard_stop, any_pending, most, minus_least = self._agree(flags)
+        self._position.begin_step()
+        any_ready, any_running, any_hard_stop, any_pending, most, minus_least, mark = self._agree(flags)
+        self._position.agreed()
         if any_hard_stop:
             return False
+        if mark > self._marked:
+            self._marked = mark
+            self._on_mark(mark)
+        start_s = time.perf_counter()
         if scores:
             self._score()
         elif ready:
@@ -171,6 +194,9 @@ class LockstepManager(ContinuousBatchingManager):
             return False
         else:
             self._wake_up_loop.wait(timeout=self._heartbeat_s)
+        if ready:
+            self.num_steps += 1
+            self.steps_s += time.perf_counter() - start_s
         return True
 
     def _score(self) -> None:

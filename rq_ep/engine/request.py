@@ -50,7 +50,8 @@ class Output:
 
     `finish_reason` is `stop` (the model's end token, which is the last of `token_ids`), `length`, or `error`.
     `scores` has one entry for each of `token_ids` where the request asks for them; `prompt_scores` comes once, with one
-    entry for each token of the prompt but its first.
+    entry for each token of the prompt but its first. `queued_s`, with the first tokens, is the time from its arrival on
+    the rank to its first step.
     """
 
     request_id: str
@@ -59,6 +60,7 @@ class Output:
     error: str | None = None
     scores: list[Score] = field(default_factory=list)
     prompt_scores: list[Score] | None = None
+    queued_s: float | None = None
 
 
 def output_from(
@@ -68,7 +70,8 @@ def output_from(
     error: str | None = None,
     scores: Sequence[Any] = (),
     prompt_scores: Sequence[Any] | None = None,
+    queued_s: float | None = None,
 ) -> Output:
     """The output whose fields were sent as JSON, where scores are plain lists."""
     prompt = None if prompt_scores is None else [Score(*score) for score in prompt_scores]
-    return Output(request_id, token_ids, finish_reason, error, [Score(*score) for score in scores], prompt)
+    return Output(request_id, token_ids, finish_reason, error, [Score(*score) for score in scores], prompt, queued_s)

@@ -61,6 +61,7 @@ class News(OutputRouter):
 
     def _new_part(self, output: GenerationOutput, found: Running) -> Output:
         token_ids = output.generated_tokens[found.num_told :]
+        queued_s = None if found.num_told else output.lifespan[0] - output.created_time
         found.num_told = len(output.generated_tokens)
         scores, found.scores = found.scores, []
         if found.is_broken:
@@ -68,9 +69,10 @@ class News(OutputRouter):
             self._on_broken(output.request_id)
             return Output(output.request_id, [], "error", "the model's logits are not finite")
         if not output.is_finished():
-            return Output(output.request_id, token_ids, scores=scores)
+            return Output(output.request_id, token_ids, scores=scores, queued_s=queued_s)
         self._running.pop(output.request_id, None)
         if output.status == RequestStatus.FAILED:
             return Output(output.request_id, token_ids, "error", output.error or "the request failed")
         ended_itself = bool(token_ids) and token_ids[-1] in self._eos_token_ids
-        return Output(output.request_id, token_ids, "stop" if ended_itself else "length", scores=scores)
+        reason = "stop" if ended_itself else "length"
+        return Output(output.request_id, token_ids, reason, scores=scores, queued_s=queued_s)

@@ -81,6 +81,7 @@ class TorchGroup:
             owns_world: `close` also ends torch.distributed.
         """
         self._owns_world = owns_world
+        self.operation: str | None = None  # what this rank waits in now, for a watchdog to read
         members = None if ranks is None else list(ranks)
         new_group: Callable[..., Any] = partial(
             dist.new_group, members, timedelta(seconds=timeout_s), use_local_synchronization=members is not None
@@ -121,7 +122,10 @@ class TorchGroup:
                 store = dist.HashStore()  # type: ignore[attr-defined]
                 dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)
             else:
-                dist.init_process_group("gloo", timeout=timeout)
+                # torchrun may keep its store when it restarts ranks, with the addresses of the ones before.
+                store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+                store = dist.PrefixStore(f"attempt {environment.restart_count}", store)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         return cls(device, local_rank=environment.local_rank, timeout_s=timeout_s, owns_world=owns_world)
 
     def gather_counts(self, counts_N: Tensor) -> IntArray:
@@ -191,11 +195,14 @@ class TorchGroup:
 
     @contextmanager
     def _naming(self, operation: str) -> Iterator[None]:
+        self.operation = operation
         try:
             yield
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise RankFailure(f"rank {self.rank}: {operation} failed, another rank may have ended: {reason}") from error
+        finally:
+            self.operation = None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rq_ep.serve.preview import preview
 
             if rank == 0:
-                print(preview(config, environment.world_size))
+                print(preview(config, environment.world_size, environment.local_world_size))
             return 0
         set_up_logging(config.log_level if rank == 0 else "warning")
         # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp
 
 from rq_ep.serve.answers import Answer
+from rq_ep.serve.ep_routes import ep_routes
 from rq_ep.serve.errors import ApiError
 from rq_ep.serve.guards import BodyLimit, KeyGuard
 from rq_ep.serve.metrics import RequestMetrics
@@ -81,6 +82,8 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
             raise ApiError(503, reason)
         return {"status": "ok"}
 
+    app.include_router(ep_routes(service))
+
     @app.get("/livez")
     async def livez() -> dict[str, str]:
         return {"status": "alive"}
@@ -111,6 +114,8 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
     async def on_http_error(http: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, ApiError):  # of BodyLimit, met while FastAPI read the body
             return await on_api_error(http, error.__cause__)
+        if error.status_code == 400:  # FastAPI could not read the body
+            return await on_api_error(http, ApiError(400, "the body is not valid JSON in UTF-8"))
         return await on_api_error(http, ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}"))
 
     @app.exception_handler(Exception)

@@ -9,6 +9,7 @@ TYPES = {
     401: "authentication_error",
     404: "not_found_error",
     405: "method_not_allowed_error",
+    409: "conflict_error",
     413: "request_too_large_error",
     429: "rate_limit_error",
     500: "internal_error",
@@ -22,8 +23,9 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        # Both may quote what is no text.
+        self.message = message.encode(errors="replace").decode()
+        self.param = None if param is None else param.encode(errors="replace").decode()
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, TYPES[500])

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 import uvicorn
-from transformers import AutoTokenizer
 
 from rq_ep.config import ServeConfig, from_mapping, shown
 from rq_ep.serve.app import make_app
+from rq_ep.serve.history import EVERY_S, History
 from rq_ep.serve.hub import Hub, listen
 from rq_ep.serve.leave import leave
 from rq_ep.serve.link import Message
@@ -43,24 +44,27 @@ async def run(config: ServeConfig, num_ranks: int, token: str, http: socket.sock
     def on_ready(message: Message) -> None:
         service.served = Served(message["max_model_len"], message["vocab_size"])
         service.info |= message["info"]
+        service.placement = message["placement"]
         metrics.weights(message["expert_bytes"])
 
     def on_stats(rank: int, message: Message) -> None:
-        metrics.queues(rank, message["num_running"], message["num_waiting"])
+        metrics.rank(rank, message)
         if (loads := message.get("loads")) is not None:
-            metrics.loads(loads["layers"], loads["pairs_LR"], loads["imbalance_L"])
+            metrics.loads(loads)
+            service.balance.add(loads)
 
     hub = Hub(
         num_ranks,
         token,
         max_queue_size=config.max_queue_size,
-        stall_s=config.rank_timeout,
+        stall_s=config.stall_timeout,
         on_checked=checked.set,
         on_ready=on_ready,
         on_stats=on_stats,
+        on_recorded=lambda message: service.recorder.hear(message),
         on_end=ended.set,
     )
-    service = Service(config.model_name, config.seed, hub, metrics)
+    service = Service(config.model_name, config.seed, hub, metrics, config.record_dir)
     service.info = {
         "settings": shown(config),
         "num_ranks": num_ranks,
@@ -73,16 +77,32 @@ async def run(config: ServeConfig, num_ranks: int, token: str, http: socket.sock
     await listen(hub, hub_socket)
     serving = asyncio.ensure_future(server.serve(sockets=[http]))
     reporting = asyncio.ensure_future(report(metrics, hub))
+    watching = asyncio.ensure_future(hub.watch())
+    sampling = asyncio.ensure_future(sample(service.history, hub))
     ending = asyncio.ensure_future(ended.wait())
     checking = asyncio.ensure_future(checked.wait())
     await asyncio.wait({serving, ending, checking}, return_when=asyncio.FIRST_COMPLETED)
     if checked.is_set():
-        service.tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, config.model)
+        service.tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
-    for task in (checking, ending, reporting):
+    for task in (checking, ending, reporting, sampling, watching):
         task.cancel()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a checkpoint that a rank has found in order."""
+    from rq_ep.model.checkpoint import read_tokenizer  # brings torch, for which /health does not wait
+
+    return read_tokenizer(path)
+
+
+async def sample(history: History, hub: Hub) -> None:
+    """Keep the history that the dashboard draws."""
+    while True:
+        await asyncio.sleep(EVERY_S)
+        history.sample(hub.num_unfinished)
 
 
 async def report(metrics: Metrics, hub: Hub) -> None:

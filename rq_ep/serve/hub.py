@@ -8,11 +8,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rq_ep.engine.place import Place
 from rq_ep.engine.request import Output, Request, output_from
 from rq_ep.engine.spread import least_loaded
 from rq_ep.serve.errors import ApiError
 from rq_ep.serve.link import MAX_LINE_BYTES, Message, encode, messages
 from rq_ep.serve.verdict import Report, verdict
+from rq_ep.serve.watchdog import TICK_S, Watchdog
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -35,10 +37,11 @@ class Hub:
         num_ranks: size of the group.
         token: the secret that ranks show when they connect.
         max_queue_size: requests that may be unfinished at once.
-        stall_s: silence of every rank, with requests unfinished, after which the group is taken to be stuck.
+        stall_s: seconds after which a rank that is silent, or does not get on, ends the group.
         on_checked: called when rank 0 has found the checkpoint in order and begins to load it.
         on_ready: told what rank 0 says of the model, once every rank can serve.
         on_stats: told what the ranks count.
+        on_recorded: told what rank 0 says of a recording that has ended.
         on_end: called once when serving is over, in whatever way.
     """
 
@@ -52,15 +55,16 @@ class Hub:
         on_checked: Callable[[], None],
         on_ready: Callable[[Message], None],
         on_stats: Callable[[int, Message], None],
+        on_recorded: Callable[[Message], None],
         on_end: Callable[[], None],
     ) -> None:
         self.num_ranks = num_ranks
         self._token = token
         self._max_queue_size = max_queue_size
-        self._stall_s = stall_s
         self._on_checked = on_checked
         self._on_ready = on_ready
         self._on_stats = on_stats
+        self._on_recorded = on_recorded
         self._on_end = on_end
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._running: dict[str, Running] = {}
@@ -69,8 +73,11 @@ class Hub:
         self._bye: set[int] = set()
         self._unavailable: str | None = "the model is loading"
         self._dead = False
+        self._is_stopping = False
+        self._aborted: str | None = None
+        self._stalled: str | None = None
+        self.watchdog = Watchdog(stall_s)
         self._num_announced = 0
-        self._last_news_s = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # What the app asks
@@ -81,9 +88,6 @@ class Hub:
 
     def why_unavailable(self) -> str | None:
         """Why no request can be taken now; None if one can."""
-        silent_s = time.monotonic() - self._last_news_s
-        if self._unavailable is None and self._running and silent_s > self._stall_s:
-            return f"no rank has finished a step for {silent_s:.0f} s"
         return self._unavailable
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
@@ -100,8 +104,6 @@ class Hub:
         for other in self._running.values():
             loads_R[other.rank] += other.request.num_tokens
         running = Running(request, least_loaded(loads_R))
-        if not self._running:
-            self._last_news_s = time.monotonic()
         self._running[request.id] = running
         self._announce(running)
         try:
@@ -115,6 +117,12 @@ class Hub:
         finally:
             if self._running.pop(request.id, None) is not None:
                 self._send(running.rank, {"kind": "cancel", "id": request.id})
+
+    def mark(self, number: int) -> None:
+        """Have every rank told a number between the same two steps, asleep or not."""
+        self._send(0, {"kind": "mark", "number": number})
+        for rank in self._writers:
+            self._send(rank, {"kind": "wake", "num_announced": self._num_announced})
 
     def _announce(self, running: Running) -> None:
         """Hand over a request, and rouse the other ranks: they may all be asleep."""
@@ -155,11 +163,13 @@ class Hub:
     def _hear(self, rank: int, message: Message) -> None:
         match message["kind"]:
             case "outputs":
-                self._last_news_s = time.monotonic()
                 for fields in message["outputs"]:
                     self._pass_on(output_from(*fields))
             case "stats":
+                self.watchdog.hear(rank, Place(**message["place"]))
                 self._on_stats(rank, message)
+            case "recorded":
+                self._on_recorded(message)
             case "checked":
                 self._on_checked()
             case "ready":
@@ -170,8 +180,12 @@ class Hub:
             case "failed":
                 self._reports[rank] = Report(message["text"], message["is_consequence"])
                 self._fail_soon()
+            case "aborted":
+                self._aborted = f"the server was shut down by a second {message['signal']}"
+                self._fail_soon()
             case "bye":
                 self._bye.add(rank)
+                self.watchdog.forget(rank)
 
     def _pass_on(self, output: Output) -> None:
         running = self._running.get(output.request_id)
@@ -181,6 +195,14 @@ class Hub:
             del self._running[output.request_id]
         error = output.finish_reason == "error"
         running.news.put_nowait(ApiError(500, f"rank {running.rank}: {output.error}") if error else output)
+
+    async def watch(self) -> None:
+        """End the group when a rank is silent or does not get on."""
+        while not self._dead:
+            await asyncio.sleep(TICK_S)
+            if not self._is_stopping and (found := self.watchdog.look()) is not None:
+                self._stalled = found
+                self._fail_soon()
 
     # How it ends
 
@@ -197,6 +219,7 @@ class Hub:
             self._send(running.rank, {"kind": "cancel", "id": running.request.id})
             running.news.put_nowait(ApiError(503, "the server was shut down before this request had finished"))
         self._running.clear()
+        self._is_stopping = True
         for rank in list(self._writers):
             self._send(rank, {"kind": "stop"})
 
@@ -209,11 +232,12 @@ class Hub:
         """Find out who is to blame; tell the clients and every rank that is left."""
         self._unavailable = "a rank failed"
         await asyncio.sleep(GRACE_S)
-        reason = verdict(self.num_ranks, self._reports, self._gone - self._bye)
+        reason = self._aborted or self._stalled or verdict(self.num_ranks, self._reports, self._gone - self._bye)
+        error = ApiError(503, reason) if self._aborted else ApiError(500, f"the server failed: {reason}")
         self._unavailable = reason
         log.error("the group has failed: %s", reason)
         for running in list(self._running.values()):
-            running.news.put_nowait(ApiError(500, f"the server failed: {reason}"))
+            running.news.put_nowait(error)
         self._running.clear()
         for rank in list(self._writers):
             self._send(rank, {"kind": "abort", "reason": reason})

@@ -1,6 +1,8 @@
 """Everything that can be wrong with a checkpoint and its settings, looked at before anything large is read."""
 
-from transformers import AutoTokenizer, PretrainedConfig
+from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
@@ -8,7 +10,7 @@ from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
 from rq_ep.engine.families import check_servable
-from rq_ep.model.checkpoint import read_config
+from rq_ep.model.checkpoint import read_config, read_tokenizer
 from rq_ep.strategies import make_strategy
 
 
@@ -26,13 +28,9 @@ def check_inputs(config: ServeConfig) -> PretrainedConfig:
         Placement.load(config.placement)
     if config.machine is not None:
         cost_model(config.machine)
-    try:
-        tokens = AutoTokenizer.from_pretrained(config.model).encode("text")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{config.model}: no tokenizer that transformers can read ({reason})") from None
-    if not tokens:  # transformers makes an empty tokenizer of no files at all
-        raise UserError(f"{config.model}: no tokenizer that transformers can read; add the model's tokenizer.json")
+    read_tokenizer(config.model)
+    if config.record_dir is not None and not Path(config.record_dir).is_dir():
+        raise UserError(f"--record-dir {config.record_dir}: no such directory")
     return model_config
 
 

@@ -1,44 +1,110 @@
-"""Counting the load of every layer and rank while serving, at the price of an addition."""
+"""Counting the load of every layer and rank while serving, at the price of a few additions."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.plan import DispatchPlan, imbalance
-from rq_ep.moe.telemetry import Laps, Telemetry
+from rq_ep.core.replicas import Replicas
+from rq_ep.moe.telemetry import PHASES, Laps, Telemetry
+
+
+class LayerLoad:
+    """Sums over the steps of a layer."""
+
+    def __init__(self, num_ranks: int, num_experts: int) -> None:
+        self.pairs_R = np.zeros(num_ranks, np.int64)
+        self.counts_E = np.zeros(num_experts, np.int64)
+        self.pairs_by_format: dict[str, int] = {}
+        self.imbalances: list[float] = []
+
+    def add(self, counts_RE: IntArray, plan: DispatchPlan, formats: "FormatsOf") -> None:
+        self.pairs_R += plan.loads_R
+        self.counts_E += counts_RE.sum(axis=0)
+        self.imbalances.append(imbalance(plan.loads_R))
+        names, codes_P = formats.of(plan.replicas)
+        pairs = np.bincount(codes_P, weights=plan.pairs_RP.sum(axis=0), minlength=len(names))
+        for name, number in zip(names, pairs.tolist(), strict=True):
+            self.pairs_by_format[name] = self.pairs_by_format.get(name, 0) + int(number)
+
+
+class FormatsOf:
+    """Weight formats of replicas as numbers; a layer's replicas are mostly those of its last step."""
+
+    def __init__(self) -> None:
+        self._replicas: Replicas | None = None
+        self._found: tuple[list[str], IntArray] = ([], np.zeros(0, np.int64))
+
+    def of(self, replicas: Replicas) -> tuple[list[str], IntArray]:
+        """Names of the formats, and for each replica the number of its own."""
+        if replicas is not self._replicas:
+            names, codes_P = np.unique(replicas.formats_P, return_inverse=True)
+            self._replicas, self._found = replicas, (names.tolist(), codes_P)
+        return self._found
 
 
 class LoadTotals(Telemetry):
-    """Telemetry that keeps sums instead of steps. Every rank plans the same, so rank 0's sums speak for all."""
+    """Telemetry that keeps sums instead of steps. Every rank plans the same, so rank 0's sums speak for all.
+
+    Steps in which no rank has a token are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__(max_records=0)
         self._lock = threading.Lock()
-        self._pairs: dict[int, IntArray] = {}
-        self._imbalances: dict[int, list[float]] = {}
+        self._formats: dict[int, FormatsOf] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._layers: dict[int, LayerLoad] = {}
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._borrowed_experts = 0
+        self._borrowed_bytes = 0
 
     def record(
-        self, layer: int, rank: int, counts_RE: IntArray, plan: DispatchPlan, laps: Laps, transfer_bytes_R: IntArray
+        self,
+        layer: int,
+        rank: int,
+        counts_RE: IntArray,
+        plan: DispatchPlan,
+        laps: Laps,
+        transfer_bytes_R: Callable[[], IntArray],
     ) -> None:
-        loads_R = plan.loads_R
-        if not loads_R.any():
+        if not plan.loads_R.any():
             return
         with self._lock:
-            self._pairs[layer] = self._pairs[layer] + loads_R if layer in self._pairs else loads_R
-            self._imbalances.setdefault(layer, []).append(imbalance(loads_R))
+            if layer not in self._layers:
+                self._layers[layer] = LayerLoad(*counts_RE.shape)
+            self._layers[layer].add(counts_RE, plan, self._formats.setdefault(layer, FormatsOf()))
+            for phase in PHASES:
+                self._seconds[phase] += laps.seconds(phase)
+            if plan.transfers:
+                self._borrowed_experts += len(plan.transfers)
+                self._borrowed_bytes += int(transfer_bytes_R().sum())
 
     def take(self) -> dict[str, Any] | None:
-        """Pairs by layer and rank and each layer's mean imbalance, since the last call; None if there was no step."""
+        """The sums since the last call, and each layer's mean imbalance; None if there was no step.
+
+        `seconds` are rank 0's, on its host's clock, over all layers and steps.
+        """
         with self._lock:
-            pairs, imbalances = self._pairs, self._imbalances
-            self._pairs, self._imbalances = {}, {}
-        if not pairs:
+            layers, seconds = self._layers, self._seconds
+            borrowed_experts, borrowed_bytes = self._borrowed_experts, self._borrowed_bytes
+            self._reset()
+        if not layers:
             return None
-        layers = sorted(pairs)
+        order = sorted(layers)
         return {
-            "layers": layers,
-            "pairs_LR": [pairs[layer].tolist() for layer in layers],
-            "imbalance_L": [float(np.mean(imbalances[layer])) for layer in layers],
+            "layers": order,
+            "num_calls": sum(len(load.imbalances) for load in layers.values()),
+            "pairs_LR": [layers[layer].pairs_R.tolist() for layer in order],
+            "counts_LE": [layers[layer].counts_E.tolist() for layer in order],
+            "formats_L": [layers[layer].pairs_by_format for layer in order],
+            "imbalance_L": [float(np.mean(layers[layer].imbalances)) for layer in order],
+            "seconds": seconds,
+            "borrowed_experts": borrowed_experts,
+            "borrowed_bytes": borrowed_bytes,
         }

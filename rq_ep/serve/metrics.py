@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+PHASES = ("gather", "plan", "dispatch", "compute", "combine")  # of a layer call, as `rq_ep.moe.telemetry` has them
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SLOW_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -35,13 +38,27 @@ class Metrics:
                 ("itl", "inter_token_latency_seconds", "Between tokens of a request", _FAST_S),
                 ("tpot", "request_time_per_output_token_seconds", "A request's mean after its first", _FAST_S),
                 ("e2e", "e2e_request_latency_seconds", "Arrival to end", _SLOW_S),
+                ("queue", "request_queue_time_seconds", "On a rank, before its first step", _SLOW_S),
+                ("prefill", "request_prefill_time_seconds", "First step to first token", _SLOW_S),
+                ("decode", "request_decode_time_seconds", "First token to end", _SLOW_S),
             )
         }
         self._running = make(Gauge, "num_requests_running", "Requests in a batch", ["ep_rank"])
         self._waiting = make(Gauge, "num_requests_waiting", "Requests not yet started", ["ep_rank"])
+        self._kv_usage = make(Gauge, "kv_cache_usage_perc", "Share of a rank's KV cache in use, 0 to 1", ["ep_rank"])
+        self._steps = make(Counter, "engine_steps", "Steps of a rank with tokens of its own", ["ep_rank"])
+        self._step_s = make(Counter, "engine_step_seconds", "Time in these steps", ["ep_rank"])
         self._unfinished = make(Gauge, "num_requests_unfinished", "Requests in the server")
         self._unfinished.labels(model_name).set_function(num_unfinished)
         self._routed = make(Counter, "tokens_routed", "Routed pairs computed by a rank", ["layer", "ep_rank"])
+        self._by_format = make(Counter, "replica_tokens", "Routed pairs by weight format", ["layer", "precision"])
+        self._calls = make(Counter, "moe_layer_calls", "Layers entered, all together, in steps with tokens")
+        self._phases = {
+            phase: make(Counter, f"{phase}_seconds", f"Rank 0's time in {phase}, all MoE layers together")
+            for phase in PHASES
+        }
+        self._borrowed = make(Counter, "rearrangements", "Experts lent to another rank for a step")
+        self._borrowed_bytes = make(Counter, "rearranged_bytes", "Bytes of weights that travelled for it")
         self._imbalance = make(Gauge, "layer_imbalance_ratio", "max/mean over ranks, mean of recent steps", ["layer"])
         self._balancedness = make(Gauge, "balancedness", "mean/max over ranks, mean of layers and recent steps")
         self._balancedness_min = make(Gauge, "balancedness_min", "balancedness of the worst layer")
@@ -49,6 +66,12 @@ class Metrics:
         self.balancedness: float | None = None
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self._observed: dict[str, list[float]] = {name: [] for name in self._times}
+
+    def take_observed(self) -> dict[str, list[float]]:
+        """Seconds by histogram, since the last call."""
+        taken, self._observed = self._observed, {name: [] for name in self._times}
+        return taken
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -57,8 +80,9 @@ class Metrics:
         self._failed.labels(self._model, str(status)).inc()
 
     def observe(self, name: str, seconds: float) -> None:
-        """Add to a histogram: ttft, itl, tpot or e2e."""
+        """Add to a histogram: ttft, itl, tpot, e2e, queue, prefill or decode."""
         self._times[name].observe(seconds)
+        self._observed[name].append(seconds)
 
     def count_prompt(self, num_tokens: int) -> None:
         self.num_prompt_tokens += num_tokens
@@ -77,20 +101,31 @@ class Metrics:
             for name, size in by_format.items():
                 self._weights.labels(self._model, str(rank), name).set(size)
 
-    def queues(self, rank: int, num_running: int, num_waiting: int) -> None:
-        self._running.labels(self._model, str(rank)).set(num_running)
-        self._waiting.labels(self._model, str(rank)).set(num_waiting)
+    def rank(self, rank: int, stats: Mapping[str, Any]) -> None:
+        """Take what a rank says of itself."""
+        labels = self._model, str(rank)
+        self._running.labels(*labels).set(stats["num_running"])
+        self._waiting.labels(*labels).set(stats["num_waiting"])
+        self._kv_usage.labels(*labels).set(stats["kv_cache_usage"])
+        self._steps.labels(*labels).inc(stats["num_steps"])
+        self._step_s.labels(*labels).inc(stats["steps_s"])
 
-    def loads(self, layers: Sequence[int], pairs_LR: Sequence[Sequence[int]], imbalance_L: Sequence[float]) -> None:
-        """Add the routed pairs of recent steps; imbalance is each layer's mean over these steps."""
-        for layer, pairs_R, imbalance in zip(layers, pairs_LR, imbalance_L, strict=True):
-            for rank, pairs in enumerate(pairs_R):
+    def loads(self, loads: Mapping[str, Any]) -> None:
+        """Add what `LoadTotals.take` gave: the routed pairs of recent steps, and each layer's mean imbalance."""
+        for at, layer in enumerate(loads["layers"]):
+            for rank, pairs in enumerate(loads["pairs_LR"][at]):
                 self._routed.labels(self._model, str(layer), str(rank)).inc(pairs)
-            self._imbalance.labels(self._model, str(layer)).set(imbalance)
-        if imbalance_L:
-            self.balancedness = sum(1 / value for value in imbalance_L) / len(imbalance_L)
-            self._balancedness.labels(self._model).set(self.balancedness)
-            self._balancedness_min.labels(self._model).set(1 / max(imbalance_L))
+            for name, pairs in loads["formats_L"][at].items():
+                self._by_format.labels(self._model, str(layer), name).inc(pairs)
+            self._imbalance.labels(self._model, str(layer)).set(loads["imbalance_L"][at])
+        self._calls.labels(self._model).inc(loads["num_calls"])
+        for phase, seconds in loads["seconds"].items():
+            self._phases[phase].labels(self._model).inc(seconds)
+        self._borrowed.labels(self._model).inc(loads["borrowed_experts"])
+        self._borrowed_bytes.labels(self._model).inc(loads["borrowed_bytes"])
+        self.balancedness = sum(1 / value for value in loads["imbalance_L"]) / len(loads["imbalance_L"])
+        self._balancedness.labels(self._model).set(self.balancedness)
+        self._balancedness_min.labels(self._model).set(1 / max(loads["imbalance_L"]))
 
     def arrival(self) -> "RequestMetrics":
         """Start the clock of a request that has just arrived."""
@@ -111,14 +146,17 @@ class RequestMetrics:
         """The request is taken, with a prompt of so many tokens."""
         self._metrics.count_prompt(num_tokens)
 
-    def tokens(self, num_tokens: int) -> None:
-        """Tokens have come."""
+    def tokens(self, num_tokens: int, queued_s: float | None = None) -> None:
+        """Tokens have come; the first ones with the time that the request had waited on its rank."""
         if num_tokens == 0:
             return
         now_s = time.monotonic()
         if self._num_tokens == 0:
             self._first_s = now_s
             self._metrics.observe("ttft", now_s - self._start_s)
+            if queued_s is not None:
+                self._metrics.observe("queue", queued_s)
+                self._metrics.observe("prefill", now_s - self._start_s - queued_s)
         else:
             self._metrics.observe("itl", now_s - self._last_s)
         self._last_s = now_s
@@ -129,5 +167,7 @@ class RequestMetrics:
         """The request ended well."""
         self._metrics.count_finished(reason)
         self._metrics.observe("e2e", time.monotonic() - self._start_s)
+        if self._num_tokens > 0:
+            self._metrics.observe("decode", self._last_s - self._first_s)
         if self._num_tokens > 1:
             self._metrics.observe("tpot", (self._last_s - self._first_s) / (self._num_tokens - 1))

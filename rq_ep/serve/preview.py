@@ -1,4 +1,4 @@
-"""What a server would be: its settings, its placement, the bytes of each rank. No weights are read."""
+"""What a server would be: settings, placement, the bytes of each rank and what they leave. No weights are read."""
 
 import torch
 from accelerate import init_empty_weights
@@ -6,17 +6,24 @@ from transformers import AutoModelForCausalLM
 
 from rq_ep.config import ServeConfig, resolved
 from rq_ep.core.placement import Placement
+from rq_ep.engine.engine import CPU_KV_CACHE_TOKENS
+from rq_ep.engine.room import kv_bytes_per_token
 from rq_ep.formats import native_format_name
 from rq_ep.model.checkpoint import read_config
 from rq_ep.model.identity import model_identity
-from rq_ep.model.memory import expert_bytes
+from rq_ep.model.memory import available_bytes, expert_bytes
 from rq_ep.model.placing import check_layers, choose_strategy, place_uniformly
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.serve.inputs import check_inputs, chosen_strategy
 
 
-def preview(config: ServeConfig, num_ranks: int) -> str:
+def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     """The text of `--dry-run`.
+
+    Args:
+        config: what to serve.
+        num_ranks: size of the group.
+        num_ranks_here: how many of them share this machine, and without GPUs its memory.
 
     Raises:
         UserError: whatever a real start would refuse before it reads weights.
@@ -45,9 +52,23 @@ def preview(config: ServeConfig, num_ranks: int) -> str:
         f"placement: made by {placement.strategy}, served by {strategy.name}; {len(placement.layers)} MoE layers of "
         f"{placement.layers[0].num_experts} experts on {num_ranks} ranks",
     ]
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    memory = available_bytes(device)
+    sharers = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)
+    token_bytes = kv_bytes_per_token(model_config, dtype)
     for rank in range(num_ranks):
         held = expert_bytes(placement, layout, [rank])
         formats = ", ".join(f"{size:,} in {name}" for name, size in sorted(held.items())) or "none"
         total = sum(held.values())
         lines.append(f"rank {rank}: {total + others:,} bytes: experts {total:,} ({formats}), the rest {others:,}")
+        if memory is not None:
+            left = max(memory // sharers - total - others, 0)
+            lines.append(
+                f"        leaves {left:,} bytes for rows on their way and the KV cache: {left // token_bytes:,} tokens"
+            )
+    tokens = config.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if device.type == "cpu" else None)
+    room = "what is left" if tokens is None else f"{tokens:,} tokens, {tokens * token_bytes:,} bytes a rank"
+    lines.append(f"KV cache: {token_bytes:,} bytes a token; {room} (--kv-cache-tokens)")
+    if memory is not None:
+        lines.append(f"memory: {memory:,} bytes of {device.type}, for {sharers} rank{'s' * (sharers > 1)}")
     return "\n".join(lines)

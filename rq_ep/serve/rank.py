@@ -1,5 +1,6 @@
 """One rank of the server: load, run the engine, and end when the HTTP process or a signal says so."""
 
+import json
 import logging
 import os
 import signal
@@ -8,7 +9,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import asdict, astuple
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
 from rq_ep.engine.engine import Engine, Limits
 from rq_ep.engine.families import set_attention
 from rq_ep.engine.lockstep import is_consequence
@@ -27,6 +31,7 @@ from rq_ep.serve.front import Front
 from rq_ep.serve.inputs import check_inputs, choose_max_model_len, chosen_strategy
 from rq_ep.serve.link import Link, Message
 from rq_ep.serve.loads import LoadTotals
+from rq_ep.serve.recording import TraceRecording
 from rq_ep.serve.startup import agree, on_every_rank, refuse
 
 log = logging.getLogger("rq_ep.serve")
@@ -74,7 +79,9 @@ class RankServer:
         self.config = config
         self.group = group
         self.link = link
-        self.loads = LoadTotals()
+        self.loads = LoadTotals() if group.rank == 0 else None
+        self.recording: TraceRecording | None = None
+        self.told_steps = (0, 0.0)
         self.stop = threading.Event()
         self.num_signals = 0
         self.engine: Engine | None = None
@@ -102,13 +109,15 @@ class RankServer:
         self.link.send({"kind": "checked"})
         model = on_every_rank(self.group, self._load)
         loaded: LoadReport = model.rq_ep  # type: ignore[assignment]
+        self.recording = TraceRecording(model, self.group, self.config.record_dir, self.link.send)
         engine = Engine(
             model,
             loaded.layers,
-            self.group.control if self.group.size > 1 else None,
+            self.group,
             Limits(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.kv_cache_tokens),
             on_outputs=self.tell,
             on_failure=self.fail,
+            on_mark=self.recording.mark,
         )
         rooms = self.group.all_gather_object(engine.max_request_tokens)
         max_model_len = on_every_rank(self.group, lambda: choose_max_model_len(self.config, model_config, min(rooms)))
@@ -124,6 +133,7 @@ class RankServer:
                     "max_model_len": max_model_len,
                     "vocab_size": vocab_size,
                     "expert_bytes": bytes_R,
+                    "placement": document(loaded.placement),
                     "info": {
                         "backend": self.group.backend,
                         "device": str(self.group.device),
@@ -143,6 +153,7 @@ class RankServer:
             dtype=config.dtype,
             machine=config.machine,
             telemetry=self.loads,
+            max_tokens=config.max_num_batched_tokens,
         )
         set_attention(model, config.attn_implementation)
         return model
@@ -161,8 +172,17 @@ class RankServer:
 
     def _send_stats(self) -> None:
         assert self.engine is not None
-        stats: Message = {"num_running": self.engine.num_running, "num_waiting": self.engine.num_waiting}
-        if self.group.rank == 0:
+        engine, told = self.engine, self.told_steps
+        self.told_steps = engine.steps
+        stats: Message = {
+            "num_running": engine.num_running,
+            "num_waiting": engine.num_waiting,
+            "kv_cache_usage": engine.kv_cache_usage,
+            "place": asdict(engine.place),
+            "num_steps": self.told_steps[0] - told[0],
+            "steps_s": self.told_steps[1] - told[1],
+        }
+        if self.loads is not None:
             stats["loads"] = self.loads.take()
         self.link.send({"kind": "stats", **stats})
 
@@ -181,6 +201,11 @@ class RankServer:
         time.sleep(VERDICT_TIMEOUT_S)
         end(f"rank {self.group.rank}: {text}")
 
+    def abort(self, signal_name: str) -> None:
+        """End at once, as asked by a second signal; clients are told that, and not that a rank died."""
+        self.link.send({"kind": "aborted", "signal": signal_name})
+        end(f"rank {self.group.rank}: aborted by a second {signal_name}")
+
     # On the link's thread
 
     def hear(self, message: Message) -> None:
@@ -194,6 +219,8 @@ class RankServer:
         if message["kind"] == "add":
             fields = message["request"]
             engine.submit(Request(**{**fields, "sampling": Sampling(**fields["sampling"])}))
+        if message["kind"] == "mark":
+            engine.mark(message["number"])
         if message["kind"] == "cancel":
             engine.cancel(message["id"])
         if "num_announced" in message:
@@ -210,7 +237,8 @@ class RankServer:
         def handle(number: int, frame: Any) -> None:
             self.num_signals += 1
             if self.num_signals > 1:
-                end(f"rank {self.group.rank}: aborted by a second {signal.Signals(number).name}")
+                # On a thread: this one may hold the link's lock just now.
+                threading.Thread(target=self.abort, args=(signal.Signals(number).name,), daemon=True).start()
 
         if threading.current_thread() is not threading.main_thread():
             yield  # a caller that runs us elsewhere keeps its signals
@@ -221,6 +249,15 @@ class RankServer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def document(placement: Placement) -> dict[str, Any]:
+    """A placement as its file holds it."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "placement.json"
+        placement.save(path)
+        content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def end(reason: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from rq_ep.serve.errors import ApiError
 
@@ -27,7 +27,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 MAX_LOGPROBS = 20
 
-StopString = Annotated[str, Field(min_length=1)]
+
+def _check_text(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a surrogate pair at character {error.start} is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+StopString = Annotated[Text, Field(min_length=1)]
 
 
 class _Body(BaseModel):
@@ -41,7 +52,7 @@ class StreamOptions(_Body):
 class GenerationBody(_Body):
     """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
 
-    model: str
+    model: Text
     n: Literal[1] | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -50,7 +61,7 @@ class GenerationBody(_Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Text | None = None
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -97,7 +108,7 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class CompletionBody(GenerationBody):
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: Text | list[TokenId] | list[Text] | list[list[TokenId]]
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
@@ -129,13 +140,13 @@ class CompletionBody(GenerationBody):
 
 class TextPart(_Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
 
     def for_template(self) -> dict[str, str]:
         """The message as chat templates read it."""

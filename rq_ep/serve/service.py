@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rq_ep.engine.request import Output, Request, Sampling
+from rq_ep.serve.balance import Balance
 from rq_ep.serve.errors import ApiError
+from rq_ep.serve.history import History
 from rq_ep.serve.metrics import Metrics, RequestMetrics
 from rq_ep.serve.pieces import AnswerText, Piece
+from rq_ep.serve.recorder import Recorder
 from rq_ep.serve.schemas import ChatBody, CompletionBody, GenerationBody
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
@@ -26,6 +29,8 @@ class Ranks(Protocol):
 
     def generate(self, request: Request) -> AsyncIterator[Output]: ...
 
+    def mark(self, number: int) -> None: ...
+
 
 @dataclass(frozen=True)
 class Served:
@@ -38,12 +43,18 @@ class Served:
 class Service:
     """The model behind the routes. Tokenizer and limits arrive while the ranks load."""
 
-    def __init__(self, model_name: str, seed: int, ranks: Ranks, metrics: Metrics) -> None:
+    def __init__(
+        self, model_name: str, seed: int, ranks: Ranks, metrics: Metrics, record_dir: str | None = None
+    ) -> None:
         self.model_name = model_name
         self.metrics = metrics
         self.served: Served | None = None
         self.tokenizer: Any = None
         self.info: dict[str, Any] = {}
+        self.placement: dict[str, Any] | None = None
+        self.balance = Balance()
+        self.history = History(metrics)
+        self.recorder = Recorder(ranks.mark, record_dir)
         self._ranks = ranks
         self._seed = seed
         self._num_unseeded = 0
@@ -145,7 +156,7 @@ class Service:
                 if output.prompt_scores is not None:
                     piece = await asyncio.to_thread(text.echo, prompt_ids, output.prompt_scores, output.finish_reason)
                 else:
-                    times.tokens(len(output.token_ids))
+                    times.tokens(len(output.token_ids), output.queued_s)
                     piece = text.piece(output)
                 if piece.finish_reason is not None:
                     times.finished(piece.finish_reason)

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from rq_ep.engine.lockstep import LockstepManager, PeerLost, agreement, is_consequence
+from rq_ep.engine.position import Position
 from rq_ep.parallel.base import RankFailure
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
@@ -50,6 +51,10 @@ class Bench:
         manager._wake_up_loop = threading.Event()
         manager._num_announced = 3
         manager._heartbeat_s = 0.2
+        manager._mark = manager._marked = 0
+        manager._position = Position([], [], lambda: None)
+        manager._on_mark = lambda number: self.did.append(f"mark {number}")
+        manager.num_steps, manager.steps_s = 0, 0.0
         manager._running = {"wanted": None}
         manager._has_just_scored = False
         self.prompts = prompts
@@ -77,8 +82,8 @@ class Bench:
 
 
 GOING, DRAINING, STOPPING = BackgroundThreadStatus.DONT_STOP, BackgroundThreadStatus.FLUSH_AND_STOP, 2
-# ready, keep running, hard stop, pending, announced, -announced
-IDLE, BUSY, LEAVING = (0, 1, 0, 0, 3, -3), (1, 1, 0, 1, 3, -3), (0, 0, 0, 0, 3, -3)
+# ready, keep running, hard stop, pending, announced, -announced, mark
+IDLE, BUSY, LEAVING = (0, 1, 0, 0, 3, -3, 0), (1, 1, 0, 1, 3, -3, 0), (0, 0, 0, 0, 3, -3, 0)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ IDLE, BUSY, LEAVING = (0, 1, 0, 0, 3, -3), (1, 1, 0, 1, 3, -3), (0, 0, 0, 0, 3, 
         (False, False, LEAVING, GOING, [], True),
         (False, False, LEAVING, DRAINING, [], False),
         (True, True, BUSY, STOPPING, [], False),
-        (True, True, (0, 0, 1, 0, 3, -3), GOING, [], False),
+        (True, True, (0, 0, 1, 0, 3, -3, 0), GOING, [], False),
     ],
 )
 def test_a_step_does_what_the_group_agreed(
@@ -103,6 +108,13 @@ def test_a_step_does_what_the_group_agreed(
 ) -> None:
     bench = Bench(ready, pending, other, status)
     assert (bench.step(), bench.did) == (goes_on, did)
+
+
+def test_a_mark_comes_before_the_step_and_once() -> None:
+    bench = Bench(True, True, (0, 1, 0, 0, 3, -3, 1), GOING)
+    assert bench.step()
+    assert bench.step()
+    assert bench.did == ["mark 1", "step", "update", "step", "update"]
 
 
 def test_scoring_takes_turns_with_batches() -> None:
@@ -134,7 +146,7 @@ def test_an_idle_group_sleeps_until_it_is_woken() -> None:
 
 
 def test_no_rank_sleeps_while_another_has_not_heard_of_a_request() -> None:
-    assert time_of_an_idle_step((0, 1, 0, 0, 4, -4)) < 0.1
+    assert time_of_an_idle_step((0, 1, 0, 0, 4, -4, 0)) < 0.1
 
 
 def test_errors_that_follow_from_another_are_told_apart() -> None:

@@ -39,7 +39,13 @@ class Step:
         output_ids = torch.zeros(1, 8, dtype=torch.int64)
         self.sampler(logits_NV[None], output_ids)
         outputs: list[Any] = [
-            SimpleNamespace(request_id=name, generated_tokens=[int(token)], is_finished=lambda: False)
+            SimpleNamespace(
+                request_id=name,
+                generated_tokens=[int(token)],
+                is_finished=lambda: False,
+                created_time=1.0,
+                lifespan=(1.5, -1),
+            )
             for name, token in zip(list(self.running), output_ids[0].tolist(), strict=False)
         ]
         self.news.deliver_batch(outputs)
@@ -51,7 +57,7 @@ def test_raw_scores_go_with_their_tokens() -> None:
     logits_NV = torch.tensor([[0.0, 3.0, 1.0], [0.0, 3.0, 1.0]])
     told = Step([plain, scored]).run(logits_NV)
     raw = logits_NV[1].log_softmax(-1).tolist()
-    assert told[0] == Output("plain", [1])
+    assert told[0] == Output("plain", [1], queued_s=0.5)
     assert told[1].scores == [Score(raw[told[1].token_ids[0]], [1], [raw[1]])]
 
 

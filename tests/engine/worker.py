@@ -56,7 +56,7 @@ def start(path: Path, strategy: str, group: TorchGroup, answers: Answers, on_fai
     model = load(path, strategy=strategy, group=group)
     set_attention(model, None)
     engine = Engine(
-        model, model.rq_ep.layers, group.control, LIMITS,
+        model, model.rq_ep.layers, group, LIMITS,
         on_outputs=answers.hear, on_failure=on_failure or ending("unexpected"), heartbeat_s=0.05,
     )  # fmt: skip
     engine.start()

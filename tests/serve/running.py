@@ -33,6 +33,10 @@ def torchrun(num_ranks: int) -> list[str]:
     ]
 
 
+def restarting(num_ranks: int) -> list[str]:
+    return [*torchrun(num_ranks), "--max-restarts=9", "--monitor-interval=0.1"]
+
+
 def deepspeed(num_ranks: int) -> list[str]:
     launcher = shutil.which("deepspeed")
     assert launcher is not None
@@ -47,6 +51,7 @@ def by_hand(num_ranks: int) -> list[str]:
 Launcher = Callable[[int], list[str]]
 SERVE: dict[Launcher, list[str]] = {
     torchrun: ["-m", "rq_ep.serve"],
+    restarting: ["-m", "rq_ep.serve"],
     deepspeed: ["--module", "rq_ep.serve"],
     by_hand: ["-m", "rq_ep.serve"],
 }

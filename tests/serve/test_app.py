@@ -13,6 +13,7 @@ from rq_ep.engine.request import Output, Request, Score
 from rq_ep.serve.app import make_app
 from rq_ep.serve.errors import TYPES, ApiError
 from rq_ep.serve.metrics import Metrics
+from rq_ep.serve.recorder import Recorder
 from rq_ep.serve.service import Served, Service
 
 MODEL = "org/tiny"
@@ -43,6 +44,14 @@ def score(token_id: int) -> Score:
     return Score(-token_id / 64, [33, token_id], [-0.25, -token_id / 64])
 
 
+LOADS = {  # as LoadTotals.take gives them
+    "layers": [3, 4], "num_calls": 6, "pairs_LR": [[30, 10], [20, 20]], "counts_LE": [[25, 10, 5], [20, 0, 20]],
+    "formats_L": [{"bf16": 25, "int8": 15}, {"bf16": 40}], "imbalance_L": [1.5, 1.0],
+    "seconds": {"gather": 0.1, "plan": 0.2, "dispatch": 0.5, "compute": 1.0, "combine": 0.3},
+    "borrowed_experts": 2, "borrowed_bytes": 100,
+}  # fmt: skip
+
+
 class ScriptedRanks:
     """Answers every request with `answer`, a byte at a time, then as `end` says."""
 
@@ -52,6 +61,7 @@ class ScriptedRanks:
         self.taken: list[Request] = []
         self.cancelled: list[str] = []
         self.is_slow = False
+        self.marks: list[int] = []
 
     @property
     def num_unfinished(self) -> int:
@@ -59,6 +69,9 @@ class ScriptedRanks:
 
     def why_unavailable(self) -> str | None:
         return self.unavailable
+
+    def mark(self, number: int) -> None:
+        self.marks.append(number)
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         self.taken.append(request)
@@ -287,6 +300,10 @@ def test_an_open_end_takes_what_room_there_is(bench: Bench) -> None:
         (b"[1, 2]", "the body must be a JSON object"),
         (b"{}", "model is required"),
         (b'{"model": "org/tiny"}', "prompt is required"),
+        (b'{"model": "org/tiny", "prompt": "a\\ud800"}', "half a surrogate pair at character 1"),
+        (b'{"model": "org/tiny", "prompt": "a", "\\ud800": 1}', "the body must be a JSON object"),
+        (b'{"model": "org/tiny", "prompt": "\xff"}', "the body is not"),
+        (b"[" * 1900, "the body is not"),
     ],
 )
 def test_bodies_that_are_no_request(bench: Bench, content: bytes, message: str) -> None:
@@ -415,8 +432,8 @@ def test_metrics_count(bench: Bench) -> None:
     bench.complete(n=2)
     metrics = bench.service.metrics
     metrics.weights([{"bf16": 10, "int8": 5}, {"bf16": 20}])
-    metrics.loads([3, 4], [[30, 10], [20, 20]], [1.5, 1.0])
-    metrics.queues(1, 2, 3)
+    metrics.loads(LOADS)
+    metrics.rank(1, {"num_running": 2, "num_waiting": 3, "kv_cache_usage": 0.25, "num_steps": 5, "steps_s": 0.5})
     text = bench.call("GET", "/metrics").text
     for line in (
         'rq_ep_request_success_total{finished_reason="length",model_name="org/tiny"} 1.0',
@@ -430,9 +447,54 @@ def test_metrics_count(bench: Bench) -> None:
         'rq_ep_tokens_routed_total{ep_rank="0",layer="3",model_name="org/tiny"} 30.0',
         'rq_ep_layer_imbalance_ratio{layer="3",model_name="org/tiny"} 1.5',
         f'rq_ep_balancedness{{model_name="org/tiny"}} {(1 / 1.5 + 1) / 2}',
+        'rq_ep_replica_tokens_total{layer="3",model_name="org/tiny",precision="int8"} 15.0',
+        'rq_ep_dispatch_seconds_total{model_name="org/tiny"} 0.5',
+        'rq_ep_rearrangements_total{model_name="org/tiny"} 2.0',
         'rq_ep_num_requests_waiting{ep_rank="1",model_name="org/tiny"} 3.0',
+        'rq_ep_kv_cache_usage_perc{ep_rank="1",model_name="org/tiny"} 0.25',
+        'rq_ep_engine_steps_total{ep_rank="1",model_name="org/tiny"} 5.0',
+        'rq_ep_request_decode_time_seconds_count{model_name="org/tiny"} 1.0',
     ):
         assert line in text
+
+
+def test_load_is_told_since_the_start_and_lately(bench: Bench) -> None:
+    assert bench.call("GET", "/v1/ep/load").json()["total"] is None
+    bench.service.balance.add(LOADS)
+    bench.service.balance.add(LOADS)
+    bench.complete()
+    bench.service.history.sample(3)
+    body = bench.call("GET", "/v1/ep/load").json()
+    assert (body["layers"], body["total"]["pairs_LR"]) == ([3, 4], [[60, 20], [40, 40]])
+    assert body["recent"]["counts_LE"] == [[50, 20, 10], [40, 0, 40]]
+    assert body["recent"]["balancedness"] == pytest.approx((1 / 1.5 + 1) / 2)
+    sample = body["history"][-1]
+    assert sample["num_unfinished"] == 3
+    assert sample["generation_tokens_per_s"] > 0
+    assert sample["itl_ms_p50"] <= sample["itl_ms_p99"]
+
+
+def test_the_placement_is_the_file(bench: Bench) -> None:
+    error(bench.call("GET", "/v1/ep/placement"), 503)
+    bench.service.placement = {"format": "rq_ep.placement/1"}
+    assert bench.call("GET", "/v1/ep/placement").json() == {"format": "rq_ep.placement/1"}
+
+
+def test_recording_starts_stops_and_names_its_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--record-dir" in error(bench.call("POST", "/v1/ep/record/start"), 400)["message"]
+    bench.service.recorder = recorder = Recorder(bench.ranks.mark, "traces")
+    error(bench.call("POST", "/v1/ep/record/stop"), 409)
+    assert bench.call("POST", "/v1/ep/record/start").json() == {"recording": True}
+    assert "under way" in error(bench.call("POST", "/v1/ep/record/start"), 409)["message"]
+
+    def answer(number: int) -> None:
+        bench.ranks.marks.append(number)
+        recorder.hear({"kind": "recorded", "path": "traces/t", "num_steps": 3, "num_tokens": 9})
+
+    monkeypatch.setattr(recorder, "_mark", answer)
+    stopped = bench.call("POST", "/v1/ep/record/stop").json()
+    assert stopped == {"recording": False, "path": "traces/t", "num_steps": 3, "num_tokens": 9}
+    assert bench.ranks.marks == [1, 2]
 
 
 def test_version_and_server_info(bench: Bench) -> None:

@@ -45,7 +45,7 @@ def test_mistakes_on_the_command_line(argv: list[str], message: str, capsys: pyt
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("case", ["model", "strategy", "setting", "ranks", "foreign", "length", "tokenizer"])
+@pytest.mark.parametrize("case", ["model", "strategy", "setting", "ranks", "foreign", "records", "length", "tokenizer"])
 def test_what_a_user_can_put_right_is_told_in_one_line(
     case: str, tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,8 +63,9 @@ def test_what_a_user_can_put_right_is_told_in_one_line(
             ["--model", model, "--placement", write_placement(tmp_path / "foreign", 1, other)],
             "was made for model 'other'",
         ),
+        "records": (["--model", model, "--record-dir", "/nowhere"], "--record-dir /nowhere: no such directory"),
         "length": (["--model", model, "--max-model-len", "600"], "--max-model-len 600: the model was made for 512"),
-        "tokenizer": (["--model", str(tmp_path / "mute")], "no tokenizer that transformers can read"),
+        "tokenizer": (["--model", str(tmp_path / "mute")], "no tokenizer; copy tokenizer.json"),
     }[case]
     if case == "tokenizer":
         shutil.copytree(tiny_checkpoint, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*", "text"))
@@ -84,6 +85,9 @@ def test_a_dry_run_prints_settings_placement_and_bytes(
     assert "2 MoE layers of 8 experts on 1 ranks" in told
     layout = ExpertLayout({"gate_up_proj": (2 * 32, 64), "down_proj": (64, 32)})
     assert f"experts {2 * 8 * get_format('bf16').nbytes(layout):,} (" in told
+    token_bytes = 2 * 2 * 64 * 2  # keys and values, layers, all heads, bf16
+    assert f"KV cache: {token_bytes:,} bytes a token; 16,384 tokens, {16384 * token_bytes:,} bytes a rank" in told
+    assert "bytes for rows on their way and the KV cache" in told
 
 
 def test_mistakes_end_every_rank_with_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -49,8 +49,9 @@ class Stage:
         self.ended = asyncio.Event()
         self.ready: list[Message] = []
         self.hub = Hub(
-            NUM_RANKS, TOKEN, max_queue_size=4, stall_s=0.2,
-            on_checked=lambda: None, on_ready=self.ready.append, on_stats=lambda *_: None, on_end=self.ended.set,
+            NUM_RANKS, TOKEN, max_queue_size=4, stall_s=1.0,
+            on_checked=lambda: None, on_ready=self.ready.append, on_stats=lambda *_: None,
+            on_recorded=lambda _: None, on_end=self.ended.set,
         )  # fmt: skip
         self.address = ("", 0)
         self.ranks: list[FakeRank] = []
@@ -158,15 +159,35 @@ def test_a_request_that_fails_on_its_rank_is_an_error() -> None:
     play(scene)
 
 
-def test_silence_of_all_ranks_is_told() -> None:
+PLACE = {"step": 7, "layer": 1, "operation": "gather of counts", "stuck_s": 0.0}
+STATS = {"kind": "stats", "num_running": 0, "num_waiting": 0, "place": PLACE}
+
+
+def test_a_silent_rank_ends_the_group_and_is_named() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
-        await asyncio.sleep(0.3)
-        assert "no rank has finished a step" in str(it.hub.why_unavailable())
-        it.ranks[2].tell(("unknown", [1], None, None))
-        await asyncio.sleep(0.05)
-        assert it.hub.why_unavailable() is None
-        task.cancel()
+        watching = asyncio.ensure_future(it.hub.watch())
+        for _ in range(16):
+            for rank in it.ranks[:2] if _ else it.ranks:
+                rank.link.send(STATS)
+            await asyncio.sleep(0.1)
+        with pytest.raises(ApiError, match=r"rank 2 has not been heard .* rank 0 waits in step 7, MoE layer 1, gather"):
+            await task
+        await it.ended.wait()
+        await watching
+
+    play(scene)
+
+
+def test_an_abort_is_no_death() -> None:
+    async def scene(it: Stage) -> None:
+        task = it.ask("0")
+        await it.ranks[0].hear("add")
+        it.ranks[1].link.send({"kind": "aborted", "signal": "SIGINT"})
+        it.ranks[1].die()
+        with pytest.raises(ApiError, match="shut down by a second SIGINT") as caught:
+            await task
+        assert caught.value.status == 503
 
     play(scene)
 

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.sim.traces import RoutingTrace
 from tests.serve.running import Server, running
 
 NUM_RANKS = 2
@@ -28,7 +29,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log"
     arguments = ["--model", str(tiny_checkpoint), "--served-model-name", MODEL, "--dtype", "float32"]
-    with running(log, NUM_RANKS, *arguments, "--strategy", "{name: llep}", "--max-num-batched-tokens", "64") as server:
+    arguments += ["--strategy", "{name: llep}", "--max-num-batched-tokens", "64", "--record-dir", str(log.parent)]
+    with running(log, NUM_RANKS, *arguments) as server:
         yield server
 
 
@@ -115,10 +117,57 @@ def test_a_seed_repeats_an_answer(client: openai.OpenAI) -> None:
     assert len(set(answers)) == 3
 
 
+def test_a_prompt_is_scored_as_the_dense_model_scores_it(client: openai.OpenAI, dense: tuple[Any, Any]) -> None:
+    model, tokenizer = dense
+    prompt_ids = tokenizer.encode("def main(argv):\n    return " * 4)  # several chunks
+    body: dict[str, Any] = {"model": MODEL, "prompt": prompt_ids, "max_tokens": 1, "temperature": 0, "echo": True}
+    found = client.completions.create(**body, logprobs=1).choices[0]
+    assert found.logprobs is not None
+    with torch.no_grad():
+        expected_TV = model(input_ids=torch.tensor([prompt_ids])).logits[0].log_softmax(-1)
+    expected = expected_TV[:-1].gather(1, torch.tensor(prompt_ids[1:])[:, None]).flatten().tolist()
+    scores = found.logprobs.token_logprobs or []
+    assert scores[0] is None
+    assert scores[1:-1] == pytest.approx(expected, abs=1e-4)
+    assert found.text.startswith(tokenizer.decode(prompt_ids))
+    best = [None if top is None else max(top.values()) for top in found.logprobs.top_logprobs or []]
+    assert best[-1] == scores[-1], "the answer is greedy"
+    assert best[1:-1] == pytest.approx(expected_TV[:-1].amax(-1).tolist(), abs=1e-4)
+
+
+def test_a_recording_holds_what_was_routed(client: openai.OpenAI, server: Server) -> None:
+    def post(action: str) -> Any:
+        return httpx.post(f"{server.url}/v1/ep/record/{action}", timeout=30).json()
+
+    assert post("start") == {"recording": True}
+    with ThreadPoolExecutor(3) as pool:
+        body: dict[str, Any] = {"model": MODEL, "max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        list(pool.map(lambda prompt: client.completions.create(prompt=prompt, **body), PROMPTS[:3]))
+    stopped = post("stop")
+    trace = RoutingTrace.load(stopped["path"])
+    num_tokens = sum(len(prompt) + 6 - 1 for prompt in PROMPTS[:3])  # the last one is never fed back
+    assert len(trace.ids_NLK) == stopped["num_tokens"] == num_tokens
+    assert trace.layers == (0, 1)
+    assert post("start") == {"recording": True}
+    assert "no step was made" in post("stop")["error"]["message"]
+
+
+def test_the_balance_is_told(server: Server) -> None:
+    threading.Event().wait(1.5)
+    placement = httpx.get(f"{server.url}/v1/ep/placement").json()
+    assert (placement["num_ranks"], len(placement["layers"])) == (NUM_RANKS, 2)
+    load = httpx.get(f"{server.url}/v1/ep/load").json()
+    pairs_LR, counts_LE = load["total"]["pairs_LR"], load["total"]["counts_LE"]
+    assert [sum(pairs) for pairs in pairs_LR] == [sum(counts) for counts in counts_LE]
+    assert len(counts_LE[0]) == 8
+    assert load["history"]
+    assert "setInterval(refresh" in httpx.get(f"{server.url}/dashboard").text
+
+
 def test_errors_are_those_of_openai(client: openai.OpenAI, server: Server) -> None:
     with pytest.raises(openai.BadRequestError, match=r"600 tokens and max_tokens is 1, .* at most 512"):
         client.completions.create(model=MODEL, prompt=[1] * 600, max_tokens=1)
-    with pytest.raises(openai.BadRequestError, match="n=2 is not supported"):
+    with pytest.raises(openai.BadRequestError, match="n: Input should be 1"):
         client.completions.create(model=MODEL, prompt="a", n=2)
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-5'"):
         client.completions.create(model="gpt-5", prompt="a")

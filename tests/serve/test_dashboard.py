@@ -1,0 +1,75 @@
+"""The dashboard, drawn by a real browser from a service with loads; skips where there is no Chromium."""
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from rq_ep.serve.app import make_app
+from tests.serve.running import free_port
+from tests.serve.test_app import LOADS, Bench
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PLACEMENT = {
+    "strategy": "rq",
+    "num_ranks": 2,
+    "layers": [
+        {
+            "layer": layer,
+            "replicas": [
+                {"expert": 0, "rank": 0, "format": "bf16", "share": 0.6},
+                {"expert": 0, "rank": 1, "format": "bf16", "share": 0.4},
+                {"expert": 1, "rank": 0, "format": "int8", "share": 1.0},
+                {"expert": 2, "rank": 1, "format": "int8", "share": 1.0},
+            ],
+        }
+        for layer in (3, 4)
+    ],
+}
+
+pytestmark = [pytest.mark.skipif(BROWSER is None, reason="no Chromium here"), pytest.mark.slow]
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    bench, port = Bench(), free_port()
+    bench.service.placement = PLACEMENT
+    bench.service.balance.add(LOADS)
+    for num_unfinished in (1, 4):
+        bench.complete()
+        bench.service.metrics.loads(LOADS)
+        bench.service.history.sample(num_unfinished)
+    app = make_app(bench.service, max_body_bytes=2000)
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}/dashboard"
+    server.should_exit = True
+    thread.join(10)
+
+
+def test_it_draws_ranks_experts_and_times(url: str, tmp_path: Path) -> None:
+    assert BROWSER is not None
+    picture = tmp_path / "dashboard.png"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=1500",
+    ]
+    dumped = subprocess.run([BROWSER, *options, "--dump-dom", url], capture_output=True, text=True, timeout=60).stdout
+    assert 'data-ready="yes"' in dumped
+    for shown in ("org/tiny", "layer 3", "layer 4", "1.50", "live", "int8", "rank 1: 10 pairs"):
+        assert shown in dumped, dumped[-3000:]
+    assert dumped.count('<path d="M') == 7, "four charts, seven lines"
+    draw = [BROWSER, *options, f"--screenshot={picture}", "--window-size=1200,900", url]
+    subprocess.run(draw, capture_output=True, timeout=60)
+    assert picture.stat().st_size > 20_000

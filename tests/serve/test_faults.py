@@ -1,0 +1,134 @@
+"""Ranks that die or stop: clients hear of it soon and by name, and a launcher that may restart brings all back.
+
+One launcher for all: every fault ends a group, and the next test finds a new one.
+"""
+
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.running import Server, restarting, running
+
+MODEL = "tiny"
+NUM_RANKS = 2
+ERROR_WITHIN_S = 10
+CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("faults") / "log"
+    arguments = ["--model", str(tiny_checkpoint), "--served-model-name", MODEL, "--device", "cpu"]
+    arguments += ["--max-num-batched-tokens", "4", "--max-body-bytes", "100000", "--stall-timeout", "3"]
+    with running(log, NUM_RANKS, *arguments, launcher=restarting) as server:
+        yield server
+
+
+def ask(server: Server, **body: Any) -> httpx.Response:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 4, "temperature": 0, "ignore_eos": True, **body}
+    return CLIENT.post(f"{server.url}/v1/completions", json=body)
+
+
+def answered(server: Server) -> None:
+    """Both ranks answer."""
+    with ThreadPoolExecutor(4) as pool:
+        assert [answer.status_code for answer in pool.map(lambda _: ask(server), range(4))] == [200] * 4
+
+
+def unfinished(server: Server) -> float:
+    lines = CLIENT.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("rq_ep_num_requests_unfinished{"))
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+def fault(server: Server, rank: int, number: signal.Signals, bodies: list[dict[str, Any]]) -> list[str]:
+    """What clients were told when a rank got a signal; afterwards the old group is gone and a new one serves."""
+    server.wait_until_ready()
+    old = server.rank(rank)
+    with ThreadPoolExecutor(8) as pool:
+        answers: list[Future[httpx.Response]] = [pool.submit(ask, server, **body) for body in bodies]
+        until(lambda: unfinished(server) == len(bodies))
+        old.send_signal(number)
+        hit_s = time.monotonic()
+        told = [answer.result().json()["error"] for answer in answers]
+        assert time.monotonic() - hit_s < ERROR_WITHIN_S
+        assert {error["code"] for error in told} <= {500}
+    if number == signal.SIGSTOP:
+        old.kill()  # the launcher would do so itself, after half a minute
+    until(lambda: not healthy(server), ERROR_WITHIN_S)
+    until(lambda: healthy(server), 60)
+    answered(server)
+    return [error["message"] for error in told]
+
+
+def healthy(server: Server) -> bool:
+    try:
+        return CLIENT.get(f"{server.url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_poisoned_request_harms_only_itself(server: Server) -> None:
+    url = f"{server.url}/v1/completions"
+    headers = {"Content-Type": "application/json"}
+    good = ThreadPoolExecutor(1).submit(ask, server, max_tokens=300)
+    assert ask(server, prompt="a" * 5000).status_code == 400
+    assert ask(server, prompt=[5] * 20_000).status_code == 400
+    assert ask(server, max_tokens=10**9).status_code == 400
+    assert ask(server, prompt="x" * 10_000_000).status_code == 413
+    assert httpx.post(url, content=b'{"model": "tiny", "prompt": "\xff\xfe"}', headers=headers).status_code == 400
+    assert httpx.post(url, content=b'{"model": "tiny", "prompt": "\\ud800"}', headers=headers).status_code == 400
+    assert httpx.post(url, content=b"[" * 90_000, headers=headers).status_code == 400
+    assert ask(server, stop=["\U0001f600"], seed=-(2**63)).status_code == 200
+    assert good.result().json()["usage"]["completion_tokens"] == 300
+
+
+def test_a_slow_client_harms_nobody(server: Server) -> None:
+    """It sends half of its request, and another reads nothing of its stream."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half, socket.create_connection((host, int(port))) as deaf:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        body = b'{"model": "tiny", "prompt": "a", "max_tokens": 400, "stream": true, "ignore_eos": true}'
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        deaf.sendall(head.encode() + b"\r\n\r\n" + body)
+        answered(server)
+    until(lambda: unfinished(server) == 0)
+
+
+def test_a_rank_killed_while_idle(server: Server) -> None:
+    assert fault(server, 1, signal.SIGKILL, []) == []
+    assert "the group has failed: rank 1 died" in server.log.read_text()
+
+
+def test_a_rank_killed_in_prefill(server: Server) -> None:
+    told = fault(server, 1, signal.SIGKILL, [{"prompt": [5] * 500, "max_tokens": 12}] * 6)
+    assert all("rank 1 died" in message for message in told)
+
+
+def test_rank_0_killed_in_decode(server: Server) -> None:
+    told = fault(server, 0, signal.SIGKILL, [{"max_tokens": 500}] * 4)
+    assert all("rank 0 died" in message for message in told)
+
+
+def test_a_stalled_rank_is_found(server: Server) -> None:
+    told = fault(server, 1, signal.SIGSTOP, [{"max_tokens": 500}] * 4)
+    for message in told:
+        assert "rank 1 has not been heard for" in message
+        assert "rank 0 waits in step" in message
