@@ -64,7 +64,8 @@ def place_slots(
         layers.append(_layer_of(layer, found_RK, problem.stats.native_format))
         before.append(even_imbalance(layer_steps, slots_RK))
         problem.on_progress((at + 1) / len(steps))
-    return certify(problem, strategy, layers, "even", max_steps, searched_from=round(float(np.mean(before)), 4))
+    placement = certify(problem, strategy, layers, "even", max_steps, searched_from=round(float(np.mean(before)), 4))
+    return _bounded_by_slots(placement)
 
 
 def check_slots(problem: PlacementProblem) -> int:
@@ -130,6 +131,17 @@ def even_imbalance(steps: LayerSteps, slots_RK: IntArray) -> float:
     copies_E = np.bincount(slots_RK.ravel(), minlength=steps.counts_SE.shape[1])
     loads_SRK = (steps.loads_SE / np.maximum(copies_E, 1))[:, slots_RK.ravel()].reshape(-1, num_ranks, num_slots)
     return float(loads_SRK.sum(axis=2).max(axis=1).mean())
+
+
+def _bounded_by_slots(placement: Placement) -> Placement:
+    """With the bound of as many slots in every layer; these engines cannot give one layer another's."""
+    bounds = [layer.bound or 1.0 for layer in placement.layers]
+    bound = float(np.mean(bounds))
+    found = placement.certificate
+    tighter = {"bound": bound, "gap": found["predicted"] / bound - 1}
+    return replace(
+        placement, certificate={**found, **tighter, "binding": placement.layers[int(np.argmax(bounds))].binding}
+    )
 
 
 def _check_limits(problem: PlacementProblem) -> None:

@@ -60,6 +60,7 @@ def test_no_start_is_made_worse(seed: int, num_ranks: int, per_rank: int, more: 
     assert found <= before + 1e-9
     assert placed.certificate["searched_from"] == pytest.approx(before, abs=1e-4)
     assert placed.layers[0].predicted == pytest.approx(found, rel=0.03)  # of whole pairs
+    assert placed.certificate["bound"] == pytest.approx(placed.layers[0].bound)
     shares_P, copies_E = placed.layers[0].shares_P, np.bincount(slots_RK.ravel())
     np.testing.assert_allclose(shares_P, 1 / copies_E[slots_RK.ravel()])
 
