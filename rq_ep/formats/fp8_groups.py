@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rq_ep.formats.fp8 import DTYPE, LARGEST, Fp8
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import e4m3_to_bf16
+from rq_ep.formats.unpack import e4m3_groups_to_bf16
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ class Fp8Groups(Quantized):
 
     def expand(self, parts: Parts, num_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         if dtype == torch.bfloat16 and num_in % self.group == 0:
-            weight = e4m3_to_bf16(parts["numbers"])
-            weight.view(*parts["scale"].shape, self.group).mul_(parts["scale"][..., None])
-            return weight, None
+            return e4m3_groups_to_bf16(parts["numbers"].view(len(parts["scale"]), -1, self.group), parts["scale"]), None
         scale = parts["scale"].repeat_interleave(self.group, 1)[:, :num_in]
         return (parts["numbers"].float() * scale).to(dtype), None

@@ -12,6 +12,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+_MAX_THREADS = 2  # with more, tensor operations are faster than the loop for int8, which takes one
+
 
 def nibbles(codes: Tensor) -> Tensor:
     """uint8 [..., n] -> [..., 2n], low halves first."""
@@ -20,7 +22,7 @@ def nibbles(codes: Tensor) -> Tensor:
 
 def int8_to_bf16(levels: Tensor) -> Tensor:
     """int8 [out, in] -> bf16, exact."""
-    if levels.device.type != "cpu":
+    if levels.device.type != "cpu" or torch.get_num_threads() > _MAX_THREADS:
         return levels.to(torch.bfloat16)
     out = torch.empty(levels.shape, dtype=torch.bfloat16)
     _int8(levels.numpy(), _bits(out, np.uint16))
@@ -45,6 +47,15 @@ def has_triton() -> bool:
 def can_unpack_pairs(codes: Tensor) -> bool:
     """Whether `int4_to_bf16` and `mxfp4_to_bf16` run on the device of `codes`."""
     return codes.device.type == "cpu" or has_triton()
+
+
+def e4m3_groups_to_bf16(numbers_OGI: Tensor, scale_OG: Tensor) -> Tensor:
+    """float8_e4m3fn [out, groups, group] and fp32 scales -> bf16 [out, in]."""
+    if numbers_OGI.device.type != "cpu":
+        return (numbers_OGI.to(torch.bfloat16) * scale_OG[..., None]).to(torch.bfloat16).flatten(1)
+    out = torch.empty(numbers_OGI.shape, dtype=torch.bfloat16)
+    _e4m3_groups(numbers_OGI.view(torch.uint8).numpy(), scale_OG.numpy(), _bits(out, np.uint16))
+    return out.flatten(1)
 
 
 def int4_to_bf16(codes_OGB: Tensor, scale_OG: Tensor) -> Tensor:
@@ -96,12 +107,24 @@ def _int8(levels, out):
 def _e4m3(bytes_, out):
     for n in range(bytes_.shape[0]):
         for k in range(bytes_.shape[1]):
-            magnitude = np.uint32(bytes_[n, k] & np.uint8(127))
-            normal = np.uint32((magnitude << np.uint32(4)) + np.uint32(120 << 7))
-            steps = np.float32(bytes_[n, k] & np.uint8(127))
-            subnormal = np.float32(steps * np.float32(2.0**-9)).view(np.uint32) >> np.uint32(16)
-            sign = (np.uint32(bytes_[n, k]) & np.uint32(128)) << np.uint32(8)
-            out[n, k] = np.uint16((normal if magnitude > np.uint32(7) else subnormal) | sign)
+            out[n, k] = _e4m3_bits(bytes_[n, k])
+
+
+@njit(cache=True, nogil=True)
+def _e4m3_groups(bytes_, scale, out):
+    weights = np.empty(bytes_.shape[1:], np.float32)
+    bits = weights.view(np.uint32)
+    for n in range(bytes_.shape[0]):
+        for g in range(bytes_.shape[1]):
+            for k in range(bytes_.shape[2]):
+                bits[g, k] = np.uint32(_e4m3_bits(bytes_[n, g, k])) << np.uint32(16)
+        for g in range(bytes_.shape[1]):
+            factor = scale[n, g]
+            for k in range(bytes_.shape[2]):
+                weights[g, k] = weights[g, k] * factor
+        for g in range(bytes_.shape[1]):
+            for k in range(bytes_.shape[2]):
+                out[n, g, k] = _to_even(bits[g, k]) >> np.uint32(16)
 
 
 @njit(cache=True, nogil=True)
@@ -135,6 +158,17 @@ def _mxfp4(blocks, half, out):
         for g in range(blocks.shape[1]):
             for k in range(blocks.shape[2]):
                 out[n, g, k] = (low_bits[g, k] >> np.uint32(16)) | (high_bits[g, k] & np.uint32(0xFFFF0000))
+
+
+@njit(inline="always")
+def _e4m3_bits(byte):
+    """The bits of an e4m3 number in bf16."""
+    magnitude = np.uint32(byte & np.uint8(127))
+    normal = np.uint32((magnitude << np.uint32(4)) + np.uint32(120 << 7))
+    steps = np.float32(byte & np.uint8(127))
+    subnormal = np.float32(steps * np.float32(2.0**-9)).view(np.uint32) >> np.uint32(16)
+    sign = (np.uint32(byte) & np.uint32(128)) << np.uint32(8)
+    return np.uint16((normal if magnitude > np.uint32(7) else subnormal) | sign)
 
 
 @njit(inline="always")

@@ -63,6 +63,38 @@ def test_every_8_bit_number_comes_out_exactly() -> None:
     assert torch.equal(found[is_number], numbers.bfloat16()[is_number])
 
 
+def by_hand(format_: Quantized, parts: dict[str, Tensor], o: int, i: int) -> float:
+    """One weight, decoded from the stored numbers as the formats' definitions have it."""
+    number = {name: tensor.float().numpy() if tensor.is_floating_point() else tensor for name, tensor in parts.items()}
+    match format_.name.split("_g"):
+        case ["int8"]:
+            return int(number["levels"][o, i]) * float(number["scale"][o])
+        case ["fp8", *group]:
+            byte = int(parts["numbers"].view(torch.uint8)[o, i])
+            exponent, mantissa = byte >> 3 & 15, byte & 7
+            value = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+            scale = number["scale"][o, i // int(group[0])] if group else number["scale"][o]
+            return (-value if byte & 128 else value) * float(scale)
+        case ["int4", group]:
+            byte = int(number["codes"][o, i // 2])
+            return ((byte >> 4 if i % 2 else byte & 15) - 8) * float(number["scale"][o, i // int(group)])
+        case ["mxfp4"]:
+            byte = int(number["blocks"][o, i // 32, i % 32 // 2])
+            code = byte >> 4 if i % 2 else byte & 15
+            exponent, mantissa = code >> 1 & 3, code & 1
+            value = mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1)
+            return (-value if code & 8 else value) * 2.0 ** (int(number["scales"][o, i // 32]) - 127)
+    raise AssertionError(f"{format_.name} has no definition here")
+
+
+@pytest.mark.parametrize("name", LOW_BIT)
+def test_stored_numbers_mean_what_the_definitions_say(name: str) -> None:
+    weight = torch.randn(3, 140, generator=torch.Generator().manual_seed(5)) * torch.logspace(-3, 1, 140)
+    parts = dict(LOW_BIT[name].quantize(weight))
+    expected = torch.tensor([[by_hand(LOW_BIT[name], parts, o, i) for i in range(140)] for o in range(3)])
+    torch.testing.assert_close(dequantized(LOW_BIT[name], weight), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_bytes_are_those_of_the_bits(name: str) -> None:
     layout = ExpertLayout({"gate_up_proj": (512, 256), "down_proj": (256, 256)})
