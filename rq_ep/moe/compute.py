@@ -45,7 +45,7 @@ def add_outputs(
     for start in range(0, len(row_N), step):
         rows = row_N[start : start + step]
         ends = (ends_G - start).clip(0, len(rows)).tolist()
-        up_NF = multiply(received.rows_MD[rows], share.stack, share.slots, ends, family.up)
+        up_NF = multiply(received.rows_MD.index_select(0, rows), share.stack, share.slots, ends, family.up)
         out_ND = multiply(family.apply_gate(up_NF), share.stack, share.slots, ends, family.down)
         _add_rows(partial_MD, rows, out_ND.float().mul_(weight_N[start : start + step, None]))
 

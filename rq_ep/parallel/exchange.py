@@ -110,7 +110,7 @@ class Exchange:
 
         if int(away_RR.sum(axis=0).max()) * (row_bytes + NOTE_BYTES) <= self.max_padded_bytes:
             tokens = _by_slot(token_N, row_N, pairs_out_R, pairs_out_R)
-            message = torch.cat([hidden_TD[tokens].view(torch.uint8), notes_N2.view(torch.uint8)], 1)
+            message = torch.cat([hidden_TD.index_select(0, tokens).view(torch.uint8), notes_N2.view(torch.uint8)], 1)
             rows_out, rows_in = pairs_out_R.tolist(), pairs_in_R.tolist()
             arrived = group.all_to_all(message, rows_out, rows_in)
             notes_N2 = arrived[:, row_bytes:].contiguous().view(torch.int32)

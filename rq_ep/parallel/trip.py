@@ -142,7 +142,8 @@ class Trip:
             self._going_back = None
 
     def _start(self, part: Part, out: Tensor) -> Arrival:
-        return self.group.start_all_to_all(self.hidden_TD[part.tokens], part.rows_out, part.rows_in, out)
+        rows = self.hidden_TD.index_select(0, part.tokens)  # on a CPU several times as fast as by brackets
+        return self.group.start_all_to_all(rows, part.rows_out, part.rows_in, out)
 
     def _room(self, number: int, num_rows: int) -> Tensor:
         return self.group.room.take(number, num_rows, self.hidden_TD.shape[1], self.hidden_TD.dtype)
