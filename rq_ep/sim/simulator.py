@@ -1,5 +1,6 @@
-"""The simulator: recorded counts through a strategy's own planners, and what comes out."""
+"""The simulator: recorded counts through a strategy's own planners, step by step, and what comes out."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,43 +33,51 @@ class Simulation:
 def simulate(
     strategy: Strategy,
     placement: Placement,
-    counts: IntArray,
+    steps: Iterable[IntArray],
     native_format: str,
     cost: LayerCost | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Simulation:
-    """Replay recorded counts under `strategy` as it serves `placement`.
+    """Replay recorded steps under `strategy` as it serves `placement`.
+
+    One step is held at a time, so that neither many of them nor many ranks fill the memory.
 
     Args:
         strategy: makes the planners.
         placement: one layer for each layer of the counts.
-        counts: recorded pairs per step, layer and expert, [S, L, E], which are dealt to the ranks, or [S, L, R, E].
+        steps: recorded pairs of each step, per layer and expert, [L, E], which are dealt to the ranks, or [L, R, E].
         native_format: the format that does not count as low precision.
         cost: prices each plan; None: no seconds.
+        on_step: called after each step.
     """
-    topology = placement.topology
+    topology, num_layers = placement.topology, len(placement.layers)
     planners = [strategy.planner(layer, topology, cost) for layer in placement.layers]
-    num_steps, num_layers = counts.shape[:2]
-    imbalance_SL = np.full((num_steps, num_layers), np.nan)
-    transfers_SL = np.zeros((num_steps, num_layers), np.int64)
-    layer_s_SL = np.zeros((num_steps, num_layers))
     loads_LR = np.zeros((num_layers, topology.num_ranks), np.int64)
-    low_pairs = 0
-    for at, planner in enumerate(planners):
-        dealt_SRE = counts[:, at] if counts.ndim == 4 else deal_counts(counts[:, [at]], topology.num_ranks)[:, 0]
-        for step, counts_RE in enumerate(dealt_SRE):
+    imbalances, transfers, seconds = [], [], []
+    pairs, low_pairs = 0, 0
+    for counts in steps:
+        imbalance_L, transfers_L, layer_s_L = np.full(num_layers, np.nan), np.zeros(num_layers, np.int64), []
+        for at, planner in enumerate(planners):
+            counts_RE = counts[at] if counts.ndim == 3 else deal_counts(counts[None, [at]], topology.num_ranks)[0, 0]
             plan = planner(counts_RE)
-            if plan.loads_R.any():
-                imbalance_SL[step, at] = imbalance(plan.loads_R)
+            num_pairs = int(plan.loads_R.sum())
+            if num_pairs:
+                imbalance_L[at] = imbalance(plan.loads_R)
             loads_LR[at] += plan.loads_R
-            transfers_SL[step, at] = len(plan.transfers)
-            low_P = np.array([name != native_format for name in plan.replicas.formats_P], bool)
+            transfers_L[at] = len(plan.transfers)
+            pairs += num_pairs
+            low_P = [p for p, name in enumerate(plan.replicas.formats_P) if name != native_format]
             low_pairs += int(plan.pairs_RP[:, low_P].sum())
             if cost is not None:
-                layer_s_SL[step, at] = cost.step(plan).layer_s
+                layer_s_L.append(cost.step(plan).layer_s)
+        imbalances.append(imbalance_L)
+        transfers.append(transfers_L)
+        seconds.append(layer_s_L)
+        on_step()
     return Simulation(
-        imbalance_SL=imbalance_SL,
+        imbalance_SL=np.array(imbalances).reshape(-1, num_layers),
         loads_LR=loads_LR,
-        low_precision_share=low_pairs / max(int(counts.sum()), 1),
-        transfers_SL=transfers_SL,
-        layer_s_SL=None if cost is None else layer_s_SL,
+        low_precision_share=low_pairs / max(pairs, 1),
+        transfers_SL=np.array(transfers, np.int64).reshape(-1, num_layers),
+        layer_s_SL=None if cost is None else np.array(seconds).reshape(-1, num_layers),
     )

@@ -1,6 +1,7 @@
 """Recorded routing and recorded loads, dealt to the ranks that would have served them."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,21 @@ class RoutingTrace:
         keys = (row_NL[:, :, None] * self.num_experts + self.ids_NLK).ravel()
         counts: IntArray = np.bincount(keys, minlength=int(np.prod(shape))).reshape(shape)
         return counts
+
+    def steps(self, chosen_S: IntArray, num_ranks: int) -> Iterator[IntArray]:
+        """[L, R, E] pairs of each chosen step, one at a time: all of `counts` may not fit the memory."""
+        ends_S = np.cumsum(self.tokens_S)
+        for step in chosen_S.tolist():
+            part = slice(int(ends_S[step] - self.tokens_S[step]), int(ends_S[step]))
+            one = replace(
+                self,
+                ids_NLK=self.ids_NLK[part],
+                weights_NLK=self.weights_NLK[part],
+                tokens_S=self.tokens_S[[step]],
+                sequence_N=None if self.sequence_N is None else self.sequence_N[part],
+                phase_S=None if self.phase_S is None else self.phase_S[[step]],
+            )
+            yield one.counts(num_ranks)[0]
 
     @classmethod
     def joined(cls, traces: "list[RoutingTrace]") -> "RoutingTrace":

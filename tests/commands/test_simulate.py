@@ -82,6 +82,11 @@ def test_without_placements_everything_is_placed_on_uniform_load(
         ("abc", 16, "4", ["--machine", "h200"], "hidden_size"),
         ("abc", 16, "4", ["--machine", "h300"], "did you mean 'h200'"),
         ("abc", 16, "4", ["--json", "/"], "is a directory"),
+        ("abc", 16, "4", ["--strategies", "rq+1"], "only eplb takes slots beside the budget"),
+        ("abc", 16, "4", ["--strategies", "eplb+"], "only eplb takes slots beside the budget"),
+        ("abc", 16, "4", ["--strategies", "eplb+0"], "must be at least 1"),
+        ("abc", 16, "4", ["--max-steps", "0"], "--max-steps 0: must be at least 1"),
+        ("abc", 16, "4", ["--calibration", "none"], "none: no such file"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -135,3 +140,27 @@ def test_loads_without_pairs_are_refused(tmp_path: Path, capsys: pytest.CaptureF
     ExpertStats(np.zeros((3, 1, 4), np.int64), ("bf16",), "bf16", {"bf16": 7}).save(tmp_path / "idle")
     assert main(["simulate", "--stats", str(tmp_path / "idle"), "--num-ranks", "2"]) == 2
     assert "no routed pairs to replay" in capsys.readouterr().err
+
+
+def test_every_strategy_places_on_calibrated_loads_inside_the_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibration = write_stats(tmp_path / "calibration.safetensors")
+    held_out, out = write_stats(tmp_path / "held_out.safetensors", seed=1), tmp_path / "rows.json"
+    names = "standard,eplb,eplb+1,llep,rq,rq_paper,rq_llep"
+    command = ["simulate", "--stats", held_out, "--num-ranks", "4", "--strategies", names, "--max-steps", "5"]
+    assert main([*command, "--calibration", calibration, "--json", str(out)]) == 0
+    assert "5 steps of 2 layers" in capsys.readouterr().out
+    rows = {row["strategy"]: row for row in json.loads(out.read_text())}
+    assert list(rows) == names.split(",")
+    assert {row["placement"] for row in rows.values()} == {"calibration.safetensors"}
+    assert rows["eplb+1"]["bytes_max"] == 10_000
+    assert max(row["bytes_max"] for name, row in rows.items() if name != "eplb+1") <= 8000
+    assert rows["rq"]["imbalance_mean"] < rows["eplb+1"]["imbalance_mean"] < rows["standard"]["imbalance_mean"]
+
+
+def test_calibration_of_another_shape_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = write_stats(tmp_path / "held_out.safetensors")
+    other = write_stats(tmp_path / "other.safetensors", num_experts=8)
+    assert main(["simulate", "--stats", held_out, "--num-ranks", "4", "--calibration", other]) == 2
+    assert "8 experts in 2 layers, but" in capsys.readouterr().err

@@ -1,6 +1,9 @@
 """The simulator: counts dealt without loss, balance measured per step, strategies told apart."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from rq_ep.core.cost import LayerShape
 from rq_ep.core.stats import ExpertStats
@@ -9,6 +12,7 @@ from rq_ep.sim.simulator import simulate
 from rq_ep.sim.traces import deal_counts
 from rq_ep.strategies import make_strategy
 from rq_ep.strategies.place import place
+from tests.sim.test_traces import trace_of
 
 SIZES = {"bf16": 1000, "int8": 504}
 
@@ -64,3 +68,28 @@ def test_strategies_on_a_skewed_record() -> None:
     assert found["standard"].low_precision_share == 0
     assert all(result.loads_LR.sum() == held_out.sum() for result in found.values())
     assert all((result.layer_s_SL > 0).all() for result in found.values())
+
+
+def test_a_recorded_trace_comes_one_step_at_a_time() -> None:
+    trace = trace_of([7, 0, 2, 12])
+    chosen_S = np.array([0, 2, 3])
+    together = trace.counts(3)[chosen_S]
+    np.testing.assert_array_equal(np.stack(list(trace.steps(chosen_S, 3))), together)
+    in_turns = replace(trace, sequence_N=np.arange(21) % 5)
+    np.testing.assert_array_equal(np.stack(list(in_turns.steps(chosen_S, 3))), in_turns.counts(3)[chosen_S])
+    placement = place(stats_of(together.sum(axis=2)), 3, strategy="eplb")
+    seen = []
+    result = simulate(
+        make_strategy("eplb"), placement, trace.steps(chosen_S, 3), "bf16", on_step=lambda: seen.append(1)
+    )
+    assert result.imbalance_SL.shape == (3, 2)
+    assert len(seen) == 3
+    np.testing.assert_array_equal(result.loads_LR.sum(axis=1), together.sum(axis=(0, 2, 3)))
+
+
+def test_a_thousand_ranks() -> None:
+    counts_SLE = np.random.default_rng(0).integers(0, 900, (2, 1, 256))
+    placement = place(stats_of(counts_SLE), 1024, 1000, strategy="eplb", num_redundant_experts=768)
+    result = simulate(make_strategy("eplb"), placement, counts_SLE, "bf16")
+    assert result.loads_LR.shape == (1, 1024)
+    assert result.seen.mean() == pytest.approx(placement.certificate["predicted"])
