@@ -18,6 +18,8 @@ from rq_ep.solver.certify import certify
 from rq_ep.solver.deal import in_source_order
 from rq_ep.solver.split import ByExpert
 
+ROUNDING = 1e-6  # of a pair: more than sums of shares are off, less than a share of one pair
+
 
 @dataclass(frozen=True)
 class Eplb:
@@ -53,14 +55,28 @@ class Eplb:
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
         by_expert = ByExpert.of(replicas, topology.num_ranks)
-        number_C, num_replicas_C = by_expert.number_C, by_expert.num_replicas_C
+        cuts_2C = _intervals(layer.shares_P[by_expert.replicas_C], by_expert)
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
             totals_C = counts_RE.sum(axis=0)[by_expert.experts_C]
-            quotas_C = (number_C + 1) * totals_C // num_replicas_C - number_C * totals_C // num_replicas_C
+            first_C, end_C = np.floor(cuts_2C * totals_C + ROUNDING).astype(np.int64)
+            quotas_C = end_C - first_C
             return DispatchPlan(replicas, in_source_order(by_expert, counts_RE, quotas_C))
 
+        plan(np.zeros((topology.num_ranks, layer.num_experts), np.int64))  # what is compiled is compiled now
         return plan
+
+
+def _intervals(shares_C: FloatArray, by_expert: ByExpert) -> FloatArray:
+    """[2, C] where each replica's part of its expert's pairs starts and ends, as fractions of them.
+
+    Replicas share evenly, but for placements of other engines in which a rank holds an expert in two of three slots.
+    """
+    is_first_C, is_last_C = by_expert.number_C == 0, by_expert.number_C == by_expert.num_replicas_C - 1
+    running_C = np.cumsum(shares_C)
+    before_C = (running_C - shares_C)[by_expert.first_E[by_expert.experts_C]]
+    ends_C = np.where(is_last_C, 1.0, running_C - before_C)
+    return np.stack([np.where(is_first_C, 0.0, np.roll(ends_C, 1)), ends_C])
 
 
 def eplb_candidates(problem: PlacementProblem) -> list[list[LayerPlacement]]:

@@ -114,3 +114,20 @@ def test_redundant_experts_beyond_the_budget_are_refused_with_the_bytes_they_tak
     budget = (standard_ep_bytes(stats, 4),) * 4
     with pytest.raises(UserError, match=r"30 bytes of experts .* budget of 20: raise --budget to 30"):
         Eplb().place(PlacementProblem(stats, Topology(4), budget, num_redundant_experts=4))
+
+
+def test_an_even_split_is_even_to_the_pair() -> None:
+    for copies in (1, 2, 3, 7, 33):
+        layer = LayerPlacement.even(0, 1, [Replica(rank, 0, "bf16") for rank in range(copies)])
+        planner = Eplb().planner(layer, Topology(copies))
+        for total in (0, 1, copies - 1, copies, 100, 65_537, 40_000_001):
+            counts_RE = np.zeros((copies, 1), np.int64)
+            counts_RE[-1] = total
+            ends = [number * total // copies for number in range(copies + 1)]
+            assert planner(counts_RE).loads_R.tolist() == np.diff(ends).tolist()
+
+
+def test_a_rank_with_two_of_three_slots_takes_two_thirds() -> None:
+    even = LayerPlacement.even(0, 2, [Replica(0, 0, "bf16"), Replica(1, 0, "bf16"), Replica(1, 1, "bf16")])
+    layer = LayerPlacement(0, 2, even.replicas, np.array([2 / 3, 1 / 3, 1.0]))
+    assert Eplb().planner(layer, Topology(2))(np.array([[30, 5], [60, 0]])).loads_R.tolist() == [60, 35]
