@@ -33,15 +33,15 @@ from rq_ep.core.files import check_writable, replacing
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibrate import calibrate
 from rq_ep.model.checkpoint import read_tokenizer
-from rq_ep.model.dense import read_dense
 from rq_ep.model.importance import IMPORTANCES
+from rq_ep.model.listen import Subject, listen
 from rq_ep.model.quality import Estimate, Quality
-from rq_ep.model.seam import family_of, find_expert_modules
+from rq_ep.model.quantize import MAX_ROWS
 from rq_ep.model.windows import make_windows
 
 SHARES = (0.25, 0.5)
 NUM_RANDOM = 3
-FORMATS = "int8,fp8,int4_g32,int4_g64,int4_g128,mxfp4"
+FORMATS = "int8,fp8,int4_g32,int4_g32:calibrated,int4_g128,int4_g128:calibrated,mxfp4"
 MARKERS = {"least important": "o", "coldest": "s", "by chance": "x", "all": "*"}
 
 
@@ -65,8 +65,7 @@ def main() -> None:
         check_writable(path)
     quiet_libraries()
     names = args.formats.split(",")
-    network = read_dense(args.model, torch.float32, torch.device("cpu"))
-    experts = find_expert_modules(network)
+    subject = Subject.open(args.model, torch.float32, "cpu")
     rows, kinds, mixed = [], [], []
     with progress_bar() as bar:
         num_rows = len(names) * (len(SHARES) * 3 + 3) + len(IMPORTANCES) + 1
@@ -76,13 +75,17 @@ def main() -> None:
             bar.update(task, description=what, advance=1)
 
         stats = {
-            kind: calibrate(network, args.calibrate_on, formats=names, importance=kind, measure_kl=kind == "drop")
+            kind: calibrate(
+                subject.network, args.calibrate_on, formats=[*dict.fromkeys(map(_base, names))], importance=kind,
+                measure_kl=kind == "drop",
+            )
             for kind in IMPORTANCES
-        }
+        }  # fmt: skip
+        heard = listen(subject, args.calibrate_on, max_rows=MAX_ROWS)
         windows = make_windows(
             args.text, read_tokenizer(args.model), sequence_length=128, max_tokens=args.max_tokens, batch_size=8
         )
-        model = RoundedModel.of(network, experts, family_of(experts[0].module).layout, windows.batches)
+        model = RoundedModel.of(subject, windows.batches, [record.kept_rows() for record in heard.records])
         for name in names:
             for share in SHARES:
                 for chosen, orders in _orders(stats["output"], name).items():
@@ -115,7 +118,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint, a small one")
     parser.add_argument("--text", required=True, type=Path, metavar="DIR", help="held-out text")
     parser.add_argument("--calibrate-on", required=True, type=Path, metavar="DIR", help="other text of the same kinds")
-    parser.add_argument("--formats", default=FORMATS, metavar="NAMES", help=f"by commas (default: {FORMATS})")
+    parser.add_argument(
+        "--formats",
+        default=FORMATS,
+        metavar="NAMES",
+        help=f"by commas, `:calibrated` where rounded by GPTQ (default: {FORMATS})",
+    )
     parser.add_argument("--max-tokens", type=int, default=12_288, metavar="N", help="held-out tokens (default 12288)")
     parser.add_argument(
         "--importance-format", default="int4_g32", metavar="NAME",
@@ -148,13 +156,18 @@ def _kinds(stats: Mapping[str, ExpertStats], name: str) -> dict[str, Order]:
     kl = stats["drop"].kl
     assert kl is not None
     by_kind = {kind: _damage(found, name) for kind, found in stats.items()}
-    return by_kind | {"own KL": kl[..., stats["drop"].formats.index(name)]}
+    return by_kind | {"own KL": kl[..., stats["drop"].formats.index(_base(name))]}
+
+
+def _base(name: str) -> str:
+    """The format of a name such as `int4_g32:calibrated`."""
+    return name.partition(":")[0]
 
 
 def _damage(stats: ExpertStats, name: str) -> Order:
     assert stats.importance is not None
     assert stats.error is not None
-    damage: Order = stats.importance * stats.error[..., stats.formats.index(name)]
+    damage: Order = stats.importance * stats.error[..., stats.formats.index(_base(name))]
     return damage
 
 
@@ -170,7 +183,7 @@ def _row(model: RoundedModel, stats: ExpertStats, name: str, chosen: str, share:
         together.kl += quality.kl
         together.agreement += quality.agreement
         low_pairs += float(pairs_LE[low_LE].sum() / pairs_LE.sum()) / len(orders)
-    low_bytes, native_bytes = stats.expert_bytes[name], stats.expert_bytes[stats.native_format]
+    low_bytes, native_bytes = stats.expert_bytes[_base(name)], stats.expert_bytes[stats.native_format]
     return Row(
         format=name,
         chosen=chosen,

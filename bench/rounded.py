@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.formats import get_format
+from rq_ep.model.listen import Subject
 from rq_ep.model.quality import Quality, nll
+from rq_ep.model.rounding import ROUNDINGS
 from rq_ep.model.seam import ExpertsModule
 from rq_ep.model.windows import Batch
+from rq_ep.moe.family import ExpertFamily
 
 BoolArray = npt.NDArray[np.bool_]
 Forward = Callable[..., Tensor]
@@ -27,19 +30,27 @@ class RoundedModel:
 
     network: PreTrainedModel
     experts: Sequence[ExpertsModule]
-    layout: ExpertLayout
+    family: ExpertFamily
     batches: Sequence[Batch]
     dense_BTV: list[Tensor]  # logits, batch by batch
     dense_nll: float  # nats per token
+    rows_LE: list[list[Tensor]]  # inputs that the experts met in calibration, for calibrated rounding
     rounded: dict[str, list[dict[str, Tensor]]]  # the last format -> [L] the experts' tensors as it gives them back
 
     @classmethod
     def of(
-        cls, network: PreTrainedModel, experts: Sequence[ExpertsModule], layout: ExpertLayout, batches: Sequence[Batch]
+        cls, subject: Subject, batches: Sequence[Batch], rows_LE: list[list[Tensor]] | None = None
     ) -> "RoundedModel":
+        """
+        Args:
+            subject: the model, in fp32.
+            batches: the text that it is asked about.
+            rows_LE: inputs of each expert, where formats are named with `:calibrated`.
+        """
+        network = subject.network
         dense = [_logits(network, batch) for batch in batches]
         losses = [loss for logits, batch in zip(dense, batches, strict=True) for loss in nll(logits, batch.tokens_BT)]
-        return cls(network, experts, layout, batches, dense, float(np.mean(losses)), {})
+        return cls(network, subject.experts, subject.family, batches, dense, float(np.mean(losses)), rows_LE or [], {})
 
     def low(self, name: str, low_LE: BoolArray) -> Quality:
         """The experts of `low_LE` in format `name`, all others as they are."""
@@ -85,27 +96,30 @@ class RoundedModel:
 
     def _rounded(self, name: str) -> list[dict[str, Tensor]]:
         if name not in self.rounded:
-            self.rounded = {name: [_round_trip(found, self.layout, name) for found in self.experts]}
+            self.rounded = {name: [self._round_trip(layer, name) for layer in range(len(self.experts))]}
         return self.rounded[name]
+
+    @torch.no_grad()
+    def _round_trip(self, layer: int, name: str) -> dict[str, Tensor]:
+        """The tensors of a layer's experts, packed in a format and unpacked."""
+        base, _, rounding = name.partition(":")
+        format_, layout = get_format(base), self.family.layout
+        found = self.experts[layer]
+        parameters = dict(found.module.named_parameters())
+        rounded = {tensor: torch.empty_like(parameter) for tensor, parameter in parameters.items()}
+        for expert in range(found.num_experts):
+            weights = {tensor: parameter[expert] for tensor, parameter in parameters.items()}
+            rows_ND = self.rows_LE[layer][expert] if rounding else torch.empty(0, self.family.hidden_size)
+            packed = ROUNDINGS[rounding or "nearest"](format_, weights, rows_ND, self.family)
+            for tensor, parameter in rounded.items():
+                parameter[expert] = format_.dequantize(format_.views(packed, layout), tensor, layout, parameter.dtype)
+        return rounded
 
 
 @torch.no_grad()
 def _logits(network: PreTrainedModel, batch: Batch) -> Tensor:
     logits_BTV: Tensor = network(batch.tokens_BT, use_cache=False).logits
     return logits_BTV
-
-
-@torch.no_grad()
-def _round_trip(found: ExpertsModule, layout: ExpertLayout, name: str) -> dict[str, Tensor]:
-    """An experts module's tensors, packed in a format and unpacked."""
-    format_ = get_format(name)
-    parameters = dict(found.module.named_parameters())
-    rounded = {tensor: torch.empty_like(parameter) for tensor, parameter in parameters.items()}
-    for expert in range(found.num_experts):
-        packed = format_.pack({tensor: parameter[expert] for tensor, parameter in parameters.items()}, layout)
-        for tensor, parameter in rounded.items():
-            parameter[expert] = format_.dequantize(format_.views(packed, layout), tensor, layout, parameter.dtype)
-    return rounded
 
 
 def _called(module: nn.Module, tensors: Mapping[str, Tensor], arguments: Sequence[Tensor]) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 
 from bench import fidelity
 from bench.rounded import RoundedModel
-from rq_ep.model.dense import read_dense
-from rq_ep.model.seam import family_of, find_expert_modules
+from rq_ep.model.listen import Subject
 from rq_ep.model.windows import make_windows
 
 
@@ -19,11 +18,10 @@ from rq_ep.model.windows import make_windows
 def model(tiny_checkpoint: Path) -> RoundedModel:
     from rq_ep.model.checkpoint import read_tokenizer
 
-    network = read_dense(tiny_checkpoint, torch.float32, torch.device("cpu"))
-    experts = find_expert_modules(network)
+    subject = Subject.open(tiny_checkpoint, torch.float32, "cpu")
     text = tiny_checkpoint / "text" / "held-out"
     windows = make_windows(text, read_tokenizer(tiny_checkpoint), sequence_length=64, max_tokens=1024, batch_size=8)
-    return RoundedModel.of(network, experts, family_of(experts[0].module).layout, windows.batches)
+    return RoundedModel.of(subject, windows.batches)
 
 
 def test_the_native_format_and_no_expert_change_nothing(model: RoundedModel) -> None:
@@ -49,7 +47,7 @@ def test_the_command_prints_writes_and_draws(tiny_checkpoint: Path, tmp_path: Pa
     text = tiny_checkpoint / "text"
     monkeypatch.setattr(sys, "argv", [
         "fidelity.py", "--model", str(tiny_checkpoint), "--text", str(text / "held-out"),
-        "--calibrate-on", str(text / "train"), "--formats", "int4_g32", "--max-tokens", "1024",
+        "--calibrate-on", str(text / "train"), "--formats", "int4_g32:calibrated", "--max-tokens", "1024",
         "--json", str(figures), "--png", str(picture),
     ])  # fmt: skip
     fidelity.main()
