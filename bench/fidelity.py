@@ -122,7 +122,7 @@ def _arguments() -> argparse.Namespace:
         "--formats",
         default=FORMATS,
         metavar="NAMES",
-        help=f"by commas, `:calibrated` where rounded by GPTQ (default: {FORMATS})",
+        help=f"by commas, `:calibrated` for GPTQ (default: {FORMATS})",
     )
     parser.add_argument("--max-tokens", type=int, default=12_288, metavar="N", help="held-out tokens (default 12288)")
     parser.add_argument(
