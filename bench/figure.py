@@ -16,7 +16,7 @@ COLOURS = ("#bbbbbb", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#a
 
 
 def draw(result: Mapping[str, Any], path: str | Path) -> None:
-    """Write a PNG: speed-up over the first strategy above, rows received by the fullest rank below."""
+    """Write a PNG: speed-up over the first strategy above, rows of the fullest rank below."""
     rows = [row for row in result["rows"] if "imbalance_mean" in row]
     labels = labels_of(rows)
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
@@ -30,8 +30,8 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
         of_label = [by_name[scenario, label] for scenario in scenarios]
         colour = COLOURS[number % len(COLOURS)]
         upper.bar(at + shift, [1 / row["compute_s_ratio"] for row in of_label], width, color=colour, label=label)
-        mebibytes = [row["received_bytes_peak"] / 2**20 for row in of_label]
-        lower.bar(at + shift, mebibytes, width, color=colour)
+        for figure_name, alpha in (("received_bytes_peak", 0.35), ("held_bytes_peak", 1.0)):
+            lower.bar(at + shift, [row[figure_name] / 2**20 for row in of_label], width, color=colour, alpha=alpha)
     ideal = [by_name[scenario, labels[0]]["ideal_speed_up"] for scenario in scenarios]
     upper.plot(at, ideal, "_", color="#222222", markersize=22, label="perfect balance")
     theirs = [published(result["shape_name"], scenario).get("speed_up", np.nan) for scenario in scenarios]
@@ -39,13 +39,13 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
         upper.plot(at, theirs, "x", color="#222222", label="llep, published (whole layer, 8 H200)")
     upper.set_ylabel(f"speed-up over {labels[0]}\nslowest rank's experts, measured")
     figure.legend(fontsize=8, frameon=False, ncols=len(labels) + 2, loc="outside lower center")
-    lower.set_ylabel("rows received by the\nfullest rank, MiB")
+    lower.set_ylabel("rows of the fullest rank, MiB\nlight: computed on; dark: others',\nheld at once")
     lower.set_xticks(at, scenarios, rotation=30)
     shape = result["shape"]
     figure.suptitle(
         f"{result['shape_name']}, {result['num_ranks']} ranks ({result['backend']} on {result['device']}), "
         f"D={shape['hidden_size']} F={shape['intermediate_size']}, "
-        f"{result['options']['tokens_per_rank']} tokens a rank",
+        f"{rows[0]['tokens_per_rank']:g} tokens a rank",
         fontsize=10,
     )
     for panel in (upper, lower):

@@ -51,6 +51,7 @@ class Planned:
         return {
             "imbalance_mean": float(self.imbalance_B.mean()),
             "imbalance_worst": float(self.imbalance_B.max()),
+            "tokens_per_rank": float(np.mean([plan.loads_R.mean() for plan in self.plans])) / self.case.shape.top_k,
             "ideal_speed_up": float(self.imbalance_B.mean()),
             "pairs_by_rank": np.mean([plan.loads_R for plan in self.plans], axis=0).tolist(),
             "received_rows_peak": int(received_BR.max()),

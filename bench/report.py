@@ -42,7 +42,7 @@ def _scenario_table(result: Mapping[str, Any], scenario: str, rows: list[Row]) -
     table = Table(
         title=f"{scenario}: {result['num_ranks']} ranks ({result['backend']} on {result['device']}), "
         f"{result['shape_name']} D={result['shape']['hidden_size']} F={result['shape']['intermediate_size']}, "
-        f"{result['options']['tokens_per_rank']} tokens a rank; times of the slowest rank, p50 / p99"
+        f"{rows[0]['tokens_per_rank']:g} tokens a rank; times of the slowest rank, p50 / p99"
     )
     columns: list[tuple[str, Callable[[Row], Any]]] = [
         ("\nstrategy", lambda row: row["label"]),
