@@ -198,6 +198,7 @@ def _one_node_LER(stats: ExpertStats, topology: Topology) -> BoolArray:
             "experts; leave whole_groups out"
         )
     loads_LG = stats.counts.sum(axis=0).reshape(stats.num_layers, groups, -1).sum(axis=2).astype(np.float64)
+    loads_LG[~loads_LG.any(axis=1)] = 1  # groups nobody used are dealt evenly
     nodes_LG = np.stack([nodes_of_groups(loads_G, topology.num_nodes) for loads_G in loads_LG])
     nodes_LE = np.repeat(nodes_LG, stats.num_experts // groups, axis=1)
     same_LER: BoolArray = nodes_LE[:, :, None] == topology.nodes_R

@@ -8,6 +8,7 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
+from rq_ep.core.groups import nodes_of_groups
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
@@ -100,11 +101,10 @@ def _node_pools(
     if not expert_groups or expert_groups % num_nodes or num_experts % expert_groups:
         return [everywhere]
     group_size = num_experts // expert_groups
-    group_loads = loads_E.reshape(expert_groups, group_size).sum(axis=1)
-    groups_by_node = _pack(group_loads.tolist(), list(range(expert_groups)), [expert_groups // num_nodes] * num_nodes)
+    nodes_G = nodes_of_groups(loads_E.reshape(expert_groups, group_size).sum(axis=1), num_nodes)
     pools = []
-    for node, groups in enumerate(groups_by_node):
-        experts = [expert for group in sorted(groups) for expert in range(group * group_size, (group + 1) * group_size)]
+    for node in range(num_nodes):
+        experts = np.flatnonzero(np.repeat(nodes_G, group_size) == node).tolist()
         pools.append((experts, np.flatnonzero(topology.nodes_R == node).tolist()))
     return pools
 

@@ -7,6 +7,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.replicas import Replica
+from rq_ep.core.rules import Rules
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.strategies.eplb import Eplb
@@ -131,3 +132,19 @@ def test_a_rank_with_two_of_three_slots_takes_two_thirds() -> None:
     even = LayerPlacement.even(0, 2, [Replica(0, 0, "bf16"), Replica(1, 0, "bf16"), Replica(1, 1, "bf16")])
     layer = LayerPlacement(0, 2, even.replicas, np.array([2 / 3, 1 / 3, 1.0]))
     assert Eplb().planner(layer, Topology(2))(np.array([[30, 5], [60, 0]])).loads_R.tolist() == [60, 35]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_groups_are_kept_as_rules_ask(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    counts_SLE = generator.integers(0, 100, (3, 4, 16))
+    counts_SLE[:, 1] = 0
+    stats = ExpertStats(counts_SLE, ("bf16",), "bf16", {"bf16": 10}, expert_groups=8)
+    rules = Rules(whole_groups=True)
+    problem = PlacementProblem(stats, Topology(8, 2), num_redundant_experts=8, rules=rules)
+    for layer in Eplb().place(problem).layers:  # refused where a group were on two nodes
+        nodes_P, groups_P = layer.replicas.ranks_P // 2, layer.replicas.experts_P // 2
+        assert all(len(set(nodes_P[groups_P == group])) == 1 for group in range(8))
+        assert (np.bincount(layer.replicas.ranks_P) == 3).all()
+    with pytest.raises(UserError, match=r"breaks --rules: .* is not allowed; place with rq"):
+        Eplb().place(PlacementProblem(stats, Topology(9, 3), num_redundant_experts=2, rules=rules))
