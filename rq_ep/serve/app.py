@@ -19,6 +19,7 @@ from rq_ep.serve.ep_routes import ep_routes
 from rq_ep.serve.errors import ApiError
 from rq_ep.serve.guards import BodyLimit, KeyGuard
 from rq_ep.serve.metrics import RequestMetrics
+from rq_ep.serve.openapi import describe
 from rq_ep.serve.pieces import Piece
 from rq_ep.serve.schemas import ChatBody, CompletionBody, GenerationBody
 from rq_ep.serve.service import Service
@@ -116,12 +117,14 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
             return await on_api_error(http, error.__cause__)
         if error.status_code == 400:  # FastAPI could not read the body
             return await on_api_error(http, ApiError(400, "the body is not valid JSON in UTF-8"))
-        return await on_api_error(http, ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}"))
+        text = f"{http.method} {http.url.path}: {error.detail}"
+        return await on_api_error(http, ApiError(error.status_code, text, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def on_bug(http: Request, error: Exception) -> Response:
         return await on_api_error(http, ApiError(500, f"internal error: {type(error).__name__}"))
 
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     guarded = BodyLimit(app, max_body_bytes)
     return guarded if api_key is None else KeyGuard(guarded, api_key)
 

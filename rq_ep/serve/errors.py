@@ -1,5 +1,6 @@
 """HTTP errors in the shape OpenAI's clients read."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -20,9 +21,12 @@ TYPES = {
 class ApiError(Exception):
     """A request that cannot be answered: HTTP status, what is wrong, and which parameter is at fault."""
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.headers = headers
         # Both may quote what is no text.
         self.message = message.encode(errors="replace").decode()
         self.param = None if param is None else param.encode(errors="replace").decode()
@@ -32,4 +36,4 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status)
+        return JSONResponse(self.body(), self.status, self.headers)

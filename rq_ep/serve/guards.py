@@ -21,7 +21,8 @@ class KeyGuard:
         if scope["type"] == "http" and scope["path"].startswith("/v1"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
-                refusal = ApiError(401, "the API key is wrong or missing: send `Authorization: Bearer KEY` (--api-key)")
+                text = "the API key is wrong or missing: send `Authorization: Bearer KEY` (--api-key)"
+                refusal = ApiError(401, text, headers={"WWW-Authenticate": "Bearer"})
                 await refusal.response()(scope, receive, send)
                 return
         await self.app(scope, receive, send)

@@ -393,7 +393,9 @@ def test_an_api_key_is_asked_for_under_v1(bench: Bench) -> None:
 def test_unknown_things_are_not_found(bench: Bench) -> None:
     assert error(bench.complete(model="gpt-5"), 404)["param"] == "model"
     assert "/v1/embeddings" in error(bench.call("POST", "/v1/embeddings", json={}), 404)["message"]
-    error(bench.call("GET", "/v1/completions"), 405)
+    wrong_method = bench.call("GET", "/v1/completions")
+    error(wrong_method, 405)
+    assert wrong_method.headers["Allow"] == "POST"
     error(bench.call("GET", "/v1/models/gpt-5"), 404)
 
 
@@ -495,6 +497,15 @@ def test_recording_starts_stops_and_names_its_file(bench: Bench, monkeypatch: py
     stopped = bench.call("POST", "/v1/ep/record/stop").json()
     assert stopped == {"recording": False, "path": "traces/t", "num_steps": 3, "num_tokens": 9}
     assert bench.ranks.marks == [1, 2]
+
+
+def test_the_openapi_document_names_every_error(bench: Bench) -> None:
+    document = bench.call("GET", "/openapi.json").json()
+    answers = document["paths"]["/v1/completions"]["post"]["responses"]
+    assert {"200", "400", "401", "404", "413", "429", "500", "503"} == set(answers)
+    assert "422" not in json.dumps(document)
+    fields = document["components"]["schemas"]["CompletionBody"]["properties"]
+    assert {"echo", "logprobs", "ignore_eos", "seed", "stop", "n", "stream_options"} <= set(fields)
 
 
 def test_version_and_server_info(bench: Bench) -> None:
