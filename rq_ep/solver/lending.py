@@ -166,8 +166,9 @@ def lend(
 ) -> tuple[float, bool, IntArray, IntArray, BoolArray, IntArray]:
     """Lend one expert after another, as long as that may shorten the step, and return the shortest, as `_Found`.
 
-    The emptiest rank borrows, and always the expert with most pairs on the ranks that hold each other up: the cut
-    which bounds the fullest one. After each loan paths of replicas carry pairs to where room has become.
+    The emptiest rank borrows, and always the expert worth most: the pairs it takes off the ranks that hold each other
+    up, the cut which bounds the fullest one, less what it adds to the busiest link. After each loan paths of replicas
+    carry pairs to where room has become.
 
     Args:
         first_E: [E + 1] index into C of each expert's first replica.
@@ -199,6 +200,7 @@ def lend(
     for c in range(num_resident):
         loads_R[ranks_C[c]] += quotas_C[c]
     sent_s_R, received_s_R = np.zeros(num_ranks), np.zeros(num_ranks)
+    moved_s = 0.0  # of the busiest link
     num_borrowed_R = np.zeros(num_ranks, np.int64)
     cut_R = np.zeros(num_ranks, np.bool_)
     sources_N, borrowers_N = np.zeros(max_loans, np.int64), np.zeros(max_loans, np.int64)
@@ -217,20 +219,19 @@ def lend(
         for rank in range(num_ranks):
             if num_borrowed_R[rank] < max_borrowed and (borrower < 0 or loads_R[rank] < loads_R[borrower]):
                 borrower = rank
-        expert, movable = _most_confined(first_E, ranks, quotas, cut_R, borrower)
-        amount = min(movable, mean - loads_R[borrower])
-        if amount < min_pairs:
+        expert, sender, amount = _worthiest(
+            first_E, ranks, quotas, source, transfer_s_C, cut_R, sent_s_R, received_s_R[borrower], moved_s,
+            borrower, mean - loads_R[borrower], min_pairs, pair_s,
+        )  # fmt: skip
+        if expert < 0:
             break
-        sender = -1  # the holder that has sent least so far
-        for n in range(first_E[expert], first_E[expert + 1]):
-            if source[n] >= 0 and (sender < 0 or sent_s_R[ranks[n]] < sent_s_R[ranks[sender]]):
-                sender = n
         becomes_low = max_low_share >= 0 and low_pairs + amount <= max_low_pairs
         seconds = low_s if becomes_low else transfer_s_C[source[sender]]
         sent_s_R[ranks[sender]] += seconds
         received_s_R[borrower] += seconds
-        moved_s = max(sent_s_R.max(), received_s_R.max()) + latency_s
-        if moved_s > 0 and mean * pair_s + moved_s >= best_s:
+        moved_s = max(sent_s_R.max(), received_s_R.max())
+        links_s = moved_s + latency_s
+        if links_s > 0 and mean * pair_s + links_s >= best_s:
             break
         sources_N[num_loans], borrowers_N[num_loans], is_low_N[num_loans] = source[sender], borrower, becomes_low
         num_loans += 1
@@ -247,29 +248,50 @@ def lend(
         if max_low_share >= 0 and low_pairs > max_low_pairs:
             is_cut_short = True
             break
-        if fullest * pair_s + moved_s < best_s:
-            best_s, num_best = fullest * pair_s + moved_s, num_loans
+        if fullest * pair_s + links_s < best_s:
+            best_s, num_best = fullest * pair_s + links_s, num_loans
             _write_table(first_E, ranks, quotas, best_ER)
     return best_s, is_cut_short, sources_N[:num_best], borrowers_N[:num_best], is_low_N[:num_best], best_ER
 
 
 @compiled
-def _most_confined(
-    first_E: IntArray, ranks: IntArray, quotas: IntArray, cut_R: BoolArray, borrower: int
-) -> tuple[int, int]:
-    """The expert with most pairs on the ranks of the cut, of those the borrower lacks, and how many these are."""
-    found, most = 0, 0
+def _worthiest(
+    first_E: IntArray,
+    ranks: IntArray,
+    quotas: IntArray,
+    source: IntArray,
+    transfer_s_C: FloatArray,
+    cut_R: BoolArray,
+    sent_s_R: FloatArray,
+    received_s: float,
+    moved_s: float,
+    borrower: int,
+    room: int,
+    min_pairs: int,
+    pair_s: float,
+) -> tuple[int, int, int]:
+    """The expert whose loan is worth most, its resident replica on the rank that has sent least, and pairs it takes.
+
+    Of experts worth the same, the one with most pairs on the cut; no expert is -1.
+    """
+    found, sender, most, most_s = -1, -1, 0, 0.0
     for expert in range(len(first_E) - 1):
-        pairs = 0
+        pairs, holder = 0, -1
         for n in range(first_E[expert], first_E[expert + 1]):
             if ranks[n] == borrower:
                 pairs = 0
                 break
             if cut_R[ranks[n]]:
                 pairs += quotas[n]
-        if pairs > most:
-            found, most = expert, pairs
-    return found, most
+            if source[n] >= 0 and (holder < 0 or sent_s_R[ranks[n]] < sent_s_R[ranks[holder]]):
+                holder = n
+        if min(pairs, room) < min_pairs:
+            continue
+        link_s = max(sent_s_R[ranks[holder]], received_s) + transfer_s_C[source[holder]]
+        worth_s = min(pairs, room) * pair_s - max(link_s - moved_s, 0.0)
+        if found < 0 or worth_s > most_s or (worth_s == most_s and pairs > most):
+            found, sender, most, most_s = expert, holder, pairs, worth_s
+    return found, sender, min(most, room)
 
 
 @compiled
