@@ -179,6 +179,9 @@ def check(args: argparse.Namespace) -> None:
         check_integer(f"--{name}", getattr(args, name), 1)
     for num_rows in args.rows:
         check_integer("--rows", num_rows, 1)
+    for shape in args.shapes:
+        if args.scale > min(SHAPES[shape].hidden_size, SHAPES[shape].intermediate_size):
+            raise UserError(f"--scale {args.scale}: leaves nothing of {shape}")
     check_integer("--seed", args.seed, 0)
     if args.json:
         check_writable(args.json)
@@ -220,3 +223,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"bench/formats.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

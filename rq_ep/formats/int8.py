@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import int8_to_bf16
+from rq_ep.formats.unpack import int8_to_bf16, scale_channels
 
 _MAX_LEVEL = 127
 # Up to so many rows a CPU multiplies with packed weights. The kernel needs bf16, and a multiple of 16 inputs: with
@@ -38,7 +38,7 @@ class Int8(Quantized):
         if not can_multiply_packed(x_ND):
             return super().product(x_ND, parts)
         ones = x_ND.new_ones(len(parts["scale"]))  # the kernel's scales would be bf16
-        return torch._weight_int8pack_mm(x_ND.contiguous(), parts["levels"], ones).mul_(parts["scale"])
+        return scale_channels(torch._weight_int8pack_mm(x_ND.contiguous(), parts["levels"], ones), parts["scale"])
 
 
 def can_multiply_packed(x_ND: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rq_ep.core.errors import UserError
 from rq_ep.formats.layout import ExpertLayout, Packing, Views
+from rq_ep.formats.unpack import scale_channels
 
 Parts = Mapping[str, Tensor]  # what is stored of one matrix; the first axis of each numbers its output channels
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # their shapes and dtypes
@@ -119,10 +120,7 @@ class Quantized(ABC):
             part = {name: tensor[start:end] for name, tensor in parts.items()}
             weight, scale = self.expand(part, x_ND.shape[1], x_ND.dtype)
             block_NO = _matmul(x_ND, weight)
-            if scale is None:
-                out_NO[:, start:end] = block_NO
-            else:
-                torch.mul(block_NO, scale, out=out_NO[:, start:end])
+            out_NO[:, start:end] = block_NO if scale is None else scale_channels(block_NO, scale)
         return out_NO
 
 

@@ -77,6 +77,17 @@ def mxfp4_to_bf16(blocks_OGB: Tensor, scales_OG: Tensor) -> Tensor:
     return out
 
 
+def scale_channels(out_NO: Tensor, scale_O: Tensor) -> Tensor:
+    """Multiply products [N, out] with factors of their channels, in place; they are contiguous or transposed."""
+    if out_NO.device.type != "cpu" or out_NO.dtype != torch.bfloat16:
+        return out_NO.mul_(scale_O)
+    if out_NO.is_contiguous():
+        _scale_columns(_bits(out_NO, np.uint16), scale_O.numpy())
+    else:  # the transpose of what lies in memory
+        _scale_rows(_bits(out_NO.T, np.uint16), scale_O.numpy())
+    return out_NO
+
+
 def power_of_two(exponent: Tensor) -> Tensor:
     """2 to integers, fp32, by its bits; 0 below 2^-126."""
     return (exponent + 127).clamp_(min=0).bitwise_left_shift_(23).to(torch.int32).view(torch.float32)
@@ -158,6 +169,33 @@ def _mxfp4(blocks, half, out):
         for g in range(blocks.shape[1]):
             for k in range(blocks.shape[2]):
                 out[n, g, k] = (low_bits[g, k] >> np.uint32(16)) | (high_bits[g, k] & np.uint32(0xFFFF0000))
+
+
+@njit(cache=True, nogil=True)
+def _scale_columns(out, scale):
+    scaled = np.empty(out.shape[1], np.float32)
+    bits = scaled.view(np.uint32)
+    for n in range(out.shape[0]):
+        for k in range(out.shape[1]):
+            bits[k] = np.uint32(out[n, k]) << np.uint32(16)
+        for k in range(out.shape[1]):
+            scaled[k] = scaled[k] * scale[k]
+        for k in range(out.shape[1]):
+            out[n, k] = _to_even(bits[k]) >> np.uint32(16)
+
+
+@njit(cache=True, nogil=True)
+def _scale_rows(out, scale):
+    scaled = np.empty(out.shape[1], np.float32)
+    bits = scaled.view(np.uint32)
+    for n in range(out.shape[0]):
+        factor = scale[n]
+        for k in range(out.shape[1]):
+            bits[k] = np.uint32(out[n, k]) << np.uint32(16)
+        for k in range(out.shape[1]):
+            scaled[k] = scaled[k] * factor
+        for k in range(out.shape[1]):
+            out[n, k] = _to_even(bits[k]) >> np.uint32(16)
 
 
 @njit(inline="always")

@@ -12,6 +12,7 @@ from rq_ep.formats import FORMATS, ExpertLayout
 from rq_ep.formats.int8 import Int8, can_multiply_packed
 from rq_ep.formats.mxfp4 import Mxfp4
 from rq_ep.formats.quantized import Quantized
+from rq_ep.formats.unpack import scale_channels
 
 LOW_BIT = {name: format_ for name, format_ in FORMATS.items() if isinstance(format_, Quantized)}
 BYTES_PER_WEIGHT = {  # without alignment and seal
@@ -50,6 +51,18 @@ def test_compiled_loops_give_the_bits_of_tensor_operations(name: str, shape: tup
         assert torch.equal(fast, slow.bfloat16())
     else:
         torch.testing.assert_close(fast.float() * scale[:, None], slow)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (5, 48), (33, 1)], ids=str)
+def test_channels_are_scaled_in_place_whichever_way_they_lie(shape: tuple[int, int]) -> None:
+    out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = torch.rand(shape[1], generator=torch.Generator().manual_seed(1))
+    expected = (out.float() * scale).bfloat16()
+    assert torch.equal(scale_channels(out.clone().T.contiguous().T, scale), expected)
+    assert scale_channels(out, scale) is out
+    assert torch.equal(out, expected)
+    out[0, 0] = torch.nan
+    assert scale_channels(out, scale)[0, 0].isnan()
 
 
 def test_every_8_bit_number_comes_out_exactly() -> None:

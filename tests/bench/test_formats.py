@@ -1,0 +1,56 @@
+"""`bench/formats.py` runs, and says of each format what is known beforehand."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rq_ep.core.errors import UserError
+from rq_ep.formats import FORMATS
+
+BENCH = Path(__file__).parents[2] / "bench" / "formats.py"
+LOW_BIT = [name for name, format_ in FORMATS.items() if not format_.is_native]
+
+
+def test_measures_every_format(tmp_path: Path) -> None:
+    out = tmp_path / "formats.json"
+    options = ["--shapes", "tiny", "--scale", "1", "--rows", "1", "40", "--experts", "2", "--rounds", "2"]
+    done = subprocess.run(
+        [sys.executable, str(BENCH), *options, "--json", str(out)],
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    document = json.loads(out.read_text())
+    rows = {(row["format"], row["rows_per_expert"]): row for row in document["rows"]}
+    assert set(rows) == {(name, size) for name in ["bf16", *LOW_BIT] for size in (1, 40)}
+    assert all(name in done.stdout for name in LOW_BIT)
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert rows["bf16", 1]["ratio"] == 1
+    assert rows["bf16", 1]["weight_error"] == 0 < rows["bf16", 1]["output_error"] < 0.01
+    error, size = ({name: rows[name, 1][figure] for name in LOW_BIT} for figure in ("weight_error", "bytes_per_expert"))
+    assert error["int8"] < error["fp8"] < error["int4_g32"] < error["int4_g128"] < 0.12
+    assert size["int4_g128"] < size["int4_g32"] < 0.6 * size["int8"] < 0.4 * rows["bf16", 1]["bytes_per_expert"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--formats", "int9"], "did you mean 'int8'"),
+        (["--shapes", "mixtrall"], "did you mean 'mixtral'"),
+        (["--rows", "0"], "--rows 0: must be at least 1"),
+        (["--scale", "0"], "--scale 0: must be at least 1"),
+        (["--scale", "100000"], "--scale 100000: leaves nothing of mixtral"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(BENCH), *options])
+    with pytest.raises(UserError, match=message):
+        runpy.run_path(str(BENCH), run_name="bench_formats")["main"]()
