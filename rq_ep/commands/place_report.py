@@ -16,6 +16,7 @@ BINDING = {
     "mean": "perfect balance is not excluded: the bound is the mean alone",
     "bytes": "the bytes of the budget keep the bound above the mean",
     "replicas": "the rules allow the hot experts no more replicas",
+    "whole experts": "an active expert is read whole by some rank, and experts do not divide by ranks",
     "hot expert": "no byte is left for a replica of the hottest expert",
 }
 

@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement, Placement
-from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.rules import Rules
-from rq_ep.core.topology import home_ranks
-from rq_ep.solver.bounds import Bound, lower_bound
-from rq_ep.solver.judge import SplitRule, judge
+from rq_ep.solver.asked import described, is_plain, judge_as_asked, least_ratio_S
+from rq_ep.solver.bounds import CLOSE, Bound, lower_bound
+from rq_ep.solver.judge import SplitRule
 from rq_ep.solver.precision import Formats
 from rq_ep.solver.relaxation import Limits
 from rq_ep.solver.steps import LayerSteps, layer_steps, spread_steps
@@ -63,26 +63,22 @@ def certify(
         max_steps: calibration steps to judge on, spread over the record.
         notes: further entries of the certificate.
     """
-    num_ranks = problem.topology.num_ranks
     seen_S = spread_steps(problem, max_steps)
     steps = layer_steps(problem, seen_S)
-    judged = [
-        judge(layer.replicas, layer_of.counts_SE, num_ranks, rule)
-        for layer, layer_of in zip(layers, steps, strict=True)
-    ]
+    judged = [judge_as_asked(problem, layer, of_layer, rule) for layer, of_layer in zip(layers, steps, strict=True)]
     layers = [
         replace(_with_shares(layer, found.pairs_P) if rule == "exact" else layer, predicted=mean_of([found.ratio_S]))
         for layer, found in zip(layers, judged, strict=True)
     ]
     placement = problem.placement(strategy, layers)
-    overall, bounds = _bounds(problem, placement, steps)
+    overall, bounds = (_bounds if is_plain(problem) else _bounds_by_step)(problem, placement, steps)
     layers = [
         replace(layer, bound=bound.value, binding=bound.binding) for layer, bound in zip(layers, bounds, strict=True)
     ]
     ratios = [found.ratio_S for found in judged]
     predicted = mean_of(ratios)
     certificate = {
-        "objective": "max/mean of pairs over ranks, mean over calibration steps and layers",
+        "objective": f"{described(problem)}, mean over calibration steps and layers",
         "split": rule,
         "predicted": predicted,
         "bound": overall.value,
@@ -146,6 +142,18 @@ def _bounds(problem: PlacementProblem, placement: Placement, steps: Sequence[Lay
     return overall, bounds
 
 
+def _bounds_by_step(
+    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
+) -> tuple[Bound, list[Bound]]:
+    """The mean, or whole experts that some rank must read: for placements that store the same experts low."""
+    pairs = zip(placement.layers, steps, strict=True)
+    values = [mean_of([least_ratio_S(problem, layer, of_layer)]) for layer, of_layer in pairs]
+    bounds = [
+        Bound(value, "mean" if value <= 1 + CLOSE else "whole experts") for value in [*values, float(np.mean(values))]
+    ]
+    return bounds[-1], bounds[:-1]
+
+
 def _tail(ratios: Sequence[FloatArray]) -> dict[str, float]:
     """How the worst steps are: p90, mean of the worst tenth, and worst, each taken in every layer and averaged."""
     used = [np.sort(ratio_S) for ratio_S in ratios if len(ratio_S)]
@@ -159,10 +167,9 @@ def _tail(ratios: Sequence[FloatArray]) -> dict[str, float]:
 
 
 def _standard(problem: PlacementProblem, steps: Sequence[LayerSteps]) -> float:
-    """max/mean of standard EP on the same steps."""
-    num_ranks = problem.topology.num_ranks
-    on_rank_ER = home_ranks(problem.stats.num_experts, num_ranks)[:, None] == np.arange(num_ranks)
-    return mean_of([(layer.loads_SE @ on_rank_ER).max(axis=1, initial=0.0) for layer in steps])
+    """What standard EP makes of the same steps."""
+    pairs = zip(contiguous(problem), steps, strict=True)
+    return mean_of([judge_as_asked(problem, layer, of_layer, "home").ratio_S for layer, of_layer in pairs])
 
 
 def _load_R(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> FloatArray:

@@ -6,6 +6,7 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.replicas import Replicas
+from rq_ep.solver.activate import activate_one
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.split import ByExpert, split_step
 
@@ -59,3 +60,35 @@ def _split_exactly(
         fullest_S[step] = split_step(counts_SE[step], first_E, ranks_C, quotas_C, loads_R, cut_R)
         pairs_C += quotas_C
     return fullest_S, pairs_C
+
+
+def judge_reading(
+    replicas: Replicas, counts_SE: IntArray, read_SE: FloatArray, num_ranks: int, rule: SplitRule
+) -> Judgement:
+    """Steps that wait for weights: a rank's load is what it reads, the whole of each replica that computes a pair.
+
+    The exact split reads every active expert once (`activate_one`); the others wherever they send a pair.
+
+    Args:
+        replicas: of the layer.
+        counts_SE: pairs.
+        read_SE: bytes or seconds of reading each expert, if it is active; the mean is that of reading each once.
+        num_ranks: R.
+        rule: the split.
+    """
+    by_expert = ByExpert.of(replicas, num_ranks)
+    number_C, of_C = by_expert.number_C, by_expert.num_replicas_C
+    ratio_S = np.ones(len(counts_SE))
+    pairs_C = np.zeros(len(of_C), np.int64)
+    for step, (counts_E, read_E) in enumerate(zip(counts_SE, read_SE, strict=True)):
+        if rule == "exact":
+            quotas_C = activate_one(by_expert, counts_E, read_E[replicas.experts_P])
+        else:
+            totals_C = counts_E[by_expert.experts_C]
+            quotas_C = (number_C + 1) * totals_C // of_C - number_C * totals_C // of_C
+        read_R = np.bincount(by_expert.ranks_C, (quotas_C > 0) * read_E[by_expert.experts_C], minlength=num_ranks)
+        ratio_S[step] = read_R.max() * num_ranks / read_E[counts_E > 0].sum()
+        pairs_C += quotas_C
+    pairs_P = np.zeros_like(pairs_C)
+    pairs_P[by_expert.replicas_C] = pairs_C
+    return Judgement(ratio_S, pairs_P)

@@ -9,7 +9,8 @@ import numpy as np
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
-from rq_ep.solver.judge import SplitRule, judge
+from rq_ep.solver.asked import judge_as_asked
+from rq_ep.solver.judge import SplitRule
 from rq_ep.solver.steps import layer_steps
 from rq_ep.solver.trust import mean_of
 
@@ -78,11 +79,10 @@ def _predicted(placement: Placement, problem: PlacementProblem) -> float:
     """max/mean of a placement on all steps of another problem, under its own split."""
     rule: SplitRule = placement.certificate["split"]
     steps = layer_steps(problem, np.arange(problem.stats.num_steps))
-    num_ranks = placement.topology.num_ranks
     return mean_of(
         [
-            judge(layer.replicas, of.counts_SE, num_ranks, rule).ratio_S
-            for layer, of in zip(placement.layers, steps, strict=True)
+            judge_as_asked(problem, layer, of_layer, rule).ratio_S
+            for layer, of_layer in zip(placement.layers, steps, strict=True)
         ]
     )
 
