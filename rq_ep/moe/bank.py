@@ -12,8 +12,9 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replicas
 from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
-from rq_ep.moe.compute import Share, Stack, add_outputs
+from rq_ep.moe.compute import Share, add_outputs
 from rq_ep.moe.family import ExpertFamily
+from rq_ep.moe.kernels import Stack
 from rq_ep.parallel import EPGroup, Received, Transfers
 
 MAX_REPACKED = 4  # experts of a layer that a rank keeps in a second format, once it has lent them in it

@@ -22,9 +22,9 @@ PHASES = ("gather", "plan", "dispatch", "compute", "combine")
 class Laps:
     """The phases of one layer call: a stopwatch, on the host's clock or, on a GPU, on the stream's; bytes received."""
 
-    def __init__(self, clock: Callable[[], float], uses_events: bool) -> None:
+    def __init__(self, clock: Callable[[], float], gpu: torch.device | None) -> None:
         self.clock = clock
-        self.uses_events = uses_events
+        self.gpu = gpu
         self.received_bytes: Mapping[str, int] = {}
         self._marks: list[tuple[str, float, torch.cuda.Event | None]] = []
         self.mark("")
@@ -32,9 +32,9 @@ class Laps:
     def mark(self, phase: str) -> None:
         """What happened since the last mark was part of `phase`."""
         event = None
-        if self.uses_events:
+        if self.gpu is not None:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self.gpu))  # another device may be this thread's current one
         self._marks.append((phase, self.clock(), event))
 
     def seconds(self, phase: str) -> float:
@@ -83,7 +83,7 @@ class Telemetry:
     def laps(self, group: EPGroup) -> Laps:
         """A stopwatch for one layer call."""
         uses_events = group.device.type == "cuda" and self._clock is None and self._records.maxlen != 0
-        return Laps(self._clock or group.clock, uses_events)
+        return Laps(self._clock or group.clock, group.device if uses_events else None)
 
     def record(
         self,

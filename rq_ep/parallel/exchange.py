@@ -101,7 +101,8 @@ class Exchange:
         destination_N = repeat(np.arange(size), pairs_out_R, device)
         # Which tokens each rank gets: marking them finds every one once, whatever the number of its pairs.
         is_sent_RT = torch.zeros(size, len(hidden_TD), dtype=torch.int32, device=device)
-        is_sent_RT[destination_N, token_N] = 1
+        one = torch.ones((), dtype=torch.int32, device=device)  # a number would be copied to a GPU, with a wait
+        is_sent_RT.index_put_((destination_N, token_N), one)
         row_N = is_sent_RT.cumsum(1)[destination_N, token_N] - 1
         notes_N2 = torch.stack([row_N, sent_N2[:, 1]], 1).int()
         row_bytes = hidden_TD.shape[1] * hidden_TD.dtype.itemsize

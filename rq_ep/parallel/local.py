@@ -40,20 +40,22 @@ class LocalWorld:
         self.groups = tuple(LocalGroup(rank, num_ranks, torch.device(device), self.baton) for rank in range(num_ranks))
 
     def run(self, fn: Callable[["LocalGroup"], T]) -> list[T]:
-        """Call `fn` with each rank's group. Gradient and inference mode of the caller hold on every rank."""
+        """Call `fn` with each rank's group. Gradient and inference mode and stream of the caller hold on every rank."""
         if len(self.groups) == 1:
             return [fn(self.groups[0])]
         baton = self.baton
         baton.reset()
         results: dict[int, T] = {}
         has_grad, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        device = self.groups[0].device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # threads begin with another
 
         def body(group: LocalGroup) -> None:
             baton.begin(group.rank)
-            on_device = torch.cuda.device(group.device) if group.device.type == "cuda" else nullcontext()
+            on_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
             try:
                 if baton.error is None:
-                    with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad), on_device:
+                    with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad), on_stream:
                         results[group.rank] = fn(group)
             except _Ended:
                 pass

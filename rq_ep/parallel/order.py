@@ -19,7 +19,7 @@ def pairs_by_replica(topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: Dispatc
     assert num_pairs == topk_ids_TK.numel(), f"rank {rank}: plan for {num_pairs} of {topk_ids_TK.numel()} pairs"
     ids_N, num_experts = topk_ids_TK.reshape(-1), int(plan.replicas.experts_P.max(initial=0)) + 1
     if mixing:
-        is_mixing_N = torch.isin(ids_N, torch.tensor(mixing, device=ids_N.device))
+        is_mixing_N = torch.isin(ids_N, torch.tensor(mixing).to(ids_N.device, non_blocking=True))
         by_weight_N = torch.argsort(topk_weights_TK.reshape(-1).float() * is_mixing_N, stable=True)
         pair_N = by_weight_N[stable_order(ids_N[by_weight_N], num_experts)]
     else:

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.formats import FORMATS, is_intact
-from rq_ep.moe import LocalExperts, Telemetry
+from rq_ep.moe import LocalExperts, SpareRoom, Telemetry
+from rq_ep.moe.bank import DamagedExpert
 from rq_ep.moe.kernels import can_group
+from rq_ep.parallel import Exchange, Homes, LocalGroup, run_local
 from rq_ep.parallel.base import count_pairs
 from tests.moe import cases
 from tests.moe.test_compute import FAMILIES, outputs, received_of, stack_of
 from tests.parallel.processes import run_ranks
+from tests.parallel.test_exchange import MODES
 from tests.parallel.test_processes import check_collectives, check_layers
 
 DEVICE = torch.device("cuda")
@@ -69,6 +74,73 @@ def test_every_strategy_equals_the_dense_layer_with_all_ranks_on_one_gpu(routing
         cases.check_close(first.cpu(), cases.expected(family, weights, whole))
         assert (telemetry.seconds("compute") >= 0).all()
         assert telemetry.loads().sum() == 2 * counts_RE.sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_to_move_rows_with_eight_ranks_on_one_gpu(mode: str) -> None:
+    """Borrowed experts, parts, overlap: outputs are the dense layer's, and the same bits again."""
+    family, num_ranks = cases.FAMILIES["transposed"], 8
+    random = torch.Generator().manual_seed(0)
+    ids_TK = torch.randint(9, (80, 3), generator=random)
+    ids_TK[:, 0] = 4  # one hot expert
+    batch = cases.Batch(torch.randn(80, cases.D, generator=random), ids_TK, torch.rand(80, 3, generator=random))
+    counts_RE = np.stack([count_pairs(part, 9).numpy() for part in ids_TK.tensor_split(num_ranks)])
+    knobs = {"knobs": {"min_tokens_per_gemm": 1, "fallback_ratio": 1.0}}
+    layer, planner, _ = cases.planned("llep", knobs, family, counts_RE)
+    assert planner(counts_RE).transfers
+    weights = cases.expert_weights(family, 9)
+    experts = LocalExperts(family, layer, planner, num_ranks, device=DEVICE)
+    for rank in experts.ranks:
+        cases.fill(rank, weights)
+        rank.exchange = Exchange(rank.group, **MODES[mode])
+    on_gpu = _fields(cases.to_device(batch, DEVICE))
+    with torch.cuda.stream(torch.cuda.Stream()):  # ranks compute on the stream of their caller
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        first, second = (experts(*on_gpu) for _ in range(2))
+        torch.cuda.current_stream().synchronize()
+    assert torch.equal(first, second), "the same step twice gave different bits"
+    cases.check_close(first.cpu(), cases.expected(family, weights, batch))
+
+
+@pytest.mark.parametrize("max_padded_bytes", [None, 0])
+def test_the_host_waits_for_nothing_but_the_counts(max_padded_bytes: int | None) -> None:
+    """Between the counts and the output CUDA is told to refuse every wait of the host."""
+    replicas = Replicas.of([Replica(e % 2, e, "fp32") for e in range(4)] + [Replica(1, 0, "fp32")])
+    homes = Homes.of(replicas, 4, 2, DEVICE)
+    ids_TK = torch.tensor([[0, 1], [1, 2], [3, 0], [0, 2]], device=DEVICE)
+    hidden_TD, weights_TK = torch.ones(4, 8, device=DEVICE), torch.ones(4, 2, device=DEVICE)
+
+    def main(group: LocalGroup) -> None:
+        census = homes.census(ids_TK, group)
+        pairs_RP = census.counts_RE[:, replicas.experts_P]
+        pairs_RP[:, (replicas.experts_P == 0) & (replicas.ranks_P == 0)] = 0
+        exchange = Exchange(group, max_padded_bytes=max_padded_bytes)
+        torch.cuda.set_sync_debug_mode("error")  # both ranks have their counts
+        trip = exchange.dispatch(hidden_TD, ids_TK, weights_TK, DispatchPlan(replicas, pairs_RP), census)
+        for received in trip:
+            trip.send_back(torch.zeros(received.rows_MD.shape, device=DEVICE))
+        trip.combine()
+
+    try:
+        run_local(2, main, DEVICE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_expert_damaged_on_the_way_is_found_beside_the_compute() -> None:
+    layout = cases.FAMILIES["transposed"].layout
+    room = SpareRoom(layout, DEVICE)
+    homes = room.take(["fp32", "fp32"])
+    packed = FORMATS["fp32"].pack(cases.expert_weights(cases.FAMILIES["transposed"], 1)[0], layout)
+    for home in homes:
+        home.stack.packed[home.slot].copy_(packed)
+    room.verify(homes, ["expert 0", "expert 1"])
+    room.settle()
+    homes[1].stack.packed[homes[1].slot][5] ^= 1
+    room.verify(homes, ["expert 0", "expert 1"])
+    with pytest.raises(DamagedExpert, match="expert 1 arrived damaged"):
+        room.settle()
+    room.settle()
 
 
 @pytest.mark.dist
