@@ -137,6 +137,11 @@ class ServeConfig:
     served_model_name: str | None = option(None, help="name of the model in requests; default: as given by --model")
     max_num_seqs: int = option(64, help="requests that run at once on a rank", minimum=1)
     max_num_batched_tokens: int = option(1024, help="tokens of one step on a rank", minimum=1)
+    max_dispatch_bytes: int | None = option(
+        None,
+        help="rows of other ranks that a rank holds at once, more come in parts; default: 1.1 x a balanced step's",
+        minimum=1,
+    )
     max_model_len: int | None = option(None, help="tokens of prompt and answer; default: the model's", minimum=2)
     kv_cache_tokens: int | None = option(
         None, help="room of a rank's KV cache; default: what a GPU has left, on CPU 16384", minimum=1

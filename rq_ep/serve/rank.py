@@ -154,6 +154,7 @@ class RankServer:
             machine=config.machine,
             telemetry=self.loads,
             max_tokens=config.max_num_batched_tokens,
+            max_dispatch_bytes=config.max_dispatch_bytes,
         )
         set_attention(model, config.attn_implementation)
         return model
