@@ -108,11 +108,10 @@ class Service:
             raise ApiError(400, "the prompt is empty: give at least one token", param)
         if (largest := max(prompt_ids)) >= self.served.vocab_size:
             raise ApiError(400, f"token id {largest} lies outside the vocabulary of {self.served.vocab_size}", param)
-        max_tokens = body.max_tokens
-        if isinstance(body, ChatBody):
-            max_tokens = body.max_completion_tokens or max_tokens or max(limit - num_prompt, 1)
+        max_tokens = body.max_completion_tokens or body.max_tokens
         if max_tokens is None:
-            max_tokens = max(min(DEFAULT_COMPLETION_TOKENS, limit - num_prompt), 1)
+            room = max(limit - num_prompt, 1)
+            max_tokens = room if isinstance(body, ChatBody) else min(DEFAULT_COMPLETION_TOKENS, room)
         if num_prompt + max_tokens > limit:
             raise ApiError(
                 400,

@@ -250,6 +250,13 @@ def test_sampling_is_passed_on(bench: Bench) -> None:
     assert second.sampling.seed != third.sampling.seed
 
 
+def test_both_names_of_the_limit_are_known(bench: Bench) -> None:
+    bench.complete(max_tokens=7, max_completion_tokens=7)
+    bench.chat(max_completion_tokens=6)
+    bench.chat(max_tokens=5)
+    assert [request.max_tokens for request in bench.ranks.taken] == [7, 6, 5]
+
+
 def test_neutral_parameters_are_accepted(bench: Bench) -> None:
     body = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}}
     assert bench.complete(**body, user="me").status_code == 200
