@@ -35,13 +35,13 @@ def rows_of(
         case: what was measured.
         planned: name -> its plans, None of a peer.
         ranks: what each rank knows of each contestant.
-        has_wall: ranks that take turns have no wall clock.
+        has_wall: ranks that take turns have no wall clock, nor an allocator of their own.
     """
     rows = [_row(case, name, plans, [rank[name] for rank in ranks]) for name, plans in planned.items()]
     first = rows[0]
     for row in rows:
         if not has_wall:
-            row["_wall_s"] = row["wall_s"] = None
+            row["_wall_s"] = row["wall_s"] = row["working_bytes_by_rank"] = None
         for figure in RATIOS:
             row[f"{figure}_ratio"] = _ratio(row[f"_{figure}"], first[f"_{figure}"])
         row["of_ideal"] = first["steady_s"] / row["steady_s"] / first["ideal_speed_up"] if "steady_s" in row else None
