@@ -23,6 +23,7 @@ from rq_ep.solver.trust import mean_of, trust
 
 BoolArray = npt.NDArray[np.bool_]
 MAX_STEPS = 64  # a placement is judged on
+MAX_NAMED = 8  # layers in a warning
 
 
 def certified(
@@ -77,6 +78,7 @@ def certify(
     ]
     ratios = [found.ratio_S for found in judged]
     predicted = mean_of(ratios)
+    trusted = trust(problem, layers, rule, seen_S, ratios)
     certificate = {
         "objective": f"{described(problem)}, mean over calibration steps and layers",
         "split": rule,
@@ -87,13 +89,31 @@ def certify(
         "steps": max(len(ratio_S) for ratio_S in ratios),
         "standard": _standard(problem, steps),
         **_tail(ratios),
-        **trust(problem, layers, rule, seen_S, ratios),
+        **trusted,
+        "warnings": [*_oddities(problem, placement), *trusted["warnings"]],
         "load": _load_R(problem, layers).tolist(),
         "bytes_by_format": _bytes_by_format(problem, layers),
         "replicas_by_format": dict(sorted(Counter(name for la in layers for name in la.replicas.formats_P).items())),
         **notes,
     }
     return replace(placement, layers=tuple(layers), certificate=certificate)
+
+
+def _oddities(problem: PlacementProblem, placement: Placement) -> list[str]:
+    """What is legal and rarely meant."""
+    found = []
+    idle = [
+        str(number) for number, used in zip(problem.stats.layers, problem.stats.counts.any(axis=(0, 2))) if not used
+    ]
+    if idle and len(idle) < len(placement.layers):
+        found.append(f"no pair was recorded in layer {', '.join(idle[:MAX_NAMED])}{', ...' * (len(idle) > MAX_NAMED)}")
+    empty = placement.bytes_R.count(0)
+    if empty and (problem.budget_bytes_R is None or min(problem.budget_bytes_R) > 0):
+        found.append(
+            f"{empty} of {len(placement.bytes_R)} ranks hold no expert: {problem.stats.num_experts} experts and such "
+            "replicas as fit do not fill them; start fewer ranks or raise --budget"
+        )
+    return found
 
 
 def _with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:

@@ -96,6 +96,8 @@ def place(
         raise UserError(
             f"{stats.source}: {stats.num_layers} MoE layers of {stats.num_experts} experts: nothing to place"
         )
+    if not stats.counts.any():
+        raise UserError(f"{stats.source}: 0 routed pairs in {stats.num_steps} steps: calibrate again, on more text")
     topology = Topology(num_ranks, ranks_per_node)
     if isinstance(strategy, str):
         strategy = make_strategy(strategy)
