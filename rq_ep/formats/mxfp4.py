@@ -35,12 +35,11 @@ class Mxfp4(Quantized):
 
     def quantize(self, weight_OI: Tensor) -> Parts:
         grouped_OGI = F.pad(weight_OI, (0, -weight_OI.shape[1] % GROUP)).view(len(weight_OI), -1, GROUP)
-        largest_OG = grouped_OGI.abs().amax(2)
-        exponent_OG = (
-            torch.frexp(largest_OG).exponent.clamp_(min=_MIN_EXPONENT + 3) - 3
-        )  # largest: 4 .. 8 times 2 to it
+        exponent_OG = torch.frexp(grouped_OGI.abs().amax(2)).exponent - 3  # the largest weight is 4 .. 8 times 2 to it
+        exponent_OG.clamp_(min=_MIN_EXPONENT)
         tries = [_round(grouped_OGI, exponent_OG + more) for more in (0, 1)]
-        errors = [((_value(codes, exponent) - grouped_OGI) ** 2).sum(2) for codes, exponent in tries]
+        # In fp64 a sum does not depend on its order, which differs by device.
+        errors = [(_value(codes, exponent) - grouped_OGI).double().square().sum(2) for codes, exponent in tries]
         is_better = errors[1] < errors[0]
         codes = torch.where(is_better[..., None], tries[1][0], tries[0][0])
         exponent_OG = exponent_OG + is_better
