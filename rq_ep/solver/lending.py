@@ -18,6 +18,8 @@ from rq_ep.solver.split import ByExpert, augment
 
 BoolArray = npt.NDArray[np.bool_]
 
+MIN_GAIN = 0.01  # of a balanced step's modelled time, for which more experts are lent; models are no more exact
+
 
 class Loans(NamedTuple):
     """Experts to lend, and who computes how much then."""
@@ -46,6 +48,7 @@ class Lending:
     latency_s: float
     min_pairs: int  # that an expert must be able to take off the fullest ranks
     min_ratio: float
+    min_gain: float  # of a balanced step's time, that more loans must save
     mixed_formats: tuple[str, ...]  # of plans with borrowed experts
 
     @classmethod
@@ -84,6 +87,7 @@ class Lending:
             latency_s=0.0 if cost is None else float(cost.latency_s),
             min_pairs=max(1, min_pairs if cost is None else 1),
             min_ratio=min_ratio if cost is None else 1.0,
+            min_gain=0.0 if cost is None else MIN_GAIN,
             mixed_formats=mixed_formats,
         )
 
@@ -134,6 +138,7 @@ class Lending:
                 self.min_pairs,
                 self.pair_s,
                 self.latency_s,
+                self.min_gain,
                 self.low_s,
                 self.max_low_precision_share if has_low else -1.0,
             )
@@ -161,6 +166,7 @@ def lend(
     min_pairs: int,
     pair_s: float,
     latency_s: float,
+    min_gain: float,
     low_s: float,
     max_low_share: float,
 ) -> tuple[float, bool, IntArray, IntArray, BoolArray, IntArray]:
@@ -181,6 +187,7 @@ def lend(
         min_pairs: least that a loan must take off the fullest ranks.
         pair_s: seconds of a pair.
         latency_s: of a round of transfers.
+        min_gain: of a balanced step's time, that more loans must save.
         low_s: seconds an expert travels in the transient format.
         max_low_share: of the pairs, in the transient format; negative: nothing is lent in it.
     """
@@ -231,7 +238,7 @@ def lend(
         received_s_R[borrower] += seconds
         moved_s = max(sent_s_R.max(), received_s_R.max())
         links_s = moved_s + latency_s
-        if links_s > 0 and mean * pair_s + links_s >= best_s:
+        if links_s > 0 and mean * pair_s + links_s >= best_s - min_gain * mean * pair_s:
             break
         sources_N[num_loans], borrowers_N[num_loans], is_low_N[num_loans] = source[sender], borrower, becomes_low
         num_loans += 1
@@ -248,7 +255,7 @@ def lend(
         if max_low_share >= 0 and low_pairs > max_low_pairs:
             is_cut_short = True
             break
-        if fullest * pair_s + links_s < best_s:
+        if fullest * pair_s + links_s < best_s - min_gain * mean * pair_s:
             best_s, num_best = fullest * pair_s + links_s, num_loans
             _write_table(first_E, ranks, quotas, best_ER)
     return best_s, is_cut_short, sources_N[:num_best], borrowers_N[:num_best], is_low_N[:num_best], best_ER

@@ -25,8 +25,9 @@ from rq_ep.strategies.rq import ReplicateQuantize
 class ReplicateLend:
     """Places and splits as `rq`. Then the ranks that stay overloaded lend experts to the emptiest, one by one.
 
-    With a cost of the layer, as many experts move as make the modelled step shortest, often none: what is saved is
-    weighed against the transfers of the busiest link. Without one, LLEP's settings are applied to what the static
+    With a cost of the layer, as many experts move as make the modelled step shortest to a hundredth, often none: what
+    is saved is weighed against the transfers of the busiest link. Ranks whose links idle pass an excess on: the ranks
+    that borrow lend experts of their own. Without a cost, LLEP's settings are applied to what the static
     replicas leave: nothing moves below `fallback_ratio`, and no expert for fewer than `min_tokens_per_gemm` pairs.
     """
 

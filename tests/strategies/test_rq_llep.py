@@ -46,9 +46,21 @@ def test_an_expert_moves_if_it_saves_more_than_it_takes() -> None:
     plan = planned(home_layer(2, 2), [600, 0], COST)
     assert plan.transfers == (WeightTransfer(0, 0, 1, "bf16"),)
     assert plan.loads_R.tolist() == [300, 300]
-    # From 200 to 100 s for 101 s: not worth it.
-    assert not planned(home_layer(2, 2), [200, 0], COST).transfers
-    assert planned(home_layer(2, 2), [204, 0], COST).transfers
+    # From 200 to 100 s for 101 s: not worth it. Nor is a gain below a hundredth of the balanced step.
+    for pairs, is_worth_it in ((200, False), (204, False), (206, True)):
+        assert bool(planned(home_layer(2, 2), [pairs, 0], COST).transfers) == is_worth_it
+
+
+def test_links_that_idle_pass_the_excess_on() -> None:
+    # Three loans by rank 0 would take 300 s. Instead it lends to rank 1, which lends to 2, which lends to 3, in 100 s.
+    plan = planned(home_layer(16, 4), [1500] * 4 + [1000] * 12, COST)
+    assert [(transfer.expert, transfer.src, transfer.dst) for transfer in plan.transfers] == [
+        (0, 0, 1),
+        (4, 1, 2),
+        (8, 2, 3),
+    ]
+    assert plan.loads_R.tolist() == [4500] * 4
+    assert COST.step(plan).transfer_s_R.max() == 101
 
 
 def test_no_more_experts_move_than_pay() -> None:
