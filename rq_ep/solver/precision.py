@@ -39,15 +39,23 @@ class Formats:
 
 
 def damage_LE(stats: ExpertStats, low: str) -> FloatArray:
-    """[L, E] expected loss of storing an expert low: what it contributes times its relative output error there.
+    """[L, E] expected loss of storing an expert low; infinite of one that calibration never visited.
 
-    An error nobody measured is taken to be the same for all. How often an expert is used is not how much it matters.
+    It is what the model's answers lose, where that was measured for each expert. Else what the expert contributes times
+    its relative output error, as shares of the layer's, so that layers whose outputs are larger are not spared for it;
+    an error nobody measured is taken to be the same for all. How often an expert is used is not how much it matters.
     """
-    contribution_LE = contributions_LE(stats)
-    if stats.error is None:
-        return contribution_LE
-    damage: FloatArray = contribution_LE * stats.error[:, :, stats.formats.index(low)]
-    return damage
+    damages_LE: FloatArray
+    if stats.kl is not None:
+        damages_LE = stats.kl[:, :, stats.formats.index(low)].copy()
+    else:
+        damages_LE = contributions_LE(stats)
+        if stats.error is not None:
+            damages_LE = damages_LE * stats.error[:, :, stats.formats.index(low)]
+        damages_LE = damages_LE / np.maximum(damages_LE.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    if stats.visits is not None and stats.visits.any():
+        damages_LE[stats.visits == 0] = np.inf
+    return damages_LE
 
 
 def contributions_LE(stats: ExpertStats) -> FloatArray:
@@ -57,15 +65,11 @@ def contributions_LE(stats: ExpertStats) -> FloatArray:
 
 
 def low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
-    """[L, E] experts to store low: those missed least, up to the caps on pairs and on error, over all layers together.
-
-    Damage counts in shares of its layer's, so that layers whose outputs are larger are not spared for it.
-    """
+    """[L, E] experts to store low: those missed least, of all layers, up to the caps on pairs and on error."""
     stats = problem.stats
     if formats.low is None:
         return np.zeros((stats.num_layers, stats.num_experts), bool)
     damages_LE = damage_LE(stats, formats.low)
-    damages_LE = damages_LE / np.maximum(damages_LE.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     pairs_LE = stats.counts.sum(axis=0)
     errors_LE = error_LE(stats, formats.low) - error_LE(stats, formats.native)
     max_error = np.inf if problem.max_error is None else problem.max_error - error_LE(stats, formats.native).sum()
@@ -92,11 +96,14 @@ def least_missed(
 ) -> BoolArray:
     """[E] experts to store low, by rising damage, while both their pairs and their damage keep to `max_share` of all.
 
-    An expert that would exceed it is skipped. The cap on damage keeps a rare expert that matters from being taken only
-    because its few pairs fit. `errors_E` of those taken add up to `max_error` at most.
+    An expert that would exceed it, or of infinite damage, is skipped. The cap on damage keeps a rare expert that matters
+    from being taken only because its few pairs fit. `errors_E` of those taken add up to `max_error` at most.
     """
     low_E = np.zeros(len(damage_E), bool)
-    allowed_pairs, allowed_damage = max_share * int(pairs_E.sum()), max_share * float(damage_E.sum())
+    allowed_pairs, allowed_damage = (
+        max_share * int(pairs_E.sum()),
+        max_share * float(damage_E[np.isfinite(damage_E)].sum()),
+    )
     errors = np.zeros(len(damage_E)) if errors_E is None else errors_E
     pairs, damage, error = 0, 0.0, 0.0
     if not allowed_pairs:
