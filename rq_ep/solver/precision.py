@@ -96,8 +96,8 @@ def least_missed(
 ) -> BoolArray:
     """[E] experts to store low, by rising damage, while both their pairs and their damage keep to `max_share` of all.
 
-    An expert that would exceed it, or of infinite damage, is skipped. The cap on damage keeps a rare expert that matters
-    from being taken only because its few pairs fit. `errors_E` of those taken add up to `max_error` at most.
+    An expert that would exceed it, or of infinite damage, is skipped. The cap on damage keeps a rare expert that
+    matters from being taken only because its few pairs fit. `errors_E` of those taken add up to `max_error` at most.
     """
     low_E = np.zeros(len(damage_E), bool)
     allowed_pairs, allowed_damage = (
