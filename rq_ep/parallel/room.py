@@ -14,7 +14,7 @@ MIN_DISPATCH_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
 MAX_DISPATCH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 PAIR_BYTES = 48  # of notes, and of indices that bring them into order
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 class ReceiveRoom:
@@ -89,4 +89,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    # One arena: those of other threads hold no large blocks.
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
+    return all([mallopt(name, value) for name, value in settings.items()])

@@ -27,6 +27,7 @@ from rq_ep.engine.request import Output, Request, Sampling
 from rq_ep.model.load import LoadReport, load
 from rq_ep.model.memory import expert_bytes
 from rq_ep.parallel import EPGroup, TorchGroup
+from rq_ep.parallel.room import keep_freed_memory
 from rq_ep.serve.front import Front
 from rq_ep.serve.inputs import check_inputs, choose_max_model_len, chosen_strategy
 from rq_ep.serve.link import Link, Message
@@ -145,6 +146,8 @@ class RankServer:
 
     def _load(self) -> PreTrainedModel:
         config = self.config
+        if self.group.device.type == "cpu":
+            keep_freed_memory()
         model = load(
             config.model,
             config.placement,
