@@ -61,7 +61,7 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             soft_wrap=True,
         )
     for name, value in found.items():
-        if name in ("importance", "layers_without_replica", "start"):
+        if name in ("importance", "layers_without_replica", "searched_from"):
             console.print(f"  {name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)
     if replaced := found.get("replaced"):
         console.print(f"  {'current':<12}{_told(replaced)}", markup=False, soft_wrap=True)

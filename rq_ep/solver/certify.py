@@ -102,9 +102,8 @@ def certify(
 def _oddities(problem: PlacementProblem, placement: Placement) -> list[str]:
     """What is legal and rarely meant."""
     found = []
-    idle = [
-        str(number) for number, used in zip(problem.stats.layers, problem.stats.counts.any(axis=(0, 2))) if not used
-    ]
+    pairs_L = problem.stats.counts.sum(axis=(0, 2))
+    idle = [str(number) for number, pairs in zip(problem.stats.layers, pairs_L.tolist(), strict=True) if not pairs]
     if idle and len(idle) < len(placement.layers):
         found.append(f"no pair was recorded in layer {', '.join(idle[:MAX_NAMED])}{', ...' * (len(idle) > MAX_NAMED)}")
     empty = placement.bytes_R.count(0)

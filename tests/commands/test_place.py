@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from rq_ep.__main__ import main
+from rq_ep.core.moves import Moves
 from rq_ep.core.placement import Placement
 from rq_ep.core.stats import ExpertStats
+from rq_ep.interchange import export
 
 
 @pytest.fixture
@@ -52,6 +54,57 @@ def test_other_strategies(stats: str, tmp_path: Path, strategy: str) -> None:
     assert main(arguments) == 0
     assert Placement.load(out).strategy == strategy
     assert not out.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "suffix"), [("sglang", ".json"), ("trtllm", ".yaml"), ("ascend", ".json"), ("eplb", ".npz")]
+)
+def test_placements_for_other_engines_can_be_exported(stats: str, tmp_path: Path, engine: str, suffix: str) -> None:
+    out = tmp_path / "placement.json"
+    slots = ["--num-redundant-experts", "4", "--budget", "6000"]
+    command = ["place", "--stats", stats, "--num-ranks", "4", "--for", engine, *slots, "--no-plot", "--out", str(out)]
+    assert main(command) == 0
+    placement = Placement.load(out)
+    assert placement.strategy == "eplb"
+    assert placement.bytes_R == (6000,) * 4
+    assert placement.certificate["predicted"] <= placement.certificate["searched_from"] + 1e-3
+    export(placement, engine, tmp_path / f"map{suffix}")
+    assert main([*command, "--budget", "7000"]) == 0
+    again = Placement.load(out)
+    assert [list(layer.replicas) for layer in again.layers] == [list(layer.replicas) for layer in placement.layers]
+
+
+def test_moves_and_what_if_are_written_and_told(stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    current, out, moves = tmp_path / "current.json", tmp_path / "new.json", tmp_path / "moves.json"
+    command = ["place", "--stats", stats, "--num-ranks", "2", "--budget", "9KB", "--no-plot", "--out"]
+    assert main([*command, str(current), "--strategy", "standard"]) == 0
+    assert "what if" not in capsys.readouterr().out
+    options = ["--current", str(current), "--moves", str(moves), "--max-moved-bytes", "4KB", "--what-if"]
+    assert main([*command, str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "what if: 10% more bytes",
+        "low pairs up to 30%",
+        "on the other half",
+        "staying predicted",
+        "moves in",
+    ):
+        assert text in printed
+    assert printed.count("\n") <= 45, "one screen"
+    received_R = Moves.load(moves).received_bytes_R({"bf16": 1000, "int8": 504})
+    assert received_R.sum() == Placement.load(out).certificate["replaced"]["moved_bytes"] <= 4000
+    assert len(Placement.load(out).certificate["what_if"]) == 4
+
+
+def test_many_layers_and_ranks_fit_one_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts_SLE = np.random.default_rng(0).integers(1, 90, (3, 40, 64))
+    file, out = tmp_path / "stats.safetensors", tmp_path / "placement.json"
+    ExpertStats(counts_SLE, ("bf16",), "bf16", {"bf16": 1000}).save(file)
+    assert main(["place", "--stats", str(file), "--num-ranks", "64", "--strategy", "eplb", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "Worst 8 of 40 layers" in printed
+    assert "Busiest and idlest of 64 ranks" in printed
+    assert printed.count("\n") <= 45
 
 
 @pytest.mark.parametrize(
