@@ -1,6 +1,7 @@
 """`rq-ep convert`: statistics and placements of other engines into ours, and our placements into theirs."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ if TYPE_CHECKING:
     from rq_ep.interchange import Facts, SlotMap
 
 STATS, PLACEMENT = "stats", "placement"
+LONG_READ_BYTES = 2**28
 # What becomes what, for the help; every engine and format is a row of the tables in `rq_ep.interchange`.
 DIRECTIONS = {
     "what was recorded, into statistics": "rq-ep convert expert_distribution_recorder_*.pt --from sglang --to stats "
@@ -88,6 +90,9 @@ def _to_stats(paths: list[Path], source: str, args: argparse.Namespace) -> None:
 
     facts = _facts(args)
     _ = facts.native  # missing sizes are told before long files are read
+    num_bytes = sum(file.stat().st_size for path in paths for file in (path, *path.glob("*")) if file.is_file())
+    if num_bytes > LONG_READ_BYTES:
+        print(f"reading {num_bytes / 2**30:.1f} GiB", file=sys.stderr)
     stats = to_stats(STATS_FORMATS[source].read(paths), facts, str(paths[0]))
     stats.save(args.out)
     print(

@@ -13,7 +13,8 @@ hands every key on. Rows of dense layers are never looked at; here they are fill
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,21 @@ from rq_ep.interchange.tensors import (
     write_arrays,
 )
 
-MAP = "physical_to_logical_map"
+MAP, LAST_MAP = "physical_to_logical_map", "last_physical_to_logical_map"
+PHYSICAL = "global_physical_count"
+
+Dump = tuple[Path, Mapping[str, Any]]
 
 
 def read_stats(paths: Sequence[Path]) -> Recorded:
-    """Read the dumps of one recording."""
-    documents = [_mapping(path, load_pt(path)) for path in paths]
-    if all("logical_count" in document for document in documents):
-        parts = [
-            steps_of(path, "logical_count", tensor_array(path, "logical_count", document["logical_count"]))
-            for path, document in zip(paths, documents, strict=True)
-        ]
-        for path, part in zip(paths, parts, strict=True):
-            if part.shape[1:] != parts[0].shape[1:]:
-                raise UserError(f"{path}: {list(part.shape[1:])} layers and experts, unlike {paths[0]}")
-        counts_SLE = np.concatenate(parts)
-    elif all("records" in document for document in documents):
-        counts_SLE = _sum_over_ranks(paths, documents)
-    else:
-        raise UserError(
-            f"{paths[0]}: not dumps of one recording: all must hold `logical_count` (stat) or all `records` (per_pass)"
-        )
+    """Read the dumps of one recording, one after another."""
+    first = _mapping(paths[0], load_pt(paths[0]))
+    kind = next((name for name in ("logical_count", "records") if name in first), None)
+    if kind is None:
+        raise UserError(f"{paths[0]}: holds neither `logical_count` (mode stat) nor `records` (per_pass, per_token)")
+    others = ((path, _mapping(path, load_pt(path))) for path in paths[1:])
+    dumps = chain([(paths[0], first)], others)
+    counts_SLE = _join(dumps) if kind == "logical_count" else _sum_over_ranks(dumps)
     return Recorded(counts_SLE, layers=tuple(range(counts_SLE.shape[1])))
 
 
@@ -82,25 +77,42 @@ def write_map(slots: SlotMap, path: Path, suffix: str) -> None:
         path.write_text(json.dumps({MAP: rows_LS.tolist()}) + "\n")
 
 
-def _sum_over_ranks(paths: Sequence[Path], documents: Sequence[Mapping[str, Any]]) -> IntArray:
+def _join(dumps: Iterable[Dump]) -> IntArray:
+    """[S, L, E] counts of all dumps of mode `stat`."""
+    parts: list[IntArray] = []
+    for path, document in dumps:
+        part = steps_of(path, "logical_count", tensor_array(path, "logical_count", document.get("logical_count")))
+        if parts and part.shape[1:] != parts[0].shape[1:]:
+            raise UserError(
+                f"{path}: {list(part.shape[1:])} layers and experts, not {list(parts[0].shape[1:])} as the first dump"
+            )
+        if sum(one.size for one in parts) + part.size > MAX_CELLS:
+            raise UserError(f"{path}: more steps than fit; convert fewer dumps at a time")
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def _sum_over_ranks(dumps: Iterable[Dump]) -> IntArray:
     """[S, L, E] counts of every forward pass."""
-    name = "last_physical_to_logical_map"
-    experts_LP = None
+    first_path, experts_LP = Path(), None
     passes: dict[int, IntArray] = {}
     seen: set[tuple[int, int, str]] = set()
-    for path, document in zip(paths, documents, strict=True):
-        found_LP = whole_numbers(path, name, tensor_array(path, name, document.get(name)))
-        if experts_LP is not None and not np.array_equal(found_LP, experts_LP):
-            raise UserError(f"{path}: another {name} than {paths[0]}: these are not ranks of one recording")
-        experts_LP = found_LP
-        records = document["records"]
-        for record in records if isinstance(records, list) else [records]:
+    for path, document in dumps:
+        found_LP = whole_numbers(path, LAST_MAP, tensor_array(path, LAST_MAP, document.get(LAST_MAP)))
+        if experts_LP is None:
+            first_path, experts_LP = path, found_LP
+        if not np.array_equal(found_LP, experts_LP):
+            raise UserError(f"{path}: another {LAST_MAP} than {first_path}: these are not ranks of one recording")
+        records = document.get("records")
+        if not isinstance(records, list) or not records:
+            raise UserError(f"{path}: holds no pass")
+        for record in records:
             number = _number(path, "forward_pass_id", _mapping(path, record))
             key = number, _number(path, "rank", record), reprlib.repr(record.get("gatherer_key"))
             if key in seen:
                 raise UserError(f"{path}: pass {number} of rank {key[1]} is there twice")
             seen.add(key)
-            counts = tensor_array(path, "global_physical_count", record.get("global_physical_count"))
+            counts = tensor_array(path, PHYSICAL, record.get(PHYSICAL))
             if counts.shape != found_LP.shape:
                 raise UserError(
                     f"{path}: pass {number} counts {list(counts.shape)} layers and slots, but its map has "
@@ -108,10 +120,9 @@ def _sum_over_ranks(paths: Sequence[Path], documents: Sequence[Mapping[str, Any]
                 )
             if (len(passes) + 1) * counts.size > MAX_CELLS:
                 raise UserError(f"{path}: more than {len(passes)} passes of such size; record fewer")
-            passes[number] = passes.get(number, 0) + whole_numbers(path, "global_physical_count", counts)
-    if experts_LP is None or not passes:
-        raise UserError(f"{paths[0]}: holds no pass")
-    return to_logical(paths[0], np.stack([passes[number] for number in sorted(passes)]), experts_LP)
+            passes[number] = passes.get(number, 0) + whole_numbers(path, PHYSICAL, counts)
+    assert experts_LP is not None, "there is a dump"
+    return to_logical(first_path, np.stack([passes[number] for number in sorted(passes)]), experts_LP)
 
 
 def _number(path: Path, name: str, record: Mapping[str, Any]) -> int:

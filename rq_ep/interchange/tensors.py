@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rq_ep.core.arrays import IntArray
@@ -47,15 +47,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
         raise UserError(f"{path}: no such file") from None
     except UserError:
         raise
-    except (
-        SafetensorError,
-        zipfile.BadZipFile,
-        OSError,
-        ValueError,
-        TypeError,
-        EOFError,
-        NotImplementedError,
-    ) as error:
+    except Exception as error:  # damaged headers make their parsers raise anything, tokenize.TokenError among it
         raise UserError(f"{path}: not a readable {path.suffix} file ({first_line(error)})") from None
 
 
@@ -81,7 +73,7 @@ def load_pt(path: Path) -> Any:
             entries = archive.infolist()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise UserError(f"{path}: not a file that torch.save wrote, or cut short ({first_line(error)})") from None
     size = sum(entry.file_size for entry in entries)
     if size > MAX_PT_BYTES or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -103,7 +103,7 @@ def test_sglang_passes_add_ranks_and_fold_slots(tmp_path: Path) -> None:
     other = sglang_pass(tmp_path / "other.pt", 1, counts_RSLP[1], experts_LP[::-1].copy())
     with pytest.raises(UserError, match=r"other\.pt: another last_physical_to_logical_map"):
         read("sglang", paths[0], other)
-    with pytest.raises(UserError, match="not dumps of one recording"):
+    with pytest.raises(UserError, match=r"stat\.pt: last_physical_to_logical_map is no plain tensor"):
         read("sglang", paths[0], sglang_stat(tmp_path / "stat.pt", counts(2, 2, 3)))
 
 
@@ -256,6 +256,15 @@ def test_absurd_sizes_are_refused_before_they_take_room(tmp_path: Path) -> None:
             target.writestr(entry.filename, source.read(entry))
     with pytest.raises(UserError, match=r"bomb\.pt: unpacks to"):
         read("sglang", bomb)
+
+
+def test_a_header_that_is_no_python_is_told(tmp_path: Path) -> None:
+    np.save(tmp_path / "counts.npy", counts(2, 2, 3))
+    content = bytearray((tmp_path / "counts.npy").read_bytes())
+    content[65] ^= 4
+    (tmp_path / "counts.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"counts\.npy: not a readable \.npy file"):
+        read("numpy", tmp_path / "counts.npy")
 
 
 def test_references_in_a_pickle_are_not_followed(tmp_path: Path) -> None:
