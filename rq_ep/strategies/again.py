@@ -53,7 +53,8 @@ def place_again(
         stay = certified(layers)
     with suppress(UserError):  # the search may find no way from there; the solution made anew remains
         found = strategy.place(_within(second, left, layers), _as_it_is(problem, strategy.name, layers))
-        if found.low_precision_planned <= problem.max_low_precision_share + LOW_SLACK:  # formats stay in that search
+        # Formats stay in that search, so its low pairs may be too many; a strategy may not look at what serves at all.
+        if found.low_precision_planned <= problem.max_low_precision_share + LOW_SLACK and not _same(found, fresh[0]):
             fresh.append(found)
     return choose(problem, left.held, stay, fresh, certified, min_gain, refused)
 
@@ -99,6 +100,12 @@ def left_of(
         )
     current.check_bytes(stats.expert_bytes, what)
     return survivors(current, num_ranks, lost_ranks)
+
+
+def _same(one: Placement, other: Placement) -> bool:
+    return all(
+        list(mine.replicas) == list(theirs.replicas) for mine, theirs in zip(one.layers, other.layers, strict=True)
+    )
 
 
 def _refused(layers: Sequence[LayerPlacement], problem: PlacementProblem, like: Placement) -> str:
