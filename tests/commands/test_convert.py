@@ -78,6 +78,14 @@ def test_there_and_back_and_judged(
     assert row["imbalance_mean"] == pytest.approx(before.certificate["predicted"], rel=0.02)
 
 
+def test_placed_for_an_engine_it_is_served(tmp_path: Path, stats: Path) -> None:
+    placed, out = tmp_path / "placed.json", tmp_path / "moe.yaml"
+    asked = ["--num-ranks=4", "--for=trtllm", "--num-redundant-experts=4", "--budget=1MB", "--no-plot"]
+    assert main(["place", f"--stats={stats}", *asked, f"--out={placed}"]) == 0
+    assert main(["convert", str(placed), "--to=trtllm", f"--out={out}"]) == 0
+    assert yaml.safe_load(out.read_text())["num_slots"] == 12
+
+
 def test_one_engine_to_another(tmp_path: Path, placement: Path) -> None:
     """SGLang's rows are numbered, vLLM-Ascend's are not."""
     first, second, third = tmp_path / "init.pt", tmp_path / "map.json", tmp_path / "moe.yaml"
