@@ -9,7 +9,7 @@ import torch
 import rq_ep
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibrate import calibrate
-from rq_ep.model.checkpoint import read_dense
+from rq_ep.model.dense import read_dense
 from rq_ep.model.seam import find_expert_modules
 from rq_ep.moe import RoutingRecorder
 from rq_ep.sim.traces import RoutingTrace
