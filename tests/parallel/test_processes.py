@@ -17,7 +17,7 @@ NUM_RANKS = 3
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank saw."""
-    return run_ranks(NUM_RANKS, tmp_path_factory.mktemp("ranks"), "cpu", timeout_s=150)
+    return run_ranks(NUM_RANKS, tmp_path_factory.mktemp("ranks"), "cpu", timeout_s=300)
 
 
 def check_collectives(seen: list[dict[str, Any]], num_ranks: int) -> None:
