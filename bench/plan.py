@@ -5,7 +5,7 @@
     python bench/plan.py --sizes 256x32 --json bench/results/plan_NAME.json
 
 Loads are log-normal, drawn again for every step; placements come from other steps. Each strategy sees the same steps.
-Loops are compiled when the first planner of a size is built, or read from the cache of an earlier process: that is
+Loops are compiled when the first planner is built, or read from the cache of an earlier process: that is
 in `build/ms`, and in no plan.
 """
 
