@@ -16,7 +16,7 @@ from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.rules import Rules
 from rq_ep.solver.certify import certified
 from rq_ep.solver.draft import Draft, Ready, Start, start_of
-from rq_ep.solver.fill import promote
+from rq_ep.solver.fill import promoted
 from rq_ep.solver.homes import deal_homes
 from rq_ep.solver.layer import GOOD_ENOUGH
 from rq_ep.solver.precision import damage_LE, low_experts
@@ -63,10 +63,14 @@ def solve(
         for start in plain:
             if Draft(ready, steps, start).rating < best.rating:
                 best = _searched(ready, steps, start)
-    held_LER = best.held_LER
+    held_LER, low_LE = best.held_LER, best.low_LE
     if ready.formats.low and ready.current is None:
-        promote(held_LER, best.low_LE, damage_LE(problem.stats, ready.formats.low), ready.formats, best.free_R)
-    placement = certified(problem, strategy, steps, ready.formats, held_LER, best.low_LE)
+        more_bits_LE = promoted(
+            held_LER, low_LE, damage_LE(problem.stats, ready.formats.low), ready.formats, best.free_R
+        )
+        if Draft(ready, steps, Start(held_LER, more_bits_LE)).rating < best.rating:  # more bits may be slower
+            low_LE = more_bits_LE
+    placement = certified(problem, strategy, steps, ready.formats, held_LER, low_LE)
     problem.on_progress(1.0)
     return placement
 

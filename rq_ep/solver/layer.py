@@ -1,11 +1,13 @@
 """One layer while it is being placed: who holds what, the best split of its steps, what another replica would gain."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.flow import CLOSE, Index, index_of, pour, settle
 from rq_ep.solver.moves import Limits, crowded
@@ -15,6 +17,16 @@ BoolArray = npt.NDArray[np.bool_]
 GOOD_ENOUGH = 1.0005  # max/mean at which a step needs nothing more
 TIGHT = 0.002  # ranks within this of the fullest count as full, so that equally full ones are relieved in turn
 SWEEPS = 3  # more of them gain less than the first augmenting path costs
+RANKS_AN_ADDITION = 64  # one replica is added at a time for each so many
+NEARLY = 0.5  # of the best gain
+
+
+class Addition(NamedTuple):
+    """A new replica and what it is worth, in max/mean (mean over steps) for a byte."""
+
+    gain: float
+    expert: int
+    rank: int
 
 
 @dataclass
@@ -59,17 +71,28 @@ class LayerSplit:
         _settle_all(self.index, self.quotas_SP, self.loads_SR, self.values_S, cuts_SR)
         return cuts_SR
 
-    def add(self, expert: int, rank: int) -> None:
-        """Another replica; the splits are brought close to the best again."""
-        experts_P, ranks_P = np.append(self.index.experts_P, expert), np.append(self.index.ranks_P, rank)
+    def add(self, additions: Sequence["Addition"]) -> None:
+        """More replicas; the splits are brought close to the best again."""
+        experts_N, ranks_N = (np.array(column, np.int64) for column in list(zip(*additions, strict=True))[1:])
+        experts_P, ranks_P = np.append(self.index.experts_P, experts_N), np.append(self.index.ranks_P, ranks_N)
         self.index = index_of(experts_P, ranks_P, self.loads_SE.shape[1], self.loads_SR.shape[1])
-        self.quotas_SP = np.concatenate([self.quotas_SP, np.zeros((len(self.quotas_SP), 1))], axis=1)
-        _pour_again(self.index, expert, self.loads_SE, self.quotas_SP, self.loads_SR, self.values_S)
+        self.quotas_SP = np.concatenate([self.quotas_SP, np.zeros((len(self.quotas_SP), len(additions)))], axis=1)
+        _pour_again(self.index, experts_N, self.loads_SE, self.quotas_SP, self.loads_SR, self.values_S)
 
-    def best_addition(self, limits: Limits) -> tuple[float, int, int]:
-        """(gain per byte, expert, rank) of the replica worth most among those that fit; expert -1 if there is none."""
-        gain, expert, rank = _best_addition(self.index, self.quotas_SP, self.loads_SR, self.values_S, limits)
-        return float(gain), int(expert), int(rank)
+    def best_additions(self, limits: Limits) -> list["Addition"]:
+        """The replica worth most among those that fit, none if there is none.
+
+        With many ranks, a few more of other experts on other ranks that are worth nearly as much: looking for each anew
+        would take as long as all the rest.
+        """
+        wanted = max(self.loads_SR.shape[1] // RANKS_AN_ADDITION, 1)
+        gain_E, rank_E = _best_ranks(self.index, self.quotas_SP, self.loads_SR, self.values_S, limits, wanted > 1)
+        found: dict[int, Addition] = {}
+        for expert in np.argsort(-gain_E, kind="stable").tolist():
+            if gain_E[expert] <= 0 or gain_E[expert] < NEARLY * gain_E.max() or len(found) == wanted:
+                break
+            found.setdefault(int(rank_E[expert]), Addition(float(gain_E[expert]), expert, int(rank_E[expert])))
+        return list(found.values())
 
 
 @compiled
@@ -95,13 +118,22 @@ def _settle_all(
 
 @compiled
 def _pour_again(
-    index: Index, expert: int, loads_SE: FloatArray, quotas_SP: FloatArray, loads_SR: FloatArray, values_S: FloatArray
+    index: Index,
+    experts_N: IntArray,
+    loads_SE: FloatArray,
+    quotas_SP: FloatArray,
+    loads_SR: FloatArray,
+    values_S: FloatArray,
 ) -> None:
-    """Pour `expert` anew, then every shared one once, in the steps that are not balanced."""
+    """Pour some experts anew, then every shared one once, in the steps that are not balanced."""
     order_N = np.empty(loads_SR.shape[1], np.int64)
     for step in range(len(loads_SE)):
-        if loads_SE[step, expert] > 0 and values_S[step] > 1 + CLOSE:
-            pour(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], order_N)
+        load = 0.0
+        for expert in experts_N:
+            load += loads_SE[step, expert]
+        if load > 0 and values_S[step] > 1 + CLOSE:
+            for expert in experts_N:
+                pour(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], order_N)
             for other in range(loads_SE.shape[1]):
                 if index.first_E[other + 1] - index.first_E[other] > 1:
                     pour(index, other, loads_SE[step, other], quotas_SP[step], loads_SR[step], order_N)
@@ -109,12 +141,13 @@ def _pour_again(
 
 
 @compiled
-def _best_addition(
-    index: Index, quotas_SP: FloatArray, loads_SR: FloatArray, values_S: FloatArray, limits: Limits
-) -> tuple[float, int, int]:
-    """(gain per byte, expert, rank) of the best new replica: what full ranks could hand over, up to the taker's slack.
+def _best_ranks(
+    index: Index, quotas_SP: FloatArray, loads_SR: FloatArray, values_S: FloatArray, limits: Limits, spreads: bool
+) -> tuple[FloatArray, IntArray]:
+    """[E] gain per byte of each expert's best new replica, and its rank: what full ranks could hand over to its slack.
 
-    A step's gain is shared by its full ranks: its maximum falls when all of them are relieved.
+    A step's gain is shared by its full ranks: its maximum falls when all of them are relieved. Where it `spreads`, each
+    expert looks from another rank on, so that of equally good ones not all choose the first.
     """
     num_experts, num_ranks = limits.allowed_ER.shape
     gains_ER = np.zeros((num_experts, num_ranks))
@@ -143,17 +176,18 @@ def _best_addition(
             on_full_E[expert] = 0.0
     for p in range(len(index.ranks_P)):
         gains_ER[index.experts_P[p], index.ranks_P[p]] = 0.0
-    best, best_expert, best_rank = 0.0, -1, -1
+    best_E, rank_E = np.zeros(num_experts), np.full(num_experts, -1)
     for expert in range(num_experts):
         size = limits.bytes_E[expert]
-        for rank in range(num_ranks):
+        for number in range(num_ranks):
+            rank = (number + expert) % num_ranks if spreads else number
             gain = gains_ER[expert, rank] / (size * len(values_S))
             if not limits.present_ER[expert, rank]:
                 gain -= limits.price
-            if gain <= best or limits.free_R[rank] < size or not limits.allowed_ER[expert, rank]:
+            if gain <= best_E[expert] or limits.free_R[rank] < size or not limits.allowed_ER[expert, rank]:
                 continue
             if not limits.present_ER[expert, rank] and limits.room[0] < size:
                 continue
             if not crowded(index, limits, expert, -1, rank):
-                best, best_expert, best_rank = gain, expert, rank
-    return best, best_expert, best_rank
+                best_E[expert], rank_E[expert] = gain, rank
+    return best_E, rank_E

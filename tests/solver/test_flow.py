@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rq_ep.solver.layer import LayerSplit
+from rq_ep.solver.layer import RANKS_AN_ADDITION, LayerSplit
 from rq_ep.solver.moves import Limits
 from rq_ep.solver.tables import replicas_of
 from tests.solver.instances import best_maximum, no_limits, random_held, skewed
@@ -35,10 +35,10 @@ def test_another_replica_is_worth_what_it_gains() -> None:
     layer = LayerSplit.of(loads_of(16, 4, seed=0), random_held(16, 4, 2, seed=0))
     limits = no_limits(16, 4)
     before = layer.value
-    gain, expert, rank = layer.best_addition(limits)
-    assert gain > 0
-    assert not layer.held_ER[expert, rank]
-    layer.add(expert, rank)
+    (best,) = layer.best_additions(limits)
+    assert best.gain > 0
+    assert not layer.held_ER[best.expert, best.rank]
+    layer.add([best])
     layer.settle()
     np.testing.assert_allclose(layer.values_S, optimum_S(layer), atol=3e-5)
     assert layer.value < before
@@ -48,10 +48,25 @@ def test_the_hot_expert_goes_to_the_idle_rank() -> None:
     counts_SE = np.tile([500, 100, 100, 100, 100, 20], (3, 1))
     layer = LayerSplit.of(counts_SE * (3 / 920), np.eye(3, dtype=bool)[[0, 0, 1, 1, 2, 2]])
     plain = no_limits(6, 3)
-    gain, expert, rank = layer.best_addition(plain)
-    assert (expert, rank) == (0, 2)
+    (best,) = layer.best_additions(plain)
+    assert best[1:] == (0, 2)
     # A byte that buys twice as much is worth twice as much.
-    assert layer.best_addition(plain._replace(bytes_E=plain.bytes_E * 2))[0] == pytest.approx(gain / 2)
+    (dearer,) = layer.best_additions(plain._replace(bytes_E=plain.bytes_E * 2))
+    assert dearer.gain == pytest.approx(best.gain / 2)
+
+
+def test_with_many_ranks_some_at_a_time() -> None:
+    num_ranks = 3 * RANKS_AN_ADDITION
+    counts_SE = np.tile(np.where(np.arange(64) % 16 == 0, 100, 1), (2, 1))
+    loads_SE = counts_SE * (num_ranks / counts_SE.sum(axis=1, keepdims=True))
+    layer = LayerSplit.of(loads_SE, np.eye(num_ranks, dtype=bool)[:64])
+    found = layer.best_additions(no_limits(64, num_ranks))
+    assert len(found) == 3
+    assert len({one.rank for one in found}) == len({one.expert for one in found}) == len(found)
+    assert found == sorted(found, reverse=True)
+    layer.add(found)
+    layer.settle()
+    np.testing.assert_allclose(layer.values_S, optimum_S(layer), rtol=3e-5)
 
 
 @pytest.mark.parametrize("what", ["bytes", "rules", "nodes", "room"])
@@ -64,4 +79,4 @@ def test_no_replica_where_none_may_be(what: str) -> None:
         "room": limits._replace(present_ER=np.zeros((6, 3), bool), room=np.zeros(1, np.int64)),
         "nodes": limits._replace(nodes_R=np.array([0, 0, 0]), num_nodes=2),
     }
-    assert layer.best_addition(none[what])[1] == -1
+    assert not layer.best_additions(none[what])
