@@ -57,7 +57,7 @@ def borrowed_bytes(strategy: Strategy, placement: Placement, layout: ExpertLayou
         return 0
     number = getattr(strategy, "max_borrowed", None)
     sent = getattr(strategy, "transient_format", None)
-    names = {sent} if sent else set(placement.formats)
+    names = {*placement.formats, *([sent] if sent else [])}  # beyond its cap, experts travel as they lie
     return None if number is None else number * max(get_format(name).nbytes(layout) for name in names)
 
 

@@ -231,10 +231,11 @@ def test_rows_and_borrowed_experts_are_counted_before_loading(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lend = make_strategy("rq_llep", max_borrowed=3, transient_format="int8")
-    size = get_format("int8").nbytes(family_of(find_expert_modules(random_model(FAMILIES["mixtral"]))[0].module).layout)
+    layout = family_of(find_expert_modules(random_model(FAMILIES["mixtral"]))[0].module).layout
+    size, low = (get_format(name).nbytes(layout) for name in ("fp32", "int8"))
     path, settings = checkpoints["mixtral"], {"num_local_ranks": 2, "device": "cpu"}
     found = load(path, strategy=lend, max_tokens=64, **settings).rq_ep
-    assert (found.rank_bytes.borrowed, found.rank_bytes.repacked) == (3 * size, 4 * size * len(found.layers))
+    assert (found.rank_bytes.borrowed, found.rank_bytes.repacked) == (3 * size, 4 * low * len(found.layers))
     assert found.layers[0].banks[0].spare.max_bytes == 3 * size
     assert found.layers[0].banks[1].spare is found.layers[1].banks[1].spare
     assert [layer.ranks[0].verifies_later for layer in found.layers] == [True, False]
