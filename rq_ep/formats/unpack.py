@@ -53,7 +53,7 @@ def can_unpack_pairs(codes: Tensor) -> bool:
 def e4m3_groups_to_bf16(numbers_OGI: Tensor, scale_OG: Tensor) -> Tensor:
     """float8_e4m3fn [out, groups, group] and fp32 scales -> bf16 [out, in]."""
     if numbers_OGI.device.type != "cpu":
-        return (numbers_OGI.to(torch.bfloat16) * scale_OG[..., None]).to(torch.bfloat16).flatten(1)
+        return numbers_OGI.to(torch.bfloat16).mul_(scale_OG[..., None]).flatten(1)
     out = torch.empty(numbers_OGI.shape, dtype=torch.bfloat16)
     loops.e4m3_groups(numbers_OGI.view(torch.uint8).numpy(), scale_OG.numpy(), _bits(out, np.uint16))
     return out.flatten(1)
