@@ -54,14 +54,19 @@ def spread_steps(problem: PlacementProblem, max_steps: int) -> IntArray:
     They lie at even distances in routed pairs: a record of few long prefill and many short decode steps is seen as its
     work is spread, not as its steps are counted.
     """
-    stats = problem.stats
-    pairs_S = stats.counts.sum(axis=(1, 2)).astype(np.float64)
-    if problem.tokens_per_step is not None:
-        pairs_S *= np.minimum(problem.tokens_per_step / np.maximum(_tokens(stats), 1), 1)
+    pairs_S = pairs_by_step(problem)
     if not pairs_S.any():
         return np.zeros(0, np.int64)
     marks = (np.arange(max_steps) + 0.5) / max_steps * pairs_S.sum()
     return np.unique(np.searchsorted(np.cumsum(pairs_S), marks, side="right"))
+
+
+def pairs_by_step(problem: PlacementProblem) -> FloatArray:
+    """[S] pairs of each recorded step, all layers together, thinned to `problem.tokens_per_step`."""
+    pairs_S: FloatArray = problem.stats.counts.sum(axis=(1, 2)).astype(np.float64)
+    if problem.tokens_per_step is not None:
+        pairs_S *= np.minimum(problem.tokens_per_step / np.maximum(_tokens(problem.stats), 1), 1)
+    return pairs_S
 
 
 def layer_steps(problem: PlacementProblem, chosen_S: IntArray) -> list[LayerSteps]:

@@ -11,9 +11,10 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.solver.asked import judge_as_asked
 from rq_ep.solver.judge import SplitRule
-from rq_ep.solver.steps import layer_steps
+from rq_ep.solver.steps import layer_steps, pairs_by_step
 
 FEWEST_STEPS = 16  # with fewer, held-out balance is clearly worse (measured: twice the excess at 8 steps)
+ALIKE = 1.5  # steps are compared whose pairs differ by no larger a factor
 NOTABLE = 0.03  # of max/mean: smaller differences are not worth a warning
 STANDARD_ERRORS = 3.0  # a difference is taken for real beyond so many
 
@@ -27,7 +28,8 @@ def trust(
 ) -> dict[str, Any]:
     """Entries of a certificate: `halves`, `unseen` and `warnings`. Nothing is solved anew.
 
-    Unseen steps are of the same record, so they tell about over-fitting alone; traffic of another kind is not in them.
+    Unseen steps are of the same record and about as large (small ones are never as even): they tell about over-fitting
+    alone; traffic of another kind is not in them.
 
     Args:
         problem: what was asked.
@@ -48,8 +50,10 @@ def trust(
             f"the load drifts: predicted {mean_of(first):.3f} on the first half of the record, {mean_of(second):.3f} "
             "on the second; place again as it moves on"
         )
-    used_S = np.flatnonzero(problem.stats.counts.any(axis=(1, 2)))
-    rest_S = np.setdiff1d(used_S, seen_S)
+    pairs_S = pairs_by_step(problem)
+    usual = float(np.median(pairs_S[seen_S])) if len(seen_S) else 0.0
+    alike_S = np.flatnonzero((pairs_S > 0) & (pairs_S >= usual / ALIKE) & (pairs_S <= usual * ALIKE))
+    rest_S = np.setdiff1d(alike_S, seen_S)
     if len(rest_S):
         spread_S = rest_S[np.unique(np.linspace(0, len(rest_S) - 1, max(num_seen, 1)).astype(np.int64))]
         steps = layer_steps(problem, spread_S)
