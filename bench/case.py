@@ -18,6 +18,7 @@ from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner, Strategy
 from rq_ep.core.topology import Topology
+from rq_ep.costs import Profile
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
 
@@ -138,7 +139,8 @@ class Case:
         if self.machine is None:
             return None
         layout = _family(shape).layout
-        sizes = {name: format_.nbytes(layout) for name, format_ in FORMATS.items()}  # what is lent may be in any
+        known = self.machine.experts if isinstance(self.machine, Profile) else FORMATS
+        sizes = {name: FORMATS[name].nbytes(layout) for name in known}  # what is lent may be in any
         return self.machine.layer(LayerShape(shape.hidden_size, shape.intermediate_size, sizes))
 
 

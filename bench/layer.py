@@ -35,7 +35,7 @@ from rq_ep.config import Environment
 from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files import check_writable, replacing
 from rq_ep.core.topology import Topology
-from rq_ep.costs import MACHINES, cost_model
+from rq_ep.costs import MACHINES, Profile, cost_model
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.parallel import EPGroup, RankFailure, TorchGroup, run_local
 from rq_ep.parallel.default import own_device
@@ -107,7 +107,12 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     shape = replace(shape, **{name: getattr(args, name) for name in sizes if getattr(args, name)})
     if shape.top_k > shape.num_experts:
         raise UserError(f"--top-k {shape.top_k}: there are {shape.num_experts} experts")
+    machine = cost_model(args.machine) if args.machine else None
     full_shape = replace(SHAPES[shape_name(args.shape)], num_experts=shape.num_experts, top_k=shape.top_k)
+    if isinstance(machine, Profile):
+        full_shape = shape  # it knows the sizes that were timed, and no others
+        if machine.dtype != args.dtype:
+            raise UserError(f"--machine {args.machine}: timed in {machine.dtype}; add --dtype {machine.dtype}")
     dtype = parse_dtype(args.dtype)
     native = native_format_name(dtype)
     formats = tuple(parse_names(args.formats or native))
@@ -126,7 +131,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         contestants=_contestants(args),
         formats=formats,
         dtype=dtype,
-        machine=cost_model(args.machine) if args.machine else None,
+        machine=machine,
         num_rounds=args.num_rounds,
         seed=args.seed,
     )

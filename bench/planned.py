@@ -12,6 +12,7 @@ from rq_ep.core.cost import LayerCost, StepCost
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan, imbalance
 from rq_ep.core.topology import Topology
+from rq_ep.costs import Profile
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Planned:
         received_BR = self.rows_BRR.sum(axis=1)
         row_bytes = self.case.shape.hidden_size * self.case.dtype.itemsize
         crosses_RR = self.topology.nodes_R[:, None] != self.topology.nodes_R
-        full = self._costs(self.case.cost(self.case.full_shape))
+        is_measured = isinstance(self.case.machine, Profile)
+        full = [] if is_measured else self._costs(self.case.cost(self.case.full_shape))
         return {
             "imbalance_mean": float(self.imbalance_B.mean()),
             "imbalance_worst": float(self.imbalance_B.max()),
@@ -60,6 +62,7 @@ class Planned:
             "rows_staying_share": _share(np.trace(self.rows_BRR, axis1=1, axis2=2), self.rows_BRR),
             "rows_between_nodes_share": _share(self.rows_BRR * crosses_RR, self.rows_BRR),
             "experts_moved_per_step": float(np.mean([len(plan.transfers) for plan in self.plans])),
+            "predicted_compute_s": _slowest([cost.compute_s_R for cost in self.costs]) if is_measured else None,
             "modelled_exchange_s": _slowest([cost.exchange_s_R for cost in self.costs]),
             "modelled_transfer_s": _slowest([cost.transfer_s_R for cost in self.costs]),
             "modelled_full_size": {

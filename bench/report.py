@@ -49,6 +49,7 @@ def _scenario_table(result: Mapping[str, Any], scenario: str, rows: list[Row]) -
         ("max/mean\nload", lambda row: _number(row.get("imbalance_mean"), ".3f")),
         (f"expert compute\n{clock} ms", lambda row: _times(row["compute_s"])),
         ("\nratio", lambda row: _number(row["compute_s_ratio"], ".3f")),
+        *([("predicted*\nms", _predicted)] if rows[0].get("predicted_compute_s") else []),
         ("plan\nus", lambda row: _number(row["plan_s"] and row["plan_s"]["p50"] * 1e6, ".0f")),
     ]
     if result["machine"]:
@@ -138,6 +139,12 @@ def _footnotes(result: Mapping[str, Any]) -> str:
 def labels_of(rows: Iterable[Row]) -> list[str]:
     """Labels in the order of the rows, each once."""
     return list(dict.fromkeys(row["label"] for row in rows))
+
+
+def _predicted(row: Row) -> str:
+    """Compute of the slowest rank as a profile of this machine expects it, and how far that is off."""
+    expected_s = row.get("predicted_compute_s")
+    return "-" if not expected_s else f"{expected_s * 1e3:.2f} ({expected_s / row['compute_s']['p50'] - 1:+.0%})"
 
 
 def _times(quantiles_s: Mapping[str, float] | None) -> str:

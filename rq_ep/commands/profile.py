@@ -178,7 +178,7 @@ def _print(profile: "Profile", layer: "ProfiledLayer", kind: str) -> None:
         checks.add_row(check.format, str(check.num_tokens), *times, f"{check.error:+.0%}")
     cost = profile.layer(shape)
     console.print(fitted)
-    print("a rank's step takes a call for each format, its experts, and the longer of its rows and its weights.\n")
+    print("a rank's step takes one call, its experts, and the longer of its rows and its weights.\n")
     print("prediction and measurement of steps that were not fitted, uneven load:")
     console.print(checks)
     print()

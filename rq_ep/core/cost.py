@@ -39,8 +39,8 @@ class LayerCost:
 
     A rank computes for as long as its arithmetic or the reading of its active replicas' weights takes, whichever is
     longer (TEMPO's model: few rows wait for weights, many for arithmetic), after an overhead for each active replica,
-    such as dequantizing it, and for each call, which computes all of one format. A replica that is split is read on
-    each of its ranks.
+    such as dequantizing it, and one for computing at all: with several formats the largest, as measured. A replica that
+    is split is read on each of its ranks.
     """
 
     pair_s: Mapping[str, float]  # format -> arithmetic of one pair among many
@@ -49,7 +49,9 @@ class LayerCost:
     row_s: float  # one row over a rank's link, one way
     overhead_s: Mapping[str, float] = field(default_factory=dict)  # format -> of each active replica; default 0
     latency_s: float = 0.0  # of each exchange and of each round of transfers
-    call_s: Mapping[str, float] = field(default_factory=dict)  # format -> on a rank that computes in it; default 0
+    call_s: Mapping[str, float] = field(
+        default_factory=dict
+    )  # format -> of a rank's step that computes in it; default 0
 
     def step(self, plan: DispatchPlan) -> StepCost:
         """Modelled seconds of `plan`; exchanges and transfers last as the larger of a rank's sending and receiving."""
@@ -80,9 +82,11 @@ class LayerCost:
         if self.overhead_s:
             overhead_s_P = np.array([self.overhead_s.get(name, 0.0) for name in stored])[number_P]
             seconds_R += np.bincount(replicas.ranks_P, active_P * overhead_s_P, minlength=num_ranks)
-        for number, name in enumerate(stored):
-            if call_s := self.call_s.get(name, 0.0):
-                seconds_R[np.unique(replicas.ranks_P[active_P & (number_P == number)])] += call_s
+        if self.call_s:
+            call_s_P = np.array([self.call_s.get(name, 0.0) for name in stored])[number_P]
+            call_s_R = np.zeros(num_ranks)
+            np.maximum.at(call_s_R, replicas.ranks_P, active_P * call_s_P)
+            seconds_R += call_s_R
         return seconds_R
 
 

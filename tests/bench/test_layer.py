@@ -13,6 +13,7 @@ from bench import layer, report
 from bench.case import Case
 from bench.peers.comm_log import NUM_CALLS
 from bench.planned import Planned, rows_sent
+from rq_ep.__main__ import main
 from rq_ep.core.errors import UserError
 from rq_ep.core.topology import Topology
 from rq_ep.parallel.reference import assign
@@ -110,6 +111,22 @@ def test_all_published_scenarios_in_one_table(tmp_path: Path, capsys: pytest.Cap
     }
     published = next(line for line in printed.splitlines() if "published (8 H200)" in line)
     assert [cell.strip() for cell in published.split("│")[2:5]] == ["1.07", "1.73", "2.85"]
+
+
+def test_a_profile_predicts_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "profile.json")
+    sizes = ["--hidden-size", "32", "--intermediate-size", "16"]
+    assert (
+        main(["profile", "--out", path, "--device", "cpu", "--formats", "fp32", "--repeat-seconds", "0", *sizes]) == 0
+    )
+    options = ["--local-ranks", "2", *SMALL, "--steps", "1", "--strategies", "standard,rq", "--machine", path]
+    rows = layer.main([*options, "--tokens-per-rank", "64"])["rows"]
+    assert all(row["predicted_compute_s"] > 0 and row["modelled_full_size"] is None for row in rows)
+    assert "predicted*" in capsys.readouterr().out
+    with pytest.raises(UserError, match="hidden size 32 and intermediate size 16, not 32 and 24"):
+        layer.main([*options, "--intermediate-size", "24"])
+    with pytest.raises(UserError, match="timed in float32; add --dtype float32"):
+        layer.main([*options, "--dtype", "bfloat16"])
 
 
 def test_large_experts_shrink_on_a_cpu_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:

@@ -32,7 +32,7 @@ PROFILE = Profile(
     num_experts=4,
     top_k=2,
     num_ranks=2,
-    experts={"bf16": calls(ExpertFit(7.0, 2.0, 1.0, 6.0)), "int8": calls(ExpertFit(0.0, 5.0, 1.0, 3.0))},
+    experts={"bf16": calls(ExpertFit(7.0, 2.0, 1.0, 6.0)), "int8": calls(ExpertFit(4.0, 5.0, 1.0, 3.0))},
     gather=Curve((1, 11), (0.75, 3.25)),
     link=Link("measured", latency_s=0.5, row_byte_s=0.025, transfer_byte_s=0.01),
     plan_s={"rq": 1e-4},
@@ -46,7 +46,7 @@ def test_a_step_by_hand() -> None:
     plan = DispatchPlan(replicas, np.array([[4, 0, 0], [4, 2, 1]]), (WeightTransfer(0, 0, 1, "bf16"),))
     cost = PROFILE.layer(SHAPE).step(plan)
     # Rank 0: 10 pairs of a second outlast 6 + 3 of streaming; 2 + 5 of overhead. Rank 1 waits for its one expert.
-    # A call in bf16 is 7 more on each.
+    # A call in bf16 is 7 more on each; 4 for int8 on rank 0 are among them.
     np.testing.assert_allclose(cost.compute_s_R, [10 + 7 + 7, 6 + 2 + 7])
     # 6 rows of 40 bytes go one way, 1.0 each over the link and 0.25 to pick them out; then back.
     np.testing.assert_allclose(cost.exchange_s_R, [2 * (6 * 1.25 + 0.5)] * 2)
