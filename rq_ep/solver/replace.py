@@ -88,8 +88,9 @@ def choose(
     reachable = [one for one in options if cap is None or one.moved_bytes <= cap]
     if not reachable:
         least = min(one.moved_bytes for one in options)
+        why = f" (staying as it is: {refused})" if refused else ""
         raise UserError(
-            f"--max-moved-bytes {cap}: no placement found can be reached with so few; the nearest takes {least}"
+            f"--max-moved-bytes {cap}: no placement found can be reached with so few; the nearest takes {least}{why}"
         )
     best = min(reachable, key=lambda one: (worth(one), one.moved_bytes))
     if stay is not None and worth(options[-1]) - worth(best) <= min_gain:

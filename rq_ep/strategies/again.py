@@ -14,6 +14,7 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certify import MAX_STEPS, certify
 from rq_ep.solver.elastic import Survivors, completed, survivors
 from rq_ep.solver.migrate import plan_moves
+from rq_ep.solver.reformat import within_cap
 from rq_ep.solver.replace import choose, moved_bytes_LR
 
 MIN_GAIN = 0.01  # of max/mean: for less a placement that serves is not changed
@@ -51,11 +52,14 @@ def place_again(
     refused = _refused(layers, problem, fresh[0])
     if not refused:
         stay = certified(layers)
-    with suppress(UserError):  # the search may find no way from there; the solution made anew remains
-        found = strategy.place(_within(second, left, layers), _as_it_is(problem, strategy.name, layers))
+    suited = within_cap(problem, layers)
+    with suppress(UserError):  # the budget may be exceeded, or the search find no way from there; what is new remains
+        found = strategy.place(_within(second, left, suited), _as_it_is(problem, strategy.name, suited))
         # Formats stay in that search, so its low pairs may be too many; a strategy may not look at what serves at all.
         if found.low_precision_planned <= problem.max_low_precision_share + LOW_SLACK and not _same(found, fresh[0]):
             fresh.append(found)
+        if suited is not layers:
+            fresh.append(certified(suited))
     return choose(problem, left.held, stay, fresh, certified, min_gain, refused)
 
 

@@ -11,7 +11,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.rules import Rules, Where
 from rq_ep.core.stats import ExpertStats, ModelIdentity
-from rq_ep.strategies.again import moves_to
+from rq_ep.strategies.again import LOW_SLACK, moves_to
 from rq_ep.strategies.place import place
 from tests.solver.instances import skewed
 
@@ -75,11 +75,28 @@ def test_no_more_moves_than_allowed_and_more_bytes_never_hurt() -> None:
     assert predicted[0] > predicted[-1]
 
 
-def test_the_cap_on_low_pairs_holds_on_the_new_load() -> None:
-    current, stats = place(recorded(0), 4), recorded(1)
-    reversed_load = replace(stats, counts=np.ascontiguousarray(recorded(0).counts[:, :, ::-1]))
-    new = place(reversed_load, 4, current=current)
-    assert new.low_precision_planned <= 0.25 + 0.01
+def test_the_cap_on_low_pairs_holds_on_the_new_load_for_few_bytes() -> None:
+    current, before = place(recorded(0), 4), recorded(0)
+    counts = before.counts.copy()
+    for at, layer in enumerate(current.layers):
+        counts[:, at, sorted({one.expert for one in layer.replicas if one.format == "int8"})] *= 4  # they warm up
+    stats = replace(before, counts=counts)
+    assert _low_share(current, stats) > 0.3
+    whole = place(stats, 4, current=current, min_gain=0.0)
+    cheap = place(stats, 4, current=current, move_price=2.0)
+    for new in (whole, cheap):
+        assert "in low precision" in told(new)["refused"]
+        assert _low_share(new, stats) == pytest.approx(new.low_precision_planned)
+        assert new.low_precision_planned <= 0.25 + LOW_SLACK
+        moves_to(new, current, stats)
+    assert told(cheap)["moved_bytes"] < told(whole)["moved_bytes"] / 2
+    assert cheap.certificate["predicted"] >= whole.certificate["predicted"]
+
+
+def _low_share(placement: Placement, stats: ExpertStats) -> float:
+    pairs_LE = stats.counts.sum(axis=0)
+    low = sum(layer.low_pairs(pairs_E, "bf16") for layer, pairs_E in zip(placement.layers, pairs_LE, strict=True))
+    return low / int(pairs_LE.sum())
 
 
 @pytest.mark.parametrize("num_ranks", [3, 5, 8])
