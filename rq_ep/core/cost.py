@@ -49,9 +49,7 @@ class LayerCost:
     row_s: float  # one row over a rank's link, one way
     overhead_s: Mapping[str, float] = field(default_factory=dict)  # format -> of each active replica; default 0
     latency_s: float = 0.0  # of each exchange and of each round of transfers
-    call_s: Mapping[str, float] = field(
-        default_factory=dict
-    )  # format -> of a rank's step that computes in it; default 0
+    call_s: Mapping[str, float] = field(default_factory=dict)  # format -> of a rank that computes in it; default 0
 
     def step(self, plan: DispatchPlan) -> StepCost:
         """Modelled seconds of `plan`; exchanges and transfers last as the larger of a rank's sending and receiving."""
