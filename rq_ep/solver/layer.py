@@ -146,8 +146,8 @@ def _best_ranks(
 ) -> tuple[FloatArray, IntArray]:
     """[E] gain per byte of each expert's best new replica, and its rank: what full ranks could hand over to its slack.
 
-    A step's gain is shared by its full ranks: its maximum falls when all of them are relieved. Where it `spreads`, each
-    expert looks from another rank on, so that of equally good ones not all choose the first.
+    A step's gain is shared by its full ranks: its maximum falls when all of them are relieved. Of equally good ranks
+    the first is taken, or, where it `spreads`, another one for each expert.
     """
     num_experts, num_ranks = limits.allowed_ER.shape
     gains_ER = np.zeros((num_experts, num_ranks))
@@ -179,15 +179,18 @@ def _best_ranks(
     best_E, rank_E = np.zeros(num_experts), np.full(num_experts, -1)
     for expert in range(num_experts):
         size = limits.bytes_E[expert]
-        for number in range(num_ranks):
-            rank = (number + expert) % num_ranks if spreads else number
+        best_key = -1
+        for rank in range(num_ranks):
+            key = (expert * 7919 + rank * 104729) % 65521 if spreads else 0
             gain = gains_ER[expert, rank] / (size * len(values_S))
             if not limits.present_ER[expert, rank]:
                 gain -= limits.price
-            if gain <= best_E[expert] or limits.free_R[rank] < size or not limits.allowed_ER[expert, rank]:
+            if gain <= 0 or gain < best_E[expert] or (gain == best_E[expert] and key <= best_key):
+                continue
+            if limits.free_R[rank] < size or not limits.allowed_ER[expert, rank]:
                 continue
             if not limits.present_ER[expert, rank] and limits.room[0] < size:
                 continue
             if not crowded(index, limits, expert, -1, rank):
-                best_E[expert], rank_E[expert] = gain, rank
+                best_E[expert], rank_E[expert], best_key = gain, rank, key
     return best_E, rank_E
