@@ -119,7 +119,8 @@ def running(log: Path, num_ranks: int, *arguments: str, launcher: Launcher = tor
         processes = server.tree()
         yield server
     finally:
-        for left in processes or server.tree() if process.poll() is None else processes:
+        now = server.tree() if process.poll() is None else []  # others than at the start, if it was restarted
+        for left in {*processes, *now}:
             try:
                 left.kill()
             except psutil.NoSuchProcess:

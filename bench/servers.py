@@ -1,0 +1,74 @@
+"""A server of one strategy under torchrun, for as long as a benchmark needs it."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import httpx
+import psutil
+
+from rq_ep.config import child_environment
+from rq_ep.core.errors import UserError
+
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 60.0
+NAME = "bench"  # of the model, in requests
+
+
+@contextmanager
+def server(num_ranks: int, arguments: Sequence[str], log: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """Start a server, wait until it is well, and end it afterwards; its address, and the launcher's process.
+
+    Args:
+        num_ranks: processes of the group.
+        arguments: of `rq_ep.serve`; host and port are chosen here.
+        log: where its output goes.
+
+    Raises:
+        UserError: it does not start; the end of its log says why.
+    """
+    port, rendezvous = _free_port(), _free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+    command += [f"--master-port={rendezvous}", "-m", "rq_ep.serve", "--port", str(port), "--served-model-name", NAME]
+    with log.open("wb") as file:
+        process = _start([*command, *arguments], file)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_well(process, url, log)
+        yield url, process
+    finally:
+        tree = [process, *process.children(recursive=True)] if process.is_running() else []
+        process.terminate()
+        _, alive = psutil.wait_procs(tree, STOP_TIMEOUT_S)
+        for left in alive:
+            left.kill()
+
+
+def _start(command: list[str], log: IO[bytes]) -> psutil.Process:
+    environment = {"OMP_NUM_THREADS": "1", **child_environment()}
+    return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _wait_until_well(process: psutil.Process, url: str, log: Path) -> None:
+    end_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end_s and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        try:
+            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    told = [line for line in log.read_text().splitlines() if "error" in line]
+    raise UserError(f"the server does not start, see {log}: {told[0] if told else 'it says nothing'}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
