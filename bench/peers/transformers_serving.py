@@ -1,7 +1,7 @@
 """Transformers' own continuous batching over its own tensor and expert parallelism, as a peer of the server.
 
-It has no HTTP server that spans ranks: it is given lists of requests and asked for its throughput. Each rank of its group
-holds a part of every layer's attention heads and experts, and all of them step through one batch.
+It has no HTTP server that spans ranks: it is given lists of requests and asked for its throughput. Each rank of its
+group holds a part of every layer's attention heads and experts, and all of them step through one batch.
 """
 
 import argparse
