@@ -38,10 +38,12 @@ class Lending:
 
     replicas: Replicas
     by_expert: ByExpert
+    cost: LayerCost | None
     max_borrowed: int  # experts that a rank makes room for
     transient_format: str | None
     max_low_precision_share: float  # of the step's pairs, computed in `transient_format`
     pair_s: float  # that a pair less on the fullest rank saves: its arithmetic and its row's way there and back
+    least_pair_s: float  # arithmetic of a pair in the fastest format
     transfer_s_C: FloatArray  # of an expert as it lies
     is_low_C: BoolArray  # whether it lies in the transient format
     low_s: float  # of an expert in the transient format
@@ -71,16 +73,19 @@ class Lending:
             mixed_formats = (low, *(mixed_formats or (name for name in stored if name != low)))
         by_expert = ByExpert.of(replicas, num_ranks)
         transfer_s_P = np.array([0.0 if cost is None else cost.transfer_s[name] for name in stored])[number_P]
-        pair_s = 1.0
+        pair_s = least_pair_s = 1.0
         if cost is not None:
+            least_pair_s = min(cost.pair_s[name] for name in stored)
             pair_s = max(cost.pair_s[name] for name in stored) + 2 * cost.row_s * (num_ranks - 1) / num_ranks
         return cls(
             replicas=replicas,
             by_expert=by_expert,
+            cost=cost,
             max_borrowed=max_borrowed,
             transient_format=low,
             max_low_precision_share=float(max_low_precision_share),
             pair_s=float(pair_s),
+            least_pair_s=least_pair_s,
             transfer_s_C=transfer_s_P[by_expert.replicas_C],
             is_low_C=np.array([name == low for name in stored])[number_P[by_expert.replicas_C]],
             low_s=0.0 if cost is None or low is None else float(cost.transfer_s[low]),
@@ -103,6 +108,17 @@ class Lending:
             and fullest * len(loads_R) >= self.min_ratio * total
             and excess * self.pair_s > transfer_s + self.latency_s
         )
+
+    def is_shorter(self, after: DispatchPlan, before: DispatchPlan) -> bool:
+        """Whether the modelled step with loans is shorter; without a cost it is."""
+        if self.cost is None:
+            return True
+        after_s = self.cost.step(after).layer_s
+        # What the fullest rank computes and receives tells without pricing all of the other plan, mostly.
+        rank = int(before.loads_R.argmax())
+        pairs, own = int(before.loads_R[rank]), int(before.pairs_RR[rank, rank])
+        at_least_s = pairs * self.least_pair_s + 2 * ((pairs - own) * self.cost.row_s + self.latency_s)
+        return after_s < at_least_s or after_s < self.cost.step(before).layer_s
 
     def choose(self, before: DispatchPlan) -> Loans | None:
         """The experts to lend and everybody's pairs then; None if lending saves nothing."""

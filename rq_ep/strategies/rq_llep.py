@@ -82,9 +82,7 @@ class ReplicateLend:
             quotas_C = loans.quotas_ER[by_expert.experts_C, by_expert.ranks_C]
             pairs_RP = nearest_first(by_expert, counts_RE, quotas_C, topology)
             after = DispatchPlan(loans.replicas, pairs_RP, loans.transfers)
-            if cost is not None and cost.step(after).layer_s >= cost.step(before).layer_s:
-                return before
-            return after
+            return after if lending.is_shorter(after, before) else before
 
         lending.choose(plan(np.zeros((topology.num_ranks, layer.num_experts), np.int64)))  # compiled now, not in a step
         return plan
