@@ -1,6 +1,7 @@
 """Every format of the table keeps what it declares, on layouts as model families have them."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from rq_ep.core.errors import UserError
 from rq_ep.formats import FORMATS, ExpertLayout, get_format, is_intact, native_format_name
+from rq_ep.formats.quantized import Parts, Quantized
 
 LAYOUTS = {
     "gated": ExpertLayout({"gate_up_proj": (24, 20), "down_proj": (20, 12)}),
@@ -125,8 +127,18 @@ def test_blocks_of_channels_give_the_whole_product(name: str, monkeypatch: pytes
     views = format_.views(format_.pack(weights_of(layout), layout), layout)
     x = torch.randn(5, 64)
     whole = format_.linear(x, views, "up_proj", layout)
+    seen: list[int] = []
+    expand = type(format_).expand
+
+    def record(self: Quantized, parts: Parts, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        seen.append(len(next(iter(parts.values()))))
+        return expand(self, parts, *rest)
+
+    monkeypatch.setattr(type(format_), "expand", record)
     monkeypatch.setattr("rq_ep.formats.quantized._BLOCK_ELEMENTS", {"cpu": 7 * 64})
     torch.testing.assert_close(format_.linear(x, views, "up_proj", layout), whole)
+    assert sum(seen) == 96
+    assert max(seen) <= 7
 
 
 @pytest.mark.parametrize("name", LOW_BIT)
