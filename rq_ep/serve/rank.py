@@ -1,7 +1,5 @@
 """One rank of the server: load, run the engine, and end when the HTTP process or a signal says so."""
 
-import json
-import logging
 import os
 import signal
 import threading
@@ -10,32 +8,27 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement
 from rq_ep.engine.engine import Engine, Limits
 from rq_ep.engine.families import set_attention
 from rq_ep.engine.lockstep import is_consequence
 from rq_ep.engine.request import Output, Request, Sampling
 from rq_ep.model.load import LoadReport, load
 from rq_ep.model.memory import expert_bytes
-from rq_ep.parallel import EPGroup, TorchGroup
+from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.room import keep_freed_memory
 from rq_ep.serve.front import Front
 from rq_ep.serve.inputs import check_inputs, choose_max_model_len, chosen_strategy
 from rq_ep.serve.link import Link, Message
 from rq_ep.serve.loads import LoadTotals
 from rq_ep.serve.recording import TraceRecording
+from rq_ep.serve.report import document, report
 from rq_ep.serve.startup import agree, on_every_rank, refuse
-
-log = logging.getLogger("rq_ep.serve")
 
 TICK_S = 0.2
 STATS_EVERY_S = 1.0
@@ -255,30 +248,8 @@ class RankServer:
                 signal.signal(number, handler)
 
 
-def document(placement: Placement) -> dict[str, Any]:
-    """A placement as its file holds it."""
-    with TemporaryDirectory() as directory:
-        path = Path(directory) / "placement.json"
-        placement.save(path)
-        content: dict[str, Any] = json.loads(path.read_text())
-    return content
-
-
 def end(reason: str | None) -> None:
     """End this process at once, as the rest of it may be stuck in a collective."""
     if reason is not None:
         os.write(2, f"rq_ep.serve: error: {reason}\n".encode())
     os._exit(EXIT_FAILURE)
-
-
-def report(
-    model: PreTrainedModel, group: EPGroup, bytes_R: list[dict[str, int]], max_model_len: int, load_s: float
-) -> None:
-    """Say what was started."""
-    log.info(
-        "%d ranks on %s (%s), %d threads each, computing in %s; at most %d tokens a request; loaded in %.1f s",
-        group.size, group.device.type, group.backend, torch.get_num_threads(), model.dtype, max_model_len, load_s,
-    )  # fmt: skip
-    for rank, by_format in enumerate(bytes_R):
-        sizes = ", ".join(f"{size / 2**20:.2f} MiB {name}" for name, size in sorted(by_format.items()))
-        log.info("rank %d: experts %s", rank, sizes or "none")
