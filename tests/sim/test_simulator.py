@@ -33,7 +33,7 @@ def stats_of(counts_SLE: np.ndarray) -> ExpertStats:
 
 def test_balance_is_per_step_and_layer_then_averaged() -> None:
     counts_SLE = np.array([[[20, 0], [10, 10]], [[0, 20], [10, 10]], [[0, 0], [0, 0]]])
-    placement = place(stats_of(counts_SLE), 2, strategy="standard")
+    placement = place(stats_of(counts_SLE + 1), 2, strategy="standard")
     result = simulate(make_strategy("standard"), placement, counts_SLE, "bf16")
     np.testing.assert_array_equal(result.imbalance_SL, [[2, 1], [2, 1], [np.nan, np.nan]])
     assert result.seen.mean() == 1.5
@@ -43,7 +43,7 @@ def test_balance_is_per_step_and_layer_then_averaged() -> None:
 
 def test_nothing_seen_is_balanced() -> None:
     counts_SLE = np.zeros((2, 1, 4), np.int64)
-    placement = place(stats_of(counts_SLE), 2, strategy="standard")
+    placement = place(stats_of(counts_SLE + 1), 2, strategy="standard")
     assert simulate(make_strategy("standard"), placement, counts_SLE, "bf16").seen.tolist() == [1.0]
 
 
