@@ -23,9 +23,11 @@ FROZEN_OPTIONS = {
     "quantize": {"--model", "--out", "--formats", "--placement", "--rounding", "--text", "--max-tokens"},
     "place": {
         "--stats", "--num-ranks", "--ranks-per-node", "--budget", "--formats", "--strategy",
-        "--max-low-precision-share", "--tokens-per-step", "--num-redundant-experts", "--out",
+        "--max-low-precision-share", "--tokens-per-step", "--num-redundant-experts", "--out", "--objective",
+        "--tail-weight", "--machine", "--max-error", "--rules", "--time-limit", "--workers", "--what-if", "--for",
+        "--current", "--lost-ranks", "--max-moved-bytes", "--move-price", "--min-gain", "--moves",
     },
-    "simulate": {"--stats", "--placement", "--strategies", "--num-ranks"},
+    "simulate": {"--stats", "--placement", "--strategies", "--num-ranks", "--calibration", "--max-steps"},
     "eval": {"--model", "--placement", "--text"},
     "profile": {"--out", "--model", "--formats", "--device", "--dtype"},
     "convert": {

@@ -169,6 +169,6 @@ def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
     bars.set(xlabel="replicas", title="replicas by format", yticks=range(len(names)))
     bars.set_yticklabels(names)
     bars.invert_yaxis()
-    bars.legend(loc="lower right")
+    figure.legend(loc="outside lower right", ncols=len(placement.formats))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -11,12 +11,10 @@ import numpy.typing as npt
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
-from rq_ep.core.rules import Rules
-from rq_ep.solver.asked import described, is_plain, judge_as_asked, least_ratio_S
-from rq_ep.solver.bounds import CLOSE, Bound, lower_bound
+from rq_ep.solver.asked import described, judge_as_asked
+from rq_ep.solver.bounded import bounds_of
 from rq_ep.solver.judge import SplitRule
 from rq_ep.solver.precision import Formats
-from rq_ep.solver.relaxation import Limits
 from rq_ep.solver.steps import LayerSteps, layer_steps, spread_steps
 from rq_ep.solver.tables import replicas_of
 from rq_ep.solver.trust import mean_of, trust
@@ -29,18 +27,21 @@ MAX_NAMED = 8  # layers in a warning
 def certified(
     problem: PlacementProblem,
     strategy: str,
-    steps: Sequence[LayerSteps],
+    max_steps: int,
     formats: Formats,
     held_LER: BoolArray,
     low_LE: BoolArray,
 ) -> Placement:
-    """The certified placement in which rank r holds expert e where `held_LER` says so, low where `low_LE` does."""
+    """The certified placement in which rank r holds expert e where `held_LER` says so, low where `low_LE` does.
+
+    `max_steps` as the solver looked at.
+    """
     stats = problem.stats
     layers = [
         LayerPlacement.even(number, stats.num_experts, replicas_of(held_ER, formats.names_of(low_E)))
         for number, held_ER, low_E in zip(stats.layers, held_LER, low_LE, strict=True)
     ]
-    return certify(problem, strategy, layers, "exact", max(len(layer.counts_SE) for layer in steps))
+    return certify(problem, strategy, layers, "exact", max_steps)
 
 
 def certify(
@@ -72,7 +73,7 @@ def certify(
         for layer, found in zip(layers, judged, strict=True)
     ]
     placement = problem.placement(strategy, layers)
-    overall, bounds = (_bounds if is_plain(problem) else _bounds_by_step)(problem, placement, steps)
+    overall, bounds = bounds_of(problem, placement, steps)
     layers = [
         replace(layer, bound=bound.value, binding=bound.binding) for layer, bound in zip(layers, bounds, strict=True)
     ]
@@ -121,56 +122,6 @@ def _with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:
     totals_P = totals_E[layer.replicas.experts_P]
     shares_P = np.divide(pairs_P, totals_P, out=layer.shares_P.copy(), where=totals_P > 0)
     return replace(layer, shares_P=shares_P)
-
-
-def _bounds(problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]) -> tuple[Bound, list[Bound]]:
-    """The bound inside the budget and the cap, and that of each layer in what it takes of them."""
-    stats, num_ranks = problem.stats, problem.topology.num_ranks
-    native = stats.expert_bytes[stats.native_format]
-    low = min(stats.expert_bytes[name] for name in problem.formats) if problem.max_low_precision_share else native
-    pairs_LE = stats.counts.sum(axis=0)
-    least_LE, most_LE = None, None
-    usable_R: BoolArray = np.ones(num_ranks, bool)
-    if problem.rules != Rules():
-        allowed_LER = problem.rules.allowed_LER(stats, problem.topology)
-        least_LE = problem.rules.fixed_LER(stats, problem.topology).sum(axis=2)
-        most_LE = allowed_LER.sum(axis=2)
-        usable_R[~allowed_LER.any(axis=(0, 1))] = False
-    budget_R = problem.budget_bytes_R
-    if budget_R is not None:
-        usable_R[np.array(budget_R) < min(low, native)] = False
-    limits = Limits(
-        num_ranks=num_ranks,
-        num_usable=max(int(usable_R.sum()), 1),
-        native_bytes=native,
-        low_bytes=min(low, native),
-        max_bytes=None if budget_R is None else sum(budget_R),
-        max_low_pairs=problem.max_low_precision_share * float(pairs_LE.sum()),
-        mixes=any(layer.replicas.mixed_formats for layer in placement.layers),
-    )
-    overall = lower_bound(steps, pairs_LE, limits, least_LE, most_LE)
-    bounds = []
-    for at, layer in enumerate(placement.layers):
-        inside = replace(
-            limits,
-            max_bytes=sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
-            max_low_pairs=layer.low_pairs(pairs_LE[at], stats.native_format),
-        )
-        of_layer = [None if array is None else array[[at]] for array in (least_LE, most_LE)]
-        bounds.append(lower_bound([steps[at]], pairs_LE[[at]], inside, *of_layer))
-    return overall, bounds
-
-
-def _bounds_by_step(
-    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
-) -> tuple[Bound, list[Bound]]:
-    """The mean, or whole experts that some rank must read: for placements that store the same experts low."""
-    pairs = zip(placement.layers, steps, strict=True)
-    values = [mean_of([least_ratio_S(problem, layer, of_layer)]) for layer, of_layer in pairs]
-    bounds = [
-        Bound(value, "mean" if value <= 1 + CLOSE else "whole experts") for value in [*values, float(np.mean(values))]
-    ]
-    return bounds[-1], bounds[:-1]
 
 
 def _tail(ratios: Sequence[FloatArray]) -> dict[str, float]:

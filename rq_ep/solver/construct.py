@@ -70,7 +70,7 @@ def solve(
         )
         if Draft(ready, steps, Start(held_LER, more_bits_LE)).rating < best.rating:  # more bits may be slower
             low_LE = more_bits_LE
-    placement = certified(problem, strategy, steps, ready.formats, held_LER, low_LE)
+    placement = certified(problem, strategy, max_steps, ready.formats, held_LER, low_LE)
     problem.on_progress(1.0)
     return placement
 

@@ -46,8 +46,8 @@ def best_placement(counts_SE: IntArray, within: Limits) -> float:
     return best
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("max_bytes", "cap"), [(4000, 0.0), (4000, 0.3), (4600, 0.3), (5000, 0.1), (6100, 0.5)])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("max_bytes", "cap"), [(4000, 0.0), (4000, 0.3), (4600, 0.3), (5000, 0.1), (5300, 0.5)])
 def test_no_placement_beats_the_bound(seed: int, max_bytes: int, cap: float) -> None:
     counts_SE = skewed(4, 6000, seed, num_steps=3)
     within = limits(3, max_bytes, cap * float(counts_SE.sum()))
