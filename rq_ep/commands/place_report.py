@@ -43,7 +43,11 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
     console.print(f"Balance: {found['objective']} ({found['steps']} steps, {num_layers} layers)", soft_wrap=True)
     lines = [
         ("predicted", found["predicted"], f"split: {_split(found['split'])}"),
-        ("worst tenth", found["cvar90"], f"p90 {found['p90']:.3f}, worst step {found['worst']:.3f}"),
+        (
+            "worst tenth",
+            found["cvar90"],
+            f"{_weighed(found['tail_weight'])}p90 {found['p90']:.3f}, worst step {found['worst']:.3f}",
+        ),
         ("bound", found["bound"], f"any placement, any split; gap {found['gap']:.1%}; {BINDING[found['binding']]}"),
         ("standard EP", found["standard"], "on the same steps"),
         ("first half", found["halves"][0], f"of the steps; {found['halves'][1]:.3f} on the second"),
@@ -65,6 +69,10 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             console.print(f"  {name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)
     if replaced := found.get("replaced"):
         console.print(f"  {'current':<12}{_told(replaced)}", markup=False, soft_wrap=True)
+
+
+def _weighed(tail_weight: float) -> str:
+    return f"weighs {tail_weight:g} in what was searched for; " if tail_weight else ""
 
 
 def _split(rule: str) -> str:

@@ -56,6 +56,11 @@ class Moves:
     room_bytes: int
     layers: tuple[LayerMoves, ...]
     model: ModelIdentity | None = None
+    previous_ranks: tuple[int | None, ...] = ()  # of each rank its number before; None: it has joined; (): all the same
+
+    def __post_init__(self) -> None:
+        if self.previous_ranks and len(self.previous_ranks) != self.num_ranks:
+            raise UserError(f"previous_ranks names {len(self.previous_ranks)} ranks, but num_ranks is {self.num_ranks}")
 
     def received_bytes_R(self, expert_bytes: Mapping[str, int]) -> IntArray:
         """[R] bytes that reach each rank over a link or from the checkpoint; what it makes itself is not among them."""
@@ -102,6 +107,7 @@ class Moves:
             "format": FORMAT,
             "model": None if self.model is None else {"id": self.model.id, "hash": self.model.hash},
             "num_ranks": self.num_ranks,
+            "previous_ranks": self.previous_ranks or list(range(self.num_ranks)),
             "room_bytes": self.room_bytes,
             "layers": [
                 {"layer": layer.layer, "moves": [move._asdict() for move in layer.moves]} for layer in self.layers
@@ -167,11 +173,16 @@ def _read(document: Mapping[str, Any]) -> Moves:
         LayerMoves(check_integer("layer", row["layer"]), tuple(_read_move(move, num_ranks) for move in row["moves"]))
         for row in document["layers"]
     ]
+    previous = [
+        None if rank is None else check_integer("previous rank", rank, 0, MAX_RANKS - 1)
+        for rank in document["previous_ranks"]
+    ]
     return Moves(
         num_ranks,
         check_integer("room_bytes", document["room_bytes"]),
         tuple(layers),
         None if model is None else ModelIdentity(**model),
+        () if previous == list(range(num_ranks)) else tuple(previous),
     )
 
 

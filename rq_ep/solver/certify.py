@@ -82,6 +82,7 @@ def certify(
     trusted = trust(problem, layers, rule, seen_S, ratios)
     certificate = {
         "objective": f"{described(problem)}, mean over calibration steps and layers",
+        "tail_weight": problem.tail_weight,
         "split": rule,
         "predicted": predicted,
         "bound": overall.value,

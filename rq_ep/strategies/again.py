@@ -82,7 +82,10 @@ def moves_to(
 ) -> Moves:
     """How the ranks get from `current` to `placement`; replayed and checked."""
     left = left_of(current, stats, placement.topology.num_ranks, lost_ranks)
+    num_ranks = placement.topology.num_ranks
     moves = plan_moves(left.held, placement, stats.expert_bytes, stats.native_format)
+    if left.ranks != tuple(range(num_ranks)):
+        moves = replace(moves, previous_ranks=(*left.ranks, *[None] * (num_ranks - len(left.ranks))))
     moves.check(dict(zip(stats.layers, left.held, strict=True)), placement, stats.expert_bytes, stats.native_format)
     return moves
 

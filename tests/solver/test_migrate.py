@@ -129,6 +129,11 @@ def test_wrong_moves_are_refused_by_number(wrong: Move, message: str) -> None:
         ('{"format": "rq_ep.moves/1", "num_ranks": 1e9, "model": null, "layers": []}', "must be a whole number"),
         ("[" * 100_000, "nested too deeply"),
         (
+            '{"format": "rq_ep.moves/1", "num_ranks": 2, "model": null, "room_bytes": 0, "layers": [], '
+            '"previous_ranks": [0]}',
+            "previous_ranks names 1 ranks, but num_ranks is 2",
+        ),
+        (
             '{"format": "rq_ep.moves/1", "num_ranks": 2, "model": null, "room_bytes": 0, "layers": [{"layer": 0, '
             '"moves": [{"do": "explode", "rank": 0, "expert": 0, "format": "bf16", "source": null}]}]}',
             "unknown move 'explode'",

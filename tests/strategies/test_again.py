@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rq_ep.core.errors import UserError
+from rq_ep.core.moves import Moves
 from rq_ep.core.placement import Placement
 from rq_ep.core.rules import Rules, Where
 from rq_ep.core.stats import ExpertStats, ModelIdentity
@@ -100,11 +101,14 @@ def _low_share(placement: Placement, stats: ExpertStats) -> float:
 
 
 @pytest.mark.parametrize("num_ranks", [3, 5, 8])
-def test_other_numbers_of_ranks(num_ranks: int) -> None:
+def test_other_numbers_of_ranks(num_ranks: int, tmp_path: Path) -> None:
     stats, current = recorded(), placed(recorded())
     new = placed(stats, num_ranks, budget=8000, current=current)
     moves = moves_to(new, current, stats)
     assert new.topology.num_ranks == moves.num_ranks == num_ranks
+    assert moves.previous_ranks == {3: (), 5: (0, 1, 2, 3, None), 8: (0, 1, 2, 3, *[None] * 4)}[num_ranks]
+    moves.save(tmp_path / "moves.json")
+    assert Moves.load(tmp_path / "moves.json") == moves
     fresh = placed(stats, num_ranks, budget=8000)
     assert moves.received_bytes_R(SIZES).sum() <= moves_to(fresh, current, stats).received_bytes_R(SIZES).sum()
 
@@ -113,6 +117,7 @@ def test_a_lost_ranks_experts_are_found_again() -> None:
     stats, current = recorded(), placed(recorded())
     new = placed(stats, 3, budget=8000, current=current, lost_ranks=[1])
     moves = moves_to(new, current, stats, [1])
+    assert moves.previous_ranks == (0, 2, 3)
     left = [{one.expert for one in layer.replicas if one.rank != 1} for layer in current.layers]
     assert any(len(experts) < 8 for experts in left), "some were nowhere else"
     for layer in moves.layers:
