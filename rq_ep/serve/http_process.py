@@ -114,9 +114,10 @@ async def report(metrics: Metrics, hub: Hub) -> None:
         if now != told:
             prompt_rate, rate = ((new - old) / STATS_EVERY_S for new, old in zip(now, told, strict=True))
             balance = "" if metrics.balancedness is None else f", balancedness {metrics.balancedness:.3f}"
+            fullest = max(metrics.kv_usage_R.values(), default=0.0)
             log.info(
-                "prompt %.1f tokens/s, generated %.1f tokens/s, %d unfinished requests%s",
-                prompt_rate, rate, hub.num_unfinished, balance,
+                "prompt %.1f tokens/s, generated %.1f tokens/s, %d unfinished requests, KV cache %.0f %% full%s",
+                prompt_rate, rate, hub.num_unfinished, 100 * fullest, balance,
             )  # fmt: skip
         told = now
 

@@ -64,6 +64,7 @@ class Metrics:
         self._balancedness_min = make(Gauge, "balancedness_min", "balancedness of the worst layer")
         self._weights = make(Gauge, "expert_weight_bytes", "Expert weights of a rank", ["ep_rank", "precision"])
         self.balancedness: float | None = None
+        self.kv_usage_R: dict[int, float] = {}
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self._observed: dict[str, list[float]] = {name: [] for name in self._times}
@@ -107,6 +108,7 @@ class Metrics:
         self._running.labels(*labels).set(stats["num_running"])
         self._waiting.labels(*labels).set(stats["num_waiting"])
         self._kv_usage.labels(*labels).set(stats["kv_cache_usage"])
+        self.kv_usage_R[rank] = stats["kv_cache_usage"]
         self._steps.labels(*labels).inc(stats["num_steps"])
         self._step_s.labels(*labels).inc(stats["steps_s"])
 
