@@ -49,7 +49,11 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             f"{_weighed(found['tail_weight'])}p90 {found['p90']:.3f}, worst step {found['worst']:.3f}",
         ),
         ("bound", found["bound"], f"any placement, any split; gap {found['gap']:.1%}; {BINDING[found['binding']]}"),
-        ("standard EP", found["standard"], "on the same steps"),
+        (
+            "standard EP",
+            found["standard"],
+            f"on the same steps; the busiest rank here has {found['of_standard']:.1%} of its load",
+        ),
         ("first half", found["halves"][0], f"of the steps; {found['halves'][1]:.3f} on the second"),
     ]
     if found["unseen"]:

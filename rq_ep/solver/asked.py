@@ -45,6 +45,13 @@ def judge_as_asked(problem: PlacementProblem, layer: LayerPlacement, steps: Laye
     return Judgement(ratio_S, computed.pairs_P + read.pairs_P)
 
 
+def busiest_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, ratio_S: FloatArray) -> FloatArray:
+    """[S] what the busiest rank carries, in pairs, bytes or seconds: comparable where formats, and so means, differ."""
+    weight_SE = steps.counts_SE if is_plain(problem) else _weights(problem, layer, steps)[0]
+    carried_S: FloatArray = ratio_S * weight_SE.sum(axis=1) / steps.num_ranks
+    return carried_S
+
+
 def least_ratio_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps) -> FloatArray:
     """[S] what no placement that stores the same experts low can be below, step by step, whatever its bytes.
 

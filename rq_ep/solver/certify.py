@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
-from rq_ep.solver.asked import described, judge_as_asked
+from rq_ep.solver.asked import busiest_S, described, judge_as_asked
 from rq_ep.solver.bounded import bounds_of
 from rq_ep.solver.judge import SplitRule
 from rq_ep.solver.precision import Formats
@@ -89,7 +89,7 @@ def certify(
         "gap": predicted / overall.value - 1,
         "binding": overall.binding,
         "steps": max(len(ratio_S) for ratio_S in ratios),
-        "standard": _standard(problem, steps),
+        **_beside_standard(problem, layers, steps, ratios),
         **_tail(ratios),
         **trusted,
         "warnings": [*_oddities(problem, placement), *trusted["warnings"]],
@@ -137,10 +137,27 @@ def _tail(ratios: Sequence[FloatArray]) -> dict[str, float]:
     }
 
 
-def _standard(problem: PlacementProblem, steps: Sequence[LayerSteps]) -> float:
-    """What standard EP makes of the same steps."""
-    pairs = zip(contiguous(problem), steps, strict=True)
-    return mean_of([judge_as_asked(problem, layer, of_layer, "home").ratio_S for layer, of_layer in pairs])
+def _beside_standard(
+    problem: PlacementProblem,
+    layers: Sequence[LayerPlacement],
+    steps: Sequence[LayerSteps],
+    ratios: Sequence[FloatArray],
+) -> dict[str, float]:
+    """`standard`: what standard EP makes of the same steps. `of_standard`: what the busiest rank carries beside its."""
+    plain = contiguous(problem)
+    standard = [
+        judge_as_asked(problem, one, of_layer, "home").ratio_S for one, of_layer in zip(plain, steps, strict=True)
+    ]
+
+    def carried(placed: Sequence[LayerPlacement], placed_ratios: Sequence[FloatArray]) -> float:
+        rows = zip(placed, steps, placed_ratios, strict=True)
+        return sum(float(busiest_S(problem, one, of_layer, ratio_S).sum()) for one, of_layer, ratio_S in rows)
+
+    of_standard = carried(plain, standard)
+    return {
+        "standard": mean_of(standard),
+        "of_standard": carried(layers, ratios) / of_standard if of_standard else 1.0,
+    }
 
 
 def _load_R(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> FloatArray:

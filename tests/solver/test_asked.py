@@ -12,6 +12,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.solver.asked import judge_as_asked, least_ratio_S
+from rq_ep.solver.certify import certify
 from rq_ep.solver.steps import LayerSteps, calibration_steps
 from rq_ep.strategies import make_strategy
 from tests.solver.instances import problem, skewed
@@ -79,3 +80,13 @@ def test_steps_of_no_pairs_at_all() -> None:
     stats = ExpertStats(np.zeros((3, 1, 8), np.int64), ("bf16",), "bf16", {"bf16": 10})
     idle = PlacementProblem(stats, problem(np.ones((1, 1, 8)), 4).topology, objective="decode")
     assert make_strategy("standard").place(idle).certificate["predicted"] == 1.0
+
+
+def test_few_bits_are_seen_beside_standard_ep_though_the_mean_falls_with_them() -> None:
+    every = np.full((4, 1, 8), 50)
+    decode = problem(every, 4, objective="decode", max_low_precision_share=1.0)
+    halves = [LayerPlacement.even(0, 8, [Replica(expert // 2, expert, "int8") for expert in range(8)])]
+    found = certify(decode, "rq", halves, "exact").certificate
+    assert found["predicted"] == pytest.approx(found["standard"]) == pytest.approx(1.0)
+    assert found["of_standard"] == pytest.approx(504 / 1000)
+    assert make_strategy("standard").place(decode).certificate["of_standard"] == 1.0
