@@ -48,7 +48,7 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             found["cvar90"],
             f"{_weighed(found['tail_weight'])}p90 {found['p90']:.3f}, worst step {found['worst']:.3f}",
         ),
-        ("bound", found["bound"], f"any placement, any split; gap {found['gap']:.1%}; {BINDING[found['binding']]}"),
+        ("bound", found["bound"], f"{found['bound_holds_for']}; gap {found['gap']:.1%}; {BINDING[found['binding']]}"),
         (
             "standard EP",
             found["standard"],

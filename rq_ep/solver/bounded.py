@@ -18,6 +18,11 @@ from rq_ep.solver.trust import mean_of
 BoolArray = npt.NDArray[np.bool_]
 
 
+def holds_for(problem: PlacementProblem) -> str:
+    """The placements that the bound holds for, for whoever reads the certificate."""
+    return "any placement, any split" if is_plain(problem) else "any placement with the same experts low"
+
+
 def bounds_of(
     problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
 ) -> tuple[Bound, list[Bound]]:

@@ -12,7 +12,7 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.solver.asked import busiest_S, described, judge_as_asked
-from rq_ep.solver.bounded import bounds_of
+from rq_ep.solver.bounded import bounds_of, holds_for
 from rq_ep.solver.judge import SplitRule
 from rq_ep.solver.precision import Formats
 from rq_ep.solver.steps import LayerSteps, layer_steps, spread_steps
@@ -86,6 +86,7 @@ def certify(
         "split": rule,
         "predicted": predicted,
         "bound": overall.value,
+        "bound_holds_for": holds_for(problem),
         "gap": predicted / overall.value - 1,
         "binding": overall.binding,
         "steps": max(len(ratio_S) for ratio_S in ratios),

@@ -35,6 +35,7 @@ def test_bound_and_prediction_are_in_the_units_asked_for(objective: str, name: s
     assert 1 <= found["bound"] <= found["predicted"] + 1e-5
     assert ("reading" in found["objective"]) == (objective != "prefill")
     assert ("seconds" in found["objective"]) == (cost is not None)
+    assert ("same experts low" in found["bound_holds_for"]) == (objective != "prefill" or cost is not None)
     if name == "standard":
         assert found["predicted"] == pytest.approx(found["standard"])
 
