@@ -123,9 +123,9 @@ class TorchGroup:
                 dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)
             else:
                 # torchrun may keep its store when it restarts ranks, with the addresses of the ones before.
-                store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-                store = dist.PrefixStore(f"attempt {environment.restart_count}", store)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+                shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+                own = dist.PrefixStore(f"attempt {environment.restart_count}", shared)  # type: ignore[attr-defined]
+                dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
         return cls(device, local_rank=environment.local_rank, timeout_s=timeout_s, owns_world=owns_world)
 
     def gather_counts(self, counts_N: Tensor) -> IntArray:
