@@ -2,12 +2,29 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from rq_ep.core.arrays import IntArray
+
 RECENT_S = 10.0
+
+
+class LayerSums:
+    """Routed pairs of a layer."""
+
+    def __init__(self, num_ranks: int, num_experts: int) -> None:
+        self.pairs_R: IntArray = np.zeros(num_ranks, np.int64)
+        self.counts_E: IntArray = np.zeros(num_experts, np.int64)
+        self.num_calls = 0
+        self.imbalance_sum = 0.0
+
+    @property
+    def imbalance(self) -> float:
+        """max/mean over ranks, mean of the calls."""
+        return self.imbalance_sum / self.num_calls if self.num_calls else 1.0
 
 
 class Balance:
@@ -19,40 +36,48 @@ class Balance:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._layers: list[int] = []
-        self._total: tuple[Any, Any] | None = None
+        self._total: dict[int, LayerSums] = {}
         self._recent: deque[tuple[float, Mapping[str, Any]]] = deque()
 
     def add(self, loads: Mapping[str, Any]) -> None:
-        """Add what `LoadTotals.take` gave."""
-        arrays = np.array(loads["pairs_LR"], np.int64), np.array(loads["counts_LE"], np.int64)
-        if self._total is None:
-            self._total = tuple(np.zeros_like(array) for array in arrays)  # type: ignore[assignment]
-        self._layers = list(loads["layers"])
-        for total, array in zip(self._total or (), arrays, strict=True):
-            total += array
+        """Add what `LoadTotals.take` gave; it need not know of every layer."""
+        _add(self._total, [loads])
         self._recent.append((self._clock(), loads))
 
     def view(self) -> dict[str, Any]:
         """Routed pairs by layer and rank, and by layer and expert; `imbalance_L`: max/mean over ranks, step by step."""
         while self._recent and self._recent[0][0] < self._clock() - RECENT_S:
             self._recent.popleft()
-        if self._total is None:
+        layers = sorted(self._total)
+        if not layers:
             return {"layers": [], "total": None, "recent": None}
-        pairs_LR, counts_LE = self._total
-        total = {"pairs_LR": pairs_LR.tolist(), "counts_LE": counts_LE.tolist()}
-        return {"layers": self._layers, "total": total, "recent": self._recent_view()}
+        return {"layers": layers, "total": _view(self._total, layers), "recent": self._recent_view(layers)}
 
-    def _recent_view(self) -> dict[str, Any] | None:
+    def _recent_view(self, layers: list[int]) -> dict[str, Any] | None:
         if not self._recent:
             return None
-        parts = [loads for _, loads in self._recent]
-        calls_S = [part["num_calls"] for part in parts]
-        imbalance_L = np.average([part["imbalance_L"] for part in parts], axis=0, weights=calls_S)
-        return {
-            "window_s": RECENT_S,
-            "pairs_LR": np.sum([part["pairs_LR"] for part in parts], axis=0).tolist(),
-            "counts_LE": np.sum([part["counts_LE"] for part in parts], axis=0).tolist(),
-            "imbalance_L": imbalance_L.tolist(),
-            "balancedness": float(np.mean(1 / imbalance_L)),
-        }
+        sums = {layer: LayerSums(len(old.pairs_R), len(old.counts_E)) for layer, old in self._total.items()}
+        _add(sums, [loads for _, loads in self._recent])
+        seen = _view(sums, layers)
+        balancedness = float(np.mean([1 / imbalance for imbalance in seen["imbalance_L"]]))
+        return {"window_s": RECENT_S, **seen, "balancedness": balancedness}
+
+
+def _add(sums: dict[int, LayerSums], parts: Iterable[Mapping[str, Any]]) -> None:
+    for loads in parts:
+        for at, layer in enumerate(loads["layers"]):
+            pairs_R, counts_E = loads["pairs_LR"][at], loads["counts_LE"][at]
+            if layer not in sums:
+                sums[layer] = LayerSums(len(pairs_R), len(counts_E))
+            sums[layer].pairs_R += np.array(pairs_R)
+            sums[layer].counts_E += np.array(counts_E)
+            sums[layer].num_calls += loads["num_calls_L"][at]
+            sums[layer].imbalance_sum += loads["imbalance_L"][at] * loads["num_calls_L"][at]
+
+
+def _view(sums: Mapping[int, LayerSums], layers: list[int]) -> dict[str, Any]:
+    return {
+        "pairs_LR": [sums[layer].pairs_R.tolist() for layer in layers],
+        "counts_LE": [sums[layer].counts_E.tolist() for layer in layers],
+        "imbalance_L": [sums[layer].imbalance for layer in layers],
+    }

@@ -88,6 +88,7 @@ class LoadTotals(Telemetry):
     def take(self) -> dict[str, Any] | None:
         """The sums since the last call, and each layer's mean imbalance; None if there was no step.
 
+        A call in the middle of a step finds it in some of the layers only: they may differ in calls, and be missing.
         `seconds` are rank 0's, on its host's clock, over all layers and steps.
         """
         with self._lock:
@@ -99,7 +100,7 @@ class LoadTotals(Telemetry):
         order = sorted(layers)
         return {
             "layers": order,
-            "num_calls": sum(len(load.imbalances) for load in layers.values()),
+            "num_calls_L": [len(layers[layer].imbalances) for layer in order],
             "pairs_LR": [layers[layer].pairs_R.tolist() for layer in order],
             "counts_LE": [layers[layer].counts_E.tolist() for layer in order],
             "formats_L": [layers[layer].pairs_by_format for layer in order],

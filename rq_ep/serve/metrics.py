@@ -120,7 +120,7 @@ class Metrics:
             for name, pairs in loads["formats_L"][at].items():
                 self._by_format.labels(self._model, str(layer), name).inc(pairs)
             self._imbalance.labels(self._model, str(layer)).set(loads["imbalance_L"][at])
-        self._calls.labels(self._model).inc(loads["num_calls"])
+        self._calls.labels(self._model).inc(sum(loads["num_calls_L"]))
         for phase, seconds in loads["seconds"].items():
             self._phases[phase].labels(self._model).inc(seconds)
         self._borrowed.labels(self._model).inc(loads["borrowed_experts"])

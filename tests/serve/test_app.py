@@ -45,7 +45,7 @@ def score(token_id: int) -> Score:
 
 
 LOADS = {  # as LoadTotals.take gives them
-    "layers": [3, 4], "num_calls": 6, "pairs_LR": [[30, 10], [20, 20]], "counts_LE": [[25, 10, 5], [20, 0, 20]],
+    "layers": [3, 4], "num_calls_L": [3, 3], "pairs_LR": [[30, 10], [20, 20]], "counts_LE": [[25, 10, 5], [20, 0, 20]],
     "formats_L": [{"bf16": 25, "int8": 15}, {"bf16": 40}], "imbalance_L": [1.5, 1.0],
     "seconds": {"gather": 0.1, "plan": 0.2, "dispatch": 0.5, "compute": 1.0, "combine": 0.3},
     "borrowed_experts": 2, "borrowed_bytes": 100,
