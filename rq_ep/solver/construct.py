@@ -5,11 +5,12 @@ than standard EP's contiguous blocks or the candidates it is given.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
@@ -23,7 +24,7 @@ from rq_ep.solver.precision import damage_LE, low_experts
 from rq_ep.solver.steps import LayerSteps, calibration_steps
 
 BoolArray = npt.NDArray[np.bool_]
-STEPS_TO_CHOOSE = 16  # enough to tell a good beginning from a bad one
+STEPS_TO_CHOOSE, LAYERS_TO_CHOOSE = 16, 8  # enough to tell a good beginning from a bad one
 PROGRESS_AT_START = 0.1  # what the choice of a beginning is taken to be of the whole
 
 
@@ -83,15 +84,34 @@ def _searched(ready: Ready, steps: Sequence[LayerSteps], start: Start) -> Draft:
 
 
 def _best_start(ready: Ready, steps: Sequence[LayerSteps], starts: Sequence[Start]) -> Start:
-    """The start that fills up best on some of the steps; the plainest come first, and are taken if they will do."""
-    few = [layer.some(STEPS_TO_CHOOSE) for layer in steps]
+    """The start that fills up best on some steps of some layers; the plainest come first, and are taken if they do."""
+    chosen = np.unique(np.linspace(0, len(steps) - 1, LAYERS_TO_CHOOSE).astype(np.int64))
+    few = [steps[at].some(STEPS_TO_CHOOSE) for at in chosen]
     ratings = []
     for number, start in enumerate(starts):
-        ratings.append(Draft(ready, few, start).fill().rating)
+        ratings.append(Draft(*_part(ready, few, start, chosen)).fill().rating)
         ready.problem.on_progress(PROGRESS_AT_START * (number + 1) / len(starts))
         if ratings[-1][0] <= GOOD_ENOUGH or ready.effort.is_over():
             break
     return starts[ratings.index(min(ratings))]
+
+
+def _part(
+    ready: Ready, steps: list[LayerSteps], start: Start, chosen: IntArray
+) -> tuple[Ready, list[LayerSteps], Start]:
+    """The same for some layers, with what these take and their part of the bytes that are left."""
+    bytes_LE = ready.formats.bytes_of(start.low_LE)
+    used_LR = np.einsum("ler,le->lr", start.held_LER, bytes_LE)
+    left_R = ready.budget_R - used_LR.sum(axis=0)
+    if len(chosen) < len(used_LR):
+        left_R = left_R // len(used_LR) * len(chosen)
+    part = replace(
+        ready,
+        budget_R=used_LR[chosen].sum(axis=0) + left_R,
+        allowed_LER=ready.allowed_LER[chosen],
+        fixed_LER=ready.fixed_LER[chosen],
+    )
+    return part, steps, Start(start.held_LER[chosen], start.low_LE[chosen])
 
 
 def _dealt(ready: Ready, steps: Sequence[LayerSteps]) -> list[Start]:
@@ -114,9 +134,7 @@ def _dealt(ready: Ready, steps: Sequence[LayerSteps]) -> list[Start]:
     return starts
 
 
-def _homes(
-    ready: Ready, mean_LE: FloatArray, low_LE: BoolArray, budget_R: npt.NDArray[np.int64], group: int
-) -> BoolArray | None:
+def _homes(ready: Ready, mean_LE: FloatArray, low_LE: BoolArray, budget_R: IntArray, group: int) -> BoolArray | None:
     """[L, E, R] a home for every expert, low ones dealt in groups where there are no rules; None if it does not fit."""
     if ready.problem.rules != Rules():
         return ready.homes(ready.fixed_LER, mean_LE, low_LE, budget_R)
