@@ -1,7 +1,7 @@
 """The best placement of a small layer, by mixed-integer programming: what the search is tested against.
 
-One layer, one format for each expert, bytes per rank: binary variables for replicas and
-for low experts, fractions of each step's load on each replica, and the fullest rank of each step. Exact, and hopeless
+One layer, one format for each expert, bytes per rank: binary variables for replicas and for low experts, fractions of
+each step's load on each replica, and the fullest rank of each step. Exact, and hopeless
 beyond some dozens of replicas.
 """
 
@@ -31,6 +31,7 @@ def best_placement(
     low_bytes: int,
     pairs_E: IntArray,
     max_low_share: float,
+    may_be_low_E: BoolArray | None = None,
     time_limit_s: float = 60.0,
 ) -> Oracle:
     """Solve by HiGHS.
@@ -42,6 +43,7 @@ def best_placement(
         low_bytes: of one replica of an expert stored low.
         pairs_E: what the cap on low experts counts.
         max_low_share: of all pairs that may be on low experts.
+        may_be_low_E: experts that may be stored low; None: all.
         time_limit_s: `value` is the best found until then; `bound` is valid anyway.
 
     Raises:
@@ -91,6 +93,8 @@ def best_placement(
     cost[top_at:] = 1 / num_steps
     upper = np.ones(top_at + num_steps)
     upper[top_at:] = np.inf
+    if may_be_low_E is not None:
+        upper[is_low_at:share_at] = may_be_low_E
     found = milp(
         cost,
         constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
