@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement
+from rq_ep.core.placement import Placement, bytes_by_rank
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.formats import get_format
 from rq_ep.model import memory
@@ -97,8 +97,16 @@ def test_a_machine_lets_strategies_weigh_transfers(checkpoints: dict[str, Path])
 
 
 def test_formats_are_those_of_the_placement(checkpoints: dict[str, Path]) -> None:
-    placement = skewed_placement(checkpoints["mixtral"], "mixtral", ("fp32", "int8"), 2, spare_experts=0)
-    assert placement.formats == ("fp32", "int8")
+    native = skewed_placement(checkpoints["mixtral"], "mixtral", ("fp32", "int8"), 2, spare_experts=0)
+    layout = family_of(find_expert_modules(random_model(FAMILIES["mixtral"]))[0].module).layout
+    sizes = {name: get_format(name).nbytes(layout) for name in ("fp32", "int8")}
+    layers = tuple(
+        replace(layer, replicas=replace(layer.replicas, formats_P=tuple(
+            "int8" if expert % 2 else "fp32" for expert in layer.replicas.experts_P.tolist()
+        )))
+        for layer in native.layers
+    )  # fmt: skip
+    placement = replace(native, layers=layers, bytes_R=tuple(bytes_by_rank(layers, 2, sizes).tolist()))
     model = load(checkpoints["mixtral"], placement, num_local_ranks=2, device="cpu")
     dense = random_model(FAMILIES["mixtral"])
     relative = (logits(model) - logits(dense)).norm() / logits(dense).norm()
