@@ -11,7 +11,6 @@ compute would bring. Seconds are `LayerCost.step` of a machine's peak rates, wit
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -28,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 
 from bench.facts import facts
 from bench.shapes import SHAPES, Shape
+from bench.start import start
 from bench.workloads import parse
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.files import check_writable, replacing
+from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.plan import imbalance
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.stats import ExpertStats
@@ -248,8 +248,7 @@ def main() -> None:
     console.print(table)
     if args.json:
         document = {"command": shlex.join(["python", *sys.argv]), "settings": vars(args), **facts("cpu")}
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps({**document, "break_even": edges, "rows": rows}, indent=1) + "\n")
+        write_json(args.json, {**document, "break_even": edges, "rows": rows})
 
 
 def _number(excess: float | None) -> str:
@@ -257,10 +256,4 @@ def _number(excess: float | None) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench/breakeven.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    start(main, "breakeven")

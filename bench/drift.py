@@ -8,7 +8,6 @@ modelled microseconds of a layer with nothing overlapped (`LayerCost.step`) and,
 """
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -22,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 
 from bench.facts import facts
 from bench.shapes import SHAPES
+from bench.start import start
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
-from rq_ep.core.files import replacing
+from rq_ep.core.files import write_json
 from rq_ep.core.plan import imbalance
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs import cost_model
@@ -111,9 +111,8 @@ def main() -> None:
     console.print(table)
     if args.json:
         document = {"command": shlex.join(["python", *sys.argv]), "settings": vars(args), **facts("cpu"), "rows": rows}
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
 
 
 if __name__ == "__main__":
-    main()
+    start(main, "drift")

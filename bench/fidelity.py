@@ -8,7 +8,6 @@ computes them. `rq-ep eval` runs a placement through the ranks.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the bench is run from a ch
 
 from bench.facts import facts
 from bench.rounded import RoundedModel
+from bench.start import start
 from rq_ep.commands.common import quiet_libraries
 from rq_ep.commands.progress import progress_bar
-from rq_ep.core.errors import UserError
-from rq_ep.core.files import check_writable, replacing
+from rq_ep.core.files import check_writable, replacing, write_json
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibrate import calibrate
 from rq_ep.model.checkpoint import read_tokenizer
@@ -107,8 +106,7 @@ def main() -> None:
             "rows": [asdict(row) for row in rows], "importances": [asdict(row) for row in kinds],
             "mixed_replicas": mixed,
         }  # fmt: skip
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
     if args.png:
         _draw(rows, args.png)
 
@@ -249,7 +247,4 @@ def _draw(rows: Sequence[Row], path: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"fidelity: error: {error}")
+    start(main, "fidelity")

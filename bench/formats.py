@@ -9,7 +9,6 @@ called once, A B C and C B A in turn; ratios are to bf16 in the same round. On a
 """
 
 import argparse
-import json
 import shlex
 import sys
 from functools import partial
@@ -29,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 from bench.case import silu_gate
 from bench.facts import facts
 from bench.shapes import SHAPES, Shape, shape_name
+from bench.start import start
 from rq_ep.core.errors import UserError, check_choice, check_integer
-from rq_ep.core.files import check_writable, replacing
+from rq_ep.core.files import check_writable, write_json
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
 from rq_ep.moe.compute import Share, Stack, add_outputs
@@ -213,15 +213,8 @@ def main() -> None:
         document = {
             "command": shlex.join(["python", *sys.argv]), "settings": vars(args), **facts(args.device), "rows": rows,
         }  # fmt: skip
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench/formats.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    start(main, "formats")

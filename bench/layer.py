@@ -7,7 +7,6 @@ The protocol is in bench/README.md.
 """
 
 import argparse
-import json
 import logging
 import os
 import shlex
@@ -33,7 +32,7 @@ from bench.workloads import GRAMMAR, PAPER_SCENARIOS, parse
 from rq_ep.commands.common import DTYPES, parse_dtype, parse_names, parse_strategies
 from rq_ep.config import Environment
 from rq_ep.core.errors import UserError, check_choice, check_integer
-from rq_ep.core.files import check_writable, replacing
+from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.topology import Topology
 from rq_ep.costs import MACHINES, Profile, cost_model
 from rq_ep.formats import get_format, native_format_name
@@ -210,8 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if rank == 0:
         show(result)
         if args.json:
-            with replacing(args.json) as temporary:
-                temporary.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(args.json, result)
         if args.png:
             draw(result, args.png)
     return result

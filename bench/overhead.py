@@ -8,7 +8,6 @@ of as many bytes between the same two processes, the fastest of each; its checks
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # launchers load t
 from bench.case import Case, Contestant
 from bench.facts import facts
 from bench.shapes import SHAPES, shape_name
+from bench.start import start
 from bench.workloads import parse
 from rq_ep.commands.common import DTYPES, parse_dtype
-from rq_ep.core.files import replacing
+from rq_ep.core.files import write_json
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
@@ -171,7 +171,7 @@ def transfer_times(case: Case, group: TorchGroup) -> dict[str, float]:
     return {"expert_bytes": num_bytes, **fastest, "borrow_ratio": fastest["borrow_s"] / fastest["plain_send_s"]}
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run on this rank of a launcher's gloo group; rank 0 shows every rank's times."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -215,9 +215,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if group.rank == 0:
         _show(ranks)
         if args.json:
-            with replacing(args.json) as temporary:
-                temporary.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+            write_json(args.json, result)
 
 
 def _show(ranks: list[dict[str, dict[str, float]]]) -> None:
@@ -238,4 +236,4 @@ def _show(ranks: list[dict[str, dict[str, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, "overhead")

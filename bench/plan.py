@@ -10,7 +10,6 @@ in `build/ms`, and in no plan.
 """
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -25,9 +24,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file
 
 from bench.facts import facts
+from bench.start import start
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
-from rq_ep.core.files import check_writable, replacing
+from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.plan import imbalance
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
@@ -139,15 +139,8 @@ def main() -> None:
     console.print(table)
     if args.json:
         document = {"command": shlex.join(["python", *sys.argv]), "settings": vars(args), **facts("cpu"), "rows": rows}
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench/plan.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    start(main, "plan")

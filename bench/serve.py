@@ -12,7 +12,6 @@ in the same run. Client and servers share the machine.
 
 import argparse
 import asyncio
-import json
 import math
 import shlex
 import statistics
@@ -34,7 +33,7 @@ from bench.serve_figure import draw
 from bench.servers import NAME, server
 from bench.traffic import Job, drive, figures, random_jobs
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
-from rq_ep.core.files import check_writable, replacing
+from rq_ep.core.files import check_writable, write_json
 from rq_ep.model.checkpoint import read_tokenizer
 from rq_ep.strategies import STRATEGIES
 
@@ -82,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["command"] = shlex.join(["python", "bench/serve.py", *arguments])
     show(result)
     if options.json:
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
     if options.png:
         draw(result, options.png)
     return 0

@@ -35,7 +35,7 @@ from bench.facts import facts
 from bench.servers import NAME, server
 from bench.traffic import Answer, Job, drive, random_jobs
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.files import check_writable, replacing
+from rq_ep.core.files import check_writable, write_json
 from rq_ep.model.checkpoint import read_tokenizer
 from rq_ep.model.dense import read_dense
 
@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     found |= {"command": shlex.join(["python", "bench/soak.py", *arguments]), **facts("cpu")}
     if options.json:
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(options.json, found)
     print(json.dumps({key: value for key, value in found.items() if key not in ("hardware", "versions")}, indent=1))
     return 0 if found["is_well"] else 1
 

@@ -11,7 +11,6 @@ one more slot on every rank; its even split is its own, the exact one is ours.
 """
 
 import argparse
-import json
 import platform
 import re
 import resource
@@ -33,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.solver_score import score
 from bench.solver_traces import LAWS, Trace, draw_trace
+from bench.start import start
 from rq_ep.commands.progress import progress_bar
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
-from rq_ep.core.files import check_writable, replacing
+from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
@@ -222,15 +222,8 @@ def main() -> None:
             "settings": vars(args) | {"cases": [vars(case) for case in args.cases]},
             "rows": rows,
         }
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1) + "\n")
+        write_json(args.json, facts)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench/solver.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    start(main, "solver")

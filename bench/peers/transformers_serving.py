@@ -24,7 +24,6 @@ from rq_ep.config import child_environment
 from rq_ep.core.errors import UserError
 
 TIMEOUT_S = 120.0
-SHARED = ("model", "dtype", "max_num_seqs", "max_num_batched_tokens")  # settings it has in common with a server
 
 
 class TransformersServing:

@@ -1,7 +1,6 @@
 """`rq-ep eval`: strategies and placements side by side on held-out text."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
     from rq_ep.commands.progress import progress_bar
-    from rq_ep.core.files import check_writable, replacing
+    from rq_ep.core.files import check_writable, write_json
     from rq_ep.costs import cost_model
     from rq_ep.model.evaluate import compare
 
@@ -96,8 +95,7 @@ def run(args: argparse.Namespace) -> None:
             "strategies": {contender.label: vars(contender.strategy) for contender in contenders},
             "rows": [evaluation.as_dict() for evaluation in evaluations],
         }
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(document, indent=1, default=str) + "\n")
+        write_json(args.json, document, default=str)
     if args.plot:
         from rq_ep.commands.plot import plot_loads
 

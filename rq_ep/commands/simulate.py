@@ -1,7 +1,6 @@
 """`rq-ep simulate`: recorded loads replayed through several strategies' own planners."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import layer_cost
     from rq_ep.commands.progress import progress_bar
     from rq_ep.core.errors import UserError
-    from rq_ep.core.files import check_writable, replacing
+    from rq_ep.core.files import check_writable, write_json
     from rq_ep.core.stats import ExpertStats
     from rq_ep.sim.simulator import simulate
     from rq_ep.sim.traces import RoutingTrace
@@ -99,8 +98,7 @@ def run(args: argparse.Namespace) -> None:
             rows.append(_told(row, result))
     _report(rows, len(chosen_S), stats.num_layers, args.machine)
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(args.json, rows)
 
 
 def _placing(bar: "Progress", name: str) -> Callable[[float], None]:

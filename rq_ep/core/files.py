@@ -3,12 +3,14 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rq_ep.core.errors import UserError
+
+Document = TypeVar("Document")
 
 
 @contextmanager
@@ -26,6 +28,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, document: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write a JSON document as `replacing` does; `default` gives a plain value for one that JSON does not know."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1, default=default) + "\n")
 
 
 def check_writable(path: str | Path) -> None:
@@ -65,3 +73,28 @@ def read_json(path: str | Path, what: str, hint: str) -> Any:
         raise UserError(f"{path}: not a readable {what} file (nested too deeply)") from None
     except ValueError as error:  # neither JSON, nor UTF-8, nor a number of decent length
         raise UserError(f"{path}: not a readable {what} file ({error})") from None
+
+
+def read_document(path: str | Path, what: str, version: str, hint: str, read: Callable[[Any], Document]) -> Document:
+    """What `read` makes of the JSON document in a file of ours.
+
+    Args:
+        path: the file.
+        what: it should be, such as "placement".
+        version: what its "format" must say.
+        hint: what to do if there is no such file.
+        read: makes a noun of the document; it may trip over whatever is missing or wrong in it.
+
+    Raises:
+        UserError: the file is foreign, incomplete or cut short; the message names it.
+    """
+    document = read_json(path, what, hint)
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != version:
+        raise UserError(f"{path}: format is {found!r:.60}, expected {version!r}")
+    try:
+        return read(document)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: incomplete {what} file ({type(error).__name__}: {error})") from None

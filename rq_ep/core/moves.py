@@ -1,6 +1,5 @@
 """The way from one placement to another: what each rank receives, makes and drops, layer by layer, as a file."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_text
-from rq_ep.core.files import read_json, replacing
+from rq_ep.core.files import read_document, write_json
 from rq_ep.core.placement import Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ModelIdentity
@@ -113,22 +112,13 @@ class Moves:
                 {"layer": layer.layer, "moves": [move._asdict() for move in layer.moves]} for layer in self.layers
             ],
         }
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(path, document)
 
     @classmethod
     def load(cls, path: str | Path) -> "Moves":
         """Read the JSON file; a `UserError` says what is wrong with one that is foreign, incomplete or cut short."""
-        document = read_json(path, "moves", "write it with `rq-ep place --current FILE --moves FILE`")
-        found = document.get("format") if isinstance(document, dict) else None
-        if found != FORMAT:
-            raise UserError(f"{path}: format is {found!r:.60}, expected {FORMAT!r}")
-        try:
-            return _read(document)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: incomplete moves file ({type(error).__name__}: {error})") from None
+        hint = "write it with `rq-ep place --current FILE --moves FILE`"
+        return read_document(path, "moves", FORMAT, hint, _read)
 
 
 def byte_limits(before_R: IntArray, after: Placement) -> IntArray:

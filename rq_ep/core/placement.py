@@ -1,6 +1,5 @@
 """Placement: which rank holds a replica of which expert, in which format, for what share of its pairs."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_integer, check_number, check_text
-from rq_ep.core.files import read_json, replacing
+from rq_ep.core.files import read_document, write_json
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.core.topology import Topology
@@ -172,22 +171,13 @@ class Placement:
             "certificate": dict(self.certificate),
             "layers": [_layer_document(layer) for layer in self.layers],
         }
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(path, document)
 
     @classmethod
     def load(cls, path: str | Path) -> "Placement":
         """Read `placement.json`; `UserError` says what is wrong with one that is foreign, incomplete or cut short."""
-        document = read_json(path, "placement", f"write it with `rq-ep place --out {path}`")
-        found = document.get("format") if isinstance(document, dict) else None
-        if found != FORMAT:
-            raise UserError(f"{path}: format is {found!r:.60}, expected {FORMAT!r}")
-        try:
-            return _read(document)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: incomplete placement file ({type(error).__name__}: {error})") from None
+        hint = f"write it with `rq-ep place --out {path}`"
+        return read_document(path, "placement", FORMAT, hint, _read)
 
 
 def bytes_by_rank(layers: Iterable[LayerPlacement], num_ranks: int, expert_bytes: Mapping[str, int]) -> IntArray:

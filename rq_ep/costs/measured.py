@@ -1,6 +1,5 @@
 """A cost model from timings of the machine at hand, as `rq-ep profile` writes them."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -9,7 +8,7 @@ from typing import Any, TypeVar
 
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number, check_text
-from rq_ep.core.files import read_json, replacing
+from rq_ep.core.files import read_json, write_json
 from rq_ep.costs.fit import ExpertFit, fit_experts, fit_line
 
 FORMAT = "rq_ep.profile/2"
@@ -165,8 +164,7 @@ class Profile:
         """Write the profile as JSON."""
         document = {"format": FORMAT, **asdict(self)}
         del document["source"]
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(path, document)
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":

@@ -11,7 +11,6 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.moves import Held
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.replicas import Replica
 from rq_ep.core.rules import Rules
 from rq_ep.solver.migrate import bytes_of
 from rq_ep.solver.relabel import relabelled
@@ -166,8 +165,3 @@ def _mixed(
     if not taken or len(taken) == len(stay.layers):
         return None
     return [new.layers[at] if at in taken else old for at, old in enumerate(stay.layers)]
-
-
-def held_by(placement: Placement) -> list[list[Replica]]:
-    """What the ranks of a placement hold, layer by layer."""
-    return [list(layer.replicas) for layer in placement.layers]
