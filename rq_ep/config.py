@@ -120,6 +120,9 @@ class ServeConfig:
 
     model: str = option("", help="directory of the checkpoint", required=True)
     placement: str | None = option(None, help="placement.json of `rq-ep place`; without it the strategy places itself")
+    experts: str | None = option(
+        None, help="directory written by `rq-ep quantize`: the placement's low-bit experts are read from there"
+    )
     strategy: StrategyConfig | None = option(  # noqa: RUF009  (`option` is a dataclass field)
         None, help="name of a strategy, or {name: ..., setting: ...}; default: the placement's, or standard"
     )

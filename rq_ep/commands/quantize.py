@@ -1,4 +1,4 @@
-"""`rq-ep quantize`: write experts in low-bit formats, once, for calibrate, eval and `rq_ep.load`."""
+"""`rq-ep quantize`: write experts in low-bit formats, once, for calibrate, eval, the server and `rq_ep.load`."""
 
 import argparse
 from pathlib import Path
@@ -59,4 +59,4 @@ def run(args: argparse.Namespace) -> None:
     files = sorted(packed.path.glob("layer-*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{packed.path}: {len(files)} layers, {size:,} bytes")
-    print(f"use them: --experts {packed.path} of calibrate and eval, rq_ep.load(packed_experts={str(packed.path)!r})")
+    print(f"use them: --experts {packed.path} of calibrate, eval and -m rq_ep.serve, packed_experts of rq_ep.load")

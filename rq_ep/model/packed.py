@@ -5,6 +5,7 @@ on where it was stopped; reading touches only the experts that are asked for.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.files import replacing
+from rq_ep.core.placement import Placement
 from rq_ep.core.stats import ModelIdentity
+from rq_ep.formats import get_format
 
 FORMAT = "rq_ep.experts/1"
 
@@ -60,6 +63,36 @@ class PackedExperts:
                 return packed
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: cut short or damaged ({error}): quantize the model again") from None
+
+    def check_holds(self, placement: Placement, stored_format: str) -> Counter[str]:
+        """Format -> how many of a placement's experts are to be read from here.
+
+        Args:
+            placement: what is to be served.
+            stored_format: what the checkpoint itself has its experts in: those need not be here.
+
+        Raises:
+            UserError: one that the placement stores in low bits is not here, or a file is damaged or of another model.
+        """
+        found: Counter[str] = Counter()
+        missing = []
+        for layer in placement.layers:
+            wanted = {(replica.expert, replica.format) for replica in layer.replicas}
+            low = sorted(pair for pair in wanted if pair[1] != stored_format and not get_format(pair[1]).is_native)
+            file = self.file(layer.layer)
+            keys = self._read(file)[1] if low and file.exists() else frozenset()
+            for expert, name in low:
+                if f"{expert}.{name}" in keys:
+                    found[name] += 1
+                else:
+                    missing.append(f"expert {expert} of layer {layer.layer} in {name}")
+        if missing:
+            others = f", nor {len(missing) - 1} others of the placement" if len(missing) > 1 else ""
+            raise UserError(
+                f"--experts {self.path}: does not hold {missing[0]}{others}; write them with "
+                f"`rq-ep quantize --placement FILE --out {self.path}`"
+            )
+        return found
 
     def has(self, layer: int, how: Mapping[str, str]) -> bool:
         """Whether a layer was written for this model with the settings `how`."""

@@ -1,7 +1,9 @@
 """Everything that can be wrong with a checkpoint and its settings, looked at before anything large is read."""
 
+from collections import Counter
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig
 
 from rq_ep.config import ServeConfig
@@ -11,6 +13,9 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
 from rq_ep.engine.families import check_servable
 from rq_ep.model.checkpoint import read_config, read_tokenizer
+from rq_ep.model.identity import model_identity
+from rq_ep.model.packed import PackedExperts
+from rq_ep.model.stored import expert_format, open_checkpoint
 from rq_ep.strategies import make_strategy
 
 
@@ -19,19 +24,37 @@ def check_inputs(config: ServeConfig) -> PretrainedConfig:
 
     Raises:
         UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy
-            or machine.
+            or machine, quantized experts that are not the placement's.
     """
     chosen_strategy(config)
     model_config = read_config(config.model)
     check_servable(model_config)
     if config.placement is not None:
         Placement.load(config.placement)
+    read_in_advance(config)
     if config.machine is not None:
         cost_model(config.machine)
     read_tokenizer(config.model)
     if config.record_dir is not None and not Path(config.record_dir).is_dir():
         raise UserError(f"--record-dir {config.record_dir}: no such directory")
     return model_config
+
+
+def read_in_advance(config: ServeConfig) -> Counter[str]:
+    """Format -> how many experts `--experts` gives.
+
+    Raises:
+        UserError: no placement asks for them, or what it asks for is not there or of another model.
+    """
+    if config.experts is None:
+        return Counter()
+    if config.placement is None:
+        raise UserError(f"--experts {config.experts}: without --placement no expert is stored in low bits")
+    identity = model_identity(config.model)
+    placement = Placement.load(config.placement)
+    placement.check_serves(identity, placement.topology.num_ranks, config.placement)
+    stored_format = expert_format(open_checkpoint(config.model), read_config(config.model).dtype or torch.bfloat16)
+    return PackedExperts.open(config.experts, identity).check_holds(placement, stored_format)
 
 
 def chosen_strategy(config: ServeConfig) -> Strategy | None:

@@ -14,7 +14,7 @@ from rq_ep.model.identity import model_identity
 from rq_ep.model.memory import available_bytes, expert_bytes
 from rq_ep.model.placing import check_layers, choose_strategy, place_uniformly
 from rq_ep.model.seam import family_of, find_expert_modules
-from rq_ep.serve.inputs import check_inputs, chosen_strategy
+from rq_ep.serve.inputs import check_inputs, chosen_strategy, read_in_advance
 
 
 def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
@@ -52,6 +52,9 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
         f"placement: made by {placement.strategy}, served by {strategy.name}; {len(placement.layers)} MoE layers of "
         f"{placement.layers[0].num_experts} experts on {num_ranks} ranks",
     ]
+    if in_advance := read_in_advance(config):
+        numbers = ", ".join(f"{number} in {name}" for name, number in sorted(in_advance.items()))
+        lines.append(f"quantized in advance, read from {config.experts}: {numbers}")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     memory = available_bytes(device)
     sharers = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)

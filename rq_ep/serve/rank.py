@@ -147,6 +147,7 @@ class RankServer:
             chosen_strategy(config),
             group=self.group,
             dtype=config.dtype,
+            packed_experts=config.experts,
             machine=config.machine,
             telemetry=self.loads,
             max_tokens=config.max_num_batched_tokens,
