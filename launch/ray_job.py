@@ -4,8 +4,9 @@
     python launch/ray_job.py --num-ranks 2 bench/layer.py --shape tiny
 
 What follows the program is handed to it unchanged. Every actor gets the environment torchrun would have set and calls
-the same `main(argv)`. The first rank that fails ends the job with its number and its error; SIGTERM (`ray job stop`)
-is passed on to rank 0, so that a server drains before it ends. Without a cluster address, Ray is started right here.
+the same `main(argv)`. The first rank that fails ends the group with its number and its error, and `--max-restarts`
+starts another one. SIGTERM (`ray job stop`) is passed on to rank 0, so that a server drains before it ends. Without a
+cluster address, Ray is started right here.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 START_TIMEOUT_S = 300
+END_TIMEOUT_S = 10  # for ranks that are left when one has failed: a server tells its clients why
 
 
 @dataclass(frozen=True, order=True)
@@ -95,7 +97,21 @@ def send_signal(pid: int, number: int) -> None:
     os.kill(pid, number)
 
 
-def run_once(options: argparse.Namespace) -> tuple[list[Any] | None, str]:
+class Stopper:
+    """Handles SIGTERM: passes it on to rank 0, and remembers it, as a job that is to end must not be restarted."""
+
+    def __init__(self) -> None:
+        self.was_asked = False
+        self.rank_0: Seat | None = None  # once it has one
+
+    def __call__(self, number: int, _frame: object) -> None:
+        self.was_asked = True
+        if self.rank_0 is not None:
+            affinity = NodeAffinitySchedulingStrategy(self.rank_0.node_id, soft=False)
+            send_signal.options(scheduling_strategy=affinity).remote(self.rank_0.pid, number)
+
+
+def run_once(options: argparse.Namespace, stopper: Stopper) -> tuple[list[Any] | None, str]:
     """Run the program on all ranks. Returns every rank's result, or None and what went wrong."""
     bundle = {"CPU": options.cpus_per_rank, "GPU": options.gpus_per_rank}
     bundle = {kind: amount for kind, amount in bundle.items() if amount}
@@ -114,12 +130,9 @@ def run_once(options: argparse.Namespace) -> tuple[list[Any] | None, str]:
         seated = zip(ray.get([actor.seat.remote() for actor in actors]), actors, strict=True)
         ordered = sorted(seated, key=lambda pair: pair[0])
         seats = [seat for seat, _ in ordered]
-
-        def pass_on(number: int, _frame: object) -> None:
-            affinity = NodeAffinitySchedulingStrategy(seats[0].node_id, soft=False)
-            send_signal.options(scheduling_strategy=affinity).remote(seats[0].pid, number)
-
-        signal.signal(signal.SIGTERM, pass_on)
+        stopper.rank_0 = seats[0]
+        if stopper.was_asked:
+            return None, "stopped before it had begun"
         runs = {
             actor.run.remote(options.program, options.arguments, environment): rank
             for rank, ((_, actor), environment) in enumerate(zip(ordered, environments(seats), strict=True))
@@ -130,13 +143,19 @@ def run_once(options: argparse.Namespace) -> tuple[list[Any] | None, str]:
             finished, waiting = ray.wait(waiting)
             rank = runs[finished[0]]
             try:
-                results[rank] = ray.get(finished[0])
+                result = results[rank] = ray.get(finished[0])
+                problem = f"ended with exit code {result}" if isinstance(result, int) and result != 0 else None
             except ray.exceptions.RayError as error:
-                return None, f"rank {rank} on {seats[rank].address} failed: {_first_cause(error)}"
-            if isinstance(results[rank], int) and results[rank] != 0:
-                return None, f"rank {rank} on {seats[rank].address} ended with exit code {results[rank]}"
+                problem = f"failed: {_first_cause(error)}"
+            if problem is not None:
+                if waiting:
+                    ray.wait(waiting, num_returns=len(waiting), timeout=END_TIMEOUT_S)
+                return None, f"rank {rank} on {seats[rank].address} {problem}"
         return [results[rank] for rank in range(options.num_ranks)], ""
+    except ray.exceptions.RayError as error:  # a node has gone while the ranks took their seats
+        return None, _first_cause(error)
     finally:
+        stopper.rank_0 = None
         remove_placement_group(group)  # ends the actors that are left
 
 
@@ -160,15 +179,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the program")
     options = parser.parse_args(argv)
 
-    local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": options.num_ranks * options.cpus_per_rank}
-    ray.init(log_to_driver=True, include_dashboard=False if local else None, **local)
+    local = {"address": "local", "num_cpus": options.num_ranks * options.cpus_per_rank, "include_dashboard": False}
+    ray.init(log_to_driver=True, **({} if "RAY_ADDRESS" in os.environ else local))
+    stopper = Stopper()
+    signal.signal(signal.SIGTERM, stopper)
     try:
-        for attempt in range(options.max_restarts + 1):
-            results, problem = run_once(options)
+        for left in reversed(range(options.max_restarts + 1)):
+            results, problem = run_once(options, stopper)
             if results is not None:
                 break
-            left = options.max_restarts - attempt
             print(f"ray_job: error: {problem} ({left} restarts left)", file=sys.stderr)
+            if stopper.was_asked:
+                break
     finally:
         ray.shutdown()
     if results is None:

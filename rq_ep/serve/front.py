@@ -39,6 +39,7 @@ class Front:
                 stdin=subprocess.PIPE,
                 pass_fds=(http.fileno(), hub.fileno()),
                 env=child_environment(),
+                process_group=0,  # Ray ends a dead worker's group: this process has yet to tell the clients
             )
             told = {
                 "config": as_mapping(config),

@@ -2,22 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.serve.running import ROOT, environment, ray, running
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def ray_job(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "launch/ray_job.py", "--num-ranks", "2", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=150)
 
 
 def test_layer_bench_returns_its_result(tmp_path: Path) -> None:
@@ -33,3 +33,23 @@ def test_dead_actor_ends_the_job_by_name() -> None:
     run = ray_job("tests/launch/failing_rank.py")
     assert run.returncode == 1
     assert "ray_job: error: rank 1 on " in run.stderr
+
+
+def test_a_server_comes_back_when_rank_0_dies(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny_checkpoint), "--served-model-name", "tiny", "--device", "cpu"]
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "stream": True, "ignore_eos": True}
+    with running(tmp_path / "log", 2, *arguments, launcher=ray) as server:
+        url = f"{server.url}/v1/completions"
+        rank_0 = min(found.pid for found in server.tree() if found.cmdline()[0].startswith("ray::Rank"))
+        with httpx.stream("POST", url, json=body, timeout=10) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(rank_0, signal.SIGKILL)
+            last = [line for line in lines if line][-1]
+        assert "the server failed: rank 0 died" in last
+        server.wait_until_ready()
+        again = httpx.post(url, json={**body, "max_tokens": 3, "stream": False}, timeout=60).json()
+        assert again["usage"]["completion_tokens"] == 3
+        server.process.terminate()
+        assert server.wait(server.tree(), 60) == 0
+    assert "failed: ActorDiedError" in server.log.read_text()

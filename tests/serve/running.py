@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 150
 
 
@@ -43,6 +44,10 @@ def deepspeed(num_ranks: int) -> list[str]:
     return [launcher, f"--num_accelerators={num_ranks}", f"--master_port={free_port()}"]
 
 
+def ray(num_ranks: int) -> list[str]:
+    return [sys.executable, "launch/ray_job.py", f"--num-ranks={num_ranks}", "--max-restarts=1"]
+
+
 def by_hand(num_ranks: int) -> list[str]:
     assert num_ranks == 1
     return [sys.executable]
@@ -53,8 +58,15 @@ SERVE: dict[Launcher, list[str]] = {
     torchrun: ["-m", "rq_ep.serve"],
     restarting: ["-m", "rq_ep.serve"],
     deepspeed: ["--module", "rq_ep.serve"],
+    ray: ["serve"],
     by_hand: ["-m", "rq_ep.serve"],
 }
+
+
+def environment() -> dict[str, str]:
+    """Ours, and a Ray of our own."""
+    found = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return found | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class Server:
@@ -110,7 +122,8 @@ def running(log: Path, num_ranks: int, *arguments: str, launcher: Launcher = tor
             [*launcher(num_ranks), *SERVE[launcher], "--port", str(port), *arguments],
             stdout=file,
             stderr=file,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            cwd=ROOT,
+            env=environment() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         )
     server = Server(process, f"http://127.0.0.1:{port}", log)
     processes: list[psutil.Process] = []
