@@ -8,5 +8,5 @@ export OMP_NUM_THREADS=1  # tests start several ranks; threads of each would onl
 ruff check .
 ruff format --check .
 mypy
-lint-imports --quiet 2>/dev/null || lint-imports
+lint-imports
 pytest "$@"

@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sensitivity-tokens", type=int, default=2048, metavar="N",
-        help="tokens of each such pass (default 2048)",
+        help="tokens of each such pass",
     )  # fmt: skip
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as stored)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
@@ -91,9 +91,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _report(stats: "ExpertStats") -> None:
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
+    from rq_ep.commands.console import wide_console
     from rq_ep.core.stats import PHASES
     from rq_ep.model.stability import ranking_agreement
 
@@ -114,7 +114,7 @@ def _report(stats: "ExpertStats") -> None:
             f"{weightiest} ({stats.importance[i, weightiest] / stats.importance[i].sum():.0%})",
             *(f"{stats.error[i, :, q].mean():.2%}" for q in others),
         )
-    console = Console()
+    console = wide_console()
     console.print(table)
     if unseen := int((stats.visits == 0).sum()):
         console.print(

@@ -8,10 +8,9 @@ from rq_ep.commands.common import add_set_option
 from rq_ep.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rq_ep.model.evaluate import Contender, Evaluation
+    from rq_ep.model.evaluate import Contender
 
 DEFAULT_NUM_RANKS = 4
-MIN_WIDTH = 120  # columns; a table cut to less could not be read
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
+    from rq_ep.commands.eval_report import draw, report
     from rq_ep.commands.progress import progress_bar
     from rq_ep.core.files import check_writable, write_json
     from rq_ep.costs import cost_model
@@ -85,9 +85,7 @@ def run(args: argparse.Namespace) -> None:
             greedy_tokens=args.greedy_tokens,
             progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )
-    _print(evaluations, num_ranks, args.dtype)
-    if machine is not None:
-        _print_predictions(evaluations, machine.description)
+    report(evaluations, num_ranks, args.dtype, None if machine is None else machine.description)
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
         document = {
@@ -97,9 +95,7 @@ def run(args: argparse.Namespace) -> None:
         }
         write_json(args.json, document, default=str)
     if args.plot:
-        from rq_ep.commands.plot import plot_loads
-
-        plot_loads(evaluations, args.plot)
+        draw(evaluations, args.plot)
 
 
 def _contenders(args: argparse.Namespace) -> "tuple[list[Contender], int]":
@@ -128,69 +124,3 @@ def _contenders(args: argparse.Namespace) -> "tuple[list[Contender], int]":
     if len(sizes) > 1:
         raise UserError(f"--placement: {', '.join(f'{path} is for {size} ranks' for size, path in sizes.items())}")
     return contenders, next(iter(sizes), DEFAULT_NUM_RANKS)
-
-
-def _print(evaluations: "list[Evaluation]", num_ranks: int, dtype: str) -> None:
-    import numpy as np
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    first = evaluations[0]
-    dense = first.dense
-    table = Table(
-        title=f"{num_ranks} ranks, {first.num_tokens} predicted tokens, computed in {dtype}",
-        caption=(
-            "load: max/mean over ranks, mean and worst over steps and layers. ms: compute of the slowest rank in a "
-            "layer. KiB: experts on the fullest rank (and room for borrowed ones), and what is borrowed in a layer and "
-            "step. KL and "
-            "next token: against the dense model, whose perplexity has a standard error of "
-            f"{dense.perplexity.error:.2f}. shift: choices of the dense routers not made here, all layers. greedy: "
-            "continuations equal to the dense model's in every token."
-        ),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-    )
-    columns = (
-        "load\nmean", "\nworst", "ms\np50", "\np99", "KiB\nheld", "\nmoved",
-        "\nperplexity", "\nKL / 1e-6", "next token\nas dense", "\nshift", "\ngreedy",
-    )  # fmt: skip
-    table.add_column("\nstrategy", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in evaluations:
-        table.add_row(
-            row.label,
-            f"{row.imbalance_mean:.3f}",
-            f"{row.imbalance_worst:.2f}",
-            f"{row.compute_s_p50 * 1e3:.2f}",
-            f"{row.compute_s_p99 * 1e3:.2f}",
-            f"{max(row.bytes_R) / 1024:,.0f}",
-            f"{row.transfer_bytes / 1024:,.0f}",
-            f"{row.perplexity.mean:.4f}",
-            f"{row.kl.mean * 1e6:.1f} +- {row.kl.error * 1e6:.1f}",
-            f"{row.agreement.mean:.2%} +- {row.agreement.error:.2%}",
-            f"{np.mean([shift.mean for shift in row.routing_shift_L]):.2%}" if row.routing_shift_L else "-",
-            "-" if row.greedy_match is None else f"{row.greedy_match.mean:.0%}",
-        )
-    table.add_row("dense", *[""] * 6, f"{dense.perplexity.mean:.4f}", style="dim")
-    if dense.bf16_kl is not None and dense.bf16_agreement is not None:
-        table.add_row(
-            "dense, bf16 to fp32", *[""] * 7,
-            f"{dense.bf16_kl.mean * 1e6:.1f} +- {dense.bf16_kl.error * 1e6:.1f}",
-            f"{dense.bf16_agreement.mean:.2%} +- {dense.bf16_agreement.error:.2%}",
-            style="dim",
-        )  # fmt: skip
-    console = Console()
-    console.width = max(console.width, MIN_WIDTH)
-    console.print(table)
-
-
-def _print_predictions(evaluations: "list[Evaluation]", machine: str) -> None:
-    rows = [
-        f"{row.label} {row.predicted_s_p50 * 1e3:.2f} ({row.prediction_error:.0%})"
-        for row in evaluations
-        if row.predicted_s_p50 is not None
-    ]
-    print(f"ms p50 as predicted, and the median error over steps and layers: {', '.join(rows)}")
-    print(f"machine: {machine}")

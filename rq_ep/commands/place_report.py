@@ -23,9 +23,9 @@ BINDING = {
 
 def report(placement: "Placement") -> None:
     """Print what the certificate holds."""
-    from rich.console import Console
+    from rq_ep.commands.console import wide_console
 
-    console = Console(highlight=False)
+    console = wide_console()
     _print_summary(console, placement)
     console.print(_layers_table(placement))
     console.print(_ranks_table(placement))

@@ -160,10 +160,11 @@ def _device_name(kind: str) -> str:
 
 
 def _print(profile: "Profile", layer: "ProfiledLayer", kind: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    shape, console = layer.shape, Console()
+    from rq_ep.commands.console import wide_console
+
+    shape, console = layer.shape, wide_console()
     print(
         f"one expert, hidden size {shape.hidden_size}, intermediate size {shape.intermediate_size}, "
         f"computed in {profile.dtype}"

@@ -145,6 +145,7 @@ def _rows(
         if name in given:
             yield Row(name, strategy, given[name][1], given[name][0])
             continue
+        on_progress = placing(name)
         placement = place(
             calibration,
             args.num_ranks,
@@ -154,8 +155,9 @@ def _rows(
             max_low_precision_share=args.max_low_precision_share,
             num_redundant_experts=_redundant(extra[name], calibration, args.num_ranks),
             time_limit_s=args.time_limit,
-            on_progress=placing(name),
+            on_progress=on_progress,
         )
+        on_progress(1.0)
         yield Row(name, strategy, placement, source)
 
 
@@ -238,8 +240,9 @@ def _told(row: Row, result: "Simulation") -> dict[str, Any]:
 
 
 def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine: str | None) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from rq_ep.commands.console import wide_console
 
     table = Table(
         "strategy", "placement", "mean", "p90", "worst", "MiB/rank", "low", "moved", box=None, padding=(0, 2, 0, 0),
@@ -258,7 +261,7 @@ def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine
         if machine:
             cells.append(f"{1000 * row['modelled_step_s']:.3g}")
         table.add_row(*cells)
-    Console().print(table)
+    wide_console().print(table)
     print(f"{num_steps} steps of {num_layers} layers. MiB/rank: experts on the fullest rank.")
     print("low: share of pairs in low precision. moved: expert weights sent per step, all layers.")
     if any(row["placement"] == UNIFORM for row in rows):
