@@ -4,18 +4,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 from rq_ep.solver.asked import judge_as_asked
+from rq_ep.solver.certify import MAX_STEPS
 from rq_ep.solver.judge import SplitRule
-from rq_ep.solver.steps import layer_steps
+from rq_ep.solver.steps import layer_steps, spread_steps
 from rq_ep.solver.trust import mean_of
 
 GIB = 2**30
-MORE_BUDGET = 0.1  # of the budget; beside a GiB, which is everything to a small model and little to a large one
+MORE_BUDGET = 0.1  # of the budget
+SMALLEST_SHARE, LARGEST_SHARE = 0.01, 10  # of the budget that a GiB is, where it is asked about as well
 MORE_LOW = 0.05  # of all pairs
 
 
@@ -34,9 +34,9 @@ def changes(problem: PlacementProblem) -> list[Change]:
         more_R = tuple(size + int(size * MORE_BUDGET) for size in budget_R)
         gib_R = tuple(size + GIB if size else 0 for size in budget_R)  # a rank of no bytes is meant to stay empty
         found.append(Change(f"{MORE_BUDGET:.0%} more bytes", replace(problem, budget_bytes_R=more_R)))
-        if max(budget_R) < 100 * GIB:
-            times = GIB / max(max(budget_R), 1)
-            found.append(Change(f"1 GiB per rank more ({times:.1%})", replace(problem, budget_bytes_R=gib_R)))
+        share = GIB / max(max(budget_R), 1)
+        if SMALLEST_SHARE < share < LARGEST_SHARE:
+            found.append(Change(f"1 GiB per rank more ({share:.1%})", replace(problem, budget_bytes_R=gib_R)))
     has_low = any(problem.stats.expert_bytes[name] < problem.native_bytes for name in problem.formats)
     if has_low and problem.max_low_precision_share < 1:
         share = min(problem.max_low_precision_share + MORE_LOW, 1)
@@ -76,9 +76,9 @@ def what_if(problem: PlacementProblem, solve: Callable[[PlacementProblem], Place
 
 
 def _predicted(placement: Placement, problem: PlacementProblem) -> float:
-    """max/mean of a placement on all steps of another problem, under its own split."""
+    """max/mean of a placement on the steps of another problem that a certificate would look at, under its own split."""
     rule: SplitRule = placement.certificate["split"]
-    steps = layer_steps(problem, np.arange(problem.stats.num_steps))
+    steps = layer_steps(problem, spread_steps(problem, MAX_STEPS))
     return mean_of(
         [
             judge_as_asked(problem, layer, of_layer, rule).ratio_S
