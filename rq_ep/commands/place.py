@@ -73,7 +73,7 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the solver's search")
     group.add_argument(
         "--what-if", action="store_true",
-        help="solve again with 10%% more bytes, a GiB more per rank (where that is 1 %% to ten times the budget), 5 points "
+        help="solve again with 10%% more bytes, a GiB more per rank (if that is 1%% to ten times the budget), 5 points "
         "more low pairs, and for half the record",
     )  # fmt: skip
 
