@@ -131,8 +131,8 @@ class Draft:
         return self.limits[0].free_R
 
     @property
-    def rating(self) -> tuple[float, int]:
-        """Lower is better: the objective, where steps below a threshold are equal; then fewer experts in few bits."""
+    def value(self) -> float:
+        """The objective; steps below a threshold are equal."""
         tail_weight = self.ready.problem.tail_weight
         values = [
             objective(np.maximum(layer.values_S, GOOD_ENOUGH) * scale_S, tail_weight) if len(scale_S) else GOOD_ENOUGH
@@ -142,8 +142,12 @@ class Draft:
             int(((layer.held_ER & ~within.present_ER) * within.bytes_E[:, None]).sum())
             for layer, within in zip(self.layers, self.limits, strict=True)
         )
-        value = float(np.mean(values)) + self.limits[0].price * moved / len(values)
-        return round(value, 4), int(self.low_LE.sum())
+        return float(np.mean(values)) + self.limits[0].price * moved / len(values)
+
+    @property
+    def rating(self) -> tuple[float, int]:
+        """Lower is better: the objective, then fewer experts in few bits."""
+        return round(self.value, 4), int(self.low_LE.sum())
 
     def fill(self) -> "Draft":
         """Add replicas while they fit and pay."""
