@@ -1,17 +1,26 @@
-"""`rq-ep calibrate`: what each expert of a model carries, and what low bits would do to it."""
+"""`rq-ep calibrate`: what each expert of a model carries, and what low bits would do to it.
+
+A model that is too large for one process is spread over ranks: torchrun --nproc-per-node R -m rq_ep calibrate ...
+"""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rq_ep.core.stats import ExpertStats
+    from rq_ep.parallel import EPGroup
 
 STEADY = 0.9  # rank correlation of loads between halves above which the sample is taken to be large enough
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR",
+        help="Hugging Face checkpoint; to spread one that is too large for one process over R ranks: "
+        "torchrun --nproc-per-node R -m rq_ep calibrate ...",
+    )  # fmt: skip
     parser.add_argument(
         "--text", required=True, nargs="+", type=Path, metavar="PATH",
         help="files and directories of UTF-8 text, .jsonl with a text to a line; a directory's name is a domain",
@@ -55,16 +64,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import parse_dtype, parse_names, quiet_libraries
-    from rq_ep.commands.progress import progress_bar
-    from rq_ep.core.files import check_writable
-    from rq_ep.model.calibrate import calibrate
+    from rq_ep.commands.common import quiet_libraries
+    from rq_ep.core.errors import UserError
+    from rq_ep.parallel.default import default_group
 
     quiet_libraries()
-    check_writable(args.out)
-    with progress_bar() as bar:
-        task = bar.add_task("loading", total=1)
-        stats = calibrate(
+    group = default_group(args.device)
+    try:
+        stats = _calibrate(args, group)
+        if group.rank:
+            return
+        stats.save(args.out)
+        _report(stats)
+        if args.trace:
+            print(f"{args.trace}: what the router chose in these steps, token by token")
+        print(f"{args.out}: {stats.num_steps} steps, {stats.num_tokens} tokens of {', '.join(stats.domains)}")
+    except UserError as error:
+        if group.size == 1:
+            raise
+        if group.rank == 0:  # all ranks have it, and one tells it
+            print(f"rq-ep calibrate: error: {error}", file=sys.stderr, flush=True)
+        group.barrier()  # launchers end the other ranks once one has left
+        sys.exit(2)
+    finally:
+        group.close()
+
+
+def _calibrate(args: argparse.Namespace, group: "EPGroup") -> "ExpertStats":
+    """The statistics, the same on every rank; rank 0 shows how far it is."""
+    from rq_ep.commands.common import parse_dtype, parse_names
+    from rq_ep.commands.progress import showing
+    from rq_ep.core.files import check_writable
+    from rq_ep.model.calibrate import calibrate
+    from rq_ep.model.ranks import together
+
+    together(group, lambda: check_writable(args.out) if group.rank == 0 else None)
+    with showing(group.rank == 0) as show:
+        return calibrate(
             args.model,
             args.text,
             formats=None if args.formats is None else parse_names(args.formats),
@@ -78,15 +114,11 @@ def run(args: argparse.Namespace) -> None:
             sensitivity_tokens=args.sensitivity_tokens,
             dtype=None if args.dtype is None else parse_dtype(args.dtype),
             device=args.device,
+            group=group,
             seed=args.seed,
             trace_path=args.trace,
-            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
+            progress=show,
         )
-    stats.save(args.out)
-    _report(stats)
-    if args.trace:
-        print(f"{args.trace}: what the router chose in these steps, token by token")
-    print(f"{args.out}: {stats.num_steps} steps, {stats.num_tokens} tokens of {', '.join(stats.domains)}")
 
 
 def _report(stats: "ExpertStats") -> None:

@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
     from rq_ep.commands.eval_report import draw, report
-    from rq_ep.commands.progress import progress_bar
+    from rq_ep.commands.progress import showing
     from rq_ep.core.files import check_writable, write_json
     from rq_ep.costs import cost_model
     from rq_ep.model.evaluate import compare
@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> None:
     contenders, num_ranks = _contenders(args)
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
-    with progress_bar() as bar:
-        task = bar.add_task("loading", total=1)
+    with showing() as show:
         evaluations = compare(
             args.model,
             args.text,
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
             packed_experts=args.experts,
             noise_floor=not args.no_noise_floor,
             greedy_tokens=args.greedy_tokens,
-            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
+            progress=show,
         )
     report(evaluations, num_ranks, args.dtype, None if machine is None else machine.description)
     if args.json:

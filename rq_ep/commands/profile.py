@@ -1,7 +1,6 @@
 """`rq-ep profile`: what a layer's parts take on this machine, as a file that prices plans."""
 
 import argparse
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
-    from rq_ep.commands.progress import progress_bar
+    from rq_ep.commands.progress import showing
     from rq_ep.core.errors import check_choice, check_number
     from rq_ep.core.files import check_writable
     from rq_ep.costs import MACHINES
@@ -68,13 +67,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         kind = group.device.type
         layer = _layer(args, shape, parse_dtype(args.dtype or DTYPES[kind]))
-        with progress_bar() if group.rank == 0 else nullcontext() as bar:
-            task = None if bar is None else bar.add_task("starting", total=1)
-
-            def show(stage: str, done: int, total: int) -> None:
-                if bar is not None and task is not None:
-                    bar.update(task, description=stage, completed=done, total=total)
-
+        with showing(group.rank == 0) as show:
             profile = profile_layer(
                 layer,
                 group,

@@ -1,5 +1,8 @@
 """The progress bar of the commands that keep one waiting. It goes to stderr, so results can be piped."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -14,3 +17,14 @@ def progress_bar(*columns: str) -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+
+
+@contextmanager
+def showing(is_shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """While open, a bar that is told (stage, done, total); none on ranks that are not to show it."""
+    if not is_shown:
+        yield lambda stage, done, total: None
+        return
+    with progress_bar() as bar:
+        task = bar.add_task("loading", total=1)
+        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)

@@ -33,14 +33,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, parse_names, quiet_libraries
-    from rq_ep.commands.progress import progress_bar
+    from rq_ep.commands.progress import showing
     from rq_ep.core.placement import Placement
     from rq_ep.model.quantize import quantize
 
     quiet_libraries()
     placement = None if args.placement is None else Placement.load(args.placement)
-    with progress_bar() as bar:
-        task = bar.add_task("loading", total=1)
+    with showing() as show:
         packed = quantize(
             args.model,
             args.out,
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             dtype=None if args.dtype is None else parse_dtype(args.dtype),
             device=args.device,
             seed=args.seed,
-            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
+            progress=show,
         )
     files = sorted(packed.path.glob("layer-*.safetensors"))
     size = sum(file.stat().st_size for file in files)

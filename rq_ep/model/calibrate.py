@@ -19,11 +19,14 @@ from rq_ep.model.divergence import Divergence, dropped_LE, quantized_LEQ
 from rq_ep.model.importance import IMPORTANCES, wanda_E
 from rq_ep.model.listen import Progress, Subject, listen
 from rq_ep.model.packed import PackedExperts
+from rq_ep.model.ranks import together
 from rq_ep.model.recorder import LayerRecord
 from rq_ep.model.routes import RouteLog
 from rq_ep.model.seam import ExpertsModule
 from rq_ep.model.sensitivity import output_errors
 from rq_ep.model.windows import Texts
+from rq_ep.parallel import EPGroup
+from rq_ep.parallel.default import default_group
 
 
 @torch.no_grad()
@@ -42,6 +45,7 @@ def calibrate(
     packed_experts: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str = "auto",
+    group: EPGroup | None = None,
     seed: int = 0,
     trace_path: str | Path | None = None,
     halfway_path: str | Path | None = None,
@@ -50,7 +54,8 @@ def calibrate(
     """Run text through a model and record what `place` needs to know of its experts.
 
     The text runs through the model once (`listen`); loads, importance and the inputs on which formats are measured all
-    come from that pass.
+    come from that pass. A model that is too large for one process is spread over the ranks of a group, all of which
+    call this with the same arguments, get the same result, and leave files to rank 0.
 
     Args:
         model: checkpoint directory, or a model that is already in memory.
@@ -64,12 +69,13 @@ def calibrate(
         importance: how much an expert matters, one of `importance.IMPORTANCES`. `drop` takes a pass over
             `sensitivity_tokens` for every expert: for small models.
         measure_kl: also measure what each expert's formats do to the model's answers, a pass for each of them; `place`
-            then goes by this instead of importance and error. For small models.
+            then goes by this instead of importance and error. For small models, in one process.
         sensitivity_tokens: tokens of such a pass, at least one batch.
         packed_experts: directory that `rq-ep quantize` wrote: the error of a format is measured on these experts, where
             they are there, instead of on weights rounded to the nearest.
         dtype: to compute in; default: as the weights are stored.
-        device: auto, cpu or cuda; a model in memory stays where it is.
+        device: auto, cpu or cuda; a model in memory, or a group, stays where it is.
+        group: ranks to spread the experts of a checkpoint over; default: all processes of the launcher, or this one.
         seed: chooses the places that windows of text are taken from.
         trace_path: also write what the router chose for every token of the same steps, a `RoutingTrace`, there.
         halfway_path: file to keep what has been heard in, so that the same call can go on where it was stopped; not
@@ -82,21 +88,31 @@ def calibrate(
     """
     check_choice("--importance", importance, IMPORTANCES)
     check_integer("--sensitivity-tokens", sensitivity_tokens, 1)
-    subject = Subject.open(model, dtype, device)
+    if group is None and not isinstance(model, PreTrainedModel):
+        group = default_group(device)
+    subject = Subject.open(model, dtype, device, group)
+    if measure_kl and subject.group is not None:
+        raise UserError(
+            f"--measure-kl changes expert by expert in one process, not on {subject.group.size}: leave it out"
+        )
     if formats is None:
         formats = ("int8",) if get_format(subject.native).is_native else ()
     names = tuple(dict.fromkeys((subject.native, *formats)))
     others = [get_format(name) for name in names[1:]]
-    if trace_path is not None:
-        if subject.is_seq2seq:
-            raise UserError("--trace: layers of an encoder and a decoder see different tokens; leave it out")
-        check_writable(trace_path)
-    routes = None if trace_path is None else RouteLog()
-    prepared = None
-    if packed_experts is not None:
+    if trace_path is not None and subject.is_seq2seq:
+        raise UserError("--trace: layers of an encoder and a decoder see different tokens; leave it out")
+    routes = RouteLog() if trace_path is not None and subject.is_first else None
+
+    def open_files() -> PackedExperts | None:
+        if trace_path is not None and subject.is_first:
+            check_writable(trace_path)
+        if packed_experts is None:
+            return None
         if subject.identity is None:
             raise UserError("--experts: the model was not loaded from a checkpoint directory")
-        prepared = PackedExperts.open(packed_experts, subject.identity)
+        return PackedExperts.open(packed_experts, subject.identity)
+
+    prepared = together(subject.group, open_files)
     heard = listen(
         subject, texts, tokenizer=tokenizer, batch_size=batch_size, sequence_length=sequence_length,
         max_tokens=max_tokens, seed=seed, routes=routes, halfway_path=halfway_path, progress=progress,
@@ -108,11 +124,14 @@ def calibrate(
         routes.trace(num_experts, layers, subject.identity).save(trace_path)
 
     error_LEQ = np.zeros((len(experts), num_experts, len(names)))  # of the native format: none
-    for i, (found, record) in enumerate(zip(experts, records, strict=True)):
-        if others:
+
+    def measure_errors() -> None:
+        for i, (found, record) in enumerate(zip(experts, records, strict=True)):
             packed = partial(_packed, prepared, found.layer)
-            error_LEQ[i, :, 1:] = output_errors(found.module, layout, record.kept_rows(), others, packed)
-        progress("formats", i + 1, len(experts))
+            error_LEQ[i, :, 1:] = output_errors(found, subject.family, record.kept_rows(), others, packed)
+            progress("formats", i + 1, len(experts))
+
+    together(subject.group, measure_errors)
     asks_again = importance == "drop" or (measure_kl and bool(others))
     num_batches = max(1, sensitivity_tokens // (batch_size * sequence_length))
     divergence = Divergence(subject.network, heard.windows.batches[:num_batches]) if asks_again else None
@@ -134,7 +153,7 @@ def calibrate(
         importance=_importance_LE(importance, subject, records, divergence, progress),
         visits=np.stack([record.visits_E for record in records]),
         gate_mass=np.stack([record.gate_mass_E for record in records]),
-        error=error_LEQ,
+        error=_of_all_ranks(subject, error_LEQ),
         kl=kl_LEQ,
         model=subject.identity,
         layers=layers,
@@ -147,6 +166,11 @@ def calibrate(
         domains=heard.windows.domains,
         source="calibration",
     )
+
+
+def _of_all_ranks(subject: Subject, found: FloatArray) -> FloatArray:
+    """What ranks found of the experts that they hold, put together: each lies on one of them, the others have zeros."""
+    return found if subject.group is None else np.sum(subject.group.all_gather_object(found), axis=0)
 
 
 def _packed(prepared: PackedExperts | None, layer: int, expert: int, name: str) -> Tensor | None:
@@ -169,9 +193,10 @@ def _importance_LE(
         "output": lambda found, record: record.importance_E,
         "gate-mass": lambda found, record: record.gate_mass_E,
         "load": lambda found, record: record.visits_E.astype(np.float64),
-        "wanda": lambda found, record: wanda_E(found.module, subject.family, record.kept_rows(), record.visits_E),
+        "wanda": lambda found, record: wanda_E(found, subject.family, record.kept_rows(), record.visits_E),
     }
-    return np.stack([of_record[name](found, record) for found, record in zip(subject.experts, records, strict=True)])
+    found_LE = np.stack([of_record[name](*pair) for pair in zip(subject.experts, records, strict=True)])
+    return _of_all_ranks(subject, found_LE) if name == "wanda" else found_LE
 
 
 def _ticks(progress: Progress, stage: str, total: int) -> Callable[[], None]:

@@ -87,7 +87,7 @@ def quantized_LEQ(
     result_LEQ = np.zeros((len(experts), experts[0].num_experts, len(formats)))
     for at, found in enumerate(experts):
         for expert in range(found.num_experts):
-            weights = {name: parameter[expert] for name, parameter in found.module.named_parameters()}
+            weights = found.weights(expert)
             kept = {name: weight.clone() for name, weight in weights.items()}
             for q, format_ in enumerate(formats):
                 views = format_.views(format_.pack(kept, layout), layout)

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.formats import ExpertLayout
 from rq_ep.model.divergence import DROPPED
+from rq_ep.model.seam import ExpertsModule
 from rq_ep.moe.family import ExpertFamily
 
 # `drop` asks the model again for every expert; the others come out of the one pass over the text.
@@ -23,20 +24,20 @@ IMPORTANCES: Mapping[str, str] = {
 
 
 @torch.no_grad()
-def wanda_E(module: nn.Module, family: ExpertFamily, rows: Sequence[Tensor], visits_E: IntArray) -> FloatArray:
-    """[E] Wanda's score, added up over an expert's weights; 0 of an expert that nobody visited.
+def wanda_E(experts: ExpertsModule, family: ExpertFamily, rows: Sequence[Tensor], visits_E: IntArray) -> FloatArray:
+    """[E] Wanda's score, added up over an expert's weights; 0 of one that nobody visited, or that is not held here.
 
     Args:
-        module: experts module of a layer.
+        experts: of a layer.
         family: of its experts.
         rows: [E] inputs [n, D] that were kept of each expert.
         visits_E: [E] inputs there were: norms are scaled to them.
     """
     layout = family.layout
     scores_E = np.zeros(len(rows))
-    for expert, kept_ND in enumerate(rows):
-        if len(kept_ND):
-            weights = {name: parameter[expert].float() for name, parameter in module.named_parameters()}
+    for expert in experts.held:
+        if len(kept_ND := rows[expert]):
+            weights = {name: weight.float() for name, weight in experts.weights(expert).items()}
             hidden_ND = kept_ND.to(weights[family.up].device).float()
             inner_NF = family.apply_gate(_linear(hidden_ND, weights, family.up, layout))
             pairs = ((hidden_ND, family.up), (inner_NF, family.down))

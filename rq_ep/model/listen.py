@@ -18,13 +18,16 @@ from rq_ep.model.checkpoint import read_config, read_tokenizer
 from rq_ep.model.dense import read_dense
 from rq_ep.model.halfway import SAVE_EVERY_S, Halfway
 from rq_ep.model.identity import model_identity
+from rq_ep.model.ranks import together
 from rq_ep.model.recorder import LayerRecord, Step, recording
 from rq_ep.model.routes import RouteLog
-from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
+from rq_ep.model.seam import ExpertsModule, find_expert_modules
+from rq_ep.model.spread import read_spread
 from rq_ep.model.stored import expert_format, open_checkpoint
 from rq_ep.model.teaching import taught
 from rq_ep.model.windows import Batch, Texts, Windows, check_sequence_length, make_windows
 from rq_ep.moe.family import ExpertFamily
+from rq_ep.parallel import EPGroup
 from rq_ep.parallel.default import own_device
 
 DECODE_STEPS = 8  # taken from every second batch of a domain
@@ -46,31 +49,47 @@ class Subject:
     native: str  # the format its experts are stored in
     experts: tuple[ExpertsModule, ...]
     family: ExpertFamily
+    group: EPGroup | None = None  # the ranks that its experts are spread over; None: all of it is in this process
 
     @classmethod
-    def open(cls, model: str | Path | PreTrainedModel, dtype: torch.dtype | None, device: str) -> "Subject":
+    def open(
+        cls, model: str | Path | PreTrainedModel, dtype: torch.dtype | None, device: str, group: EPGroup | None = None
+    ) -> "Subject":
         """
         Args:
             model: checkpoint directory, or a model that is already in memory.
             dtype: to compute in; default: as the weights are stored.
-            device: auto, cpu or cuda; a model in memory stays where it is.
+            device: auto, cpu or cuda; a model in memory, or a group, stays where it is.
+            group: ranks to spread the experts of a checkpoint over; all of them call this. Default: this process alone.
+
+        Raises:
+            UserError: no such checkpoint, or one that cannot be served.
         """
+        experts: tuple[ExpertsModule, ...]
         if isinstance(model, PreTrainedModel):
-            network, path = model, str(model.name_or_path)
-            down_proj: Any = find_expert_modules(model)[0].module.down_proj
+            network, experts, group = model.eval(), find_expert_modules(model), None
+            path = str(model.name_or_path)
+            down_proj: Any = experts[0].module.down_proj
             native = native_format_name(down_proj.dtype)
         else:
             path = str(model)
-            network = read_dense(path, dtype or "auto", own_device(device))
+            if group is None or group.size == 1:
+                network = read_dense(path, dtype or "auto", own_device(device))
+                experts, group = find_expert_modules(network), None
+            else:
+                network, experts = read_spread(path, dtype, group)
             native = expert_format(open_checkpoint(path), read_config(path).dtype or network.dtype)
-        network.eval()
-        experts = find_expert_modules(network)
         identity = model_identity(path) if Path(path, "config.json").is_file() else None
-        return cls(network, identity, native, experts, family_of(experts[0].module))
+        return cls(network, identity, native, experts, experts[0].family, group)
 
     @property
     def is_seq2seq(self) -> bool:
         return bool(self.network.config.is_encoder_decoder)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return self.group is None or self.group.rank == 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +125,8 @@ def listen(
     An encoder-decoder reads the first half of each sequence and is made to write the second, in one prefill step; its
     decode steps are real ones, of the first tokens written, in which the encoder's experts have no load.
 
+    Where the experts are spread over ranks, all of them call this, run the same text and hear the same.
+
     Args:
         subject: the model.
         texts: domain -> texts; or texts (str); or paths (Path) of files and directories, see `windows.read_texts`.
@@ -125,15 +146,16 @@ def listen(
         UserError: no text or tokenizer, sizes that do not fit, experts that give infinite or undefined outputs.
     """
     network = subject.network
-    if tokenizer is None:
-        if not network.name_or_path:
-            raise UserError("tokenizer: a model that was not loaded from a checkpoint brings none; give one")
-        tokenizer = read_tokenizer(network.name_or_path)
     check_sequence_length(sequence_length, network.config, low=2 if subject.is_seq2seq else 1)
-    windows = make_windows(
-        texts, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens, batch_size=batch_size, seed=seed
-    )
-    _warn_if_small(windows)
+    windows = together(
+        subject.group,
+        lambda: make_windows(
+            texts, tokenizer or _tokenizer_of(subject), sequence_length=sequence_length, max_tokens=max_tokens,
+            batch_size=batch_size, seed=seed,
+        ),
+    )  # fmt: skip
+    if subject.is_first:
+        _warn_if_small(windows)
 
     num_experts = subject.experts[0].num_experts
     all_experts = num_experts * len(subject.experts)
@@ -148,6 +170,7 @@ def listen(
     modules = [found.module for found in subject.experts]
     with recording(modules, num_experts, rows_per_batch=-(-max_rows // num_passes)) as records:
         first = 0 if halfway is None else halfway.resume(steps, records)
+        _check_alike(subject.group, first, halfway_path)
         for i, batch in enumerate(windows.batches[first:], first):
             with_decode = i // len(windows.domains) % 2 == 0  # the domains take turns
             if subject.is_seq2seq:
@@ -156,11 +179,11 @@ def listen(
                 # Without the language model's head, which nobody asks for here.
                 network.base_model(batch.tokens_BT.to(network.device), use_cache=False)
                 steps.extend(_steps(batch, records, with_decode, routes))
-            if halfway is not None:
+            if halfway is not None and subject.is_first:
                 halfway.save(i + 1, steps, records)
             progress("routing", i + 1, len(windows.batches))
     _check_finite(subject.experts, records)
-    if halfway is not None:
+    if halfway is not None and subject.is_first:
         halfway.remove()
     return Heard(windows, steps, records)
 
@@ -209,6 +232,22 @@ def _seq2seq_steps(network: Any, batch: Batch, records: Sequence[LayerRecord], w
 def _visits(records: Sequence[LayerRecord]) -> IntArray:
     """[L, E] pairs recorded so far."""
     return np.stack([record.visits_E for record in records])
+
+
+def _tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
+    if not subject.network.name_or_path:
+        raise UserError("tokenizer: a model that was not loaded from a checkpoint brings none; give one")
+    return read_tokenizer(subject.network.name_or_path)
+
+
+def _check_alike(group: EPGroup | None, first: int, path: str | Path | None) -> None:
+    """Raise unless all ranks go on after the same batch."""
+    done = [first] if group is None else group.all_gather_object(first)
+    if len(set(done)) > 1:
+        raise UserError(
+            f"{path}: rank {int(np.argmin(done))} does not find it, but rank {int(np.argmax(done))} does: put it where "
+            "all ranks see it, or remove it"
+        )
 
 
 def _check_finite(experts: Sequence[ExpertsModule], records: Sequence[LayerRecord]) -> None:

@@ -86,7 +86,7 @@ def quantize(
         found = subject.experts[at]
         experts = {}
         for expert, name in wanted[at]:
-            weights = {tensor: parameter[expert] for tensor, parameter in found.module.named_parameters()}
+            weights = found.weights(expert)
             rows_ND = rows_LE[at][expert] if rows_LE else torch.empty(0, subject.family.hidden_size)
             experts[expert, name] = round_expert(get_format(name), weights, rows_ND, subject.family)
         packed.write(found.layer, how, experts)

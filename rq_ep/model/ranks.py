@@ -46,17 +46,26 @@ class Ranks:
         return self.group is not None and self.group.backend != "local" and self.num_ranks > 1
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do the work; what a user has to put right on one rank is raised on all, so that none waits for another."""
-        if self.group is None:
-            return work()
-        result, problem = None, None
-        try:
-            result = work()
-        except UserError as error:
-            problem = str(error)
-        problems = self.group.all_gather_object(problem)
-        for rank, text in enumerate(problems):
-            if text is not None:
-                raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
-        assert result is not None
-        return result
+        """`together` of these ranks."""
+        return together(self.group, work)
+
+
+def together(group: EPGroup | None, work: Callable[[], T]) -> T:
+    """Do the work; what a user has to put right on one rank is raised on all, so that none waits for another.
+
+    Args:
+        group: the ranks, all of which call this; None: this process alone.
+        work: what to do; no collectives.
+    """
+    if group is None:
+        return work()
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems = group.all_gather_object(problem)
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
+    return result  # type: ignore[return-value]  # without a problem, it is there

@@ -7,9 +7,10 @@ Families that do otherwise have an adapter, which rebuilds their MoE layers in t
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
@@ -30,6 +31,20 @@ class ExpertsModule(NamedTuple):
     @property
     def num_experts(self) -> int:
         return len(self.module.get_parameter("down_proj"))
+
+    @property
+    def family(self) -> ExpertFamily:
+        """Layout and activation of each of them."""
+        return family_of(self.module)
+
+    @property
+    def held(self) -> Sequence[int]:
+        """The experts whose weights are in this process."""
+        return range(self.num_experts)
+
+    def weights(self, expert: int) -> dict[str, Tensor]:
+        """The tensors of one of the experts `held`."""
+        return {name: parameter[expert] for name, parameter in self.module.named_parameters()}
 
 
 def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:

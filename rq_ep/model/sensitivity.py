@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from rq_ep.core.arrays import FloatArray
-from rq_ep.formats import ExpertLayout, WeightFormat
+from rq_ep.formats import WeightFormat, get_format
+from rq_ep.model.seam import ExpertsModule
+from rq_ep.moe.family import ExpertFamily
 
 
 @torch.no_grad()
 def output_errors(
-    module: nn.Module,
-    layout: ExpertLayout,
+    experts: ExpertsModule,
+    family: ExpertFamily,
     rows: Sequence[Tensor],
     formats: Sequence[WeightFormat],
     packed: Callable[[int, str], Tensor | None] = lambda expert, name: None,
@@ -24,43 +26,28 @@ def output_errors(
     calibration token chose, is measured on the rows of all others.
 
     Args:
-        module: experts module; its own forward method does the computing, on packed and unpacked weights.
-        layout: of one of its experts.
+        experts: of the layer.
+        family: their layout and activation.
         rows: [E] inputs [n, D] of each expert.
-        formats: the Q formats to measure, at least one.
+        formats: the Q formats to measure.
         packed: (expert, format name) -> the expert as it was packed in advance; None where each weight is to be rounded
             to the nearest.
 
     Returns:
-        [E, Q].
+        [E, Q]; 0 of an expert that is not held here.
     """
-    everything = torch.cat(list(rows))
-    parameters = {name: parameter.float() for name, parameter in module.named_parameters()}
-    device = next(iter(parameters.values())).device
-    inputs = [(own if len(own) else everything).to(device).float() for own in rows]
-    ids_N = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(own) for own in inputs])).to(device)
-    hidden_ND = torch.cat(inputs)
-
-    def outputs(weights: dict[str, Tensor]) -> Tensor:
-        out: Tensor = functional_call(module, weights, (hidden_ND, ids_N[:, None], hidden_ND.new_ones(len(ids_N), 1)))
-        return out
-
-    def squares_E(out_ND: Tensor) -> Tensor:
-        norms_N = out_ND.double().square().sum(1)
-        return norms_N.new_zeros(len(rows)).index_add_(0, ids_N, norms_N)
-
-    exact_ND = outputs(parameters)
-    size_E = squares_E(exact_ND).clamp_(min=torch.finfo(torch.float64).tiny)
-    errors = []
-    for format_ in formats:
-        rounded = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
-        for expert in range(len(rows)):
+    layout, exact_format = family.layout, get_format("fp32")
+    error_EQ = np.zeros((len(rows), len(formats)))
+    for expert in experts.held:
+        weights = {name: weight.float() for name, weight in experts.weights(expert).items()}
+        device = weights[family.down].device
+        x_ND = (rows[expert] if len(rows[expert]) else torch.cat(list(rows))).to(device).float()
+        exact_ND = family.forward(x_ND, exact_format, weights)
+        size = exact_ND.double().norm().clamp(min=torch.finfo(torch.float64).tiny)
+        for q, format_ in enumerate(formats):
             buffer = packed(expert, format_.name)
-            if buffer is None:
-                buffer = format_.pack({name: parameter[expert] for name, parameter in parameters.items()}, layout)
-            views = format_.views(buffer.to(device), layout)
-            for name, parameter in rounded.items():
-                parameter[expert] = format_.dequantize(views, name, layout, torch.float32)
-        errors.append((squares_E(outputs(rounded) - exact_ND) / size_E).sqrt())
-    result_EQ: FloatArray = torch.stack(errors, dim=1).cpu().numpy()
-    return result_EQ
+            views = format_.views(format_.pack(weights, layout) if buffer is None else buffer.to(device), layout)
+            rounded = {name: format_.dequantize(views, name, layout, torch.float32) for name in weights}
+            found_ND = family.forward(x_ND, exact_format, rounded)
+            error_EQ[expert, q] = float((found_ND - exact_ND).double().norm() / size)
+    return error_EQ

@@ -1,7 +1,12 @@
+import subprocess
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 from rq_ep.__main__ import main
 from rq_ep.core.stats import ExpertStats
+from tests.serve.running import torchrun
 
 
 def test_writes_statistics_and_prints_a_row_for_each_layer(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:
@@ -15,6 +20,25 @@ def test_writes_statistics_and_prints_a_row_for_each_layer(tiny_checkpoint: Path
     assert "4096 tokens of code, prose" in printed
     stats = ExpertStats.load(out)
     assert (stats.num_tokens, stats.num_layers, stats.domains) == (4096, 2, ("code", "prose"))
+
+
+@pytest.mark.dist
+def test_two_ranks_write_what_one_process_writes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = str(tiny_checkpoint / "text" / "train" / "prose")
+    command = ["calibrate", "--model", str(tiny_checkpoint), "--text", text, "--max-tokens", "2048", "--dtype",
+               "float32", "--sequence-length", "32", "--device", "cpu", "--formats", "int4_g32", "--out"]  # fmt: skip
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    assert main([*command, str(one)]) == 0
+    done = subprocess.run(
+        [*torchrun(2), "-m", "rq_ep", *command, str(two)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("int4_g32 error") == done.stdout.count("2048 tokens of prose") == 1
+    expected, found = (ExpertStats.load(path) for path in (one, two))
+    assert np.array_equal(found.counts, expected.counts)
+    for name in ("importance", "gate_mass", "error"):
+        assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-4), name
+    assert found.model == expected.model
 
 
 def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:

@@ -14,7 +14,7 @@ from rq_ep.model.calibrate import calibrate
 from rq_ep.model.identity import model_identity
 from rq_ep.model.listen import DECODE_STEPS
 from rq_ep.model.recorder import recording
-from rq_ep.model.seam import family_of, find_expert_modules
+from rq_ep.model.seam import find_expert_modules
 from rq_ep.model.sensitivity import output_errors
 
 PREFILL, DECODE = (PHASES.index(name) for name in ("prefill", "decode"))
@@ -157,12 +157,11 @@ def test_importance_is_gate_times_norm_of_the_experts_output() -> None:
 
 def test_an_expert_without_inputs_is_measured_on_those_of_the_others(tiny_checkpoint) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    module = find_expert_modules(model)[0].module
-    layout = family_of(module).layout
+    experts = find_expert_modules(model)[0]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(n, 64, generator=generator) for n in (5, 0, 9, 4, 4, 4, 4, 4)]
     formats = [get_format("fp32"), get_format("fp16"), get_format("int8")]
-    error_EQ = output_errors(module, layout, rows, formats)
+    error_EQ = output_errors(experts, experts.family, rows, formats)
     assert (error_EQ[:, 0] == 0).all()
     assert (error_EQ[:, 1] < 1e-3).all()
     assert ((error_EQ[:, 2] > 1e-4) & (error_EQ[:, 2] < 0.05)).all()

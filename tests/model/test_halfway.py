@@ -1,12 +1,16 @@
 """Calibration that was stopped goes on where it was; the record is the same as without a stop."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rq_ep.core.errors import UserError
 from rq_ep.model.listen import Heard, Subject, listen
+from rq_ep.parallel import EPGroup, run_local
 
 SETTINGS = {"sequence_length": 32, "max_tokens": 2048, "batch_size": 8, "save_every_s": 0.0}
 
@@ -50,6 +54,25 @@ def test_a_stopped_run_goes_on(subject: Subject, tiny_checkpoint: Path, tmp_path
     again = listen(subject, text, halfway_path=path, progress=lambda _, done, total: seen.append(done), **SETTINGS)
     assert seen == [7, 8]
     assert_same(whole, again)
+    assert not path.exists()
+
+
+def test_ranks_go_on_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
+    seen: list[int] = []
+
+    def heard(group: EPGroup, **settings: Any) -> Heard:
+        return listen(Subject.open(tiny_checkpoint, torch.float32, "cpu", group), text, **(SETTINGS | settings))
+
+    with pytest.raises(Stopped):
+        run_local(2, partial(heard, halfway_path=path, progress=until(3)))
+    with pytest.raises(UserError, match="rank 1 does not find it, but rank 0 does"):
+        run_local(2, lambda group: heard(group, halfway_path=path if group.rank == 0 else tmp_path / "elsewhere"))
+    again = run_local(2, partial(heard, halfway_path=path, progress=lambda _, done, total: seen.append(done)))
+    assert min(seen) in (3, 4)  # rank 0 may have been stopped before it wrote the third batch
+    assert sorted(seen) == sorted([*range(min(seen), 9)] * 2)
+    for one, other in zip(again, run_local(2, heard), strict=True):
+        assert_same(one, other)
     assert not path.exists()
 
 

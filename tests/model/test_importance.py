@@ -11,7 +11,7 @@ from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.model.calibrate import calibrate
 from rq_ep.model.divergence import Divergence, dropped_LE, quantized_LEQ
 from rq_ep.model.importance import wanda_E
-from rq_ep.model.seam import family_of, find_expert_modules
+from rq_ep.model.seam import ExpertsModule, family_of, find_expert_modules
 from rq_ep.model.stability import ranking_agreement
 from rq_ep.model.windows import Batch
 from rq_ep.moe.family import ExpertFamily
@@ -66,7 +66,8 @@ def test_wanda_of_a_hand_made_expert() -> None:
     layout = ExpertLayout({"up_proj": (1, 2), "down_proj": (2, 1)})
     rows = [torch.tensor([[3.0, 0.0], [4.0, 1.0]]), torch.zeros(0, 2)]
     score = 1 * 5 + 2 * 1 + (3 + 1) * np.hypot(3, 4 - 2)  # |W| x norms of the inputs; the first matrix gives 3 and 2
-    found_E = wanda_E(Experts(), ExpertFamily(layout, lambda x: x), rows, np.array([8, 0]))
+    experts = ExpertsModule(0, "experts", Experts())
+    found_E = wanda_E(experts, ExpertFamily(layout, lambda x: x), rows, np.array([8, 0]))
     assert found_E.tolist() == pytest.approx([score * 2, 0])  # two of eight inputs were kept
 
 

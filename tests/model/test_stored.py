@@ -21,6 +21,7 @@ from rq_ep.model.load import load
 from rq_ep.model.seam import family_of, find_expert_modules
 from rq_ep.model.stored import QuantizedCheckpoint, open_checkpoint
 from rq_ep.model.tokenizer import byte_tokenizer
+from rq_ep.parallel import run_local
 from rq_ep.strategies.place import place
 from tests.model.families import FAMILIES, logits, prompt, random_model, save
 
@@ -181,6 +182,9 @@ def test_it_is_calibrated_and_placed_in_its_own_format(written: Callable[[str], 
     placement = place(stats, 2)
     assert placement.formats == ("int8",)
     load(written("int8"), placement, num_local_ranks=2)
+    settings = {"tokenizer": byte_tokenizer(64), "sequence_length": 16, "max_tokens": 160}
+    for spread in run_local(2, lambda group: calibrate(written("int8"), text, group=group, **settings)):
+        assert (spread.native_format, spread.counts.tolist()) == ("int8", stats.counts.tolist())
 
 
 @pytest.mark.parametrize(

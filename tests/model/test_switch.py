@@ -140,6 +140,10 @@ def test_calibration_counts_what_is_computed(complete: Path) -> None:
     assert (counts[~decode] > 0).all()
     assert (stats.counts.sum(axis=0) == stats.visits).all()
     assert ((stats.error[..., 1] > 0) & (stats.error[..., 1] < 0.05)).all()
+    settings = {"sequence_length": 24, "max_tokens": 24 * 16, "batch_size": 4, "dtype": torch.float32}
+    for spread in run_local(2, lambda group: calibrate(complete, TEXT, group=group, **settings)):
+        assert np.array_equal(spread.counts, stats.counts)
+        assert np.allclose(spread.error, stats.error)
 
 
 def test_placements_are_evaluated_against_the_dense_model(complete: Path) -> None:
