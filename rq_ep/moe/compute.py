@@ -10,11 +10,11 @@ from torch import Tensor
 
 from rq_ep.moe.family import ExpertFamily
 from rq_ep.moe.kernels import Stack, multiply
+from rq_ep.moe.sums import add_rows
 from rq_ep.parallel import Received
 
 # Bytes of intermediate results; more pairs than fit are computed one part after another.
 MAX_WORKSPACE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-_ADDED_ROWS = 512  # at a time, on a CPU
 
 
 class Share(NamedTuple):
@@ -48,23 +48,13 @@ def add_outputs(
         ends = (ends_G - start).clip(0, len(rows)).tolist()
         up_NF = multiply(received.rows_MD.index_select(0, rows), share.stack, share.slots, ends, family.up)
         out_ND = multiply(family.apply_gate(up_NF), share.stack, share.slots, ends, family.down)
-        _add_rows(partial_MD, rows, out_ND, weight_N[start : start + step, None])
+        add_rows(partial_MD, rows, out_ND, weight_N[start : start + step])
 
 
 def _gather(values_N: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     if all(end == start for (_, end), (start, _) in pairwise(spans)):
         return values_N[spans[0][0] : spans[-1][1]]
     return torch.cat([values_N[start:end] for start, end in spans])
-
-
-def _add_rows(out_MD: Tensor, rows_N: Tensor, values_ND: Tensor, weights_N1: Tensor) -> None:
-    """Add weighted values to rows that may repeat, in a fixed order and in fp32."""
-    if out_MD.device.type == "cuda":  # index_add_ adds atomically there, in any order; this one sorts first
-        out_MD.index_put_((rows_N,), values_ND.float().mul_(weights_N1), accumulate=True)
-        return
-    for start in range(0, len(rows_N), _ADDED_ROWS):  # a block that stays in the cache between its three passes
-        block = slice(start, start + _ADDED_ROWS)
-        out_MD.index_add_(0, rows_N[block], values_ND[block].float().mul_(weights_N1[block]))
 
 
 def workspace_bytes(family: ExpertFamily, dtype: torch.dtype, num_pairs: int, kind: str) -> int:
