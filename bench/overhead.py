@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 bench/overhead.py --shape mixtral --intermediate-size 3584 --tokens-per-rank 4096
 
 Seconds of CPU time of a rank's thread: `products`, `collectives` inside the group's calls, and `around`, the rest:
-sorting, copying rows, activations, sums, planning, telemetry. Moving an expert is compared, in turns, with a plain send
-of as many bytes between the same two processes, the fastest of each; its checksum, which runs beside, is apart.
+sorting, copying rows, activations, sums, planning, telemetry. Borrowing an expert, until it can be computed with, is
+compared with a plain send of its bytes between the same two processes, in turns, A B and B A: medians, of the ratios
+too. Its checksum, which runs beside, is apart.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -43,7 +45,8 @@ from rq_ep.strategies import make_strategy
 PRODUCTS = ("mm", "addmm", "bmm", "_grouped_mm")
 WARM_UP_ROUNDS = 2
 NUM_RECORDS = 2000  # calls of telemetry that are timed
-NUM_MOVES = 40
+NUM_MOVES = 100
+MOVES = ("plain", "borrow", "verified")
 
 
 class TimedProducts(TorchDispatchMode):
@@ -137,7 +140,10 @@ def _telemetry_s(layer: EPExperts) -> float:
 
 
 def transfer_times(case: Case, group: TorchGroup) -> dict[str, float]:
-    """Wall seconds in which rank 1 gets an expert of rank 0: borrowed, by a plain send, and until it is verified."""
+    """Rank 1 gets an expert of rank 0: by a plain send, borrowed, and until it is verified. Ratios are to a plain send.
+
+    Wall clock is that of rank 1; CPU time that of all threads of both ranks, those of gloo included.
+    """
     name = native_format_name(case.dtype)
     bank = ExpertBank(case.family.layout, Replicas.of([Replica(0, 0, name)]), group.rank)
     for expert in bank.experts:
@@ -145,30 +151,40 @@ def transfer_times(case: Case, group: TorchGroup) -> dict[str, float]:
     num_bytes = group.all_gather_object(bank.nbytes)[0]
     landing = torch.zeros(num_bytes, dtype=torch.uint8)
     swept = torch.zeros(1 << 26, dtype=torch.uint8)
-    times: dict[str, list[float]] = {"plain_send": [], "borrow": [], "verified": []}
 
-    def plain() -> None:
+    def plain() -> list[tuple[float, float]]:
         if group.rank == 0:
             dist.send(bank.packed(0), 1)
         elif group.rank == 1:
             dist.recv(landing, 0)
-        times["plain_send"].append(time.perf_counter() - start_s)
+        return [clocks()]
 
-    def borrow() -> None:
+    def borrow() -> list[tuple[float, float]]:
         bank.borrow((WeightTransfer(0, 0, 1, name),), group)
         bank.await_borrowed()
-        times["borrow"].append(time.perf_counter() - start_s)
+        arrived = clocks()
         bank.spare.settle()
-        times["verified"].append(time.perf_counter() - start_s)
+        return [arrived, clocks()]
 
+    def clocks() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    rounds = []
     for number in range(WARM_UP_ROUNDS + NUM_MOVES):
+        ends = {}
         for move in (plain, borrow) if number % 2 else (borrow, plain):
             swept.add_(1)  # neither finds the expert in the cache
             group.barrier()
-            start_s = time.perf_counter()
-            move()
-    fastest = {f"{key}_s": min(values[WARM_UP_ROUNDS:]) for key, values in times.items()}
-    return {"expert_bytes": num_bytes, **fastest, "borrow_ratio": fastest["borrow_s"] / fastest["plain_send_s"]}
+            start = clocks()
+            ends[move.__name__] = np.array(move()) - start
+        rounds.append(np.concatenate([ends["plain"], ends["borrow"]]))
+    times_RN32 = np.array(group.all_gather_object(rounds[WARM_UP_ROUNDS:]))
+    found = {"expert_bytes": num_bytes}
+    for clock, times_N3 in (("wall", times_RN32[1, ..., 0]), ("cpu", times_RN32[:2, ..., 1].sum(axis=0))):
+        medians = np.median(times_N3, axis=0).tolist()
+        found |= {f"{name}_{clock}_s": value for name, value in zip(MOVES, medians, strict=True)}
+        found[f"borrow_{clock}_ratio"] = float(np.median(times_N3[:, 1] / times_N3[:, 0]))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -228,11 +244,11 @@ def _show(ranks: list[dict[str, dict[str, float]]]) -> None:
     Console().print(table)
     if len(ranks) > 1:
         moved = ranks[1]["transfer"]
-        Console().print(
-            f"an expert of {moved['expert_bytes'] / 2**20:.1f} MiB: plain send {moved['plain_send_s'] * 1e3:.2f} ms, "
-            f"borrowed {moved['borrow_s'] * 1e3:.2f} ms ({moved['borrow_ratio']:.2f} x), "
-            f"verified after {moved['verified_s'] * 1e3:.2f} ms"
-        )
+        Console().print(f"an expert of {moved['expert_bytes'] / 2**20:.1f} MiB, medians of {NUM_MOVES} rounds:")
+        for clock, whose in (("wall", "wall clock"), ("cpu", "CPU of both ranks")):
+            plain, borrow, verified = (f"{moved[f'{name}_{clock}_s'] * 1e3:.2f} ms" for name in MOVES)
+            ratio = moved[f"borrow_{clock}_ratio"]
+            Console().print(f"{whose}: plain send {plain}, borrowed {borrow} ({ratio:.2f} x), verified {verified}")
 
 
 if __name__ == "__main__":

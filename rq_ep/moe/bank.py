@@ -1,7 +1,7 @@
 """The experts a rank holds in one layer, and the ones it borrows for a step."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -30,12 +30,17 @@ class Home(NamedTuple):
     stack: Stack
     slot: int
 
+    @property
+    def packed(self) -> Tensor:
+        """The expert's bytes, uint8 [nbytes]."""
+        return self.stack.packed[self.slot]
+
 
 class Verdict(NamedTuple):
     """Whether borrowed experts are intact."""
 
     wait: Callable[[], list[bool]]  # returns when it is known
-    names: Sequence[str]
+    names: Iterable[str]  # looked at when it is known
 
 
 class _ThreadChecker:
@@ -90,14 +95,14 @@ class SpareRoom:
     def nbytes(self) -> int:
         return sum(stack.packed.nbytes for stack in self._stacks.values())
 
-    def verify(self, homes: Sequence[Home], names: Sequence[str]) -> None:
+    def verify(self, homes: Sequence[Home], names: Iterable[str]) -> None:
         """Start to compare experts that have arrived with their checksums; `settle` tells how it ended.
 
         Args:
             homes: where they lie.
-            names: what to call each in a message.
+            names: what to call each in a message, looked at by `settle`.
         """
-        self._verdict = Verdict(self._checker.start([home.stack.packed[home.slot] for home in homes]), names)
+        self._verdict = Verdict(self._checker.start([home.packed for home in homes]), names)
 
     def settle(self) -> None:
         """Return when everything that `verify` was given is known to be intact.
@@ -120,11 +125,17 @@ class SpareRoom:
             DamagedExpert: one that was there before is.
         """
         self.settle()
-        wanted = Counter(formats)
+        places = [(name, formats[:n].count(name)) for n, name in enumerate(formats)]
+        if not all(name in self._stacks and slot < len(self._stacks[name].packed) for name, slot in places):
+            self._make_room(Counter(formats))
+        return [Home(self._stacks[name], slot) for name, slot in places]
+
+    def _make_room(self, wanted: Counter[str]) -> None:
+        """Have at least so many slots of each format, and those there are, if all of them fit."""
         wanted_bytes = self._nbytes_of(wanted)
         if self.max_bytes is not None and wanted_bytes > self.max_bytes:
             raise UserError(
-                f"borrowing {len(formats)} experts takes {wanted_bytes} bytes, but only {self.max_bytes} are set "
+                f"borrowing {wanted.total()} experts takes {wanted_bytes} bytes, but only {self.max_bytes} are set "
                 "aside: allow more, or let the strategy move fewer experts"
             )
         present = Counter({name: len(stack.packed) for name, stack in self._stacks.items()})
@@ -134,12 +145,6 @@ class SpareRoom:
         self._stacks = {name: stack for name, stack in self._stacks.items() if slots[name] == present[name]}
         for name in slots.keys() - self._stacks.keys():
             self._stacks[name] = Stack.empty(get_format(name), self.layout, slots[name], self.device)
-        next_slot: Counter[str] = Counter()
-        homes = []
-        for name in formats:
-            homes.append(Home(self._stacks[name], next_slot[name]))
-            next_slot[name] += 1
-        return homes
 
     def _nbytes_of(self, slots: Counter[str]) -> int:
         return sum(get_format(name).nbytes(self.layout) * number for name, number in slots.items())
@@ -195,8 +200,7 @@ class ExpertBank:
 
     def packed(self, expert: int) -> Tensor:
         """The bytes of a resident expert, uint8 [nbytes]."""
-        home = self._homes[expert]
-        return home.stack.packed[home.slot]
+        return self._homes[expert].packed
 
     def format_of(self, expert: int) -> WeightFormat:
         """The format that a resident expert is stored in."""
@@ -263,20 +267,16 @@ class ExpertBank:
         self._borrowed = {}
         if not transfers:
             return
-        wanted = sorted(transfer for transfer in transfers if transfer.dst == self.rank)
+        ordered = sorted(transfers)  # both ends name the messages between them in the same order
+        wanted = [transfer for transfer in ordered if transfer.dst == self.rank]
         homes = self.spare.take([transfer.format for transfer in wanted])
         self._borrowed = {transfer.expert: home for transfer, home in zip(wanted, homes, strict=True)}
         sends = [
             (self.packed_as(transfer.expert, transfer.format), transfer.dst)
-            for transfer in transfers
+            for transfer in ordered
             if transfer.src == self.rank
         ]
-        receives = [
-            (home.stack.packed[home.slot], transfer.src)
-            for transfer in transfers
-            if transfer.dst == self.rank
-            for home in [self._borrowed[transfer.expert]]
-        ]
+        receives = [(home.packed, transfer.src) for transfer, home in zip(wanted, homes, strict=True)]
         self._arriving = (group.start_transfers(sends, receives), wanted)
 
     def compute(self, received: Received, family: ExpertFamily) -> Tensor:
@@ -319,7 +319,8 @@ class ExpertBank:
         assert self._arriving is not None
         (handle, wanted), self._arriving = self._arriving, None
         handle.wait()
+        del handle  # now: it lets go of Python's lock, which the thread that verifies would then hold
         if wanted:
             homes = [self._borrowed[transfer.expert] for transfer in wanted]
-            whence = [f"expert {item.expert} of layer {self.layer} from rank {item.src}" for item in wanted]
+            whence = (f"expert {item.expert} of layer {self.layer} from rank {item.src}" for item in wanted)
             self.spare.verify(homes, whence)

@@ -89,7 +89,6 @@ class TorchGroup:
         self.control = new_group(backend="gloo")
         self.rank: int = dist.get_rank(self.control)
         self.size: int = dist.get_world_size(self.control)
-        self._peers = [dist.get_global_rank(self.control, rank) for rank in range(self.size)]
 
         transport = choose_transport(device, self.all_gather_object(_gpu_name(local_rank)))
         self.device = _own_device(transport.device_type, local_rank)
@@ -156,16 +155,22 @@ class TorchGroup:
     def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> "TorchTransfers":
         landings = [(torch.empty_like(to, device="cpu") if self._is_staged else to, to) for to, _ in receives]
         outgoing = [self._to_wire(piece) for piece, _ in sends]
-        operations = [
-            dist.P2POp(dist.isend, piece, self._peers[dst], self._borrowing)
-            for piece, (_, dst) in zip(outgoing, sends, strict=True)
-        ] + [
-            dist.P2POp(dist.irecv, landing, self._peers[src], self._borrowing)
-            for (landing, _), (_, src) in zip(landings, receives, strict=True)
-        ]
         with self._naming("weight transfer"):
-            works = dist.batch_isend_irecv(operations) if operations else []
+            works = self._start_messages(
+                [(piece, dst) for piece, (_, dst) in zip(outgoing, sends, strict=True)],
+                [(landing, src) for (landing, _), (_, src) in zip(landings, receives, strict=True)],
+            )
         return TorchTransfers(self, works, outgoing, landings)
+
+    def _start_messages(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> list[Any]:
+        group = self._borrowing
+        if self.backend == "gloo":  # receives first: a sender waits to hear of them
+            return [dist.irecv(landing, group=group, group_src=src) for landing, src in receives] + [
+                dist.isend(piece, group=group, group_dst=dst) for piece, dst in sends
+            ]
+        operations = [dist.P2POp(dist.isend, piece, group=group, group_peer=dst) for piece, dst in sends]
+        operations += [dist.P2POp(dist.irecv, landing, group=group, group_peer=src) for landing, src in receives]
+        return dist.batch_isend_irecv(operations) if operations else []  # NCCL wants both ends in one launch
 
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
