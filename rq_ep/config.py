@@ -155,6 +155,9 @@ class ServeConfig:
     rank_timeout: float = option(300.0, help="seconds a collective may take", minimum=1)
     stall_timeout: float = option(60.0, help="seconds a rank may be silent, or all ranks in one place", minimum=2)
     record_dir: str | None = option(None, help="directory for traces of /v1/ep/record; default: none are recorded")
+    record_max_tokens: int = option(
+        131072, help="tokens of a trace, 8 bytes a MoE layer and expert chosen: the first ones are kept", minimum=1
+    )
     log_level: str = option("info", help="how much to log", choices=LOG_LEVELS)
 
     @property

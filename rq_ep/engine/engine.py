@@ -11,7 +11,7 @@ from rq_ep.engine.idle import empty_step
 from rq_ep.engine.lockstep import LockstepManager, agreement, batching_config
 from rq_ep.engine.place import Place
 from rq_ep.engine.position import Position
-from rq_ep.engine.request import Output, Request, Score
+from rq_ep.engine.request import Batch, Output, Request, Score
 from rq_ep.engine.running import News, Running
 from rq_ep.engine.scoring import PromptScorer
 from rq_ep.moe import EPExperts
@@ -140,6 +140,11 @@ class Engine:
     def place(self) -> Place:
         """Where this rank is now."""
         return self._position.place()
+
+    @property
+    def batch(self) -> Batch:
+        """What this rank's step is made of; to be asked within it, on the engine's thread: in a hook of a layer."""
+        return self._manager.batch
 
     @property
     def steps(self) -> tuple[int, float]:

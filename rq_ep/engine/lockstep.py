@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 
 from rq_ep.engine.latent import cache_head_size, pad_cache
 from rq_ep.engine.position import Position
-from rq_ep.engine.request import Sampling
+from rq_ep.engine.request import Batch, Sampling
 from rq_ep.engine.running import Running
 from rq_ep.engine.sampling import next_tokens
 from rq_ep.engine.scoring import PromptScorer, score_tokens
@@ -111,7 +111,8 @@ class LockstepManager(ContinuousBatchingManager):
         self._position = position
         self._heartbeat_s = heartbeat_s
         self._num_announced = 0
-        self._has_just_scored = False
+        self._scores = False  # in the step under way, rather than running a batch
+        self._has_batch = False
         self._mark = self._marked = 0
         self.num_steps = 0  # with tokens of this rank
         self.steps_s = 0.0
@@ -128,6 +129,15 @@ class LockstepManager(ContinuousBatchingManager):
         """Have every rank told this number between the same two steps; numbers rise."""
         self._mark = number
         self._wake_up_loop.set()
+
+    @property
+    def batch(self) -> Batch:
+        """What the step under way is made of on this rank; to be asked within it, on the loop's thread."""
+        if self._scores:
+            return Batch(self._scorer.under_way, True)
+        futures = self.batch_processor.inputs_and_outputs.requests_in_batch if self._has_batch else []
+        parts = [(future.state.request_id, future.query_length) for future in futures]
+        return Batch(parts, any(not future.state.generated_tokens for future in futures))
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
         self._wake_up_loop.set()  # `stop` has just asked for the end: an idle loop must not sleep over it
@@ -156,10 +166,10 @@ class LockstepManager(ContinuousBatchingManager):
         self._wake_up_loop.clear()
         announced = self._num_announced
         # Scoring and batches take turns: neither waits for the other's last request.
-        has_scored = self._has_just_scored
-        scores = self._scorer.has_work() and not (has_scored and processor.has_pending_requests())
-        self._has_just_scored = scores
-        ready = scores or processor.prepare_next_batch()
+        scores = self._scorer.has_work() and not (self._scores and processor.has_pending_requests())
+        self._scores = scores
+        self._has_batch = not scores and processor.prepare_next_batch()
+        ready = scores or self._has_batch
         # `tp_status` lags behind by one call of prepare_next_batch
         status = self.background_thread_status.local_status
         flags = (

@@ -36,6 +36,13 @@ class Request:
         return len(self.prompt_ids) + self.max_tokens
 
 
+class Batch(NamedTuple):
+    """What a rank's step is made of: each request and how many of its tokens, in their order in the step."""
+
+    parts: list[tuple[str, int]]
+    is_prefill: bool  # some of the tokens are of prompts
+
+
 class Score(NamedTuple):
     """Log-probabilities at a token's place, by the model's own distribution, before temperature and top-p."""
 

@@ -61,6 +61,7 @@ class PromptScorer:
         self._on_scored = on_scored
         self._arrived: deque[Request] = deque()
         self._job: _Job | None = None
+        self.under_way: list[tuple[str, int]] = []  # the request of this step, and how many of its tokens
 
     def add(self, request: Request) -> None:
         """Queue a prompt; any thread may."""
@@ -76,6 +77,7 @@ class PromptScorer:
         Args:
             is_wanted: whether anybody still waits for the request of this id.
         """
+        self.under_way = []
         if self._job is not None and not is_wanted(self._job.request.id):
             self._job = None
         while self._job is None:
@@ -91,6 +93,7 @@ class PromptScorer:
         prompt_ids, start = job.request.prompt_ids, job.num_done
         chunk = prompt_ids[start : start + self._chunk_size]
         job.num_done += len(chunk)
+        self.under_way = [(job.request.id, len(chunk))]
         logits_TV = self._logits(chunk, job.cache)
         following = prompt_ids[start + 1 : start + 1 + len(chunk)]
         targets_N = torch.tensor(following, dtype=torch.int64, device=logits_TV.device)

@@ -5,6 +5,15 @@ from rq_ep.moe.family import ExpertFamily
 from rq_ep.moe.layer import EPExperts
 from rq_ep.moe.local import LocalExperts
 from rq_ep.moe.telemetry import Telemetry
-from rq_ep.moe.trace import RoutingRecorder
+from rq_ep.moe.trace import RoutingRecorder, StepNote
 
-__all__ = ["EPExperts", "ExpertBank", "ExpertFamily", "LocalExperts", "RoutingRecorder", "SpareRoom", "Telemetry"]
+__all__ = [
+    "EPExperts",
+    "ExpertBank",
+    "ExpertFamily",
+    "LocalExperts",
+    "RoutingRecorder",
+    "SpareRoom",
+    "StepNote",
+    "Telemetry",
+]

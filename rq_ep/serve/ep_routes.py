@@ -30,15 +30,21 @@ def ep_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/ep/record/start")
     async def start() -> dict[str, Any]:
-        """Record what the router chooses for every token, on every rank, until told to stop."""
+        """Record what the router chooses for every token, on every rank, until told to stop.
+
+        At most `max_tokens` (--record-max-tokens) are kept, the first ones. A recording that is under way when the
+        server ends is lost.
+        """
         if (reason := service.why_unavailable()) is not None:
             raise ApiError(503, f"not serving: {reason}")
-        service.recorder.start()
-        return {"recording": True}
+        return {"recording": True, **service.recorder.start()}
 
     @router.post("/v1/ep/record/stop")
     async def stop() -> dict[str, Any]:
-        """End the recording and name the trace on the server's disk."""
+        """End the recording and name the trace on the server's disk, for `trace:FILE` and `rq-ep simulate --trace`.
+
+        `is_full`: there was more to record than --record-max-tokens.
+        """
         return {"recording": False, **await service.recorder.stop()}
 
     @router.get("/dashboard", include_in_schema=False)

@@ -21,6 +21,7 @@ from rq_ep.serve.leave import leave
 from rq_ep.serve.link import Message
 from rq_ep.serve.logs import set_up_logging
 from rq_ep.serve.metrics import Metrics
+from rq_ep.serve.recorder import Recorder
 from rq_ep.serve.service import Served, Service
 
 log = logging.getLogger("rq_ep.serve")
@@ -61,10 +62,11 @@ async def run(config: ServeConfig, num_ranks: int, token: str, http: socket.sock
         on_checked=checked.set,
         on_ready=on_ready,
         on_stats=on_stats,
-        on_recorded=lambda message: service.recorder.hear(message),
+        on_recorded=lambda message: recorder.hear(message),
         on_end=ended.set,
     )
-    service = Service(config.model_name, config.seed, hub, metrics, config.record_dir)
+    recorder = Recorder(hub.mark, config.record_dir, config.record_max_tokens)
+    service = Service(config.model_name, config.seed, hub, metrics, recorder)
     service.info = {
         "settings": shown(config),
         "num_ranks": num_ranks,

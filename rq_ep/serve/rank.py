@@ -74,7 +74,6 @@ class RankServer:
         self.group = group
         self.link = link
         self.loads = LoadTotals() if group.rank == 0 else None
-        self.recording: TraceRecording | None = None
         self.told_steps = (0, 0.0)
         self.stop = threading.Event()
         self.num_signals = 0
@@ -103,7 +102,14 @@ class RankServer:
         self.link.send({"kind": "checked"})
         model = on_every_rank(self.group, self._load)
         loaded: LoadReport = model.rq_ep  # type: ignore[assignment]
-        self.recording = TraceRecording(model, self.group, self.config.record_dir, self.link.send)
+        recording = TraceRecording(
+            model,
+            self.group,
+            lambda: engine.batch,
+            self.config.record_dir,
+            self.config.record_max_tokens,
+            self.link.send,
+        )
         engine = Engine(
             model,
             loaded.layers,
@@ -111,7 +117,7 @@ class RankServer:
             Limits(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.kv_cache_tokens),
             on_outputs=self.tell,
             on_failure=self.fail,
-            on_mark=self.recording.mark,
+            on_mark=recording.mark,
         )
         rooms = self.group.all_gather_object(engine.max_request_tokens)
         max_model_len = on_every_rank(self.group, lambda: choose_max_model_len(self.config, model_config, min(rooms)))

@@ -15,11 +15,13 @@ class Recorder:
     Args:
         mark: has every rank told a number between the same two steps.
         directory: where traces go; None: recording was not allowed.
+        max_tokens: of a trace.
     """
 
-    def __init__(self, mark: Callable[[int], None], directory: str | None) -> None:
+    def __init__(self, mark: Callable[[int], None], directory: str | None, max_tokens: int) -> None:
         self._mark = mark
         self._directory = directory
+        self._max_tokens = max_tokens
         self._number = 0
         self._ended: asyncio.Future[Message] | None = None
 
@@ -27,8 +29,8 @@ class Recorder:
     def is_recording(self) -> bool:
         return self._number % 2 == 1
 
-    def start(self) -> None:
-        """Start recording.
+    def start(self) -> Message:
+        """Start recording; how many tokens it can come to.
 
         Raises:
             ApiError: the server was started without a directory for traces, or records already.
@@ -38,9 +40,10 @@ class Recorder:
         if self.is_recording or self._ended is not None:
             raise ApiError(409, "a recording is under way: stop it first")
         self._next()
+        return {"max_tokens": self._max_tokens}
 
     async def stop(self) -> Message:
-        """End the recording; where its trace is, and how long it has become.
+        """End the recording; where its trace is, how long it has become, and whether it had reached its limit.
 
         Raises:
             ApiError: there is no recording, nothing was recorded, or it could not be written.

@@ -1,14 +1,19 @@
 """Recording what the router chooses while serving, on every rank in the same steps."""
 
 import logging
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from torch import nn
+import numpy as np
+from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
-from rq_ep.moe.trace import RoutingRecorder
+from rq_ep.core.stats import PHASES
+from rq_ep.engine.request import Batch
+from rq_ep.moe import RoutingRecorder, StepNote
 from rq_ep.parallel import EPGroup
 from rq_ep.serve.link import Message
 from rq_ep.sim.traces import RoutingTrace
@@ -19,47 +24,75 @@ log = logging.getLogger("rq_ep.serve")
 class TraceRecording:
     """This rank's part of a recording. Odd marks start one, even marks end it; rank 0 writes the file.
 
+    Each rank keeps an equal part of the tokens, and all of it in memory. Where one is full before the others the
+    trace ends.
+
     Args:
         model: what is served.
         group: its ranks; marks reach them between the same two steps.
+        batch: what this rank's step is made of.
         directory: where rank 0 writes traces; None: nowhere, and no mark comes.
+        max_tokens: of a trace, all ranks together.
         tell: takes the message that a recording has ended, on rank 0.
     """
 
     def __init__(
-        self, model: nn.Module, group: EPGroup, directory: str | None, tell: Callable[[Message], None]
+        self,
+        model: PreTrainedModel,
+        group: EPGroup,
+        batch: Callable[[], Batch],
+        directory: str | None,
+        max_tokens: int,
+        tell: Callable[[Message], None],
     ) -> None:
         self._model = model
         self._group = group
+        self._batch = batch
         self._directory = directory
+        self._max_tokens = -(-max_tokens // group.size)
         self._tell = tell
         self._recorder: RoutingRecorder | None = None
+        self._sequences: dict[str, int] = {}  # number of each request that was seen
 
     def mark(self, number: int) -> None:
         """Start or end a recording; every rank calls this."""
         if number % 2:
-            self._recorder = RoutingRecorder(self._model)
+            self._sequences = {}
+            self._recorder = RoutingRecorder(self._model, self._max_tokens, self._note)
             self._recorder.__enter__()
         elif self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             recorder.__exit__(None, None, None)
-            parts = self._group.all_gather_object(_trace(recorder))
+            parts = self._group.all_gather_object((_trace(recorder), recorder.is_full))
             if self._group.rank == 0:
-                self._tell({"kind": "recorded", **self._write(parts)})
+                # On a thread: the next step need not wait for the disk.
+                threading.Thread(target=self._write, args=(parts,), name="rq_ep recording", daemon=True).start()
 
-    def _write(self, parts: list[RoutingTrace | None]) -> Message:
-        traces = [part for part in parts if part is not None]
+    def _note(self) -> StepNote:
+        batch = self._batch()
+        numbers = [self._sequences.setdefault(request_id, len(self._sequences)) for request_id, _ in batch.parts]
+        sequence_T = np.repeat(np.array(numbers, np.int64), [num_tokens for _, num_tokens in batch.parts])
+        return StepNote(PHASES.index("prefill" if batch.is_prefill else "decode"), sequence_T)
+
+    def _write(self, parts: list[tuple[RoutingTrace | None, bool]]) -> None:
+        self._tell({"kind": "recorded", **self._written(parts)})
+
+    def _written(self, parts: list[tuple[RoutingTrace | None, bool]]) -> Message:
+        traces = [trace for trace, _ in parts if trace is not None]
         if len(traces) < len(parts):
             return {"error": "no step was made while recording"}
+        is_full = any(is_full for _, is_full in parts)
+        num_steps = min(len(trace.tokens_S) for trace in traces)
         name = f"trace-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.safetensors"
         path = Path(self._directory or ".") / name
         try:
-            trace = RoutingTrace.joined(traces)
-            trace.save(path)
+            joined = RoutingTrace.joined([trace.head(num_steps) for trace in traces])
+            replace(joined, model=self._model.rq_ep.placement.model).save(path)
         except (OSError, UserError) as error:
             return {"error": f"{path}: {error}"}
-        log.info("recorded %d steps of %d tokens to %s", len(trace.tokens_S), len(trace.ids_NLK), path)
-        return {"path": str(path), "num_steps": len(trace.tokens_S), "num_tokens": len(trace.ids_NLK)}
+        num_tokens = len(joined.ids_NLK)
+        log.info("recorded %d steps of %d tokens to %s%s", num_steps, num_tokens, path, ", its limit" * is_full)
+        return {"path": str(path), "num_steps": num_steps, "num_tokens": num_tokens, "is_full": is_full}
 
 
 def _trace(recorder: RoutingRecorder) -> RoutingTrace | None:

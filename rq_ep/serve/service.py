@@ -29,8 +29,6 @@ class Ranks(Protocol):
 
     def generate(self, request: Request) -> AsyncIterator[Output]: ...
 
-    def mark(self, number: int) -> None: ...
-
 
 @dataclass(frozen=True)
 class Served:
@@ -43,9 +41,7 @@ class Served:
 class Service:
     """The model behind the routes. Tokenizer and limits arrive while the ranks load."""
 
-    def __init__(
-        self, model_name: str, seed: int, ranks: Ranks, metrics: Metrics, record_dir: str | None = None
-    ) -> None:
+    def __init__(self, model_name: str, seed: int, ranks: Ranks, metrics: Metrics, recorder: Recorder) -> None:
         self.model_name = model_name
         self.metrics = metrics
         self.served: Served | None = None
@@ -54,7 +50,7 @@ class Service:
         self.placement: dict[str, Any] | None = None
         self.balance = Balance()
         self.history = History(metrics)
-        self.recorder = Recorder(ranks.mark, record_dir)
+        self.recorder = recorder
         self._ranks = ranks
         self._seed = seed
         self._num_unseeded = 0

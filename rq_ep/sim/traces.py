@@ -99,20 +99,29 @@ class RoutingTrace:
         """[L, R, E] pairs of each chosen step, one at a time: all of `counts` may not fit the memory."""
         ends_S = np.cumsum(self.tokens_S)
         for step in chosen_S.tolist():
-            part = slice(int(ends_S[step] - self.tokens_S[step]), int(ends_S[step]))
-            one = replace(
-                self,
-                ids_NLK=self.ids_NLK[part],
-                weights_NLK=self.weights_NLK[part],
-                tokens_S=self.tokens_S[[step]],
-                sequence_N=None if self.sequence_N is None else self.sequence_N[part],
-                phase_S=None if self.phase_S is None else self.phase_S[[step]],
-            )
-            yield one.counts(num_ranks)[0]
+            tokens = slice(int(ends_S[step] - self.tokens_S[step]), int(ends_S[step]))
+            yield self._part(slice(step, step + 1), tokens).counts(num_ranks)[0]
+
+    def head(self, num_steps: int) -> "RoutingTrace":
+        """Its first steps."""
+        return self._part(slice(num_steps), slice(int(self.tokens_S[:num_steps].sum())))
+
+    def _part(self, steps: slice, tokens: slice) -> "RoutingTrace":
+        return replace(
+            self,
+            ids_NLK=self.ids_NLK[tokens],
+            weights_NLK=self.weights_NLK[tokens],
+            tokens_S=self.tokens_S[steps],
+            sequence_N=None if self.sequence_N is None else self.sequence_N[tokens],
+            phase_S=None if self.phase_S is None else self.phase_S[steps],
+        )
 
     @classmethod
     def joined(cls, traces: "list[RoutingTrace]") -> "RoutingTrace":
-        """One trace of what several ranks recorded in the same steps: in each step the tokens of one after another."""
+        """One trace of what several ranks recorded in the same steps: in each step the tokens of one after another.
+
+        A step is `prefill` where it was on any rank.
+        """
         first, num_ranks = traces[0], len(traces)
         ends = [np.cumsum(trace.tokens_S)[:-1] for trace in traces]
 
@@ -128,6 +137,7 @@ class RoutingTrace:
             if trace.sequence_N is not None
         ]
         has_sequences = len(numbered) == num_ranks
+        phases = [trace.phase_S for trace in traces if trace.phase_S is not None]
         traces = numbered if has_sequences else traces
         return cls(
             together("ids_NLK"),
@@ -136,7 +146,7 @@ class RoutingTrace:
             first.num_experts,
             first.layers,
             sequence_N=together("sequence_N") if has_sequences else None,
-            phase_S=first.phase_S,
+            phase_S=np.min(phases, axis=0) if len(phases) == num_ranks else None,
             model=first.model,
         )
 

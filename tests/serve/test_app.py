@@ -103,7 +103,8 @@ class Bench:
 
     def __init__(self) -> None:
         self.ranks = ScriptedRanks()
-        self.service = Service(MODEL, 7, self.ranks, Metrics(MODEL, lambda: self.ranks.num_unfinished))
+        metrics = Metrics(MODEL, lambda: self.ranks.num_unfinished)
+        self.service = Service(MODEL, 7, self.ranks, metrics, Recorder(self.ranks.mark, None, 50))
         self.service.served = Served(max_model_len=64, vocab_size=256)
         self.service.tokenizer = ByteTokenizer()
         self.app = make_app(self.service, max_body_bytes=2000)
@@ -491,9 +492,9 @@ def test_the_placement_is_the_file(bench: Bench) -> None:
 
 def test_recording_starts_stops_and_names_its_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--record-dir" in error(bench.call("POST", "/v1/ep/record/start"), 400)["message"]
-    bench.service.recorder = recorder = Recorder(bench.ranks.mark, "traces")
+    bench.service.recorder = recorder = Recorder(bench.ranks.mark, "traces", 50)
     error(bench.call("POST", "/v1/ep/record/stop"), 409)
-    assert bench.call("POST", "/v1/ep/record/start").json() == {"recording": True}
+    assert bench.call("POST", "/v1/ep/record/start").json() == {"recording": True, "max_tokens": 50}
     assert "under way" in error(bench.call("POST", "/v1/ep/record/start"), 409)["message"]
 
     def answer(number: int) -> None:

@@ -5,10 +5,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -16,11 +18,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import soak
+from rq_ep.core.stats import PHASES, ExpertStats
 from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.model.identity import model_identity
 from rq_ep.sim.traces import RoutingTrace
 from tests.serve.running import Server, running
 
 NUM_RANKS = 2
+RECORD_MAX_TOKENS = 160
 MODEL = "tiny"
 PROMPTS = ["def main(", "import os\n", "class Reader:\n    def", "The value of", "for i in", "return", "    if x", "#"]
 
@@ -31,7 +36,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log"
     arguments = ["--model", str(tiny_checkpoint), "--served-model-name", MODEL, "--dtype", "float32"]
-    arguments += ["--strategy", "{name: llep}", "--max-num-batched-tokens", "64", "--record-dir", str(log.parent)]
+    arguments += ["--strategy", "{name: llep}", "--max-num-batched-tokens", "64"]
+    arguments += ["--record-dir", str(log.parent), "--record-max-tokens", str(RECORD_MAX_TOKENS)]
     with running(log, NUM_RANKS, *arguments) as server:
         yield server
 
@@ -137,21 +143,48 @@ def test_a_prompt_is_scored_as_the_dense_model_scores_it(client: openai.OpenAI, 
     assert best[1:-1] == pytest.approx(expected_TV[:-1].amax(-1).tolist(), abs=1e-4)
 
 
-def test_a_recording_holds_what_was_routed(client: openai.OpenAI, server: Server) -> None:
-    def post(action: str) -> Any:
-        return httpx.post(f"{server.url}/v1/ep/record/{action}", timeout=30).json()
+def record(server: Server, action: str) -> Any:
+    return httpx.post(f"{server.url}/v1/ep/record/{action}", timeout=30).json()
 
-    assert post("start") == {"recording": True}
+
+def complete_three(client: openai.OpenAI, max_tokens: int) -> list[int]:
+    """Answers to three prompts at once; tokens that went through the model for each: the last one is never fed back."""
+    body: dict[str, Any] = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True}}
     with ThreadPoolExecutor(3) as pool:
-        body: dict[str, Any] = {"model": MODEL, "max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
-        list(pool.map(lambda prompt: client.completions.create(prompt=prompt, **body), PROMPTS[:3]))
-    stopped = post("stop")
+        answers = pool.map(lambda p: client.completions.create(prompt=p, max_tokens=max_tokens, **body), PROMPTS[:3])
+    return sorted(answer.usage.total_tokens - 1 for answer in answers if answer.usage is not None)
+
+
+def test_a_recording_is_a_trace_as_calibration_writes_it(
+    client: openai.OpenAI, server: Server, tiny_checkpoint: Path
+) -> None:
+    assert record(server, "start") == {"recording": True, "max_tokens": RECORD_MAX_TOKENS}
+    tokens = complete_three(client, 6)
+    stopped = record(server, "stop")
     trace = RoutingTrace.load(stopped["path"])
-    num_tokens = sum(len(prompt) + 6 - 1 for prompt in PROMPTS[:3])  # the last one is never fed back
-    assert len(trace.ids_NLK) == stopped["num_tokens"] == num_tokens
-    assert trace.layers == (0, 1)
-    assert post("start") == {"recording": True}
-    assert "no step was made" in post("stop")["error"]["message"]
+    assert len(trace.ids_NLK) == stopped["num_tokens"] == sum(tokens)
+    assert not stopped["is_full"]
+    assert trace.sequence_N is not None
+    assert trace.phase_S is not None
+    _, of_sequence = np.unique(trace.sequence_N, return_counts=True)
+    assert sorted(of_sequence.tolist()) == tokens
+    prompts = [len(prompt) for prompt in PROMPTS[:3]]  # this tokenizer's tokens are characters
+    assert trace.tokens_S[trace.phase_S == PHASES.index("prefill")].sum() >= sum(prompts)
+    assert trace.tokens_S[trace.phase_S == PHASES.index("decode")].max() <= 3
+    stats = ExpertStats.uniform((0, 1), 8, {"bf16": 1}, "bf16")
+    assert trace.model is not None
+    trace.check(replace(stats, model=model_identity(tiny_checkpoint)))
+    assert record(server, "start")["recording"]
+    assert "no step was made" in record(server, "stop")["error"]["message"]
+
+
+def test_a_recording_ends_at_its_limit(client: openai.OpenAI, server: Server) -> None:
+    record(server, "start")
+    assert sum(complete_three(client, 100)) > RECORD_MAX_TOKENS
+    stopped = record(server, "stop")
+    assert stopped["is_full"]
+    assert 0 < stopped["num_tokens"] <= RECORD_MAX_TOKENS
+    assert len(RoutingTrace.load(stopped["path"]).tokens_S) == stopped["num_steps"]
 
 
 def test_the_balance_is_told(server: Server) -> None:

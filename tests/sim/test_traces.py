@@ -69,6 +69,21 @@ def test_traces_of_ranks_are_joined_step_by_step() -> None:
     assert joined.tokens_S.tolist() == [3, 4]
 
 
+def test_a_joined_step_is_prefill_where_it_was_on_any_rank() -> None:
+    ranks = [replace(trace_of([1, 2, 0]), phase_S=np.array(phases)) for phases in ([1, 0, 1], [0, 1, 1])]
+    phase_S = RoutingTrace.joined(ranks).phase_S
+    assert phase_S is not None
+    assert phase_S.tolist() == [0, 0, 1]
+    assert RoutingTrace.joined([ranks[0], trace_of([1, 2, 0])]).phase_S is None
+
+
+def test_the_head_of_a_trace() -> None:
+    trace = replace(trace_of([3, 4, 2]), sequence_N=np.arange(9), phase_S=np.array([0, 1, 1]))
+    head = trace.head(2)
+    assert np.array_equal(head.ids_NLK, trace.ids_NLK[:7])
+    assert (head.tokens_S.tolist(), head.sequence_N.tolist(), head.phase_S.tolist()) == ([3, 4], [*range(7)], [0, 1])
+
+
 def test_what_is_cut_short_or_foreign_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace.safetensors"
     trace = trace_of([5, 6])
