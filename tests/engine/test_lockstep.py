@@ -20,6 +20,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from rq_ep.engine.lockstep import LockstepManager, PeerLost, agreement, is_consequence
 from rq_ep.engine.position import Position
+from rq_ep.engine.request import Batch
 from rq_ep.parallel.base import RankFailure
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
@@ -50,18 +51,25 @@ class Bench:
         manager: Any = LockstepManager.__new__(LockstepManager)
         manager._wake_up_loop = threading.Event()
         manager._num_announced = 3
-        manager._heartbeat_s = 0.2
+        manager._heartbeat_s = 0.01
         manager._mark = manager._marked = 0
         manager._position = Position([], [], lambda: None)
         manager._on_mark = lambda number: self.did.append(f"mark {number}")
         manager.num_steps, manager.steps_s = 0, 0.0
         manager._running = {"wanted": None}
-        manager._has_just_scored = False
+        manager._scores = False
         self.prompts = prompts
-        manager._scorer = SimpleNamespace(has_work=lambda: self.prompts > 0, step=self.score)
+        self.batches: list[Batch] = []  # as they are in each step
+        scored = [("a prompt", 5)]
+        manager._scorer = SimpleNamespace(has_work=lambda: self.prompts > 0, step=self.score, under_way=scored)
         manager._agree = lambda flags: [max(pair) for pair in zip(flags, other, strict=True)]
-        manager._empty_step = lambda: self.did.append("empty step")
-        manager._generation_step = lambda: self.did.append("step")
+        manager._empty_step = lambda: self.do("empty step")
+        manager._generation_step = lambda: self.do("step")
+        futures = [
+            SimpleNamespace(state=SimpleNamespace(request_id=name, generated_tokens=tokens), query_length=length)
+            for name, tokens, length in (("old", [1], 1), ("new", [], 3))
+        ]
+        manager.batch_processor = SimpleNamespace(inputs_and_outputs=SimpleNamespace(requests_in_batch=futures))
         manager.current_batch = 0
         manager.background_thread_status = BackgroundThreadStatus()
         manager.background_thread_status._local_status = status
@@ -72,9 +80,13 @@ class Bench:
             update_batch=lambda: self.did.append("update"),
         )
 
+    def do(self, what: str) -> None:
+        self.did.append(what)
+        self.batches.append(self.manager.batch)
+
     def score(self, is_wanted: Callable[[str], bool]) -> bool:
         self.prompts -= 1
-        self.did.append("score")
+        self.do("score")
         return is_wanted("wanted")
 
     def step(self) -> bool:
@@ -122,6 +134,17 @@ def test_scoring_takes_turns_with_batches() -> None:
     for _ in range(4):
         assert bench.step()
     assert bench.did == ["score", "step", "update", "score", "step", "update"]
+    assert bench.batches == [Batch([("a prompt", 5)], True), Batch([("old", 1), ("new", 3)], True)] * 2
+
+
+def test_a_batch_of_answers_alone_is_no_prefill_and_an_empty_step_is_of_nothing() -> None:
+    bench = Bench(True, True, BUSY, GOING)
+    bench.manager.batch_processor.inputs_and_outputs.requests_in_batch.pop()
+    assert bench.step()
+    assert bench.batches == [Batch([("old", 1)], False)]
+    idle = Bench(False, False, BUSY, GOING)
+    assert idle.step()
+    assert idle.batches == [Batch([], False)]
 
 
 def test_a_prompt_nobody_waits_for_is_an_empty_step() -> None:
@@ -131,8 +154,9 @@ def test_a_prompt_nobody_waits_for_is_an_empty_step() -> None:
     assert bench.did == ["score", "empty step"], "the other ranks have entered the step already"
 
 
-def time_of_an_idle_step(other: tuple[int, ...], wake_after_s: float | None = None) -> float:
+def time_of_an_idle_step(other: tuple[int, ...], heartbeat_s: float, wake_after_s: float | None = None) -> float:
     bench = Bench(False, False, other, GOING)
+    bench.manager._heartbeat_s = heartbeat_s
     if wake_after_s is not None:
         threading.Timer(wake_after_s, bench.manager.wake, (4,)).start()
     start_s = time.perf_counter()
@@ -141,12 +165,12 @@ def time_of_an_idle_step(other: tuple[int, ...], wake_after_s: float | None = No
 
 
 def test_an_idle_group_sleeps_until_it_is_woken() -> None:
-    assert time_of_an_idle_step(IDLE) > 0.15
-    assert time_of_an_idle_step(IDLE, wake_after_s=0.02) < 0.15
+    assert time_of_an_idle_step(IDLE, heartbeat_s=0.2) > 0.15
+    assert time_of_an_idle_step(IDLE, heartbeat_s=60, wake_after_s=0.02) < 30
 
 
 def test_no_rank_sleeps_while_another_has_not_heard_of_a_request() -> None:
-    assert time_of_an_idle_step((0, 1, 0, 0, 4, -4, 0)) < 0.1
+    assert time_of_an_idle_step((0, 1, 0, 0, 4, -4, 0), heartbeat_s=60) < 30
 
 
 def test_errors_that_follow_from_another_are_told_apart() -> None:
