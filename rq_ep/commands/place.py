@@ -36,6 +36,11 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         help="cap on the experts' relative output errors as calibrated, mean weighted by importance",
     )  # fmt: skip
     group.add_argument(
+        "--mixed-replicas", action="store_true",
+        help="rq: native experts may have further replicas in the smallest format, which compute at most half of the "
+        "expert's pairs in a step, those of the lowest gates, and count against the caps with what they compute",
+    )  # fmt: skip
+    group.add_argument(
         "--rules", metavar="FILE",
         help="YAML: `fixed` and `forbidden` lists of {layer: 3, expert: 0-7, rank: [0, 1]} (what is not named is all), "
         "`spread_nodes: true` for replicas on different nodes, `whole_groups: true` for expert groups on one",
@@ -123,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
             ranks_per_node=args.ranks_per_node,
             max_low_precision_share=args.max_low_precision_share,
             max_error=args.max_error,
+            mixed_replicas=args.mixed_replicas,
             tokens_per_step=args.tokens_per_step,
             num_redundant_experts=args.num_redundant_experts,
             objective=args.objective,

@@ -68,6 +68,13 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             f"(cap {placement.low_precision_cap:.0%})",
             soft_wrap=True,
         )
+    if mixed := found.get("mixed_replicas"):
+        console.print(
+            f"  {'mixed':<12}{mixed['experts']:7}  experts with replicas in two formats; predicted "
+            f"{mixed['predicted_without']:.3f} without; low pairs at most {mixed['low_share_at_most']:.1%} in any step "
+            "of the calibrated loads",
+            soft_wrap=True,
+        )
     for name, value in found.items():
         if name in ("importance", "layers_without_replica", "searched_from"):
             console.print(f"  {name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)

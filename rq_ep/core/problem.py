@@ -31,6 +31,7 @@ class PlacementProblem:
     formats: tuple[str, ...] = ()  # formats that may be used; default: the native one alone
     max_low_precision_share: float = 0.25  # of routed pairs computed in a format below the native one
     tokens_per_step: int | None = None  # the batch size that will be served; None: as calibrated
+    mixed_replicas: bool = False  # whether replicas of one expert may be stored in two formats
     num_redundant_experts: int = 0  # extra replicas per layer, for strategies that count slots instead of bytes
     seed: int = 0
     # What a rank's load is in a step: its pairs; bytes of the experts it activates; or one of them by the step's phase.
@@ -99,7 +100,18 @@ class PlacementProblem:
             )
         if self.cost is not None and (missing := [name for name in self.formats if name not in self.cost.pair_s]):
             raise UserError(f"--machine: has no times for format {', '.join(missing)}")
+        if self.mixed_replicas:
+            self._check_mixing()
         self.rules.allowed_LER(self.stats, self.topology)  # raises where the rules cannot be kept
+
+    def _check_mixing(self) -> None:
+        allowed = f"--formats {','.join(self.formats)} with --max-low-precision-share {self.max_low_precision_share:g}"
+        has_low = any(self.stats.expert_bytes[name] < self.native_bytes for name in self.formats)
+        if not has_low or not self.max_low_precision_share:
+            raise UserError(f"--mixed-replicas: {allowed} allow one format: add int8, calibrated, or leave it out")
+        if self.objective != "prefill" or self.cost is not None:
+            asked = "--machine" if self.cost is not None else f"--objective {self.objective}"
+            raise UserError(f"--mixed-replicas balances pairs, whatever their format: leave {asked} out, or it")
 
     def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
         """Put layers together: add up bytes and low-precision pairs; refuse what breaks the budget or the rules."""

@@ -58,7 +58,7 @@ def _inside_limits(
         low_bytes=min(low, native),
         max_bytes=None if budget_R is None else sum(budget_R),
         max_low_pairs=problem.max_low_precision_share * float(pairs_LE.sum()),
-        mixes=any(layer.replicas.mixed_formats for layer in placement.layers),
+        mixes=problem.mixed_replicas or any(layer.replicas.mixed_formats for layer in placement.layers),
     )
     overall = lower_bound(steps, pairs_LE, limits, least_LE, most_LE)
     bounds = []

@@ -69,7 +69,7 @@ def certify(
     steps = layer_steps(problem, seen_S)
     judged = [judge_as_asked(problem, layer, of_layer, rule) for layer, of_layer in zip(layers, steps, strict=True)]
     layers = [
-        replace(_with_shares(layer, found.pairs_P) if rule == "exact" else layer, predicted=mean_of([found.ratio_S]))
+        replace(with_shares(layer, found.pairs_P) if rule == "exact" else layer, predicted=mean_of([found.ratio_S]))
         for layer, found in zip(layers, judged, strict=True)
     ]
     placement = problem.placement(strategy, layers)
@@ -118,7 +118,7 @@ def _oddities(problem: PlacementProblem, placement: Placement) -> list[str]:
     return found
 
 
-def _with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:
+def with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:
     """The layer with the shares that its replicas computed; an expert that nobody used keeps its own."""
     totals_E = np.bincount(layer.replicas.experts_P, pairs_P, minlength=layer.num_experts)
     totals_P = totals_E[layer.replicas.experts_P]

@@ -1,5 +1,7 @@
 """How even a layer's replicas make recorded steps, under the split that its strategy serves them with."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -8,6 +10,7 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.replicas import Replicas
 from rq_ep.solver.activate import activate_one
 from rq_ep.solver.compiled import compiled
+from rq_ep.solver.halves import Halves, split_steps_by_halves
 from rq_ep.solver.split import ByExpert, split_step
 
 SplitRule = Literal["home", "even", "exact"]
@@ -29,7 +32,11 @@ def judge(replicas: Replicas, counts_SE: IntArray, num_ranks: int, rule: SplitRu
     """Split steps that route at least one pair over `replicas`."""
     totals_S = counts_SE.sum(axis=1)
     by_expert = ByExpert.of(replicas, num_ranks)
-    if rule == "exact" and len(replicas) > len(by_expert.first_E) - 1:
+    if rule == "exact" and replicas.mixing_experts:
+        fullest_S, pairs_C = split_steps_by_halves(
+            np.ascontiguousarray(counts_SE), Halves.of(replicas, num_ranks).tables, num_ranks, len(replicas)
+        )
+    elif rule == "exact" and len(replicas) > len(by_expert.first_E) - 1:
         fullest_S, pairs_C = _split_exactly(
             np.ascontiguousarray(counts_SE), by_expert.first_E, by_expert.ranks_C, num_ranks
         )
@@ -78,11 +85,14 @@ def judge_reading(
     """
     by_expert = ByExpert.of(replicas, num_ranks)
     number_C, of_C = by_expert.number_C, by_expert.num_replicas_C
+    read_once: Callable[[IntArray, FloatArray], IntArray] = partial(activate_one, by_expert)
+    if replicas.mixing_experts:
+        read_once = Halves.of(replicas, num_ranks).activate_one
     ratio_S = np.ones(len(counts_SE))
     pairs_C = np.zeros(len(of_C), np.int64)
     for step, (counts_E, read_E) in enumerate(zip(counts_SE, read_SE, strict=True)):
         if rule == "exact":
-            quotas_C = activate_one(by_expert, counts_E, read_E[replicas.experts_P])
+            quotas_C = read_once(counts_E, read_E[replicas.experts_P])
         else:
             totals_C = counts_E[by_expert.experts_C]
             quotas_C = (number_C + 1) * totals_C // of_C - number_C * totals_C // of_C

@@ -77,17 +77,23 @@ def split(by_expert: ByExpert, totals_E: IntArray) -> Split:
     Raises:
         UserError: counts are not those of the layer's experts.
     """
+    totals_E = check_totals(by_expert, totals_E)
+    quotas_C = np.zeros(len(by_expert.ranks_C), np.int64)
+    loads_R = np.zeros(by_expert.num_ranks, np.int64)
+    cut_R = np.zeros(by_expert.num_ranks, np.bool_)
+    fullest = split_step(totals_E, by_expert.first_E, by_expert.ranks_C, quotas_C, loads_R, cut_R)
+    return Split(quotas_C, int(fullest), tuple(np.flatnonzero(cut_R).tolist()))
+
+
+def check_totals(by_expert: ByExpert, totals_E: IntArray) -> IntArray:
+    """The counts as compiled code wants them; raises a `UserError` unless they are those of the layer's experts."""
     totals_E = np.require(totals_E, np.int64, ("C", "W"))
     if totals_E.shape != (by_expert.num_experts,):
         raise UserError(f"counts of {totals_E.size} experts: the placement has {by_expert.num_experts}")
     if totals_E.min(initial=0) < 0:
         expert = int(totals_E.argmin())
         raise UserError(f"expert {expert} has {totals_E[expert]} pairs: counts must be at least 0")
-    quotas_C = np.zeros(len(by_expert.ranks_C), np.int64)
-    loads_R = np.zeros(by_expert.num_ranks, np.int64)
-    cut_R = np.zeros(by_expert.num_ranks, np.bool_)
-    fullest = split_step(totals_E, by_expert.first_E, by_expert.ranks_C, quotas_C, loads_R, cut_R)
-    return Split(quotas_C, int(fullest), tuple(np.flatnonzero(cut_R).tolist()))
+    return totals_E
 
 
 @compiled

@@ -17,6 +17,7 @@ from rq_ep.solver.what_if import what_if as solve_again
 from rq_ep.strategies import make_strategy
 from rq_ep.strategies.again import MIN_GAIN, left_of, place_again
 from rq_ep.strategies.eplb import Eplb
+from rq_ep.strategies.rq import ReplicateQuantize
 from rq_ep.strategies.slots import EqualSlots
 
 UNITS = {
@@ -37,6 +38,7 @@ def place(
     ranks_per_node: int = 0,
     max_low_precision_share: float = 0.25,
     max_error: float | None = None,
+    mixed_replicas: bool = False,
     tokens_per_step: int | None = None,
     num_redundant_experts: int = 0,
     objective: Objective = "prefill",
@@ -68,6 +70,8 @@ def place(
         ranks_per_node: 0 if all ranks share a node.
         max_low_precision_share: cap on the share of routed pairs computed below the native format.
         max_error: cap on the importance-weighted mean of the experts' relative output errors, as calibrated.
+        mixed_replicas: allow native experts further replicas in the smallest format, for at most half of their pairs in
+            each step, those of the lowest gates; what these compute of the calibration steps counts against both caps.
         tokens_per_step: the batch size that will be served; default: as calibrated.
         num_redundant_experts: extra replicas per layer, for strategies that count replicas instead of bytes.
         objective: what is balanced: `prefill` pairs, `decode` bytes of activated experts, `mixed` by recorded phase.
@@ -107,6 +111,11 @@ def place(
             "goes by --budget"
         )
     check_number("--min-gain", min_gain, 0)
+    if mixed_replicas and (equal_slots or not isinstance(strategy, ReplicateQuantize)):
+        asked = "--for: these engines store one format" if equal_slots else f"strategy {strategy.name!r} cannot"
+        raise UserError(
+            f"--mixed-replicas: {asked}; only rq splits an expert over two formats, leave it out or place so"
+        )
     problem = PlacementProblem(
         stats=stats,
         topology=topology,
@@ -122,6 +131,7 @@ def place(
         cost=cost,
         tail_weight=tail_weight,
         max_error=max_error,
+        mixed_replicas=mixed_replicas,
         rules=rules if isinstance(rules, Rules) else Rules() if rules is None else Rules.load(rules),
         time_limit_s=time_limit_s,
         num_workers=num_workers,

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from rq_ep.core.arrays import IntArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import LayerPlacement, Placement
@@ -16,8 +16,26 @@ from rq_ep.core.topology import Topology
 from rq_ep.solver.activate import activate_one
 from rq_ep.solver.construct import solve
 from rq_ep.solver.deal import nearest_first
+from rq_ep.solver.halves import Halves
+from rq_ep.solver.mixed import place_mixed
 from rq_ep.solver.split import ByExpert, split
 from rq_ep.strategies.eplb import eplb_candidates
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """As `Halves`, where replicas of an expert share a format."""
+
+    by_expert: ByExpert
+
+    def split(self, totals_E: IntArray) -> IntArray:
+        return split(self.by_expert, totals_E).quotas_C
+
+    def activate_one(self, totals_E: IntArray, read_s_P: FloatArray) -> IntArray:
+        return activate_one(self.by_expert, totals_E, read_s_P)
+
+    def deal(self, counts_RE: IntArray, quotas_C: IntArray, topology: Topology) -> IntArray:
+        return nearest_first(self.by_expert, counts_RE, quotas_C, topology)
 
 
 @dataclass(frozen=True)
@@ -38,16 +56,23 @@ class ReplicateQuantize:
         check_integer("max_moves", self.max_moves)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        candidates = eplb_candidates(problem)
-        return solve(problem, self.name, self.max_steps, self.max_moves, current, candidates)
+        def uniform(asked: PlacementProblem) -> Placement:
+            return solve(asked, self.name, self.max_steps, self.max_moves, current, eplb_candidates(asked))
+
+        if problem.mixed_replicas and current is None:
+            return place_mixed(problem, self.name, self.max_steps, uniform)
+        return uniform(problem)  # from one that serves, formats stay
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
-        by_expert = ByExpert.of(replicas, topology.num_ranks)
+        way = (
+            Halves.of(replicas, topology.num_ranks)
+            if replicas.mixing_experts
+            else _Whole(ByExpert.of(replicas, topology.num_ranks))
+        )
 
         def by_pairs(counts_RE: IntArray) -> DispatchPlan:
-            quotas_C = split(by_expert, counts_RE.sum(axis=0)).quotas_C
-            return DispatchPlan(replicas, nearest_first(by_expert, counts_RE, quotas_C, topology))
+            return DispatchPlan(replicas, way.deal(counts_RE, way.split(counts_RE.sum(axis=0)), topology))
 
         by_pairs(np.zeros((topology.num_ranks, layer.num_experts), np.int64))  # what is compiled is compiled now
         if cost is None or len(replicas) == layer.num_experts:
@@ -62,8 +87,7 @@ class ReplicateQuantize:
             totals_E = counts_RE.sum(axis=0)
             if totals_E.sum() >= many_pairs:
                 return balanced
-            quotas_C = activate_one(by_expert, totals_E, read_s_P)
-            pairs_RP = nearest_first(by_expert, counts_RE, quotas_C, topology)
+            pairs_RP = way.deal(counts_RE, way.activate_one(totals_E, read_s_P), topology)
             lean = DispatchPlan(replicas, pairs_RP, bound="bytes")
             return lean if cost.step(lean).layer_s < cost.step(balanced).layer_s else balanced
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
@@ -155,6 +156,15 @@ def planned(
     strategy = make_strategy(name, **variant.get("knobs", {}))
     placement = strategy.place(problem)
     return placement.layers[0], strategy.planner(placement.layers[0], topology), max(placement.bytes_R)
+
+
+def in_two_formats(num_experts: int, num_ranks: int, native: str, low: str) -> LayerPlacement:
+    """Each expert native on one rank; every second one low on all others, every third on the next one."""
+    replicas = [Replica(expert % num_ranks, expert, native) for expert in range(num_experts)]
+    for expert in range(num_experts):
+        others = [(expert + n) % num_ranks for n in range(1, num_ranks)]
+        replicas += [Replica(rank, expert, low) for rank in (others if expert % 2 == 0 else others[: expert % 3 == 0])]
+    return LayerPlacement.even(3, num_experts, replicas, (low, native))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -11,9 +11,11 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
+from rq_ep.core.topology import Topology
 from rq_ep.formats import FORMATS
 from rq_ep.moe import EPExperts, ExpertFamily, Telemetry
 from rq_ep.parallel import run_local
+from rq_ep.strategies import make_strategy
 from tests.moe import cases
 
 
@@ -98,6 +100,36 @@ def test_mixing_ways_mix(name: str, variant: dict[str, Any]) -> None:
     assert plan.replicas.mixing_experts == (2,)
     low_P = np.array([name == "int8" for name in plan.replicas.formats_P])
     assert plan.pairs_RP[:, low_P & (plan.replicas.experts_P == 2)].sum() >= 8
+
+
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+def test_an_expert_split_over_two_formats_computes_its_lowest_gates_in_few_bits(routing: str) -> None:
+    num_experts = cases.ROUTINGS[routing][0]
+    ranks = cases.batches(routing)
+    layer = cases.in_two_formats(num_experts, 3, "fp32", "int8")
+    planner = make_strategy("rq").planner(layer, Topology(3))
+    plan = planner(cases.counts_of(ranks, num_experts))
+    for family in cases.FAMILIES.values():
+        weights = cases.expert_weights(family, num_experts)
+        first, second = run(layer, planner, family, weights, ranks, num_steps=2)
+        for rank, batch in enumerate(ranks):
+            cases.check_close(first[rank], cases.expected_as_planned(family, weights, batch, plan, rank))
+            assert torch.equal(first[rank], second[rank]), "the same step twice gave different bits"
+
+
+def test_two_formats_that_hold_the_same_weights_equal_the_dense_layer() -> None:
+    family, ranks = cases.FAMILIES["gated"], cases.batches("all_on_one")
+    weights = [
+        {name: weight.bfloat16().float() for name, weight in expert.items()}
+        for expert in cases.expert_weights(family, 6)
+    ]
+    layer = cases.in_two_formats(6, 3, "fp32", "bf16")
+    planner = make_strategy("rq").planner(layer, Topology(3))
+    plan = planner(cases.counts_of(ranks, 6))
+    low_P = np.array([name == "bf16" for name in plan.replicas.formats_P])
+    assert 0 < plan.pairs_RP[:, low_P].sum() <= 8
+    for out_TD, batch in zip(run(layer, planner, family, weights, ranks)[0], ranks, strict=True):
+        cases.check_close(out_TD, cases.expected(family, weights, batch))
 
 
 @pytest.mark.parametrize("seed", range(6))

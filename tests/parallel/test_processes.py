@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from rq_ep.core.topology import Topology
 from rq_ep.moe import EPExperts
 from rq_ep.parallel import run_local
+from rq_ep.strategies import make_strategy
 from tests.moe import cases
 from tests.parallel.processes import run_ranks
 
@@ -67,6 +69,22 @@ def test_processes_and_ranks_in_one_process_give_the_same_bits(seen: list[dict[s
 
         for found, out_TD in zip(seen, run_local(NUM_RANKS, main), strict=True):
             assert torch.equal(found["fp32"][f"distinct {name} {variant}"], out_TD)
+
+
+def test_an_expert_split_over_two_formats_computes_each_pair_where_the_reference_says(
+    seen: list[dict[str, Any]],
+) -> None:
+    family = cases.FAMILIES["gated"]
+    num_low = 0
+    for routing, (num_experts, _, _) in cases.ROUTINGS.items():
+        ranks, weights = cases.batches(routing), cases.expert_weights(family, num_experts)
+        layer = cases.in_two_formats(num_experts, NUM_RANKS, "fp32", "int8")
+        plan = make_strategy("rq").planner(layer, Topology(NUM_RANKS))(cases.counts_of(ranks, num_experts))
+        num_low += int(plan.pairs_RP[:, [replica.format == "int8" for replica in plan.replicas]].sum())
+        for rank, (found, batch) in enumerate(zip(seen, ranks, strict=True)):
+            expected_TD = cases.expected_as_planned(family, weights, batch, plan, rank)
+            cases.check_close(found["two formats"][routing], expected_TD)
+    assert num_low > 0
 
 
 def test_a_group_may_be_a_part_of_the_world(seen: list[dict[str, Any]]) -> None:

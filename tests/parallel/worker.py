@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from rq_ep.core.plan import WeightTransfer
+from rq_ep.core.topology import Topology
 from rq_ep.moe import EPExperts, Telemetry
 from rq_ep.parallel import EPGroup, Exchange, RankFailure, TorchGroup
+from rq_ep.strategies import make_strategy
 from tests.moe import cases
 
 TIMEOUT_S = 60
@@ -78,6 +80,19 @@ def layers(group: EPGroup, dtype: torch.dtype, native: str) -> dict[str, Any]:
     return results
 
 
+def two_formats(group: EPGroup) -> dict[str, torch.Tensor]:
+    """Experts split over two formats, on every routing: this rank's outputs."""
+    family, results = cases.FAMILIES["gated"], {}
+    for routing in cases.ROUTINGS:
+        num_experts = cases.ROUTINGS[routing][0]
+        layer = cases.in_two_formats(num_experts, group.size, "fp32", "int8")
+        experts = EPExperts(family, layer, make_strategy("rq").planner(layer, Topology(group.size)), group)
+        cases.fill(experts, cases.expert_weights(family, num_experts))
+        batch = cases.to_device(cases.batches(routing)[group.rank], group.device)
+        results[routing] = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK).cpu()
+    return results
+
+
 def part_of_the_world(group: TorchGroup) -> dict[str, Any] | None:
     """A group of two of the ranks, whose numbers in it are not their global ones."""
     if group.rank == 0:
@@ -113,6 +128,7 @@ def main(directory: Path, device: str) -> None:
     seen["transfers"] = transfers(group)
     for dtype, native in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         seen[native] = layers(group, dtype, native)
+    seen["two formats"] = two_formats(group)
     if group.size > 2:
         seen["part"] = part_of_the_world(group)
     path = directory / f"rank{group.rank}.pt"
