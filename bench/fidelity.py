@@ -4,58 +4,45 @@
         --calibrate-on runs/demo/model/text/train --json OUT.json --png OUT.png
 
 The experts' weights are replaced by what their packed form gives back: the figures are those of the formats, whatever
-computes them. `rq-ep eval` runs a placement through the ranks.
+computes them. `rq-ep eval` runs a placement through the ranks. Standard errors are over windows of text, those of a
+choice by chance over its draws.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the bench is run from a checkout
 
 from bench.facts import facts
-from bench.rounded import RoundedModel
+from bench.fidelity_tables import Mixed, Ratio, Rerouted, Row, draw, show
+from bench.rerouted import fitted_anew, routers_of
+from bench.rounded import Answers, RoundedModel
 from bench.start import start
 from rq_ep.commands.common import quiet_libraries
 from rq_ep.commands.progress import progress_bar
-from rq_ep.core.files import check_writable, replacing, write_json
+from rq_ep.core.arrays import FloatArray
+from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibrate import calibrate
 from rq_ep.model.checkpoint import read_tokenizer
 from rq_ep.model.importance import IMPORTANCES
 from rq_ep.model.listen import Subject, listen
-from rq_ep.model.quality import Estimate, Quality
+from rq_ep.model.quality import Estimate
 from rq_ep.model.quantize import MAX_ROWS
-from rq_ep.model.windows import make_windows
+from rq_ep.model.windows import Batch, make_windows
 
 SHARES = (0.25, 0.5)
-NUM_RANDOM = 3
-FORMATS = "int8,fp8,int4_g32,int4_g32:calibrated,int4_g128,int4_g128:calibrated,mxfp4"
-MARKERS = {"least important": "o", "coldest": "s", "by chance": "x", "all": "*"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One choice of experts, or, for `by chance`, several, in one format."""
-
-    format: str
-    chosen: str
-    share: float  # of the experts of each layer
-    expert_bytes: int  # of the whole model
-    low_pairs: float  # share of the routed pairs, by calibration
-    kl: Estimate
-    agreement: Estimate
-    perplexity_change: float
+NUM_RANDOM = 16  # draws of `by chance`
+FORMATS = (
+    "int8,fp8,fp8_g128,int4_g32,int4_g32:calibrated,int4_g64,int4_g64:calibrated,int4_g128,int4_g128:calibrated,mxfp4"
+)
 
 
 def main() -> None:
@@ -65,9 +52,13 @@ def main() -> None:
     quiet_libraries()
     names = args.formats.split(",")
     subject = Subject.open(args.model, torch.float32, "cpu")
-    rows, kinds, mixed = [], [], []
+    rows: list[Row] = []
+    kinds: list[Row] = []
+    mixed: list[Mixed] = []
+    ratios: list[Ratio] = []
+    rerouted: list[Rerouted] = []
     with progress_bar() as bar:
-        num_rows = len(names) * (len(SHARES) * 3 + 3) + len(IMPORTANCES) + 1
+        num_rows = len(names) * (len(SHARES) * 3 + 4) + len(IMPORTANCES) + 1
         task = bar.add_task("calibrating", total=num_rows)
 
         def advance(what: str) -> None:
@@ -85,30 +76,46 @@ def main() -> None:
             args.text, read_tokenizer(args.model), sequence_length=128, max_tokens=args.max_tokens, batch_size=8
         )
         model = RoundedModel.of(subject, windows.batches, [record.kept_rows() for record in heard.records])
+        by_output = stats["output"]
+        every = np.zeros(by_output.counts.shape[1:])
         for name in names:
             for share in SHARES:
-                for chosen, orders in _orders(stats["output"], name).items():
+                kl_W = {}
+                for chosen, orders in _orders(by_output, name).items():
                     advance(f"{name}, {chosen}")
-                    rows.append(_row(model, stats["output"], name, chosen, share, orders))
+                    row, kl_W[chosen] = _row(model, by_output, name, chosen, share, orders)
+                    rows.append(row)
+                of_important_W = kl_W.pop("least important")
+                ratios += [Ratio(name, share, f"{chosen} / least important", _ratio(other_W, of_important_W))
+                           for chosen, other_W in kl_W.items()]  # fmt: skip
             advance(f"{name}, all")
-            rows.append(_row(model, stats["output"], name, "all", 1.0, [np.zeros(stats["output"].counts.shape[1:])]))
+            rows.append(_row(model, by_output, name, "all", 1.0, [every])[0])
+            kl_W = {}
             for low_half, by_gate in (("lowest gates", True), ("by chance", False)):
                 advance(f"{name}, mixed replicas")
-                quality = model.half_low(name, by_gate)
-                mixed.append({"format": name, "low_half": low_half, **_summary(quality)})
+                answers = model.half_low(name, by_gate)
+                kl_W[low_half] = np.array(answers.kl)
+                mixed.append(Mixed(name, low_half, Estimate.of(answers.kl), Estimate.of(answers.agreement)))
+            ratios.append(Ratio(name, 0.5, "lowest gates / by chance, mixed replicas", _ratio(*kl_W.values())))
+            advance(f"{name}, routers")
+            rerouted += _rerouted(model, name, heard.windows.batches)
         for kind, order_LE in _kinds(stats, args.importance_format).items():
             advance(f"importance by {kind}")
-            kinds.append(_row(model, stats["output"], args.importance_format, kind, args.importance_share, [order_LE]))
-    _show(rows, kinds, mixed)
+            row, _ = _row(model, by_output, args.importance_format, kind, args.importance_share, [order_LE])
+            kinds.append(row)
+    show(rows, kinds, mixed, ratios, rerouted)
     if args.json:
+        tables = {
+            "rows": rows, "importances": kinds, "mixed_replicas": mixed, "ratios": ratios, "routers": rerouted,
+        }  # fmt: skip
         document = {
-            "command": " ".join(sys.argv), **facts("cpu"), "num_tokens": windows.num_tokens,
-            "rows": [asdict(row) for row in rows], "importances": [asdict(row) for row in kinds],
-            "mixed_replicas": mixed,
+            "command": " ".join(sys.argv), **facts("cpu"), "num_tokens": windows.num_tokens, "num_draws": NUM_RANDOM,
+            "output_error": _errors(by_output),
+            **{title: [asdict(row) for row in table] for title, table in tables.items()},
         }  # fmt: skip
         write_json(args.json, document)
     if args.png:
-        _draw(rows, args.png)
+        draw(rows, args.png)
 
 
 def _arguments() -> argparse.Namespace:
@@ -135,7 +142,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-Order = npt.NDArray[np.float64]  # [L, E] the lower, the less an expert would be missed
+Order = FloatArray  # [L, E] the lower, the less an expert would be missed
 
 
 def _orders(stats: ExpertStats, name: str) -> dict[str, list[Order]]:
@@ -157,6 +164,13 @@ def _kinds(stats: Mapping[str, ExpertStats], name: str) -> dict[str, Order]:
     return by_kind | {"own KL": kl[..., stats["drop"].formats.index(_base(name))]}
 
 
+def _errors(stats: ExpertStats) -> dict[str, float]:
+    """Format -> output error of an expert, rounded to the nearest, on average: what `rq-ep calibrate` prints."""
+    assert stats.error is not None
+    found: list[float] = stats.error.mean(axis=(0, 1)).tolist()
+    return dict(zip(stats.formats, found, strict=True))
+
+
 def _base(name: str) -> str:
     """The format of a name such as `int4_g32:calibrated`."""
     return name.partition(":")[0]
@@ -169,81 +183,60 @@ def _damage(stats: ExpertStats, name: str) -> Order:
     return damage
 
 
-def _row(model: RoundedModel, stats: ExpertStats, name: str, chosen: str, share: float, orders: Sequence[Order]) -> Row:
+def _row(
+    model: RoundedModel, stats: ExpertStats, name: str, chosen: str, share: float, orders: Sequence[Order]
+) -> tuple[Row, FloatArray]:
+    """What a choice of experts costs, or several on average, and its KL window by window."""
     pairs_LE = stats.counts.sum(axis=0)
-    together = Quality()
+    found: list[Answers] = []
     low_pairs = 0.0
     for order_LE in orders:
         ranking_LE = np.argsort(np.argsort(order_LE, axis=1, kind="stable"), axis=1)
         low_LE = ranking_LE < round(share * order_LE.shape[1])
-        quality = model.low(name, low_LE)
-        together.nll += quality.nll
-        together.kl += quality.kl
-        together.agreement += quality.agreement
+        found.append(model.low(name, low_LE))
         low_pairs += float(pairs_LE[low_LE].sum() / pairs_LE.sum()) / len(orders)
     low_bytes, native_bytes = stats.expert_bytes[_base(name)], stats.expert_bytes[stats.native_format]
-    return Row(
+    row = Row(
         format=name,
         chosen=chosen,
         share=share,
         expert_bytes=int(np.where(low_LE, low_bytes, native_bytes).sum()),
         low_pairs=low_pairs,
-        kl=Estimate.of(together.kl),
-        agreement=Estimate.of(together.agreement),
-        perplexity_change=float(np.exp(np.mean(together.nll) - model.dense_nll) - 1),
+        kl=_estimate([answers.kl for answers in found]),
+        agreement=_estimate([answers.agreement for answers in found]),
+        routing_shift=_estimate([answers.shift for answers in found]),
+        perplexity_change=float(np.exp(np.mean([answers.nll for answers in found]) - model.dense_nll) - 1),
     )
+    return row, np.mean([answers.kl for answers in found], axis=0)
 
 
-def _summary(quality: Quality) -> dict[str, dict[str, float]]:
-    return {"kl": asdict(Estimate.of(quality.kl)), "agreement": asdict(Estimate.of(quality.agreement))}
+def _estimate(by_draw: Sequence[Sequence[float]]) -> Estimate:
+    """The mean, with its error over windows where there is one draw, and else over draws."""
+    return Estimate.of(by_draw[0]) if len(by_draw) == 1 else Estimate.of([float(np.mean(draw)) for draw in by_draw])
 
 
-def _show(rows: Sequence[Row], kinds: Sequence[Row], mixed: Sequence[Mapping[str, object]]) -> None:
-    console = Console(width=max(120, Console().width))
-    for title, shown in (("Formats", rows), ("What importance is", kinds)):
-        table = Table("format", "experts of each layer", "pairs", "KL / 1e-6", "next token as dense", "perplexity")
-        table.title = title
-        for row in shown:
-            table.add_row(
-                row.format,
-                row.chosen if row.share == 1 else f"{row.share:.0%}, {row.chosen}",
-                f"{row.low_pairs:.0%}",
-                f"{row.kl.mean * 1e6:.1f} +- {row.kl.error * 1e6:.1f}",
-                f"{row.agreement.mean:.2%} +- {row.agreement.error:.2%}",
-                f"{row.perplexity_change:+.3%}",
-            )
-        console.print(table)
-    table = Table("format", "half of the pairs low", "KL / 1e-6", "next token as dense", title="Mixed replicas")
-    for found in mixed:
-        kl, agreement = found["kl"], found["agreement"]
-        assert isinstance(kl, dict)
-        assert isinstance(agreement, dict)
-        table.add_row(
-            str(found["format"]),
-            str(found["low_half"]),
-            f"{kl['mean'] * 1e6:.1f} +- {kl['error'] * 1e6:.1f}",
-            f"{agreement['mean']:.2%} +- {agreement['error']:.2%}",
+def _ratio(above_W: FloatArray, below_W: FloatArray) -> Estimate:
+    """Ratio of two means over the same windows, and its error by the delta method."""
+    ratio = above_W.mean() / below_W.mean()
+    return Estimate(float(ratio), Estimate.of((above_W - ratio * below_W) / below_W.mean()).error)
+
+
+def _rerouted(model: RoundedModel, name: str, batches: Sequence[Batch]) -> list[Rerouted]:
+    """All experts in a format: with the routers as they are, fitted anew, and with the dense model's choices."""
+    every = np.ones((len(model.experts), model.experts[0].num_experts), bool)
+    found = {"as they are": model.low(name, every)}
+    routers = routers_of(model.network, model.experts)
+    with fitted_anew(model.network, routers, partial(model.while_low, name, every), batches):
+        found["fitted anew"] = model.low(name, every)
+    found["dense model's choices"] = model.all_low_on_dense_routes(name)
+    before_W = np.array(found["as they are"].kl)
+    return [
+        Rerouted(
+            name, routers, Estimate.of(answers.kl), Estimate.of(answers.agreement), Estimate.of(answers.shift),
+            _ratio(np.array(answers.kl), before_W),
         )
-    console.print(table)
-
-
-def _draw(rows: Sequence[Row], path: str) -> None:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    names = list(dict.fromkeys(row.format for row in rows))
-    for row in rows:
-        colour = f"C{names.index(row.format)}"
-        axes.plot(row.expert_bytes / 2**10, row.kl.mean, MARKERS[row.chosen], color=colour, markersize=8)
-    for number, name in enumerate(names):
-        axes.plot([], [], color=f"C{number}", label=name)
-    for chosen, marker in MARKERS.items():
-        axes.plot([], [], marker, color="#444444", label=f"{chosen} experts" if chosen != "by chance" else chosen)
-    axes.set(yscale="log", xlabel="expert KiB of the model", ylabel="KL to the dense model, nats per token")
-    axes.legend(fontsize=8, frameon=False, ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        for routers, answers in found.items()
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A small dense model whose experts are, for a while, what weight formats make of them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rq_ep.formats import get_format
 from rq_ep.model.listen import Subject
-from rq_ep.model.quality import Quality, nll
+from rq_ep.model.quality import Quality, nll, routing_shift, watching_choices
 from rq_ep.model.rounding import ROUNDINGS
 from rq_ep.model.seam import ExpertsModule
 from rq_ep.model.windows import Batch
@@ -21,7 +21,15 @@ from rq_ep.moe.family import ExpertFamily
 
 BoolArray = npt.NDArray[np.bool_]
 Forward = Callable[..., Tensor]
+Routes = tuple[Tensor, Tensor]  # topk_ids_TK, topk_weights_TK
 Change = Callable[[int, Forward], Forward]  # layer, its experts' forward method -> another
+
+
+@dataclass
+class Answers(Quality):
+    """How far a changed model is from the dense one, window by window."""
+
+    shift: list[float] = field(default_factory=list)  # share of the dense routers' choices not made here, all layers
 
 
 @dataclass
@@ -34,6 +42,7 @@ class RoundedModel:
     batches: Sequence[Batch]
     dense_BTV: list[Tensor]  # logits, batch by batch
     dense_nll: float  # nats per token
+    dense_routes: list[list[Routes]]  # [L] what the routers chose, batch by batch
     rows_LE: list[list[Tensor]]  # inputs that the experts met in calibration, for calibrated rounding
     rounded: dict[str, list[dict[str, Tensor]]]  # the last format -> [L] the experts' tensors as it gives them back
 
@@ -48,12 +57,29 @@ class RoundedModel:
             rows_LE: inputs of each expert, where formats are named with `:calibrated`.
         """
         network = subject.network
-        dense = [_logits(network, batch) for batch in batches]
-        losses = [loss for logits, batch in zip(dense, batches, strict=True) for loss in nll(logits, batch.tokens_BT)]
-        return cls(network, subject.experts, subject.family, batches, dense, float(np.mean(losses)), rows_LE or [], {})
+        routes: list[list[Routes]] = [[] for _ in subject.experts]
 
-    def low(self, name: str, low_LE: BoolArray) -> Quality:
+        def remember(layer: int, plain: Forward) -> Forward:
+            def forward(hidden_TD: Tensor, *chosen: Tensor) -> Tensor:
+                routes[layer].append((chosen[0], chosen[1]))
+                return plain(hidden_TD, *chosen)
+
+            return forward
+
+        with _changed([found.module for found in subject.experts], remember):
+            dense = [_logits(network, batch) for batch in batches]
+        losses = [loss for logits, batch in zip(dense, batches, strict=True) for loss in nll(logits, batch.tokens_BT)]
+        return cls(
+            network, subject.experts, subject.family, batches, dense, float(np.mean(losses)), routes, rows_LE or [], {}
+        )  # fmt: skip
+
+    def low(self, name: str, low_LE: BoolArray) -> Answers:
         """The experts of `low_LE` in format `name`, all others as they are."""
+        with self.while_low(name, low_LE):
+            return self._answers()
+
+    def while_low(self, name: str, low_LE: BoolArray) -> AbstractContextManager[None]:
+        """While open, the experts of `low_LE` are in format `name`."""
 
         def change(layer: int, plain: Forward) -> Forward:
             module = self.experts[layer].module
@@ -64,9 +90,20 @@ class RoundedModel:
             }
             return lambda *arguments: _called(module, mixed, arguments)
 
-        return self._quality(change)
+        return _changed([found.module for found in self.experts], change)
 
-    def half_low(self, name: str, by_gate: bool) -> Quality:
+    def all_low_on_dense_routes(self, name: str) -> Answers:
+        """All experts in format `name`, but what they get is what the dense model's routers chose."""
+
+        def change(layer: int, plain: Forward) -> Forward:
+            module, rounded = self.experts[layer].module, self._rounded(name)[layer]
+            routes = iter(self.dense_routes[layer])
+            return lambda hidden_TD, *chosen: _called(module, rounded, (hidden_TD, *next(routes)))
+
+        with _changed([found.module for found in self.experts], change):
+            return self._answers()
+
+    def half_low(self, name: str, by_gate: bool) -> Answers:
         """Every expert computes half of its pairs of a pass in format `name`: those of lowest gates, or any."""
         generator = torch.Generator().manual_seed(0)
 
@@ -85,14 +122,18 @@ class RoundedModel:
 
             return forward
 
-        return self._quality(change)
-
-    def _quality(self, change: Change) -> Quality:
-        quality = Quality()
         with _changed([found.module for found in self.experts], change):
-            for expected, batch in zip(self.dense_BTV, self.batches, strict=True):
-                quality.add(expected, _logits(self.network, batch), batch.tokens_BT)
-        return quality
+            return self._answers()
+
+    def _answers(self) -> Answers:
+        """The model as it is now."""
+        answers = Answers()
+        with watching_choices([found.module for found in self.experts]) as choices:
+            for number, (expected, batch) in enumerate(zip(self.dense_BTV, self.batches, strict=True)):
+                answers.add(expected, _logits(self.network, batch), batch.tokens_BT)
+                dense = [routes[number][0] for routes in self.dense_routes]
+                answers.shift += np.mean(routing_shift(dense, choices, len(batch.tokens_BT)), axis=0).tolist()
+        return answers
 
     def _rounded(self, name: str) -> list[dict[str, Tensor]]:
         if name not in self.rounded:

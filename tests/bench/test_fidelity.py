@@ -2,6 +2,8 @@
 
 import json
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from bench import fidelity
+from bench.rerouted import fitted_anew, routers_of
 from bench.rounded import RoundedModel
 from rq_ep.model.listen import Subject
 from rq_ep.model.windows import make_windows
@@ -42,6 +45,29 @@ def test_fewer_bits_on_more_experts_cost_more(model: RoundedModel) -> None:
     assert all("forward" not in found.module.__dict__ for found in model.experts)
 
 
+def test_choices_of_the_dense_model_bound_what_routers_can_give(model: RoundedModel) -> None:
+    every = np.ones((2, 8), bool)
+    exact = model.all_low_on_dense_routes("fp32")
+    assert np.allclose(exact.kl, 0, atol=1e-8)
+    assert exact.shift == [0] * 16
+    plain = model.low("int4_g32", every)
+    assert np.mean(plain.shift) > 0
+    assert np.mean(model.all_low_on_dense_routes("int4_g32").kl) < np.mean(plain.kl)
+
+
+def test_routers_fitted_to_the_dense_model_itself_stay_and_come_back(model: RoundedModel) -> None:
+    routers = routers_of(model.network, model.experts)
+    before = [router.weight.clone() for router in routers]
+    with fitted_anew(model.network, routers, nullcontext, model.batches):
+        assert all(torch.allclose(router.weight, old) for router, old in zip(routers, before, strict=True))
+        routers[1].weight.data.mul_(2)  # whatever happens to them
+    assert all(torch.equal(router.weight, old) for router, old in zip(routers, before, strict=True))
+    every = np.ones((2, 8), bool)
+    with fitted_anew(model.network, routers, partial(model.while_low, "int4_g128", every), model.batches):
+        changed = [not torch.allclose(router.weight, old) for router, old in zip(routers, before, strict=True)]
+    assert changed == [False, True]  # the first layer's inputs come before any expert
+
+
 def test_the_command_prints_writes_and_draws(tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     figures, picture = tmp_path / "fidelity.json", tmp_path / "fidelity.png"
     text = tiny_checkpoint / "text"
@@ -58,5 +84,13 @@ def test_the_command_prints_writes_and_draws(tiny_checkpoint: Path, tmp_path: Pa
     ]  # fmt: skip
     assert [row["chosen"] for row in document["importances"]][-1] == "own KL"
     assert len(document["mixed_replicas"]) == 2
+    assert [row["routers"] for row in document["routers"]] == ["as they are", "fitted anew", "dense model's choices"]
+    assert document["routers"][0]["kl_ratio"]["mean"] == 1
+    by_choice = {(row["chosen"], row["share"]): row["kl"]["mean"] for row in document["rows"]}
+    ratios = {(row["what"], row["share"]): row["kl_ratio"]["mean"] for row in document["ratios"]}
+    assert ratios["by chance / least important", 0.25] == pytest.approx(
+        by_choice["by chance", 0.25] / by_choice["least important", 0.25]
+    )
+    assert len(ratios) == 5
     assert "Mixed replicas" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
