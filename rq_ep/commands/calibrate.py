@@ -4,7 +4,6 @@ A model that is too large for one process is spread over ranks: torchrun --nproc
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,13 +63,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import quiet_libraries
-    from rq_ep.core.errors import UserError
-    from rq_ep.parallel.default import default_group
+    from rq_ep.commands.common import launched_ranks, quiet_libraries
 
     quiet_libraries()
-    group = default_group(args.device)
-    try:
+    with launched_ranks("calibrate", args.device) as group:
         stats = _calibrate(args, group)
         if group.rank:
             return
@@ -79,15 +75,6 @@ def run(args: argparse.Namespace) -> None:
         if args.trace:
             print(f"{args.trace}: what the router chose in these steps, token by token")
         print(f"{args.out}: {stats.num_steps} steps, {stats.num_tokens} tokens of {', '.join(stats.domains)}")
-    except UserError as error:
-        if group.size == 1:
-            raise
-        if group.rank == 0:  # all ranks have it, and one tells it
-            print(f"rq-ep calibrate: error: {error}", file=sys.stderr, flush=True)
-        group.barrier()  # launchers end the other ranks once one has left
-        sys.exit(2)
-    finally:
-        group.close()
 
 
 def _calibrate(args: argparse.Namespace, group: "EPGroup") -> "ExpertStats":

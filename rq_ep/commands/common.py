@@ -1,7 +1,9 @@
 """What several commands read from their command lines alike."""
 
 import argparse
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     from rq_ep.core.cost import LayerCost
     from rq_ep.core.stats import ExpertStats
+    from rq_ep.parallel import EPGroup
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -83,6 +86,28 @@ def layer_cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":
     if stats.hidden_size is None or stats.intermediate_size is None:
         raise UserError(f"--machine {machine}: {stats.source} does not name hidden_size and intermediate_size")
     return model.layer(LayerShape(stats.hidden_size, stats.intermediate_size, stats.expert_bytes))
+
+
+@contextmanager
+def launched_ranks(command: str, device: str) -> Iterator["EPGroup"]:
+    """The group of all processes that a launcher started, while open; without one, this process alone.
+
+    What a user has to put right must come up on every rank; one of them tells it, and all exit with 2.
+    """
+    from rq_ep.parallel.default import default_group
+
+    group = default_group(device)
+    try:
+        yield group
+    except UserError as error:
+        if group.size == 1:
+            raise
+        if group.rank == 0:
+            print(f"rq-ep {command}: error: {error}", file=sys.stderr, flush=True)
+        group.barrier()  # launchers end the other ranks once one has left
+        sys.exit(2)
+    finally:
+        group.close()
 
 
 def quiet_libraries() -> None:

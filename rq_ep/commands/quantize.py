@@ -5,7 +5,11 @@ from pathlib import Path
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR",
+        help="Hugging Face checkpoint; to spread one that is too large for one process over R ranks: "
+        "torchrun --nproc-per-node R -m rq_ep quantize ...",
+    )  # fmt: skip
     parser.add_argument(
         "--out", required=True, metavar="DIR",
         help="where the experts go, a file for each layer; layers that are there already are kept",
@@ -32,14 +36,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import parse_dtype, parse_names, quiet_libraries
+    from rq_ep.commands.common import launched_ranks, parse_dtype, parse_names, quiet_libraries
     from rq_ep.commands.progress import showing
     from rq_ep.core.placement import Placement
     from rq_ep.model.quantize import quantize
+    from rq_ep.model.ranks import together
 
     quiet_libraries()
-    placement = None if args.placement is None else Placement.load(args.placement)
-    with showing() as show:
+    with launched_ranks("quantize", args.device) as group, showing(group.rank == 0) as show:
+        placement = together(group, lambda: None if args.placement is None else Placement.load(args.placement))
         packed = quantize(
             args.model,
             args.out,
@@ -52,9 +57,12 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             dtype=None if args.dtype is None else parse_dtype(args.dtype),
             device=args.device,
+            group=group,
             seed=args.seed,
             progress=show,
         )
+    if group.rank:
+        return
     files = sorted(packed.path.glob("layer-*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{packed.path}: {len(files)} layers, {size:,} bytes")

@@ -1,6 +1,7 @@
 """Quantizing experts in advance: rounded with regard to the inputs they meet, layer by layer, into a directory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,8 +15,13 @@ from rq_ep.formats import get_format
 from rq_ep.model.listen import Progress, Subject, listen
 from rq_ep.model.packed import PackedExperts
 from rq_ep.model.placing import check_layers
-from rq_ep.model.rounding import ROUNDINGS
+from rq_ep.model.ranks import together
+from rq_ep.model.rounding import ROUNDINGS, Rounding
+from rq_ep.model.seam import ExpertsModule
+from rq_ep.model.spread import SpreadExperts
 from rq_ep.model.windows import Texts
+from rq_ep.parallel import EPGroup
+from rq_ep.parallel.default import default_group
 
 MAX_ROWS = 2048  # inputs kept of each expert: GPTQ wants some for each of a matrix' inputs
 
@@ -34,6 +40,7 @@ def quantize(
     sequence_length: int = 128,
     dtype: torch.dtype | None = None,
     device: str = "auto",
+    group: EPGroup | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> PackedExperts:
@@ -50,7 +57,9 @@ def quantize(
         batch_size: sequences in a batch.
         sequence_length: tokens in a sequence.
         dtype: to compute in; default: as the weights are stored.
-        device: auto, cpu or cuda.
+        device: auto, cpu or cuda, where no group decides it.
+        group: ranks to spread the experts over; each quantizes its own, and rank 0 writes them. Default: all processes
+            of the launcher, or this one.
         seed: chooses the places that windows of text are taken from.
         progress: called with (stage, done, total) while it runs.
 
@@ -66,13 +75,15 @@ def quantize(
         raise UserError(
             f"--rounding {rounding} needs --text: give text of the kind you will serve, or round to nearest"
         )
-    subject = Subject.open(model, dtype, device)
+    if group is None and not isinstance(model, PreTrainedModel):
+        group = default_group(device)
+    subject = Subject.open(model, dtype, device, group)
     if subject.identity is None:
         raise UserError("quantize: the model was not loaded from a checkpoint directory")
     wanted = _wanted(subject, formats, placement)
     how = {"rounding": rounding, "seed": str(seed), "max_tokens": str(max_tokens), "wanted": _digest(wanted)}
     packed = PackedExperts(Path(out), subject.identity)
-    missing = [at for at, found in enumerate(subject.experts) if wanted[at] and not packed.has(found.layer, how)]
+    missing = _missing(subject, packed, wanted, how)
     rows_LE: dict[int, list[Tensor]] = {}
     if missing and rounding != "nearest":
         assert texts is not None
@@ -84,17 +95,56 @@ def quantize(
     for done, at in enumerate(missing):
         progress("quantizing", done, len(missing))
         found = subject.experts[at]
-        experts = {}
-        for expert, name in wanted[at]:
-            weights = found.weights(expert)
-            rows_ND = rows_LE[at][expert] if rows_LE else torch.empty(0, subject.family.hidden_size)
-            experts[expert, name] = round_expert(get_format(name), weights, rows_ND, subject.family)
-        packed.write(found.layer, how, experts)
+        rows_E = rows_LE[at] if rows_LE else [torch.empty(0, subject.family.hidden_size)] * found.num_experts
+        experts = together(subject.group, partial(_held, found, wanted[at], rows_E, round_expert))
+        if isinstance(found, SpreadExperts):
+            experts |= _from_other_ranks(found, wanted[at], experts)
+        if subject.is_first:
+            packed.write(found.layer, how, experts)
     progress("quantizing", len(missing), len(missing))
     return packed
 
 
+Packed = dict[tuple[int, str], Tensor]  # (expert, format) -> uint8 [nbytes]
 Wanted = list[list[tuple[int, str]]]  # [L] (expert, format) to be written
+
+
+def _missing(subject: Subject, packed: PackedExperts, wanted: Wanted, how: Mapping[str, str]) -> list[int]:
+    """The layers, by their place among the MoE layers, that rank 0 does not find written as wanted."""
+
+    def look() -> list[int]:
+        if not subject.is_first:
+            return []
+        return [at for at, found in enumerate(subject.experts) if wanted[at] and not packed.has(found.layer, how)]
+
+    missing = together(subject.group, look)
+    return missing if subject.group is None else list(subject.group.all_gather_object(missing)[0])
+
+
+def _held(
+    found: ExpertsModule, wanted: Sequence[tuple[int, str]], rows_E: Sequence[Tensor], round_expert: Rounding
+) -> Packed:
+    """What is wanted of a layer and lies in this process."""
+    return {
+        (expert, name): round_expert(get_format(name), found.weights(expert), rows_E[expert], found.family)
+        for expert, name in wanted
+        if expert in found.held
+    }
+
+
+def _from_other_ranks(found: SpreadExperts, wanted: Sequence[tuple[int, str]], own: Packed) -> Packed:
+    """On rank 0 what the others packed of a layer, on these nothing; every rank calls this."""
+    group, homes, layout = found.module.layer.group, found.homes, found.family.layout
+    if group.rank:
+        group.start_transfers([(packed, 0) for packed in own.values()], []).wait()
+        return {}
+    landings = {
+        (expert, name): torch.empty(get_format(name).nbytes(layout), dtype=torch.uint8, device=group.device)
+        for expert, name in wanted
+        if homes[expert] != 0
+    }
+    group.start_transfers([], [(landing, homes[expert]) for (expert, _), landing in landings.items()]).wait()
+    return landings
 
 
 def _wanted(subject: Subject, formats: Sequence[str] | None, placement: Placement | None) -> Wanted:

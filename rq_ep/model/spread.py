@@ -52,6 +52,11 @@ class SpreadExperts(ExpertsModule):
         return self.module.layer.family
 
     @property
+    def homes(self) -> dict[int, int]:
+        """Expert -> the rank that holds it."""
+        return {replica.expert: replica.rank for replica in self.module.layer.layer.replicas}
+
+    @property
     def held(self) -> Sequence[int]:
         return self.module.bank.experts
 

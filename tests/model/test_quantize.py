@@ -1,6 +1,7 @@
 """Experts quantized in advance: the bytes written are the bytes measured, evaluated and served."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.stats import ModelIdentity
-from rq_ep.formats import get_format
+from rq_ep.formats import get_format, is_intact
 from rq_ep.model.calibrate import calibrate
 from rq_ep.model.identity import model_identity
 from rq_ep.model.load import load
 from rq_ep.model.packed import PackedExperts
 from rq_ep.model.quantize import quantize
 from rq_ep.model.rounding import ROUNDINGS
+from rq_ep.parallel import run_local
 from rq_ep.strategies.place import place
 
 SAMPLE = {"sequence_length": 32, "max_tokens": 2048}
@@ -75,6 +77,28 @@ def test_what_is_written_already_is_kept_and_what_differs_is_written_anew(
     quantize(tiny_checkpoint, tmp_path, formats=["int8"], rounding="nearest")
     assert first.packed(0, 3, "int8") is not None
     assert first.packed(0, 3, "int4_g32") is None
+
+
+@pytest.mark.parametrize("rounding", list(ROUNDINGS))
+def test_ranks_write_what_one_process_writes(
+    rounding: str, tiny_checkpoint: Path, text: Path, placement: Placement, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"placement": placement, "rounding": rounding, "texts": text, **SAMPLE}
+    one = quantize(tiny_checkpoint, tmp_path / "one", dtype=torch.float32, **settings)
+    (two, *_) = run_local(
+        3, lambda group: quantize(tiny_checkpoint, tmp_path / "two", dtype=torch.float32, group=group, **settings)
+    )
+    for layer in range(2):
+        expected, found = load_file(one.file(layer)), load_file(two.file(layer))
+        assert found.keys() == expected.keys() != set()
+        for key, packed in expected.items():
+            assert is_intact(found[key])
+            differing = float((found[key] != packed).double().mean())
+            assert differing == 0 if rounding == "nearest" else differing < 0.01  # inputs differ in their last bits
+    stages: list[str] = []
+    settings["progress"] = lambda stage, done, total: stages.append(f"{stage} {done}/{total}")
+    run_local(2, lambda group: quantize(tiny_checkpoint, tmp_path / "two", group=group, **settings))
+    assert set(stages) == {"quantizing 0/0"}, "all of it is there"
 
 
 def test_error_is_measured_on_the_written_bytes(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
