@@ -52,7 +52,12 @@ class LayerCost:
     call_s: Mapping[str, float] = field(default_factory=dict)  # format -> of a rank that computes in it; default 0
 
     def step(self, plan: DispatchPlan) -> StepCost:
-        """Modelled seconds of `plan`; exchanges and transfers last as the larger of a rank's sending and receiving."""
+        """Modelled seconds of `plan`; an exchange lasts as the larger of a rank's sending and receiving.
+
+        So do transfers, and as long as all that a rank's lenders send: a step's transfers start together, and a rank
+        sends and receives one message's bytes at a time (the bidirectional one-port model of Beaumont, Legrand, Marchal
+        and Robert, "Pipelining broadcasts on heterogeneous platforms", 2005), in an order that the plan leaves open.
+        """
         num_ranks = len(plan.pairs_RP)
         compute_s_R = self.compute_s_R(plan)
         away_RR = plan.pairs_RR.copy()
@@ -64,6 +69,8 @@ class LayerCost:
             sent_s_R[transfer.src] += self.transfer_s[transfer.format]
             received_s_R[transfer.dst] += self.transfer_s[transfer.format]
         moved_s_R = np.maximum(sent_s_R, received_s_R)
+        for transfer in plan.transfers:
+            moved_s_R[transfer.dst] = max(moved_s_R[transfer.dst], sent_s_R[transfer.src])
         return StepCost(compute_s_R, exchange_s_R, moved_s_R + self.latency_s * (moved_s_R > 0))
 
     def compute_s_R(self, plan: DispatchPlan) -> FloatArray:
