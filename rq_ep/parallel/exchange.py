@@ -29,7 +29,8 @@ class Exchange:
 
     A call takes two collectives in small steps, rows with notes and sums, and three in others: notes, rows, sums. The
     host waits for no GPU: the plan says how many pairs arrive, and the census how many rows at most. Only where they
-    come in parts it waits once, to learn how many pairs are in each.
+    come in parts it waits once, to learn how many pairs are in each. Where the host learns rows, a tiny collective
+    more tells every rank's, before they are dealt to parts: there may be far fewer than the bound.
     """
 
     def __init__(
@@ -124,11 +125,17 @@ class Exchange:
         if census is not None:
             most_RR = np.minimum(most_RR, census.most_rows_RR(plan))
         notes_N2 = group.all_to_all(notes_N2, pairs_out_R.tolist(), pairs_in_R.tolist())
-        rows_out_R, rows_in_R = most_RR[rank], most_RR[:, rank]
-        if self.learns_rows:
+        num_parts = self._num_parts(most_RR, tokens_R, top_k, row_bytes)
+        if not self.learns_rows:
+            rows_out_R, rows_in_R = most_RR[rank], most_RR[:, rank]
+        elif num_parts == 1:
             last_R = torch.zeros(size, dtype=torch.int32, device=device)
             last_R.scatter_reduce_(0, repeat(np.arange(size), pairs_in_R, device), notes_N2[:, 0] + 1, "amax")
             rows_out_R, rows_in_R = torch.stack([is_sent_RT.sum(1), last_R]).cpu().numpy()
+        else:  # every rank's, so that all find the same number: the rows may need fewer parts than their bound
+            rows_RR = group.gather_counts(is_sent_RT.sum(1))
+            rows_out_R, rows_in_R = rows_RR[rank], rows_RR[:, rank]
+            num_parts = self._num_parts(rows_RR, tokens_R, top_k, row_bytes)
         whole = Part(
             tokens=_by_slot(token_N, row_N, pairs_out_R, rows_out_R),
             rows_out=rows_out_R.tolist(),
@@ -136,16 +143,15 @@ class Exchange:
             notes_N2=notes_N2,
             pairs_RJ=away_RJ,
         )
-        num_parts = self._num_parts(most_RR, tokens_R, top_k, row_bytes)
         parts = [whole] if num_parts == 1 else _in_parts(whole, num_parts)
         return Trip(group, hidden_TD, experts, own, parts, self.overlaps)
 
-    def _num_parts(self, most_RR: IntArray, tokens_R: IntArray, top_k: int, row_bytes: int) -> int:
+    def _num_parts(self, rows_RR: IntArray, tokens_R: IntArray, top_k: int, row_bytes: int) -> int:
         """In how many parts rows come, from what every rank knows of every rank."""
         limit = self.max_dispatch_bytes
         if limit is None:
             limit = dispatch_limit(tokens_R, top_k, row_bytes, self.group.device.type)
-        most = int(most_RR.sum(axis=0).max()) * row_bytes
+        most = int(rows_RR.sum(axis=0).max()) * row_bytes
         if most <= limit:
             return 1
         return -(-most * (1 + self.overlaps) // limit)  # two parts are held at once if they overlap

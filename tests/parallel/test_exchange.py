@@ -208,6 +208,24 @@ def test_memory_for_rows_stays_within_its_bound_at_one_hot_expert(overlaps: bool
         assert torch.equal(out_TD, hidden_RTD[rank] * 3)
 
 
+@pytest.mark.parametrize(("learns_rows", "num_parts"), [(True, 1), (False, 2)])
+def test_rows_that_repeat_are_not_split_for_their_pairs(learns_rows: bool, num_parts: int) -> None:
+    """Two ranks hold all of four experts. Four pairs go to rank 1, which are two rows, as many as it may hold."""
+    replicas = Replicas.of([Replica(rank, expert, "fp32") for rank in range(2) for expert in range(4)])
+    plan = DispatchPlan(replicas, np.array([[0, 0, 2, 2, 2, 2, 0, 0], [0] * 8]))
+    ids_RTK = [torch.tensor([[0, 1], [0, 1], [2, 3], [2, 3]]), torch.zeros(0, 2, dtype=torch.int64)]
+
+    def main(group: Any) -> tuple[int, torch.Tensor]:
+        ids_TK = ids_RTK[group.rank]
+        exchange = Exchange(group, max_padded_bytes=0, max_dispatch_bytes=2 * 4, learns_rows=learns_rows)
+        trip = exchange.dispatch(torch.ones(len(ids_TK), 1), ids_TK, torch.ones(ids_TK.shape), plan)
+        return len(computed(trip, tripled_where_asked)), trip.combine()
+
+    (parts, out_TD), (other_parts, _) = run_local(2, main)
+    assert parts == other_parts == num_parts
+    assert out_TD.flatten().tolist() == [3, 3, 3, 3]
+
+
 def test_a_plan_for_other_counts_is_caught_before_anything_is_sent() -> None:
     plan = DispatchPlan(Replicas.of([Replica(0, 0, "fp32")]), np.array([[3]]))
     with pytest.raises(AssertionError, match="plan for 3 of 2 pairs"):
