@@ -185,7 +185,7 @@ def _replace_experts(
     ranks: Ranks,
     machine: CostModel | None,
     telemetry: Telemetry | None,
-    max_borrowed_bytes: int | None,
+    max_borrowed_bytes: int,
     max_dispatch_bytes: int | None,
 ) -> tuple[EPExperts | LocalExperts, ...]:
     """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""

@@ -24,21 +24,21 @@ LENDING = ("llep", "rq_llep")  # strategies whose plans move experts
 
 @dataclass(frozen=True)
 class RankBytes:
-    """What one rank needs of its device, by purpose; None where nothing bounds it in advance."""
+    """What one rank needs of its device, by purpose; None where it is not known in advance."""
 
     others: int  # weights that are no routed experts
     experts: int  # resident ones
-    borrowed: int | None  # room for experts borrowed for a step, which the layers share
+    borrowed: int  # room for experts borrowed for a step, which the layers share
     repacked: int  # experts kept in the format they are lent in
     step: int | None  # rows, notes, sums and intermediate results of the largest step
 
     @property
     def total(self) -> int:
-        return self.others + self.experts + (self.borrowed or 0) + self.repacked + (self.step or 0)
+        return self.others + self.experts + self.borrowed + self.repacked + (self.step or 0)
 
     def __str__(self) -> str:
         parts = [f"{_gib(self.others + self.experts)} for weights ({_gib(self.experts)} of experts)"]
-        parts.append("unbounded for borrowed experts" if self.borrowed is None else f"{_gib(self.borrowed)} to borrow")
+        parts.append(f"{_gib(self.borrowed)} to borrow")
         if self.repacked:
             parts.append(f"{_gib(self.repacked)} to lend in another format")
         parts.append("steps of unknown size" if self.step is None else f"{_gib(self.step)} for the largest step")
@@ -51,14 +51,21 @@ def expert_bytes(placement: Placement, layout: ExpertLayout, ranks: Sequence[int
     return {name: number * get_format(name).nbytes(layout) for name, number in held.items()}
 
 
-def borrowed_bytes(strategy: Strategy, placement: Placement, layout: ExpertLayout) -> int | None:
-    """Bytes of the experts that a rank borrows in a step at most; None if the strategy sets no bound."""
+def borrowed_bytes(strategy: Strategy, placement: Placement, layout: ExpertLayout) -> int:
+    """Bytes of the experts that a rank borrows in a step at most."""
     if strategy.name not in LENDING:
         return 0
-    number = getattr(strategy, "max_borrowed", None)
+    number = max(
+        layer.num_experts - len(layer.replicas.on_rank(rank))
+        for layer in placement.layers
+        for rank in range(placement.topology.num_ranks)
+    )
+    allowed = getattr(strategy, "max_borrowed", None)
+    if allowed is not None:
+        number = min(number, allowed)
     sent = getattr(strategy, "transient_format", None)
     names = {*placement.formats, *([sent] if sent else [])}  # beyond its cap, experts travel as they lie
-    return None if number is None else number * max(get_format(name).nbytes(layout) for name in names)
+    return number * max(get_format(name).nbytes(layout) for name in names)
 
 
 def step_bytes(

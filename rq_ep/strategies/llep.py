@@ -34,7 +34,9 @@ class Llep:
     """Algorithms 2 to 4 of the paper, on its defaults; what its prose leaves open follows the authors' code.
 
     The fallback compares loads of ranks, as the authors' code and figures do; `fallback_on="expert"` is the formula
-    that the paper prints. Segments of one expert on one rank are one borrowed replica, so no weight travels twice.
+    that the paper prints. Segments of one expert on one rank are one borrowed replica, so no weight travels twice. The
+    paper sets no bound on what a rank borrows; where `max_borrowed` binds, pairs go to the next emptiest rank that may
+    still borrow, and what nobody may take stays at home.
 
     `auto` decides by the cost of the layer. m: an expert is worth moving for transfer_s / pair_s pairs, which take as
     long to compute as it does to travel; the default m is tried as well, and the shorter step is taken. lambda: a step
@@ -50,6 +52,7 @@ class Llep:
     )
     fallback_ratio: float | Literal["auto"] = 1.3  # lambda: below this max/mean, standard expert parallelism
     fallback_on: Literal["rank", "expert"] = "rank"
+    max_borrowed: int | None = None  # experts that a rank makes room for in a step; None: all that it does not hold
     keep_small_excess: bool = False  # the paper's prose, not its algorithm: an excess below m stays on its home rank
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class Llep:
             check_integer("min_tokens_per_gemm", self.min_tokens_per_gemm)
         if self.fallback_ratio != "auto":
             check_number("fallback_ratio", self.fallback_ratio)
+        if self.max_borrowed is not None:
+            check_integer("max_borrowed", self.max_borrowed)
         if not isinstance(self.keep_small_excess, bool):
             raise UserError(f"keep_small_excess {self.keep_small_excess!r}: choose true or false")
         if self.fallback_on not in ("rank", "expert"):
@@ -76,6 +81,7 @@ class Llep:
         formats = [replicas.formats_P[p] for p in home_P_E.tolist()]
         resident = dict(zip(zip(replicas.ranks_P.tolist(), replicas.experts_P.tolist()), range(len(replicas))))
         min_chunks, min_excess = self._thresholds(formats, cost)
+        max_borrowed = sys.maxsize if self.max_borrowed is None else self.max_borrowed
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
             loads_E = counts_RE.sum(axis=0)
@@ -101,7 +107,9 @@ class Llep:
         def spread(counts_RE: IntArray, loads_E: IntArray, min_chunk: int) -> DispatchPlan:
             pairs_RP = at_home(counts_RE)
             capacity = int(self.max_tokens_factor * int(loads_E.sum()) / num_ranks)
-            spilled = assign(loads_E.tolist(), homes, num_ranks, capacity, min_chunk, self.keep_small_excess)
+            spilled = assign(
+                loads_E.tolist(), homes, num_ranks, capacity, min_chunk, max_borrowed, self.keep_small_excess
+            )
             borrowed: dict[tuple[int, int], IntArray] = {}
             for expert, segments in spilled.items():
                 pairs_RP[:, home_P_E[expert]] = 0
@@ -146,6 +154,7 @@ def assign(
     num_ranks: int,
     capacity: int,
     min_chunk: int,
+    max_borrowed: int = sys.maxsize,
     keep_small_excess: bool = False,
 ) -> dict[int, list[Segment]]:
     """Least-loaded assignment (Alg. 2 and 3): the segments of every expert that does not stay whole on its home rank.
@@ -156,11 +165,13 @@ def assign(
         num_ranks: R.
         capacity: pairs above which a rank counts as overloaded (alpha times the mean).
         min_chunk: least room of a helper that is worth a chunk, unless the chunk is all that is left (m).
+        max_borrowed: experts of others that a rank takes.
         keep_small_excess: an expert's pairs above the capacity stay at home if they are fewer than `min_chunk`.
     """
     effective_R = [0] * num_ranks  # assigned so far, and native work not decided yet
     for load, home in zip(loads_E, homes_E):
         effective_R[home] += load
+    num_borrowed_R = [0] * num_ranks
     spilled: dict[int, list[Segment]] = {}
     for expert in sorted(range(len(loads_E)), key=lambda e: -loads_E[e]):
         load, home = loads_E[expert], homes_E[expert]
@@ -171,24 +182,40 @@ def assign(
             continue
         effective_R[home] -= load - kept
         segments = [Segment(home, 0, kept)] if kept else []
-        segments += _spill(kept, load, home, effective_R, capacity, min_chunk)
+        segments += _spill(kept, load, home, effective_R, num_borrowed_R, capacity, min_chunk, max_borrowed)
         spilled[expert] = segments
     return spilled
 
 
-def _spill(start: int, end: int, home: int, effective_R: list[int], capacity: int, min_chunk: int) -> list[Segment]:
-    """Hand pairs `start` up to `end` to the least loaded other ranks, by chunks (Alg. 3); updates `effective_R`."""
+def _spill(
+    start: int,
+    end: int,
+    home: int,
+    effective_R: list[int],
+    num_borrowed_R: list[int],
+    capacity: int,
+    min_chunk: int,
+    max_borrowed: int,
+) -> list[Segment]:
+    """Hand pairs `start` up to `end` to the least loaded other ranks, by chunks (Alg. 3); updates both lists."""
     segments: list[Segment] = []
-    load_at_home, effective_R[home] = effective_R[home], sys.maxsize
+    offered_R = [
+        sys.maxsize if rank == home or number >= max_borrowed else load
+        for rank, (load, number) in enumerate(zip(effective_R, num_borrowed_R))
+    ]
     while start < end:
         # The emptiest helper has the most room: if it cannot take a chunk, nobody can, and it is given everything.
-        least = min(effective_R)
-        helper, rest = effective_R.index(least), end - start
+        least = min(offered_R)
+        helper, rest = offered_R.index(least), end - start
         chunk = min(rest, capacity - least)
         if chunk <= 0 or (chunk < min_chunk and chunk < rest):
             chunk = rest
+        if least == sys.maxsize:
+            helper = home
+        elif all(segment.rank != helper for segment in segments):
+            num_borrowed_R[helper] += 1
         segments.append(Segment(helper, start, start + chunk))
+        offered_R[helper] += chunk
         effective_R[helper] += chunk
         start += chunk
-    effective_R[home] = load_at_home
     return segments

@@ -238,18 +238,19 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers(
 def test_rows_and_borrowed_experts_are_counted_before_loading(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lend = make_strategy("rq_llep", max_borrowed=3, transient_format="int8")
+    lend = make_strategy("rq_llep", max_borrowed=1, transient_format="int8")
     layout = family_of(find_expert_modules(random_model(FAMILIES["mixtral"]))[0].module).layout
     size, low = (get_format(name).nbytes(layout) for name in ("fp32", "int8"))
     path, settings = checkpoints["mixtral"], {"num_local_ranks": 2, "device": "cpu"}
     found = load(path, strategy=lend, max_tokens=64, **settings).rq_ep
-    assert (found.rank_bytes.borrowed, found.rank_bytes.repacked) == (3 * size, 4 * low * len(found.layers))
-    assert found.layers[0].banks[0].spare.max_bytes == 3 * size
+    assert (found.rank_bytes.borrowed, found.rank_bytes.repacked) == (size, 4 * low * len(found.layers))
+    assert found.layers[0].banks[0].spare.max_bytes == size
     assert found.layers[0].banks[1].spare is found.layers[1].banks[1].spare
     assert [layer.ranks[0].verifies_later for layer in found.layers] == [True, False]
     few = load(path, strategy=lend, max_tokens=64, max_dispatch_bytes=1024, **settings).rq_ep
     assert 0 < few.rank_bytes.step < found.rank_bytes.step
-    assert "unbounded for borrowed experts" in str(load(path, strategy="llep", **settings).rq_ep.rank_bytes)
+    assert load(path, strategy="llep", **settings).rq_ep.rank_bytes.borrowed == 3 * size, "all of rank 0"
+    assert load(path, strategy=make_strategy("llep", max_borrowed=1), **settings).rq_ep.rank_bytes.borrowed == size
     assert str(load(path, **settings).rq_ep.rank_bytes).endswith("0 GiB to borrow, steps of unknown size")
     monkeypatch.setattr(memory, "available_bytes", lambda device: found.rank_bytes.total - 1)
     with pytest.raises(UserError, match=r"for the largest step; but cpu has .*--max-num-batched-tokens or --max-dis"):

@@ -105,6 +105,26 @@ def test_a_small_excess_stays_home_if_asked() -> None:
     assert not planned(Llep(**knobs, keep_small_excess=True), counts_RE).transfers
 
 
+def test_a_rank_borrows_no_more_than_it_makes_room_for() -> None:
+    # Rank 0 has to give away two experts; with room for one on each of the others, the third expert stays.
+    loads, homes = [40, 40, 40, 0, 0], [0, 0, 0, 1, 2]
+    assert assign(loads, homes, 3, 40, 1, max_borrowed=1) == {0: [Segment(1, 0, 40)], 1: [Segment(2, 0, 40)]}
+    assert assign(loads, [0, 0, 0, 1, 1], 2, 20, 1, max_borrowed=1) == {
+        0: [Segment(1, 0, 20), Segment(1, 20, 40)],  # in two chunks, but one expert
+        1: [Segment(0, 0, 40)],
+        2: [Segment(0, 0, 40)],
+    }
+    assert assign(loads, homes, 3, 40, 1, max_borrowed=0)[0] == [Segment(0, 0, 40)]
+    counts_RE = scenario(64, 32768, 95, 16)
+    most = np.bincount([transfer.dst for transfer in planned(Llep(min_tokens_per_gemm=1), counts_RE).transfers]).max()
+    for max_borrowed in range(most + 1):
+        plan = planned(Llep(min_tokens_per_gemm=1, max_borrowed=max_borrowed), counts_RE)
+        borrowed_R = np.bincount([transfer.dst for transfer in plan.transfers], minlength=NUM_RANKS)
+        assert borrowed_R.max() == max_borrowed
+        np.testing.assert_array_equal(plan.pairs_RP.sum(axis=1), counts_RE.sum(axis=1))
+        assert (imbalance(plan.loads_R) == pytest.approx(1, abs=0.01)) == (max_borrowed == most)
+
+
 def test_auto_breaks_even() -> None:
     # An expert travels for as long as 100 pairs compute, 20 more with the latency: above an excess of 120 it pays.
     cost = LayerCost({"bf16": 0.5}, {"bf16": 0.0}, {"bf16": 50.0}, row_s=0.0, latency_s=10.0)
@@ -180,6 +200,7 @@ def test_one_rank_has_nobody_to_lend_to() -> None:
     "knobs",
     [
         {"max_tokens_factor": 0.0},
+        {"max_borrowed": -1},
         {"min_tokens_per_gemm": -1},
         {"fallback_on": "layer"},
         {"keep_small_excess": 1},
