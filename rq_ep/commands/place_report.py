@@ -69,12 +69,14 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             soft_wrap=True,
         )
     if mixed := found.get("mixed_replicas"):
+        unmixed = f"; predicted {found['predicted_unmixed']:.3f} without" if "predicted_unmixed" in found else ""
         console.print(
-            f"  {'mixed':<12}{mixed['experts']:7}  experts with replicas in two formats; predicted "
-            f"{mixed['predicted_without']:.3f} without; low pairs at most {mixed['low_share_at_most']:.1%} in any step "
-            "of the calibrated loads",
+            f"  {'mixed':<12}{mixed['experts']:7}  experts with replicas in two formats{unmixed}; "
+            f"low pairs at most {mixed['low_share_at_most']:.1%}, if each sent half of its pairs there",
             soft_wrap=True,
         )
+    elif "predicted_unmixed" in found:
+        console.print(f"  {'mixed':<12}{0:7}  experts: replicas in two formats would gain nothing", soft_wrap=True)
     for name, value in found.items():
         if name in ("importance", "layers_without_replica", "searched_from"):
             console.print(f"  {name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)

@@ -97,6 +97,7 @@ def certify(
         "load": _load_R(problem, layers).tolist(),
         "bytes_by_format": _bytes_by_format(problem, layers),
         "replicas_by_format": dict(sorted(Counter(name for la in layers for name in la.replicas.formats_P).items())),
+        **_mixing(problem, layers),
         **notes,
     }
     return replace(placement, layers=tuple(layers), certificate=certificate)
@@ -116,6 +117,22 @@ def _oddities(problem: PlacementProblem, placement: Placement) -> list[str]:
             "replicas as fit do not fill them; start fewer ranks or raise --budget"
         )
     return found
+
+
+def _mixing(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> dict[str, Any]:
+    """How many experts have replicas in two formats, and the low pairs if each sent half of its pairs to few bits."""
+    num_mixing, at_most = 0, 0.0
+    pairs_LE = problem.stats.counts.sum(axis=0)
+    for layer, pairs_E in zip(layers, pairs_LE, strict=True):
+        table, mixing = layer.replicas, list(layer.replicas.mixing_experts)
+        is_low_P = np.array([name != problem.stats.native_format for name in table.formats_P])
+        low_E = np.bincount(table.experts_P, layer.shares_P * is_low_P, minlength=layer.num_experts)
+        low_E[mixing] = 0.5
+        num_mixing += len(mixing)
+        at_most += float(low_E @ pairs_E)
+    if not num_mixing:
+        return {}
+    return {"mixed_replicas": {"experts": num_mixing, "low_share_at_most": at_most / max(int(pairs_LE.sum()), 1)}}
 
 
 def with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:

@@ -89,19 +89,12 @@ def place_mixed(
             break
     assert uniform is not None
     assert best is not None
-    mixes_LE = [np.isin(np.arange(layer.num_experts), layer.replicas.mixing_experts) for layer in best.layers]
-    pairs_LE = problem.stats.counts.sum(axis=0)
-    notes = {
-        "experts": int(np.sum(mixes_LE)),
-        "predicted_without": uniform.certificate["predicted"],
-        "low_share_at_most": float((np.where(mixes_LE, 0.5, best.low_LE) * pairs_LE).sum())
-        / max(int(pairs_LE.sum()), 1),
-    }
     problem.on_progress(1.0)
-    if not notes["experts"]:
-        placement = replace(uniform, low_precision_cap=problem.max_low_precision_share)
-        return replace(placement, certificate={**uniform.certificate, "mixed_replicas": notes})
-    return certify(problem, strategy, best.layers, "exact", max_steps, mixed_replicas=notes)
+    notes = {"predicted_unmixed": uniform.certificate["predicted"]}
+    if any(layer.replicas.mixing_experts for layer in best.layers):
+        return certify(problem, strategy, best.layers, "exact", max_steps, **notes)
+    cap = problem.max_low_precision_share
+    return replace(uniform, low_precision_cap=cap, certificate={**uniform.certificate, **notes})
 
 
 def _progress(problem: PlacementProblem, number: int, fraction: float) -> None:

@@ -119,6 +119,12 @@ def _refused(layers: Sequence[LayerPlacement], problem: PlacementProblem, like: 
     """Why a strategy that splits as `like` is split cannot serve the layers; empty if it can."""
     if like.certificate["split"] == "home" and any(len(layer.replicas) > layer.num_experts for layer in layers):
         return f"{like.strategy} serves one replica of each expert"
+    if (
+        like.certificate["split"] == "exact"
+        and not problem.mixed_replicas
+        and any(layer.replicas.mixing_experts for layer in layers)
+    ):
+        return "it stores experts in two formats, which takes --mixed-replicas"
     try:
         share = problem.placement(like.strategy, layers).low_precision_planned
     except UserError as error:

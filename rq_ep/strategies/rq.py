@@ -43,7 +43,8 @@ class ReplicateQuantize:
     """Places by `rq_ep.solver` inside a byte budget for each rank; plans the exact min-max split of each step.
 
     With a cost of the layer, steps of so few pairs that ranks wait for weights instead are planned on one replica of
-    each expert, where that is modelled to be shorter.
+    each expert, where that is modelled to be shorter. Of an expert in two formats at most half of the pairs of a step
+    go to the fewer bits, those of the lowest gates.
     """
 
     name: ClassVar[str] = "rq"

@@ -41,12 +41,18 @@ def test_mixing_pays_here_and_keeps_to_bytes_and_cap() -> None:
     assert mixing(mixed) > 0
     assert not mixing(uniform)
     found = mixed.certificate
-    assert found["predicted"] < uniform.certificate["predicted"] == found["mixed_replicas"]["predicted_without"]
+    assert found["predicted"] < uniform.certificate["predicted"] == found["predicted_unmixed"]
     assert found["mixed_replicas"]["experts"] == mixing(mixed)
     assert mixed.low_precision_planned <= mixed.low_precision_cap == 0.055
     assert mixed.low_precision_planned <= found["mixed_replicas"]["low_share_at_most"]
     assert max(mixed.bytes_R) <= MIXES.budget_bytes_R[0]
     assert found["bound"] <= found["predicted"]
+    pairs_LE = MIXES.stats.counts.sum(axis=0)
+    of_mixing = sum(
+        int(pairs_E[list(layer.replicas.mixing_experts)].sum())
+        for layer, pairs_E in zip(mixed.layers, pairs_LE, strict=True)
+    )
+    assert found["mixed_replicas"]["low_share_at_most"] == pytest.approx(of_mixing / 2 / pairs_LE.sum())
 
 
 def test_the_certificate_is_what_the_planner_does() -> None:
@@ -127,6 +133,7 @@ def test_loads_that_need_nothing_are_left_alone() -> None:
     even = problem(np.full((20, 2, 16), 50), 4, mixed_replicas=True)
     placement = placed(even)
     assert not mixing(placement)
-    assert placement.certificate["mixed_replicas"]["experts"] == 0
+    assert "mixed_replicas" not in placement.certificate
+    assert placement.certificate["predicted_unmixed"] == placement.certificate["predicted"]
     nobody = problem(np.zeros((3, 2, 8), np.int64), 4, mixed_replicas=True)
     assert not mixing(placed(nobody))

@@ -57,6 +57,18 @@ def test_a_new_load_is_worth_moving_for_and_what_moves_is_counted() -> None:
     assert moves.received_bytes_R(SIZES).sum() == told(new)["moved_bytes"] > 0
 
 
+def test_formats_stay_mixed_only_where_that_is_asked_for() -> None:
+    counts = np.random.default_rng(0).multinomial(4000, [0.16, *[0.12] * 7], (20, 2))
+    stats = ExpertStats(counts, ("bf16", "int8"), "bf16", SIZES, top_k=2)
+    limits = {"budget": 4504, "max_low_precision_share": 0.055}
+    current = place(stats, 4, **limits, mixed_replicas=True)
+    assert any(layer.replicas.mixing_experts for layer in current.layers)
+    assert same(place(stats, 4, **limits, mixed_replicas=True, current=current), current)
+    without = place(stats, 4, **limits, current=current)
+    assert not any(layer.replicas.mixing_experts for layer in without.layers)
+    assert told(without)["refused"] == "it stores experts in two formats, which takes --mixed-replicas"
+
+
 def test_staying_is_preferred_where_the_gain_or_the_price_says_so() -> None:
     current, stats = placed(recorded(0)), recorded(1)
     for options in ({"min_gain": 10.0}, {"move_price": 1000.0, "min_gain": 0.0}):
