@@ -21,6 +21,7 @@ from rq_ep.solver.fill import promoted
 from rq_ep.solver.homes import deal_homes
 from rq_ep.solver.layer import GOOD_ENOUGH
 from rq_ep.solver.precision import damage_LE, low_experts
+from rq_ep.solver.redraw import redrawn
 from rq_ep.solver.steps import LayerSteps, calibration_steps
 from rq_ep.solver.trade import trade
 
@@ -54,7 +55,8 @@ def solve(
         UserError: the budget is too small (the message says how many bytes would do), or `current` has formats that
             the problem may not use.
     """
-    steps = calibration_steps(problem, max_steps)
+    recorded = calibration_steps(problem, max_steps)
+    steps = redrawn(problem, recorded)
     ready = Ready.of(problem, max_moves, current)
     if ready.current is not None:
         best = _searched(ready, steps, _repaired(ready, steps, ready.current))
@@ -63,8 +65,8 @@ def solve(
         plain = [start for start in known if start is not None and ready.keeps_limits(start)]
         best = _searched(ready, steps, _best_start(ready, steps, [*plain, *_dealt(ready, steps)]))
         for start in plain:
-            if Draft(ready, steps, start).rating < best.rating:
-                best = _searched(ready, steps, start)
+            if Draft(ready, recorded, start).rating < Draft(ready, recorded, best.start).rating:
+                steps, best = recorded, _searched(ready, recorded, start)
     held_LER, low_LE = best.held_LER, best.low_LE
     if ready.formats.low and ready.current is None:
         more_bits_LE = promoted(

@@ -126,6 +126,11 @@ class Draft:
         return np.stack([layer.held_ER for layer in self.layers])
 
     @property
+    def start(self) -> Start:
+        """What another draft could begin with."""
+        return Start(self.held_LER, self.low_LE)
+
+    @property
     def free_R(self) -> IntArray:
         """[R] bytes left."""
         return self.limits[0].free_R

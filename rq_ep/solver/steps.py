@@ -18,14 +18,17 @@ class LayerSteps:
     counts_SE: IntArray
     num_ranks: int
     phase_S: IntArray | None = None  # index into PHASES, where it was recorded
+    larger_SE: IntArray | None = None  # counts as recorded, where these are thinned
 
     def some(self, num_steps: int) -> "LayerSteps":
         """At most so many of these steps, at even distances."""
         chosen = np.unique(np.linspace(0, max(len(self.counts_SE) - 1, 0), num_steps).astype(np.int64))
-        chosen = chosen[: len(self.counts_SE)]
-        return LayerSteps(
-            self.counts_SE[chosen], self.num_ranks, None if self.phase_S is None else self.phase_S[chosen]
-        )
+        return self.at(chosen[: len(self.counts_SE)])
+
+    def at(self, chosen: IntArray) -> "LayerSteps":
+        """The chosen ones of these steps."""
+        phase_S, larger_SE = (None if rows is None else rows[chosen] for rows in (self.phase_S, self.larger_SE))
+        return LayerSteps(self.counts_SE[chosen], self.num_ranks, phase_S, larger_SE)
 
     @cached_property
     def loads_SE(self) -> FloatArray:
@@ -71,17 +74,15 @@ def pairs_by_step(problem: PlacementProblem) -> FloatArray:
 
 def layer_steps(problem: PlacementProblem, chosen_S: IntArray) -> list[LayerSteps]:
     """These recorded steps for each layer, thinned to `problem.tokens_per_step`, without those that route nothing."""
-    counts_SLE = problem.stats.counts[chosen_S]
+    recorded_SLE = counts_SLE = problem.stats.counts[chosen_S]
     if problem.tokens_per_step is not None:
-        counts_SLE = _thin(counts_SLE, _tokens(problem.stats)[chosen_S], problem.tokens_per_step, problem.seed)
+        counts_SLE = _thin(recorded_SLE, _tokens(problem.stats)[chosen_S], problem.tokens_per_step, problem.seed)
     phase_S = None if problem.stats.phase is None else problem.stats.phase[chosen_S]
-    layers = []
-    for layer in range(problem.stats.num_layers):
-        counts_SE = counts_SLE[:, layer]
-        used_S = counts_SE.any(axis=1)
-        phases = None if phase_S is None else phase_S[used_S]
-        layers.append(LayerSteps(counts_SE[used_S], problem.topology.num_ranks, phases))
-    return layers
+    num_ranks = problem.topology.num_ranks
+    layers = [
+        LayerSteps(counts_SLE[:, at], num_ranks, phase_S, recorded_SLE[:, at]) for at in range(problem.stats.num_layers)
+    ]
+    return [layer.at(np.flatnonzero(layer.counts_SE.any(axis=1))) for layer in layers]
 
 
 def _thin(counts_SLE: IntArray, tokens_S: IntArray, tokens_per_step: int, seed: int) -> IntArray:
