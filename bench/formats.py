@@ -3,6 +3,7 @@
     python bench/formats.py                                      # Mixtral and DeepSeek-V3, a quarter of each size
     python bench/formats.py --shapes gpt-oss-120b --rows 1 16 --formats int8 mxfp4
     python bench/formats.py --device cuda --scale 1 --json bench/results/formats_h200.json
+    python bench/formats.py --table bench/results/formats_cpu.json bench/results/fidelity_demo.json   # measures nothing
 
 Every format holds the same random experts, and computes the same rows, every expert as many. In a round each format is
 called once, A B C and C B A in turn; ratios are to bf16 in the same round. On a CPU times are a thread's CPU time.
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 
 from bench.case import silu_gate
 from bench.facts import facts
+from bench.formats_table import markdown
 from bench.shapes import SHAPES, Shape, shape_name
 from bench.start import start
 from rq_ep.core.errors import UserError, check_choice, check_integer
@@ -203,7 +205,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and rows")
     parser.add_argument("--json", metavar="FILE", help="write the figures with command, commit and versions")
+    parser.add_argument(
+        "--table", nargs=2, metavar="FILE",
+        help="print the README's table out of a file of this bench and one of fidelity.py",
+    )  # fmt: skip
     args = parser.parse_args()
+    if args.table:
+        print(markdown(*args.table))
+        return
     check(args)
     torch.set_num_threads(args.threads)
     rows = [row for shape in args.shapes for row in measure(shape, args)]
