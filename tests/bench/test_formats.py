@@ -54,3 +54,19 @@ def test_options_that_make_no_sense_are_refused(
     monkeypatch.setattr(sys, "argv", [str(BENCH), *options])
     with pytest.raises(UserError, match=message):
         runpy.run_path(str(BENCH), run_name="bench_formats")["main"]()
+
+
+def test_the_readmes_table_comes_out_of_two_results(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    results = BENCH.parent / "results"
+    files = [str(results / "formats_cpu.json"), str(results / "fidelity_demo.json")]
+    monkeypatch.setattr(sys, "argv", [str(BENCH), "--table", *files])
+    runpy.run_path(str(BENCH), run_name="bench_formats")["main"]()
+    head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in ["bf16", *LOW_BIT]]
+    assert all(len(row) == len(head) for row in rows)
+    size, error = ({row[0].strip("`"): float(row[column].rstrip("%")) for row in rows} for column in (1, 2))
+    assert size["int4_g128"] < size["mxfp4"] < size["int4_g32"] < size["int8"] < size["bf16"] == 2
+    assert error["bf16"] == 0 < error["int8"] < error["fp8"] < error["int4_g32"] < error["mxfp4"]
+    monkeypatch.setattr(sys, "argv", [str(BENCH), "--table", "none.json", files[1]])
+    with pytest.raises(UserError, match="no such file"):
+        runpy.run_path(str(BENCH), run_name="bench_formats")["main"]()
