@@ -42,5 +42,5 @@ def _rows(number: int) -> str:
     return f"time, {number} row{'s' * (number > 1)}"
 
 
-def _number(value: float | None, template: str, unit: float = 1, missing: str = "") -> str:
+def _number(value: float | None, template: str, unit: float = 1, missing: str = "-") -> str:
     return missing if value is None else template.format(value * unit)
