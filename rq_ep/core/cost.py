@@ -1,13 +1,13 @@
 """What a plan costs on a machine. Models of machines are in `rq_ep.costs`; they say what one layer costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray
-from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.plan import DispatchPlan, WeightTransfer
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LayerCost:
     def step(self, plan: DispatchPlan) -> StepCost:
         """Modelled seconds of `plan`; an exchange lasts as the larger of a rank's sending and receiving.
 
-        So do transfers, and as long as all that a rank's lenders send: a step's transfers start together, and a rank
+        So do a round's transfers, and as long as all that a rank's lenders send, who begin when they are ready: a rank
         sends and receives one message's bytes at a time (the bidirectional one-port model of Beaumont, Legrand, Marchal
         and Robert, "Pipelining broadcasts on heterogeneous platforms", 2005), in an order that the plan leaves open.
         """
@@ -64,14 +64,22 @@ class LayerCost:
         np.fill_diagonal(away_RR, 0)
         one_way_s_R = np.maximum(away_RR.sum(axis=0), away_RR.sum(axis=1)) * self.row_s
         exchange_s_R = 2 * (one_way_s_R + self.latency_s * (num_ranks > 1))  # dispatch, and combine the other way
-        sent_s_R, received_s_R = np.zeros(num_ranks), np.zeros(num_ranks)
-        for transfer in plan.transfers:
-            sent_s_R[transfer.src] += self.transfer_s[transfer.format]
-            received_s_R[transfer.dst] += self.transfer_s[transfer.format]
-        moved_s_R = np.maximum(sent_s_R, received_s_R)
-        for transfer in plan.transfers:
-            moved_s_R[transfer.dst] = max(moved_s_R[transfer.dst], sent_s_R[transfer.src])
-        return StepCost(compute_s_R, exchange_s_R, moved_s_R + self.latency_s * (moved_s_R > 0))
+        return StepCost(compute_s_R, exchange_s_R, self._transfer_s_R(plan.transfers, num_ranks))
+
+    def _transfer_s_R(self, transfers: Sequence[WeightTransfer], num_ranks: int) -> FloatArray:
+        ended_s_R = np.zeros(num_ranks)
+        for number in sorted({transfer.round for transfer in transfers}):
+            together = [transfer for transfer in transfers if transfer.round == number]
+            sent_s_R, received_s_R = np.zeros(num_ranks), np.zeros(num_ranks)
+            for transfer in together:
+                sent_s_R[transfer.src] += self.transfer_s[transfer.format]
+                received_s_R[transfer.dst] += self.transfer_s[transfer.format]
+            began_s_R, moved_s_R = ended_s_R.copy(), np.maximum(sent_s_R, received_s_R)
+            for _, src, dst, *_ in together:
+                began_s_R[dst] = max(began_s_R[dst], ended_s_R[src])
+                moved_s_R[dst] = max(moved_s_R[dst], sent_s_R[src])
+            ended_s_R = began_s_R + moved_s_R + self.latency_s * (moved_s_R > 0)
+        return ended_s_R
 
     def compute_s_R(self, plan: DispatchPlan) -> FloatArray:
         """[R] modelled seconds of expert compute alone."""

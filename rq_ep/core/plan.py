@@ -13,13 +13,15 @@ from rq_ep.core.replicas import Replicas
 class WeightTransfer(NamedTuple):
     """An expert that `dst` borrows from `src` for one step. It travels packed in `format`.
 
-    `src` holds it in that format, or makes it from the one it holds.
+    `src` holds it in that format, makes it from the one it holds, or has borrowed it in an earlier round. Transfers of
+    a round start together; a rank begins the next one when its own have ended.
     """
 
     expert: int
     src: int
     dst: int
     format: str
+    round: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
 from rq_ep.moe.compute import Share, add_outputs
 from rq_ep.moe.family import ExpertFamily
 from rq_ep.moe.kernels import Stack
-from rq_ep.parallel import EPGroup, Received, Transfers
+from rq_ep.parallel import EPGroup, Piece, Received, Transfers
 
 MAX_REPACKED = 4  # experts of a layer that a rank keeps in a second format, once it has lent them in it
 
@@ -41,6 +41,18 @@ class Verdict(NamedTuple):
 
     wait: Callable[[], list[bool]]  # returns when it is known
     names: Iterable[str]  # looked at when it is known
+
+
+Messages = tuple[list[Piece], list[Piece]]  # that a rank sends, and that it receives
+
+
+class Arriving(NamedTuple):
+    """Borrowed experts on their way."""
+
+    group: EPGroup
+    handle: Transfers  # of the first round
+    later: list[Messages]  # of the other rounds
+    wanted: list[WeightTransfer]  # that come to this rank
 
 
 class _ThreadChecker:
@@ -186,7 +198,7 @@ class ExpertBank:
             self._homes |= {expert: Home(stack, slot) for slot, expert in enumerate(experts)}
         self._borrowed: dict[int, Home] = {}
         self._repacked: dict[tuple[int, str], Tensor] = {}  # the one used last comes last
-        self._arriving: tuple[Transfers, list[WeightTransfer]] | None = None
+        self._arriving: Arriving | None = None
 
     @property
     def nbytes(self) -> int:
@@ -258,7 +270,7 @@ class ExpertBank:
         return packed
 
     def borrow(self, transfers: Sequence[WeightTransfer], group: EPGroup) -> None:
-        """Start this rank's part of a step's transfers; `compute` waits for them.
+        """Start this rank's part of a step's transfers; `compute` waits for them, and hands on what others wait for.
 
         Raises:
             UserError: the spare room is too small for what this rank borrows.
@@ -267,17 +279,24 @@ class ExpertBank:
         self._borrowed = {}
         if not transfers:
             return
-        ordered = sorted(transfers)  # both ends name the messages between them in the same order
-        wanted = [transfer for transfer in ordered if transfer.dst == self.rank]
+        wanted = sorted(transfer for transfer in transfers if transfer.dst == self.rank)
         homes = self.spare.take([transfer.format for transfer in wanted])
         self._borrowed = {transfer.expert: home for transfer, home in zip(wanted, homes, strict=True)}
-        sends = [
-            (self.packed_as(transfer.expert, transfer.format), transfer.dst)
-            for transfer in ordered
-            if transfer.src == self.rank
-        ]
-        receives = [(home.packed, transfer.src) for transfer, home in zip(wanted, homes, strict=True)]
-        self._arriving = (group.start_transfers(sends, receives), wanted)
+        rounds: dict[int, Messages] = {number: ([], []) for number in sorted({each.round for each in transfers})}
+        for transfer in sorted(transfers):  # both ends name the messages between them in the same order
+            sends, receives = rounds[transfer.round]
+            if transfer.dst == self.rank:
+                receives.append((self._borrowed[transfer.expert].packed, transfer.src))
+            elif transfer.src == self.rank:
+                sends.append((self._lent(transfer), transfer.dst))
+        first, *later = rounds.values()
+        self._arriving = Arriving(group, group.start_transfers(*first), later, wanted)
+
+    def _lent(self, transfer: WeightTransfer) -> Tensor:
+        """The bytes to send: of an expert that lies here, or that will when it is handed on."""
+        if transfer.expert in self._borrowed:
+            return self._borrowed[transfer.expert].packed
+        return self.packed_as(transfer.expert, transfer.format)
 
     def compute(self, received: Received, family: ExpertFamily) -> Tensor:
         """partial_MD [M, D] fp32: for every received row the weighted sum over this rank's replicas.
@@ -317,8 +336,11 @@ class ExpertBank:
             RankFailure: one did not arrive.
         """
         assert self._arriving is not None
-        (handle, wanted), self._arriving = self._arriving, None
+        (group, handle, later, wanted), self._arriving = self._arriving, None
         handle.wait()
+        for sends, receives in later:  # who sends has waited for earlier rounds only: nobody waits in a circle
+            handle = group.start_transfers(sends, receives)
+            handle.wait()
         del handle  # now: it lets go of Python's lock, which the thread that verifies would then hold
         if wanted:
             homes = [self._borrowed[transfer.expert] for transfer in wanted]

@@ -1,6 +1,6 @@
 """Static replicas first; what they cannot balance in a step travels, if it is worth it: `rq`, then lending as LLEP."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.solver.construct import solve
 from rq_ep.solver.deal import nearest_first
 from rq_ep.solver.lending import Lending
+from rq_ep.solver.relay import may_relay, relay
 from rq_ep.solver.split import ByExpert
 from rq_ep.strategies.eplb import eplb_candidates
 from rq_ep.strategies.rq import ReplicateQuantize
@@ -27,8 +28,9 @@ class ReplicateLend:
 
     With a cost of the layer, as many experts move as make the modelled step shortest to a hundredth, often none: what
     is saved is weighed against the transfers of the busiest link. Ranks whose links idle pass an excess on: the ranks
-    that borrow lend experts of their own. Without a cost, LLEP's settings are applied to what the static
-    replicas leave: nothing moves below `fallback_ratio`, and no expert for fewer than `min_tokens_per_gemm` pairs.
+    that borrow lend experts of their own, and hand on one that many wait for. Without a cost, LLEP's settings are
+    applied to what the static replicas leave: nothing moves below `fallback_ratio`, and no expert for fewer than
+    `min_tokens_per_gemm` pairs.
     """
 
     name: ClassVar[str] = "rq_llep"
@@ -82,6 +84,9 @@ class ReplicateLend:
             quotas_C = loans.quotas_ER[by_expert.experts_C, by_expert.ranks_C]
             pairs_RP = nearest_first(by_expert, counts_RE, quotas_C, topology)
             after = DispatchPlan(loans.replicas, pairs_RP, loans.transfers)
+            if cost is not None and may_relay(loans.transfers):
+                relayed = replace(after, transfers=relay(loans.transfers))
+                after = min(after, relayed, key=lambda plan: cost.step(plan).layer_s)
             return after if lending.is_shorter(after, before) else before
 
         lending.choose(plan(np.zeros((topology.num_ranks, layer.num_experts), np.int64)))  # compiled now, not in a step

@@ -28,3 +28,12 @@ def test_a_transfer_lasts_as_long_as_the_busier_of_its_links(
     replicas = Replicas.of([Replica(rank, rank, "bf16") for rank in range(4)])
     plan = DispatchPlan(replicas, np.zeros((4, 4), np.int64), tuple(WeightTransfer(*each) for each in transfers))
     np.testing.assert_array_equal(COST.step(plan).transfer_s_R, expected_R)
+
+
+def test_a_round_begins_when_the_earlier_ones_of_its_ranks_have_ended() -> None:
+    replicas = Replicas.of([Replica(rank, rank, "bf16") for rank in range(4)])
+    tree = (WeightTransfer(0, 0, 1, "bf16"), WeightTransfer(0, 0, 2, "bf16", 1), WeightTransfer(0, 1, 3, "int8", 1))
+    plan = DispatchPlan(replicas, np.zeros((4, 4), np.int64), tree)
+    np.testing.assert_array_equal(COST.step(plan).transfer_s_R, [24, 19, 24, 19])
+    late = DispatchPlan(replicas, np.zeros((4, 4), np.int64), (*tree, WeightTransfer(3, 3, 2, "bf16", 2)))
+    np.testing.assert_array_equal(COST.step(late).transfer_s_R, [24, 19, 36, 31])

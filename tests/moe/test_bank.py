@@ -15,6 +15,7 @@ from rq_ep.formats import FORMATS
 from rq_ep.moe import EPExperts, ExpertBank, SpareRoom
 from rq_ep.moe.bank import DamagedExpert
 from rq_ep.parallel import RankFailure, run_local
+from rq_ep.solver.relay import relay
 from tests.moe import cases
 
 FAMILY = cases.FAMILIES["transposed"]
@@ -73,6 +74,30 @@ def test_a_borrowed_expert_arrives_whole(format_: str) -> None:
     formats = dict.fromkeys(range(4), format_)
     for out_TD in run_local(2, main):
         cases.check_close(out_TD, cases.expected(FAMILY, weights, batch, formats))
+
+
+def test_experts_are_handed_on_all_ways_at_once() -> None:
+    """Every rank lends its expert to all others, who hand on what they borrow: nobody waits in a circle."""
+    num_ranks = 5
+    weights = cases.expert_weights(FAMILY, num_ranks)
+    layer = home_layer("fp32", num_ranks, num_ranks)
+    pairs = [(src, dst) for src in range(num_ranks) for dst in range(num_ranks) if src != dst]
+    transfers = relay([WeightTransfer(src, src, dst, "fp32") for src, dst in pairs])
+    assert any(transfer.src != transfer.expert for transfer in transfers)
+
+    def main(group: Any) -> None:
+        bank = ExpertBank(LAYOUT, layer.replicas, group.rank)
+        bank.put(group.rank, weights[group.rank])
+        for _ in range(2):
+            bank.borrow(transfers, group)
+            bank.await_borrowed()
+            bank.spare.settle()
+            for expert, home in bank._borrowed.items():
+                assert torch.equal(home.packed, FORMATS["fp32"].pack(weights[expert], LAYOUT))
+            assert len(bank._borrowed) == num_ranks - 1
+            group.barrier()
+
+    run_local(num_ranks, main)
 
 
 def test_an_expert_damaged_on_its_way_ends_the_step_with_rank_and_layer() -> None:

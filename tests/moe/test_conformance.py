@@ -15,6 +15,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import FORMATS
 from rq_ep.moe import EPExperts, ExpertFamily, Telemetry
 from rq_ep.parallel import run_local
+from rq_ep.solver.relay import relay
 from rq_ep.strategies import make_strategy
 from tests.moe import cases
 
@@ -150,6 +151,8 @@ def test_any_plan_equals_the_dense_layer(seed: int) -> None:
         if random.random() < 0.5
     ]
     random.shuffle(transfers)
+    if seed % 2:
+        transfers = list(relay(transfers))
     borrowed = [Replica(transfer.dst, transfer.expert, transfer.format) for transfer in transfers]
     replicas = type(layer.replicas).of([*resident, *borrowed])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rq_ep.core.topology import Topology
+from rq_ep.formats import checksum, get_format
 from rq_ep.moe import EPExperts
 from rq_ep.parallel import run_local
 from rq_ep.strategies import make_strategy
@@ -31,6 +32,10 @@ def check_collectives(seen: list[dict[str, Any]], num_ranks: int) -> None:
         assert found["counts"] == [[r] * 4 for r in range(num_ranks)]
         assert found["objects"] == [{"rank": other} for other in range(num_ranks)]
     assert [found["transfers"] for found in seen] == [[]] + [[7, 8]] * (num_ranks - 1)
+    family = cases.FAMILIES["gated"]
+    packed = [get_format("fp32").pack(weights, family.layout) for weights in cases.expert_weights(family, num_ranks)]
+    sums = [int(checksum(expert)) for expert in packed]
+    assert [found["handed_on"] for found in seen] == [sums[:rank] + sums[rank + 1 :] for rank in range(num_ranks)]
 
 
 def check_layers(seen: list[dict[str, Any]], dtype: torch.dtype, native: str) -> None:

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from rq_ep.core.plan import WeightTransfer
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
-from rq_ep.moe import EPExperts, Telemetry
+from rq_ep.formats import checksum
+from rq_ep.moe import EPExperts, ExpertBank, Telemetry
 from rq_ep.parallel import EPGroup, Exchange, RankFailure, TorchGroup
+from rq_ep.solver.relay import relay
 from rq_ep.strategies import make_strategy
 from tests.moe import cases
 
@@ -47,6 +50,18 @@ def transfers(group: EPGroup) -> list[int]:
     sends = [(piece, dst) for dst in range(1, group.size) for piece in lent] if group.rank == 0 else []
     group.start_transfers(sends, [(piece, 0) for piece in landed]).wait()
     return [int(piece.float().mean()) for piece in landed]
+
+
+def handed_on(group: EPGroup) -> list[int]:
+    """Every rank lends its expert to all others, who hand on what they borrow: checksums of what arrived."""
+    family, ranks = cases.FAMILIES["gated"], range(group.size)
+    replicas = Replicas.of([Replica(rank, rank, "fp32") for rank in ranks])
+    bank = ExpertBank(family.layout, replicas, group.rank, group.device)
+    bank.put(group.rank, cases.expert_weights(family, group.size)[group.rank])
+    bank.borrow(relay([WeightTransfer(src, src, dst, "fp32") for src in ranks for dst in ranks if src != dst]), group)
+    bank.await_borrowed()
+    bank.spare.settle()
+    return [int(checksum(bank._borrowed[expert].packed)) for expert in ranks if expert != group.rank]
 
 
 def layers(group: EPGroup, dtype: torch.dtype, native: str) -> dict[str, Any]:
@@ -126,6 +141,7 @@ def main(directory: Path, device: str) -> None:
     seen: dict[str, Any] = {"backend": group.backend, "device": group.device.type}
     seen["collectives"] = collectives(group)
     seen["transfers"] = transfers(group)
+    seen["handed_on"] = handed_on(group)
     for dtype, native in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         seen[native] = layers(group, dtype, native)
     seen["two formats"] = two_formats(group)

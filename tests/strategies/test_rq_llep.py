@@ -1,5 +1,7 @@
 """rq_llep: what moves, what it is worth, and in which format."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,6 +81,18 @@ def test_static_replicas_pass_on_what_a_borrower_makes_room_for() -> None:
     plan = planned(LayerPlacement.even(0, 3, held), [900, 0, 0], min_tokens_per_gemm=1)
     assert [(transfer.expert, transfer.dst) for transfer in plan.transfers] == [(0, 2)]
     assert plan.loads_R.tolist() == [300, 300, 300]
+
+
+def test_an_expert_that_many_ranks_want_is_handed_on() -> None:
+    # Seven transfers by rank 0 would take 700 s, as three rounds they take 300 s and two more latencies.
+    plan = planned(home_layer(8, 8), [8000] + [0] * 7, COST)
+    assert len(plan.transfers) == 7
+    assert {transfer.src for transfer in plan.transfers} == {0, 1, 2, 3}
+    assert plan.loads_R.tolist() == [1000] * 8
+    assert COST.step(plan).transfer_s_R.max() == 303
+    slow = replace(COST, latency_s=250.0)  # that of a round is longer than an expert takes
+    assert {transfer.src for transfer in planned(home_layer(8, 8), [16000] + [0] * 7, slow).transfers} == {0}
+    assert {transfer.src for transfer in planned(home_layer(8, 8), [16000] + [0] * 7).transfers} == {0}
 
 
 def test_without_a_cost_the_settings_of_llep_hold_for_what_remains() -> None:
