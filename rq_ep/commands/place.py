@@ -74,8 +74,13 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
         "--tail-weight", type=float, default=0.0, metavar="W",
         help="0 balances the mean step, 1 the mean of the worst tenth, 0.3 a little of it",
     )  # fmt: skip
-    group.add_argument("--time-limit", type=float, metavar="S", help="seconds; the best found until then")
-    group.add_argument("--workers", type=int, default=1, metavar="N", help="processes that solve layers")
+    group.add_argument(
+        "--time-limit", type=float, metavar="S",
+        help="seconds; the best found until then, which depends on the clock: without it the same seed places the same",
+    )  # fmt: skip
+    group.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that solve layers; the answer is the same"
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the solver's search")
     group.add_argument(
         "--what-if", action="store_true",

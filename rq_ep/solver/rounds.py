@@ -1,10 +1,7 @@
 """Rounds of the search: every layer is improved alone, on as many processes as wanted, then all share what is left."""
 
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +10,7 @@ from rq_ep.solver.fill import fill
 from rq_ep.solver.improve import improve
 from rq_ep.solver.layer import LayerSplit
 from rq_ep.solver.moves import Limits
+from rq_ep.solver.workers import workers
 
 NUM_ROUNDS = 3
 
@@ -50,13 +48,7 @@ def search_rounds(
     layers = list(layers)
     num_layers = len(layers)
     free_R, room = limits[0].free_R, limits[0].room
-    with ExitStack() as stack:
-        run = map
-        if effort.num_workers > 1 and num_layers > 1:
-            # Spawned: a forked process would inherit the locks of the threads that numerical libraries keep.
-            context = multiprocessing.get_context("spawn")
-            workers = min(effort.num_workers, num_layers)
-            run = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context)).map  # type: ignore[assignment]
+    with workers(effort.num_workers, num_layers) as run:
         for turn in range(NUM_ROUNDS):
             lent_LR = np.zeros((num_layers, len(free_R)), np.int64)
             lent_LR[(np.arange(len(free_R)) + turn) % num_layers, np.arange(len(free_R))] = free_R

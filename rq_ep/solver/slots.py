@@ -24,6 +24,7 @@ from rq_ep.core.rules import Rules
 from rq_ep.solver.certify import certify
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.steps import LayerSteps, calibration_steps
+from rq_ep.solver.workers import workers
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -52,20 +53,42 @@ def place_slots(
         UserError: `start` has no equal slots, or a limit is asked for that these engines do not know.
     """
     _check_limits(problem)
-    steps = calibration_steps(problem, max_steps)
-    allowed_LER = problem.rules.allowed_LER(problem.stats, problem.topology)
-    deadline = monotonic() + (np.inf if problem.time_limit_s is None else problem.time_limit_s)
-    layers, before = [], []
-    for at, (layer, layer_steps, allowed_ER) in enumerate(zip(start, steps, allowed_LER, strict=True)):
-        slots_RK = _slots_of(layer, problem.topology.num_ranks)
-        generator = np.random.default_rng([problem.seed, at])
-        draws_N3 = generator.random((max_moves if monotonic() < deadline else 0, 3))
-        found_RK = improve_slots(layer_steps, slots_RK, allowed_ER, draws_N3)
-        layers.append(_layer_of(layer, found_RK, problem.stats.native_format))
-        before.append(even_imbalance(layer_steps, slots_RK))
-        problem.on_progress((at + 1) / len(steps))
+    deadline = None if problem.time_limit_s is None else monotonic() + problem.time_limit_s
+    rows = zip(
+        start,
+        calibration_steps(problem, max_steps),
+        problem.rules.allowed_LER(problem.stats, problem.topology),
+        strict=True,
+    )
+    tasks = [
+        _Task(steps, _slots_of(layer, problem.topology.num_ranks), allowed_ER, max_moves, (problem.seed, at), deadline)
+        for at, (layer, steps, allowed_ER) in enumerate(rows)
+    ]
+    layers = []
+    with workers(problem.num_workers, len(tasks)) as run:
+        for layer, found_RK in zip(start, run(_improved, tasks), strict=True):
+            layers.append(_layer_of(layer, found_RK, problem.stats.native_format))
+            problem.on_progress(len(layers) / len(tasks))
+    before = [even_imbalance(task.steps, task.slots_RK) for task in tasks]
     placement = certify(problem, strategy, layers, "even", max_steps, searched_from=round(float(np.mean(before)), 4))
     return _bounded_by_slots(placement)
+
+
+class _Task(NamedTuple):
+    """A layer to search."""
+
+    steps: LayerSteps
+    slots_RK: IntArray
+    allowed_ER: BoolArray
+    max_moves: int
+    entropy: tuple[int, ...]
+    deadline: float | None
+
+
+def _improved(task: _Task) -> IntArray:
+    is_over = task.deadline is not None and monotonic() >= task.deadline
+    draws_N3 = np.random.default_rng(task.entropy).random((0 if is_over else task.max_moves, 3))
+    return improve_slots(task.steps, task.slots_RK, task.allowed_ER, draws_N3)
 
 
 def check_slots(problem: PlacementProblem) -> int:

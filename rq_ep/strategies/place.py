@@ -78,8 +78,8 @@ def place(
         cost: of a layer on the machine that will serve; pairs and bytes are weighed by it.
         tail_weight: 0 for the mean over steps, 1 for the mean of the worst tenth, or between.
         rules: fixed and forbidden replicas, spread over nodes; or the YAML file that says so.
-        time_limit_s: the best found until then; default: until the search ends.
-        num_workers: processes that solve layers.
+        time_limit_s: the best found until then, which depends on the clock; default: until the search ends.
+        num_workers: processes that solve layers; the answer does not depend on them.
         current: the placement that serves now, or its file: staying, moving in part and moving all are compared.
             It may have another number of ranks.
         lost_ranks: ranks of `current` that are gone.

@@ -1,6 +1,8 @@
 """Equal slots under the even split: never worse than the start, equal to trying everything, groups kept on nodes."""
 
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +83,14 @@ def test_small_layers_come_close_to_the_best_of_all_placements(seed: int, num_ex
     placed = place_slots(case, "eplb", eplb(case), max_moves=2000)
     found = even_imbalance(steps, placed.layers[0].replicas.experts_P.reshape(num_ranks, -1))
     assert best - 1e-9 <= found <= 1.03 * best
+
+
+def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
+    case = problem(correlated(16, 32, 3, seed=1), 4, 4)
+    for number in (1, 2):
+        asked = replace(case, num_workers=number)
+        place_slots(asked, "eplb", eplb(case), max_moves=500).save(tmp_path / f"{number}.json")
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
 
 
 def test_experts_busy_together_part_where_means_say_nothing() -> None:

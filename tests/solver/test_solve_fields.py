@@ -1,6 +1,7 @@
 """The solver's further wishes: loads, tails, error, rules, candidates, time, processes, a current placement."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,10 +131,11 @@ def test_out_of_time_there_is_a_placement_all_the_same() -> None:
     assert hurried.certificate["predicted"] <= hurried.certificate["standard"]
 
 
-def test_processes_do_not_change_the_answer() -> None:
-    asked = problem(recorded(20, num_layers=3), 10)
-    alone, together = (solve(replace(asked, num_workers=number), "rq", 64, 300) for number in (1, 2))
-    np.testing.assert_array_equal(held_LER(alone), held_LER(together))
+def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
+    asked = problem(recorded(20, num_layers=3, pairs=60), 10)
+    for number in (1, 2):
+        solve(replace(asked, num_workers=number), "rq", 64, 300).save(tmp_path / f"{number}.json")
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
 
 
 def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
