@@ -3,8 +3,9 @@
 64 tokens route few pairs to each of 256 experts. A placement made for a handful of such steps fits their chance, which
 never comes again. But the chance is known: counts are drawn from a step's rates, with a variance of their mean. Steps
 of alike text have alike rates, so the table of steps by experts, scaled to noise of variance one, has few directions
-that stand out: noise alone has no singular value beyond sqrt(S) + sqrt(E) (Marchenko and Pastur, Math. USSR-Sbornik 1,
-1967). Its part in these directions estimates the rates, and steps drawn from them are as many as one likes.
+that stand out: of noise alone no singular value exceeds sqrt(S) + sqrt(E) (Geman, A limit theorem for the norm of
+random matrices, Annals of Probability 8, 1980). Its part in these directions estimates the rates, and steps drawn from
+them are as many as one likes.
 
 Singular values are kept as they are: shrunk to the least mean square error (Gavish and Donoho, 2017) steps become too
 alike, and placements are worse. So they are with the recorded steps left in.
