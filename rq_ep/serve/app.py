@@ -124,7 +124,7 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
     async def on_bug(http: Request, error: Exception) -> Response:
         return await on_api_error(http, ApiError(500, f"internal error: {type(error).__name__}"))
 
-    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    app.openapi = lambda: describe(app, service.model_name)  # type: ignore[method-assign]
     guarded = BodyLimit(app, max_body_bytes)
     return guarded if api_key is None else KeyGuard(guarded, api_key)
 

@@ -24,6 +24,8 @@ ERROR = {
     },
 }
 
+EVENTS = "where `stream` is true: events whose data is a chunk of the answer as JSON, the last one `[DONE]`"
+
 # Which errors a route can answer with, by the beginning of its path; 401 is the guard's.
 STATUSES = {
     "/v1/completions": (400, 401, 404, 413, 429, 500, 503),
@@ -36,12 +38,15 @@ STATUSES = {
 }
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document of the app."""
+def describe(app: FastAPI, model_name: str) -> dict[str, Any]:
+    """The OpenAPI document of the app, which names the one model there is."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    document["components"]["schemas"]["Error"] = ERROR
-    document["components"]["schemas"].pop("HTTPValidationError", None)
-    document["components"]["schemas"].pop("ValidationError", None)
+    schemas = document["components"]["schemas"]
+    schemas["Error"] = ERROR
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for name in ("CompletionBody", "ChatBody"):
+        schemas[name]["properties"]["model"]["enum"] = [model_name]
     for path, operations in document["paths"].items():
         statuses = next((found for start, found in STATUSES.items() if path.startswith(start)), ())
         for operation in operations.values():
@@ -49,7 +54,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
             answers.pop("422", None)
             answers |= {str(status): _error(TYPES[status]) for status in statuses}
             if path.endswith("completions"):
-                answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                answers["200"]["content"]["text/event-stream"] = {"schema": {"description": EVENTS}}
             if path == "/metrics":
                 answers["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     return document

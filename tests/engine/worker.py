@@ -3,6 +3,7 @@
 The environment is torchrun's; the argument is a directory with a checkpoint of each family.
 """
 
+import gc
 import json
 import os
 import sys
@@ -171,6 +172,7 @@ def dense_answers(path: Path, requests: Mapping[str, Request]) -> dict[str, list
 def main() -> None:
     directory = Path(sys.argv[1])
     torch.set_num_threads(1)
+    gc.freeze()  # an engine that stops collects garbage, and would go through all that was imported
     group = TorchGroup.from_environment("cpu", timeout_s=TIMEOUT_S)
     findings: dict[str, Any] = {"dense": {}, "served": {}}
     for family in FAMILIES:

@@ -113,6 +113,14 @@ class Server:
         return status
 
 
+def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    """Wait until it holds."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
 @contextmanager
 def running(log: Path, num_ranks: int, *arguments: str, launcher: Launcher = torchrun) -> Iterator[Server]:
     """Start a server and end whatever is left of it."""

@@ -122,10 +122,9 @@ def test_a_killed_rank_ends_the_group_and_is_named(
             server.signal(1, signal.SIGKILL)
             killed_s = time.monotonic()
             last = [line for line in lines if line][-1]
-        assert time.monotonic() - killed_s < 5
+        assert time.monotonic() - killed_s < 10
         assert "the server failed: rank 1 died" in last
-        assert server.wait(processes, 20) != 0
-        assert time.monotonic() - killed_s < 15
+        assert server.wait(processes, 60) != 0
     assert "the group has failed: rank 1 died" in log.read_text()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")

@@ -6,7 +6,7 @@ One launcher for all: every fault ends a group, and the next test finds a new on
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.running import Server, restarting, running
+from tests.serve.running import Server, restarting, running, until
 
 MODEL = "tiny"
 NUM_RANKS = 2
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("faults") / "log"
     arguments = ["--model", str(tiny_checkpoint), "--served-model-name", MODEL, "--device", "cpu"]
-    arguments += ["--max-num-batched-tokens", "4", "--max-body-bytes", "100000", "--stall-timeout", "3"]
+    arguments += ["--max-num-batched-tokens", "4", "--max-body-bytes", "100000", "--stall-timeout", "5"]
     with running(log, NUM_RANKS, *arguments, launcher=restarting) as server:
         yield server
 
@@ -47,13 +47,6 @@ def answered(server: Server) -> None:
 def unfinished(server: Server) -> float:
     lines = CLIENT.get(f"{server.url}/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("rq_ep_num_requests_unfinished{"))
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
 
 
 def fault(server: Server, rank: int, number: signal.Signals, bodies: list[dict[str, Any]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import signal
-import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +22,7 @@ from rq_ep.core.stats import PHASES, ExpertStats
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.model.identity import model_identity
 from rq_ep.sim.traces import RoutingTrace
-from tests.serve.running import Server, running
+from tests.serve.running import Server, running, until
 
 NUM_RANKS = 2
 RECORD_MAX_TOKENS = 160
@@ -188,9 +188,9 @@ def test_a_recording_ends_at_its_limit(client: openai.OpenAI, server: Server) ->
 
 
 def test_the_balance_is_told(server: Server) -> None:
-    threading.Event().wait(1.5)
     placement = httpx.get(f"{server.url}/v1/ep/placement").json()
     assert (placement["num_ranks"], len(placement["layers"])) == (NUM_RANKS, 2)
+    until(lambda: metric(server, "rq_ep_tokens_routed_total") > 0)  # figures are sent once a second
     load = httpx.get(f"{server.url}/v1/ep/load").json()
     pairs_LR, counts_LE = load["total"]["pairs_LR"], load["total"]["counts_LE"]
     assert [sum(pairs) for pairs in pairs_LR] == [sum(counts) for counts in counts_LE]
@@ -236,12 +236,7 @@ def test_a_client_that_leaves_makes_room(server: Server) -> None:
     before = metric(server, "rq_ep_generation_tokens_total")
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
         next(answer.iter_lines())
-    for _ in range(100):
-        if metric(server, "rq_ep_num_requests_unfinished") == 0 == metric(server, "rq_ep_num_requests_running"):
-            break
-        threading.Event().wait(0.1)
-    else:
-        raise AssertionError("the request still runs")
+    until(lambda: metric(server, "rq_ep_num_requests_unfinished") == 0 == metric(server, "rq_ep_num_requests_running"))
     assert metric(server, "rq_ep_generation_tokens_total") < before + 500
 
 
@@ -252,8 +247,7 @@ def metric(server: Server, name: str) -> float:
 
 
 def test_metrics_tell_of_loads_and_bytes(server: Server) -> None:
-    threading.Event().wait(1.5)  # figures are sent once a second
-    assert metric(server, "rq_ep_tokens_routed_total") > 0
+    until(lambda: metric(server, "rq_ep_tokens_routed_total") > 0)
     assert 1 <= metric(server, "rq_ep_layer_imbalance_ratio") / 2 <= NUM_RANKS
     assert 0.5 <= metric(server, "rq_ep_balancedness") <= 1
     layout = ExpertLayout({"gate_up_proj": (2 * 32, 64), "down_proj": (64, 32)})
@@ -275,7 +269,7 @@ def test_sigterm_lets_streams_finish_and_leaves_nothing_behind(server: Server) -
             draining = httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": "b", "max_tokens": 1})
             if draining.status_code == 503:
                 break
-            threading.Event().wait(0.05)
+            time.sleep(0.05)
         assert draining is not None
         assert (draining.status_code, "draining" in draining.text) == (503, True)
         rest = [line.removeprefix("data: ") for line in lines if line]
