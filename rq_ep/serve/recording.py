@@ -20,9 +20,15 @@ from rq_ep.sim.traces import RoutingTrace
 
 log = logging.getLogger("rq_ep.serve")
 
+NOTHING = "no step was made while recording, or the first had more tokens than --record-max-tokens allows a rank"
+
+Part = tuple[RoutingTrace, bool]  # what a rank recorded, and whether there was more
+
 
 class TraceRecording:
     """This rank's part of a recording. Odd marks start one, even marks end it; rank 0 writes the file.
+
+    Of marks that come between the same two steps only the last is heard.
 
     Each rank keeps an equal part of the tokens, and all of it in memory. Where one is full before the others the
     trace ends.
@@ -60,13 +66,12 @@ class TraceRecording:
             self._sequences = {}
             self._recorder = RoutingRecorder(self._model, self._max_tokens, self._note)
             self._recorder.__enter__()
-        elif self._recorder is not None:
-            recorder, self._recorder = self._recorder, None
-            recorder.__exit__(None, None, None)
-            parts = self._group.all_gather_object((_trace(recorder), recorder.is_full))
-            if self._group.rank == 0:
-                # On a thread: the next step need not wait for the disk.
-                threading.Thread(target=self._write, args=(parts,), name="rq_ep recording", daemon=True).start()
+            return
+        recorder, self._recorder = self._recorder, None
+        parts = self._group.all_gather_object(None if recorder is None else _end(recorder))
+        if self._group.rank == 0:
+            # On a thread: the next step need not wait for the disk.
+            threading.Thread(target=self._write, args=(parts,), name="rq_ep recording", daemon=True).start()
 
     def _note(self) -> StepNote:
         batch = self._batch()
@@ -74,14 +79,13 @@ class TraceRecording:
         sequence_T = np.repeat(np.array(numbers, np.int64), [num_tokens for _, num_tokens in batch.parts])
         return StepNote(PHASES.index("prefill" if batch.is_prefill else "decode"), sequence_T)
 
-    def _write(self, parts: list[tuple[RoutingTrace | None, bool]]) -> None:
-        self._tell({"kind": "recorded", **self._written(parts)})
+    def _write(self, parts: list[Part | None]) -> None:
+        self._tell({"kind": "recorded", **self._written([part for part in parts if part is not None])})
 
-    def _written(self, parts: list[tuple[RoutingTrace | None, bool]]) -> Message:
-        traces = [trace for trace, _ in parts if trace is not None]
-        if len(traces) < len(parts):
-            return {"error": "no step was made while recording"}
-        is_full = any(is_full for _, is_full in parts)
+    def _written(self, parts: list[Part]) -> Message:
+        if len(parts) < self._group.size:
+            return {"error": NOTHING}
+        traces, are_full = zip(*parts, strict=True)
         num_steps = min(len(trace.tokens_S) for trace in traces)
         name = f"trace-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.safetensors"
         path = Path(self._directory or ".") / name
@@ -91,12 +95,13 @@ class TraceRecording:
         except (OSError, UserError) as error:
             return {"error": f"{path}: {error}"}
         num_tokens = len(joined.ids_NLK)
-        log.info("recorded %d steps of %d tokens to %s%s", num_steps, num_tokens, path, ", its limit" * is_full)
-        return {"path": str(path), "num_steps": num_steps, "num_tokens": num_tokens, "is_full": is_full}
+        log.info("recorded %d steps of %d tokens to %s%s", num_steps, num_tokens, path, ", its limit" * any(are_full))
+        return {"path": str(path), "num_steps": num_steps, "num_tokens": num_tokens, "is_full": any(are_full)}
 
 
-def _trace(recorder: RoutingRecorder) -> RoutingTrace | None:
+def _end(recorder: RoutingRecorder) -> Part | None:
+    recorder.__exit__(None, None, None)
     try:
-        return recorder.trace()
+        return recorder.trace(), recorder.is_full
     except UserError:  # no step
         return None
