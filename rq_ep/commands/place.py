@@ -39,7 +39,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         "--mixed-replicas", action="store_true",
         help="rq: native experts may have further replicas in the smallest format, which compute at most half of the "
         "expert's pairs in a step, those of the lowest gates, and count against the caps with what they compute; "
-        "pays where ranks hold few experts, seldom where many share the bytes",
+        "pays where ranks hold few experts, seldom where many share the bytes, and takes several searches",
     )  # fmt: skip
     group.add_argument(
         "--rules", metavar="FILE",

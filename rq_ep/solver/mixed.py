@@ -34,7 +34,7 @@ from rq_ep.solver.steps import LayerSteps, calibration_steps
 
 BoolArray = npt.NDArray[np.bool_]
 
-PARTS = (1.0, 0.85, 0.7)  # of the cap on low pairs, for whole experts
+PARTS = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the cap on low pairs, for whole experts
 EXCHANGED = (1.0, 0.5, 0.25, 0.12, 0.06, 0.0)  # of the extra replicas
 STEPS_TO_PRICE = 16  # calibration steps that tell what an exchange costs
 LEAST_GAIN = 5e-4  # of max/mean

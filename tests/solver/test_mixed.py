@@ -19,7 +19,7 @@ def recorded(num_experts: int = 16, num_layers: int = 2, seed: int = 0) -> np.nd
 
 
 def placed(asked: PlacementProblem) -> Placement:
-    return make_strategy("rq").place(asked)
+    return make_strategy("rq", max_moves=300).place(asked)
 
 
 def mixing(placement: Placement) -> int:
@@ -87,8 +87,7 @@ def test_the_same_twice(tmp_path) -> None:  # type: ignore[no-untyped-def]
     ]
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("share", [0.05, 0.25])
+@pytest.mark.parametrize(("seed", "share"), [(0, 0.05), (1, 0.1), (2, 0.25)])
 def test_never_worse_than_without(seed: int, share: float) -> None:
     asked = problem(recorded(seed=seed), 4, max_low_precision_share=share, mixed_replicas=True)
     mixed, uniform = placed(asked), placed(replace(asked, mixed_replicas=False))
