@@ -76,7 +76,9 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             soft_wrap=True,
         )
     elif "predicted_unmixed" in found:
-        console.print(f"  {'mixed':<12}{0:7}  experts: replicas in two formats would gain nothing", soft_wrap=True)
+        console.print(
+            f"  {'mixed':<12}{0:7}  experts: replicas in two formats were not found to gain anything", soft_wrap=True
+        )
     for name, value in found.items():
         if name in ("importance", "layers_without_replica", "searched_from"):
             console.print(f"  {name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)

@@ -90,11 +90,8 @@ def place_mixed(
     assert uniform is not None
     assert best is not None
     problem.on_progress(1.0)
-    notes = {"predicted_unmixed": uniform.certificate["predicted"]}
-    if any(layer.replicas.mixing_experts for layer in best.layers):
-        return certify(problem, strategy, best.layers, "exact", max_steps, **notes)
-    cap = problem.max_low_precision_share
-    return replace(uniform, low_precision_cap=cap, certificate={**uniform.certificate, **notes})
+    unmixed = uniform.certificate["predicted"]
+    return certify(problem, strategy, best.layers, "exact", max_steps, predicted_unmixed=unmixed)
 
 
 def _progress(problem: PlacementProblem, number: int, fraction: float) -> None:
