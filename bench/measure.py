@@ -20,6 +20,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.moe import EPExperts, Telemetry
 from rq_ep.parallel import EPGroup, Exchange
+from rq_ep.parallel.host import short_collections
 from rq_ep.parallel.reference import dense_moe
 from rq_ep.parallel.trip import Trip
 
@@ -67,7 +68,8 @@ def measure(
     }
     layers |= {name: peer(case, group) for name, peer in peers.items()}
     batches = [case.batch(step, group.rank, group.size, group.device) for step in range(NUM_BATCHES)]
-    timings = _time_rounds(case, layers, batches, group)
+    with short_collections():
+        timings = _time_rounds(case, layers, batches, group)
     mine = {name: _own_figures(case, layer, np.array(timings[name]), batches[0]) for name, layer in layers.items()}
     logs = {name: communication(layers[name], batches[0]) for name in logged}
     gathered = group.all_gather_object(mine)

@@ -39,7 +39,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import native_format_name
 from rq_ep.moe import EPExperts, ExpertBank, Telemetry
 from rq_ep.parallel import TorchGroup
-from rq_ep.parallel.room import keep_freed_memory
+from rq_ep.parallel.host import keep_freed_memory
 from rq_ep.strategies import make_strategy
 
 PRODUCTS = ("mm", "addmm", "bmm", "_grouped_mm")

@@ -31,6 +31,7 @@ from rq_ep.model.teaching import taught
 from rq_ep.model.windows import Batch, Texts, check_sequence_length, make_windows
 from rq_ep.moe import ExpertBank, LocalExperts, Telemetry
 from rq_ep.parallel.default import own_device
+from rq_ep.parallel.host import short_collections
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -176,6 +177,7 @@ def compare(
     with ExitStack() as stack:
         dense_choices = stack.enter_context(watching_choices([found.module for found in experts]))
         choices = [stack.enter_context(watching_choices(run.layers)) for run in runs]
+        stack.enter_context(short_collections())
         for done, batch in enumerate(windows.batches):
             arguments, tokens_BT = taught(dense.config, batch.tokens_BT.to(dense.device))
             num_predicted += tokens_BT[:, 1:].numel()
@@ -194,14 +196,6 @@ def compare(
         None if noise is None else Estimate.of(noise.quality.agreement),
     )
     return [run.result(num_predicted, reference) for run in runs]
-
-
-def evaluate(
-    path: str | Path, texts: Texts, placement: Placement | None, strategy: Strategy, **settings: Any
-) -> Evaluation:
-    """`compare` for a single contender; `settings` are those of `compare`, `num_ranks` among them."""
-    contender = Contender(strategy.name, strategy, placement)
-    return compare(path, texts, [contender], **settings)[0]
 
 
 def _warm_up(

@@ -1,7 +1,5 @@
 """Memory for arriving rows that the layers of a rank use one after another, and its bounds."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -13,8 +11,6 @@ PART_SLACK = 1.1
 MIN_DISPATCH_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
 MAX_DISPATCH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 PAIR_BYTES = 48  # of notes, and of indices that bring them into order
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 class ReceiveRoom:
@@ -76,19 +72,3 @@ def worst_dispatch_bytes(
     away = min(top_k, num_ranks - 1) * own  # rows sent to others; as many sums come back
     sums = (own + held) // itemsize * 4  # of what is held, in fp32
     return own + held + sums + held + 2 * away + num_ranks * num_tokens * top_k * PAIR_BYTES
-
-
-def keep_freed_memory() -> bool:
-    """Tell the C library to keep what a process frees, for the process itself. Returns whether it could be told.
-
-    glibc hands large blocks back at once, so that every step meets fresh pages, each of which the kernel has to fill
-    with zeros: with two ranks and a layer of D = F = 1024 that was 14 % of the CPU time of a step of 4096 tokens. The
-    process stays as large as its largest step.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    # One arena: those of other threads hold no large blocks.
-    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
-    return all([mallopt(name, value) for name, value in settings.items()])

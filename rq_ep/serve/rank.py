@@ -21,7 +21,7 @@ from rq_ep.engine.request import Output, Request, Sampling
 from rq_ep.model.load import LoadReport, load
 from rq_ep.model.memory import expert_bytes
 from rq_ep.parallel import TorchGroup
-from rq_ep.parallel.room import keep_freed_memory
+from rq_ep.parallel.host import keep_freed_memory, short_collections
 from rq_ep.serve.front import Front
 from rq_ep.serve.inputs import check_inputs, choose_max_model_len, chosen_strategy
 from rq_ep.serve.link import Link, Message
@@ -88,7 +88,7 @@ class RankServer:
         self.link.listen(self.hear, self.lose_front)
         try:
             engine = self.engine = self._start()
-            with self._signals():
+            with self._signals(), short_collections():
                 self._attend()
                 engine.stop()
         except UserError:

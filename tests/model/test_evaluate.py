@@ -11,7 +11,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, bytes_by_rank
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.model.calibrate import calibrate
-from rq_ep.model.evaluate import Contender, Evaluation, compare, evaluate
+from rq_ep.model.evaluate import Contender, Evaluation, compare
 from rq_ep.model.quality import Estimate, Quality, routing_shift
 from rq_ep.strategies import STRATEGIES, make_strategy
 from rq_ep.strategies.place import place
@@ -108,8 +108,8 @@ def test_plain_values_for_json(rows: dict[str, Evaluation]) -> None:
 
 
 def test_one_contender_alone_finds_the_same(tiny_checkpoint: Path, rows: dict[str, Evaluation]) -> None:
-    row = evaluate(
-        tiny_checkpoint, tiny_checkpoint / "text" / "held-out", None, STRATEGIES["standard"](),
+    (row,) = compare(
+        tiny_checkpoint, tiny_checkpoint / "text" / "held-out", [Contender("standard", STRATEGIES["standard"]())],
         num_ranks=NUM_RANKS, max_tokens=8192, noise_floor=False, greedy_tokens=0,
     )  # fmt: skip
     assert row.dense.bf16_kl is None
@@ -121,10 +121,10 @@ def test_one_contender_alone_finds_the_same(tiny_checkpoint: Path, rows: dict[st
 def test_placement_for_something_else_is_refused(tiny_checkpoint: Path, placements: dict[str, Placement]) -> None:
     text, rq = {"d": ["text " * 1000]}, make_strategy("rq")
     with pytest.raises(UserError, match=r"4 ranks, but 3 were started"):
-        evaluate(tiny_checkpoint, text, placements["rq"], rq, num_ranks=3)
+        compare(tiny_checkpoint, text, [Contender("rq", rq, placements["rq"])], num_ranks=3)
     foreign = replace(placements["rq"], model=ModelIdentity("another", "0" * 64))
     with pytest.raises(UserError, match="made for model 'another'"):
-        evaluate(tiny_checkpoint, text, foreign, rq, num_ranks=NUM_RANKS)
+        compare(tiny_checkpoint, text, [Contender("rq", rq, foreign)], num_ranks=NUM_RANKS)
 
 
 def test_quality_of_logits_made_by_hand() -> None:

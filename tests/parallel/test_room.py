@@ -1,10 +1,6 @@
-"""Memory for rows: buffers that are kept, bounds, and what a process keeps of what it frees."""
-
-import subprocess
-import sys
+"""Memory for rows: buffers that are kept, and bounds."""
 
 import numpy as np
-import pytest
 import torch
 
 from rq_ep.parallel.room import (
@@ -41,22 +37,3 @@ def test_the_worst_step_grows_with_its_bound_and_never_beyond_all_rows() -> None
     assert few < many < all_rows
     assert all_rows == worst_dispatch_bytes(**sizes, limit=7 * 100 * 64 * 2)
     assert all_rows > (8 + 7 + 2 * 4) * 100 * 64 * 2 + 8 * 100 * 64 * 4
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone can be told")
-def test_freed_memory_is_used_again() -> None:
-    """In a process of its own: eight blocks, one after another, take the pages of hardly more than one."""
-    code = """
-import resource, torch
-from rq_ep.parallel.room import keep_freed_memory
-told = keep_freed_memory()
-torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
-    torch.ones(1 << 24)
-print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    told, faults = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    ).stdout.split()
-    assert told == "False" or int(faults) < 3 * (1 << 26) // 4096
