@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file
@@ -29,6 +28,7 @@ from bench.facts import facts
 from bench.shapes import SHAPES, Shape
 from bench.start import start
 from bench.workloads import parse
+from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_integer
@@ -224,7 +224,7 @@ def main() -> None:
     args = parse_options()
     sizes = {name: value for name in ("hidden_size", "intermediate_size") if (value := getattr(args, name))}
     layer = Layer.of(replace(SHAPES[args.shape], **sizes), args.num_ranks, args.machine)
-    console = Console()
+    console = wide_console(140)
     console.width = max(console.width, 140)
 
     edges = [row for tokens in args.tokens_per_rank for row in break_even(layer, tokens)]

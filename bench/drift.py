@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 from bench.facts import facts
 from bench.shapes import SHAPES
 from bench.start import start
+from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.files import write_json
@@ -106,7 +106,7 @@ def main() -> None:
             cells = [f"{1e6 * row['layer_s']:.0f} ({row['transfers']:.1f})" for row in found]
             table.add_row(str(tokens_per_rank), f"{drift:g}", *cells)
             rows += found
-    console = Console()
+    console = wide_console(140)
     console.width = max(console.width, 140)
     console.print(table)
     if args.json:

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
+from rq_ep.commands.console import wide_console
 from rq_ep.core.files import replacing
 from rq_ep.model.quality import Estimate
 
 MARKERS = {"least important": "o", "coldest": "s", "by chance": "x", "all": "*"}
-MIN_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def show(
     rerouted: Iterable[Rerouted],
 ) -> None:
     """Print everything."""
-    console = Console(width=max(MIN_WIDTH, Console().width))
+    console = wide_console(120)
     for title, shown in (("Formats", rows), ("What importance is", kinds)):
         table = Table("format", "experts of each layer", "pairs", "KL / 1e-6", "next token as dense", title=title)
         table.add_column("routing shift")

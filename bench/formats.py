@@ -31,6 +31,7 @@ from bench.facts import facts
 from bench.formats_table import markdown
 from bench.shapes import SHAPES, Shape, shape_name
 from bench.start import start
+from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
@@ -217,7 +218,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = [row for shape in args.shapes for row in measure(shape, args)]
     for table in tables(rows, args.device):
-        Console().print(table)
+        wide_console(160).print(table)
     if args.json:
         document = {
             "command": shlex.join(["python", *sys.argv]), "settings": vars(args), **facts(args.device), "rows": rows,

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +31,7 @@ from bench.shapes import SHAPES, shape_name
 from bench.start import start
 from bench.workloads import parse
 from rq_ep.commands.common import DTYPES, parse_dtype
+from rq_ep.commands.console import wide_console
 from rq_ep.core.files import write_json
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
@@ -241,14 +241,14 @@ def _show(ranks: list[dict[str, dict[str, float]]]) -> None:
         shares = [times["around_s"] / times["layer_s"], times["telemetry_s"] / times["layer_s"]]
         cells = [f"{times[key] * 1e3:.1f} ms" for key in ("layer_s", "products_s", "collectives_s", "around_s")]
         table.add_row(str(rank), *cells, f"{shares[0]:.1%}", f"{times['telemetry_s'] * 1e6:.1f} us ({shares[1]:.4%})")
-    Console().print(table)
+    wide_console().print(table)
     if len(ranks) > 1:
         moved = ranks[1]["transfer"]
-        Console().print(f"an expert of {moved['expert_bytes'] / 2**20:.1f} MiB, medians of {NUM_MOVES} rounds:")
+        wide_console().print(f"an expert of {moved['expert_bytes'] / 2**20:.1f} MiB, medians of {NUM_MOVES} rounds:")
         for clock, whose in (("wall", "wall clock"), ("cpu", "CPU of both ranks")):
             plain, borrow, verified = (f"{moved[f'{name}_{clock}_s'] * 1e3:.2f} ms" for name in MOVES)
             ratio = moved[f"borrow_{clock}_ratio"]
-            Console().print(f"{whose}: plain send {plain}, borrowed {borrow} ({ratio:.2f} x), verified {verified}")
+            wide_console().print(f"{whose}: plain send {plain}, borrowed {borrow} ({ratio:.2f} x), verified {verified}")
 
 
 if __name__ == "__main__":

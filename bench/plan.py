@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file
 
 from bench.facts import facts
 from bench.start import start
+from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.files import check_writable, write_json
@@ -134,7 +134,7 @@ def main() -> None:
                 f"{row['transfers']:.1f}", f"{1e3 * row['build_s']:.0f}", f"{row['place_s']:.2f}",
             )  # fmt: skip
         rows += found
-    console = Console()
+    console = wide_console()
     console.width = max(console.width, 100)
     console.print(table)
     if args.json:

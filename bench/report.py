@@ -3,17 +3,17 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bench.shapes import PUBLISHED, published
+from rq_ep.commands.console import wide_console
 
 Row = dict[str, Any]
 
 
 def show(result: Mapping[str, Any]) -> None:
     """Print a table for each scenario and, if there are several, the speed-ups side by side."""
-    console = Console(width=max(185, Console().width))
+    console = wide_console(185)
     scenarios = list(dict.fromkeys(row["scenario"] for row in result["rows"]))
     for scenario in scenarios:
         rows = [row for row in result["rows"] if row["scenario"] == scenario]

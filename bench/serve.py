@@ -32,6 +32,7 @@ from bench.peers.transformers_serving import TransformersServing
 from bench.serve_figure import draw
 from bench.servers import NAME, server
 from bench.traffic import Job, drive, figures, random_jobs
+from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.model.checkpoint import read_tokenizer
@@ -200,7 +201,7 @@ def show(result: Mapping[str, Any]) -> None:
         cells = [f"{entry[key]:.1f} ({entry[f'{key}_ratio']:.2f})" if key in entry else "" for key in SHOWN]
         load = f"{entry['request_rate']:g}", str(entry["max_concurrency"])
         table.add_row(*load, entry["contestant"], *cells)
-    Console().print(table)
+    wide_console(140).print(table)
 
 
 def _arguments(options: argparse.Namespace, strategy: str, placement: str | None) -> list[str]:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.solver_score import score
 from bench.solver_traces import LAWS, Trace, draw_trace
 from bench.start import start
+from rq_ep.commands.console import wide_console
 from rq_ep.commands.progress import progress_bar
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.files import check_writable, write_json
@@ -209,7 +209,7 @@ def parse_options(options: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_options()
     rows = run(args)
-    Console(width=180).print(table_of(rows))
+    wide_console(180).print(table_of(rows))
     if args.json:
         head = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()

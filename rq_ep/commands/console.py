@@ -5,8 +5,8 @@ from rich.console import Console
 MIN_WIDTH = 100  # columns; a table cut to less could not be read
 
 
-def wide_console() -> Console:
-    """A console as wide as the terminal, or wide enough for our tables where output goes elsewhere."""
+def wide_console(min_width: int = MIN_WIDTH) -> Console:
+    """A console as wide as the terminal, and at least so many columns."""
     console = Console(highlight=False)
-    console.width = max(console.width, MIN_WIDTH)
+    console.width = max(console.width, min_width)
     return console
