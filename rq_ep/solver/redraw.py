@@ -20,6 +20,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.solver.steps import LayerSteps
 
 NOISY = 0.2  # share of chance in what steps differ by, from which drawing anew pays
+FEW_PAIRS = 8  # of an expert in a step, on average; with as many it gains a few thousandths for four times the search
 LEAST_CHANCE = 0.25  # of a drawn count's variance; distinct experts of a token lower it by top_k in experts
 LEAST_RATE = 0.02  # of an expert's mean rate: nobody is known to be idle
 MIN_DRAWS, MAX_DRAWS = 2, 4  # steps drawn for a recorded one; a single one is worse than none, eight gain little
@@ -35,10 +36,14 @@ def redrawn(problem: PlacementProblem, layers: Sequence[LayerSteps]) -> list[Lay
     num_draws = min(max(MAX_WORK // max(size, 1), MIN_DRAWS), MAX_DRAWS)
     return [
         _drawn(layer, num_draws, np.random.default_rng((problem.seed, at)))
-        if problem.objective == "prefill" and noise_share(layer.counts_SE) > NOISY
+        if problem.objective == "prefill" and _is_mostly_chance(layer.counts_SE)
         else layer
         for at, layer in enumerate(layers)
     ]
+
+
+def _is_mostly_chance(counts_SE: IntArray) -> bool:
+    return counts_SE.size > 0 and counts_SE.mean() < FEW_PAIRS and noise_share(counts_SE) > NOISY
 
 
 def noise_share(counts_SE: IntArray) -> float:
