@@ -11,21 +11,21 @@ from rq_ep.parallel.host import short_collections
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone can be told")
 def test_freed_memory_is_used_again() -> None:
-    """In a process of its own: eight blocks, one after another, take the pages of hardly more than one."""
+    """In a process of its own: forty blocks, one after another, soon find pages that are there already."""
     code = """
 import resource, torch
 from rq_ep.parallel.host import keep_freed_memory
 told = keep_freed_memory()
 torch.ones(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
+for _ in range(40):
     torch.ones(1 << 24)
 print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     told, faults = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     ).stdout.split()
-    assert told == "False" or int(faults) < 3 * (1 << 26) // 4096
+    assert told == "False" or int(faults) < 10 * (1 << 26) // 4096
 
 
 def test_collections_leave_out_what_was_there() -> None:

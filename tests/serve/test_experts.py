@@ -68,7 +68,8 @@ def test_a_served_answer_is_that_of_the_same_bytes(files: dict[str, Path], tmp_p
     served_T = torch.tensor(answer["logprobs"]["token_logprobs"])
     assert answer["text"] == text
     assert torch.allclose(served_T, logprobs_T, atol=1e-4)
-    assert not torch.allclose(served_T, found[None][1], atol=1e-3), "experts rounded to the nearest answer otherwise"
+    off, off_nearest = ((served_T - logprobs_T).abs().max() for _, logprobs_T in found.values())
+    assert off_nearest > 10 * off, "experts rounded to the nearest answer otherwise"
 
 
 def test_the_preview_counts_them(files: dict[str, Path]) -> None:
