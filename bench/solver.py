@@ -11,15 +11,12 @@ one more slot on every rank; its even split is its own, the exact one is ours.
 """
 
 import argparse
-import platform
 import re
 import resource
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.facts import facts
 from bench.solver_score import score
 from bench.solver_traces import LAWS, Trace, draw_trace
 from bench.start import start
@@ -211,18 +209,9 @@ def main() -> None:
     rows = run(args)
     wide_console(180).print(table_of(rows))
     if args.json:
-        head = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-        facts = {
-            "command": shlex.join(["python", *sys.argv]),
-            "commit": commit,
-            "python": platform.python_version(),
-            "numpy": version("numpy"),
-            "processor": platform.processor() or platform.machine(),
-            "settings": vars(args) | {"cases": [vars(case) for case in args.cases]},
-            "rows": rows,
-        }
-        write_json(args.json, facts)
+        settings = vars(args) | {"cases": [vars(case) for case in args.cases]}
+        document = {"command": shlex.join(["python", *sys.argv]), "settings": settings, **facts("cpu"), "rows": rows}
+        write_json(args.json, document)
 
 
 if __name__ == "__main__":
