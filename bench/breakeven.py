@@ -39,8 +39,8 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.costs import cost_model
+from rq_ep.placing.place import place
 from rq_ep.strategies import make_strategy
-from rq_ep.strategies.place import place
 
 NUM_HOT = 4  # experts of rank 0 that the break-even loads
 NUM_EXCESSES = 80

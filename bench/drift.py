@@ -28,9 +28,9 @@ from rq_ep.core.files import write_json
 from rq_ep.core.plan import imbalance
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs import cost_model
+from rq_ep.placing.place import place
 from rq_ep.sim.traces import deal_counts
 from rq_ep.strategies import make_strategy
-from rq_ep.strategies.place import place
 
 # Each row: a name, the strategy, its settings, and whether it is told the cost of the layer.
 ROWS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (

@@ -26,17 +26,17 @@ from bench.rerouted import fitted_anew, routers_of
 from bench.rounded import Answers, RoundedModel
 from bench.start import start
 from rq_ep.commands.common import quiet_libraries
-from rq_ep.commands.progress import progress_bar
+from rq_ep.commands.progress_bar import progress_bar
 from rq_ep.core.arrays import FloatArray
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.stats import ExpertStats
-from rq_ep.model.calibrate import calibrate
-from rq_ep.model.checkpoint import read_tokenizer
-from rq_ep.model.importance import IMPORTANCES
-from rq_ep.model.listen import Subject, listen
-from rq_ep.model.quality import Estimate
-from rq_ep.model.quantize import MAX_ROWS
-from rq_ep.model.windows import Batch, make_windows
+from rq_ep.model.calibration.calibrate import calibrate
+from rq_ep.model.calibration.forward_stats import Subject, listen
+from rq_ep.model.calibration.importance import IMPORTANCES
+from rq_ep.model.calibration.quantize import MAX_ROWS
+from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
+from rq_ep.model.evaluation.quality import Estimate
+from rq_ep.model.text.windows import Batch, make_windows
 
 SHARES = (0.25, 0.5)
 NUM_RANDOM = 16  # draws of `by chance`

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from rq_ep.commands.console import wide_console
 from rq_ep.core.files import replacing
-from rq_ep.model.quality import Estimate
+from rq_ep.model.evaluation.quality import Estimate
 
 MARKERS = {"least important": "o", "coldest": "s", "by chance": "x", "all": "*"}
 

@@ -36,9 +36,9 @@ from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
-from rq_ep.moe.compute import Share, Stack, add_outputs
-from rq_ep.moe.stopwatch import own_seconds
+from rq_ep.moe.expert_compute import Share, Stack, add_outputs
 from rq_ep.parallel import Received
+from rq_ep.profiling.timing import own_seconds
 
 NATIVE = "bf16"
 NUM_ERROR_ROWS = 64

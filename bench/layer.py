@@ -37,7 +37,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.costs import MACHINES, Profile, cost_model
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.parallel import EPGroup, RankFailure, TorchGroup, run_local
-from rq_ep.parallel.default import own_device
+from rq_ep.parallel.default_group import own_device
 
 log = logging.getLogger(__name__)
 

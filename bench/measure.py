@@ -20,9 +20,9 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.moe import EPExperts, Telemetry
 from rq_ep.parallel import EPGroup, Exchange
+from rq_ep.parallel.dispatch_handle import Trip
 from rq_ep.parallel.host import short_collections
 from rq_ep.parallel.reference import dense_moe
-from rq_ep.parallel.trip import Trip
 
 NUM_REFERENCE_ROWS = 32  # rows of each rank that are compared with the dense layer
 WARM_UP_ROUNDS = {"cpu": 2, "cuda": NUM_BATCHES}  # on a GPU room and kernels are found for every batch

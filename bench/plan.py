@@ -31,8 +31,8 @@ from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.plan import imbalance
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
+from rq_ep.placing.place import place
 from rq_ep.strategies import STRATEGIES, make_strategy
-from rq_ep.strategies.place import place
 
 NUM_CALIBRATION_STEPS = 64
 EXPERT_BYTES = {"bf16": 1000, "int8": 504}

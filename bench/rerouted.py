@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.seam import ExpertsModule
-from rq_ep.model.windows import Batch
+from rq_ep.model.seam.expert_modules import ExpertsModule
+from rq_ep.model.text.windows import Batch
 
 DAMPING = 1e-2  # of the inputs' mean square
 

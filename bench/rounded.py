@@ -12,12 +12,12 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from rq_ep.formats import get_format
-from rq_ep.model.listen import Subject
-from rq_ep.model.quality import Quality, nll, routing_shift, watching_choices
-from rq_ep.model.rounding import ROUNDINGS
-from rq_ep.model.seam import ExpertsModule
-from rq_ep.model.windows import Batch
-from rq_ep.moe.family import ExpertFamily
+from rq_ep.model.calibration.forward_stats import Subject
+from rq_ep.model.calibration.rounding import ROUNDINGS
+from rq_ep.model.evaluation.quality import Quality, nll, routing_shift, watching_choices
+from rq_ep.model.seam.expert_modules import ExpertsModule
+from rq_ep.model.text.windows import Batch
+from rq_ep.moe.expert_family import ExpertFamily
 
 BoolArray = npt.NDArray[np.bool_]
 Forward = Callable[..., Tensor]

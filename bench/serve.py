@@ -35,7 +35,7 @@ from bench.traffic import Job, drive, figures, random_jobs
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.files import check_writable, write_json
-from rq_ep.model.checkpoint import read_tokenizer
+from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.strategies import STRATEGIES
 
 SHOWN = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "median_tpot_ms")

@@ -36,8 +36,8 @@ from bench.servers import NAME, server
 from bench.traffic import Answer, Job, drive, random_jobs
 from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.files import check_writable, write_json
-from rq_ep.model.checkpoint import read_tokenizer
-from rq_ep.model.dense import read_dense
+from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
+from rq_ep.model.load.whole_model import read_dense
 
 MARGIN = 1e-3  # of logits
 NUM_KINDS = 100  # different requests; the dense model answers each once

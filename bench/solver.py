@@ -31,7 +31,7 @@ from bench.solver_score import score
 from bench.solver_traces import LAWS, Trace, draw_trace
 from bench.start import start
 from rq_ep.commands.console import wide_console
-from rq_ep.commands.progress import progress_bar
+from rq_ep.commands.progress_bar import progress_bar
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.problem import PlacementProblem, contiguous

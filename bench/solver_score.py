@@ -6,7 +6,7 @@ import numpy as np
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.placement import Placement
-from rq_ep.solver.split import ByExpert, split_steps
+from rq_ep.solver.split.min_max_split import ByExpert, split_steps
 
 PARTS = 1024  # a pair is split into, so that whole parts are as good as fractions
 

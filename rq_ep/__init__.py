@@ -11,13 +11,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rq_ep.model.calibrate import calibrate
-    from rq_ep.model.load import load
-    from rq_ep.strategies.place import place
+    from rq_ep.model.calibration.calibrate import calibrate
+    from rq_ep.model.load.load_model import load
+    from rq_ep.placing.place import place
 
 __all__ = ["calibrate", "load", "place"]
 
-_HOMES = {"calibrate": "rq_ep.model.calibrate", "place": "rq_ep.strategies.place", "load": "rq_ep.model.load"}
+_HOMES = {
+    "calibrate": "rq_ep.model.calibration.calibrate",
+    "place": "rq_ep.placing.place",
+    "load": "rq_ep.model.load.load_model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,7 @@ def test_only_the_group_and_the_engine_import_torch_distributed() -> None:
 
 def test_help_teaches_without_importing_torch() -> None:
     code = (
-        "import sys, rq_ep.strategies.place, rq_ep.sim, rq_ep.__main__ as m\n"
+        "import sys, rq_ep.placing.place, rq_ep.sim, rq_ep.__main__ as m\n"
         "try: m.main(['place', '--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> None:
 def _calibrate(args: argparse.Namespace, group: "EPGroup") -> "ExpertStats":
     """The statistics, the same on every rank; rank 0 shows how far it is."""
     from rq_ep.commands.common import parse_dtype, parse_names
-    from rq_ep.commands.progress import showing
+    from rq_ep.commands.progress_bar import showing
     from rq_ep.core.files import check_writable
-    from rq_ep.model.calibrate import calibrate
-    from rq_ep.model.ranks import together
+    from rq_ep.model.calibration.calibrate import calibrate
+    from rq_ep.model.load.ranks import together
 
     together(group, lambda: check_writable(args.out) if group.rank == 0 else None)
     with showing(group.rank == 0) as show:
@@ -114,7 +114,7 @@ def _report(stats: "ExpertStats") -> None:
 
     from rq_ep.commands.console import wide_console
     from rq_ep.core.stats import PHASES
-    from rq_ep.model.stability import ranking_agreement
+    from rq_ep.model.calibration.stability import ranking_agreement
 
     assert stats.visits is not None
     assert stats.importance is not None

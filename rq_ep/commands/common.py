@@ -94,7 +94,7 @@ def launched_ranks(command: str, device: str) -> Iterator["EPGroup"]:
 
     What a user has to put right must come up on every rank; one of them tells it, and all exit with 2.
     """
-    from rq_ep.parallel.default import default_group
+    from rq_ep.parallel.default_group import default_group
 
     group = default_group(device)
     try:

@@ -8,7 +8,7 @@ from rq_ep.commands.common import add_set_option
 from rq_ep.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rq_ep.model.evaluate import Contender
+    from rq_ep.model.evaluation.evaluate import Contender
 
 DEFAULT_NUM_RANKS = 4
 
@@ -56,10 +56,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
     from rq_ep.commands.eval_report import draw, report
-    from rq_ep.commands.progress import showing
+    from rq_ep.commands.progress_bar import showing
     from rq_ep.core.files import check_writable, write_json
     from rq_ep.costs import cost_model
-    from rq_ep.model.evaluate import compare
+    from rq_ep.model.evaluation.evaluate import compare
 
     machine = None if args.machine is None else cost_model(args.machine)
     quiet_libraries()
@@ -101,7 +101,7 @@ def _contenders(args: argparse.Namespace) -> "tuple[list[Contender], int]":
     """The rows of the table: a placement for each file, and the strategies that no file was made by."""
     from rq_ep.commands.common import parse_names, parse_strategies
     from rq_ep.core.placement import Placement
-    from rq_ep.model.evaluate import Contender
+    from rq_ep.model.evaluation.evaluate import Contender
     from rq_ep.strategies import NATIVE_STRATEGIES
 
     placements = {path: Placement.load(path) for path in args.placement}

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from rq_ep.commands.console import wide_console
 from rq_ep.core.files import replacing
-from rq_ep.model.evaluate import Evaluation
-from rq_ep.model.quality import Estimate
+from rq_ep.model.evaluation.evaluate import Evaluation
+from rq_ep.model.evaluation.quality import Estimate
 
 
 def report(evaluations: Sequence[Evaluation], num_ranks: int, dtype: str, machine: str | None) -> None:

@@ -111,11 +111,11 @@ def _add_current(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import layer_cost, parse_names
     from rq_ep.commands.place_report import draw, report
-    from rq_ep.commands.progress import progress_bar
+    from rq_ep.commands.progress_bar import progress_bar
     from rq_ep.core.errors import UserError
     from rq_ep.core.files import check_writable
     from rq_ep.core.stats import ExpertStats
-    from rq_ep.strategies.place import parse_bytes, place
+    from rq_ep.placing.place import parse_bytes, place
 
     stats = ExpertStats.load(args.stats)
     for path in filter(None, (args.out, args.moves)):
@@ -186,7 +186,7 @@ def _ranks(text: str | None) -> list[int]:
 
 
 def _write_moves(path: str, placement: "Placement", current: str, stats: "ExpertStats", lost_ranks: list[int]) -> str:
-    from rq_ep.strategies.again import moves_to
+    from rq_ep.solver.migration.warm_start import moves_to
 
     moves = moves_to(placement, current, stats, lost_ranks)
     moves.save(path)

@@ -91,7 +91,7 @@ def _weighed(tail_weight: float) -> str:
 
 
 def _split(rule: str) -> str:
-    from rq_ep.solver.judge import SPLIT_RULES
+    from rq_ep.solver.objective.step_balance import SPLIT_RULES
 
     return {str(name): text for name, text in SPLIT_RULES.items()}[rule]
 

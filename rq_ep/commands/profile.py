@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from rq_ep.costs import Profile
     from rq_ep.costs.shapes import Shape
-    from rq_ep.moe.family import ExpertFamily
-    from rq_ep.moe.profile import ProfiledLayer
+    from rq_ep.moe.expert_family import ExpertFamily
+    from rq_ep.profiling.layer_profile import ProfiledLayer
 
 SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # computed in, by default
@@ -50,12 +50,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
-    from rq_ep.commands.progress import showing
+    from rq_ep.commands.progress_bar import showing
     from rq_ep.core.errors import check_choice, check_number
     from rq_ep.core.files import check_writable
     from rq_ep.costs import MACHINES
-    from rq_ep.moe.profile import profile_layer
-    from rq_ep.parallel.default import default_group
+    from rq_ep.parallel.default_group import default_group
+    from rq_ep.profiling.layer_profile import profile_layer
 
     check_writable(args.out)
     check_number("--repeat-seconds", args.repeat_seconds, 0.0, 60.0)
@@ -107,8 +107,8 @@ def _layer(args: argparse.Namespace, shape: "Shape | None", dtype: "torch.dtype"
     from rq_ep.commands.common import parse_names
     from rq_ep.core.errors import UserError
     from rq_ep.formats import ExpertLayout, get_format
-    from rq_ep.moe.family import ExpertFamily
-    from rq_ep.moe.profile import ProfiledLayer
+    from rq_ep.moe.expert_family import ExpertFamily
+    from rq_ep.profiling.layer_profile import ProfiledLayer
 
     formats = tuple(dict.fromkeys(get_format(name).name for name in parse_names(args.formats)))
     if not formats:
@@ -125,8 +125,9 @@ def _family_of_model(path: str) -> "tuple[ExpertFamily, int, int]":
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rq_ep.model.checkpoint import read_config, transformers_may_refuse
-    from rq_ep.model.seam import family_of, find_expert_modules
+    from rq_ep.model.checkpoint.checkpoint_files import read_config
+    from rq_ep.model.checkpoint.tokenizer_files import transformers_may_refuse
+    from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
 
     config = read_config(path)
     with transformers_may_refuse(path), torch.device("meta"):

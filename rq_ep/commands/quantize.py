@@ -37,10 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import launched_ranks, parse_dtype, parse_names, quiet_libraries
-    from rq_ep.commands.progress import showing
+    from rq_ep.commands.progress_bar import showing
     from rq_ep.core.placement import Placement
-    from rq_ep.model.quantize import quantize
-    from rq_ep.model.ranks import together
+    from rq_ep.model.calibration.quantize import quantize
+    from rq_ep.model.load.ranks import together
 
     quiet_libraries()
     with launched_ranks("quantize", args.device) as group, showing(group.rank == 0) as show:

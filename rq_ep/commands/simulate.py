@@ -71,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import layer_cost
-    from rq_ep.commands.progress import progress_bar
+    from rq_ep.commands.progress_bar import progress_bar
     from rq_ep.core.errors import UserError
     from rq_ep.core.files import check_writable, write_json
     from rq_ep.core.stats import ExpertStats
@@ -126,7 +126,7 @@ def _rows(
     from rq_ep.commands.common import parse_names, parse_strategies
     from rq_ep.core.errors import UserError
     from rq_ep.core.stats import ExpertStats
-    from rq_ep.strategies.place import place
+    from rq_ep.placing.place import place
 
     given = _given(args, stats)
     names = list(dict.fromkeys([*parse_names(args.strategies), *given]))  # what was given is shown, named or not
@@ -206,7 +206,7 @@ def _redundant(extra_slots: int, stats: "ExpertStats", num_ranks: int) -> int:
 def _more(budget: str, extra_slots: int, stats: "ExpertStats", num_ranks: int) -> tuple[int, ...]:
     """[R] the budget and native experts for the extra slots of every layer."""
     from rq_ep.core.topology import Topology
-    from rq_ep.strategies.place import parse_budget
+    from rq_ep.placing.place import parse_budget
 
     num_ranks = Topology(num_ranks).num_ranks
     extra = extra_slots * stats.num_layers * stats.expert_bytes[stats.native_format]

@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import quiet_libraries
-    from rq_ep.commands.progress import progress_bar
+    from rq_ep.commands.progress_bar import progress_bar
     from rq_ep.model.tiny import Recipe, tiny_model
 
     quiet_libraries()

@@ -7,11 +7,11 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
-from rq_ep.engine.idle import empty_step
+from rq_ep.engine.empty_step import empty_step
 from rq_ep.engine.lockstep import LockstepManager, agreement, batching_config
-from rq_ep.engine.place import Place
-from rq_ep.engine.position import Position
-from rq_ep.engine.request import Batch, Output, Request, Score
+from rq_ep.engine.progress import Place
+from rq_ep.engine.progress_tracker import Position
+from rq_ep.engine.requests import Batch, Output, Request, Score
 from rq_ep.engine.running import News, Running
 from rq_ep.engine.scoring import PromptScorer
 from rq_ep.moe import EPExperts

@@ -19,13 +19,13 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
-from rq_ep.engine.latent import cache_head_size, pad_cache
-from rq_ep.engine.position import Position
-from rq_ep.engine.request import Batch, Sampling
+from rq_ep.engine.latent_attention import cache_head_size, pad_cache
+from rq_ep.engine.progress_tracker import Position
+from rq_ep.engine.requests import Batch, Sampling
 from rq_ep.engine.running import Running
 from rq_ep.engine.sampling import next_tokens
 from rq_ep.engine.scoring import PromptScorer, score_tokens
-from rq_ep.parallel.base import RankFailure
+from rq_ep.parallel.ep_group import RankFailure
 
 # Largest value of each flag over the ranks.
 Agree = Callable[[Sequence[int]], list[int]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from rq_ep.engine.request import Output, Request, Score
+from rq_ep.engine.requests import Output, Request, Score
 
 
 @dataclass

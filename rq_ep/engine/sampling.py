@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rq_ep.engine.request import Sampling
+from rq_ep.engine.requests import Sampling
 
 # The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection whose output bits look random for counters.
 _GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

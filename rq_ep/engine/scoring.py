@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rq_ep.engine.request import Request, Score
+from rq_ep.engine.requests import Request, Score
 
 LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
 

@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rq_ep.formats.kernels.unpack import e4m3_to_bf16
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import e4m3_to_bf16
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0

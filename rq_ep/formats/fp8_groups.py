@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rq_ep.formats.fp8 import DTYPE, LARGEST, Fp8
+from rq_ep.formats.kernels.unpack import e4m3_groups_to_bf16
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import e4m3_groups_to_bf16
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rq_ep.formats.kernels.unpack import can_unpack_pairs, int4_to_bf16, nibbles
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import can_unpack_pairs, int4_to_bf16, nibbles
 
 OFFSET = 8  # a stored nibble is the level plus this; levels are -8 .. 7
 

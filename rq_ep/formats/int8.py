@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rq_ep.formats.kernels.unpack import int8_to_bf16, scale_channels
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import int8_to_bf16, scale_channels
 
 _MAX_LEVEL = 127
 # Up to so many rows a CPU multiplies with packed weights. The kernel needs bf16, and a multiple of 16 inputs: with

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rq_ep.core.errors import UserError
+from rq_ep.formats.kernels.unpack import can_unpack_pairs, mxfp4_to_bf16, nibbles, power_of_two
 from rq_ep.formats.quantized import Fields, Parts, Quantized
-from rq_ep.formats.unpack import can_unpack_pairs, mxfp4_to_bf16, nibbles, power_of_two
 
 GROUP = 32
 EXPONENT_BIAS = 127

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rq_ep.core.errors import UserError
+from rq_ep.formats.kernels.unpack import scale_channels
 from rq_ep.formats.layout import ExpertLayout, Packing, Views
-from rq_ep.formats.unpack import scale_channels
 
 Parts = Mapping[str, Tensor]  # what is stored of one matrix; the first axis of each numbers its output channels
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # their shapes and dtypes

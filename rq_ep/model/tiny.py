@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from rq_ep.core.errors import UserError, check_choice, check_integer
-from rq_ep.model import corpus
-from rq_ep.model.adapters import ADAPTERS, adapter_for
-from rq_ep.model.teaching import taught
-from rq_ep.model.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, byte_tokenizer
+from rq_ep.model.seam.adapters import ADAPTERS, adapter_for
+from rq_ep.model.text import corpus
+from rq_ep.model.text.byte_tokenizer import BOS, EOS, PAD, VOCAB_SIZE, byte_tokenizer
+from rq_ep.model.text.teacher_forcing import taught
 
 RECIPE_FILE = "tiny_model.json"
 TEXT_DIRECTORY = "text"

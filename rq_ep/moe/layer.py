@@ -12,8 +12,8 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format
-from rq_ep.moe.bank import ExpertBank, SpareRoom
-from rq_ep.moe.family import ExpertFamily
+from rq_ep.moe.expert_bank import ExpertBank, SpareRoom
+from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.moe.telemetry import Telemetry
 from rq_ep.parallel import EPGroup, Exchange, Homes, RankFailure
 

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.plan import DispatchPlan
-from rq_ep.parallel.base import EPGroup, count
-from rq_ep.parallel.census import Census
-from rq_ep.parallel.order import pairs_by_replica, repeat, stable_order
-from rq_ep.parallel.room import dispatch_limit
-from rq_ep.parallel.trip import NOTE_BYTES, Part, Trip
+from rq_ep.parallel.dispatch_handle import NOTE_BYTES, Part, Trip
+from rq_ep.parallel.ep_group import EPGroup, count
+from rq_ep.parallel.permute import pairs_by_replica, repeat, stable_order
+from rq_ep.parallel.receive_buffers import dispatch_limit
+from rq_ep.parallel.routing_counts import Census
 
 # A step in which no rank receives more goes as one message with room for a row beside every pair: a hop saved is worth
 # more than bytes saved.

@@ -6,10 +6,10 @@ from typing import NoReturn
 
 from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
-from rq_ep.serve.front import Front
 from rq_ep.serve.leave import leave
 from rq_ep.serve.logs import set_up_logging
-from rq_ep.serve.startup import attempt, refuse
+from rq_ep.serve.rank.http_parent import Front
+from rq_ep.serve.rank.startup import attempt, refuse
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         config = read_settings(ServeConfig, args)
         if args.dry_run:
-            from rq_ep.serve.preview import preview
+            from rq_ep.serve.rank.dry_run import preview
 
             if rank == 0:
                 print(preview(config, environment.world_size, environment.local_world_size))
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
         front, problem = attempt(lambda: Front(config, environment)) if rank == 0 else (None, None)
         try:
-            from rq_ep.serve.rank import serve
+            from rq_ep.serve.rank.rank_server import serve
 
             return serve(config, front, problem)
         finally:

@@ -15,9 +15,9 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
-from rq_ep.solver.certify import certify
-from rq_ep.solver.deal import in_source_order
-from rq_ep.solver.split import ByExpert
+from rq_ep.solver.certificate.certify import certify
+from rq_ep.solver.split.min_max_split import ByExpert
+from rq_ep.solver.split.source_split import in_source_order
 
 ROUNDING = 1e-6  # of a pair: more than sums of shares are off, less than a share of one pair
 

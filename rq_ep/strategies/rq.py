@@ -13,12 +13,12 @@ from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
-from rq_ep.solver.activate import activate_one
-from rq_ep.solver.construct import solve
-from rq_ep.solver.deal import nearest_first
-from rq_ep.solver.halves import Halves
-from rq_ep.solver.mixed import place_mixed
-from rq_ep.solver.split import ByExpert, split
+from rq_ep.solver.search.mixed_replicas import place_mixed
+from rq_ep.solver.search.solve import solve
+from rq_ep.solver.split.min_max_split import ByExpert, split
+from rq_ep.solver.split.one_rank_per_expert import activate_one
+from rq_ep.solver.split.source_split import nearest_first
+from rq_ep.solver.split.two_format_split import Halves
 from rq_ep.strategies.eplb import eplb_candidates
 
 

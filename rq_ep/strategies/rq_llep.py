@@ -13,11 +13,11 @@ from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
-from rq_ep.solver.construct import solve
-from rq_ep.solver.deal import nearest_first
-from rq_ep.solver.lending import Lending
-from rq_ep.solver.relay import may_relay, relay
-from rq_ep.solver.split import ByExpert
+from rq_ep.solver.search.solve import solve
+from rq_ep.solver.split.lending import Lending
+from rq_ep.solver.split.min_max_split import ByExpert
+from rq_ep.solver.split.relay import may_relay, relay
+from rq_ep.solver.split.source_split import nearest_first
 from rq_ep.strategies.eplb import eplb_candidates
 from rq_ep.strategies.rq import ReplicateQuantize
 

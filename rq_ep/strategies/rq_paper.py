@@ -14,9 +14,9 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology, home_ranks
-from rq_ep.solver.certify import certify
-from rq_ep.solver.precision import Formats
-from rq_ep.solver.split import ByExpert
+from rq_ep.solver.certificate.certify import certify
+from rq_ep.solver.objective.precision import Formats
+from rq_ep.solver.split.min_max_split import ByExpert
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
-from rq_ep.solver.certify import certify
+from rq_ep.solver.certificate.certify import certify
 
 
 @dataclass(frozen=True)

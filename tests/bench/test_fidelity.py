@@ -13,13 +13,13 @@ import torch
 from bench import fidelity
 from bench.rerouted import fitted_anew, routers_of
 from bench.rounded import RoundedModel
-from rq_ep.model.listen import Subject
-from rq_ep.model.windows import make_windows
+from rq_ep.model.calibration.forward_stats import Subject
+from rq_ep.model.text.windows import make_windows
 
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> RoundedModel:
-    from rq_ep.model.checkpoint import read_tokenizer
+    from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 
     subject = Subject.open(tiny_checkpoint, torch.float32, "cpu")
     text = tiny_checkpoint / "text" / "held-out"

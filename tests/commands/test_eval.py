@@ -7,9 +7,9 @@ from rq_ep.__main__ import main
 from rq_ep.commands.common import parse_strategies
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
-from rq_ep.model.calibrate import calibrate
+from rq_ep.model.calibration.calibrate import calibrate
+from rq_ep.placing.place import place
 from rq_ep.strategies.llep import Llep
-from rq_ep.strategies.place import place
 
 
 @pytest.fixture(scope="module")

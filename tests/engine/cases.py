@@ -1,7 +1,7 @@
 """Models and requests of the engine tests."""
 
 from rq_ep.engine.engine import Limits
-from rq_ep.engine.request import Request
+from rq_ep.engine.requests import Request
 from rq_ep.strategies import NATIVE_STRATEGIES
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")

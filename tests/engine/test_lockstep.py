@@ -19,9 +19,9 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from rq_ep.engine.lockstep import LockstepManager, PeerLost, agreement, is_consequence
-from rq_ep.engine.position import Position
-from rq_ep.engine.request import Batch
-from rq_ep.parallel.base import RankFailure
+from rq_ep.engine.progress_tracker import Position
+from rq_ep.engine.requests import Batch
+from rq_ep.parallel.ep_group import RankFailure
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 

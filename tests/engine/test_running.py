@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rq_ep.engine.lockstep import Sampler
-from rq_ep.engine.request import Output, Request, Sampling, Score
+from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.running import News, Running
 from rq_ep.engine.scoring import LOWEST, score_tokens
 

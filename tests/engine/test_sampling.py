@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rq_ep.engine.request import Sampling
+from rq_ep.engine.requests import Sampling
 from rq_ep.engine.sampling import next_tokens
 
 NUM_TOKENS = 50

@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rq_ep.engine.engine import Engine
-from rq_ep.engine.families import set_attention
 from rq_ep.engine.lockstep import is_consequence
-from rq_ep.engine.request import Output, Request, Sampling, Score
+from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.scoring import score_tokens
-from rq_ep.model.load import load
+from rq_ep.engine.servable import set_attention
+from rq_ep.model.load.load_model import load
 from rq_ep.parallel import TorchGroup
 from tests.engine.cases import FAMILIES, LIMITS, SCORED_FAMILIES, requests_of, strategies_of
 

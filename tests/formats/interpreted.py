@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from rq_ep.formats import FORMATS, ExpertLayout
-from rq_ep.formats.grouped import can_multiply, grouped_product, operand
 from rq_ep.formats.int4 import Int4
+from rq_ep.formats.kernels.triton_codes import pairs_to_bf16
+from rq_ep.formats.kernels.triton_grouped import can_multiply, grouped_product, operand
 from rq_ep.formats.mxfp4 import Mxfp4
 from rq_ep.formats.quantized import Quantized
-from rq_ep.formats.triton_codes import pairs_to_bf16
 
 LAYOUT = ExpertLayout({"gate_up_proj": (80, 256), "down_proj": (130, 384)})  # out: no multiples of a block
 SLOTS, ENDS = (0, 2, 3), (3, 4, 25)

@@ -10,9 +10,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from rq_ep.core.errors import UserError
 from rq_ep.formats import FORMATS, ExpertLayout
 from rq_ep.formats.int8 import Int8, can_multiply_packed
+from rq_ep.formats.kernels.unpack import scale_channels
 from rq_ep.formats.mxfp4 import Mxfp4
 from rq_ep.formats.quantized import Quantized
-from rq_ep.formats.unpack import scale_channels
 
 LOW_BIT = {name: format_ for name, format_ in FORMATS.items() if isinstance(format_, Quantized)}
 BYTES_PER_WEIGHT = {  # without alignment and seal

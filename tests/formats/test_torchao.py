@@ -8,9 +8,9 @@ import torch
 
 from rq_ep.formats import FORMATS
 from rq_ep.formats.int4 import OFFSET
+from rq_ep.formats.kernels.unpack import nibbles
 from rq_ep.formats.mxfp4 import GROUP
 from rq_ep.formats.quantized import Parts
-from rq_ep.formats.unpack import nibbles
 
 primitives = pytest.importorskip("torchao.quantization.quant_primitives")
 mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")

@@ -10,12 +10,12 @@ from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.formats import FORMATS, is_intact
 from rq_ep.moe import LocalExperts, SpareRoom, Telemetry
-from rq_ep.moe.bank import DamagedExpert
-from rq_ep.moe.kernels import can_group
+from rq_ep.moe.expert_bank import DamagedExpert
+from rq_ep.moe.grouped_gemm import can_group
 from rq_ep.parallel import Exchange, Homes, LocalGroup, run_local
-from rq_ep.parallel.base import count_pairs
+from rq_ep.parallel.ep_group import count_pairs
 from tests.moe import cases
-from tests.moe.test_compute import FAMILIES, outputs, received_of, stack_of
+from tests.moe.test_expert_compute import FAMILIES, outputs, received_of, stack_of
 from tests.parallel.processes import run_ranks
 from tests.parallel.test_exchange import MODES
 from tests.parallel.test_processes import check_collectives, check_layers
@@ -49,7 +49,7 @@ def test_grouped_kernel_equals_the_loop(monkeypatch: pytest.MonkeyPatch, family:
     assert can_group(received.rows_MD, stack, family.up) == (torch.cuda.get_device_capability() >= (8, 0))
     grouped_MD = outputs(stack, family, received)
     assert all(torch.equal(grouped_MD, outputs(stack, family, received)) for _ in range(5)), "bits differ"
-    monkeypatch.setattr("rq_ep.moe.kernels.can_group", lambda *_: False)
+    monkeypatch.setattr("rq_ep.moe.grouped_gemm.can_group", lambda *_: False)
     loop_MD = outputs(stack, family, received)
     assert (grouped_MD - loop_MD).norm() < 2e-2 * loop_MD.norm()
 

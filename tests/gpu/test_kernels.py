@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rq_ep.formats import FORMATS, get_format
-from rq_ep.moe import ExpertFamily, kernels
-from tests.moe.test_compute import CPU, FAMILIES, outputs, received_of, stack_of
+from rq_ep.moe import ExpertFamily
+from rq_ep.moe import grouped_gemm as kernels
+from tests.moe.test_expert_compute import CPU, FAMILIES, outputs, received_of, stack_of
 
 DEVICE = torch.device("cuda")
 LOW_BIT = [name for name, format_ in FORMATS.items() if not format_.is_native]

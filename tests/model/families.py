@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rq_ep.model.teaching import taught
+from rq_ep.model.text.teacher_forcing import taught
 
 VOCAB_SIZE = 97
 

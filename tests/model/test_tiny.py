@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rq_ep.core.errors import UserError
-from rq_ep.model import corpus, tiny
-from rq_ep.model.adapters import adapter_for
+from rq_ep.model import tiny
+from rq_ep.model.seam.adapters import adapter_for
+from rq_ep.model.text import corpus
 
 SMALL = tiny.Recipe(steps=6, num_experts=4, num_layers=2, hidden_size=32, intermediate_size=16, num_heads=2)
 

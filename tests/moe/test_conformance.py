@@ -15,7 +15,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import FORMATS
 from rq_ep.moe import EPExperts, ExpertFamily, Telemetry
 from rq_ep.parallel import run_local
-from rq_ep.solver.relay import relay
+from rq_ep.solver.split.relay import relay
 from rq_ep.strategies import make_strategy
 from tests.moe import cases
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.parallel import Exchange, Received, Trip, run_local
-from rq_ep.parallel.order import block_order, pairs_by_replica
+from rq_ep.parallel.permute import block_order, pairs_by_replica
 from rq_ep.parallel.reference import assign
 
 

@@ -19,7 +19,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import checksum
 from rq_ep.moe import EPExperts, ExpertBank, Telemetry
 from rq_ep.parallel import EPGroup, Exchange, RankFailure, TorchGroup
-from rq_ep.solver.relay import relay
+from rq_ep.solver.split.relay import relay
 from rq_ep.strategies import make_strategy
 from tests.moe import cases
 

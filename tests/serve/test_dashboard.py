@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from rq_ep.serve.app import make_app
+from rq_ep.serve.http.app import make_app
+from tests.serve.http.test_app import LOADS, Bench
 from tests.serve.running import free_port
-from tests.serve.test_app import LOADS, Bench
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PLACEMENT = {

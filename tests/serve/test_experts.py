@@ -10,14 +10,14 @@ import torch
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
-from rq_ep.model.calibrate import calibrate
-from rq_ep.model.checkpoint import read_tokenizer
-from rq_ep.model.load import load
-from rq_ep.model.packed import PackedExperts
-from rq_ep.model.quantize import quantize
-from rq_ep.serve.inputs import read_in_advance
-from rq_ep.serve.preview import preview
-from rq_ep.strategies.place import place
+from rq_ep.model.calibration.calibrate import calibrate
+from rq_ep.model.calibration.quantize import quantize
+from rq_ep.model.checkpoint.packed_experts import PackedExperts
+from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
+from rq_ep.model.load.load_model import load
+from rq_ep.placing.place import place
+from rq_ep.serve.rank.check_inputs import read_in_advance
+from rq_ep.serve.rank.dry_run import preview
 from tests.model.families import FAMILIES, random_model, save
 from tests.serve.running import running
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench import soak
 from rq_ep.core.stats import PHASES, ExpertStats
 from rq_ep.formats import ExpertLayout, get_format
-from rq_ep.model.identity import model_identity
+from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.sim.traces import RoutingTrace
 from tests.serve.running import Server, running, until
 

@@ -8,10 +8,10 @@ import pytest
 from rq_ep.core.cost import LayerShape
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs.roofline import MACHINES
+from rq_ep.placing.place import place
 from rq_ep.sim.simulator import simulate
 from rq_ep.sim.traces import deal_counts
 from rq_ep.strategies import make_strategy
-from rq_ep.strategies.place import place
 from tests.sim.test_traces import trace_of
 
 SIZES = {"bf16": 1000, "int8": 504}

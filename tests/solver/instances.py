@@ -8,7 +8,7 @@ from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
-from rq_ep.solver.moves import Limits
+from rq_ep.solver.search.neighborhood import Limits
 
 
 def random_replicas(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> Replicas:

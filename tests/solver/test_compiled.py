@@ -9,7 +9,7 @@ import numpy as np
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.topology import Topology
-from rq_ep.solver.split import ByExpert, split
+from rq_ep.solver.split.min_max_split import ByExpert, split
 from rq_ep.strategies import make_strategy
 from tests.solver.instances import random_replicas, skewed
 

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rq_ep.solver.construct import solve
-from rq_ep.solver.layer import LayerSplit
-from rq_ep.solver.oracle import best_placement
-from rq_ep.solver.precision import Formats, low_experts
-from rq_ep.solver.steps import calibration_steps
+from rq_ep.solver.objective.calibration_steps import calibration_steps
+from rq_ep.solver.objective.precision import Formats, low_experts
+from rq_ep.solver.search.layer_state import LayerSplit
+from rq_ep.solver.search.solve import solve
 from tests.solver.instances import problem, skewed
+from tests.solver.oracle import best_placement
 
 WORSE_BY = 0.05  # of the optimum, at most; mostly it is found
 

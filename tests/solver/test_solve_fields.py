@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import rq_ep.solver.redraw as redraw_module
+import rq_ep.solver.objective.denoise_steps as redraw_module
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.rules import Rules, Where
 from rq_ep.core.topology import Topology
-from rq_ep.solver.construct import solve
-from rq_ep.solver.layer import LayerSplit
-from rq_ep.solver.loads import loads_SE
-from rq_ep.solver.precision import Formats, error_LE
-from rq_ep.solver.steps import LayerSteps, calibration_steps
+from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
+from rq_ep.solver.objective.expert_weights import loads_SE
+from rq_ep.solver.objective.precision import Formats, error_LE
+from rq_ep.solver.search.layer_state import LayerSplit
+from rq_ep.solver.search.solve import solve
 from rq_ep.strategies.eplb import eplb_candidates
 from rq_ep.strategies.rq import ReplicateQuantize
 from tests.solver.instances import problem, skewed

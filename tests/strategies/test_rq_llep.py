@@ -13,8 +13,8 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
+from rq_ep.placing.place import place
 from rq_ep.strategies import make_strategy
-from rq_ep.strategies.place import place
 from tests.strategies.cases import CASES, EXPERT_BYTES, zipf
 from tests.strategies.test_conformance import check_plan, layers_and_counts
 

@@ -9,7 +9,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.rules import Rules, Where
 from rq_ep.core.stats import ExpertStats
-from rq_ep.strategies.place import place
+from rq_ep.placing.place import place
 from tests.solver.instances import skewed
 
 SIZES = {"bf16": 1000, "int8": 504}

@@ -1,0 +1,42 @@
+"""Which models continuous batching can serve, and with which attention."""
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rq_ep.core.errors import UserError
+from rq_ep.engine.latent_attention import latent_widths
+
+
+def check_servable(config: PretrainedConfig) -> None:
+    """Refuse a model that continuous batching cannot run.
+
+    Raises:
+        UserError: an encoder-decoder, which continues no prompt.
+    """
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model type {config.model_type!r} is an encoder-decoder, which cannot be served over HTTP: use "
+            "rq_ep.load(...).generate(...), or serve a decoder-only model"
+        )
+
+
+def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> str:
+    """Choose the attention of a model and return its name; by default sdpa, or eager for families without it.
+
+    Raises:
+        UserError: transformers does not know the implementation, or not for this family; flash attention for
+            multi-head latent attention (MLA), whose keys and values differ in width.
+    """
+    chosen = attn_implementation or ("sdpa" if model._supports_sdpa else "eager")
+    if chosen not in ("sdpa", "eager") and "flash" not in chosen:
+        raise UserError(f"--attn-implementation {chosen}: continuous batching runs on sdpa, eager or a flash variant")
+    if "flash" in chosen and latent_widths(model.config.get_text_config()) is not None:
+        raise UserError(
+            f"--attn-implementation {chosen}: model type {model.config.model_type!r} has keys and values of unequal "
+            "widths, which flash attention does not take: use sdpa or eager"
+        )
+    try:
+        model.set_attn_implementation(chosen)
+    except (ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--attn-implementation {chosen}: {reason}") from None
+    return chosen

@@ -1,0 +1,1 @@
+"""Kernels that the weight formats share: compiled CPU loops, and Triton on a GPU."""

@@ -1,0 +1,1 @@
+"""Reading checkpoints: files, names, quantization schemes, and which model it is."""

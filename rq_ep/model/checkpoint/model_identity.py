@@ -1,0 +1,46 @@
+"""Which model a checkpoint is: a hash that costs little at any size and changes when the model does."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from rq_ep.core.stats import ModelIdentity
+from rq_ep.model.checkpoint.checkpoint_files import read_config_json, weight_files
+
+NUM_SAMPLES = 64  # per file, evenly spaced; a file of up to 256 KiB is read whole
+SAMPLE_BYTES = 4096
+IRRELEVANT = frozenset({"transformers_version", "_name_or_path"})  # written by whoever saved it last
+
+
+def model_identity(path: str | Path) -> ModelIdentity:
+    """The identity of the checkpoint in directory `path`: the directory's name, and a sha256 over its configuration
+    and, for every weight file, the header (names, types, shapes, offsets) and samples of the bytes.
+
+    Raises:
+        UserError: `path` is not a checkpoint directory, or one of its files is missing.
+    """
+    config = json.dumps(_relevant(read_config_json(path)), sort_keys=True)
+    digest = sha256(config.encode())
+    for file in weight_files(path):
+        _add_file(digest, file)
+    return ModelIdentity(Path(path).resolve().name, digest.hexdigest())
+
+
+def _relevant(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _relevant(value) for key, value in config.items() if key not in IRRELEVANT}
+    return config
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        header_bytes = 8 + int.from_bytes(file.read(8), "little")  # a safetensors file begins with its header's length
+        file.seek(0)
+        digest.update(file.read(min(header_bytes, size)))
+        last = size - SAMPLE_BYTES
+        for i in range(NUM_SAMPLES):
+            file.seek(max(header_bytes, last * i // (NUM_SAMPLES - 1)))
+            digest.update(file.read(SAMPLE_BYTES))

@@ -1,0 +1,259 @@
+"""From checkpoint tensors to the model's own: transformers' conversion rules, applied to one tensor or one expert.
+
+Checkpoints mostly keep every expert's matrices apart, under names of their own; in memory transformers fuses and
+renames them. Its conversion mapping says how, for a whole model at once. Here the same rules make one expert at a time,
+so that a rank reads its own experts and no others.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from rq_ep.core.errors import UserError
+from rq_ep.formats import ExpertLayout
+from rq_ep.formats.quantized import Parts
+from rq_ep.model.checkpoint.checkpoint_files import Checkpoint
+from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint
+from rq_ep.model.seam.adapters import adapter_for
+from rq_ep.model.seam.expert_modules import family_of
+
+# Buffers that older checkpoints hold and today's models compute; transformers ignores them for every model.
+COMPUTED_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+
+class Source(NamedTuple):
+    """A checkpoint tensor that goes into a tensor of the model."""
+
+    key: str
+    pattern: str  # the converter's pattern that it matched; the key itself where nothing is converted
+    expert: int | None  # the one expert it belongs to, where the checkpoint keeps experts apart
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tensor of the model (or several, where the checkpoint fuses what the model keeps apart) is made."""
+
+    target: str
+    converter: WeightConverter | None
+    sources: list[Source] = field(default_factory=list)
+
+    @property
+    def targets(self) -> list[str]:
+        if self.converter is None:
+            return [self.target]
+        first = self.converter.target_patterns[0]
+        return [self.target.replace(first, pattern) for pattern in self.converter.target_patterns]
+
+
+class WeightReader:
+    """Reads the tensors of a model, named, shaped and fused as transformers keeps them in memory.
+
+    Args:
+        checkpoint: where they come from.
+        model: the model as transformers builds it, experts included; its parameters may lie on the meta device.
+        experts: names of its routed experts modules; their tensors are read by `expert`, all others by `tensors`.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor of the model, or holds one that the model does not know.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, experts: Iterable[str]) -> None:
+        self._checkpoint = checkpoint
+        self._config = model.config
+        self._state = model.state_dict()
+        recipes = _recipes(model, checkpoint.keys, self._state)
+        made = {target for recipe in recipes.values() for target in recipe.targets}
+        self._refuse_leftovers(model, made)
+        self._refuse_missing(model, made)
+        self._experts: dict[str, dict[str, Recipe]] = {}
+        self._layouts: dict[str, ExpertLayout] = {}
+        for name in experts:
+            self._layouts[name] = family_of(model.get_submodule(name)).layout
+            tensors = [tensor for tensor, _ in model.get_submodule(name).named_parameters()]
+            self._experts[name] = {tensor: recipes.pop(f"{name}.{tensor}") for tensor in tensors}
+            for recipe in self._experts[name].values():
+                self._refuse_incomplete(recipe)
+        self._others = list(recipes.values())
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every stored tensor outside the routed experts, one after another, in the checkpoint's dtype.
+
+        Here as in `expert`, weights stored in few bits come in fp32.
+        """
+        for recipe in self._others:
+            if known := {name: self._state[name].shape for name in recipe.targets if name in self._state}:
+                sources = [(source.pattern, self._checkpoint.tensor(source.key)) for source in recipe.sources]
+                yield from self._make(recipe, sources, known).items()
+
+    def expert(self, name: str, expert: int) -> dict[str, torch.Tensor]:
+        """The tensors of one expert of the experts module `name`, in the checkpoint's dtype."""
+        return {tensor: self._expert_tensor(recipe, expert) for tensor, recipe in self._experts[name].items()}
+
+    def stored_expert(self, name: str, expert: int, format_name: str) -> torch.Tensor | None:
+        """An expert as the checkpoint stores it, packed: uint8 [nbytes]; None unless that is in format `format_name`.
+
+        Its numbers and scales come together, go through the same merging, and are not rounded again.
+        """
+        checkpoint = self._checkpoint
+        if not isinstance(checkpoint, QuantizedCheckpoint) or checkpoint.format.name != format_name:
+            return None
+        recipes = self._experts[name]
+        matrices = {tensor for tensor, recipe in recipes.items() if self._state[recipe.target].ndim == 3}
+        for tensor in matrices:
+            recipe = recipes[tensor]
+            operations = [] if recipe.converter is None else recipe.converter.operations
+            only_merges = all(isinstance(operation, MergeModulelist | Concatenate) for operation in operations)
+            if not only_merges or not all(source.key in checkpoint.matrices for source in recipe.sources):
+                return None
+        biases = {tensor: self._expert_tensor(recipes[tensor], expert) for tensor in recipes.keys() - matrices}
+        parts = {tensor: self._expert_parts(checkpoint, recipes[tensor], expert) for tensor in matrices}
+        return checkpoint.format.pack_parts(parts, biases, self._layouts[name])
+
+    def _expert_parts(self, checkpoint: QuantizedCheckpoint, recipe: Recipe, expert: int) -> Parts:
+        """What is stored of one expert's matrix, each part merged as the matrix would be."""
+        if recipe.converter is None:
+            return checkpoint.parts(recipe.sources[0].key, expert)
+        sources = [
+            (source.pattern, checkpoint.parts(source.key)) for source in recipe.sources if source.expert == expert
+        ]
+        merged = {}
+        for part in sources[0][1]:
+            tensors = [(pattern, parts[part]) for pattern, parts in sources]
+            merged[part] = self._convert(recipe.target, recipe.converter, tensors, _Shapes({}))[recipe.target][0]
+        return merged
+
+    def _expert_tensor(self, recipe: Recipe, expert: int) -> torch.Tensor:
+        sources = []
+        for source in recipe.sources:
+            if source.expert is None:
+                sources.append((source.pattern, self._checkpoint.rows(source.key, expert, expert + 1)))
+            elif source.expert == expert:
+                sources.append((source.pattern, self._checkpoint.tensor(source.key)))
+        shape = torch.Size((1, *self._state[recipe.target].shape[1:]))
+        return self._make(recipe, sources, {recipe.target: shape})[recipe.target][0]
+
+    def _make(
+        self, recipe: Recipe, sources: Sequence[tuple[str, torch.Tensor]], shapes: Mapping[str, torch.Size]
+    ) -> dict[str, torch.Tensor]:
+        """The tensors named in `shapes`, out of (pattern, tensor) pairs."""
+        if recipe.converter is None:
+            made = {recipe.target: sources[0][1]}
+        else:
+            made = self._convert(recipe.target, recipe.converter, sources, _Shapes(shapes))
+        for name, shape in shapes.items():
+            if made[name].shape != shape:
+                raise UserError(
+                    f"{self._checkpoint.path}: {name} comes out as {list(made[name].shape)}, but config.json asks for "
+                    f"{list(shape)}: the weights belong to another configuration"
+                )
+        return {name: made[name] for name in shapes}
+
+    def _convert(
+        self, target: str, converter: WeightConverter, sources: Sequence[tuple[str, torch.Tensor]], shapes: "_Shapes"
+    ) -> dict[str, torch.Tensor]:
+        for pattern, tensor in sources:
+            converter.add_tensor(target, pattern, pattern, tensor)  # type: ignore[arg-type]  # as saving does
+        try:
+            made: dict[str, torch.Tensor] = converter.convert(target, model=shapes, config=self._config)
+        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+            found = ", ".join(f"{pattern} {list(tensor.shape)}" for pattern, tensor in sources)
+            raise UserError(
+                f"{self._checkpoint.path}: {target} cannot be converted from {found} ({error}): "
+                "the weights belong to another configuration"
+            ) from None
+        return made
+
+    def _refuse_leftovers(self, model: PreTrainedModel, made: set[str]) -> None:
+        ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED_BUFFERS]
+        left = [name for name in made - set(self._state) if not any(re.search(pattern, name) for pattern in ignored)]
+        if left:
+            raise UserError(
+                f"{self._checkpoint.path}: no place for {_some(left)} in a {model.config.model_type} model with this "
+                "config.json: the weights belong to another configuration"
+            )
+
+    def _refuse_missing(self, model: PreTrainedModel, made: set[str]) -> None:
+        # What is tied to another tensor is not stored; what may be missing must have been computed by the model.
+        ignored = model._keys_to_ignore_on_load_missing or ()
+        missing = [
+            name
+            for name in set(self._state) - made - set(model.all_tied_weights_keys)
+            if self._state[name].is_meta or not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        if missing:
+            raise UserError(
+                f"{self._checkpoint.path}: the checkpoint lacks {_some(missing)}: it is incomplete, or belongs to "
+                "another configuration"
+            )
+
+    def _refuse_incomplete(self, recipe: Recipe) -> None:
+        """Check that every expert of a fused tensor is there; the number of tensors does not say which is lacking."""
+        num_experts = self._state[recipe.target].shape[0]
+        for pattern in {source.pattern for source in recipe.sources}:
+            sources = [source for source in recipe.sources if source.pattern == pattern]
+            found = {source.expert for source in sources}
+            if found == {None}:
+                rows = self._checkpoint.shape(sources[0].key)[0]
+                wrong = [] if rows == num_experts else [f"{recipe.target} of {rows} experts"]
+            else:
+                wrong = [f"expert {expert} of {recipe.target}" for expert in found ^ set(range(num_experts))]
+            if wrong:
+                raise UserError(
+                    f"{self._checkpoint.path}: config.json asks for experts 0..{num_experts - 1}, but the checkpoint "
+                    f"disagrees about {_some(wrong)}: it is incomplete, or belongs to another configuration"
+                )
+
+
+class _Shapes:
+    """Stands in for the model where a conversion rule asks for the shape of what it makes."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self._shapes = shapes
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self._shapes[name], device="meta")
+
+
+def _recipes(model: PreTrainedModel, keys: Iterable[str], state: dict[str, torch.Tensor]) -> dict[str, Recipe]:
+    """Target name -> recipe, for every tensor of the checkpoint; transformers' loader renames in the same order."""
+    rules = [*get_model_conversion_mapping(model), *adapter_for(model.config.model_type).converters()]
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    recipes: dict[str, Recipe] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if target not in state and key in state:
+            target, pattern = rename_source_key(key, [], [], prefix, state)
+        converter = None if pattern is None else by_pattern[pattern]
+        expert = None if pattern is None else _expert_number(apply_renamings(key, renamings), pattern)
+        recipe = recipes.setdefault(target, Recipe(target, converter))
+        recipe.sources.append(Source(key, pattern or key, expert))
+    return recipes
+
+
+def _expert_number(key: str, pattern: str) -> int | None:
+    """The number at the `*` of a pattern such as `experts.*.w1.weight`; None without one."""
+    match = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), key) if "*." in pattern else None
+    return None if match is None else int(match["expert"])
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of a list of names, and how many there are."""
+    first, *others = sorted(names, key=dot_natural_key)
+    return first if not others else f"{first} and {len(others)} more"

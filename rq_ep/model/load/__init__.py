@@ -1,0 +1,1 @@
+"""Loading a checkpoint onto the ranks of a group."""

@@ -1,0 +1,67 @@
+"""Bringing a model, a placement and a strategy together, and refusing what does not belong together."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rq_ep.core.cost import CostModel, LayerCost
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
+from rq_ep.core.stats import ExpertStats, ModelIdentity
+from rq_ep.core.strategy import Strategy
+from rq_ep.core.topology import Topology
+from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.model.seam.expert_modules import ExpertsModule
+from rq_ep.moe import ExpertFamily
+from rq_ep.strategies import make_strategy
+
+
+def choose_strategy(strategy: str | Strategy | None, placement: Placement | None) -> Strategy:
+    """The strategy asked for; by default the one that made the placement, or standard EP."""
+    if strategy is None:
+        strategy = "standard" if placement is None else placement.strategy
+    return make_strategy(strategy) if isinstance(strategy, str) else strategy
+
+
+def place_uniformly(
+    strategy: Strategy,
+    experts: Sequence[ExpertsModule],
+    layout: ExpertLayout,
+    native_format: str,
+    num_ranks: int,
+    model: ModelIdentity,
+) -> Placement:
+    """What a strategy makes of a model nobody has calibrated, in the expert bytes of standard EP."""
+    topology = Topology(num_ranks)
+    stats = ExpertStats.uniform(
+        layers=tuple(module.layer for module in experts),
+        num_experts=experts[0].num_experts,
+        expert_bytes={native_format: get_format(native_format).nbytes(layout)},
+        native_format=native_format,
+    )
+    budget_bytes_R = (standard_ep_bytes(stats, num_ranks),) * num_ranks
+    return strategy.place(PlacementProblem(replace(stats, model=model), topology, budget_bytes_R))
+
+
+def layer_cost(
+    machine: CostModel | None, family: ExpertFamily, placement: Placement, strategy: Strategy
+) -> LayerCost | None:
+    """What a layer costs on a machine, in every format the placement stores or the strategy may send."""
+    if machine is None:
+        return None
+    sent = getattr(strategy, "transient_format", None)
+    return machine.layer(family.shape({*placement.formats, *([sent] if sent else [])}))
+
+
+def check_layers(placement: Placement, experts: Sequence[ExpertsModule]) -> None:
+    """Raise a `UserError` with both values unless the placement has the model's MoE layers, in its order."""
+    placed = [(layer.layer, layer.num_experts) for layer in placement.layers]
+    wanted = [(module.layer, module.num_experts) for module in experts]
+    if placed != wanted:
+        raise UserError(f"the placement is for {_describe(placed)}, but the model has {_describe(wanted)}")
+
+
+def _describe(layers: Sequence[tuple[int, int]]) -> str:
+    numbers = ", ".join(str(layer) for layer, _ in layers)
+    experts = "/".join(str(number) for number in sorted({number for _, number in layers}))
+    return f"MoE layers {numbers} of {experts} experts"

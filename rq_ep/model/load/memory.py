@@ -1,0 +1,148 @@
+"""Refusing in advance what would not fit: all that a rank needs at worst against the memory of its device."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.core.strategy import Strategy
+from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.model.seam.expert_modules import ExpertsModule
+from rq_ep.moe import ExpertFamily
+from rq_ep.moe.expert_bank import MAX_REPACKED
+from rq_ep.moe.expert_compute import workspace_bytes
+from rq_ep.parallel.receive_buffers import dispatch_limit, worst_dispatch_bytes
+
+LENDING = ("llep", "rq_llep")  # strategies whose plans move experts
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """What one rank needs of its device, by purpose; None where it is not known in advance."""
+
+    others: int  # weights that are no routed experts
+    experts: int  # resident ones
+    borrowed: int  # room for experts borrowed for a step, which the layers share
+    repacked: int  # experts kept in the format they are lent in
+    step: int | None  # rows, notes, sums and intermediate results of the largest step
+
+    @property
+    def total(self) -> int:
+        return self.others + self.experts + self.borrowed + self.repacked + (self.step or 0)
+
+    def __str__(self) -> str:
+        parts = [f"{_gib(self.others + self.experts)} for weights ({_gib(self.experts)} of experts)"]
+        parts.append(f"{_gib(self.borrowed)} to borrow")
+        if self.repacked:
+            parts.append(f"{_gib(self.repacked)} to lend in another format")
+        parts.append("steps of unknown size" if self.step is None else f"{_gib(self.step)} for the largest step")
+        return ", ".join(parts)
+
+
+def expert_bytes(placement: Placement, layout: ExpertLayout, ranks: Sequence[int]) -> dict[str, int]:
+    """Weight format -> bytes of the experts that a placement gives to `ranks`, over all layers."""
+    held = Counter(replica.format for layer in placement.layers for replica in layer.replicas if replica.rank in ranks)
+    return {name: number * get_format(name).nbytes(layout) for name, number in held.items()}
+
+
+def borrowed_bytes(strategy: Strategy, placement: Placement, layout: ExpertLayout) -> int:
+    """Bytes of the experts that a rank borrows in a step at most."""
+    if strategy.name not in LENDING:
+        return 0
+    number = max(
+        layer.num_experts - len(layer.replicas.on_rank(rank))
+        for layer in placement.layers
+        for rank in range(placement.topology.num_ranks)
+    )
+    allowed = getattr(strategy, "max_borrowed", None)
+    if allowed is not None:
+        number = min(number, allowed)
+    sent = getattr(strategy, "transient_format", None)
+    names = {*placement.formats, *([sent] if sent else [])}  # beyond its cap, experts travel as they lie
+    return number * max(get_format(name).nbytes(layout) for name in names)
+
+
+def step_bytes(
+    family: ExpertFamily, top_k: int, num_ranks: int, num_tokens: int, dtype: torch.dtype, kind: str, limit: int | None
+) -> int:
+    """Bytes of a rank's largest step: every rank has `num_tokens`, and all of them may choose this rank's experts.
+
+    Args:
+        family: of the experts.
+        top_k: experts of a token.
+        num_ranks: R.
+        num_tokens: of each rank.
+        dtype: of the rows.
+        kind: type of the device.
+        limit: bytes of other ranks' rows held at once; None: as the exchange chooses.
+    """
+    row_bytes = family.hidden_size * dtype.itemsize
+    if limit is None:
+        limit = dispatch_limit(np.full(num_ranks, num_tokens), top_k, row_bytes, kind)
+    rows = worst_dispatch_bytes(num_tokens, top_k, num_ranks, family.hidden_size, dtype.itemsize, limit)
+    return rows + workspace_bytes(family, dtype, num_ranks * num_tokens * top_k, kind)
+
+
+def rank_bytes(
+    model: PreTrainedModel,
+    experts: Sequence[ExpertsModule],
+    resident: Mapping[str, int],
+    placement: Placement,
+    strategy: Strategy,
+    layout: ExpertLayout,
+    step: int | None,
+) -> RankBytes:
+    """Add up what a rank will need.
+
+    Args:
+        model: on the meta device, with all of its experts.
+        experts: its routed experts.
+        resident: bytes of the experts that the rank will hold, by format.
+        placement: of all experts.
+        strategy: that may borrow some.
+        layout: of an expert.
+        step: bytes of the largest step, if it is known.
+    """
+    routed = sum(parameter.nbytes for module in experts for parameter in module.module.parameters())
+    sent = getattr(strategy, "transient_format", None)
+    repacked = 0
+    if sent is not None and set(placement.formats) != {sent}:
+        repacked = MAX_REPACKED * len(experts) * get_format(sent).nbytes(layout)
+    return RankBytes(
+        others=sum(parameter.nbytes for parameter in model.parameters()) - routed,
+        experts=sum(resident.values()),
+        borrowed=borrowed_bytes(strategy, placement, layout),
+        repacked=repacked,
+        step=step,
+    )
+
+
+def check_fits(needed: RankBytes, rank: int, device: torch.device) -> None:
+    """Raise a `UserError` with the numbers unless what a rank needs fits its device."""
+    available = available_bytes(device)
+    if available is not None and needed.total > available:
+        raise UserError(
+            f"rank {rank} needs {_gib(needed.total)}: {needed}; but {device} has {_gib(available)}: start more ranks, "
+            "place with lower-bit --formats and a smaller --budget, let the strategy borrow fewer experts "
+            "(max_borrowed), or lower --max-num-batched-tokens or --max-dispatch-bytes"
+        )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of a GPU, all memory of the machine for a CPU; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"

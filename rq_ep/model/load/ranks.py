@@ -1,0 +1,71 @@
+"""The ranks a model is loaded onto, and which of them live in this process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.topology import MAX_RANKS
+from rq_ep.parallel import EPGroup
+from rq_ep.parallel.default_group import default_group, own_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """All ranks of the model; `here` is one of them where they share a group, or all of them without one."""
+
+    num_ranks: int
+    here: tuple[int, ...]
+    device: torch.device
+    group: EPGroup | None
+
+    @classmethod
+    def of(cls, group: EPGroup | None, num_local_ranks: int | None, device: str) -> "Ranks":
+        """The ranks of a group, by default the launcher's, or `num_local_ranks` ranks in this process.
+
+        Raises:
+            UserError: the arguments contradict each other, or the device is not there.
+        """
+        if num_local_ranks is not None:
+            if group is not None:
+                raise UserError(f"num_local_ranks {num_local_ranks}: give it or a group, not both")
+            check_integer("num_local_ranks", num_local_ranks, 1, MAX_RANKS)
+            return cls(num_local_ranks, tuple(range(num_local_ranks)), own_device(device), None)
+        group = default_group(device) if group is None else group
+        if device not in ("auto", group.device.type):
+            raise UserError(f"device {device!r}: the group's tensors live on {group.device}")
+        return cls(group.size, (group.rank,), group.device, group)
+
+    @property
+    def are_processes(self) -> bool:
+        """Whether the other ranks are processes of their own."""
+        return self.group is not None and self.group.backend != "local" and self.num_ranks > 1
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`together` of these ranks."""
+        return together(self.group, work)
+
+
+def together(group: EPGroup | None, work: Callable[[], T]) -> T:
+    """Do the work; what a user has to put right on one rank is raised on all, so that none waits for another.
+
+    Args:
+        group: the ranks, all of which call this; None: this process alone.
+        work: what to do; no collectives.
+    """
+    if group is None:
+        return work()
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems = group.all_gather_object(problem)
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
+    return result  # type: ignore[return-value]  # without a problem, it is there

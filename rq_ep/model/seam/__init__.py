@@ -1,0 +1,1 @@
+"""The seam into transformers: where the routed experts of a model are."""

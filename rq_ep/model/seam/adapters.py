@@ -1,0 +1,31 @@
+"""Model families whose MoE layers transformers builds in a form of their own, and what brings them to the seam's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+
+from rq_ep.model.seam import switch_transformers as switch
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is special about a family."""
+
+    auto_class: Any  # of transformers, which builds and loads its models
+    adapt: Callable[[PreTrainedModel], None]  # rebuilds the MoE layers of a model in place
+    converters: Callable[[], list[WeightConverter]]  # from tensors of a checkpoint to those of a rebuilt layer
+
+
+NOTHING_SPECIAL = Adapter(AutoModelForCausalLM, adapt=lambda model: None, converters=list)
+
+ADAPTERS: dict[str, Adapter] = {
+    "switch_transformers": Adapter(AutoModelForSeq2SeqLM, switch.adapt, switch.converters),
+}
+
+
+def adapter_for(model_type: str) -> Adapter:
+    """The adapter of a family; most need none."""
+    return ADAPTERS.get(model_type, NOTHING_SPECIAL)

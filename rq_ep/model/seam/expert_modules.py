@@ -1,0 +1,131 @@
+"""The seam into transformers: where the routed experts of a model are, and what one expert looks like.
+
+More than 60 model families decorate their experts class with `use_experts_implementation`, and call it with
+(hidden_TD, topk_ids_TK, topk_weights_TK). The decorator leaves behind how the weights lie, so one seam serves them all.
+Families that do otherwise have an adapter, which rebuilds their MoE layers in that form before they come here.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rq_ep.core.errors import UserError
+from rq_ep.formats import ExpertLayout
+from rq_ep.model.seam.adapters import ADAPTERS
+from rq_ep.moe.expert_family import ExpertFamily
+
+DECORATED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by `use_experts_implementation`
+
+
+class ExpertsModule(NamedTuple):
+    """The routed experts of one layer."""
+
+    layer: int  # index of the layer in the model
+    name: str  # of the module, for `get_submodule`
+    module: nn.Module
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.module.get_parameter("down_proj"))
+
+    @property
+    def family(self) -> ExpertFamily:
+        """Layout and activation of each of them."""
+        return family_of(self.module)
+
+    @property
+    def held(self) -> Sequence[int]:
+        """The experts whose weights are in this process."""
+        return range(self.num_experts)
+
+    def weights(self, expert: int) -> dict[str, Tensor]:
+        """The tensors of one of the experts `held`."""
+        return {name: parameter[expert] for name, parameter in self.module.named_parameters()}
+
+
+def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
+    """The routed experts modules of a model, in the order of its layers.
+
+    Raises:
+        UserError: the model has none, or its experts do not fit the seam; the message names the module and why.
+    """
+    found = [
+        ExpertsModule(getattr(module, "layer_index", _layer_index(name)), name, module)
+        for name, module in model.named_modules()
+        if all(hasattr(module, attribute) for attribute in DECORATED)
+    ]
+    model_type = model.config.model_type
+    if not found:
+        if model_type in ADAPTERS:
+            raise UserError(
+                f"model_type {model_type!r}: this model was built without rq_ep; give its checkpoint directory"
+            )
+        if strangers := [f"{name} ({type(module).__name__})" for name, module in _look_like_experts(model)]:
+            raise UserError(
+                f"model_type {model_type!r} cannot be served: its experts, such as {strangers[0]}, do not use "
+                "transformers' `use_experts_implementation` (their router may weight inputs instead of outputs)"
+            )
+        raise UserError(f"model_type {model_type!r} cannot be served: this model is dense, it has no MoE layers")
+    for experts in found:
+        if why := _misfit(experts.module):
+            raise UserError(f"model_type {model_type!r} cannot be served: {experts.name} {why}")
+    first = found[0]
+    for experts in found[1:]:
+        if _shapes(experts.module) != _shapes(first.module):
+            raise UserError(
+                f"model_type {model_type!r} cannot be served: its MoE layers differ, {first.name} has "
+                f"{_shapes(first.module)} and {experts.name} has {_shapes(experts.module)}"
+            )
+    if len({experts.layer for experts in found}) < len(found):
+        raise UserError(f"model_type {model_type!r} cannot be served: a layer has more than one set of routed experts")
+    top_k = getattr(model.config, "num_experts_per_tok", None) or 1
+    if top_k > first.num_experts:
+        raise UserError(f"num_experts_per_tok {top_k}: this model has {first.num_experts} experts in a layer")
+    return tuple(sorted(found))
+
+
+def family_of(experts: nn.Module) -> ExpertFamily:
+    """Layout and activation of one expert; the result keeps no weights alive."""
+    shell: Any = copy.copy(experts)  # the gate is a method: it needs the module's settings, not its weights
+    shell._parameters = {}
+    return ExpertFamily(
+        layout=ExpertLayout(
+            {name: tuple(parameter.shape[1:]) for name, parameter in experts.named_parameters(recurse=False)},
+            is_transposed=shell.is_transposed,
+        ),
+        apply_gate=shell._apply_gate if shell.has_gate else shell.act_fn,
+    )
+
+
+def _misfit(experts: nn.Module) -> str | None:
+    """Why an experts module does not fit the seam, or None if it does."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    expected = {up, "down_proj"} | ({f"{up}_bias", "down_proj_bias"} if experts.has_bias else set())
+    found = {name for name, _ in experts.named_parameters()}
+    if found != expected:
+        return f"has parameters {sorted(found)} where {sorted(expected)} are expected"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "normalizes the output of every expert, which is not supported"
+    return None
+
+
+def _shapes(experts: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
+
+
+def _layer_index(name: str) -> int:
+    """The layer's number in a module name such as `model.layers.3.mlp.experts`."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+    return int(numbers[-1]) if numbers else 0
+
+
+def _look_like_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+    ]

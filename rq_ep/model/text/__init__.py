@@ -1,0 +1,1 @@
+"""Text, tokens, and how known text is run through a model."""

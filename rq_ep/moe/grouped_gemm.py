@@ -1,0 +1,152 @@
+"""Rows through the matrices of several experts of one format: which kernel does it, by format, device and rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.formats import ExpertLayout, Views, WeightFormat
+from rq_ep.formats.kernels.unpack import has_triton
+from rq_ep.formats.quantized import Quantized
+
+MAX_GROUPED_ROWS = 128  # of a low-bit expert on a GPU, on average; not tuned on one
+_GROUPED_STRIDE_BYTES = 16  # what the grouped kernel wants strides to be multiples of
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Packed experts of one format in one buffer, uint8 [slots, nbytes]."""
+
+    format: WeightFormat
+    layout: ExpertLayout
+    packed: Tensor
+
+    @classmethod
+    def empty(cls, format_: WeightFormat, layout: ExpertLayout, num_slots: int, device: torch.device) -> "Stack":
+        shape = (num_slots, format_.nbytes(layout))
+        return cls(format_, layout, torch.zeros(shape, dtype=torch.uint8, device=device))
+
+    @cached_property
+    def views(self) -> Views:
+        """Tensors of all experts, [slots, ...]."""
+        return self.format.views(self.packed, self.layout)
+
+    @cached_property
+    def experts(self) -> tuple[Views, ...]:
+        """Tensors of each expert."""
+        return tuple(self.format.views(packed, self.layout) for packed in self.packed)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows up to ends[0] are for the expert in slots[0], then up to ends[1] for the next, ...; none without rows."""
+
+    x_ND: Tensor
+    slots: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        return list(pairwise((0, *self.ends)))
+
+    def sizes(self, num_slots: int) -> IntArray:
+        """Rows of the expert in each slot, [S]."""
+        sizes_S = np.zeros(num_slots, np.int64)
+        sizes_S[list(self.slots)] = np.diff(self.ends, prepend=0)
+        return sizes_S
+
+
+class Kernel(NamedTuple):
+    """What it can multiply, and how."""
+
+    can_multiply: Callable[[Batch, Stack, str], bool]
+    multiply: Callable[[Batch, Stack, str], Tensor]
+
+
+def multiply(x_ND: Tensor, stack: Stack, slots: Sequence[int], ends: Sequence[int], name: str) -> Tensor:
+    """Rows up to ends[0] through matrix `name` of the expert in slots[0], then up to ends[1] through the next, ...
+
+    Args:
+        x_ND: rows [N, in].
+        stack: the experts.
+        slots: where they lie, ascending.
+        ends: ascending, the last is N; an expert may have no rows.
+        name: of the matrix.
+
+    Returns:
+        [N, out], with biases.
+    """
+    active = [(slot, end) for slot, (start, end) in zip(slots, pairwise((0, *ends)), strict=True) if start < end]
+    batch = Batch(x_ND, tuple(slot for slot, _ in active), tuple(end for _, end in active))
+    return next(kernel for kernel in KERNELS if kernel.can_multiply(batch, stack, name)).multiply(batch, stack, name)
+
+
+def can_group(x_ND: Tensor, stack: Stack, name: str) -> bool:
+    """Whether one grouped kernel computes a stack's experts: bf16, stored as computed, strides as it wants them."""
+    if not stack.format.is_native or not x_ND.dtype == stack.views[name].dtype == torch.bfloat16:
+        return False
+    if x_ND.device.type == "cuda" and torch.cuda.get_device_capability(x_ND.device) < (8, 0):
+        return False
+    return all(size * x_ND.dtype.itemsize % _GROUPED_STRIDE_BYTES == 0 for size in stack.layout.shapes[name])
+
+
+def _are_several_native(batch: Batch, stack: Stack, name: str) -> bool:
+    return len(batch.slots) > 1 and can_group(batch.x_ND, stack, name)
+
+
+def _grouped_native(batch: Batch, stack: Stack, name: str) -> Tensor:
+    x_ND = batch.x_ND
+    sizes_S = batch.sizes(len(stack.packed))
+    ends_S = torch.from_numpy(sizes_S.cumsum().astype(np.int32)).to(x_ND.device, non_blocking=True)
+    weight = stack.views[name] if stack.layout.is_transposed else stack.views[name].transpose(1, 2)
+    return _add_bias(F.grouped_mm(x_ND, weight, offs=ends_S), sizes_S, stack, name)
+
+
+def _are_few_low_bits_on_gpu(batch: Batch, stack: Stack, name: str) -> bool:
+    """Few: reading the weights takes longer than multiplying them."""
+    x_ND = batch.x_ND
+    if x_ND.device.type != "cuda" or not isinstance(stack.format, Quantized) or not has_triton():
+        return False
+    from rq_ep.formats.kernels.triton_grouped import can_multiply
+
+    return 0 < len(x_ND) <= MAX_GROUPED_ROWS * len(batch.slots) and can_multiply(x_ND, stack.format)
+
+
+def _grouped_low_bits(batch: Batch, stack: Stack, name: str) -> Tensor:
+    from rq_ep.formats.kernels.triton_grouped import grouped_product, operand
+
+    assert isinstance(stack.format, Quantized)
+    matrix = operand(stack.format, stack.format.parts(stack.views, name, stack.layout))
+    out_NO = grouped_product(batch.x_ND, matrix, batch.slots, batch.ends)
+    return _add_bias(out_NO, batch.sizes(len(stack.packed)), stack, name)
+
+
+def _one_by_one(batch: Batch, stack: Stack, name: str) -> Tensor:
+    """The format knows: low bits are unpacked a block at a time, or multiplied packed where rows are few."""
+    parts = [
+        stack.format.linear(batch.x_ND[start:end], stack.experts[slot], name, stack.layout)
+        for slot, (start, end) in zip(batch.slots, batch.spans, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _add_bias(out_NO: Tensor, sizes_S: IntArray, stack: Stack, name: str) -> Tensor:
+    if (bias := stack.views.get(f"{name}_bias")) is not None:
+        sizes = torch.from_numpy(sizes_S).to(out_NO.device, non_blocking=True)
+        out_NO += torch.repeat_interleave(bias, sizes, 0, output_size=len(out_NO))
+    return out_NO
+
+
+# The first that can is taken.
+KERNELS = (
+    Kernel(_are_several_native, _grouped_native),
+    Kernel(_are_few_low_bits_on_gpu, _grouped_low_bits),
+    Kernel(lambda *_: True, _one_by_one),
+)

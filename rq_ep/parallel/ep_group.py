@@ -1,0 +1,103 @@
+"""What a rank needs of its expert-parallel group, whoever provides it."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.parallel.receive_buffers import ReceiveRoom
+
+Piece = tuple[Tensor, int]  # a packed expert, uint8 [nbytes], and the rank it goes to or comes from
+
+
+class RankFailure(RuntimeError):
+    """A rank cannot go on, by its own fault or another's; the message names the rank and what it was doing."""
+
+
+class Transfers(Protocol):
+    """Point-to-point messages on their way."""
+
+    def wait(self) -> None:
+        """Return when everything received is in place and everything sent may be overwritten."""
+        ...
+
+
+class Arrival(Protocol):
+    """Rows of all ranks on their way to this one."""
+
+    def wait(self) -> Tensor:
+        """The rows, when they are in place; what was sent may be overwritten when every rank has returned from this."""
+        ...
+
+
+class EPGroup(Protocol):
+    """One rank's side of the group that shares a model's experts. Every rank makes the same calls in the same order.
+
+    Collectives raise `RankFailure` when another rank has ended or does not answer in time.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def backend(self) -> str: ...  # gloo, nccl or local
+    @property
+    def room(self) -> ReceiveRoom: ...
+
+    def gather_counts(self, counts_N: Tensor) -> IntArray:
+        """[R, N] int64 on the host: what each rank counted, the same on every rank. Waits for the device."""
+        ...
+
+    def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
+        """Send `input_splits[r]` rows to rank r and return the rows of all ranks, `output_splits[r]` of rank r.
+
+        Raises:
+            ValueError: the splits do not fit this group or `send`.
+        """
+        ...
+
+    def start_all_to_all(
+        self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
+    ) -> Arrival:
+        """`all_to_all` that returns at once; the rows arrive in `out`, contiguous, by default in a new tensor."""
+        ...
+
+    def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> Transfers:
+        """Start messages between pairs of ranks. Both ends name the messages between them in the same order."""
+        ...
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks."""
+        ...
+
+    def barrier(self) -> None: ...
+
+    def clock(self) -> float:
+        """Seconds; a difference of two readings is time that was this rank's own."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def count_pairs(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """[E] int64 pairs of each expert, on the ids' device."""
+    return count(topk_ids_TK.reshape(-1).to(torch.int64), num_experts)
+
+
+def count(values_N: Tensor, num_values: int) -> Tensor:
+    """[num_values] int64, how often each of 0, 1, ... is there; unlike `bincount` it does not wait for the device."""
+    counts = torch.zeros(num_values, dtype=torch.int64, device=values_N.device)
+    return counts.scatter_add_(0, values_N, torch.ones_like(values_N))
+
+
+def check_splits(send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], size: int) -> None:
+    """Raise unless the splits fit: some backends end the process on a mismatch instead."""
+    if len(input_splits) != size or len(output_splits) != size:
+        raise ValueError(f"{len(input_splits)} input and {len(output_splits)} output splits for {size} ranks")
+    if min(*input_splits, *output_splits) < 0 or sum(input_splits) != len(send):
+        raise ValueError(f"input splits {input_splits}, output splits {output_splits} do not fit {len(send)} rows")

@@ -1,0 +1,1 @@
+"""The verb `place`: from statistics and a budget to a placement."""

@@ -1,0 +1,1 @@
+"""Timings of this machine, from which a cost model is fitted."""

@@ -1,0 +1,1 @@
+"""The HTTP process: routes, metrics, and the ranks as it sees them. It does not import torch."""

@@ -1,0 +1,54 @@
+"""Routes that show the balance: where experts are, what they and the ranks get, and a page that draws it."""
+
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import HTMLResponse
+
+from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.service import Service
+
+
+def ep_routes(service: Service) -> APIRouter:
+    """The routes of a service."""
+    router = APIRouter()
+    page = (files("rq_ep.serve.http") / "dashboard.html").read_text()
+
+    @router.get("/v1/ep/placement")
+    async def placement() -> dict[str, Any]:
+        """The placement that is served, as `placement.json` holds it."""
+        if service.placement is None:
+            raise ApiError(503, "not serving: the model is loading")
+        return service.placement
+
+    @router.get("/v1/ep/load")
+    async def load() -> dict[str, Any]:
+        """Routed pairs of ranks and experts, since the start and lately; speed and latency over the last minutes."""
+        balance = service.balance.view()
+        return {"model": service.model_name, **balance, "history": service.history.view()}
+
+    @router.post("/v1/ep/record/start")
+    async def start() -> dict[str, Any]:
+        """Record what the router chooses for every token, on every rank, until told to stop.
+
+        At most `max_tokens` (--record-max-tokens) are kept, the first ones. A recording that is under way when the
+        server ends is lost.
+        """
+        if (reason := service.why_unavailable()) is not None:
+            raise ApiError(503, f"not serving: {reason}")
+        return {"recording": True, **service.recorder.start()}
+
+    @router.post("/v1/ep/record/stop")
+    async def stop() -> dict[str, Any]:
+        """End the recording and name the trace on the server's disk, for `trace:FILE` and `rq-ep simulate --trace`.
+
+        `is_full`: there was more to record than --record-max-tokens.
+        """
+        return {"recording": False, **await service.recorder.stop()}
+
+    @router.get("/dashboard", include_in_schema=False)
+    async def dashboard() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    return router

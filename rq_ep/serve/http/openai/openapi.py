@@ -1,0 +1,65 @@
+"""The OpenAPI document: what FastAPI derives from the routes, with the answers that we give in its place."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from rq_ep.serve.http.openai.api_errors import TYPES
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": sorted(set(TYPES.values()))},
+                "param": {"type": ["string", "null"]},
+                "code": {"enum": sorted(TYPES)},
+            },
+        }
+    },
+}
+
+EVENTS = "where `stream` is true: events whose data is a chunk of the answer as JSON, the last one `[DONE]`"
+
+# Which errors a route can answer with, by the beginning of its path; 401 is the guard's.
+STATUSES = {
+    "/v1/completions": (400, 401, 404, 413, 429, 500, 503),
+    "/v1/chat/completions": (400, 401, 404, 413, 429, 500, 503),
+    "/v1/ep/record": (400, 401, 409, 500, 503),
+    "/v1/ep": (401, 503),
+    "/v1/models/": (401, 404),
+    "/v1/models": (401,),
+    "/health": (503,),
+}
+
+
+def describe(app: FastAPI, model_name: str) -> dict[str, Any]:
+    """The OpenAPI document of the app, which names the one model there is."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = document["components"]["schemas"]
+    schemas["Error"] = ERROR
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for name in ("CompletionBody", "ChatBody"):
+        schemas[name]["properties"]["model"]["enum"] = [model_name]
+    for path, operations in document["paths"].items():
+        statuses = next((found for start, found in STATUSES.items() if path.startswith(start)), ())
+        for operation in operations.values():
+            answers = operation["responses"]
+            answers.pop("422", None)
+            answers |= {str(status): _error(TYPES[status]) for status in statuses}
+            if path.endswith("completions"):
+                answers["200"]["content"]["text/event-stream"] = {"schema": {"description": EVENTS}}
+            if path == "/metrics":
+                answers["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    return document
+
+
+def _error(kind: str) -> dict[str, Any]:
+    schema = {"schema": {"$ref": "#/components/schemas/Error"}}
+    return {"description": kind.replace("_", " "), "content": {"application/json": schema}}

@@ -1,0 +1,90 @@
+"""Bodies of answers, whole and streamed, as OpenAI's clients read them."""
+
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rq_ep.engine.requests import Request
+from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.chunks import Piece, ScoredToken
+from rq_ep.serve.http.openai.logprobs import TokenText, chat_logprobs, completion_logprobs
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The frame of one answer: a chat completion, or a plain one."""
+
+    request: Request
+    model: str
+    is_chat: bool
+    token_text: TokenText
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        id_ = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.request.id}"
+        return {"id": id_, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more}
+
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        if self.request.num_logprobs is None:
+            return None
+        return (chat_logprobs if self.is_chat else completion_logprobs)(tokens, self.token_text)
+
+    def _usage(self, num_tokens: int) -> dict[str, int]:
+        num_prompt = len(self.request.prompt_ids)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+        }
+
+    async def whole(self, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
+        """The body of an answer that is sent at once."""
+        all_ = [piece async for piece in pieces]
+        text = "".join(piece.text for piece in all_)
+        logprobs = self._logprobs([token for piece in all_ for token in piece.tokens])
+        choice: dict[str, Any] = {"index": 0, "finish_reason": all_[-1].finish_reason, "logprobs": logprobs}
+        if self.is_chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._frame(kind, [choice], usage=self._usage(sum(piece.num_tokens for piece in all_)))
+
+    async def stream(self, pieces: AsyncIterator[Piece], include_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events of an answer: its pieces, its usage if asked for, and the end mark.
+
+        An error on the way becomes an event of its own, and the end mark is left out.
+        """
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        num_tokens = 0
+        if self.is_chat:
+            yield _event(self._frame(kind, [self._chunk("", None, (), is_first=True)], **usage))
+        try:
+            async for piece in pieces:
+                num_tokens += piece.num_tokens
+                if piece.text or piece.finish_reason is not None:
+                    chunk = self._chunk(piece.text, piece.finish_reason, piece.tokens)
+                    yield _event(self._frame(kind, [chunk], **usage))
+        except ApiError as error:
+            yield _event(error.body())
+            return
+        if include_usage:
+            yield _event(self._frame(kind, [], usage=self._usage(num_tokens)))
+        yield "data: [DONE]\n\n"
+
+    def _chunk(
+        self, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken], *, is_first: bool = False
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(tokens) if tokens else None
+        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+        if not self.is_chat:
+            return {**choice, "text": text}
+        role = {"role": "assistant"} if is_first else {}
+        return {**choice, "delta": {**role, "content": text} if text or is_first else {}}
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

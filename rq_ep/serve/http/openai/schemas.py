@@ -1,0 +1,173 @@
+"""Bodies of requests, after OpenAI's reference. What is not supported is refused, never ignored."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from rq_ep.serve.http.openai.api_errors import ApiError
+
+# Parameters of OpenAI's reference that are not supported, with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1, None),
+    "frequency_penalty": (0, None),
+    "function_call": ("none", None),
+    "functions": (None,),
+    "logit_bias": ({}, None),
+    "metadata": ({}, None),
+    "modalities": (["text"], None),
+    "parallel_tool_calls": (False, True, None),
+    "presence_penalty": (0, None),
+    "response_format": ({"type": "text"}, None),
+    "service_tier": ("auto", "default", None),
+    "store": (False, None),
+    "suffix": ("", None),
+    "tool_choice": ("none", "auto", None),
+    "tools": ([], None),
+}
+
+MAX_LOGPROBS = 20
+
+
+def _check_text(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a surrogate pair at character {error.start} is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+StopString = Annotated[Text, Field(min_length=1)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class GenerationBody(_Body):
+    """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
+
+    model: Text
+    n: Literal[1] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)  # the newer name; GuideLLM sends both
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Text | None = None
+    ignore_eos: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unsupported(cls, data: Any) -> Any:
+        """Drop parameters that ask for nothing; name the ones that ask for what there is not."""
+        if not isinstance(data, dict):
+            return data
+        for name, neutral in NEUTRAL.items():
+            if name in data and not any(data[name] is value or _same(data[name], value) for value in neutral):
+                raise ApiError(400, f"{name}={data[name]!r} is not supported by this server: leave it out", name)
+        return {name: value for name, value in data.items() if name not in NEUTRAL}
+
+    @model_validator(mode="after")
+    def check_stream_options(self) -> "GenerationBody":
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options are only allowed when stream is true", "stream_options")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to name at each token's place; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is part of the answer."""
+        return False
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class CompletionBody(GenerationBody):
+    prompt: Text | list[TokenId] | list[Text] | list[list[TokenId]]
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def check_max_tokens(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens is 0, which is only allowed with echo: ask for at least 1", "max_tokens")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def single_prompt(self) -> str | list[int]:
+        """The prompt, which may come in a list of one."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise ApiError(400, f"{len(prompt)} prompts in one request: send a request for each", "prompt")
+            return prompt[0]
+        return prompt  # type: ignore[return-value]
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates read it."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text, **name}
+
+
+class ChatBody(GenerationBody):
+    messages: list[ChatMessage] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def check_top_logprobs(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs are only allowed when logprobs is true", "top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

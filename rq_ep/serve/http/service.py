@@ -1,0 +1,165 @@
+"""Answering one request: prompt to token ids, token ids to text, within the model's limits."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rq_ep.engine.requests import Output, Request, Sampling
+from rq_ep.serve.http.history import History
+from rq_ep.serve.http.load_view import Balance
+from rq_ep.serve.http.metrics import Metrics, RequestMetrics
+from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.chunks import AnswerText, Piece
+from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
+from rq_ep.serve.http.record_routes import Recorder
+
+DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
+
+
+class Ranks(Protocol):
+    """What is needed of the hub."""
+
+    @property
+    def num_unfinished(self) -> int: ...
+
+    def why_unavailable(self) -> str | None: ...
+
+    def generate(self, request: Request) -> AsyncIterator[Output]: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model, as far as requests can hit its limits."""
+
+    max_model_len: int
+    vocab_size: int
+
+
+class Service:
+    """The model behind the routes. Tokenizer and limits arrive while the ranks load."""
+
+    def __init__(self, model_name: str, seed: int, ranks: Ranks, metrics: Metrics, recorder: Recorder) -> None:
+        self.model_name = model_name
+        self.metrics = metrics
+        self.served: Served | None = None
+        self.tokenizer: Any = None
+        self.info: dict[str, Any] = {}
+        self.placement: dict[str, Any] | None = None
+        self.balance = Balance()
+        self.history = History(metrics)
+        self.recorder = recorder
+        self._ranks = ranks
+        self._seed = seed
+        self._num_unseeded = 0
+        self._encoding = asyncio.Lock()
+
+    def why_unavailable(self) -> str | None:
+        """Why nothing can be answered now; None if it can."""
+        reason = self._ranks.why_unavailable()
+        loading = self.tokenizer is None or self.served is None
+        return reason or ("the model is loading" if loading else None)
+
+    def check(self, body: GenerationBody) -> None:
+        """Refuse what is for another model, or comes when none can answer."""
+        if body.model != self.model_name:
+            raise ApiError(
+                404, f"there is no model {body.model!r} here: this server serves {self.model_name!r}", "model"
+            )
+        if (reason := self.why_unavailable()) is not None:
+            raise ApiError(503, f"not serving: {reason}")
+
+    async def completion_prompt(self, body: CompletionBody) -> list[int]:
+        """Token ids of a completion's prompt."""
+        prompt = body.single_prompt
+        if isinstance(prompt, str):
+            async with self._encoding:
+                return await asyncio.to_thread(self.tokenizer.encode, prompt)
+        return prompt
+
+    async def chat_prompt(self, body: ChatBody) -> list[int]:
+        """Token ids of a conversation, as the model's chat template writes it."""
+        if not self.tokenizer.chat_template:
+            raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
+        conversation = [message.for_template() for message in body.messages]
+
+        def encode() -> list[int]:
+            text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+        async with self._encoding:
+            try:
+                return await asyncio.to_thread(encode)
+            except Exception as error:  # templates raise what they like: roles in a wrong order, say
+                raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from None
+
+    def request(self, prompt_ids: list[int], body: GenerationBody) -> Request:
+        """Fit a request into the model's limits, or refuse it with the limit and the count."""
+        assert self.served is not None
+        limit, num_prompt = self.served.max_model_len, len(prompt_ids)
+        param = "messages" if isinstance(body, ChatBody) else "prompt"
+        if num_prompt == 0:
+            raise ApiError(400, "the prompt is empty: give at least one token", param)
+        if (largest := max(prompt_ids)) >= self.served.vocab_size:
+            raise ApiError(400, f"token id {largest} lies outside the vocabulary of {self.served.vocab_size}", param)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        if max_tokens is None:
+            room = max(limit - num_prompt, 1)
+            max_tokens = room if isinstance(body, ChatBody) else min(DEFAULT_COMPLETION_TOKENS, room)
+        if num_prompt + max_tokens > limit:
+            raise ApiError(
+                400,
+                f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, {num_prompt + max_tokens} in all, "
+                f"but this server takes at most {limit}: shorten the prompt or lower max_tokens",
+                param,
+            )
+        sampling = Sampling(
+            temperature=1.0 if body.temperature is None else float(body.temperature),
+            top_p=1.0 if body.top_p is None else float(body.top_p),
+            seed=self._next_seed() if body.seed is None else body.seed,
+        )
+        return Request(
+            secrets.token_hex(12),
+            prompt_ids,
+            max_tokens,
+            sampling,
+            bool(body.ignore_eos),
+            num_logprobs=body.num_logprobs,
+            scores_prompt=body.echoes and body.num_logprobs is not None,
+        )
+
+    def _next_seed(self) -> int:
+        """A stream of its own for each request that names none, the same in every run with the same --seed."""
+        self._num_unseeded += 1
+        return (self._seed << 32) + self._num_unseeded
+
+    async def pieces(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Piece]:
+        """Generate an answer, cut at the first stop string; leaving early cancels it."""
+        times.prompt(len(request.prompt_ids))
+        text = AnswerText(self.tokenizer, body.stops)
+        prompt_ids = request.prompt_ids
+        if body.echoes and not request.scores_prompt:
+            reason = None if request.max_tokens else "length"
+            yield await asyncio.to_thread(text.echo, prompt_ids, None, reason)
+            if reason is not None:
+                times.finished(reason)
+                return
+        async with aclosing(self._ranks.generate(request)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                if output.prompt_scores is not None:
+                    piece = await asyncio.to_thread(text.echo, prompt_ids, output.prompt_scores, output.finish_reason)
+                else:
+                    times.tokens(len(output.token_ids), output.queued_s)
+                    piece = text.piece(output)
+                if piece.finish_reason is not None:
+                    times.finished(piece.finish_reason)
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+
+    def token_text(self, token_id: int) -> str:
+        """A token's text by itself."""
+        text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        return text

@@ -1,0 +1,77 @@
+"""What a server would be: settings, placement, the bytes of each rank and what they leave. No weights are read."""
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from rq_ep.config import ServeConfig, resolved
+from rq_ep.core.placement import Placement
+from rq_ep.engine.engine import CPU_KV_CACHE_TOKENS
+from rq_ep.engine.kv_cache import kv_bytes_per_token
+from rq_ep.formats import native_format_name
+from rq_ep.model.checkpoint.checkpoint_files import read_config
+from rq_ep.model.checkpoint.model_identity import model_identity
+from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniformly
+from rq_ep.model.load.memory import available_bytes, expert_bytes
+from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
+from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, read_in_advance
+
+
+def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
+    """The text of `--dry-run`.
+
+    Args:
+        config: what to serve.
+        num_ranks: size of the group.
+        num_ranks_here: how many of them share this machine, and without GPUs its memory.
+
+    Raises:
+        UserError: whatever a real start would refuse before it reads weights.
+    """
+    check_inputs(config)
+    placement = None if config.placement is None else Placement.load(config.placement)
+    strategy = choose_strategy(chosen_strategy(config), placement)
+    model_config = read_config(config.model)
+    identity = model_identity(config.model)
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.bfloat16
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    experts = find_expert_modules(model)
+    layout = family_of(experts[0].module).layout
+    if placement is None:
+        placement = place_uniformly(strategy, experts, layout, native_format_name(dtype), num_ranks, identity)
+    placement.check_serves(identity, num_ranks, config.placement or "the placement")
+    check_layers(placement, experts)
+    for layer in placement.layers:
+        strategy.planner(layer, placement.topology)
+    routed = sum(parameter.nbytes for module in experts for parameter in module.module.parameters())
+    others = sum(parameter.nbytes for parameter in model.parameters()) - routed
+    lines = [
+        resolved(config),
+        "",
+        f"placement: made by {placement.strategy}, served by {strategy.name}; {len(placement.layers)} MoE layers of "
+        f"{placement.layers[0].num_experts} experts on {num_ranks} ranks",
+    ]
+    if in_advance := read_in_advance(config):
+        numbers = ", ".join(f"{number} in {name}" for name, number in sorted(in_advance.items()))
+        lines.append(f"quantized in advance, read from {config.experts}: {numbers}")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    memory = available_bytes(device)
+    sharers = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)
+    token_bytes = kv_bytes_per_token(model_config, dtype)
+    for rank in range(num_ranks):
+        held = expert_bytes(placement, layout, [rank])
+        formats = ", ".join(f"{size:,} in {name}" for name, size in sorted(held.items())) or "none"
+        total = sum(held.values())
+        lines.append(f"rank {rank}: {total + others:,} bytes: experts {total:,} ({formats}), the rest {others:,}")
+        if memory is not None:
+            left = max(memory // sharers - total - others, 0)
+            lines.append(
+                f"        leaves {left:,} bytes for rows on their way and the KV cache: {left // token_bytes:,} tokens"
+            )
+    tokens = config.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if device.type == "cpu" else None)
+    room = "what is left" if tokens is None else f"{tokens:,} tokens, {tokens * token_bytes:,} bytes a rank"
+    lines.append(f"KV cache: {token_bytes:,} bytes a token; {room} (--kv-cache-tokens)")
+    if memory is not None:
+        lines.append(f"memory: {memory:,} bytes of {device.type}, for {sharers} rank{'s' * (sharers > 1)}")
+    return "\n".join(lines)

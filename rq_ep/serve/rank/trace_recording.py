@@ -1,0 +1,107 @@
+"""Recording what the router chooses while serving, on every rank in the same steps."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.stats import PHASES
+from rq_ep.engine.requests import Batch
+from rq_ep.moe import RoutingRecorder, StepNote
+from rq_ep.parallel import EPGroup
+from rq_ep.serve.control import Message
+from rq_ep.sim.traces import RoutingTrace
+
+log = logging.getLogger("rq_ep.serve")
+
+NOTHING = "no step was made while recording, or the first had more tokens than --record-max-tokens allows a rank"
+
+Part = tuple[RoutingTrace, bool]  # what a rank recorded, and whether there was more
+
+
+class TraceRecording:
+    """This rank's part of a recording. Odd marks start one, even marks end it; rank 0 writes the file.
+
+    Of marks that come between the same two steps only the last is heard.
+
+    Each rank keeps an equal part of the tokens, and all of it in memory. Where one is full before the others the
+    trace ends.
+
+    Args:
+        model: what is served.
+        group: its ranks; marks reach them between the same two steps.
+        batch: what this rank's step is made of.
+        directory: where rank 0 writes traces; None: nowhere, and no mark comes.
+        max_tokens: of a trace, all ranks together.
+        tell: takes the message that a recording has ended, on rank 0.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        group: EPGroup,
+        batch: Callable[[], Batch],
+        directory: str | None,
+        max_tokens: int,
+        tell: Callable[[Message], None],
+    ) -> None:
+        self._model = model
+        self._group = group
+        self._batch = batch
+        self._directory = directory
+        self._max_tokens = -(-max_tokens // group.size)
+        self._tell = tell
+        self._recorder: RoutingRecorder | None = None
+        self._sequences: dict[str, int] = {}  # number of each request that was seen
+
+    def mark(self, number: int) -> None:
+        """Start or end a recording; every rank calls this."""
+        if number % 2:
+            self._sequences = {}
+            self._recorder = RoutingRecorder(self._model, self._max_tokens, self._note)
+            self._recorder.__enter__()
+            return
+        recorder, self._recorder = self._recorder, None
+        parts = self._group.all_gather_object(None if recorder is None else _end(recorder))
+        if self._group.rank == 0:
+            # On a thread: the next step need not wait for the disk.
+            threading.Thread(target=self._write, args=(parts,), name="rq_ep recording", daemon=True).start()
+
+    def _note(self) -> StepNote:
+        batch = self._batch()
+        numbers = [self._sequences.setdefault(request_id, len(self._sequences)) for request_id, _ in batch.parts]
+        sequence_T = np.repeat(np.array(numbers, np.int64), [num_tokens for _, num_tokens in batch.parts])
+        return StepNote(PHASES.index("prefill" if batch.is_prefill else "decode"), sequence_T)
+
+    def _write(self, parts: list[Part | None]) -> None:
+        self._tell({"kind": "recorded", **self._written([part for part in parts if part is not None])})
+
+    def _written(self, parts: list[Part]) -> Message:
+        if len(parts) < self._group.size:
+            return {"error": NOTHING}
+        traces, are_full = zip(*parts, strict=True)
+        num_steps = min(len(trace.tokens_S) for trace in traces)
+        name = f"trace-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.safetensors"
+        path = Path(self._directory or ".") / name
+        try:
+            joined = RoutingTrace.joined([trace.head(num_steps) for trace in traces])
+            replace(joined, model=self._model.rq_ep.placement.model).save(path)
+        except (OSError, UserError) as error:
+            return {"error": f"{path}: {error}"}
+        num_tokens = len(joined.ids_NLK)
+        log.info("recorded %d steps of %d tokens to %s%s", num_steps, num_tokens, path, ", its limit" * any(are_full))
+        return {"path": str(path), "num_steps": num_steps, "num_tokens": num_tokens, "is_full": any(are_full)}
+
+
+def _end(recorder: RoutingRecorder) -> Part | None:
+    recorder.__exit__(None, None, None)
+    try:
+        return recorder.trace(), recorder.is_full
+    except UserError:  # no step
+        return None

@@ -1,0 +1,1 @@
+"""What a finished placement promises, and a lower bound beside it."""

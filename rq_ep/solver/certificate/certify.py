@@ -1,0 +1,200 @@
+"""What a finished placement promises: its balance on the steps, a bound beside that, and how far to trust both."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.problem import PlacementProblem, contiguous
+from rq_ep.solver.certificate.generalization import mean_of, trust
+from rq_ep.solver.certificate.layer_bounds import bounds_of, holds_for
+from rq_ep.solver.objective.calibration_steps import LayerSteps, layer_steps, spread_steps
+from rq_ep.solver.objective.objective import busiest_S, described, judge_as_asked
+from rq_ep.solver.objective.precision import Formats
+from rq_ep.solver.objective.step_balance import SplitRule
+from rq_ep.solver.search.tables import replicas_of
+
+BoolArray = npt.NDArray[np.bool_]
+MAX_STEPS = 64  # a placement is judged on
+MAX_NAMED = 8  # layers in a warning
+
+
+def certified(
+    problem: PlacementProblem,
+    strategy: str,
+    max_steps: int,
+    formats: Formats,
+    held_LER: BoolArray,
+    low_LE: BoolArray,
+) -> Placement:
+    """The certified placement in which rank r holds expert e where `held_LER` says so, low where `low_LE` does.
+
+    `max_steps` as the solver looked at.
+    """
+    stats = problem.stats
+    layers = [
+        LayerPlacement.even(number, stats.num_experts, replicas_of(held_ER, formats.names_of(low_E)))
+        for number, held_ER, low_E in zip(stats.layers, held_LER, low_LE, strict=True)
+    ]
+    return certify(problem, strategy, layers, "exact", max_steps)
+
+
+def certify(
+    problem: PlacementProblem,
+    strategy: str,
+    layers: Sequence[LayerPlacement],
+    rule: SplitRule,
+    max_steps: int = MAX_STEPS,
+    **notes: Any,
+) -> Placement:
+    """Put `layers` together as the placement of `strategy`, with shares and figures on the calibration steps.
+
+    The bound of a layer holds for every placement of that layer in as many bytes and low pairs as it takes here, the
+    bound in the certificate for every placement of the model inside the budget and the cap; both under any split.
+
+    Args:
+        problem: what was asked.
+        strategy: who placed.
+        layers: one for each layer of the statistics; their shares are replaced where the exact split serves.
+        rule: the split that the strategy serves with.
+        max_steps: calibration steps to judge on, spread over the record.
+        notes: further entries of the certificate.
+    """
+    seen_S = spread_steps(problem, max_steps)
+    steps = layer_steps(problem, seen_S)
+    judged = [judge_as_asked(problem, layer, of_layer, rule) for layer, of_layer in zip(layers, steps, strict=True)]
+    layers = [
+        replace(with_shares(layer, found.pairs_P) if rule == "exact" else layer, predicted=mean_of([found.ratio_S]))
+        for layer, found in zip(layers, judged, strict=True)
+    ]
+    placement = problem.placement(strategy, layers)
+    overall, bounds = bounds_of(problem, placement, steps)
+    layers = [
+        replace(layer, bound=bound.value, binding=bound.binding) for layer, bound in zip(layers, bounds, strict=True)
+    ]
+    ratios = [found.ratio_S for found in judged]
+    predicted = mean_of(ratios)
+    trusted = trust(problem, layers, rule, seen_S, ratios)
+    certificate = {
+        "objective": f"{described(problem)}, mean over calibration steps and layers",
+        "tail_weight": problem.tail_weight,
+        "split": rule,
+        "predicted": predicted,
+        "bound": overall.value,
+        "bound_holds_for": holds_for(problem),
+        "gap": predicted / overall.value - 1,
+        "binding": overall.binding,
+        "steps": max(len(ratio_S) for ratio_S in ratios),
+        **_beside_standard(problem, layers, steps, ratios),
+        **_tail(ratios),
+        **trusted,
+        "warnings": [*_oddities(problem, placement), *trusted["warnings"]],
+        "load": _load_R(problem, layers).tolist(),
+        "bytes_by_format": _bytes_by_format(problem, layers),
+        "replicas_by_format": dict(sorted(Counter(name for la in layers for name in la.replicas.formats_P).items())),
+        **_mixing(problem, layers),
+        **notes,
+    }
+    return replace(placement, layers=tuple(layers), certificate=certificate)
+
+
+def _oddities(problem: PlacementProblem, placement: Placement) -> list[str]:
+    """What is legal and rarely meant."""
+    found = []
+    pairs_L = problem.stats.counts.sum(axis=(0, 2))
+    idle = [str(number) for number, pairs in zip(problem.stats.layers, pairs_L.tolist(), strict=True) if not pairs]
+    if idle and len(idle) < len(placement.layers):
+        found.append(f"no pair was recorded in layer {', '.join(idle[:MAX_NAMED])}{', ...' * (len(idle) > MAX_NAMED)}")
+    empty = placement.bytes_R.count(0)
+    if empty and (problem.budget_bytes_R is None or min(problem.budget_bytes_R) > 0):
+        found.append(
+            f"{empty} of {len(placement.bytes_R)} ranks hold no expert: {problem.stats.num_experts} experts and such "
+            "replicas as fit do not fill them; start fewer ranks or raise --budget"
+        )
+    return found
+
+
+def _mixing(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> dict[str, Any]:
+    """How many experts have replicas in two formats, and the low pairs if each sent half of its pairs to few bits."""
+    num_mixing, at_most = 0, 0.0
+    pairs_LE = problem.stats.counts.sum(axis=0)
+    for layer, pairs_E in zip(layers, pairs_LE, strict=True):
+        table, mixing = layer.replicas, list(layer.replicas.mixing_experts)
+        is_low_P = np.array([name != problem.stats.native_format for name in table.formats_P])
+        low_E = np.bincount(table.experts_P, layer.shares_P * is_low_P, minlength=layer.num_experts)
+        low_E[mixing] = 0.5
+        num_mixing += len(mixing)
+        at_most += float(low_E @ pairs_E)
+    if not num_mixing:
+        return {}
+    return {"mixed_replicas": {"experts": num_mixing, "low_share_at_most": at_most / max(int(pairs_LE.sum()), 1)}}
+
+
+def with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:
+    """The layer with the shares that its replicas computed; an expert that nobody used keeps its own."""
+    totals_E = np.bincount(layer.replicas.experts_P, pairs_P, minlength=layer.num_experts)
+    totals_P = totals_E[layer.replicas.experts_P]
+    shares_P = np.divide(pairs_P, totals_P, out=layer.shares_P.copy(), where=totals_P > 0)
+    return replace(layer, shares_P=shares_P)
+
+
+def _tail(ratios: Sequence[FloatArray]) -> dict[str, float]:
+    """How the worst steps are: p90, mean of the worst tenth, and worst, each taken in every layer and averaged."""
+    used = [np.sort(ratio_S) for ratio_S in ratios if len(ratio_S)]
+    if not used:
+        return {"p90": 1.0, "cvar90": 1.0, "worst": 1.0}
+    return {
+        "p90": float(np.mean([np.quantile(ratio_S, 0.9) for ratio_S in used])),
+        "cvar90": float(np.mean([ratio_S[-max(len(ratio_S) // 10, 1) :].mean() for ratio_S in used])),
+        "worst": float(max(ratio_S[-1] for ratio_S in used)),
+    }
+
+
+def _beside_standard(
+    problem: PlacementProblem,
+    layers: Sequence[LayerPlacement],
+    steps: Sequence[LayerSteps],
+    ratios: Sequence[FloatArray],
+) -> dict[str, float]:
+    """`standard`: what standard EP makes of the same steps. `of_standard`: what the busiest rank carries beside its."""
+    plain = contiguous(problem)
+    standard = [
+        judge_as_asked(problem, one, of_layer, "home").ratio_S for one, of_layer in zip(plain, steps, strict=True)
+    ]
+
+    def carried(placed: Sequence[LayerPlacement], placed_ratios: Sequence[FloatArray]) -> float:
+        rows = zip(placed, steps, placed_ratios, strict=True)
+        return sum(float(busiest_S(problem, one, of_layer, ratio_S).sum()) for one, of_layer, ratio_S in rows)
+
+    of_standard = carried(plain, standard)
+    return {
+        "standard": mean_of(standard),
+        "of_standard": carried(layers, ratios) / of_standard if of_standard else 1.0,
+    }
+
+
+def _load_R(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> FloatArray:
+    """[R] planned load of each rank in units of the mean, mean over layers."""
+    loads_LE = problem.stats.counts.sum(axis=0)
+    num_ranks = problem.topology.num_ranks
+    loads_LR = np.stack([layer.loads_R(loads_E, num_ranks) for layer, loads_E in zip(layers, loads_LE, strict=True)])
+    means_L1 = loads_LR.mean(axis=1, keepdims=True)
+    load_R: FloatArray = np.divide(loads_LR, means_L1, out=np.ones_like(loads_LR), where=means_L1 > 0).mean(axis=0)
+    return load_R
+
+
+def _bytes_by_format(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> dict[str, list[int]]:
+    """Format -> [R] bytes of its replicas on each rank."""
+    bytes_by_format: dict[str, list[int]] = {}
+    for name in sorted({name for layer in layers for name in layer.replicas.formats_P}):
+        number_R = np.zeros(problem.topology.num_ranks, np.int64)
+        for layer in layers:
+            is_P = np.array([other == name for other in layer.replicas.formats_P])
+            number_R += np.bincount(layer.replicas.ranks_P[is_P], minlength=len(number_R))
+        bytes_by_format[name] = (number_R * problem.stats.expert_bytes[name]).tolist()
+    return bytes_by_format

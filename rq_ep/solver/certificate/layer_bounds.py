@@ -1,0 +1,85 @@
+"""The bounds that a certificate prints: of the whole model inside its limits, and of each layer in what it takes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from rq_ep.core.placement import Placement
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rules import Rules
+from rq_ep.solver.certificate.generalization import mean_of
+from rq_ep.solver.certificate.lower_bound import CLOSE, Bound, lower_bound
+from rq_ep.solver.certificate.relaxation import Limits
+from rq_ep.solver.objective.calibration_steps import LayerSteps
+from rq_ep.solver.objective.objective import is_plain, least_ratio_S
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def holds_for(problem: PlacementProblem) -> str:
+    """The placements that the bound holds for, for whoever reads the certificate."""
+    return "any placement, any split" if is_plain(problem) else "any placement with the same experts low"
+
+
+def bounds_of(
+    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
+) -> tuple[Bound, list[Bound]]:
+    """The bound of every placement inside the problem's limits, and that of each layer in the bytes it takes here.
+
+    Where a pair is not a pair alike, both hold for placements that store the same experts low.
+    """
+    return (_inside_limits if is_plain(problem) else _step_by_step)(problem, placement, steps)
+
+
+def _inside_limits(
+    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
+) -> tuple[Bound, list[Bound]]:
+    """The bound inside the budget and the cap, and that of each layer in what it takes of them."""
+    stats, num_ranks = problem.stats, problem.topology.num_ranks
+    native = stats.expert_bytes[stats.native_format]
+    low = min(stats.expert_bytes[name] for name in problem.formats) if problem.max_low_precision_share else native
+    pairs_LE = stats.counts.sum(axis=0)
+    least_LE, most_LE = None, None
+    usable_R: BoolArray = np.ones(num_ranks, bool)
+    if problem.rules != Rules():
+        allowed_LER = problem.rules.allowed_LER(stats, problem.topology)
+        least_LE = problem.rules.fixed_LER(stats, problem.topology).sum(axis=2)
+        most_LE = allowed_LER.sum(axis=2)
+        usable_R[~allowed_LER.any(axis=(0, 1))] = False
+    budget_R = problem.budget_bytes_R
+    if budget_R is not None:
+        usable_R[np.array(budget_R) < min(low, native)] = False
+    limits = Limits(
+        num_ranks=num_ranks,
+        num_usable=max(int(usable_R.sum()), 1),
+        native_bytes=native,
+        low_bytes=min(low, native),
+        max_bytes=None if budget_R is None else sum(budget_R),
+        max_low_pairs=problem.max_low_precision_share * float(pairs_LE.sum()),
+        mixes=problem.mixed_replicas or any(layer.replicas.mixed_formats for layer in placement.layers),
+    )
+    overall = lower_bound(steps, pairs_LE, limits, least_LE, most_LE)
+    bounds = []
+    for at, layer in enumerate(placement.layers):
+        inside = replace(
+            limits,
+            max_bytes=sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
+            max_low_pairs=layer.low_pairs(pairs_LE[at], stats.native_format),
+        )
+        of_layer = [None if array is None else array[[at]] for array in (least_LE, most_LE)]
+        bounds.append(lower_bound([steps[at]], pairs_LE[[at]], inside, *of_layer))
+    return overall, bounds
+
+
+def _step_by_step(
+    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
+) -> tuple[Bound, list[Bound]]:
+    """The mean, or whole experts that some rank must read: for placements that store the same experts low."""
+    pairs = zip(placement.layers, steps, strict=True)
+    values = [mean_of([least_ratio_S(problem, layer, of_layer)]) for layer, of_layer in pairs]
+    bounds = [
+        Bound(value, "mean" if value <= 1 + CLOSE else "whole experts") for value in [*values, float(np.mean(values))]
+    ]
+    return bounds[-1], bounds[:-1]

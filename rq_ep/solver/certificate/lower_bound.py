@@ -1,0 +1,113 @@
+"""A bound that no placement inside the same limits can beat: its cases, and the limits it holds under."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.solver.certificate.relaxation import BoundLayer, Limits, Prices, solve_jointly, solve_priced
+from rq_ep.solver.objective.calibration_steps import LayerSteps
+
+CLOSE = 1e-6  # of max/mean: what differs by less is equal
+MAX_ROWS = 6000  # of a joint linear programme; one of more rows takes seconds
+
+
+class Bound(NamedTuple):
+    """Least max/mean over ranks, mean over steps and layers, and what keeps it from being lower.
+
+    `binding` is `mean` (perfect balance is not excluded), `bytes`, `replicas` (an expert may have no more of them), or
+    `hot expert` (no byte is left for a replica of any). A few more bytes or low pairs take `per_byte` or `per_pair`
+    off the value for each.
+    """
+
+    value: float
+    binding: str
+    per_byte: float = 0.0
+    per_pair: float = 0.0
+
+
+def least_home_bytes(pairs_LE: IntArray, limits: Limits) -> int:
+    """Bytes of one replica of each expert at least: as many low ones as the cap lets through, coldest first."""
+    saved = limits.native_bytes - limits.low_bytes
+    coldest_first = np.cumsum(np.sort(pairs_LE, axis=None))
+    num_low = int(np.searchsorted(coldest_first, limits.max_low_pairs, side="right")) if saved else 0
+    return pairs_LE.size * limits.native_bytes - num_low * saved
+
+
+def lower_bound(
+    steps: Sequence[LayerSteps],
+    pairs_LE: IntArray,
+    limits: Limits,
+    least_LE: IntArray | None = None,
+    most_LE: IntArray | None = None,
+) -> Bound:
+    """Balance that no placement of these layers together inside `limits` can beat, under any split of the steps.
+
+    Args:
+        steps: calibration steps of each layer.
+        pairs_LE: pairs of the whole record, which the cap is on.
+        limits: bytes, formats, ranks and cap.
+        least_LE: replicas each expert has at least; default one.
+        most_LE: and at most; default one on every usable rank.
+    """
+    used = [at for at, layer in enumerate(steps) if len(layer.counts_SE)]
+    idle = 1 - len(used) / len(steps)  # layers that nobody uses are balanced
+    least_LE = np.ones_like(pairs_LE) if least_LE is None else np.maximum(least_LE, 1)
+    most_LE = np.full_like(pairs_LE, limits.num_usable) if most_LE is None else np.minimum(most_LE, limits.num_usable)
+    layers = [BoundLayer.of(layer, limits, *rows) for layer, *rows in zip(steps, pairs_LE, least_LE, most_LE)]
+    weight = 1 / len(steps)
+    floor = idle + weight * sum(float(layers[at].floor_S.mean()) for at in used)
+    if _balance_fits(layers, limits):
+        return Bound(floor, "mean")
+    left = None if limits.max_bytes is None else limits.max_bytes - least_home_bytes(pairs_LE, limits)
+    if left is not None and left < limits.low_bytes and (least_LE == 1).all():
+        value = idle + weight * sum(float(layers[at].alone_S.mean()) for at in used)
+        return Bound(value, "hot expert") if value > floor + CLOSE else Bound(floor, "mean")
+    num_rows = sum(layer.num_chords for layer in layers)
+    if len(layers) == 1 or num_rows <= MAX_ROWS:
+        value, prices = solve_jointly(layers, weight, limits)
+    else:
+        # Any prices of bytes and low pairs give a bound, layer by layer; those of a few layers give nearly the best.
+        prices = _prices_of_some(layers, limits, MAX_ROWS / num_rows)
+        value = solve_priced(layers, weight, limits, prices)
+    value += idle
+    if value <= floor + CLOSE:
+        return Bound(floor, "mean")
+    return Bound(value, "bytes" if prices.byte > 0 else "replicas", prices.byte, prices.pair)
+
+
+def _prices_of_some(layers: Sequence[BoundLayer], limits: Limits, fraction: float) -> Prices:
+    """Prices of a fraction of the layers, inside their part of the limits."""
+    number = max(round(fraction * len(layers)), 1)
+    some = [layers[at] for at in np.linspace(0, len(layers) - 1, number).astype(int)]
+    part = replace(
+        limits,
+        max_bytes=None if limits.max_bytes is None else limits.max_bytes * number // len(layers),
+        max_low_pairs=limits.max_low_pairs * sum(map(_pairs, some)) / max(sum(map(_pairs, layers)), 1),
+    )
+    return solve_jointly(some, 1 / len(layers), part)[1]
+
+
+def _pairs(layer: BoundLayer) -> int:
+    return int(layer.pairs_E.sum())
+
+
+def _balance_fits(layers: Sequence[BoundLayer], limits: Limits) -> bool:
+    """Whether replicas for perfect balance fit: what to store low is a knapsack of fractions, best saving first."""
+    if any((layer.peak_E > layer.most_E).any() for layer in layers):
+        return False
+    if limits.max_bytes is None:
+        return True
+    wanted = np.concatenate([layer.most_E for layer in layers]).astype(np.float64)
+    pairs = np.concatenate([layer.pairs_E for layer in layers]).astype(np.float64)
+    order = np.argsort(pairs / wanted, kind="stable")
+    fraction: FloatArray = np.divide(
+        limits.max_low_pairs - (np.cumsum(pairs[order]) - pairs[order]),
+        pairs[order],
+        out=np.ones_like(pairs),
+        where=pairs[order] > 0,
+    ).clip(0, 1)
+    saved = (limits.native_bytes - limits.low_bytes) * float(wanted[order] @ fraction)
+    return limits.native_bytes * float(wanted.sum()) - saved <= limits.max_bytes

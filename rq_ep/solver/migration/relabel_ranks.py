@@ -1,0 +1,125 @@
+"""Which rank takes which part of a new placement, so that least has to move: an assignment, overall and layer by layer.
+
+Ranks are alike unless rules tell them apart, so a solution may be turned over to other ranks as it is. DeepSeek's EPLB
+and its heirs place as if nothing were there yet; nearly everything then moves (EPLB issue 25).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.moves import Held
+from rq_ep.core.placement import LayerPlacement
+from rq_ep.core.replicas import Replicas
+from rq_ep.core.topology import Topology
+from rq_ep.solver.migration.plan_moves import bytes_of
+
+BoolArray = npt.NDArray[np.bool_]
+MAX_RANKS = 512  # for an assignment in each layer: their time grows with the cube
+
+
+def relabelled(
+    before: Held,
+    layers: Sequence[LayerPlacement],
+    budget_R: Sequence[int] | None,
+    topology: Topology,
+    expert_bytes: Mapping[str, int],
+    native_format: str,
+) -> list[LayerPlacement]:
+    """`layers` with their ranks renumbered, one way for all and then layer by layer, as far as budgets allow.
+
+    Args:
+        before: what ranks hold now, layer by layer.
+        layers: the solution.
+        budget_R: bytes of each rank; None: no limit.
+        topology: ranks; with several nodes a renumbering keeps nodes together, so that replicas stay as far apart.
+        expert_bytes: format -> bytes of one expert.
+        native_format: from which a rank makes any other itself.
+    """
+    num_ranks = topology.num_ranks
+    kept = [
+        _kept_RR(replicas, layer, num_ranks, expert_bytes, native_format)
+        for replicas, layer in zip(before, layers, strict=True)
+    ]
+    bytes_LR = np.stack([bytes_of(layer.replicas, num_ranks, expert_bytes) for layer in layers])
+    limit_R = np.full(num_ranks, np.iinfo(np.int64).max) if budget_R is None else np.array(budget_R, np.int64)
+    whole_RR = bytes_LR.sum(axis=0)[:, None] <= limit_R
+    everywhere_R = _assign(np.sum(kept, axis=0), whole_RR, topology, np.arange(num_ranks))
+    order_R = np.argsort(everywhere_R)  # what each rank takes
+    bytes_R = bytes_LR.sum(axis=0)[order_R]
+    result = []
+    for layer, kept_RR, of_layer_R in zip(layers, kept, bytes_LR, strict=True):
+        to_R = everywhere_R
+        if num_ranks <= MAX_RANKS:
+            without_R = bytes_R - of_layer_R[order_R]
+            to_R = _assign(kept_RR, of_layer_R[:, None] + without_R <= limit_R, topology, everywhere_R)
+            bytes_R = without_R + of_layer_R[np.argsort(to_R)]
+        result.append(_renumbered(layer, to_R))
+    return result
+
+
+def _kept_RR(
+    before: Sequence[tuple[int, int, str]],
+    layer: LayerPlacement,
+    num_ranks: int,
+    expert_bytes: Mapping[str, int],
+    native_format: str,
+) -> IntArray:
+    """[R, R] bytes of what the first rank of the solution holds that need not move if the second rank took it."""
+    table = layer.replicas
+    sizes_P = np.array([expert_bytes[name] for name in table.formats_P], np.int64)
+    kept_RR = np.zeros((num_ranks, num_ranks))
+    for name in sorted(set(table.formats_P)):
+        is_P = np.array([other == name for other in table.formats_P])
+        wanted_RE = np.zeros((num_ranks, layer.num_experts))
+        wanted_RE[table.ranks_P[is_P], table.experts_P[is_P]] = sizes_P[is_P]
+        stored_RE = np.zeros((num_ranks, layer.num_experts))
+        for rank, expert, stored in before:
+            stored_RE[rank, expert] = stored in (name, native_format)
+        kept_RR += wanted_RE @ stored_RE.T
+    return kept_RR.astype(np.int64)
+
+
+def _assign(kept_RR: IntArray, fits_RR: BoolArray, topology: Topology, otherwise_R: IntArray) -> IntArray:
+    """[R] the rank that takes each rank's part, most bytes kept; ranks of a node go to ranks of one node.
+
+    `otherwise_R` where no assignment fits.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    nodes_R = topology.nodes_R
+    size = topology.ranks_per_node
+    forbidden = int(kept_RR.sum()) + 1
+    cost_RR = np.where(fits_RR, -kept_RR, forbidden)
+    to_R = np.arange(topology.num_ranks)
+    if topology.num_nodes == 1:
+        to_R[:] = linear_sum_assignment(cost_RR)[1]
+    else:
+        inner = {}
+        num_nodes = topology.num_nodes
+        cost_NN = np.full((num_nodes, num_nodes), float(forbidden * topology.num_ranks))
+        for one in range(num_nodes):
+            for other in range(num_nodes):
+                mine, theirs = np.flatnonzero(nodes_R == one), np.flatnonzero(nodes_R == other)
+                if len(mine) == len(theirs):
+                    rows, columns = linear_sum_assignment(cost_RR[np.ix_(mine, theirs)])
+                    inner[one, other] = theirs[columns]
+                    cost_NN[one, other] = cost_RR[mine[rows], theirs[columns]].sum()
+        for one, other in zip(*linear_sum_assignment(cost_NN), strict=True):
+            to_R[one * size : one * size + len(inner[one, other])] = inner[one, other]
+    return to_R if fits_RR[np.arange(len(to_R)), to_R].all() else otherwise_R
+
+
+def _renumbered(layer: LayerPlacement, to_R: IntArray) -> LayerPlacement:
+    ranks_P = to_R[layer.replicas.ranks_P]
+    order_P = np.lexsort((layer.replicas.experts_P, ranks_P))
+    table = Replicas(
+        ranks_P[order_P],
+        layer.replicas.experts_P[order_P],
+        tuple(layer.replicas.formats_P[p] for p in order_P.tolist()),
+        layer.replicas.mixed_formats,
+    )
+    return replace(layer, replicas=table, shares_P=layer.shares_P[order_P])

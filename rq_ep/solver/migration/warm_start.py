@@ -1,0 +1,134 @@
+"""Placing where a placement serves already: on the same ranks, on more or fewer, or after some are lost."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.moves import Moves
+from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.stats import ExpertStats
+from rq_ep.core.strategy import Strategy
+from rq_ep.solver.certificate.certify import MAX_STEPS, certify
+from rq_ep.solver.migration.choose_migration import choose, moved_bytes_LR
+from rq_ep.solver.migration.fit_formats import within_cap
+from rq_ep.solver.migration.plan_moves import plan_moves
+from rq_ep.solver.migration.survivors import Survivors, completed, survivors
+
+MIN_GAIN = 0.01  # of max/mean: for less a placement that serves is not changed
+LOW_SLACK = 0.01  # of all pairs, by which one that serves may exceed the cap on new statistics
+
+
+def place_again(
+    strategy: Strategy, problem: PlacementProblem, left: Survivors, min_gain: float = MIN_GAIN
+) -> Placement:
+    """The best of staying, moving in part and moving all, at the price of what has to move.
+
+    Args:
+        strategy: places.
+        problem: what is asked now; its `max_moved_bytes` and `move_price` hold.
+        left: what its ranks hold.
+        min_gain: max/mean by which a placement must be better than staying.
+
+    Raises:
+        UserError: nothing can be reached with so few moved bytes, or the budget is too small.
+    """
+    limit_s = None if problem.time_limit_s is None else problem.time_limit_s / 2  # for each of two searches
+    first = replace(problem, time_limit_s=limit_s, on_progress=lambda fraction: problem.on_progress(fraction / 2))
+    second = replace(first, on_progress=lambda fraction: problem.on_progress((1 + fraction) / 2))
+    fresh = [strategy.place(first)]
+
+    def certified(layers: Sequence[LayerPlacement]) -> Placement:
+        max_steps = getattr(strategy, "max_steps", MAX_STEPS)
+        return certify(problem, strategy.name, layers, fresh[0].certificate["split"], max_steps)
+
+    layers, stay = completed(problem, left), None
+    if layers is None:
+        return choose(
+            problem, left.held, None, fresh, certified, min_gain, "it uses a format that --formats leaves out"
+        )
+    refused = _refused(layers, problem, fresh[0])
+    if not refused:
+        stay = certified(layers)
+    suited = within_cap(problem, layers)
+    with suppress(UserError):  # the budget may be exceeded, or the search find no way from there; what is new remains
+        found = strategy.place(_within(second, left, suited), _as_it_is(problem, strategy.name, suited))
+        # Formats stay in that search, so its low pairs may be too many; a strategy may not look at what serves at all.
+        if found.low_precision_planned <= problem.max_low_precision_share + LOW_SLACK and not _same(found, fresh[0]):
+            fresh.append(found)
+        if suited is not layers:
+            fresh.append(certified(suited))
+    return choose(problem, left.held, stay, fresh, certified, min_gain, refused)
+
+
+def _within(problem: PlacementProblem, left: Survivors, layers: Sequence[LayerPlacement]) -> PlacementProblem:
+    """The problem with that part of its cap on moved bytes that finding missing experts again leaves."""
+    if problem.max_moved_bytes is None:
+        return problem
+    found = int(moved_bytes_LR(left.held, layers, problem).sum())
+    return replace(problem, max_moved_bytes=max(problem.max_moved_bytes - found, 0))
+
+
+def _as_it_is(problem: PlacementProblem, strategy: str, layers: Sequence[LayerPlacement]) -> Placement:
+    """What serves now, within the limits or not, for a search to begin from."""
+    bytes_R = bytes_by_rank(layers, problem.topology.num_ranks, problem.stats.expert_bytes)
+    return Placement(tuple(layers), strategy, problem.topology, tuple(bytes_R.tolist()), model=problem.stats.model)
+
+
+def moves_to(
+    placement: Placement, current: Placement | str | Path, stats: ExpertStats, lost_ranks: Sequence[int] = ()
+) -> Moves:
+    """How the ranks get from `current` to `placement`; replayed and checked."""
+    left = left_of(current, stats, placement.topology.num_ranks, lost_ranks)
+    num_ranks = placement.topology.num_ranks
+    moves = plan_moves(left.held, placement, stats.expert_bytes, stats.native_format)
+    if left.ranks != tuple(range(num_ranks)):
+        moves = replace(moves, previous_ranks=(*left.ranks, *[None] * (num_ranks - len(left.ranks))))
+    moves.check(dict(zip(stats.layers, left.held, strict=True)), placement, stats.expert_bytes, stats.native_format)
+    return moves
+
+
+def left_of(
+    current: Placement | str | Path, stats: ExpertStats, num_ranks: int, lost_ranks: Sequence[int] = ()
+) -> Survivors:
+    """What `num_ranks` ranks hold of the placement that serves now; refuses one of another model."""
+    what = "the current placement" if isinstance(current, Placement) else str(current)
+    if not isinstance(current, Placement):
+        current = Placement.load(current)
+    if stats.model is not None and current.model is not None:
+        stats.model.check(current.model, what)
+    shape = {layer.layer: layer.num_experts for layer in current.layers}
+    if shape != dict.fromkeys(stats.layers, stats.num_experts):
+        raise UserError(
+            f"{what}: experts per layer {shape!s:.100}, but {stats.source} has {stats.num_experts} in each of "
+            f"{stats.num_layers} layers"
+        )
+    current.check_bytes(stats.expert_bytes, what)
+    return survivors(current, num_ranks, lost_ranks)
+
+
+def _same(one: Placement, other: Placement) -> bool:
+    return all(
+        list(mine.replicas) == list(theirs.replicas) for mine, theirs in zip(one.layers, other.layers, strict=True)
+    )
+
+
+def _refused(layers: Sequence[LayerPlacement], problem: PlacementProblem, like: Placement) -> str:
+    """Why a strategy that splits as `like` is split cannot serve the layers; empty if it can."""
+    if like.certificate["split"] == "home" and any(len(layer.replicas) > layer.num_experts for layer in layers):
+        return f"{like.strategy} serves one replica of each expert"
+    if (
+        like.certificate["split"] == "exact"
+        and not problem.mixed_replicas
+        and any(layer.replicas.mixing_experts for layer in layers)
+    ):
+        return "it stores experts in two formats, which takes --mixed-replicas"
+    try:
+        share = problem.placement(like.strategy, layers).low_precision_planned
+    except UserError as error:
+        return str(error)
+    if share > problem.max_low_precision_share + LOW_SLACK:
+        return f"{share:.1%} of its pairs would be in low precision"
+    return ""

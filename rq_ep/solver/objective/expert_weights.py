@@ -1,0 +1,53 @@
+"""What a rank's load is: pairs, seconds of pairs, or bytes to read - the search balances whatever it is given."""
+
+import numpy as np
+import numpy.typing as npt
+
+from rq_ep.core.arrays import FloatArray
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.stats import PHASES
+from rq_ep.solver.objective.calibration_steps import LayerSteps
+from rq_ep.solver.objective.precision import Formats
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def loads_SE(problem: PlacementProblem, formats: Formats, steps: LayerSteps, low_E: BoolArray) -> FloatArray:
+    """Load of each expert in units of the step's mean rank load; under perfect balance every rank is at 1.
+
+    In prefill an expert weighs its pairs, times the seconds of a pair in its format where a machine is given. In decode
+    it weighs the bytes (or the seconds) of reading its weights, if any pair comes: ranks wait for weights then. Whole
+    experts are read, so that the best split of this load is a little better than any plan can be.
+
+    Args:
+        problem: says the objective and the machine.
+        steps: counts of one layer.
+        low_E: experts stored in the low format.
+    """
+    weight_SE = weights_SE(problem, formats, steps, low_E)
+    load_SE: FloatArray = weight_SE * (steps.num_ranks / weight_SE.sum(axis=1, keepdims=True))
+    return load_SE
+
+
+def weights_SE(problem: PlacementProblem, formats: Formats, steps: LayerSteps, low_E: BoolArray) -> FloatArray:
+    """The same in pairs, bytes or seconds."""
+    pair_cost, read_cost = _costs(problem, formats)
+    by_pairs_SE: FloatArray = steps.counts_SE * pair_cost[low_E.astype(np.int64)]
+    if problem.objective == "prefill":
+        return by_pairs_SE
+    by_reading_SE: FloatArray = (steps.counts_SE > 0) * read_cost[low_E.astype(np.int64)]
+    if problem.objective == "decode":
+        return by_reading_SE
+    assert steps.phase_S is not None
+    is_decode_S1 = (steps.phase_S == PHASES.index("decode"))[:, None]
+    return np.where(is_decode_S1, by_reading_SE, by_pairs_SE)
+
+
+def _costs(problem: PlacementProblem, formats: Formats) -> tuple[FloatArray, FloatArray]:
+    """[2] of a pair, and of reading an expert, in the native format and in the low one."""
+    names = [formats.native, formats.low or formats.native]
+    if problem.cost is None:
+        return np.ones(2), np.array([formats.native_bytes, formats.low_bytes], np.float64)
+    cost = problem.cost
+    pair_cost = np.array([cost.pair_s[name] for name in names])
+    return pair_cost, np.array([cost.stream_s[name] + cost.overhead_s.get(name, 0.0) for name in names])

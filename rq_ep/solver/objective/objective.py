@@ -1,0 +1,86 @@
+"""What is balanced, as a problem asks for it: pairs, their seconds, or the reading of activated experts."""
+
+import numpy as np
+import numpy.typing as npt
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.placement import LayerPlacement
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.stats import PHASES
+from rq_ep.solver.objective.calibration_steps import LayerSteps
+from rq_ep.solver.objective.expert_weights import weights_SE
+from rq_ep.solver.objective.precision import Formats
+from rq_ep.solver.objective.step_balance import Judgement, SplitRule, judge, judge_reading
+
+BoolArray = npt.NDArray[np.bool_]
+SCALE = 2**20  # whole parts that a step's mean expert is cut into, where pairs do not weigh alike
+
+
+def described(problem: PlacementProblem) -> str:
+    """What `predicted` is, for whoever reads the certificate."""
+    unit = "" if problem.cost is None else "seconds of "
+    return {
+        "prefill": f"max/mean of {unit}pairs over ranks",
+        "decode": f"max/mean over ranks of {'seconds' if unit else 'bytes'} of reading activated experts",
+        "mixed": f"max/mean over ranks of {unit}pairs in prefill steps, of reading activated experts in decode steps",
+    }[problem.objective]
+
+
+def is_plain(problem: PlacementProblem) -> bool:
+    """Whether a pair is a pair, in every step."""
+    return problem.objective == "prefill" and problem.cost is None
+
+
+def judge_as_asked(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, rule: SplitRule) -> Judgement:
+    """How even the layer makes the steps, in what the problem balances."""
+    if is_plain(problem):
+        return judge(layer.replicas, steps.counts_SE, steps.num_ranks, rule)
+    weight_SE, reads_S = _weights(problem, layer, steps)
+    scaled_SE = _whole(weight_SE[~reads_S])
+    read = judge_reading(layer.replicas, steps.counts_SE[reads_S], weight_SE[reads_S], steps.num_ranks, rule)
+    ratio_S = np.ones(len(reads_S))
+    ratio_S[~reads_S] = judge(layer.replicas, scaled_SE, steps.num_ranks, rule).ratio_S
+    ratio_S[reads_S] = read.ratio_S
+    computed = judge(layer.replicas, steps.counts_SE[~reads_S], steps.num_ranks, rule)  # for the shares: whole pairs
+    return Judgement(ratio_S, computed.pairs_P + read.pairs_P)
+
+
+def busiest_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, ratio_S: FloatArray) -> FloatArray:
+    """[S] what the busiest rank carries, in pairs, bytes or seconds: comparable where formats, and so means, differ."""
+    weight_SE = steps.counts_SE if is_plain(problem) else _weights(problem, layer, steps)[0]
+    carried_S: FloatArray = ratio_S * weight_SE.sum(axis=1) / steps.num_ranks
+    return carried_S
+
+
+def least_ratio_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps) -> FloatArray:
+    """[S] what no placement that stores the same experts low can be below, step by step, whatever its bytes.
+
+    An active expert is read whole by some rank; and of m active ones some rank reads at least ceil(m / ranks), no less
+    than the smallest of them.
+    """
+    weight_SE, reads_S = _weights(problem, layer, steps)
+    least_S = np.ones(len(reads_S))
+    for step in np.flatnonzero(reads_S).tolist():
+        active = np.sort(weight_SE[step][weight_SE[step] > 0])
+        together = active[: -(-len(active) // steps.num_ranks)].sum()
+        least_S[step] = max(1.0, max(active[-1], together) * steps.num_ranks / active.sum())
+    return least_S
+
+
+def _weights(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps) -> tuple[FloatArray, BoolArray]:
+    """[S, E] what each expert weighs in each step, and [S] whether it is read, or computes pairs, for as long."""
+    native = problem.stats.native_format
+    low_E = np.zeros(layer.num_experts, bool)
+    for replica in layer.replicas:
+        low_E[replica.expert] |= replica.format != native
+    reads_S = np.full(len(steps.counts_SE), problem.objective == "decode")
+    if problem.objective == "mixed" and steps.phase_S is not None:
+        reads_S = steps.phase_S == PHASES.index("decode")
+    return weights_SE(problem, Formats.of(problem), steps, low_E), reads_S
+
+
+def _whole(weight_SE: FloatArray) -> IntArray:
+    """Weights in whole parts, fine enough that splits of parts are as good as of fractions."""
+    mean_S1 = weight_SE.mean(axis=1, keepdims=True)
+    whole_SE: IntArray = np.rint(weight_SE / mean_S1 * SCALE).astype(np.int64)
+    return whole_SE

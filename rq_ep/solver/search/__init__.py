@@ -1,0 +1,1 @@
+"""The search for a placement inside byte budgets: construction, local search, ruin and recreate."""

@@ -1,0 +1,373 @@
+"""Placement for engines of equal slots: as many replicas on every rank, one format, an expert's pairs split evenly.
+
+SGLang, TensorRT-LLM, vLLM and vLLM-Ascend serve that way. EPLB places for the mean load; here a local search goes on
+from its answer for what a step waits for: the fullest rank, step by step. Replicas change ranks, or give way to another
+expert's, where that lowers the mean over steps of max/mean; experts that are busy in the same steps thus part.
+
+The first improvement among one rank's slots is taken. Simulated annealing was tried and was no better at equal time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.replicas import Replica
+from rq_ep.core.rules import Rules
+from rq_ep.solver.certificate.certify import certify
+from rq_ep.solver.compiled import compiled
+from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
+from rq_ep.solver.search.workers import workers
+
+BoolArray = npt.NDArray[np.bool_]
+
+MAX_STEPS = 256  # of calibration looked at; 64 leave up to 0.03 more of max/mean on held-out steps
+MAX_MOVES = 20_000  # tried in each layer; three times as many gain less than 0.01
+LEAST_STEP = 1e-6  # of the mean of max/mean: smaller gains are rounding
+
+
+def place_slots(
+    problem: PlacementProblem,
+    strategy: str,
+    start: Sequence[LayerPlacement],
+    max_steps: int = MAX_STEPS,
+    max_moves: int = MAX_MOVES,
+) -> Placement:
+    """The best placement found with as many slots as `start`, never worse than it on the calibration steps.
+
+    Args:
+        problem: statistics, ranks and limits; `rules.whole_groups` keeps groups of experts on nodes.
+        strategy: the name the placement will carry; it must split evenly, as `eplb` does.
+        start: from where the search goes, such as EPLB's layers.
+        max_steps: calibration steps to look at, spread over the record.
+        max_moves: moves tried in each layer.
+
+    Raises:
+        UserError: `start` has no equal slots, or a limit is asked for that these engines do not know.
+    """
+    _check_limits(problem)
+    deadline = None if problem.time_limit_s is None else monotonic() + problem.time_limit_s
+    rows = zip(
+        start,
+        calibration_steps(problem, max_steps),
+        problem.rules.allowed_LER(problem.stats, problem.topology),
+        strict=True,
+    )
+    tasks = [
+        _Task(steps, _slots_of(layer, problem.topology.num_ranks), allowed_ER, max_moves, (problem.seed, at), deadline)
+        for at, (layer, steps, allowed_ER) in enumerate(rows)
+    ]
+    layers = []
+    with workers(problem.num_workers, len(tasks)) as run:
+        for layer, found_RK in zip(start, run(_improved, tasks), strict=True):
+            layers.append(_layer_of(layer, found_RK, problem.stats.native_format))
+            problem.on_progress(len(layers) / len(tasks))
+    before = [even_imbalance(task.steps, task.slots_RK) for task in tasks]
+    placement = certify(problem, strategy, layers, "even", max_steps, searched_from=round(float(np.mean(before)), 4))
+    return _bounded_by_slots(placement)
+
+
+class _Task(NamedTuple):
+    """A layer to search."""
+
+    steps: LayerSteps
+    slots_RK: IntArray
+    allowed_ER: BoolArray
+    max_moves: int
+    entropy: tuple[int, ...]
+    deadline: float | None
+
+
+def _improved(task: _Task) -> IntArray:
+    is_over = task.deadline is not None and monotonic() >= task.deadline
+    draws_N3 = np.random.default_rng(task.entropy).random((0 if is_over else task.max_moves, 3))
+    return improve_slots(task.steps, task.slots_RK, task.allowed_ER, draws_N3)
+
+
+def check_slots(problem: PlacementProblem) -> int:
+    """Slots of each rank in each layer for the experts and `num_redundant_experts` more.
+
+    Raises:
+        UserError: they are not as many on every rank; the message names numbers that would be.
+    """
+    num_experts, num_ranks = problem.stats.num_experts, problem.topology.num_ranks
+    num_slots = num_experts + problem.num_redundant_experts
+    if num_slots % num_ranks:
+        above = -num_slots % num_ranks
+        near = [problem.num_redundant_experts + change for change in (above - num_ranks, above)]
+        fitting = " or ".join(str(number) for number in near if number >= 0)
+        raise UserError(
+            f"--num-redundant-experts {problem.num_redundant_experts}: {num_experts} experts and these are "
+            f"{num_slots} slots, not a multiple of {num_ranks} ranks: {fitting} would do"
+        )
+    if num_slots > num_experts * num_ranks:
+        raise UserError(
+            f"--num-redundant-experts {problem.num_redundant_experts}: {num_slots // num_ranks} slots on a rank for "
+            f"{num_experts} experts, so some would be there twice: {num_experts * (num_ranks - 1)} at most"
+        )
+    return num_slots // num_ranks
+
+
+def improve_slots(steps: LayerSteps, slots_RK: IntArray, allowed_ER: BoolArray, draws_N3: FloatArray) -> IntArray:
+    """[R, K] the expert in each slot after a search from `slots_RK`, in which no rank holds an expert twice.
+
+    Args:
+        steps: what the layer is balanced for.
+        slots_RK: where the search begins.
+        allowed_ER: the ranks that each expert may be moved to.
+        draws_N3: numbers in [0, 1) for each move tried.
+    """
+    if not len(steps.counts_SE):
+        return slots_RK
+    num_ranks, num_experts = allowed_ER.shape[1], len(allowed_ER)
+    held_ER = np.zeros((num_experts, num_ranks), bool)
+    held_ER[slots_RK, np.arange(num_ranks)[:, None]] = True
+    assert held_ER.sum() == slots_RK.size, "a rank holds an expert twice"
+    copies_E = held_ER.sum(axis=1)
+    loads_ES = np.ascontiguousarray(steps.loads_SE.T)
+    shares_ES = loads_ES / copies_E[:, None]
+    state = _State(
+        loads_ES=loads_ES,
+        shares_ES=shares_ES,
+        loads_SR=np.ascontiguousarray(shares_ES.T @ held_ER),
+        slots_RK=slots_RK.copy(),
+        held_ER=held_ER,
+        copies_E=copies_E,
+        fullest_S3=np.zeros((len(steps.counts_SE), 3), np.int64),
+    )
+    _search(state, allowed_ER, draws_N3)
+    return state.slots_RK
+
+
+def even_imbalance(steps: LayerSteps, slots_RK: IntArray) -> float:
+    """max/mean of pairs over ranks, mean over steps, where an expert's slots share its pairs evenly."""
+    if not len(steps.counts_SE):
+        return 1.0
+    num_ranks, num_slots = slots_RK.shape
+    copies_E = np.bincount(slots_RK.ravel(), minlength=steps.counts_SE.shape[1])
+    loads_SRK = (steps.loads_SE / np.maximum(copies_E, 1))[:, slots_RK.ravel()].reshape(-1, num_ranks, num_slots)
+    return float(loads_SRK.sum(axis=2).max(axis=1).mean())
+
+
+def _bounded_by_slots(placement: Placement) -> Placement:
+    """With the bound of as many slots in every layer; these engines cannot give one layer another's."""
+    bounds = [layer.bound or 1.0 for layer in placement.layers]
+    bound = float(np.mean(bounds))
+    found = placement.certificate
+    tighter = {"bound": bound, "gap": found["predicted"] / bound - 1}
+    return replace(
+        placement, certificate={**found, **tighter, "binding": placement.layers[int(np.argmax(bounds))].binding}
+    )
+
+
+def _check_limits(problem: PlacementProblem) -> None:
+    """Refuse by name what an engine of equal slots cannot keep or this search does not weigh."""
+    asked = {
+        f"--objective {problem.objective}": problem.objective != "prefill",
+        f"--tail-weight {problem.tail_weight:g}": problem.tail_weight > 0,
+        f"--max-error {problem.max_error}": problem.max_error is not None,
+        f"--max-moved-bytes {problem.max_moved_bytes}": problem.max_moved_bytes is not None,
+        f"--move-price {problem.move_price:g}": problem.move_price > 0,
+        "--rules": replace(problem.rules, whole_groups=False) != Rules(),
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise UserError(
+                f"{what}: not kept for engines of equal slots, whose pairs are balanced, by whole groups at most: "
+                "leave it out, or place with rq"
+            )
+
+
+def _slots_of(layer: LayerPlacement, num_ranks: int) -> IntArray:
+    replicas = layer.replicas
+    on_rank_R = np.bincount(replicas.ranks_P, minlength=num_ranks)
+    if (on_rank_R != on_rank_R[0]).any():
+        raise UserError(
+            f"layer {layer.layer}: {on_rank_R.min()} to {on_rank_R.max()} slots on a rank; these engines have equally "
+            "many: choose --num-redundant-experts so that experts and redundant ones divide by --num-ranks"
+        )
+    slots_RK: IntArray = replicas.experts_P.reshape(num_ranks, -1)
+    return slots_RK
+
+
+def _layer_of(start: LayerPlacement, slots_RK: IntArray, native_format: str) -> LayerPlacement:
+    replicas = [Replica(rank, expert, native_format) for rank, row in enumerate(slots_RK.tolist()) for expert in row]
+    return LayerPlacement.even(start.layer, start.num_experts, replicas)
+
+
+class _State(NamedTuple):
+    """A layer in search. Loads are in units of the step's mean rank load."""
+
+    loads_ES: FloatArray
+    shares_ES: FloatArray  # of each slot of an expert
+    loads_SR: FloatArray
+    slots_RK: IntArray
+    held_ER: BoolArray
+    copies_E: IntArray
+    fullest_S3: IntArray  # the three fullest ranks; a swap of two ranks leaves one of them alone
+
+
+@compiled
+def _search(state: _State, allowed_ER: BoolArray, draws_N3: FloatArray) -> None:
+    """For a heavy expert on the fullest rank of some step, the best exchange with a slot of another rank, if any."""
+    num_steps, num_ranks = state.loads_SR.shape
+    total = _rank_by_load(state)
+    for n in range(len(draws_N3)):
+        step = _draw_step(state, draws_N3[n, 0] * (total - num_steps))
+        source = state.fullest_S3[step, 0]
+        k = _draw_slot(state, step, source, draws_N3[n, 1] * state.loads_SR[step, source])
+        expert = state.slots_RK[source, k]
+        target = int(draws_N3[n, 2] * num_ranks)
+        if state.held_ER[expert, target] or not allowed_ER[expert, target]:
+            continue
+        best, best_k, is_swap = total - LEAST_STEP * num_steps, -1, False
+        for j in range(state.slots_RK.shape[1]):
+            other = state.slots_RK[target, j]
+            if not state.held_ER[other, source] and allowed_ER[other, source]:
+                value = _total_swapped(state, expert, source, other, target, best)
+                if value < best:
+                    best, best_k, is_swap = value, j, True
+            if state.copies_E[other] > 1:
+                value = _total_replaced(state, expert, other, target, best)
+                if value < best:
+                    best, best_k, is_swap = value, j, False
+        if best_k < 0:
+            continue
+        other = state.slots_RK[target, best_k]
+        state.slots_RK[target, best_k] = expert
+        if is_swap:
+            state.slots_RK[source, k] = other
+            _drop(state, expert, source)
+            _drop(state, other, target)
+            _hold(state, expert, target)
+            _hold(state, other, source)
+        else:
+            _drop(state, other, target)
+            _hold(state, expert, target)
+        total = _rank_by_load(state)
+
+
+@compiled
+def _rank_by_load(state: _State) -> float:
+    """Find the three fullest ranks of every step; the sum over steps of the fullest one's load."""
+    num_steps, num_ranks = state.loads_SR.shape
+    total = 0.0
+    for step in range(num_steps):
+        first, second, third = -1, -1, -1
+        for rank in range(num_ranks):
+            load = state.loads_SR[step, rank]
+            if first < 0 or load > state.loads_SR[step, first]:
+                first, second, third = rank, first, second
+            elif second < 0 or load > state.loads_SR[step, second]:
+                second, third = rank, second
+            elif third < 0 or load > state.loads_SR[step, third]:
+                third = rank
+        state.fullest_S3[step, 0], state.fullest_S3[step, 1], state.fullest_S3[step, 2] = first, second, third
+        total += state.loads_SR[step, first]
+    return total
+
+
+@compiled
+def _draw_step(state: _State, mark: float) -> int:
+    """The step at which the running sum of what the fullest ranks carry above the mean reaches `mark`."""
+    num_steps = len(state.fullest_S3)
+    running = 0.0
+    for step in range(num_steps):
+        running += state.loads_SR[step, state.fullest_S3[step, 0]] - 1
+        if running > mark:
+            return step
+    return num_steps - 1
+
+
+@compiled
+def _draw_slot(state: _State, step: int, rank: int, mark: float) -> int:
+    """The slot of `rank` at which the running sum of its slots' loads in this step reaches `mark`."""
+    num_slots = len(state.slots_RK[rank])
+    running = 0.0
+    for k in range(num_slots):
+        running += state.shares_ES[state.slots_RK[rank, k], step]
+        if running > mark:
+            return k
+    return num_slots - 1
+
+
+@compiled
+def _total_swapped(state: _State, one: int, one_rank: int, two: int, two_rank: int, limit: float) -> float:
+    """Sum of the fullest ranks' loads if two slots changed places; `limit` if it would be at least that."""
+    num_steps = len(state.loads_SR)
+    total = 0.0
+    for step in range(num_steps):
+        more = state.shares_ES[two, step] - state.shares_ES[one, step]
+        fullest = max(state.loads_SR[step, one_rank] + more, state.loads_SR[step, two_rank] - more)
+        for k in range(min(3, state.loads_SR.shape[1])):
+            rank = state.fullest_S3[step, k]
+            if rank != one_rank and rank != two_rank:
+                fullest = max(fullest, state.loads_SR[step, rank])
+                break
+        total += fullest
+        if total + (num_steps - 1 - step) >= limit:  # no step can be below its mean, 1
+            return limit
+    return total
+
+
+@compiled
+def _total_replaced(state: _State, new: int, old: int, rank: int, limit: float) -> float:
+    """Sum of the fullest ranks' loads if a slot of `old` on `rank` went to `new`; `limit` if at least that."""
+    num_steps, num_ranks = state.loads_SR.shape
+    total = 0.0
+    for step in range(num_steps):
+        new_share = state.loads_ES[new, step] / (state.copies_E[new] + 1)
+        old_share = state.loads_ES[old, step] / (state.copies_E[old] - 1)
+        new_less = state.shares_ES[new, step] - new_share
+        old_more = old_share - state.shares_ES[old, step]
+        fullest = state.loads_SR[step, rank] - state.shares_ES[old, step] + new_share
+        for other in range(num_ranks):
+            if other != rank:
+                load = state.loads_SR[step, other]
+                if state.held_ER[new, other]:
+                    load -= new_less
+                if state.held_ER[old, other]:
+                    load += old_more
+                fullest = max(fullest, load)
+        total += fullest
+        if total + (num_steps - 1 - step) >= limit:
+            return limit
+    return total
+
+
+@compiled
+def _drop(state: _State, expert: int, rank: int) -> None:
+    """Take a replica away; with the last one its load goes nowhere until another is held."""
+    for step in range(len(state.loads_SR)):
+        state.loads_SR[step, rank] -= state.shares_ES[expert, step]
+    state.held_ER[expert, rank] = False
+    _share(state, expert, state.copies_E[expert] - 1)
+
+
+@compiled
+def _hold(state: _State, expert: int, rank: int) -> None:
+    """Add a replica."""
+    _share(state, expert, state.copies_E[expert] + 1)
+    state.held_ER[expert, rank] = True
+    for step in range(len(state.loads_SR)):
+        state.loads_SR[step, rank] += state.shares_ES[expert, step]
+
+
+@compiled
+def _share(state: _State, expert: int, copies: int) -> None:
+    """Spread an expert's load evenly over `copies` replicas, on the ranks that hold it now."""
+    num_steps, num_ranks = state.loads_SR.shape
+    state.copies_E[expert] = copies
+    for step in range(num_steps):
+        share = state.loads_ES[expert, step] / max(copies, 1)
+        for rank in range(num_ranks):
+            if state.held_ER[expert, rank]:
+                state.loads_SR[step, rank] += share - state.shares_ES[expert, step]
+        state.shares_ES[expert, step] = share

@@ -1,0 +1,90 @@
+"""Calibration that was stopped goes on where it was; the record is the same as without a stop."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rq_ep.core.errors import UserError
+from rq_ep.model.calibration.forward_stats import Heard, Subject, listen
+from rq_ep.parallel import EPGroup, run_local
+
+SETTINGS = {"sequence_length": 32, "max_tokens": 2048, "batch_size": 8, "save_every_s": 0.0}
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_checkpoint: Path) -> Subject:
+    return Subject.open(tiny_checkpoint, torch.float32, "cpu")
+
+
+def until(stop: int):
+    def progress(stage: str, done: int, total: int) -> None:
+        assert total == 8
+        if done == stop:
+            raise Stopped
+
+    return progress
+
+
+def assert_same(a: Heard, b: Heard) -> None:
+    assert [step[:3] for step in a.steps] == [step[:3] for step in b.steps]
+    assert all(np.array_equal(x.counts_LE, y.counts_LE) for x, y in zip(a.steps, b.steps, strict=True))
+    for one, other in zip(a.records, b.records, strict=True):
+        for name in ("importance_E", "gate_mass_E", "visits_E"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+        assert all(torch.equal(x, y) for x, y in zip(one.kept_rows(), other.kept_rows(), strict=True))
+
+
+def test_a_stopped_run_goes_on(subject: Subject, tiny_checkpoint: Path, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
+    whole = listen(subject, text, **SETTINGS)
+    for stop in (3, 6):
+        with pytest.raises(Stopped):
+            listen(subject, text, halfway_path=path, progress=until(stop), **SETTINGS)
+    assert "going on after 3 batches" in caplog.text
+    seen = []
+    again = listen(subject, text, halfway_path=path, progress=lambda _, done, total: seen.append(done), **SETTINGS)
+    assert seen == [7, 8]
+    assert_same(whole, again)
+    assert not path.exists()
+
+
+def test_ranks_go_on_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
+    seen: list[int] = []
+
+    def heard(group: EPGroup, **settings: Any) -> Heard:
+        return listen(Subject.open(tiny_checkpoint, torch.float32, "cpu", group), text, **(SETTINGS | settings))
+
+    with pytest.raises(Stopped):
+        run_local(2, partial(heard, halfway_path=path, progress=until(3)))
+    with pytest.raises(UserError, match="rank 1 does not find it, but rank 0 does"):
+        run_local(2, lambda group: heard(group, halfway_path=path if group.rank == 0 else tmp_path / "elsewhere"))
+    again = run_local(2, partial(heard, halfway_path=path, progress=lambda _, done, total: seen.append(done)))
+    assert min(seen) in (3, 4)  # rank 0 may have been stopped before it wrote the third batch
+    assert sorted(seen) == sorted([*range(min(seen), 9)] * 2)
+    for one, other in zip(again, run_local(2, heard), strict=True):
+        assert_same(one, other)
+    assert not path.exists()
+
+
+def test_another_run_or_a_damaged_file_starts_anew(
+    subject: Subject, tiny_checkpoint: Path, tmp_path: Path, caplog
+) -> None:
+    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
+    with pytest.raises(Stopped):
+        listen(subject, text, halfway_path=path, progress=until(3), **SETTINGS)
+    other = listen(subject, text, halfway_path=path, **(SETTINGS | {"seed": 1}))
+    assert "is of another run: starting anew" in caplog.text
+    assert_same(other, listen(subject, text, **(SETTINGS | {"seed": 1})))
+    path.write_bytes(b"nonsense")
+    listen(subject, text, halfway_path=path, **SETTINGS)
+    assert "is damaged" in caplog.text

@@ -1,0 +1,243 @@
+"""Checkpoints that are quantized already: tiny ones written as other tools write them, read bit by bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from rq_ep.core.errors import UserError
+from rq_ep.formats import FORMATS, get_format
+from rq_ep.model.calibration.calibrate import calibrate
+from rq_ep.model.checkpoint.checkpoint_files import read_config
+from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint, open_checkpoint
+from rq_ep.model.load.load_model import load
+from rq_ep.model.load.whole_model import read_dense
+from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
+from rq_ep.model.text.byte_tokenizer import byte_tokenizer
+from rq_ep.parallel import run_local
+from rq_ep.placing.place import place
+from tests.model.families import FAMILIES, logits, prompt, random_model, save
+
+Tensors = dict[str, Tensor]
+
+
+def compressed(num_bits: int, kind: str, strategy: str, **more: object) -> dict[str, object]:
+    """A `quantization_config` as compressed-tensors writes it."""
+    weights = {"num_bits": num_bits, "type": kind, "symmetric": True, "strategy": strategy, **more}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"]}
+
+
+def int8_channels(weight: Tensor) -> Tensors:
+    scale = weight.abs().amax(1, keepdim=True) / 127.5
+    levels = (weight / scale).round().clamp(-128, 127).to(torch.int8)
+    return {"weight": levels, "weight_scale": scale.bfloat16()}
+
+
+def int4_groups(weight: Tensor) -> Tensors:
+    grouped = weight.view(len(weight), -1, 32)
+    scale = (grouped.abs().amax(2) / 7.5).bfloat16()
+    levels = (grouped / scale.float()[..., None]).round().clamp(-8, 7).view_as(weight).int() + 8
+    packed = sum(levels[:, i::8] << 4 * i for i in range(8))  # eight in an int32, the first in the lowest bits
+    shape = torch.tensor(weight.shape)
+    return {"weight_packed": packed.int(), "weight_scale": scale, "weight_shape": shape}
+
+
+def fp8_blocks(weight: Tensor, suffix: str = "_scale_inv") -> Tensors:
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
+    blocks = padded.view(padded.shape[0] // 128, 128, -1, 128)
+    factor = blocks.abs().amax((1, 3)) / 448
+    full = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[: len(weight), : weight.shape[1]]
+    return {"weight": (weight / full).to(torch.float8_e4m3fn), f"weight{suffix}": factor}
+
+
+def fp8_channels(weight: Tensor) -> Tensors:
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    return {
+        "weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "input_scale": torch.ones(1),
+    }  # fmt: skip
+
+
+# name -> family, quantization_config, how a linear layer is stored, the format it is in
+WRITTEN: dict[str, tuple[str, dict[str, object], Callable[[Tensor], Tensors], str]] = {
+    "int8": ("qwen3_moe", compressed(8, "int", "channel"), int8_channels, "int8"),
+    "int4": ("mixtral", compressed(4, "int", "group", group_size=32), int4_groups, "int4_g32"),
+    "fp8": ("olmoe", compressed(8, "float", "channel"), fp8_channels, "fp8"),
+    "fp8 blocks": (
+        "deepseek_v3", {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, fp8_blocks, "fp8_g128",
+    ),
+}  # fmt: skip
+
+
+def wide(family: str) -> PretrainedConfig:
+    """A family's configuration whose experts' sizes are multiples of 32, as groups ask for."""
+    config = deepcopy(FAMILIES[family])
+    config.intermediate_size = 64
+    return config
+
+
+def rewrite(path: Path, quantization: dict[str, object], change: Callable[[str, Tensor], Tensors]) -> None:
+    """Replace the tensors of a checkpoint, and say in its configuration how they are quantized."""
+    tensors: Tensors = {}
+    for key, tensor in load_file(path / "model.safetensors").items():
+        tensors |= change(key, tensor)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes each checkpoint once."""
+    home = tmp_path_factory.mktemp("quantized")
+
+    def write(name: str) -> Path:
+        path = home / name
+        if path.exists():
+            return path
+        if name == "mxfp4":
+            save(random_model(wide("gpt_oss")), path)
+            generator = torch.Generator().manual_seed(0)
+
+            def change(key: str, tensor: Tensor) -> Tensors:
+                if not key.endswith(("gate_up_proj", "down_proj")):
+                    return {key: tensor}
+                experts, num_in, num_out = tensor.shape
+                shape = (experts, num_out, -(-num_in // 32))
+                blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+                scales = torch.randint(121, 124, shape, generator=generator, dtype=torch.uint8)
+                return {f"{key}_blocks": blocks, f"{key}_scales": scales}
+
+            rewrite(path, {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn"]}, change)
+            return path
+        family, quantization, store, _ = WRITTEN[name]
+        save(random_model(wide(family)), path)
+
+        def change(key: str, tensor: Tensor) -> Tensors:
+            is_linear = key.endswith("_proj.weight") or ".experts." in key
+            if not is_linear:
+                return {key: tensor}
+            return {f"{key.removesuffix('weight')}{part}": value for part, value in store(tensor).items()}
+
+        rewrite(path, quantization, change)
+        return path
+
+    return write
+
+
+CASES = [*WRITTEN, "mxfp4"]
+FORMAT_OF = {name: written[3] for name, written in WRITTEN.items()} | {"mxfp4": "mxfp4"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_spread_over_ranks_it_equals_the_whole_model(name: str, written: Callable[[str], Path]) -> None:
+    path = written(name)
+    tokens = prompt(2, 9)
+    whole = read_dense(path, torch.float32, torch.device("cpu"))
+    spread = load(path, num_local_ranks=2, dtype="float32", strategy="standard")
+    assert spread.rq_ep.placement.formats == (FORMAT_OF[name],)
+    torch.testing.assert_close(logits(spread, tokens), logits(whole, tokens), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_experts_are_kept_as_they_are_stored(name: str, written: Callable[[str], Path]) -> None:
+    path = written(name)
+    whole = read_dense(path, torch.float32, torch.device("cpu"))
+    bank = load(path, num_local_ranks=1, dtype="float32").rq_ep.layers[-1].banks[0]
+    module = find_expert_modules(whole)[-1].module
+    layout, format_ = family_of(module).layout, get_format(FORMAT_OF[name])
+    for expert in bank.experts:
+        views = format_.views(bank.packed(expert), layout)
+        for tensor, parameter in module.named_parameters():
+            assert torch.equal(format_.dequantize(views, tensor, layout, torch.float32), parameter[expert])
+    stored = sum(tensor.nbytes for tensor in load_file(path / "model.safetensors").values())
+    assert bank.nbytes < stored  # no second copy in more bits
+
+
+def test_gpt_oss_numbers_are_what_transformers_makes_of_them(written: Callable[[str], Path]) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    path = written("mxfp4")
+    tensors = load_file(path / "model.safetensors")
+    key = "model.layers.1.mlp.experts.gate_up_proj"
+    theirs = convert_moe_packed_tensors(tensors[f"{key}_blocks"], tensors[f"{key}_scales"], dtype=torch.float32)
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    assert torch.equal(checkpoint.tensor(key), theirs)
+    assert checkpoint.shape(key) == tuple(theirs.shape)
+    assert torch.equal(checkpoint.rows(key, 3, 5), theirs[3:5])
+
+
+def test_it_is_calibrated_and_placed_in_its_own_format(written: Callable[[str], Path]) -> None:
+    text = {"d": ["AB" * 999]}  # bytes that the vocabulary of 97 has
+    stats = calibrate(written("int8"), text, tokenizer=byte_tokenizer(64), sequence_length=16, max_tokens=160)
+    assert (stats.native_format, stats.formats) == ("int8", ("int8",))
+    placement = place(stats, 2)
+    assert placement.formats == ("int8",)
+    load(written("int8"), placement, num_local_ranks=2)
+    settings = {"tokenizer": byte_tokenizer(64), "sequence_length": 16, "max_tokens": 160}
+    for spread in run_local(2, lambda group: calibrate(written("int8"), text, group=group, **settings)):
+        assert (spread.native_format, spread.counts.tolist()) == ("int8", stats.counts.tolist())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq', which is not supported"),
+        ("nonsense", "quantized by 'nonsense'"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"fp8 in blocks of \[64, 64\]"),
+        ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}, "fmt 'e5m2'"),
+        (compressed(8, "int", "group", group_size=32), "int of 8 bits, scaled by group"),
+        (compressed(3, "int", "channel"), "int of 3 bits"),
+        (compressed(8, "int", "channel", symmetric=False), "not symmetric"),
+        ({"quant_method": "compressed-tensors"}, "0 kinds of weights"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(settings, message, written: Callable[[str], Path], tmp_path) -> None:
+    shutil.copytree(written("int8"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "message"),
+    [
+        ("int8", "experts.3.gate_proj.weight_scale", "no scales"),
+        ("int8", "experts.3.gate_proj.weight", "which is not there"),
+        ("fp8 blocks", "experts.0.down_proj.weight_scale_inv", "no scales"),
+        ("int4", "experts.0.w1.weight_scale", "has no scales"),
+        ("mxfp4", "experts.down_proj_scales", "has no scales"),
+        ("mxfp4", "experts.down_proj_blocks", "which is not there"),
+    ],
+)
+def test_numbers_never_come_without_their_scales(name, lost, message, written: Callable[[str], Path], tmp_path) -> None:
+    shutil.copytree(written(name), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    key = next(key for key in tensors if key.endswith(lost))
+    del tensors[key]
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "model", num_local_ranks=1)
+
+
+def test_zero_points_are_refused(written: Callable[[str], Path], tmp_path) -> None:
+    shutil.copytree(written("int8"), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    key = next(key for key in tensors if key.endswith("weight_scale"))
+    tensors[key.replace("_scale", "_zero_point")] = torch.zeros(1, dtype=torch.int8)
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match="zero points are not supported"):
+        open_checkpoint(tmp_path / "model")
+
+
+def test_every_scheme_ends_in_a_known_format() -> None:
+    assert set(FORMAT_OF.values()) <= FORMATS.keys()

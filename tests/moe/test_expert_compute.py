@@ -1,0 +1,115 @@
+"""Grouped kernel, loop and parts of bounded size compute the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rq_ep.formats import FORMATS, ExpertLayout, get_format
+from rq_ep.moe import ExpertFamily
+from rq_ep.moe.expert_compute import Share, Stack, add_outputs
+from rq_ep.moe.grouped_gemm import can_group
+from rq_ep.parallel import Received
+from tests.moe.cases import interleaved_gate, silu_gate
+
+NUM_EXPERTS, D, F_ = 5, 64, 32
+FAMILIES = {
+    "gated": ExpertFamily(ExpertLayout({"gate_up_proj": (2 * F_, D), "down_proj": (D, F_)}), silu_gate),
+    "transposed": ExpertFamily(
+        ExpertLayout(
+            {"gate_up_proj": (D, 2 * F_), "gate_up_proj_bias": (2 * F_,), "down_proj": (F_, D), "down_proj_bias": (D,)},
+            is_transposed=True,
+        ),
+        interleaved_gate,
+    ),
+}
+
+
+CPU = torch.device("cpu")
+
+
+def stack_of(family: ExpertFamily, name: str, device: torch.device = CPU) -> Stack:
+    random = torch.Generator().manual_seed(0)
+    stack = Stack.empty(get_format(name), family.layout, NUM_EXPERTS, device)
+    for packed in stack.packed:
+        weights = {n: torch.randn(s, generator=random) * 0.2 for n, s in family.layout.shapes.items()}
+        packed.copy_(stack.format.pack(weights, family.layout))
+    return stack
+
+
+def received_of(pairs_J: list[int], num_rows: int, dtype: torch.dtype, device: torch.device = CPU) -> Received:
+    random = torch.Generator().manual_seed(1)
+    num_pairs = sum(pairs_J)
+    return Received(
+        rows_MD=torch.randn(num_rows, D, generator=random).to(device, dtype),
+        row_N=torch.randint(num_rows, (num_pairs,), generator=random).to(device),
+        weight_N=torch.rand(num_pairs, generator=random).to(device),
+        experts=tuple(range(len(pairs_J))),
+        offsets=(0, *np.cumsum(pairs_J).tolist()),
+    )
+
+
+def outputs(stack: Stack, family: ExpertFamily, received: Received, max_bytes: int | None = None) -> torch.Tensor:
+    partial_MD = torch.zeros(received.rows_MD.shape, device=received.rows_MD.device)
+    active = [j for j in range(NUM_EXPERTS) if received.offsets[j] < received.offsets[j + 1]]
+    add_outputs(partial_MD, received, Share(stack, active, active), family, max_bytes)
+    return partial_MD
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("pairs_J", [[3, 0, 17, 1, 4], [0, 0, 9, 0, 0], [1, 1, 1, 1, 1]], ids=str)
+def test_grouped_kernel_equals_the_loop(
+    family: ExpertFamily, pairs_J: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = stack_of(family, "bf16")
+    received = received_of(pairs_J, 10, torch.bfloat16)
+    calls = []
+    kernel = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
+    grouped_MD = outputs(stack, family, received)
+    assert bool(calls) == (sum(pairs > 0 for pairs in pairs_J) > 1)
+    monkeypatch.setattr("rq_ep.moe.grouped_gemm.can_group", lambda *_: False)
+    loop_MD = outputs(stack, family, received)
+    assert (grouped_MD - loop_MD).norm() < 2e-2 * loop_MD.norm()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bounded_workspace_gives_the_same_sums(name: str) -> None:
+    family = FAMILIES["gated"]
+    stack = stack_of(family, name)
+    received = received_of([9, 0, 13, 2, 6], 11, torch.float32)
+    torch.testing.assert_close(outputs(stack, family, received, max_bytes=4000), outputs(stack, family, received))
+
+
+def test_kernel_is_only_chosen_where_it_works() -> None:
+    stack = stack_of(FAMILIES["gated"], "bf16")
+    x_ND = torch.zeros(2, D, dtype=torch.bfloat16)
+    assert can_group(x_ND, stack, "gate_up_proj")
+    assert not can_group(x_ND.float(), stack, "gate_up_proj")
+    assert not can_group(x_ND, stack_of(FAMILIES["gated"], "int8"), "gate_up_proj")
+    odd = ExpertFamily(ExpertLayout({"gate_up_proj": (2 * 33, D), "down_proj": (D, 33)}), silu_gate)
+    assert not can_group(x_ND, stack_of(odd, "bf16"), "gate_up_proj")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("pairs_J", [[3, 0, 17, 1, 4], [40, 30, 0, 0, 50]], ids=str)
+@pytest.mark.parametrize("name", [name for name, format_ in FORMATS.items() if not format_.is_native])
+def test_low_bits_in_bf16_equal_the_dequantized_experts(name: str, family: ExpertFamily, pairs_J: list[int]) -> None:
+    stack = stack_of(family, name)
+    dequantized = Stack.empty(get_format("fp32"), family.layout, NUM_EXPERTS, CPU)
+    for expert, packed in zip(stack.experts, dequantized.packed, strict=True):
+        weights = {n: stack.format.dequantize(expert, n, family.layout, torch.float32) for n in family.layout.shapes}
+        packed.copy_(dequantized.format.pack(weights, family.layout))
+    received = received_of(pairs_J, 30, torch.bfloat16)
+    expected_MD = outputs(dequantized, family, replace(received, rows_MD=received.rows_MD.float()))
+    assert (outputs(stack, family, received) - expected_MD).norm() < 1e-2 * expected_MD.norm()
+
+
+def test_rows_that_repeat_are_added_in_a_fixed_order() -> None:
+    family = FAMILIES["gated"]
+    stack = stack_of(family, "bf16")
+    received = received_of([200, 200, 100, 50, 50], 3, torch.bfloat16)
+    first = outputs(stack, family, received)
+    assert all(torch.equal(first, outputs(stack, family, received)) for _ in range(5))

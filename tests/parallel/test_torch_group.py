@@ -1,0 +1,55 @@
+"""Which backend is chosen, from what is there; the group of a process that nobody else belongs to."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rq_ep.core.errors import UserError
+from rq_ep.parallel.torch_group import TorchGroup, choose_transport
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "device_type", "backend"),
+    [
+        ("auto", ["a 0", "a 1"], "cuda", "nccl"),
+        ("auto", ["a 0"], "cuda", "nccl"),
+        ("auto", ["a 0", "a 0"], "cpu", "gloo"),
+        ("auto", ["a 0", None], "cpu", "gloo"),
+        ("auto", [None, None], "cpu", "gloo"),
+        ("cuda", ["a 0", "b 0"], "cuda", "nccl"),
+        ("cuda", ["a 0", "a 0"], "cuda", "gloo"),
+        ("cpu", ["a 0", "a 1"], "cpu", "gloo"),
+    ],
+)
+def test_choice_of_backend(wanted: str, gpus: list[str | None], device_type: str, backend: str) -> None:
+    transport = choose_transport(wanted, gpus)
+    assert (transport.device_type, transport.backend) == (device_type, backend)
+    assert transport.reason
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="--device cuda: rank 1 has no CUDA device"):
+        choose_transport("cuda", ["a 0", None])
+    with pytest.raises(UserError, match="did you mean 'cuda'"):
+        choose_transport("cudo", [None])
+
+
+def test_a_process_started_by_hand_is_a_group_of_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with caplog.at_level(logging.INFO):
+        group = TorchGroup.from_environment("cpu")
+    assert caplog.messages == ["rank 0 of 1: gloo on cpu (as asked)"]
+    assert group.gather_counts(torch.tensor([0, 2])).tolist() == [[0, 2]]
+    assert group.all_to_all(torch.arange(2), [2], [2]).tolist() == [0, 1]
+
+    second = TorchGroup.from_environment("cpu")
+    second.close()
+    assert dist.is_initialized(), "a group ends torch.distributed only if it began it"
+    group.barrier()
+    group.close()
+    assert not dist.is_initialized()

@@ -1,0 +1,522 @@
+"""The routes, in process, over ranks that answer from a script."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import httpx
+import pytest
+
+from rq_ep.engine.requests import Output, Request, Score
+from rq_ep.serve.http.app import make_app
+from rq_ep.serve.http.metrics import Metrics
+from rq_ep.serve.http.openai.api_errors import TYPES, ApiError
+from rq_ep.serve.http.record_routes import Recorder
+from rq_ep.serve.http.service import Served, Service
+
+MODEL = "org/tiny"
+EOS = 0
+
+
+class ByteTokenizer:
+    """Bytes are tokens, and 0 ends a text."""
+
+    chat_template = "yes"
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        if conversation[0]["role"] == "assistant":
+            raise ValueError("the user begins")
+        return "".join(f"<{message['role']}>{message['content']}" for message in conversation)
+
+
+def score(token_id: int) -> Score:
+    """The likeliest token is always `!`."""
+    return Score(-token_id / 64, [33, token_id], [-0.25, -token_id / 64])
+
+
+LOADS = {  # as LoadTotals.take gives them
+    "layers": [3, 4], "num_calls_L": [3, 3], "pairs_LR": [[30, 10], [20, 20]], "counts_LE": [[25, 10, 5], [20, 0, 20]],
+    "formats_L": [{"bf16": 25, "int8": 15}, {"bf16": 40}], "imbalance_L": [1.5, 1.0],
+    "seconds": {"gather": 0.1, "plan": 0.2, "dispatch": 0.5, "compute": 1.0, "combine": 0.3},
+    "borrowed_experts": 2, "borrowed_bytes": 100,
+}  # fmt: skip
+
+
+class ScriptedRanks:
+    """Answers every request with `answer`, a byte at a time, then as `end` says."""
+
+    def __init__(self, answer: str = "hello", end: str = "length") -> None:
+        self.answer, self.end = answer, end
+        self.unavailable: str | None = None
+        self.taken: list[Request] = []
+        self.cancelled: list[str] = []
+        self.is_slow = False
+        self.marks: list[int] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        return 0
+
+    def why_unavailable(self) -> str | None:
+        return self.unavailable
+
+    def mark(self, number: int) -> None:
+        self.marks.append(number)
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        self.taken.append(request)
+        is_done = False
+        token_ids = list(self.answer.encode()) + ([EOS] if self.end == "stop" else [])
+        try:
+            if request.scores_prompt:
+                is_done = request.max_tokens == 0
+                scores = [score(token_id) for token_id in request.prompt_ids[1:]]
+                yield Output(request.id, [], "length" if is_done else None, prompt_scores=scores)
+                if is_done:
+                    return
+            for at, token_id in enumerate(token_ids):
+                is_last = at == len(token_ids) - 1
+                if is_last and self.end == "error":
+                    raise ApiError(500, "rank 1: it broke")
+                is_done = is_last
+                scores = [] if request.num_logprobs is None else [score(token_id)]
+                yield Output(request.id, [token_id], self.end if is_last else None, scores=scores)
+                if self.is_slow:
+                    await asyncio.sleep(60)
+        finally:
+            if not is_done:
+                self.cancelled.append(request.id)
+
+
+class Bench:
+    """An app over scripted ranks, and one request at a time to it."""
+
+    def __init__(self) -> None:
+        self.ranks = ScriptedRanks()
+        metrics = Metrics(MODEL, lambda: self.ranks.num_unfinished)
+        self.service = Service(MODEL, 7, self.ranks, metrics, Recorder(self.ranks.mark, None, 50))
+        self.service.served = Served(max_model_len=64, vocab_size=256)
+        self.service.tokenizer = ByteTokenizer()
+        self.app = make_app(self.service, max_body_bytes=2000)
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run(work)
+
+    def call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        async def call() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(call())
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.call("POST", "/v1/completions", json={"model": MODEL, "prompt": "abc", **body})
+
+    def chat(self, **body: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": "hi"}]
+        return self.call("POST", "/v1/chat/completions", json={"model": MODEL, "messages": messages, **body})
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def events(response: httpx.Response) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    found = response.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    assert (found["code"], found["type"]) == (status, TYPES[status])
+    assert "\n" not in found["message"]
+    return found
+
+
+def test_a_completion(bench: Bench) -> None:
+    body = bench.complete().json()
+    assert body["choices"] == [{"index": 0, "text": "hello", "finish_reason": "length", "logprobs": None}]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert (body["object"], body["model"]) == ("text_completion", MODEL)
+    assert bench.ranks.taken[0].max_tokens == 16
+
+
+def test_the_end_token_counts_but_is_not_shown(bench: Bench) -> None:
+    bench.ranks.end = "stop"
+    body = bench.complete().json()
+    assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("hello", "stop")
+    assert body["usage"]["completion_tokens"] == 6
+
+
+def test_a_chat_completion(bench: Bench) -> None:
+    body = bench.chat().json()
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "hello", "refusal": None}
+    request = bench.ranks.taken[0]
+    assert bytes(request.prompt_ids) == b"<user>hi"
+    assert request.max_tokens == 64 - 8, "a chat may use what room there is"
+
+
+def test_text_parts_are_joined(bench: Bench) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    bench.chat(messages=[{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}])
+    assert bytes(bench.ranks.taken[0].prompt_ids) == b"<system>be brief<user>ab"
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_streamed_completion(bench: Bench, include_usage: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+    *chunks, done = events(bench.complete(stream=True, **options))
+    assert done == "[DONE]"
+    if include_usage:
+        *chunks, last = chunks
+        assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 5)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["length"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_a_streamed_chat(bench: Bench) -> None:
+    *chunks, done = events(bench.chat(stream=True))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert done == "[DONE]"
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == "hello"
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_cuts_and_cancels(bench: Bench, stream: bool) -> None:
+    bench.ranks.answer = "one two three"
+    response = bench.complete(stop=["tw", "zzz"], stream=stream)
+    choices = [e["choices"][0] for e in events(response)[:-1]] if stream else response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "one "
+    assert choices[-1]["finish_reason"] == "stop"
+    assert bench.ranks.cancelled == [bench.ranks.taken[0].id]
+
+
+def test_an_error_on_the_way_ends_the_stream(bench: Bench) -> None:
+    bench.ranks.end = "error"
+    *chunks, last = events(bench.complete(stream=True))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hell"
+    assert last["error"]["message"] == "rank 1: it broke"
+    assert error(bench.complete(), 500)["message"] == "rank 1: it broke"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_cancels_its_request(bench: Bench, stream: bool) -> None:
+    bench.ranks.is_slow = True
+    body = json.dumps({"model": MODEL, "prompt": "abc", "stream": stream}).encode()
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": "",
+        "scheme": "http", "headers": [(b"content-type", b"application/json")], "server": ("server", 80),
+    }  # fmt: skip
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if incoming:
+            return incoming.pop()
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    bench.run(asyncio.wait_for(bench.app(scope, receive, send), 10))
+    assert bench.ranks.cancelled == [bench.ranks.taken[0].id]
+
+
+def test_sampling_is_passed_on(bench: Bench) -> None:
+    bench.complete(temperature=0.5, top_p=0.9, seed=11, max_tokens=3, ignore_eos=True)
+    bench.complete()
+    bench.complete()
+    first, second, third = bench.ranks.taken
+    assert (first.sampling.temperature, first.sampling.top_p, first.sampling.seed) == (0.5, 0.9, 11)
+    assert (first.max_tokens, first.ignore_eos) == (3, True)
+    assert (second.sampling.temperature, second.sampling.top_p) == (1.0, 1.0), "OpenAI's defaults"
+    assert second.sampling.seed != third.sampling.seed
+
+
+def test_both_names_of_the_limit_are_known(bench: Bench) -> None:
+    bench.complete(max_tokens=7, max_completion_tokens=7)
+    bench.chat(max_completion_tokens=6)
+    bench.chat(max_tokens=5)
+    assert [request.max_tokens for request in bench.ranks.taken] == [7, 6, 5]
+
+
+def test_neutral_parameters_are_accepted(bench: Bench) -> None:
+    body = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}}
+    assert bench.complete(**body, user="me").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"n": 2}, "n", "n: Input should be 1"),
+        ({"best_of": 2}, "best_of", "best_of=2 is not supported"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+        ({"max_tokens": 0}, "max_tokens", "only allowed with echo"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "is not supported"),
+        ({"temprature": 1}, "temprature", "unknown parameter 'temprature'"),
+        ({"temperature": "hot"}, "temperature", "temperature: Input should be a valid number"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        ({"max_tokens": "5"}, "max_tokens", "valid integer"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"stop": ""}, "stop", "at least 1"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream is true"),
+        ({"prompt": ["a", "b"]}, "prompt", "2 prompts in one request"),
+        ({"prompt": ""}, "prompt", "the prompt is empty"),
+        ({"prompt": [1, 999]}, "prompt", "token id 999 lies outside the vocabulary of 256"),
+        ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
+        ({"prompt": "x" * 70}, "prompt", "the prompt has 70 tokens and max_tokens is 1, 71 in all, .*at most 64"),
+        ({"prompt": "abc", "max_tokens": 62}, "prompt", "65 in all, but this server takes at most 64"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(bench: Bench, body: dict[str, Any], param: str, message: str) -> None:
+    found = error(bench.complete(**body), 400)
+    assert found["param"] == param
+    assert re.search(message, found["message"]), found["message"]
+    assert bench.ranks.taken == []
+
+
+def test_an_open_end_takes_what_room_there_is(bench: Bench) -> None:
+    assert bench.complete(prompt="x" * 60).status_code == 200
+    assert bench.ranks.taken[0].max_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"model": "m", ', "the body is not valid JSON"),
+        (b"[1, 2]", "the body must be a JSON object"),
+        (b"{}", "model is required"),
+        (b'{"model": "org/tiny"}', "prompt is required"),
+        (b'{"model": "org/tiny", "prompt": "a\\ud800"}', "half a surrogate pair at character 1"),
+        (b'{"model": "org/tiny", "prompt": "a", "\\ud800": 1}', "the body must be a JSON object"),
+        (b'{"model": "org/tiny", "prompt": "\xff"}', "the body is not"),
+        (b"[" * 1900, "the body is not"),
+    ],
+)
+def test_bodies_that_are_no_request(bench: Bench, content: bytes, message: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    assert message in error(bench.call("POST", "/v1/completions", content=content, headers=headers), 400)["message"]
+
+
+def test_chat_errors(bench: Bench) -> None:
+    assert "at least 1 item" in error(bench.chat(messages=[]), 400)["message"]
+    assert error(bench.chat(messages=[{"role": "robot", "content": "x"}]), 400)["param"] == "messages"
+    refused = error(bench.chat(messages=[{"role": "assistant", "content": "x"}]), 400)
+    assert "the user begins" in refused["message"]
+    bench.service.tokenizer.chat_template = None
+    assert "no chat template" in error(bench.chat(), 400)["message"]
+
+
+def test_logprobs_of_a_completion(bench: Bench) -> None:
+    found = bench.complete(logprobs=2).json()["choices"][0]["logprobs"]
+    assert found["tokens"] == list("hello")
+    assert found["token_logprobs"] == [-byte / 64 for byte in b"hello"]
+    assert found["text_offset"] == [0, 1, 2, 3, 4]
+    assert found["top_logprobs"][0] == {"!": -0.25, "h": -104 / 64}
+    assert bench.ranks.taken[0].num_logprobs == 2
+
+
+def test_logprobs_of_a_chat(bench: Bench) -> None:
+    found = bench.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
+    assert [entry["token"] for entry in found["content"]] == list("hello")
+    top = [{"token": "!", "logprob": -0.25, "bytes": [33]}, {"token": "h", "logprob": -104 / 64, "bytes": [104]}]
+    assert found["content"][0] == {**top[1], "top_logprobs": top}
+    assert error(bench.chat(top_logprobs=2), 400)["param"] == "top_logprobs"
+
+
+@pytest.mark.parametrize("call", ["complete", "chat"])
+def test_a_stream_loses_no_logprobs(bench: Bench, call: str) -> None:
+    bench.ranks.answer = "h\u00e9llo"  # the first half of the second character has no text yet
+    asked = {"logprobs": 1} if call == "complete" else {"logprobs": True, "top_logprobs": 1}
+    whole = getattr(bench, call)(**asked).json()["choices"][0]["logprobs"]
+    chunks = events(getattr(bench, call)(**asked, stream=True))[:-1]
+    found = [logprobs for chunk in chunks if (logprobs := chunk["choices"][0]["logprobs"])]
+    key = "token_logprobs" if call == "complete" else "content"
+    assert [entry for logprobs in found for entry in logprobs[key]] == whole[key]
+    assert len(whole[key]) == 6
+
+
+def test_logprobs_end_where_a_stop_string_cuts(bench: Bench) -> None:
+    choice = bench.complete(logprobs=0, stop="lo").json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["tokens"]) == ("hel", ["h", "e", "l"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_shows_the_prompt(bench: Bench, stream: bool) -> None:
+    response = bench.complete(echo=True, stop="bc", stream=stream)
+    choices = [e["choices"][0] for e in events(response)[:-1]] if stream else response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "abchello"
+    assert not bench.ranks.taken[0].scores_prompt
+
+
+def test_echo_with_logprobs_scores_the_prompt(bench: Bench) -> None:
+    body = bench.complete(echo=True, logprobs=1, max_tokens=1).json()
+    found = body["choices"][0]["logprobs"]
+    assert bench.ranks.taken[0].scores_prompt
+    assert found["tokens"] == list("abchello")
+    assert found["token_logprobs"][:3] == [None, -98 / 64, -99 / 64]
+    assert found["top_logprobs"][:2] == [None, {"!": -0.25, "b": -98 / 64}]
+    assert found["text_offset"] == list(range(8))
+    assert body["usage"]["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_prompt_may_be_scored_without_an_answer(bench: Bench, logprobs: int | None) -> None:
+    body = bench.complete(echo=True, logprobs=logprobs, max_tokens=0).json()
+    assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("abc", "length")
+    assert len(bench.ranks.taken) == (logprobs is not None)
+    assert body["usage"]["completion_tokens"] == 0
+
+
+def test_an_api_key_is_asked_for_under_v1(bench: Bench) -> None:
+    bench.app = make_app(bench.service, max_body_bytes=2000, api_key="secret")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        assert "--api-key" in error(bench.call("GET", "/v1/models", headers=headers), 401)["message"]
+    assert bench.call("GET", "/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    for path in ("/health", "/livez", "/metrics", "/version"):
+        assert bench.call("GET", path).status_code == 200
+
+
+def test_unknown_things_are_not_found(bench: Bench) -> None:
+    assert error(bench.complete(model="gpt-5"), 404)["param"] == "model"
+    assert "/v1/embeddings" in error(bench.call("POST", "/v1/embeddings", json={}), 404)["message"]
+    wrong_method = bench.call("GET", "/v1/completions")
+    error(wrong_method, 405)
+    assert wrong_method.headers["Allow"] == "POST"
+    error(bench.call("GET", "/v1/models/gpt-5"), 404)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_that_is_too_large_is_refused(bench: Bench, declared: bool) -> None:
+    content = json.dumps({"model": MODEL, "prompt": "x" * 3000}).encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield content[:100]
+        yield content[100:]
+
+    headers = {"Content-Type": "application/json"}
+    sent = content if declared else pieces()
+    found = error(bench.call("POST", "/v1/completions", content=sent, headers=headers), 413)
+    assert "2000 bytes" in found["message"]
+
+
+@pytest.mark.parametrize("reason", ["the model is loading", "draining", "rank 1 died"])
+def test_health_says_why_not(bench: Bench, reason: str) -> None:
+    assert bench.call("GET", "/health").json() == {"status": "ok"}
+    bench.ranks.unavailable = reason
+    assert error(bench.call("GET", "/health"), 503)["message"] == reason
+    assert reason in error(bench.complete(), 503)["message"]
+    assert bench.call("GET", "/metrics").status_code == 200
+    assert bench.call("GET", "/livez").json() == {"status": "alive"}, "the process lives, whatever the group does"
+
+
+def test_models_are_listed(bench: Bench) -> None:
+    card = bench.call("GET", "/v1/models").json()["data"][0]
+    assert (card["id"], card["object"], card["max_model_len"]) == (MODEL, "model", 64)
+    assert bench.call("GET", f"/v1/models/{MODEL}").json() == card
+
+
+def test_metrics_count(bench: Bench) -> None:
+    bench.complete()
+    bench.complete(n=2)
+    metrics = bench.service.metrics
+    metrics.weights([{"bf16": 10, "int8": 5}, {"bf16": 20}])
+    metrics.loads(LOADS)
+    metrics.rank(1, {"num_running": 2, "num_waiting": 3, "kv_cache_usage": 0.25, "num_steps": 5, "steps_s": 0.5})
+    text = bench.call("GET", "/metrics").text
+    for line in (
+        'rq_ep_request_success_total{finished_reason="length",model_name="org/tiny"} 1.0',
+        'rq_ep_request_failure_total{model_name="org/tiny",status="400"} 1.0',
+        'rq_ep_prompt_tokens_total{model_name="org/tiny"} 3.0',
+        'rq_ep_generation_tokens_total{model_name="org/tiny"} 5.0',
+        'rq_ep_time_to_first_token_seconds_count{model_name="org/tiny"} 1.0',
+        'rq_ep_inter_token_latency_seconds_count{model_name="org/tiny"} 4.0',
+        'rq_ep_e2e_request_latency_seconds_count{model_name="org/tiny"} 1.0',
+        'rq_ep_expert_weight_bytes{ep_rank="0",model_name="org/tiny",precision="int8"} 5.0',
+        'rq_ep_tokens_routed_total{ep_rank="0",layer="3",model_name="org/tiny"} 30.0',
+        'rq_ep_layer_imbalance_ratio{layer="3",model_name="org/tiny"} 1.5',
+        f'rq_ep_balancedness{{model_name="org/tiny"}} {(1 / 1.5 + 1) / 2}',
+        'rq_ep_replica_tokens_total{layer="3",model_name="org/tiny",precision="int8"} 15.0',
+        'rq_ep_dispatch_seconds_total{model_name="org/tiny"} 0.5',
+        'rq_ep_rearrangements_total{model_name="org/tiny"} 2.0',
+        'rq_ep_num_requests_waiting{ep_rank="1",model_name="org/tiny"} 3.0',
+        'rq_ep_kv_cache_usage_perc{ep_rank="1",model_name="org/tiny"} 0.25',
+        'rq_ep_engine_steps_total{ep_rank="1",model_name="org/tiny"} 5.0',
+        'rq_ep_request_decode_time_seconds_count{model_name="org/tiny"} 1.0',
+    ):
+        assert line in text
+
+
+def test_load_is_told_since_the_start_and_lately(bench: Bench) -> None:
+    assert bench.call("GET", "/v1/ep/load").json()["total"] is None
+    bench.service.balance.add(LOADS)
+    bench.service.balance.add(LOADS)
+    bench.complete()
+    bench.service.history.sample(3)
+    body = bench.call("GET", "/v1/ep/load").json()
+    assert (body["layers"], body["total"]["pairs_LR"]) == ([3, 4], [[60, 20], [40, 40]])
+    assert body["recent"]["counts_LE"] == [[50, 20, 10], [40, 0, 40]]
+    assert body["recent"]["balancedness"] == pytest.approx((1 / 1.5 + 1) / 2)
+    sample = body["history"][-1]
+    assert sample["num_unfinished"] == 3
+    assert sample["generation_tokens_per_s"] > 0
+    assert sample["itl_ms_p50"] <= sample["itl_ms_p99"]
+
+
+def test_the_placement_is_the_file(bench: Bench) -> None:
+    error(bench.call("GET", "/v1/ep/placement"), 503)
+    bench.service.placement = {"format": "rq_ep.placement/1"}
+    assert bench.call("GET", "/v1/ep/placement").json() == {"format": "rq_ep.placement/1"}
+
+
+def test_recording_starts_stops_and_names_its_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--record-dir" in error(bench.call("POST", "/v1/ep/record/start"), 400)["message"]
+    bench.service.recorder = recorder = Recorder(bench.ranks.mark, "traces", 50)
+    error(bench.call("POST", "/v1/ep/record/stop"), 409)
+    assert bench.call("POST", "/v1/ep/record/start").json() == {"recording": True, "max_tokens": 50}
+    assert "under way" in error(bench.call("POST", "/v1/ep/record/start"), 409)["message"]
+
+    def answer(number: int) -> None:
+        bench.ranks.marks.append(number)
+        recorder.hear({"kind": "recorded", "path": "traces/t", "num_steps": 3, "num_tokens": 9})
+
+    monkeypatch.setattr(recorder, "_mark", answer)
+    stopped = bench.call("POST", "/v1/ep/record/stop").json()
+    assert stopped == {"recording": False, "path": "traces/t", "num_steps": 3, "num_tokens": 9}
+    assert bench.ranks.marks == [1, 2]
+
+
+def test_the_openapi_document_names_every_error(bench: Bench) -> None:
+    document = bench.call("GET", "/openapi.json").json()
+    answers = document["paths"]["/v1/completions"]["post"]["responses"]
+    assert {"200", "400", "401", "404", "413", "429", "500", "503"} == set(answers)
+    assert "422" not in json.dumps(document)
+    fields = document["components"]["schemas"]["CompletionBody"]["properties"]
+    assert {"echo", "logprobs", "ignore_eos", "seed", "stop", "n", "stream_options"} <= set(fields)
+
+
+def test_version_and_server_info(bench: Bench) -> None:
+    bench.service.info = {"num_ranks": 2}
+    assert bench.call("GET", "/version").json()["version"]
+    assert bench.call("GET", "/server_info").json() == {"num_ranks": 2}

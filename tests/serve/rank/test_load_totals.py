@@ -1,0 +1,79 @@
+"""Sums of the load while serving."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rq_ep.core.plan import DispatchPlan, WeightTransfer
+from rq_ep.core.replicas import Replica, Replicas
+from rq_ep.moe.telemetry import Laps
+from rq_ep.serve.http.history import _percentile_ms
+from rq_ep.serve.http.load_view import Balance
+from rq_ep.serve.rank.load_totals import LoadTotals
+
+REPLICAS = Replicas.of([Replica(0, 0, "bf16"), Replica(1, 0, "bf16"), Replica(1, 1, "int8")])
+
+
+def laps() -> Laps:
+    times = iter([0.0, 1.0, 3.0])
+    made = Laps(lambda: next(times), None)
+    made.mark("plan")
+    made.mark("dispatch")
+    return made
+
+
+def test_sums_are_those_of_the_steps_and_start_anew() -> None:
+    totals = LoadTotals()
+    assert totals.take() is None
+    plan = DispatchPlan(REPLICAS, np.array([[3, 1, 0], [0, 2, 2]]), (WeightTransfer(0, 0, 1, "bf16"),))
+    counts_RE = np.array([[4, 0], [2, 2]])
+    for layer in (5, 2, 5):
+        totals.record(layer, 0, counts_RE, plan, laps(), lambda: np.array([0, 70]))
+    nothing = DispatchPlan(REPLICAS, np.zeros((2, 3), np.int64))
+    totals.record(2, 0, np.zeros((2, 2), np.int64), nothing, laps(), lambda: np.zeros(2, np.int64))
+    found = totals.take()
+    assert found is not None
+    assert (found["layers"], found["num_calls_L"]) == ([2, 5], [1, 2])
+    assert found["pairs_LR"] == [[3, 5], [6, 10]]
+    assert found["counts_LE"] == [[6, 2], [12, 4]]
+    assert found["formats_L"] == [{"bf16": 6, "int8": 2}, {"bf16": 12, "int8": 4}]
+    assert found["imbalance_L"] == [pytest.approx(1.25), pytest.approx(1.25)]
+    assert (found["seconds"]["plan"], found["seconds"]["dispatch"]) == (3.0, 6.0)
+    assert (found["borrowed_experts"], found["borrowed_bytes"]) == (3, 210)
+    assert totals.take() is None
+
+
+def loads_of(layers: dict[int, tuple[list[int], float, int]]) -> dict[str, Any]:
+    """As `take` gives them: pairs of the ranks, imbalance and calls by layer."""
+    return {
+        "layers": list(layers),
+        "pairs_LR": [pairs for pairs, _, _ in layers.values()],
+        "counts_LE": [[sum(pairs), 0] for pairs, _, _ in layers.values()],
+        "imbalance_L": [imbalance for _, imbalance, _ in layers.values()],
+        "num_calls_L": [calls for _, _, calls in layers.values()],
+    }
+
+
+def test_a_step_may_be_cut_between_its_layers() -> None:
+    now_s = [0.0]
+    balance = Balance(lambda: now_s[0])
+    balance.add(loads_of({3: ([3, 1], 1.5, 1)}))
+    balance.add(loads_of({3: ([2, 2], 1.0, 3), 5: ([6, 2], 1.5, 4)}))
+    view = balance.view()
+    assert (view["layers"], view["total"]["pairs_LR"]) == ([3, 5], [[5, 3], [6, 2]])
+    assert view["recent"]["counts_LE"] == [[8, 0], [8, 0]]
+    assert view["recent"]["imbalance_L"] == [(1.5 + 3 * 1.0) / 4, 1.5]
+    now_s[0] = 100.0
+    balance.add(loads_of({5: ([1, 0], 2.0, 1)}))
+    view = balance.view()
+    assert view["recent"]["pairs_LR"] == [[0, 0], [1, 0]]
+    assert view["recent"]["balancedness"] == (1 + 0.5) / 2
+    assert view["total"]["pairs_LR"] == [[5, 3], [7, 2]]
+
+
+def test_percentiles_are_observed_values() -> None:
+    assert _percentile_ms([], 0.5) is None
+    assert _percentile_ms([0.002], 0.99) == 2
+    assert _percentile_ms([i / 1000 for i in range(1, 101)], 0.99) == pytest.approx(99)
+    assert _percentile_ms([0.003, 0.001, 0.002], 0.5) == pytest.approx(2)

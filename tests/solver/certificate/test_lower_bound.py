@@ -1,0 +1,118 @@
+"""The lower bound: never above what some placement attains, and right where the answer is known."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+import rq_ep.solver.certificate.lower_bound as bounds_module
+from rq_ep.core.arrays import IntArray
+from rq_ep.solver.certificate.lower_bound import Bound, least_home_bytes, lower_bound
+from rq_ep.solver.certificate.relaxation import Limits
+from rq_ep.solver.objective.calibration_steps import LayerSteps
+from rq_ep.solver.objective.step_balance import judge
+from rq_ep.solver.search.tables import replicas_of
+from tests.solver.instances import skewed
+
+
+def limits(num_ranks: int, max_bytes: int | None, max_low_pairs: float = 0.0, low_bytes: int = 504) -> Limits:
+    return Limits(num_ranks, num_ranks, 1000, low_bytes, max_bytes, max_low_pairs)
+
+
+def native(num_ranks: int, max_replicas: int) -> Limits:
+    return limits(num_ranks, max_replicas * 1000, low_bytes=1000)
+
+
+def bound(counts: list[IntArray], within: Limits, **notes: IntArray) -> Bound:
+    steps = [LayerSteps(counts_SE, within.num_ranks) for counts_SE in counts]
+    return lower_bound(steps, np.stack([counts_SE.sum(axis=0) for counts_SE in counts]), within, **notes)
+
+
+def best_placement(counts_SE: IntArray, within: Limits) -> float:
+    """The least mean of max/mean over all placements inside the limits, by enumeration."""
+    num_experts, num_ranks = counts_SE.shape[1], within.num_ranks
+    sets = [np.array(ranks, bool) for ranks in product([0, 1], repeat=num_ranks) if any(ranks)]
+    best = float(num_ranks)
+    for low in product([0, 1], repeat=num_experts):
+        low_E = np.array(low, bool)
+        if counts_SE.sum(axis=0)[low_E].sum() > within.max_low_pairs:
+            continue
+        size_E = np.where(low_E, within.low_bytes, within.native_bytes)
+        for rows in product(sets, repeat=num_experts):
+            held_ER = np.stack(rows)
+            if within.max_bytes is None or (held_ER.sum(axis=1) @ size_E) <= within.max_bytes:
+                best = min(best, float(judge(replicas_of(held_ER), counts_SE, num_ranks, "exact").ratio_S.mean()))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("max_bytes", "cap"), [(4000, 0.0), (4000, 0.3), (4600, 0.3), (5000, 0.1), (5300, 0.5)])
+def test_no_placement_beats_the_bound(seed: int, max_bytes: int, cap: float) -> None:
+    counts_SE = skewed(4, 6000, seed, num_steps=3)
+    within = limits(3, max_bytes, cap * float(counts_SE.sum()))
+    found = bound([counts_SE], within)
+    assert 1 <= found.value <= best_placement(counts_SE, within) + 1e-9
+
+
+def test_what_binds() -> None:
+    even = np.full((2, 8), 10)
+    assert bound([even], native(4, 8))[:2] == (1.0, "mean")
+    hot = np.array([[700, 100, 100, 100]])
+    assert bound([hot], native(4, 4))[:2] == (pytest.approx(2.8), "hot expert")
+    assert bound([hot], native(4, 5))[:2] == (pytest.approx(1.4), "bytes")
+    assert bound([hot], native(4, 6))[:2] == (1.0, "mean")
+    assert bound([hot], limits(4, None), most_LE=np.array([[2, 4, 4, 4]]))[:2] == (pytest.approx(1.4), "replicas")
+
+
+def test_low_replicas_of_the_hot_expert_count_against_the_cap() -> None:
+    hot = np.array([[700, 100, 100, 100]])
+    assert bound([hot], limits(4, 4000, 100))[:2] == (pytest.approx(2.8), "hot expert")
+    assert bound([hot], limits(4, 4000, 300)).value < 2.8, "three low experts make room for a native replica"
+    assert bound([hot], limits(4, 5000, 700)).value < bound([hot], limits(4, 5000, 0)).value
+    assert bound([hot], limits(4, 4000, 1000))[:2] == (1.0, "mean"), "everything low: twice the replicas"
+    mixed = replace(limits(4, 4000, 100), mixes=True)
+    assert bound([hot], mixed).value <= bound([hot], limits(4, 4000, 100)).value
+
+
+def test_prices_tell_what_a_little_more_would_buy() -> None:
+    hot = np.array([[700, 100, 100, 100]])
+    tight, more = bound([hot], native(4, 5)), bound([hot], limits(4, 5100, low_bytes=1000))
+    assert tight.value - more.value == pytest.approx(100 * tight.per_byte)
+    assert tight.per_pair == 0
+
+
+def test_layers_share_what_there_is() -> None:
+    hot, even = np.array([[700, 100, 100, 100]]), np.full((1, 4), 250)
+    assert bound([hot, even], native(4, 8)).value == pytest.approx((2.8 + 1) / 2)
+    assert bound([hot, even], native(4, 10))[:2] == (1.0, "mean")
+
+
+def test_many_layers_are_bound_by_prices_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [skewed(24, 4000, seed, num_steps=6) for seed in range(6)]
+    within = limits(12, 6 * 26 * 1000, 0.05 * sum(float(counts_SE.sum()) for counts_SE in counts))
+    joint = bound(counts, within)
+    monkeypatch.setattr(bounds_module, "MAX_ROWS", 100)
+    priced = bound(counts, within)
+    assert joint.binding == priced.binding == "bytes"
+    assert joint.value - 0.05 <= priced.value <= joint.value + 1e-9
+
+
+def test_ranks_without_room_leave_the_work_to_the_others() -> None:
+    even = np.full((1, 4), 100)
+    assert bound([even], replace(native(4, 8), num_usable=2))[:2] == (2.0, "mean")
+
+
+def test_whole_pairs_cannot_be_halved() -> None:
+    assert bound([np.array([[1, 1, 1]])], native(2, 6)).value == pytest.approx(4 / 3)
+
+
+def test_no_steps() -> None:
+    assert bound([np.zeros((0, 4), np.int64)], native(2, 4))[:2] == (1.0, "mean")
+
+
+def test_home_bytes_count_the_coldest_experts_as_low() -> None:
+    pairs_LE = np.array([[50, 30, 15, 5]])
+    assert least_home_bytes(pairs_LE, limits(2, None, 20)) == 4 * 1000 - 2 * 496
+    assert least_home_bytes(pairs_LE, limits(2, None, 19)) == 4 * 1000 - 496
+    assert least_home_bytes(pairs_LE, limits(2, None, 20, low_bytes=1000)) == 4000
