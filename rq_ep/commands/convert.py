@@ -110,7 +110,7 @@ def _to_engine(path: Path, target: str, args: argparse.Namespace) -> None:
 
     placement = Placement.load(path)
     export(placement, target, args.out, args.num_model_layers)
-    layers = name_layers([layer.layer for layer in placement.layers])
+    layers = name_layers([layer.index for layer in placement.layers])
     slots = len(SlotMap.of(placement).experts_LS[0])
     print(f"{args.out}: layers {layers} for {target}, {slots} slots on {placement.topology.num_ranks} ranks")
 

@@ -115,9 +115,9 @@ def _layers_table(placement: "Placement") -> Any:
     shown = sorted(placement.layers, key=lambda layer: -(layer.predicted or 0))[:MAX_ROWS]
     title = "Layers" if len(shown) == len(placement.layers) else f"Worst {len(shown)} of {len(placement.layers)} layers"
     table = Table("layer", "predicted", "bound", "gap", "binding", "replicas", title=title, box=None, padding=(0, 1))
-    for layer in sorted(shown, key=lambda layer: layer.layer) if len(shown) == len(placement.layers) else shown:
+    for layer in sorted(shown, key=lambda layer: layer.index) if len(shown) == len(placement.layers) else shown:
         table.add_row(
-            str(layer.layer),
+            str(layer.index),
             *("-" if value is None else f"{value:.3f}" for value in (layer.predicted, layer.bound)),
             "-" if layer.gap is None else f"{layer.gap:.1%}",
             layer.binding or "-",
@@ -171,7 +171,7 @@ def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
     for layer, loads_E in zip(placement.layers, stats.counts.sum(axis=0), strict=True):
         load_R = layer.loads_R(loads_E, num_ranks)
         rows.append(load_R / max(load_R.mean(), 1e-300))
-    names = [str(layer.layer) for layer in placement.layers]
+    names = [str(layer.index) for layer in placement.layers]
     figure = Figure(figsize=(10, min(1.5 + 0.3 * max(len(names), 6), 20)), layout="constrained")
     FigureCanvasAgg(figure)
     heat, bars = figure.subplots(1, 2)

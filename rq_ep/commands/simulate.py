@@ -170,7 +170,7 @@ def _given(args: argparse.Namespace, stats: "ExpertStats") -> "dict[str, tuple[s
     for path in args.placement:
         placement = Placement.load(path)
         placement.check_serves(stats.model, args.num_ranks, path)
-        shape = {layer.layer: layer.num_experts for layer in placement.layers}
+        shape = {layer.index: layer.num_experts for layer in placement.layers}
         if shape != dict.fromkeys(stats.layers, stats.num_experts):
             raise UserError(
                 f"{path}: experts per layer {shape}, but {args.stats} has {stats.num_experts} "

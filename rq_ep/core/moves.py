@@ -36,10 +36,11 @@ class Move(NamedTuple):
     source: int | None = None
 
 
-class LayerMoves(NamedTuple):
+@dataclass(frozen=True)
+class LayerMoves:
     """Changes of one layer, in order. While they last the layer serves no step; between layers every step can run."""
 
-    layer: int
+    index: int  # of the layer in the model
     moves: tuple[Move, ...]
 
 
@@ -93,12 +94,12 @@ class Moves:
         limit_R = self.room_bytes + byte_limits(bytes_R, after)
         for layer in self.layers:
             for number, move in enumerate(layer.moves):
-                where = f"layer {layer.layer}, move {number}"
-                _replay(where, move, held.setdefault(layer.layer, {}), bytes_R, limit_R, expert_bytes, native_format)
+                where = f"layer {layer.index}, move {number}"
+                _replay(where, move, held.setdefault(layer.index, {}), bytes_R, limit_R, expert_bytes, native_format)
         for goal in after.layers:
             wanted = {(one.rank, one.expert): one.format for one in goal.replicas}
-            if held.get(goal.layer) != wanted:
-                raise UserError(f"layer {goal.layer}: the moves do not lead to the placement: make both again")
+            if held.get(goal.index) != wanted:
+                raise UserError(f"layer {goal.index}: the moves do not lead to the placement: make both again")
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file."""
@@ -109,7 +110,7 @@ class Moves:
             "previous_ranks": self.previous_ranks or list(range(self.num_ranks)),
             "room_bytes": self.room_bytes,
             "layers": [
-                {"layer": layer.layer, "moves": [move._asdict() for move in layer.moves]} for layer in self.layers
+                {"layer": layer.index, "moves": [move._asdict() for move in layer.moves]} for layer in self.layers
             ],
         }
         write_json(path, document)

@@ -25,7 +25,7 @@ class LayerPlacement:
     placement of the same bytes. `binding` says what keeps the bound from being lower.
     """
 
-    layer: int  # index of the layer in the model
+    index: int  # of the layer in the model
     num_experts: int
     replicas: Replicas
     shares_P: FloatArray  # planned fraction of the expert's pairs; sums to 1 over an expert's replicas
@@ -34,7 +34,7 @@ class LayerPlacement:
     binding: str | None = None
 
     def __post_init__(self) -> None:
-        where = f"layer {check_integer('layer', self.layer)}"
+        where = f"layer {check_integer('layer', self.index)}"
         for name in ("predicted", "bound"):
             if getattr(self, name) is not None:
                 check_number(f"{where}: {name}", getattr(self, name), 1 - 1e-6)
@@ -82,7 +82,7 @@ class LayerPlacement:
     @classmethod
     def even(
         cls,
-        layer: int,
+        index: int,
         num_experts: int,
         replicas: Iterable[Replica],
         mixed_formats: Sequence[str] = (),
@@ -91,7 +91,7 @@ class LayerPlacement:
         """A layer whose replicas share their expert's pairs evenly."""
         table = Replicas.of(replicas, mixed_formats)
         copies_E = np.bincount(table.experts_P, minlength=num_experts)
-        return cls(layer, num_experts, table, 1 / np.maximum(copies_E, 1)[table.experts_P], **notes)
+        return cls(index, num_experts, table, 1 / np.maximum(copies_E, 1)[table.experts_P], **notes)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         check_text("strategy", self.strategy)
-        numbers = [layer.layer for layer in self.layers]
+        numbers = [layer.index for layer in self.layers]
         if not numbers or numbers != sorted(set(numbers)):
             raise UserError(f"layers {numbers}: there must be at least one, each once, in ascending order")
         num_ranks = self.topology.num_ranks
@@ -195,7 +195,7 @@ def _layer_document(layer: LayerPlacement) -> dict[str, Any]:
         for replica, share in zip(layer.replicas, layer.shares_P.tolist(), strict=True)
     ]
     return {
-        "layer": layer.layer, "num_experts": layer.num_experts, "replicas": replicas,
+        "layer": layer.index, "num_experts": layer.num_experts, "replicas": replicas,
         "mixed_formats": layer.replicas.mixed_formats,
         "predicted": layer.predicted, "bound": layer.bound, "gap": layer.gap, "binding": layer.binding,
     }  # fmt: skip
@@ -233,7 +233,7 @@ def _read_layer(document: Mapping[str, Any], num_ranks: int) -> LayerPlacement:
     except UserError as error:
         raise UserError(f"layer {layer}: {error}") from None
     return LayerPlacement(
-        layer=layer,
+        index=layer,
         num_experts=num_experts,
         replicas=replicas,
         shares_P=np.array([check_number(f"layer {layer}: share", shares[replica], 0, 1) for replica in replicas]),

@@ -104,7 +104,7 @@ class SlotMap:
         slots = [_slots_of(layer, num_ranks) for layer in placement.layers]
         if len({experts_S.size for experts_S in slots}) > 1:
             numbers = ", ".join(
-                f"{experts_S.size} in layer {layer.layer}"
+                f"{experts_S.size} in layer {layer.index}"
                 for layer, experts_S in zip(placement.layers, slots, strict=True)
             )
             raise UserError(
@@ -112,7 +112,7 @@ class SlotMap:
             )
         return cls(
             experts_LS=np.stack(slots),
-            layers=tuple(layer.layer for layer in placement.layers),
+            layers=tuple(layer.index for layer in placement.layers),
             num_ranks=num_ranks,
             num_experts=placement.layers[0].num_experts,
             num_model_layers=num_model_layers,
@@ -190,13 +190,13 @@ def _slots_of(layer: LayerPlacement, num_ranks: int) -> IntArray:
         expert = int(replicas.experts_P[uneven[0]])
         shares = ", ".join(f"{share:.3g}" for share in layer.shares_P[replicas.experts_P == expert])
         raise UserError(
-            f"layer {layer.layer}: expert {expert} has shares {shares}, but these engines split evenly over its slots: "
+            f"layer {layer.index}: expert {expert} has shares {shares}, but these engines split evenly over its slots: "
             "place with --for"
         )
     on_rank_R = np.bincount(replicas.ranks_P, slots_P, minlength=num_ranks).astype(np.int64)
     if on_rank_R.min() != on_rank_R.max():
         raise UserError(
-            f"layer {layer.layer}: {on_rank_R.max()} slots on rank {on_rank_R.argmax()}, {on_rank_R.min()} on rank "
+            f"layer {layer.index}: {on_rank_R.max()} slots on rank {on_rank_R.argmax()}, {on_rank_R.min()} on rank "
             f"{on_rank_R.argmin()}, but these engines have equally many on each: place with --for"
         )
     return np.repeat(replicas.experts_P, slots_P)

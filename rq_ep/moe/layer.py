@@ -61,7 +61,7 @@ class EPExperts(nn.Module):
         self.group = group
         self.homes = Homes.of(layer.replicas, layer.num_experts, group.size, group.device)
         self.exchange = Exchange(group, max_dispatch_bytes=max_dispatch_bytes)
-        self.bank = ExpertBank(family.layout, layer.replicas, group.rank, group.device, spare, layer.layer)
+        self.bank = ExpertBank(family.layout, layer.replicas, group.rank, group.device, spare, layer.index)
         self.verifies_later = verifies_later
         self.telemetry = Telemetry(max_records=0) if telemetry is None else telemetry
 
@@ -82,7 +82,7 @@ class EPExperts(nn.Module):
         except UserError:
             raise
         except Exception as error:
-            raise RankFailure(f"MoE layer {self.layer.layer} on rank {self.group.rank}: {error}") from error
+            raise RankFailure(f"MoE layer {self.layer.index} on rank {self.group.rank}: {error}") from error
 
     def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         laps = self.telemetry.laps(self.group)
@@ -105,7 +105,7 @@ class EPExperts(nn.Module):
         laps.mark("combine")
         laps.received_bytes = trip.received_bytes
         of_transfers = partial(transfer_bytes, plan, self.family)
-        self.telemetry.record(self.layer.layer, self.group.rank, census.counts_RE, plan, laps, of_transfers)
+        self.telemetry.record(self.layer.index, self.group.rank, census.counts_RE, plan, laps, of_transfers)
         return out_TD
 
     def extra_repr(self) -> str:

@@ -42,7 +42,7 @@ class RoutingRecorder:
         for module in model.modules():
             if isinstance(module, EPExperts | LocalExperts):
                 placed = module.layer if isinstance(module, EPExperts) else module.ranks[0].layer
-                self._modules[placed.layer] = module
+                self._modules[placed.index] = module
                 self._num_experts = placed.num_experts
         if not self._modules:
             raise UserError("no expert-parallel layers to record: load the model with rq_ep.load")

@@ -27,7 +27,7 @@ class Standard:
         replicas = layer.replicas
         if len(replicas) > layer.num_experts:
             raise UserError(
-                f"strategy 'standard' serves one replica of each expert, but layer {layer.layer} of the placement has "
+                f"strategy 'standard' serves one replica of each expert, but layer {layer.index} of the placement has "
                 f"{len(replicas)} of {layer.num_experts} experts: serve it with --strategy rq or eplb"
             )
 

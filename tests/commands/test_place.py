@@ -43,7 +43,7 @@ def test_writes_a_placement_and_a_picture_and_says_what_it_did(
     placement = Placement.load(out)
     assert placement.budget_bytes_R == (8000, 7000)
     assert placement.tokens_per_step == 64
-    assert [layer.layer for layer in placement.layers] == [1, 2]
+    assert [layer.index for layer in placement.layers] == [1, 2]
     assert sorted(file.name for file in out.parent.iterdir()) == ["placement.json", "placement.png"]
 
 

@@ -161,7 +161,7 @@ def test_every_prefix_of_a_file_is_refused(placement: Placement, tmp_path: Path)
 def test_layers_come_once_and_in_order(placement: Placement) -> None:
     first = placement.layers[0]
     with pytest.raises(UserError, match=r"layers \[3, 1\]"):
-        replace(placement, layers=(first, replace(first, layer=1)))
+        replace(placement, layers=(first, replace(first, index=1)))
     with pytest.raises(UserError, match=r"layers \[3, 3\]"):
         replace(placement, layers=(first, first))
 

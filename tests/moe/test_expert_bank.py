@@ -125,7 +125,7 @@ def test_an_expert_damaged_on_its_way_ends_the_step_with_rank_and_layer() -> Non
 def test_a_damaged_expert_stops_the_step_in_the_next_layer_at_the_latest() -> None:
     """Layers that verify later leave it to the next one, on every rank before that layer has an output."""
     weights = cases.expert_weights(FAMILY, 4)
-    layers = [replace(home_layer("fp32", 2, 4), layer=number) for number in (2, 5)]
+    layers = [replace(home_layer("fp32", 2, 4), index=number) for number in (2, 5)]
     replicas = type(layers[0].replicas).of([*layers[0].replicas, Replica(1, 0, "fp32")])
     outputs: list[tuple[int, int]] = []
 

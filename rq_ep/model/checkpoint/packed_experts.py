@@ -79,13 +79,13 @@ class PackedExperts:
         for layer in placement.layers:
             wanted = {(replica.expert, replica.format) for replica in layer.replicas}
             low = sorted(pair for pair in wanted if pair[1] != stored_format and not get_format(pair[1]).is_native)
-            file = self.file(layer.layer)
+            file = self.file(layer.index)
             keys = self._read(file)[1] if low and file.exists() else frozenset()
             for expert, name in low:
                 if f"{expert}.{name}" in keys:
                     found[name] += 1
                 else:
-                    missing.append(f"expert {expert} of layer {layer.layer} in {name}")
+                    missing.append(f"expert {expert} of layer {layer.index} in {name}")
         if missing:
             others = f", nor {len(missing) - 1} others of the placement" if len(missing) > 1 else ""
             raise UserError(

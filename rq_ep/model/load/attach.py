@@ -55,7 +55,7 @@ def layer_cost(
 
 def check_layers(placement: Placement, experts: Sequence[ExpertsModule]) -> None:
     """Raise a `UserError` with both values unless the placement has the model's MoE layers, in its order."""
-    placed = [(layer.layer, layer.num_experts) for layer in placement.layers]
+    placed = [(layer.index, layer.num_experts) for layer in placement.layers]
     wanted = [(module.layer, module.num_experts) for module in experts]
     if placed != wanted:
         raise UserError(f"the placement is for {_describe(placed)}, but the model has {_describe(wanted)}")

@@ -89,5 +89,5 @@ def read_spread(
         assert isinstance(layer, EPExperts)
         shared = SameRows(layer)
         network.set_submodule(names[layer], shared)
-        found.append(SpreadExperts(layer.layer.layer, names[layer], shared))
+        found.append(SpreadExperts(layer.layer.index, names[layer], shared))
     return network, tuple(found)

@@ -34,10 +34,10 @@ def within_cap(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> S
     held: Held = [set(layer.replicas) for layer in layers]
     _promote(held, share_LE, pairs_LE, excess, stats.native_format)
     if problem.budget_bytes_R is not None:
-        changed = [LayerPlacement.even(one.layer, one.num_experts, of) for one, of in zip(layers, held, strict=True)]
+        changed = [LayerPlacement.even(one.index, one.num_experts, of) for one, of in zip(layers, held, strict=True)]
         bytes_R = bytes_by_rank(changed, problem.topology.num_ranks, stats.expert_bytes)
         _give_up(problem, held, share_LE, copies_LE, bytes_R - np.array(problem.budget_bytes_R, np.int64))
-    return [LayerPlacement.even(one.layer, one.num_experts, of) for one, of in zip(layers, held, strict=True)]
+    return [LayerPlacement.even(one.index, one.num_experts, of) for one, of in zip(layers, held, strict=True)]
 
 
 def _promote(held: Held, share_LE: FloatArray, pairs_LE: IntArray, excess: float, native: str) -> None:

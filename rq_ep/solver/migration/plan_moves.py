@@ -41,7 +41,7 @@ def plan_moves(before: Held, after: Placement, expert_bytes: Mapping[str, int], 
         moves, peak = _ordered(receives, stored, wanted, bytes_R, limit_R, expert_bytes)
         room = max(room, peak)
         if moves:
-            layers.append(LayerMoves(after.layers[at].layer, tuple(moves)))
+            layers.append(LayerMoves(after.layers[at].index, tuple(moves)))
     return Moves(num_ranks, room, tuple(layers), after.model)
 
 

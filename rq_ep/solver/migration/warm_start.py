@@ -99,7 +99,7 @@ def left_of(
         current = Placement.load(current)
     if stats.model is not None and current.model is not None:
         stats.model.check(current.model, what)
-    shape = {layer.layer: layer.num_experts for layer in current.layers}
+    shape = {layer.index: layer.num_experts for layer in current.layers}
     if shape != dict.fromkeys(stats.layers, stats.num_experts):
         raise UserError(
             f"{what}: experts per layer {shape!s:.100}, but {stats.source} has {stats.num_experts} in each of "

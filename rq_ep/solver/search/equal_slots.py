@@ -190,7 +190,7 @@ def _slots_of(layer: LayerPlacement, num_ranks: int) -> IntArray:
     on_rank_R = np.bincount(replicas.ranks_P, minlength=num_ranks)
     if (on_rank_R != on_rank_R[0]).any():
         raise UserError(
-            f"layer {layer.layer}: {on_rank_R.min()} to {on_rank_R.max()} slots on a rank; these engines have equally "
+            f"layer {layer.index}: {on_rank_R.min()} to {on_rank_R.max()} slots on a rank; these engines have equally "
             "many: choose --num-redundant-experts so that experts and redundant ones divide by --num-ranks"
         )
     slots_RK: IntArray = replicas.experts_P.reshape(num_ranks, -1)
@@ -199,7 +199,7 @@ def _slots_of(layer: LayerPlacement, num_ranks: int) -> IntArray:
 
 def _layer_of(start: LayerPlacement, slots_RK: IntArray, native_format: str) -> LayerPlacement:
     replicas = [Replica(rank, expert, native_format) for rank, row in enumerate(slots_RK.tolist()) for expert in row]
-    return LayerPlacement.even(start.layer, start.num_experts, replicas)
+    return LayerPlacement.even(start.index, start.num_experts, replicas)
 
 
 class _State(NamedTuple):

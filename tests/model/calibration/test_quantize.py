@@ -46,9 +46,9 @@ def test_every_low_replica_is_written_and_no_other(written: PackedExperts, place
         low = {replica.expert for replica in layer.replicas if replica.format == "int4_g32"}
         assert low
         for expert in range(layer.num_experts):
-            packed = written.packed(layer.layer, expert, "int4_g32")
+            packed = written.packed(layer.index, expert, "int4_g32")
             assert (packed is not None) == (expert in low)
-            assert written.packed(layer.layer, expert, "int8") is None
+            assert written.packed(layer.index, expert, "int8") is None
 
 
 def test_the_bytes_written_are_the_bytes_served(
@@ -59,7 +59,7 @@ def test_the_bytes_written_are_the_bytes_served(
         for bank in layer.banks:
             for expert in bank.experts:
                 if bank.format_of(expert).name == "int4_g32":
-                    stored = written.packed(layer.ranks[0].layer.layer, expert, "int4_g32")
+                    stored = written.packed(layer.ranks[0].layer.index, expert, "int4_g32")
                     assert torch.equal(bank.packed(expert), stored)
 
 

@@ -80,7 +80,7 @@ def test_replicated_experts_equal_the_dense_model(family: str, checkpoints: dict
     )  # fmt: skip
     torch.testing.assert_close(logits(model), logits(random_model(FAMILIES[family])), atol=1e-5, rtol=1e-5)
     assert model.rq_ep.strategy.name == "rq"
-    assert telemetry.layers == tuple(layer.layer for layer in placement.layers)
+    assert telemetry.layers == tuple(layer.index for layer in placement.layers)
 
 
 def test_a_machine_lets_strategies_weigh_transfers(checkpoints: dict[str, Path]) -> None:
@@ -194,7 +194,7 @@ def test_a_loaded_model_is_ready_to_serve(tmp_path: Path) -> None:
     assert model.generation_config.max_new_tokens == 7
     assert not model.training
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
-    assert [layer.layer.layer for layer in model.rq_ep.layers] == [0, 1]
+    assert [layer.layer.index for layer in model.rq_ep.layers] == [0, 1]
     assert model.rq_ep.placement.strategy == "standard"
     torch.testing.assert_close(logits(model), logits(dense), atol=1e-5, rtol=1e-5)
 

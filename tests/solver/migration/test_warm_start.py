@@ -135,7 +135,7 @@ def test_a_lost_ranks_experts_are_found_again() -> None:
     for layer in moves.layers:
         for move in layer.moves:
             if move.do == "receive":
-                gone = move.expert not in left[stats.layers.index(layer.layer)]
+                gone = move.expert not in left[stats.layers.index(layer.index)]
                 assert (move.source is None) == gone, "the checkpoint is read only where no replica is left"
 
 
