@@ -89,12 +89,16 @@ def read_document(path: str | Path, what: str, version: str, hint: str, read: Ca
         UserError: the file is foreign, incomplete or cut short; the message names it.
     """
     document = read_json(path, what, hint)
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != version:
-        raise UserError(f"{path}: format is {found!r:.60}, expected {version!r}")
+    check_version(path, document.get("format") if isinstance(document, dict) else None, version)
     try:
         return read(document)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: incomplete {what} file ({type(error).__name__}: {error})") from None
+
+
+def check_version(path: str | Path, version: object, expected: str) -> None:
+    """Raise a `UserError` unless a file's "format" is the one expected."""
+    if version != expected:
+        raise UserError(f"{path}: format is {version!r:.60}, expected {expected!r}")

@@ -1,22 +1,39 @@
 """Expert statistics: what calibration learns about a model's experts, and the file that carries it to `place`."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import MAX_INTEGER, UserError, check_integer, check_text
-from rq_ep.core.files import replacing
+from rq_ep.core.tensor_files import as_dtype, read_tensors, write_tensors
 
 FORMAT = "rq_ep.stats/1"
 PHASES = ("prefill", "decode")
 MAX_EXPERT_BYTES = 2**40
+
+
+class ArrayField(NamedTuple):
+    """An array of the statistics: its type, and a letter for each axis."""
+
+    dtype: type
+    axes: str
+
+
+ARRAYS = {
+    "counts": ArrayField(np.int64, "SLE"),
+    "tokens": ArrayField(np.int64, "S"),
+    "phase": ArrayField(np.int64, "S"),
+    "domain": ArrayField(np.int64, "S"),
+    "importance": ArrayField(np.float64, "LE"),
+    "visits": ArrayField(np.int64, "LE"),
+    "gate_mass": ArrayField(np.float64, "LE"),
+    "error": ArrayField(np.float64, "LEQ"),
+    "kl": ArrayField(np.float64, "LEQ"),
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ class ExpertStats:
         for name in ("hidden_size", "intermediate_size", "top_k", "expert_groups", "num_tokens"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        _check_array("counts", self.counts, np.int64, (None, None, None))
+        self._check_array("counts", {})
         if self.counts.sum(dtype=np.float64) > MAX_INTEGER:
             raise UserError(f"counts add up to {self.counts.sum(dtype=np.float64):.3g}: these are not pairs of a model")
         num_steps, num_layers, num_experts = self.counts.shape
@@ -100,20 +117,31 @@ class ExpertStats:
             raise UserError(f"{len(self.layers)} layer indices for {num_layers} layers of counts")
         if [check_integer("layer", layer) for layer in self.layers] != sorted(set(self.layers)):
             raise UserError(f"layers {list(self.layers)} must come once each, in ascending order")
-        per_step, per_expert = (num_steps,), (num_layers, num_experts)
-        arrays: dict[str, tuple[type, tuple[int, ...]]] = {
-            "tokens": (np.int64, per_step), "phase": (np.int64, per_step), "domain": (np.int64, per_step),
-            "importance": (np.float64, per_expert), "visits": (np.int64, per_expert),
-            "gate_mass": (np.float64, per_expert), "error": (np.float64, (*per_expert, len(self.formats))),
-            "kl": (np.float64, (*per_expert, len(self.formats))),
-        }  # fmt: skip
-        for name, (dtype, shape) in arrays.items():
+        sizes = {"S": num_steps, "L": num_layers, "E": num_experts, "Q": len(self.formats)}
+        for name in ARRAYS:
             if getattr(self, name) is not None:
-                _check_array(name, getattr(self, name), dtype, shape)
+                self._check_array(name, sizes)
         for name, choices in (("phase", PHASES), ("domain", self.domains)):
             array = getattr(self, name)
             if array is not None and array.size and array.max() >= len(choices):
                 raise UserError(f"{name} {array.max()} of a step: there are {len(choices)}")
+
+    def _check_array(self, name: str, sizes: Mapping[str, int]) -> None:
+        """Raise a `UserError` unless an array has its type and shape and holds only numbers from 0 upwards.
+
+        Args:
+            name: of the field.
+            sizes: axis -> its length; an axis that is not named may have any.
+        """
+        array: Any = getattr(self, name)
+        dtype, axes = ARRAYS[name]
+        fits = array.ndim == len(axes) and all(sizes.get(axis, size) == size for axis, size in zip(axes, array.shape))
+        if array.dtype != dtype or not fits:
+            shape = ", ".join(str(sizes.get(axis, "any")) for axis in axes)
+            raise UserError(f"{name} must be {np.dtype(dtype)} [{shape}], not {array.dtype} {list(array.shape)}")
+        wrong = array[~(np.isfinite(array) & (array >= 0))]
+        if wrong.size:
+            raise UserError(f"{name} must be finite and not negative, but one is {wrong[0]}")
 
     @property
     def num_steps(self) -> int:
@@ -137,9 +165,8 @@ class ExpertStats:
 
     def save(self, path: str | Path) -> None:
         """Write the `stats.safetensors` file."""
-        arrays = {name: np.ascontiguousarray(array) for name in _ARRAYS if (array := getattr(self, name)) is not None}
-        metadata: dict[str, Any] = {
-            "format": FORMAT,
+        arrays = {name: array for name in ARRAYS if (array := getattr(self, name)) is not None}
+        metadata = {
             "formats": self.formats,
             "native_format": self.native_format,
             "expert_bytes": dict(self.expert_bytes),
@@ -153,29 +180,21 @@ class ExpertStats:
             "num_tokens": self.num_tokens,
             "domains": self.domains,
         }
-        with replacing(path) as temporary:
-            save_file(arrays, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+        write_tensors(path, FORMAT, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "ExpertStats":
-        """Read a `stats.safetensors` file; a `UserError` says what is wrong with a foreign or damaged one."""
+        """Read a `stats.safetensors` file; a `UserError` says what is wrong with a foreign or damaged one.
+
+        Arrays may be of any integer or float type that holds their values, metadata JSON or plain text.
+        """
+        hint = f"write it with `rq-ep calibrate --out {path}`"
+        arrays, metadata = read_tensors(path, "statistics file", FORMAT, hint, ARRAYS)
         try:
-            Path(path).open("rb").close()  # says why a file cannot be read; safetensors calls all of them missing
-            with safe_open(path, framework="numpy") as file:
-                texts = file.metadata() or {}
-                if texts.get("format") != json.dumps(FORMAT):
-                    raise UserError(f"{path}: format is {texts.get('format')}, expected {FORMAT!r}")
-                arrays = {name: file.get_tensor(name) for name in file.keys() if name in _ARRAYS}  # noqa: SIM118
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; write it with `rq-ep calibrate --out {path}`") from None
-        except (SafetensorError, TypeError, OSError) as error:  # TypeError: a dtype that NumPy lacks
-            raise UserError(f"{path}: not a readable statistics file ({error})") from None
-        try:
-            metadata = {key: json.loads(value) for key, value in texts.items()}
             model = metadata.get("model")
             return cls(
-                **arrays,
-                formats=tuple(metadata["formats"]),
+                **{name: as_dtype(f"{path}: {name}", array, ARRAYS[name].dtype) for name, array in arrays.items()},
+                formats=_names(metadata["formats"]),
                 native_format=metadata["native_format"],
                 expert_bytes=metadata["expert_bytes"],
                 model=None if model is None else ModelIdentity(**model),
@@ -186,24 +205,15 @@ class ExpertStats:
                 expert_groups=metadata.get("expert_groups"),
                 importance_definition=metadata.get("importance"),
                 num_tokens=metadata.get("num_tokens"),
-                domains=tuple(metadata.get("domains") or ()),
+                domains=_names(metadata.get("domains") or ()),
                 source=str(path),
             )
         except UserError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: incomplete statistics file ({type(error).__name__}: {error})") from None
 
 
-def _check_array(name: str, array: Any, dtype: type, shape: tuple[int | None, ...]) -> None:
-    """Raise a `UserError` unless `array` has the type and shape (None: any) and holds only numbers from 0 upwards."""
-    fits = array.ndim == len(shape) and all(size in (None, found) for size, found in zip(shape, array.shape))
-    if array.dtype != dtype or not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise UserError(f"{name} must be {np.dtype(dtype)} [{wanted}], not {array.dtype} {list(array.shape)}")
-    wrong = array[~(np.isfinite(array) & (array >= 0))]
-    if wrong.size:
-        raise UserError(f"{name} must be finite and not negative, but one is {wrong[0]}")
-
-
-_ARRAYS = tuple(f.name for f in fields(ExpertStats) if "ndarray" in str(f.type))
+def _names(value: Any) -> tuple[str, ...]:
+    """Names in a list or, as plain text, by commas."""
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import MAX_INTEGER, UserError, check_choice
+from rq_ep.core.tensor_files import read_array
 
 Array = npt.NDArray[Any]
 
@@ -113,7 +114,8 @@ def whole_numbers(source: Path, name: str, array: Array) -> IntArray:
     """
     if array.dtype.kind not in "iuf":
         raise UserError(f"{source}: {name or 'its content'} is {array.dtype}, not numbers")
-    wrong = array[~((array >= 0) & (array <= MAX_INTEGER) & (array == np.floor(array)))]
+    wide = array.astype(np.float64) if array.dtype.kind == "f" else array
+    wrong = array[~((wide >= 0) & (wide <= MAX_INTEGER) & (wide == np.floor(wide)))]
     if wrong.size:
         raise UserError(f"{source}: {name or 'its content'} must be whole numbers from 0 up, but one is {wrong[0]}")
     return array.astype(np.int64)
@@ -141,7 +143,7 @@ def _read_safetensors(path: Path) -> dict[str, Array]:
         names = list(file.keys())
         for name in names:
             _check_size(path, name, tuple(file.get_slice(name).get_shape()))
-        return {name: file.get_tensor(name) for name in names}
+        return {name: read_array(file, path, name) for name in names}
 
 
 def _read_numpy(path: Path) -> dict[str, Array]:

@@ -1,6 +1,5 @@
 """Recorded routing and recorded loads, dealt to the ranks that would have served them."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,16 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.files import replacing
 from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
+from rq_ep.core.tensor_files import as_dtype, parse_metadata, read_tensors, write_tensors
 
 FORMAT = "rq_ep.trace/1"
-REQUIRED = {"ids_NLK": np.int32, "weights_NLK": np.float32, "tokens_S": np.int64}
-OPTIONAL = {"sequence_N": np.int64, "phase_S": np.int64}
+REQUIRED: dict[str, npt.DTypeLike] = {"ids_NLK": np.int32, "weights_NLK": np.float32, "tokens_S": np.int64}
+OPTIONAL: dict[str, npt.DTypeLike] = {"sequence_N": np.int64, "phase_S": np.int64}
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,9 @@ class RoutingTrace:
             if array is None and name in OPTIONAL:
                 continue
             if array.dtype != dtype or array.shape != shapes[name[name.index("_") :]]:
-                found = f"{array.dtype} {list(array.shape)}"
                 raise UserError(
-                    f"{self.source}: {name} is {found}, which {len(self.layers)} layers and {shape[0]} tokens of "
-                    f"{len(self.tokens_S)} steps do not have: record it again"
+                    f"{self.source}: {name} is {array.dtype} {list(array.shape)}, which {len(self.layers)} layers and "
+                    f"{shape[0]} tokens of {len(self.tokens_S)} steps do not have: record it again"
                 )
         if self.tokens_S.size and self.tokens_S.min() < 0:
             raise UserError(f"{self.source}: a step of {self.tokens_S.min()} tokens: record it again")
@@ -152,47 +149,37 @@ class RoutingTrace:
 
     def save(self, path: str | Path) -> None:
         """Write the trace; a reader never sees half of it."""
-        arrays = {
-            name: np.ascontiguousarray(array)
-            for name in (*REQUIRED, *OPTIONAL)
-            if (array := getattr(self, name)) is not None
-        }
+        arrays = {name: array for name in (*REQUIRED, *OPTIONAL) if (array := getattr(self, name)) is not None}
         model = None if self.model is None else {"id": self.model.id, "hash": self.model.hash}
-        metadata = {"format": FORMAT, "num_experts": self.num_experts, "layers": self.layers, "model": model}
-        with replacing(path) as temporary:
-            save_file(arrays, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+        metadata = {"num_experts": self.num_experts, "layers": self.layers, "model": model}
+        write_tensors(path, FORMAT, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "RoutingTrace":
         """Read a trace; a `UserError` says what is wrong with a foreign or damaged file."""
+        hint = f"record one with `rq-ep calibrate --trace {path}`"
+        dtypes = REQUIRED | OPTIONAL
+        arrays, metadata = read_tensors(path, "trace", FORMAT, hint, dtypes)
         try:
-            with safe_open(path, framework="numpy") as file:
-                texts = file.metadata() or {}
-                if texts.get("format") != json.dumps(FORMAT):
-                    raise UserError(f"{path}: format is {texts.get('format')}, expected {FORMAT!r}")
-                present = {*REQUIRED, *(OPTIONAL.keys() & set(file.keys()))}
-                arrays = {name: file.get_tensor(name) for name in present}
-            model = json.loads(texts.get("model", "null"))
+            model = metadata.get("model")
             return cls(
-                **arrays,
-                num_experts=json.loads(texts["num_experts"]),
-                layers=tuple(json.loads(texts["layers"])),
+                **{name: as_dtype(f"{path}: {name}", array, dtypes[name]) for name, array in arrays.items()},
+                num_experts=metadata["num_experts"],
+                layers=tuple(metadata["layers"]),
                 model=None if model is None else ModelIdentity(**model),
                 source=str(path),
             )
         except UserError:
             raise
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; record one with `rq-ep calibrate --trace {path}`") from None
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not a readable trace ({error}); record it again") from None
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a readable trace ({error}); {hint}") from None
 
 
 def is_trace(path: str | Path) -> bool:
     """Whether a file says that it is a routing trace. What is wrong with it otherwise is for `load` to say."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return (file.metadata() or {}).get("format") == json.dumps(FORMAT)
+            return bool(parse_metadata((file.metadata() or {}).get("format", "")) == FORMAT)
     except (SafetensorError, OSError):
         return False
 

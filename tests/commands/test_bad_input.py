@@ -66,7 +66,7 @@ def changed_metadata(**entries: Any) -> Callable[[Path], None]:
     [
         (changed_arrays(lambda arrays: arrays["counts"].fill(0)), "0 routed pairs in 20 steps"),
         (changed_arrays(lambda arrays: arrays.update(counts=arrays["counts"][:0])), "0 routed pairs in 0 steps"),
-        (changed_arrays(lambda arrays: arrays.update(counts=arrays["counts"] * 1.0)), "counts must be int64"),
+        (changed_arrays(lambda arrays: arrays.update(counts=arrays["counts"] + 0.5)), "counts must be whole numbers"),
         (changed_arrays(lambda arrays: arrays.update(importance=np.full((2, 8), np.nan))), "but one is nan"),
         (changed_arrays(lambda arrays: arrays["counts"].__imul__(-1)), "must be finite and not negative"),
         (changed_arrays(lambda arrays: arrays["counts"].fill(2**52)), "these are not pairs of a model"),

@@ -1,9 +1,11 @@
 """Statistics: what is refused, and what a file gives back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rq_ep.core.errors import UserError
@@ -44,6 +46,12 @@ def test_a_file_gives_back_what_was_saved(stats: ExpertStats, tmp_path: Path) ->
     assert again.source.endswith("stats.safetensors")
 
 
+def content(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the metadata of a file, as they are written."""
+    with safe_open(file, framework="numpy") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata()  # noqa: SIM118
+
+
 def test_truncated_and_foreign_files_are_user_errors(stats: ExpertStats, tmp_path: Path) -> None:
     file = tmp_path / "stats.safetensors"
     stats.save(file)
@@ -53,7 +61,7 @@ def test_truncated_and_foreign_files_are_user_errors(stats: ExpertStats, tmp_pat
         with pytest.raises(UserError, match="not a readable statistics file"):
             ExpertStats.load(file)
     save_file({"weight": np.zeros(1)}, file, {"format": "pt"})  # somebody's model
-    with pytest.raises(UserError, match="format is pt, expected"):
+    with pytest.raises(UserError, match=r"format is 'pt', expected 'rq_ep\.stats/1'"):
         ExpertStats.load(file)
     save_file({"counts": np.zeros((1, 1, 1), np.int64)}, file)
     with pytest.raises(UserError, match="format is None"):
@@ -65,6 +73,87 @@ def test_truncated_and_foreign_files_are_user_errors(stats: ExpertStats, tmp_pat
         ExpertStats.load(tmp_path)
     with pytest.raises(UserError, match="rq-ep calibrate --out"):
         ExpertStats.load(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("integers", [np.uint8, np.int16, np.int32, np.uint64, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("floats", [np.float16, np.float32, np.int8])
+def test_a_file_may_hold_its_numbers_in_any_type(
+    stats: ExpertStats, tmp_path: Path, integers: type, floats: type
+) -> None:
+    file = tmp_path / "stats.safetensors"
+    replace(stats, importance=np.ones((2, 4)), error=np.zeros((2, 4, 2))).save(file)
+    arrays, metadata = content(file)
+    types = {"counts": integers, "tokens": integers, "importance": floats, "error": floats}
+    save_file({name: array.astype(types[name]) for name, array in arrays.items()}, file, metadata)
+    again = ExpertStats.load(file)
+    assert (again.counts.dtype, again.importance.dtype) == (np.int64, np.float64)
+    np.testing.assert_array_equal(again.counts, stats.counts)
+    np.testing.assert_array_equal(again.importance, 1)
+
+
+def test_a_file_may_hold_bfloat16(stats: ExpertStats, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    file = tmp_path / "stats.safetensors"
+    stats.save(file)
+    _, metadata = content(file)
+    save_torch({name: tensor.to(torch.bfloat16) for name, tensor in load_torch(file).items()}, file, metadata)
+    again = ExpertStats.load(file)
+    np.testing.assert_array_equal(again.counts, stats.counts)
+    np.testing.assert_allclose(again.error, stats.error, rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        (
+            "counts",
+            np.full((5, 2, 4), 0.5, np.float32),
+            "must be whole numbers that int64 holds, but one is 0.5",
+        ),
+        ("counts", np.full((5, 2, 4), np.nan), "must be whole numbers that int64 holds, but one is nan"),
+        ("counts", np.full((5, 2, 4), 2.0**63), "but one is 9.2"),
+        ("counts", np.full((5, 2, 4), 2**63, np.uint64), "but one is 9223372036854775808"),
+        ("counts", np.ones((5, 2, 4), bool), "is bool, not numbers"),
+        ("counts", np.full((5, 2, 4), -1.0), "must be finite and not negative, but one is -1"),
+        ("error", np.full((2, 4, 2), np.nan, np.float32), "must be finite and not negative, but one is nan"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_by_name(
+    stats: ExpertStats, tmp_path: Path, name: str, array: np.ndarray, message: str
+) -> None:
+    file = tmp_path / "stats.safetensors"
+    stats.save(file)
+    arrays, metadata = content(file)
+    save_file({**arrays, name: array}, file, metadata)
+    with pytest.raises(UserError, match=rf"stats\.safetensors: {name} .*{message}"):
+        ExpertStats.load(file)
+
+
+def test_metadata_may_be_plain_text(stats: ExpertStats, tmp_path: Path) -> None:
+    file = tmp_path / "stats.safetensors"
+    stats.save(file)
+    arrays, metadata = content(file)
+    plain = {"format": "rq_ep.stats/1", "native_format": "bf16", "formats": "bf16, int8", "importance": "norms"}
+    save_file(arrays, file, {**metadata, **plain})
+    again = ExpertStats.load(file)
+    assert (again.formats, again.native_format, again.importance_definition) == (("bf16", "int8"), "bf16", "norms")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["rq_ep.stats/2", '"rq_ep.stats/2"', "'rq_ep.stats/1'", '"rq_ep.stats/1', " rq_ep.stats/1", "[" * 9999]
+)
+def test_a_refused_format_never_looks_like_the_expected_one(stats: ExpertStats, tmp_path: Path, wrong: str) -> None:
+    file = tmp_path / "stats.safetensors"
+    stats.save(file)
+    arrays, metadata = content(file)
+    save_file(arrays, file, {**metadata, "format": wrong})
+    with pytest.raises(UserError, match=r"format is .*, expected") as caught:
+        ExpertStats.load(file)
+    shown, _, expected = str(caught.value).rpartition("format is ")[2].partition(", expected ")
+    assert shown != expected
 
 
 @pytest.mark.parametrize(
@@ -101,8 +190,6 @@ def test_truncated_and_foreign_files_are_user_errors(stats: ExpertStats, tmp_pat
     ],
 )
 def test_what_does_not_fit_together_is_refused(stats: ExpertStats, wrong: dict, message: str) -> None:
-    from dataclasses import replace
-
     with pytest.raises(UserError, match=message):
         replace(stats, **wrong)
 

@@ -107,6 +107,14 @@ def test_sglang_passes_add_ranks_and_fold_slots(tmp_path: Path) -> None:
         read("sglang", paths[0], sglang_stat(tmp_path / "stat.pt", counts(2, 2, 3)))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float16, np.float32, np.float64])
+def test_counts_may_be_of_any_type(tmp_path: Path, dtype: type) -> None:
+    counts_SLE = counts(3, 2, 4)
+    save_file({"counts": counts_SLE.astype(dtype)}, tmp_path / "counts.safetensors")
+    stats = read("numpy", tmp_path / "counts.safetensors")
+    np.testing.assert_array_equal(stats.counts, counts_SLE)
+
+
 def test_trtllm_adds_ranks_and_knows_layers_and_top_k(tmp_path: Path) -> None:
     counts_RSLE = counts(3, 4, 2, 6)
     folder = trtllm_folder(tmp_path / "statistics", counts_RSLE, [3, 11])

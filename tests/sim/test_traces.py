@@ -107,6 +107,27 @@ def test_what_is_cut_short_or_foreign_is_refused(tmp_path: Path) -> None:
         RoutingTrace(trace.ids_NLK, trace.weights_NLK, trace.tokens_S, 3, trace.layers)
 
 
+def test_a_file_may_hold_its_numbers_in_any_type_and_its_metadata_as_plain_text(tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    trace = trace_of([5, 6])
+    arrays = {"ids_NLK": np.int64, "weights_NLK": np.float64, "tokens_S": np.float32}
+    metadata = {"format": "rq_ep.trace/1", "num_experts": "16", "layers": "[0, 1]"}
+    save_file({name: getattr(trace, name).astype(dtype) for name, dtype in arrays.items()}, path, metadata)
+    assert is_trace(path)
+    again = RoutingTrace.load(path)
+    for name, dtype in {"ids_NLK": np.int32, "weights_NLK": np.float32, "tokens_S": np.int64}.items():
+        assert getattr(again, name).dtype == dtype
+        np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
+    wide = {
+        "ids_NLK": trace.ids_NLK.astype(np.int64) + 2**40,
+        "weights_NLK": trace.weights_NLK,
+        "tokens_S": trace.tokens_S,
+    }
+    save_file(wide, path, metadata)
+    with pytest.raises(UserError, match=r"ids_NLK must be whole numbers that int32 holds, but one is 1099511627"):
+        RoutingTrace.load(path)
+
+
 def test_a_trace_of_another_model_is_refused() -> None:
     stats = ExpertStats.uniform((0, 1), 16, {"bf16": 1}, "bf16")
     trace = replace(trace_of([3]), model=ModelIdentity("a", "1"))

@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.files import replacing
+from rq_ep.core.files import check_version, replacing
 from rq_ep.core.placement import Placement
 from rq_ep.core.stats import ModelIdentity
+from rq_ep.core.tensor_files import parse_metadata
 from rq_ep.formats import get_format
 
 FORMAT = "rq_ep.experts/1"
@@ -59,8 +61,7 @@ class PackedExperts:
             return None
         try:
             with safe_open(file, framework="pt") as tensors:
-                packed: Tensor = tensors.get_tensor(key)
-                return packed
+                return _as_bytes(tensors.get_tensor(key), f"{file}: {key}")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: cut short or damaged ({error}): quantize the model again") from None
 
@@ -115,15 +116,23 @@ class PackedExperts:
         """How a file was made, and the keys in it."""
         try:
             with safe_open(file, framework="pt") as tensors:
-                metadata, keys = tensors.metadata() or {}, frozenset(tensors.keys())
-            found = metadata.get("format")
-            if found == FORMAT:
-                model, how = ModelIdentity(*json.loads(metadata["model"])), json.loads(metadata["how"])
+                texts, keys = tensors.metadata() or {}, frozenset(tensors.keys())
+            metadata = {key: parse_metadata(text) for key, text in texts.items()}
+            check_version(file, metadata.get("format"), FORMAT)
+            model, how = ModelIdentity(*metadata["model"]), metadata["how"]
         except UserError:
             raise
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{file}: cut short, damaged or foreign ({error}): quantize the model again") from None
-        if found != FORMAT:
-            raise UserError(f"{file}: format is {found!r:.60}, expected {FORMAT!r}")
         self.model.check(model, str(file))
         return how, keys
+
+
+def _as_bytes(packed: Tensor, name: str) -> Tensor:
+    """Packed bytes as uint8, from any type that holds them."""
+    if packed.dtype == torch.uint8:
+        return packed
+    as_uint8 = packed.to(torch.uint8)
+    if packed.dtype == torch.bool or not torch.equal(as_uint8.to(packed.dtype), packed):
+        raise UserError(f"{name} is {packed.dtype} and not all of it are bytes: quantize the model again")
+    return as_uint8

@@ -143,6 +143,23 @@ def test_users_mistakes_are_named(tiny_checkpoint: Path, text: Path, placement: 
         load(tiny_checkpoint, placement, num_local_ranks=2, packed_experts=tmp_path)
 
 
+def test_bytes_may_be_stored_in_another_type(tmp_path: Path) -> None:
+    model = ModelIdentity("tiny", "abc")
+    written = PackedExperts(tmp_path, model)
+    packed = torch.arange(200, dtype=torch.uint8)
+    written.write(0, {}, {(0, "int8"): packed})
+    metadata = {"format": '"rq_ep.experts/1"', "model": '["tiny", "abc"]', "how": "{}"}
+    for dtype in (torch.int64, torch.float32):
+        save_file({"0.int8": packed.to(dtype)}, written.file(0), metadata)
+        stored = written.packed(0, 0, "int8")
+        assert stored is not None
+        assert stored.dtype == torch.uint8
+        assert torch.equal(stored, packed)
+    save_file({"0.int8": packed + 0.5}, written.file(0), metadata)
+    with pytest.raises(UserError, match=r"0\.int8 is torch\.float32 and not all of it are bytes"):
+        written.packed(0, 0, "int8")
+
+
 def test_damaged_and_foreign_files_are_refused(tiny_checkpoint: Path, placement: Placement, tmp_path: Path) -> None:
     written = quantize(tiny_checkpoint, tmp_path, placement=placement, rounding="nearest")
     file = written.file(0)
