@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file
@@ -29,7 +28,7 @@ from bench.shapes import SHAPES, Shape
 from bench.start import start
 from bench.workloads import parse
 from rq_ep.commands.console import wide_console
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.files import check_writable, write_json
@@ -147,7 +146,7 @@ def break_even(layer: Layer, tokens_per_rank: int) -> list[dict[str, Any]]:
     ]
 
 
-def _crossing(excess_X: FloatArray, is_faster_X: npt.NDArray[np.bool_]) -> float | None:
+def _crossing(excess_X: FloatArray, is_faster_X: BoolArray) -> float | None:
     """The least excess from which on all are faster."""
     slower = np.flatnonzero(~is_faster_X)
     first = int(slower[-1]) + 1 if len(slower) else 0

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.shapes import Shape
-from rq_ep.core.arrays import IntArray
+from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import PHASES, ExpertStats
 from rq_ep.sim.traces import RoutingTrace, is_trace
@@ -115,7 +115,7 @@ def read_recorded(text: str, shape: Shape) -> Recorded:
     return RecordedCounts(text, found_steps, top_k)
 
 
-def _in_phase(text: str, phase_S: IntArray | None, phase: str | None, num_steps: int) -> npt.NDArray[np.bool_]:
+def _in_phase(text: str, phase_S: IntArray | None, phase: str | None, num_steps: int) -> BoolArray:
     if phase is None:
         return np.ones(num_steps, bool)
     if phase_S is None:

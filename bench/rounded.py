@@ -5,12 +5,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from rq_ep.core.arrays import BoolArray
 from rq_ep.formats import get_format
 from rq_ep.model.calibration.forward_stats import Subject
 from rq_ep.model.calibration.rounding import ROUNDINGS
@@ -19,7 +19,6 @@ from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.model.text.windows import Batch
 from rq_ep.moe.expert_family import ExpertFamily
 
-BoolArray = npt.NDArray[np.bool_]
 Forward = Callable[..., Tensor]
 Routes = tuple[Tensor, Tensor]  # topk_ids_TK, topk_weights_TK
 Change = Callable[[int, Forward], Forward]  # layer, its experts' forward method -> another

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import yaml
 
+from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.groups import nodes_of_groups
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 
-BoolArray = npt.NDArray[np.bool_]
 MAX_FILE_BYTES = 2**20  # a file anybody would write is far smaller, and reading YAML is slow
 
 
@@ -205,9 +204,9 @@ def _one_node_LER(stats: ExpertStats, topology: Topology) -> BoolArray:
     return same_LER
 
 
-def _first_ranks(topology: Topology) -> npt.NDArray[np.int64]:
+def _first_ranks(topology: Topology) -> IntArray:
     return np.arange(topology.num_nodes) * topology.ranks_per_node
 
 
-def _replica(stats: ExpertStats, at: npt.NDArray[np.int64]) -> str:
+def _replica(stats: ExpertStats, at: IntArray) -> str:
     return f"expert {at[1]} of layer {stats.layers[at[0]]} on rank {at[2]}"

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
@@ -84,7 +83,7 @@ class SlotMap:
         return int(self._twins_LRK.sum())
 
     @property
-    def _twins_LRK(self) -> npt.NDArray[np.bool_]:
+    def _twins_LRK(self) -> BoolArray:
         """[L, R, K - 1] where a slot, sorted within its rank, equals the next."""
         return np.asarray(np.diff(np.sort(self.slots_LRK, axis=2), axis=2) == 0)
 

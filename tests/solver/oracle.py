@@ -8,11 +8,8 @@ beyond some dozens of replicas.
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
-
-BoolArray = npt.NDArray[np.bool_]
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 
 
 class Oracle(NamedTuple):

@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.solver.certificate.generalization import mean_of, trust
@@ -19,7 +18,6 @@ from rq_ep.solver.objective.precision import Formats
 from rq_ep.solver.objective.step_balance import SplitRule
 from rq_ep.solver.search.tables import replicas_of
 
-BoolArray = npt.NDArray[np.bool_]
 MAX_STEPS = 64  # a placement is judged on
 MAX_NAMED = 8  # layers in a warning
 

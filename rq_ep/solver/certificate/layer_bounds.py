@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
+from rq_ep.core.arrays import BoolArray
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.rules import Rules
@@ -14,8 +14,6 @@ from rq_ep.solver.certificate.lower_bound import CLOSE, Bound, lower_bound
 from rq_ep.solver.certificate.relaxation import Limits
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.objective import is_plain, least_ratio_S
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 def holds_for(problem: PlacementProblem) -> str:

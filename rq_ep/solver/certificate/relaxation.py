@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.solver.objective.calibration_steps import LayerSteps
@@ -98,7 +97,7 @@ class _Programme:
     pairs_row: FloatArray
     rows: Any  # sparse
     right: FloatArray
-    bounds: npt.NDArray[np.float64]
+    bounds: FloatArray
     num_pairs: int
 
     @classmethod

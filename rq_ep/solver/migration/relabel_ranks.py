@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import IntArray
+from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.moves import Held
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.replicas import Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.solver.migration.plan_moves import bytes_of
 
-BoolArray = npt.NDArray[np.bool_]
 MAX_RANKS = 512  # for an assignment in each layer: their time grows with the cube
 
 

@@ -1,15 +1,12 @@
 """What a rank's load is: pairs, seconds of pairs, or bytes to read - the search balances whatever it is given."""
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray
+from rq_ep.core.arrays import BoolArray, FloatArray
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import PHASES
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.precision import Formats
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 def loads_SE(problem: PlacementProblem, formats: Formats, steps: LayerSteps, low_E: BoolArray) -> FloatArray:

@@ -1,9 +1,8 @@
 """What is balanced, as a problem asks for it: pairs, their seconds, or the reading of activated experts."""
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import PHASES
@@ -12,7 +11,6 @@ from rq_ep.solver.objective.expert_weights import weights_SE
 from rq_ep.solver.objective.precision import Formats
 from rq_ep.solver.objective.step_balance import Judgement, SplitRule, judge, judge_reading
 
-BoolArray = npt.NDArray[np.bool_]
 SCALE = 2**20  # whole parts that a step's mean expert is cut into, where pairs do not weigh alike
 
 

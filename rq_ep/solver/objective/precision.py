@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

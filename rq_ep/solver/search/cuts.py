@@ -12,11 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.search.max_flow import Index
-
-BoolArray = npt.NDArray[np.bool_]
 
 MAX_RANKS_ENUMERATED = 8
 MAX_CUTS = 512  # beside single ranks

@@ -13,9 +13,8 @@ from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
@@ -25,8 +24,6 @@ from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
 from rq_ep.solver.search.workers import workers
-
-BoolArray = npt.NDArray[np.bool_]
 
 MAX_STEPS = 256  # of calibration looked at; 64 leave up to 0.03 more of max/mean on held-out steps
 MAX_MOVES = 20_000  # tried in each layer; three times as many gain less than 0.01

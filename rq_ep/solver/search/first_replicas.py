@@ -1,12 +1,9 @@
 """The first replica of every expert: numbers per rank dealt inside the byte budget, experts placed by load."""
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.objective.precision import Formats
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 def deal_homes(

@@ -4,14 +4,11 @@ from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.objective.precision import Formats
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, Addition, LayerSplit
 from rq_ep.solver.search.neighborhood import Limits
-
-BoolArray = npt.NDArray[np.bool_]
 
 LEAST_GAIN = 1e-6  # of max/mean: below it a replica is not worth its bytes
 SETTLE_EVERY = 8  # additions to a layer between two exact splits of its steps

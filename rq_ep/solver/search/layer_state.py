@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.search.max_flow import CLOSE, Index, index_of, pour, settle
 from rq_ep.solver.search.neighborhood import Limits, crowded
-
-BoolArray = npt.NDArray[np.bool_]
 
 GOOD_ENOUGH = 1.0005  # max/mean at which a step needs nothing more
 TIGHT = 0.002  # ranks within this of the fullest count as full, so that equally full ones are relieved in turn

@@ -7,7 +7,6 @@ step from the hardest, until it is proven no better. A cut found that way is lis
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
@@ -24,8 +23,6 @@ from rq_ep.solver.search.cuts import (
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.max_flow import CLOSE, Index, index_of, pour, settle
 from rq_ep.solver.search.neighborhood import NUM_DRAWS, Limits, by_expert, moved_bytes, propose
-
-BoolArray = npt.NDArray[np.bool_]
 
 LEAST_STEP = 1e-5  # of max/mean, mean over steps, that a move must gain
 MOVES_AT_ONCE = 1000  # between two looks at the clock

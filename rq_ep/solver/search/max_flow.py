@@ -11,12 +11,9 @@ P replicas in no order; those of expert e are `by_expert_P[first_E[e] : first_E[
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
-
-BoolArray = npt.NDArray[np.bool_]
 
 CLOSE = 1e-5  # of the mean rank load: what differs by less is equal
 LEAST_PUSH = 1e-7  # a path that carries less is none: chains of rounding errors must end

@@ -15,9 +15,8 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray
+from rq_ep.core.arrays import BoolArray, FloatArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
@@ -31,8 +30,6 @@ from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.local_search import objective
 from rq_ep.solver.search.neighborhood import Limits
 from rq_ep.solver.search.search_state import UNLIMITED, Start, start_of
-
-BoolArray = npt.NDArray[np.bool_]
 
 PARTS = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the cap on low pairs, for whole experts
 EXCHANGED = (1.0, 0.5, 0.25, 0.12, 0.06, 0.0)  # of the extra replicas

@@ -3,14 +3,11 @@
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.search.cuts import Cuts
 from rq_ep.solver.search.max_flow import Index
-
-BoolArray = npt.NDArray[np.bool_]
 
 NUM_DRAWS = 7  # random numbers that a move is made from
 REPLACE, SHIFT = 0.3, 0.1  # share of moves that take another replica's place, and of those to a rank with room

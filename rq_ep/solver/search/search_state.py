@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
@@ -21,7 +20,6 @@ from rq_ep.solver.search.local_search import objective
 from rq_ep.solver.search.neighborhood import Limits
 from rq_ep.solver.search.rounds import Effort, search_rounds
 
-BoolArray = npt.NDArray[np.bool_]
 UNLIMITED = 2**60
 
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
@@ -25,7 +24,6 @@ from rq_ep.solver.search.layer_state import GOOD_ENOUGH
 from rq_ep.solver.search.ruin_recreate import trade
 from rq_ep.solver.search.search_state import Draft, Ready, Start, start_of
 
-BoolArray = npt.NDArray[np.bool_]
 STEPS_TO_CHOOSE, LAYERS_TO_CHOOSE = 16, 8  # enough to tell a good beginning from a bad one
 PROGRESS_AT_START = 0.1  # what the choice of a beginning is taken to be of the whole
 

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.split.min_max_split import ByExpert, augment
-
-BoolArray = npt.NDArray[np.bool_]
 
 MIN_GAIN = 0.01  # of a balanced step's modelled time, for which more experts are lent; models are no more exact
 

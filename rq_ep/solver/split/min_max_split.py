@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from rq_ep.core.arrays import IntArray
+from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.replicas import Replicas
 from rq_ep.solver.compiled import compiled
-
-BoolArray = npt.NDArray[np.bool_]
 
 NUM_SWEEPS = 3  # more of them gain less than the first augmenting path costs
 
