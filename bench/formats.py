@@ -36,7 +36,7 @@ from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
-from rq_ep.moe.expert_compute import Share, Stack, add_outputs
+from rq_ep.moe.expert_compute import GroupedExperts, Stack, add_outputs
 from rq_ep.parallel import Received
 from rq_ep.profiling.timing import own_seconds
 
@@ -82,7 +82,7 @@ def received_rows(family: ExpertFamily, num_rows: int, args: argparse.Namespace)
 def compute(stack: Stack, received: Received, family: ExpertFamily) -> Tensor:
     partial_MD = torch.zeros(received.rows_MD.shape, device=received.rows_MD.device)
     every = list(range(len(received.experts)))
-    add_outputs(partial_MD, received, Share(stack, every, every), family)
+    add_outputs(partial_MD, received, GroupedExperts(stack, every, every), family)
     return partial_MD
 
 

@@ -19,8 +19,7 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.topology import Topology
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.moe import EPExperts, Telemetry
-from rq_ep.parallel import EPGroup, Exchange
-from rq_ep.parallel.dispatch_handle import Trip
+from rq_ep.parallel import DispatchHandle, EPGroup, Exchange
 from rq_ep.parallel.host import short_collections
 from rq_ep.parallel.reference import dense_moe
 
@@ -41,11 +40,10 @@ class WatchedExchange(Exchange):
 
     held_rows = 0
 
-    def dispatch(self, *arguments: Any, **named: Any) -> Trip:
-        trip = super().dispatch(*arguments, **named)
-        rows = sorted((sum(part.rows_in) for part in trip.parts), reverse=True)
-        self.held_rows = max(self.held_rows, sum(rows[: 1 + trip.overlaps]))
-        return trip
+    def dispatch(self, *arguments: Any, **named: Any) -> DispatchHandle:
+        handle = super().dispatch(*arguments, **named)
+        self.held_rows = max(self.held_rows, handle.max_rows_held)
+        return handle
 
 
 def measure(
@@ -115,8 +113,9 @@ def _check_room(case: Case, group: EPGroup, placements: Mapping[str, LayerPlacem
 def _layer(case: Case, name: str, placement: LayerPlacement, group: EPGroup, topology: Topology) -> EPExperts:
     # A rank's own time: of its thread on a CPU, of its stream on a GPU.
     telemetry = Telemetry(clock=time.thread_time if group.device.type == "cpu" else None)
-    layer = EPExperts(case.family, placement, case.planner(name, placement, topology), group, telemetry=telemetry)
-    layer.exchange = WatchedExchange(group)
+    planner = case.planner(name, placement, topology)
+    exchange = WatchedExchange(group)
+    layer = EPExperts(case.family, placement, planner, group, exchange=exchange, telemetry=telemetry)
     for expert in layer.bank.experts:
         layer.bank.put(expert, case.expert(expert, group.device))
     return layer
@@ -163,7 +162,7 @@ def _own_figures(case: Case, layer: nn.Module, timings_S3: FloatArray, batch: Ba
         compute_s_S=layer.telemetry.seconds("compute")[:, 0, rank],
         plan_s_S=layer.telemetry.seconds("plan")[:, 0, rank],
         resident_bytes=layer.bank.nbytes,
-        borrowed_bytes=layer.bank.spare.nbytes,
+        borrowed_bytes=layer.bank.borrow_buffers.nbytes,
         held_rows=layer.exchange.held_rows,
         error=_output_error(case, layer, batch),  # last: it is one more call
     )

@@ -129,13 +129,13 @@ def layer_times(case: Case, group: TorchGroup) -> dict[str, float]:
 
 def _telemetry_s(layer: EPExperts) -> float:
     """Seconds that recording one call takes."""
-    last = layer.telemetry._records[-1]
+    _, last = layer.telemetry._calls[-1]
     start_s = time.thread_time()
     for _ in range(NUM_RECORDS):
-        laps = layer.telemetry.laps(layer.group)
+        timer = layer.telemetry.timer(layer.group)
         for phase in ("gather", "plan", "dispatch", "compute", "combine", "combine"):
-            laps.mark(phase)
-        layer.telemetry.record(0, 0, last.counts_RE, last.plan, laps, last.transfer_bytes_R)
+            timer.mark(phase)
+        layer.telemetry.record(last._replace(timer=timer))
     return (time.thread_time() - start_s) / NUM_RECORDS
 
 
@@ -160,10 +160,10 @@ def transfer_times(case: Case, group: TorchGroup) -> dict[str, float]:
         return [clocks()]
 
     def borrow() -> list[tuple[float, float]]:
-        bank.borrow((WeightTransfer(0, 0, 1, name),), group)
-        bank.await_borrowed()
+        borrowed = bank.borrow((WeightTransfer(0, 0, 1, name),), group)
+        borrowed.wait()
         arrived = clocks()
-        bank.spare.settle()
+        borrowed.verify()
         return [arrived, clocks()]
 
     def clocks() -> tuple[float, float]:

@@ -65,7 +65,7 @@ class Engine:
             min(SCORING_CHUNK, limits.max_num_batched_tokens),
             self._prompt_scored,
         )
-        self._position = Position(layers, [layer.layer.index for layer in layers], lambda: group.operation)
+        self._position = Position(layers, [layer.placement.index for layer in layers], lambda: group.operation)
         self._manager = LockstepManager(
             model,
             GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),

@@ -1,6 +1,7 @@
 """The expert-parallel MoE layer: bank, grouped compute, the layer itself, telemetry."""
 
-from rq_ep.moe.expert_bank import ExpertBank, SpareRoom
+from rq_ep.moe.borrowing import BorrowBuffers
+from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.moe.layer import EPExperts
 from rq_ep.moe.local_experts import LocalExperts
@@ -8,12 +9,12 @@ from rq_ep.moe.routing_recorder import RoutingRecorder, StepNote
 from rq_ep.moe.telemetry import Telemetry
 
 __all__ = [
+    "BorrowBuffers",
     "EPExperts",
     "ExpertBank",
     "ExpertFamily",
     "LocalExperts",
     "RoutingRecorder",
-    "SpareRoom",
     "StepNote",
     "Telemetry",
 ]

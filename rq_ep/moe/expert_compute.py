@@ -1,4 +1,7 @@
-"""Grouped expert computation: rows through the experts they are routed to, weighted and summed row by row."""
+"""Grouped expert computation: rows through the experts they are routed to, weighted and summed row by row.
+
+Axes: G groups of a grouped GEMM, one for each local replica that has pairs.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,8 +20,8 @@ from rq_ep.parallel import Received
 MAX_WORKSPACE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
-class Share(NamedTuple):
-    """Local replicas whose experts lie in one stack."""
+class GroupedExperts(NamedTuple):
+    """Local replicas whose experts lie in one stack: the groups of a grouped GEMM."""
 
     stack: Stack
     slots: list[int]  # where each replica lies, ascending
@@ -26,18 +29,22 @@ class Share(NamedTuple):
 
 
 def add_outputs(
-    partial_MD: Tensor, received: Received, share: Share, family: ExpertFamily, max_bytes: int | None = None
+    partial_MD: Tensor,
+    received: Received,
+    grouped: GroupedExperts,
+    family: ExpertFamily,
+    max_bytes: int | None = None,
 ) -> None:
-    """Add the weighted outputs of a share's replicas to their rows, in the order of the pairs.
+    """Add the weighted outputs of replicas to their rows, in the order of the pairs.
 
     Args:
         partial_MD: [M, D] fp32 sums, changed in place.
         received: rows and pairs.
-        share: the replicas to compute.
+        grouped: the replicas to compute.
         family: layout and activation.
         max_bytes: bound of the workspace; default by device.
     """
-    spans = [(received.offsets[replica], received.offsets[replica + 1]) for replica in share.replicas]
+    spans = [(received.offsets[replica], received.offsets[replica + 1]) for replica in grouped.replicas]
     row_N = _gather(received.row_N, spans)
     weight_N = _gather(received.weight_N, spans)
     ends_G = np.cumsum([end - start for start, end in spans])
@@ -46,8 +53,8 @@ def add_outputs(
     for start in range(0, len(row_N), step):
         rows = row_N[start : start + step]
         ends = (ends_G - start).clip(0, len(rows)).tolist()
-        up_NF = multiply(received.rows_MD.index_select(0, rows), share.stack, share.slots, ends, family.up)
-        out_ND = multiply(family.apply_gate(up_NF), share.stack, share.slots, ends, family.down)
+        up_NF = multiply(received.rows_MD.index_select(0, rows), grouped.stack, grouped.slots, ends, family.up)
+        out_ND = multiply(family.apply_gate(up_NF), grouped.stack, grouped.slots, ends, family.down)
         add_rows(partial_MD, rows, out_ND, weight_N[start : start + step])
 
 

@@ -1,4 +1,7 @@
-"""Rows through the matrices of several experts of one format: which kernel does it, by format, device and rows."""
+"""Grouped GEMM: rows through a matrix of several experts of one format, by a kernel for format, device and rows.
+
+Axes: G slots of a stack, each an expert with its group of rows, maybe none; O outputs of a matrix.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +48,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Batch:
+class GroupedRows:
     """Rows up to ends[0] are for the expert in slots[0], then up to ends[1] for the next, ...; none without rows."""
 
     x_ND: Tensor
@@ -57,17 +60,17 @@ class Batch:
         return list(pairwise((0, *self.ends)))
 
     def sizes(self, num_slots: int) -> IntArray:
-        """Rows of the expert in each slot, [S]."""
-        sizes_S = np.zeros(num_slots, np.int64)
-        sizes_S[list(self.slots)] = np.diff(self.ends, prepend=0)
-        return sizes_S
+        """Rows of the expert in each slot, [G]."""
+        sizes_G = np.zeros(num_slots, np.int64)
+        sizes_G[list(self.slots)] = np.diff(self.ends, prepend=0)
+        return sizes_G
 
 
 class Kernel(NamedTuple):
     """What it can multiply, and how."""
 
-    can_multiply: Callable[[Batch, Stack, str], bool]
-    multiply: Callable[[Batch, Stack, str], Tensor]
+    can_multiply: Callable[[GroupedRows, Stack, str], bool]
+    multiply: Callable[[GroupedRows, Stack, str], Tensor]
 
 
 def multiply(x_ND: Tensor, stack: Stack, slots: Sequence[int], ends: Sequence[int], name: str) -> Tensor:
@@ -84,8 +87,10 @@ def multiply(x_ND: Tensor, stack: Stack, slots: Sequence[int], ends: Sequence[in
         [N, out], with biases.
     """
     active = [(slot, end) for slot, (start, end) in zip(slots, pairwise((0, *ends)), strict=True) if start < end]
-    batch = Batch(x_ND, tuple(slot for slot, _ in active), tuple(end for _, end in active))
-    return next(kernel for kernel in KERNELS if kernel.can_multiply(batch, stack, name)).multiply(batch, stack, name)
+    grouped = GroupedRows(x_ND, tuple(slot for slot, _ in active), tuple(end for _, end in active))
+    return next(kernel for kernel in KERNELS if kernel.can_multiply(grouped, stack, name)).multiply(
+        grouped, stack, name
+    )
 
 
 def can_group(x_ND: Tensor, stack: Stack, name: str) -> bool:
@@ -97,49 +102,49 @@ def can_group(x_ND: Tensor, stack: Stack, name: str) -> bool:
     return all(size * x_ND.dtype.itemsize % _GROUPED_STRIDE_BYTES == 0 for size in stack.layout.shapes[name])
 
 
-def _are_several_native(batch: Batch, stack: Stack, name: str) -> bool:
-    return len(batch.slots) > 1 and can_group(batch.x_ND, stack, name)
+def _are_several_native(grouped: GroupedRows, stack: Stack, name: str) -> bool:
+    return len(grouped.slots) > 1 and can_group(grouped.x_ND, stack, name)
 
 
-def _grouped_native(batch: Batch, stack: Stack, name: str) -> Tensor:
-    x_ND = batch.x_ND
-    sizes_S = batch.sizes(len(stack.packed))
-    ends_S = torch.from_numpy(sizes_S.cumsum().astype(np.int32)).to(x_ND.device, non_blocking=True)
+def _grouped_native(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
+    x_ND = grouped.x_ND
+    sizes_G = grouped.sizes(len(stack.packed))
+    ends_G = torch.from_numpy(sizes_G.cumsum().astype(np.int32)).to(x_ND.device, non_blocking=True)
     weight = stack.views[name] if stack.layout.is_transposed else stack.views[name].transpose(1, 2)
-    return _add_bias(F.grouped_mm(x_ND, weight, offs=ends_S), sizes_S, stack, name)
+    return _add_bias(F.grouped_mm(x_ND, weight, offs=ends_G), sizes_G, stack, name)
 
 
-def _are_few_low_bits_on_gpu(batch: Batch, stack: Stack, name: str) -> bool:
+def _are_few_low_bits_on_gpu(grouped: GroupedRows, stack: Stack, name: str) -> bool:
     """Few: reading the weights takes longer than multiplying them."""
-    x_ND = batch.x_ND
+    x_ND = grouped.x_ND
     if x_ND.device.type != "cuda" or not isinstance(stack.format, Quantized) or not has_triton():
         return False
     from rq_ep.formats.kernels.triton_grouped import can_multiply
 
-    return 0 < len(x_ND) <= MAX_GROUPED_ROWS * len(batch.slots) and can_multiply(x_ND, stack.format)
+    return 0 < len(x_ND) <= MAX_GROUPED_ROWS * len(grouped.slots) and can_multiply(x_ND, stack.format)
 
 
-def _grouped_low_bits(batch: Batch, stack: Stack, name: str) -> Tensor:
+def _grouped_low_bits(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
     from rq_ep.formats.kernels.triton_grouped import grouped_product, operand
 
     assert isinstance(stack.format, Quantized)
     matrix = operand(stack.format, stack.format.parts(stack.views, name, stack.layout))
-    out_NO = grouped_product(batch.x_ND, matrix, batch.slots, batch.ends)
-    return _add_bias(out_NO, batch.sizes(len(stack.packed)), stack, name)
+    out_NO = grouped_product(grouped.x_ND, matrix, grouped.slots, grouped.ends)
+    return _add_bias(out_NO, grouped.sizes(len(stack.packed)), stack, name)
 
 
-def _one_by_one(batch: Batch, stack: Stack, name: str) -> Tensor:
+def _one_by_one(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
     """The format knows: low bits are unpacked a block at a time, or multiplied packed where rows are few."""
     parts = [
-        stack.format.linear(batch.x_ND[start:end], stack.experts[slot], name, stack.layout)
-        for slot, (start, end) in zip(batch.slots, batch.spans, strict=True)
+        stack.format.linear(grouped.x_ND[start:end], stack.experts[slot], name, stack.layout)
+        for slot, (start, end) in zip(grouped.slots, grouped.spans, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _add_bias(out_NO: Tensor, sizes_S: IntArray, stack: Stack, name: str) -> Tensor:
+def _add_bias(out_NO: Tensor, sizes_G: IntArray, stack: Stack, name: str) -> Tensor:
     if (bias := stack.views.get(f"{name}_bias")) is not None:
-        sizes = torch.from_numpy(sizes_S).to(out_NO.device, non_blocking=True)
+        sizes = torch.from_numpy(sizes_G).to(out_NO.device, non_blocking=True)
         out_NO += torch.repeat_interleave(bias, sizes, 0, output_size=len(out_NO))
     return out_NO
 

@@ -1,4 +1,4 @@
-"""The expert-parallel MoE layer: what stands in a model where its experts were."""
+"""The expert-parallel MoE layer, which takes the place of a model's experts module."""
 
 from functools import partial
 
@@ -12,57 +12,57 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format
-from rq_ep.moe.expert_bank import ExpertBank, SpareRoom
+from rq_ep.moe.borrowing import BorrowBuffers
+from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
-from rq_ep.moe.telemetry import Telemetry
-from rq_ep.parallel import EPGroup, Exchange, Homes, RankFailure
+from rq_ep.moe.telemetry import LayerCall, Telemetry
+from rq_ep.parallel import Combine, EPGroup, Exchange, RankFailure, RoutingCounts, SoleHolders
 
 
 class EPExperts(nn.Module):
     """This rank's part of a layer's experts. Every rank of the group calls it for every step, with zero rows too.
 
-    A small step takes three collectives - counts, rows, sums - and a larger one four, as pairs' notes go ahead of the
-    rows. The host waits for a GPU once, for the counts; once more in a step so uneven that rows come in parts, for the
-    pairs in each. Checksums of borrowed experts have been computed when the next layer has its counts; the last layer
-    of a step waits for its own. To wait for none, the planner would have to run on the GPU and tell the kernels their
-    sizes there; every message already has the size of a bound that the plan gives.
+    A small step takes three collectives - counts, rows, sums - and a larger one four, as the pairs' metadata goes ahead
+    of the rows. The host waits for a GPU once, for the counts, and once more in a step so uneven that rows come in
+    parts, for the pairs in each. Checksums of borrowed experts are computed beside the compute and looked at by the
+    next layer, after its counts; the last layer of a forward pass waits for its own. To wait for none, the planner
+    would have to run on the GPU and tell the kernels their sizes there; every message already has the size of a bound
+    that the plan gives.
     """
 
     def __init__(
         self,
         family: ExpertFamily,
-        layer: LayerPlacement,
+        placement: LayerPlacement,
         planner: Planner,
         group: EPGroup,
         *,
+        exchange: Exchange | None = None,
         telemetry: Telemetry | None = None,
-        spare: SpareRoom | None = None,
-        max_dispatch_bytes: int | None = None,
-        verifies_later: bool = False,
+        borrow_buffers: BorrowBuffers | None = None,
     ) -> None:
-        """Reserve room for this rank's replicas; fill `bank` before the first call.
+        """Allocate this rank's replicas; fill `bank` before the first call.
 
         Args:
             family: layout and activation of the experts.
-            layer: where the layer's replicas are.
+            placement: where the layer's replicas are.
             planner: the strategy's decision for each step, the same on every rank.
             group: the ranks that share the experts.
-            telemetry: told about every call; default: nobody is.
-            spare: room for borrowed experts, which layers may share; default: a room of this layer's own.
-            max_dispatch_bytes: rows of other ranks that a rank holds at once, the same on every rank; more come in
-                parts. Default: a tenth more than in a balanced step of as many tokens.
-            verifies_later: what this layer borrows is known to be intact only when the next layer that shares `spare`
-                has been entered; every step must end with a layer that does not do so.
+            exchange: moves the rows, in the same way on every rank; default: as suits the group's device.
+            telemetry: records every call; default: nothing is recorded.
+            borrow_buffers: for borrowed experts; layers that share them are made in the order of the forward pass.
+                Default: this layer's own.
         """
         super().__init__()
         self.family = family
-        self.layer = layer
+        self.placement = placement
         self.planner = planner
         self.group = group
-        self.homes = Homes.of(layer.replicas, layer.num_experts, group.size, group.device)
-        self.exchange = Exchange(group, max_dispatch_bytes=max_dispatch_bytes)
-        self.bank = ExpertBank(family.layout, layer.replicas, group.rank, group.device, spare, layer.index)
-        self.verifies_later = verifies_later
+        self.sole_holders = SoleHolders.of(placement.replicas, placement.num_experts, group.size, group.device)
+        self.exchange = Exchange(group) if exchange is None else exchange
+        self.bank = ExpertBank(
+            family.layout, placement.replicas, group.rank, group.device, borrow_buffers, placement.index
+        )
         self.telemetry = Telemetry(max_records=0) if telemetry is None else telemetry
 
     @torch.no_grad()
@@ -82,35 +82,43 @@ class EPExperts(nn.Module):
         except UserError:
             raise
         except Exception as error:
-            raise RankFailure(f"MoE layer {self.layer.index} on rank {self.group.rank}: {error}") from error
+            message = f"MoE layer {self.placement.index} on rank {self.group.rank}: {error}"
+            raise RankFailure(message) from error
 
     def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        laps = self.telemetry.laps(self.group)
-        census = self.homes.census(topk_ids_TK, self.group)
-        self.bank.spare.settle()  # no other rank gets beyond its counts before this one joins the next collective
-        laps.mark("gather")
-        plan = self.planner(census.counts_RE)
-        laps.mark("plan")
-        self.bank.borrow(plan.transfers, self.group)
-        trip = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan, census)
-        for received in trip:
-            laps.mark("dispatch")
-            partial_MD = self.bank.compute(received, self.family)
-            if not self.verifies_later:
-                self.bank.spare.settle()
-            laps.mark("compute")
-            trip.send_back(partial_MD)
-            laps.mark("combine")
-        out_TD = trip.combine()
-        laps.mark("combine")
-        laps.received_bytes = trip.received_bytes
-        of_transfers = partial(transfer_bytes, plan, self.family)
-        self.telemetry.record(self.layer.index, self.group.rank, census.counts_RE, plan, laps, of_transfers)
+        timer = self.telemetry.timer(self.group)
+        counts = RoutingCounts.gather(topk_ids_TK, self.sole_holders, self.group)
+        timer.mark("gather")
+        plan = self.planner(counts.counts_RE)
+        timer.mark("plan")
+        borrowed = self.bank.borrow(plan.transfers, self.group)
+        handle = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan, counts)
+        combine = Combine(handle)
+        for received in handle:
+            timer.mark("dispatch")
+            partial_MD = self.bank.compute(received, self.family, borrowed)
+            timer.mark("compute")
+            combine.send_back(partial_MD)
+            timer.mark("combine")
+        out_TD = combine.output()
+        timer.mark("combine")
+        transfer_bytes_R = partial(transfer_bytes, plan, self.family)
+        self.telemetry.record(
+            LayerCall(
+                self.placement.index,
+                self.group.rank,
+                counts.counts_RE,
+                plan,
+                timer,
+                handle.received_bytes,
+                transfer_bytes_R,
+            )
+        )
         return out_TD
 
     def extra_repr(self) -> str:
         held = len(self.bank.experts)
-        return f"{held} of {self.layer.num_experts} experts, rank {self.group.rank} of {self.group.size}"
+        return f"{held} of {self.placement.num_experts} experts, rank {self.group.rank} of {self.group.size}"
 
 
 def transfer_bytes(plan: DispatchPlan, family: ExpertFamily) -> IntArray:

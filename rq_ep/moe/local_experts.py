@@ -7,49 +7,60 @@ from torch import Tensor, nn
 
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.strategy import Planner
-from rq_ep.moe.expert_bank import ExpertBank, SpareRoom
+from rq_ep.moe.borrowing import BorrowBuffers
+from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.moe.layer import EPExperts
 from rq_ep.moe.telemetry import Telemetry
-from rq_ep.parallel import LocalWorld
+from rq_ep.parallel import Exchange, ExchangeSettings, LocalWorld
 
 
 class LocalExperts(nn.Module):
-    """The experts of one layer on `num_ranks` ranks of this process. Rows are dealt to the ranks in equal runs."""
+    """The experts of one layer on `num_ranks` ranks of this process. Each rank gets an equal run of the rows."""
 
     def __init__(
         self,
         family: ExpertFamily,
-        layer: LayerPlacement,
+        placement: LayerPlacement,
         planner: Planner,
         num_ranks: int,
         *,
         device: torch.device | str = "cpu",
+        exchange: ExchangeSettings | None = None,
         telemetry: Telemetry | None = None,
-        spares: Sequence[SpareRoom] | None = None,
-        max_dispatch_bytes: int | None = None,
-        verifies_later: bool = False,
+        borrow_buffers: Sequence[BorrowBuffers] | None = None,
     ) -> None:
-        """Reserve room for all ranks' replicas; fill `banks` before the first call. Arguments as of `EPExperts`.
+        """Allocate all ranks' replicas; fill `banks` before the first call. Arguments as of `EPExperts`.
 
         Args:
-            spares: for each rank the room for borrowed experts, which layers may share.
+            family: layout and activation of the experts.
+            placement: where the layer's replicas are.
+            planner: the strategy's decision for each step.
+            num_ranks: R.
+            device: where all ranks compute.
+            exchange: how rows travel; default: as suits the device.
+            telemetry: records every rank's calls.
+            borrow_buffers: of each rank, which layers may share.
         """
         super().__init__()
         self.world = LocalWorld(num_ranks, device)
         self.ranks = tuple(
             EPExperts(
                 family,
-                layer,
+                placement,
                 planner,
                 group,
+                exchange=Exchange(group, exchange),
                 telemetry=telemetry,
-                spare=None if spares is None else spares[group.rank],
-                max_dispatch_bytes=max_dispatch_bytes,
-                verifies_later=verifies_later,
+                borrow_buffers=None if borrow_buffers is None else borrow_buffers[group.rank],
             )
             for group in self.world.groups
         )
+
+    @property
+    def placement(self) -> LayerPlacement:
+        """Where the layer's replicas are."""
+        return self.ranks[0].placement
 
     @property
     def banks(self) -> tuple[ExpertBank, ...]:

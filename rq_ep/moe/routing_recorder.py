@@ -41,9 +41,8 @@ class RoutingRecorder:
         self._modules: dict[int, nn.Module] = {}
         for module in model.modules():
             if isinstance(module, EPExperts | LocalExperts):
-                placed = module.layer if isinstance(module, EPExperts) else module.ranks[0].layer
-                self._modules[placed.index] = module
-                self._num_experts = placed.num_experts
+                self._modules[module.placement.index] = module
+                self._num_experts = module.placement.num_experts
         if not self._modules:
             raise UserError("no expert-parallel layers to record: load the model with rq_ep.load")
         self._max_tokens = max_tokens

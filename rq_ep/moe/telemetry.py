@@ -1,4 +1,4 @@
-"""What happened in each layer and step: loads, times, bytes moved."""
+"""Telemetry of each layer and step: loads, times, bytes moved."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -19,18 +19,17 @@ Array = TypeVar("Array", IntArray, FloatArray)
 PHASES = ("gather", "plan", "dispatch", "compute", "combine")
 
 
-class Laps:
-    """The phases of one layer call: a stopwatch, on the host's clock or, on a GPU, on the stream's; bytes received."""
+class PhaseTimer:
+    """Times the phases of one layer call, on the host's clock or, on a GPU, on the stream's."""
 
     def __init__(self, clock: Callable[[], float], gpu: torch.device | None) -> None:
         self.clock = clock
         self.gpu = gpu
-        self.received_bytes: Mapping[str, int] = {}
         self._marks: list[tuple[str, float, torch.cuda.Event | None]] = []
         self.mark("")
 
     def mark(self, phase: str) -> None:
-        """What happened since the last mark was part of `phase`."""
+        """End a phase: the time since the last mark belongs to `phase`."""
         event = None
         if self.gpu is not None:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -51,23 +50,23 @@ class Laps:
         return total_s
 
 
-class Record(NamedTuple):
-    """One layer call on one rank."""
+class LayerCall(NamedTuple):
+    """What one call of a layer leaves behind on one rank."""
 
-    step: int
     layer: int
     rank: int
     counts_RE: IntArray
     plan: DispatchPlan
-    laps: Laps
-    transfer_bytes_R: Callable[[], IntArray]  # received by each rank
+    timer: PhaseTimer
+    received_bytes: Mapping[str, int]  # of rows (dispatch) and sums (combine) from other ranks
+    transfer_bytes_R: Callable[[], IntArray]  # of borrowed experts, received by each rank
 
 
 class Telemetry:
     """Keeps the last layer calls of this process; recording costs a few clock readings and no copies.
 
-    Arrays are [S, L, R]: steps counted from 0 per layer, layers in the order of `layers`, ranks; what this process
-    did not see is NaN in times.
+    Arrays are [S, L, R]: steps counted from 0 per layer, layers in the order of `layers`, ranks. Times that this
+    process did not see are NaN.
     """
 
     def __init__(self, max_records: int | None = None, clock: Callable[[], float] | None = None) -> None:
@@ -77,87 +76,78 @@ class Telemetry:
             clock: seconds, for instance `time.thread_time`; default: the group's clock, and events on a GPU.
         """
         self._clock = clock
-        self._records: deque[Record] = deque(maxlen=max_records)
+        self._calls: deque[tuple[int, LayerCall]] = deque(maxlen=max_records)  # each with the number of its step
         self._num_calls: Counter[tuple[int, int]] = Counter()
 
-    def laps(self, group: EPGroup) -> Laps:
-        """A stopwatch for one layer call."""
-        uses_events = group.device.type == "cuda" and self._clock is None and self._records.maxlen != 0
-        return Laps(self._clock or group.clock, group.device if uses_events else None)
+    def timer(self, group: EPGroup) -> PhaseTimer:
+        """Start to time one layer call."""
+        uses_events = group.device.type == "cuda" and self._clock is None and self._calls.maxlen != 0
+        return PhaseTimer(self._clock or group.clock, group.device if uses_events else None)
 
-    def record(
-        self,
-        layer: int,
-        rank: int,
-        counts_RE: IntArray,
-        plan: DispatchPlan,
-        laps: Laps,
-        transfer_bytes_R: Callable[[], IntArray],
-    ) -> None:
-        """Keep what a call left behind. Nothing is derived from it before somebody asks."""
-        step = self._num_calls[layer, rank]
-        self._num_calls[layer, rank] += 1
-        self._records.append(Record(step, layer, rank, counts_RE, plan, laps, transfer_bytes_R))
+    def record(self, call: LayerCall) -> None:
+        """Keep a call. Nothing is derived from it before it is asked for."""
+        step = self._num_calls[call.layer, call.rank]
+        self._num_calls[call.layer, call.rank] += 1
+        self._calls.append((step, call))
 
     def clear(self) -> None:
-        self._records.clear()
+        self._calls.clear()
         self._num_calls.clear()
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._calls)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Indices, in the model, of the layers seen."""
-        return tuple(sorted({record.layer for record in self._records}))
+        return tuple(sorted({call.layer for _, call in self._calls}))
 
     def loads(self) -> IntArray:
         """[S, L, R] routed pairs computed by each rank."""
-        return self._of_all_ranks(lambda record: record.plan.loads_R)
+        return self._of_all_ranks(lambda call: call.plan.loads_R)
 
     def counts(self) -> IntArray:
         """[S, L, E] routed pairs of each expert."""
-        return self._of_all_ranks(lambda record: record.counts_RE.sum(axis=0))
+        return self._of_all_ranks(lambda call: call.counts_RE.sum(axis=0))
 
     def transfer_bytes(self) -> IntArray:
         """[S, L, R] bytes of borrowed experts received by each rank."""
-        return self._of_all_ranks(lambda record: record.transfer_bytes_R())
+        return self._of_all_ranks(lambda call: call.transfer_bytes_R())
 
     def seconds(self, phase: str = "compute") -> FloatArray:
         """[S, L, R] length of a phase, one of PHASES, on the ranks of this process."""
         steps, layers = self._axes()
-        num_ranks = len(self._records[0].counts_RE) if self._records else 0
+        num_ranks = len(self._calls[0][1].counts_RE) if self._calls else 0
         seconds = np.full((len(steps), len(layers), num_ranks), np.nan)
-        for record in self._records:
-            seconds[steps[record.step], layers[record.layer], record.rank] = record.laps.seconds(phase)
+        for step, call in self._calls:
+            seconds[steps[step], layers[call.layer], call.rank] = call.timer.seconds(phase)
         return seconds
 
     def received_bytes(self, phase: str) -> IntArray:
-        """[S, L, R] bytes of rows and notes (dispatch) or sums (combine) that the ranks of this process got."""
+        """[S, L, R] bytes of rows and metadata (dispatch) or sums (combine) received by the ranks of this process."""
         check_choice("phase", phase, ("dispatch", "combine"))
         steps, layers = self._axes()
-        num_ranks = len(self._records[0].counts_RE) if self._records else 0
+        num_ranks = len(self._calls[0][1].counts_RE) if self._calls else 0
         result = np.zeros((len(steps), len(layers), num_ranks), np.int64)
-        for record in self._records:
-            at = steps[record.step], layers[record.layer], record.rank
-            result[at] = record.laps.received_bytes[phase]
+        for step, call in self._calls:
+            result[steps[step], layers[call.layer], call.rank] = call.received_bytes[phase]
         return result
 
     def predicted_seconds(self, cost: LayerCost) -> FloatArray:
         """[S, L, R] length of the compute phase that a cost model expects of the same plans."""
-        return self._of_all_ranks(lambda record: cost.compute_s_R(record.plan))
+        return self._of_all_ranks(lambda call: cost.compute_s_R(call.plan))
 
     def _axes(self) -> tuple[dict[int, int], dict[int, int]]:
-        steps = sorted({record.step for record in self._records})
+        steps = sorted({step for step, _ in self._calls})
         return {step: i for i, step in enumerate(steps)}, {layer: i for i, layer in enumerate(self.layers)}
 
-    def _of_all_ranks(self, value: Callable[[Record], Array]) -> Array:
-        """Every rank plans the same: any one rank's record of a step and layer will do."""
+    def _of_all_ranks(self, value: Callable[[LayerCall], Array]) -> Array:
+        """Every rank plans the same, so that any rank's call of a step and layer will do."""
         steps, layers = self._axes()
-        if not self._records:
+        if not self._calls:
             return np.zeros((0, 0, 0), np.int64)
-        first = value(self._records[0])
+        first = value(self._calls[0][1])
         result = np.zeros((len(steps), len(layers), len(first)), first.dtype)
-        for record in self._records:
-            result[steps[record.step], layers[record.layer]] = value(record)
+        for step, call in self._calls:
+            result[steps[step], layers[call.layer]] = value(call)
         return result

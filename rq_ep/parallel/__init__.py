@@ -1,13 +1,14 @@
 """Groups of ranks and the exchange between them. The only room, besides the engine, that knows torch.distributed."""
 
-from rq_ep.parallel.dispatch_handle import Received, Trip
-from rq_ep.parallel.ep_group import EPGroup, Piece, RankFailure, Transfers
-from rq_ep.parallel.exchange import Exchange
+from rq_ep.parallel.combine import Combine
+from rq_ep.parallel.dispatch_handle import DispatchHandle, Received
+from rq_ep.parallel.ep_group import EPGroup, PeerTensor, RankFailure, Transfers
+from rq_ep.parallel.exchange import Exchange, ExchangeSettings
 from rq_ep.parallel.local_group import LocalGroup, LocalWorld, run_local, single_group
-from rq_ep.parallel.routing_counts import Census, Homes
+from rq_ep.parallel.routing_counts import RoutingCounts, SoleHolders
 from rq_ep.parallel.torch_group import TorchGroup
 
 __all__ = [
-    "Census", "EPGroup", "Exchange", "Homes", "LocalGroup", "LocalWorld", "Piece", "RankFailure", "Received",
-    "TorchGroup", "Transfers", "Trip", "run_local", "single_group",
+    "Combine", "DispatchHandle", "EPGroup", "Exchange", "ExchangeSettings", "LocalGroup", "LocalWorld", "PeerTensor",
+    "RankFailure", "Received", "RoutingCounts", "SoleHolders", "TorchGroup", "Transfers", "run_local", "single_group",
 ]  # fmt: skip

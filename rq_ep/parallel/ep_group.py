@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.parallel.receive_buffers import ReceiveRoom
+from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
-Piece = tuple[Tensor, int]  # a packed expert, uint8 [nbytes], and the rank it goes to or comes from
+PeerTensor = tuple[Tensor, int]  # a packed expert, uint8 [nbytes], and the rank it goes to or comes from
 
 
 class RankFailure(RuntimeError):
@@ -47,7 +47,7 @@ class EPGroup(Protocol):
     @property
     def backend(self) -> str: ...  # gloo, nccl or local
     @property
-    def room(self) -> ReceiveRoom: ...
+    def receive_buffers(self) -> ReceiveBuffers: ...
 
     def gather_counts(self, counts_N: Tensor) -> IntArray:
         """[R, N] int64 on the host: what each rank counted, the same on every rank. Waits for the device."""
@@ -67,7 +67,7 @@ class EPGroup(Protocol):
         """`all_to_all` that returns at once; the rows arrive in `out`, contiguous, by default in a new tensor."""
         ...
 
-    def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> Transfers:
+    def start_transfers(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> Transfers:
         """Start messages between pairs of ranks. Both ends name the messages between them in the same order."""
         ...
 

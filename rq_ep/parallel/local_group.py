@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.parallel.ep_group import Piece, RankFailure, check_splits
-from rq_ep.parallel.receive_buffers import ReceiveRoom
+from rq_ep.parallel.ep_group import PeerTensor, RankFailure, check_splits
+from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class LocalGroup:
         self.rank = rank
         self.size = size
         self.device = device
-        self.room = ReceiveRoom(device)
+        self.receive_buffers = ReceiveBuffers(device)
         self._baton = baton
 
     def gather_counts(self, counts_N: Tensor) -> IntArray:
@@ -101,7 +101,7 @@ class LocalGroup:
         number = self._baton.bring(self.rank, "all-to-all", torch.split(send, list(input_splits)))
         return LocalArrival(self.rank, self._baton, number, output_splits, out)
 
-    def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> "LocalTransfers":
+    def start_transfers(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> "LocalTransfers":
         for piece, dst in sends:
             self._baton.post(self.rank, dst, piece)
         return LocalTransfers(self.rank, self._baton, receives)
@@ -145,7 +145,7 @@ class LocalTransfers:
 
     rank: int
     baton: "_Baton"
-    receives: Sequence[Piece]
+    receives: Sequence[PeerTensor]
 
     def wait(self) -> None:
         for wanted, src in self.receives:

@@ -1,20 +1,20 @@
-"""Memory for arriving rows that the layers of a rank use one after another, and its bounds."""
+"""Buffers for received rows, which the layers of a rank share, and the bounds of their size."""
 
 import torch
 from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
 
-# Rows of other ranks that a rank holds at once: so much more than if the step were balanced, within these bounds. More
-# arrive, are computed and leave part by part, in the same buffers.
+# A rank holds so many times the rows of other ranks that a balanced step would bring, within these bounds. If more
+# arrive, they are received, computed and returned part by part, in the same buffers.
 PART_SLACK = 1.1
 MIN_DISPATCH_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
 MAX_DISPATCH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-PAIR_BYTES = 48  # of notes, and of indices that bring them into order
+PAIR_BYTES = 48  # of a pair's metadata, and of the indices that bring pairs into order
 
 
-class ReceiveRoom:
-    """Buffers that grow to what is needed and are kept. Whoever takes one uses it until the next one takes it."""
+class ReceiveBuffers:
+    """Buffers that grow to the size needed and are kept. A buffer is its taker's until it is taken again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,7 +25,7 @@ class ReceiveRoom:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def take(self, number: int, num_rows: int, row_size: int, dtype: torch.dtype) -> Tensor:
-        """Buffer `number` as rows [num_rows, row_size], with whatever is in it."""
+        """Buffer `number` as rows [num_rows, row_size], with arbitrary contents."""
         num_bytes = num_rows * row_size * dtype.itemsize
         buffer = self._buffers.get(number)
         if buffer is None or len(buffer) < num_bytes:
@@ -36,10 +36,10 @@ class ReceiveRoom:
 
 
 def dispatch_limit(tokens_R: IntArray, top_k: int, row_bytes: int, kind: str) -> int:
-    """Bytes of other ranks' rows that a rank holds at once, unless it is told; the same on every rank.
+    """The default bound on the bytes of other ranks' rows that a rank holds at once; the same on every rank.
 
-    A token whose K choices fall on ranks at random misses a rank with probability ((R - 1) / R)^K. That is reckoned in
-    whole numbers, as all ranks must find the same.
+    A token whose K choices fall on ranks at random misses a rank with probability ((R - 1) / R)^K. The bound is
+    computed in integers, so that all ranks get the same.
 
     Args:
         tokens_R: [R] tokens of each rank in this step.
@@ -56,7 +56,7 @@ def dispatch_limit(tokens_R: IntArray, top_k: int, row_bytes: int, kind: str) ->
 def worst_dispatch_bytes(
     num_tokens: int, top_k: int, num_ranks: int, hidden_size: int, itemsize: int, limit: int
 ) -> int:
-    """Bytes that rows, notes and sums of one layer take on a rank, however uneven a step of so many tokens a rank is.
+    """Bytes that rows, metadata and sums of one layer take on a rank in the most uneven step of so many tokens a rank.
 
     Args:
         num_tokens: of each rank.

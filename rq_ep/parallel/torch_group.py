@@ -17,8 +17,8 @@ from torch import Tensor
 from rq_ep.config import Environment
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice
-from rq_ep.parallel.ep_group import Piece, RankFailure, check_splits
-from rq_ep.parallel.receive_buffers import ReceiveRoom
+from rq_ep.parallel.ep_group import PeerTensor, RankFailure, check_splits
+from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class TorchGroup:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self._is_staged = self.device.type == "cuda" and self.backend == "gloo"
-        self.room = ReceiveRoom(self.device)
+        self.receive_buffers = ReceiveBuffers(self.device)
         self._data = new_group(backend=self.backend)
         self._borrowing = new_group(backend=self.backend)
         if self.backend == "nccl":  # NCCL wants every rank at a communicator's first use; transfers concern a few
@@ -152,7 +152,7 @@ class TorchGroup:
             )
         return TorchArrival(self, work, wire, landing, wanted)
 
-    def start_transfers(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> "TorchTransfers":
+    def start_transfers(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> "TorchTransfers":
         landings = [(torch.empty_like(to, device="cpu") if self._is_staged else to, to) for to, _ in receives]
         outgoing = [self._to_wire(piece) for piece, _ in sends]
         with self._naming("weight transfer"):
@@ -162,7 +162,7 @@ class TorchGroup:
             )
         return TorchTransfers(self, works, outgoing, landings)
 
-    def _start_messages(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> list[Any]:
+    def _start_messages(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> list[Any]:
         group = self._borrowing
         if self.backend == "gloo":  # receives first: a sender waits to hear of them
             return [dist.irecv(landing, group=group, group_src=src) for landing, src in receives] + [

@@ -167,9 +167,10 @@ class _ExpertTimer:
 
     def _seconds(self, ids_TK: Tensor, plan: DispatchPlan) -> float:
         rows_TD, weights_TK = self.layer.rows(len(ids_TK), self.device), torch.ones(ids_TK.shape, device=self.device)
-        exchange = Exchange(single_group(self.device))
-        (received,) = exchange.dispatch(rows_TD, ids_TK.to(self.device), weights_TK, plan)  # alone: in one part
-        return typical(lambda: self.bank.compute(received, self.layer.family), self.device, self.budget_s)
+        group = single_group(self.device)
+        (received,) = Exchange(group).dispatch(rows_TD, ids_TK.to(self.device), weights_TK, plan)  # alone: in one part
+        nothing = self.bank.borrow((), group)
+        return typical(lambda: self.bank.compute(received, self.layer.family, nothing), self.device, self.budget_s)
 
 
 def planning_seconds(layer: ProfiledLayer, num_ranks: int, seed: int) -> dict[str, float]:

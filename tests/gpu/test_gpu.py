@@ -1,18 +1,29 @@
 """The executing side on CUDA tensors: formats, grouped kernel, all ranks on one GPU, NCCL, gloo through host memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.formats import FORMATS, is_intact
-from rq_ep.moe import LocalExperts, SpareRoom, Telemetry
-from rq_ep.moe.expert_bank import DamagedExpert
+from rq_ep.moe import BorrowBuffers, LocalExperts, Telemetry
+from rq_ep.moe.borrowing import Borrowing, Round
 from rq_ep.moe.grouped_gemm import can_group
-from rq_ep.parallel import Exchange, Homes, LocalGroup, run_local
+from rq_ep.moe.integrity import DamagedExpert, checksum_verifier
+from rq_ep.parallel import (
+    Combine,
+    Exchange,
+    ExchangeSettings,
+    LocalGroup,
+    RoutingCounts,
+    SoleHolders,
+    run_local,
+    single_group,
+)
 from rq_ep.parallel.ep_group import count_pairs
 from tests.moe import cases
 from tests.moe.test_expert_compute import FAMILIES, outputs, received_of, stack_of
@@ -89,10 +100,10 @@ def test_every_way_to_move_rows_with_eight_ranks_on_one_gpu(mode: str) -> None:
     layer, planner, _ = cases.planned("llep", knobs, family, counts_RE)
     assert planner(counts_RE).transfers
     weights = cases.expert_weights(family, 9)
-    experts = LocalExperts(family, layer, planner, num_ranks, device=DEVICE)
+    settings = replace(ExchangeSettings.for_device("cuda"), **MODES[mode])
+    experts = LocalExperts(family, layer, planner, num_ranks, device=DEVICE, exchange=settings)
     for rank in experts.ranks:
         cases.fill(rank, weights)
-        rank.exchange = Exchange(rank.group, **MODES[mode])
     on_gpu = _fields(cases.to_device(batch, DEVICE))
     with torch.cuda.stream(torch.cuda.Stream()):  # ranks compute on the stream of their caller
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
@@ -106,20 +117,24 @@ def test_every_way_to_move_rows_with_eight_ranks_on_one_gpu(mode: str) -> None:
 def test_the_host_waits_for_nothing_but_the_counts(max_padded_bytes: int | None) -> None:
     """Between the counts and the output CUDA is told to refuse every wait of the host."""
     replicas = Replicas.of([Replica(e % 2, e, "fp32") for e in range(4)] + [Replica(1, 0, "fp32")])
-    homes = Homes.of(replicas, 4, 2, DEVICE)
+    holders = SoleHolders.of(replicas, 4, 2, DEVICE)
     ids_TK = torch.tensor([[0, 1], [1, 2], [3, 0], [0, 2]], device=DEVICE)
     hidden_TD, weights_TK = torch.ones(4, 8, device=DEVICE), torch.ones(4, 2, device=DEVICE)
 
     def main(group: LocalGroup) -> None:
-        census = homes.census(ids_TK, group)
-        pairs_RP = census.counts_RE[:, replicas.experts_P]
+        routing = RoutingCounts.gather(ids_TK, holders, group)
+        pairs_RP = routing.counts_RE[:, replicas.experts_P]
         pairs_RP[:, (replicas.experts_P == 0) & (replicas.ranks_P == 0)] = 0
-        exchange = Exchange(group, max_padded_bytes=max_padded_bytes)
+        settings = ExchangeSettings.for_device("cuda")
+        if max_padded_bytes is not None:
+            settings = replace(settings, max_padded_bytes=max_padded_bytes)
         torch.cuda.set_sync_debug_mode("error")  # both ranks have their counts
-        trip = exchange.dispatch(hidden_TD, ids_TK, weights_TK, DispatchPlan(replicas, pairs_RP), census)
-        for received in trip:
-            trip.send_back(torch.zeros(received.rows_MD.shape, device=DEVICE))
-        trip.combine()
+        plan = DispatchPlan(replicas, pairs_RP)
+        handle = Exchange(group, settings).dispatch(hidden_TD, ids_TK, weights_TK, plan, routing)
+        combine = Combine(handle)
+        for received in handle:
+            combine.send_back(torch.zeros(received.rows_MD.shape, device=DEVICE))
+        combine.output()
 
     try:
         run_local(2, main, DEVICE)
@@ -129,18 +144,25 @@ def test_the_host_waits_for_nothing_but_the_counts(max_padded_bytes: int | None)
 
 def test_an_expert_damaged_on_the_way_is_found_beside_the_compute() -> None:
     layout = cases.FAMILIES["transposed"].layout
-    room = SpareRoom(layout, DEVICE)
-    homes = room.take(["fp32", "fp32"])
-    packed = FORMATS["fp32"].pack(cases.expert_weights(cases.FAMILIES["transposed"], 1)[0], layout)
-    for home in homes:
-        home.stack.packed[home.slot].copy_(packed)
-    room.verify(homes, ["expert 0", "expert 1"])
-    room.settle()
-    homes[1].stack.packed[homes[1].slot][5] ^= 1
-    room.verify(homes, ["expert 0", "expert 1"])
-    with pytest.raises(DamagedExpert, match="expert 1 arrived damaged"):
-        room.settle()
-    room.settle()
+    packed = FORMATS["fp32"].pack(cases.expert_weights(cases.FAMILIES["transposed"], 1)[0], layout).to(DEVICE)
+    damaged = packed.clone()
+    damaged[5] ^= 1
+    buffers = BorrowBuffers(layout, DEVICE)
+    group = single_group(DEVICE)
+    transfers = [WeightTransfer(expert, 0, 0, "fp32") for expert in range(2)]  # received from itself
+
+    def borrow(second: torch.Tensor) -> Borrowing:
+        received = dict(zip(transfers, buffers.take(["fp32", "fp32"]), strict=True))
+        messages = Round([(packed, 0), (second, 0)], [(slot.packed, 0) for slot in received.values()])
+        borrowed = Borrowing(7, received, [messages], group, checksum_verifier(DEVICE))
+        borrowed.wait()
+        return borrowed
+
+    borrow(packed).verify()
+    borrowed = borrow(damaged)
+    with pytest.raises(DamagedExpert, match="expert 1 of layer 7 from rank 0 arrived damaged"):
+        borrowed.verify()
+    borrowed.verify()
 
 
 @pytest.mark.dist

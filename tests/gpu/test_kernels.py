@@ -39,6 +39,6 @@ def test_the_packed_kernel_is_for_few_rows() -> None:
     pytest.importorskip("triton")
     family = FAMILIES["gated"]
     for name, num_rows, is_chosen in (("int8", 4, True), ("int8", 1000, False), ("bf16", 4, False)):
-        batch = kernels.Batch(torch.zeros(num_rows, 64, dtype=torch.bfloat16, device=DEVICE), (0,), (num_rows,))
+        grouped = kernels.GroupedRows(torch.zeros(num_rows, 64, dtype=torch.bfloat16, device=DEVICE), (0,), (num_rows,))
         stack = kernels.Stack.empty(get_format(name), family.layout, 1, DEVICE)
-        assert kernels._are_few_low_bits_on_gpu(batch, stack, family.up) == is_chosen
+        assert kernels._are_few_low_bits_on_gpu(grouped, stack, family.up) == is_chosen

@@ -12,8 +12,8 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica
 from rq_ep.formats import FORMATS
-from rq_ep.moe import EPExperts, ExpertBank, SpareRoom
-from rq_ep.moe.expert_bank import DamagedExpert
+from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank
+from rq_ep.moe.integrity import DamagedExpert
 from rq_ep.parallel import RankFailure, run_local
 from rq_ep.solver.split.relay import relay
 from tests.moe import cases
@@ -65,10 +65,10 @@ def test_a_borrowed_expert_arrives_whole(format_: str) -> None:
     def main(group: Any) -> torch.Tensor:
         experts = EPExperts(FAMILY, layer, planner, group)
         cases.fill(experts, weights)
-        assert experts.bank.spare.nbytes == 0, "room for borrowed experts is taken when it is needed"
+        assert experts.bank.borrow_buffers.nbytes == 0, "slots for borrowed experts are allocated when they are needed"
         for _ in range(2):
             out_TD = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
-        assert experts.bank.spare.nbytes == (FORMATS[format_].nbytes(LAYOUT) if group.rank == 1 else 0)
+        assert experts.bank.borrow_buffers.nbytes == (FORMATS[format_].nbytes(LAYOUT) if group.rank == 1 else 0)
         return out_TD
 
     formats = dict.fromkeys(range(4), format_)
@@ -89,12 +89,12 @@ def test_experts_are_handed_on_all_ways_at_once() -> None:
         bank = ExpertBank(LAYOUT, layer.replicas, group.rank)
         bank.put(group.rank, weights[group.rank])
         for _ in range(2):
-            bank.borrow(transfers, group)
-            bank.await_borrowed()
-            bank.spare.settle()
-            for expert, home in bank._borrowed.items():
-                assert torch.equal(home.packed, FORMATS["fp32"].pack(weights[expert], LAYOUT))
-            assert len(bank._borrowed) == num_ranks - 1
+            borrowed = bank.borrow(transfers, group)
+            borrowed.wait()
+            borrowed.verify()
+            for expert, slot in borrowed.slots.items():
+                assert torch.equal(slot.packed, FORMATS["fp32"].pack(weights[expert], LAYOUT))
+            assert len(borrowed.slots) == num_ranks - 1
             group.barrier()
 
     run_local(num_ranks, main)
@@ -123,7 +123,7 @@ def test_an_expert_damaged_on_its_way_ends_the_step_with_rank_and_layer() -> Non
 
 
 def test_a_damaged_expert_stops_the_step_in_the_next_layer_at_the_latest() -> None:
-    """Layers that verify later leave it to the next one, on every rank before that layer has an output."""
+    """Layers that share buffers leave it to the next one, on every rank before that layer has an output."""
     weights = cases.expert_weights(FAMILY, 4)
     layers = [replace(home_layer("fp32", 2, 4), index=number) for number in (2, 5)]
     replicas = type(layers[0].replicas).of([*layers[0].replicas, Replica(1, 0, "fp32")])
@@ -138,9 +138,9 @@ def test_a_damaged_expert_stops_the_step_in_the_next_layer_at_the_latest() -> No
         return DispatchPlan(layers[1].replicas, counts_RE[:, layers[1].replicas.experts_P])
 
     def main(group: Any) -> None:
-        spare = SpareRoom(LAYOUT, "cpu")
-        first = EPExperts(FAMILY, layers[0], lending, group, spare=spare, verifies_later=True)
-        second = EPExperts(FAMILY, layers[1], staying, group, spare=spare)
+        buffers = BorrowBuffers(LAYOUT, "cpu")
+        first = EPExperts(FAMILY, layers[0], lending, group, borrow_buffers=buffers)
+        second = EPExperts(FAMILY, layers[1], staying, group, borrow_buffers=buffers)
         batch = cases.batches("all_on_one")[0]
         for experts in (first, second):
             cases.fill(experts, weights)
@@ -178,16 +178,16 @@ def test_an_expert_travels_in_fewer_bits_and_is_packed_once() -> None:
         bank.packed_as(5, "int8")
 
 
-def test_spare_room_grows_is_kept_and_is_bounded() -> None:
+def test_borrow_buffers_grow_are_kept_and_are_bounded() -> None:
     size = FORMATS["fp32"].nbytes(LAYOUT)
-    room = SpareRoom(LAYOUT, "cpu", max_bytes=2 * size)
-    first = room.take(["fp32"])
-    assert room.nbytes == size
-    again = room.take(["fp32"])
+    buffers = BorrowBuffers(LAYOUT, "cpu", max_bytes=2 * size)
+    first = buffers.take(["fp32"])
+    assert buffers.nbytes == size
+    again = buffers.take(["fp32"])
     assert again[0].stack is first[0].stack
-    two = room.take(["fp32", "fp32"])
-    assert [home.slot for home in two] == [0, 1]
-    room.take(["int8", "fp32"])
-    assert room.nbytes == size + FORMATS["int8"].nbytes(LAYOUT), "what no longer fits beside it is given up"
+    two = buffers.take(["fp32", "fp32"])
+    assert [slot for _, slot in two] == [0, 1]
+    buffers.take(["int8", "fp32"])
+    assert buffers.nbytes == size + FORMATS["int8"].nbytes(LAYOUT), "what no longer fits beside it is given up"
     with pytest.raises(UserError, match=f"takes {3 * size} bytes, but only {2 * size}"):
-        room.take(["fp32"] * 3)
+        buffers.take(["fp32"] * 3)

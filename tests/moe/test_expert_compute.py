@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
-from rq_ep.moe.expert_compute import Share, Stack, add_outputs
+from rq_ep.moe.expert_compute import GroupedExperts, Stack, add_outputs
 from rq_ep.moe.grouped_gemm import can_group
 from rq_ep.parallel import Received
 from tests.moe.cases import interleaved_gate, silu_gate
@@ -54,7 +54,7 @@ def received_of(pairs_J: list[int], num_rows: int, dtype: torch.dtype, device: t
 def outputs(stack: Stack, family: ExpertFamily, received: Received, max_bytes: int | None = None) -> torch.Tensor:
     partial_MD = torch.zeros(received.rows_MD.shape, device=received.rows_MD.device)
     active = [j for j in range(NUM_EXPERTS) if received.offsets[j] < received.offsets[j + 1]]
-    add_outputs(partial_MD, received, Share(stack, active, active), family, max_bytes)
+    add_outputs(partial_MD, received, GroupedExperts(stack, active, active), family, max_bytes)
     return partial_MD
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rq_ep.moe import EPExperts
-from rq_ep.parallel import Exchange, run_local
+from rq_ep.parallel import run_local
 from tests.moe import cases
-from tests.parallel.test_exchange import MODES
+from tests.parallel.test_exchange import MODES, exchange
 
 BORROWING = {"knobs": {"min_tokens_per_gemm": 1, "fallback_ratio": 1.0}}
 
@@ -25,8 +25,7 @@ def test_every_way_to_move_rows_equals_the_dense_layer(mode: str, routing: str) 
     settings = MODES[mode] | ({"max_dispatch_bytes": 5 * cases.D * 4} if "max_dispatch_bytes" in MODES[mode] else {})
 
     def main(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        experts = EPExperts(family, layer, planner, group)
-        experts.exchange = Exchange(group, **settings)
+        experts = EPExperts(family, layer, planner, group, exchange=exchange(group, **settings))
         cases.fill(experts, weights)
         batch = ranks[group.rank]
         first, again = (experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK) for _ in range(2))

@@ -73,7 +73,7 @@ def test_notes_become_sequences_and_phases() -> None:
 
 def test_layers_that_see_different_tokens_make_no_trace() -> None:
     first, second = local(3, 8), local(3, 8)
-    second.ranks[0].layer = replace(first.ranks[0].layer, index=4)
+    second.ranks[0].placement = replace(first.placement, index=4)
     batch = cases.batches("distinct")[0]
     with RoutingRecorder(nn.Sequential(first, second)) as recorder:
         first(batch.hidden_TD, batch.ids_TK, batch.weights_TK)

@@ -1,4 +1,4 @@
-"""Who gets which row: hand-made cases, and the list-based reference on random plans."""
+"""The rows that each rank receives: hand-made cases, and the list-based reference on random plans."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replica, Replicas
-from rq_ep.parallel import Exchange, Received, Trip, run_local
-from rq_ep.parallel.permute import block_order, pairs_by_replica
+from rq_ep.parallel import Combine, DispatchHandle, EPGroup, Exchange, ExchangeSettings, Received, run_local
+from rq_ep.parallel.permute import Route, SentRows, block_order, pairs_by_replica
 from rq_ep.parallel.reference import assign
 
 
@@ -33,8 +33,8 @@ def test_the_lowest_gates_go_to_the_fewest_bits() -> None:
     ids_TK = torch.tensor([[0], [1], [0], [1], [0]])
     weights_TK = torch.tensor([[0.5], [0.9], [0.1], [0.2], [0.3]])
     assert pairs_by_replica(ids_TK, weights_TK, plan, 0).tolist() == [0, 1, 2, 4, 3]
-    found = assign(ids_TK.tolist(), plan, 0, weights_TK.tolist())
-    assert found == [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3), (4, 0, 2)]
+    assignments = assign(ids_TK.tolist(), plan, 0, weights_TK.tolist())
+    assert assignments == [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3), (4, 0, 2)]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -54,9 +54,9 @@ def test_mixed_formats_follow_the_reference(seed: int) -> None:
         pairs_RP[1, random.choice(np.flatnonzero(replicas.experts_P == expert))] += 1
     plan = DispatchPlan(replicas, pairs_RP)
     replica_N = np.repeat(np.arange(len(replicas)), pairs_RP[1])
-    found = zip(pairs_by_replica(ids_TK, weights_TK, plan, 1).tolist(), replica_N.tolist(), strict=True)
+    pairs = zip(pairs_by_replica(ids_TK, weights_TK, plan, 1).tolist(), replica_N.tolist(), strict=True)
     expected = assign(ids_TK.tolist(), plan, 1, weights_TK.tolist())
-    assert sorted(found) == [(pair.token * 3 + pair.k, pair.replica) for pair in expected]
+    assert sorted(pairs) == [(pair.token * 3 + pair.k, pair.replica) for pair in expected]
 
 
 def test_blocks_change_their_order() -> None:
@@ -68,30 +68,58 @@ def test_blocks_change_their_order() -> None:
 MODES: dict[str, dict[str, Any]] = {
     "one message": {},
     "rows": {"max_padded_bytes": 0},
-    "bounded rows": {"max_padded_bytes": 0, "learns_rows": False},
+    "bounded rows": {"max_padded_bytes": 0, "counts_rows": False},
     "parts": {"max_padded_bytes": 0, "max_dispatch_bytes": 16},
     "overlapping": {"max_padded_bytes": 0, "overlaps": True},
     "overlapping parts": {"max_padded_bytes": 0, "max_dispatch_bytes": 16, "overlaps": True},
-    "bounded parts": {"max_padded_bytes": 0, "max_dispatch_bytes": 16, "overlaps": True, "learns_rows": False},
+    "bounded parts": {"max_padded_bytes": 0, "max_dispatch_bytes": 16, "overlaps": True, "counts_rows": False},
 }
 
 
-def computed(trip: Trip, compute: Callable[[Received], torch.Tensor]) -> list[Received]:
-    """Go through the parts of a trip; returns them, with rows that stay."""
+def exchange(group: EPGroup, **changes: Any) -> Exchange:
+    """An exchange with other settings than suit the group's device."""
+    return Exchange(group, replace(ExchangeSettings.for_device(group.device.type), **changes))
+
+
+def computed(
+    handle: DispatchHandle, compute: Callable[[Received], torch.Tensor]
+) -> tuple[list[Received], torch.Tensor]:
+    """What was received, part by part, copied out of its buffers; and the combined output."""
     parts = []
-    for received in trip:
+    combine = Combine(handle)
+    for received in handle:
         parts.append(replace(received, rows_MD=received.rows_MD.clone()))
-        trip.send_back(compute(received))
-    return parts
+        combine.send_back(compute(received))
+    return parts, combine.output()
 
 
-def ones_where_asked(received: Received) -> torch.Tensor:
+def ones_where_routed(received: Received) -> torch.Tensor:
     """1 for every row that has a pair, in the place of weighted sums."""
     return torch.zeros_like(received.rows_MD).index_fill_(0, received.row_N, 1)
 
 
-def tripled_where_asked(received: Received) -> torch.Tensor:
-    return received.rows_MD * 3 * ones_where_asked(received)
+def tripled_where_routed(received: Received) -> torch.Tensor:
+    return received.rows_MD * 3 * ones_where_routed(received)
+
+
+def test_a_route_and_its_rows_follow_from_ids_and_plan() -> None:
+    """Rank 0 holds expert 0, rank 1 experts 1 and 2. Both pairs of rank 0's first token share a row."""
+    replicas = Replicas.of([Replica(0, 0, "fp32"), Replica(1, 1, "fp32"), Replica(1, 2, "fp32")])
+    plan = DispatchPlan(replicas, np.array([[2, 3, 1], [1, 0, 1]]))
+    ids_TK, weights_TK = torch.tensor([[1, 2], [0, 0], [1, 1]]), torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    route = Route.of(ids_TK, weights_TK, plan, 0)
+    assert route.experts == (0,)
+    assert route.own.pairs_J.tolist() == [2]
+    assert route.own.metadata_N2[:, 0].tolist() == [1, 1]
+    assert route.token_N.tolist() == [0, 2, 2, 0]  # expert 1, then expert 2
+    assert torch.equal(route.weight_bits_N.view(torch.float32), torch.tensor([0.1, 0.5, 0.6, 0.2]))
+    assert (route.pairs_out_R.tolist(), route.pairs_in_R.tolist()) == ([0, 4], [0, 1])
+    assert route.pairs_RJ.tolist() == [[0], [1]]
+    rows = SentRows.of(route, len(ids_TK))
+    assert rows.row_N.tolist() == [0, 1, 1, 0]
+    assert rows.counts_R.tolist() == [0, 2]
+    assert rows.tokens(np.array([0, 2])).tolist() == [0, 2]
+    assert rows.tokens(np.array([0, 4])).tolist() == [0, 2, 0, 0], "a slot without a row says 0"
 
 
 def test_a_token_travels_once_to_a_rank_with_several_of_its_experts() -> None:
@@ -104,9 +132,9 @@ def test_a_token_travels_once_to_a_rank_with_several_of_its_experts() -> None:
         ids_TK = ids_RTK[group.rank]
         hidden_TD = torch.arange(len(ids_TK)).float()[:, None] + 10 * group.rank
         weights_TK = torch.ones(ids_TK.shape) * torch.tensor([1.0, 2.0])
-        trip = Exchange(group, max_padded_bytes=0).dispatch(hidden_TD, ids_TK, weights_TK, plan)
-        (received,) = computed(trip, lambda received: received.rows_MD.clone())
-        return received, trip.combine(), trip.received_bytes
+        handle = exchange(group, max_padded_bytes=0).dispatch(hidden_TD, ids_TK, weights_TK, plan)
+        (received,), out_TD = computed(handle, lambda received: received.rows_MD.clone())
+        return received, out_TD, handle.received_bytes
 
     (first, first_out, first_bytes), (second, second_out, second_bytes) = run_local(2, main)
     assert first.rows_MD.flatten().tolist() == [0, 1, 2, 10]  # its own tokens, then rank 1's
@@ -152,10 +180,10 @@ def test_every_pair_arrives_once_where_the_reference_sends_it(
         token_T = torch.arange(len(ids_TK))
         hidden_TD = torch.stack([torch.full_like(token_T, group.rank), token_T], 1).float()
         weights_TK = torch.arange(ids_TK.numel()).reshape(ids_TK.shape).float()  # says which pair it is
-        trip = Exchange(group, **MODES[mode]).dispatch(hidden_TD, ids_TK, weights_TK, plan)
-        return computed(trip, ones_where_asked), trip.combine()
+        handle = exchange(group, **MODES[mode]).dispatch(hidden_TD, ids_TK, weights_TK, plan)
+        return computed(handle, ones_where_routed)
 
-    found, expected = [], []
+    arrived, expected = [], []
     for rank, (parts, out_TD) in enumerate(run_local(len(tokens_R), main)):
         computed_rows = []
         for received in parts:
@@ -166,7 +194,7 @@ def test_every_pair_arrives_once_where_the_reference_sends_it(
                     in_part.append((replica, source, token, int(received.weight_N[n])))
             by_weight = [(replica, source, weight) for replica, source, _, weight in in_part]
             assert by_weight == sorted(by_weight), "pairs are not in the order of replica, source, (token, k)"
-            found += in_part
+            arrived += in_part
             computed_rows += [tuple(received.rows_MD[row].tolist()) for row in set(received.row_N.tolist())]
         assert len(set(computed_rows)) == len(computed_rows), "a row was summed twice"
         assignments = assign(tokens_R[rank], plan, rank)
@@ -175,7 +203,7 @@ def test_every_pair_arrives_once_where_the_reference_sends_it(
             {int(plan.replicas.ranks_P[p]) for token, _, p in assignments if token == t} for t in range(len(out_TD))
         ]
         assert out_TD[:, 0].tolist() == [len(ranks) for ranks in visited]
-    assert sorted(found) == sorted(expected)
+    assert sorted(arrived) == sorted(expected)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -189,13 +217,14 @@ def test_memory_for_rows_stays_within_its_bound_at_one_hot_expert(overlaps: bool
     max_rows = 90
 
     def main(group: Any) -> tuple[list[int], int, torch.Tensor]:
-        exchange = Exchange(group, max_padded_bytes=0, max_dispatch_bytes=max_rows * size * 4, overlaps=overlaps)
-        num_rows: list[int] = []
+        limit = max_rows * size * 4
         for _ in range(2):
-            trip = exchange.dispatch(hidden_RTD[group.rank], ids_TK, torch.ones(num_tokens, 1), plan)
-            num_rows = [len(received.rows_MD) for received in computed(trip, tripled_where_asked)]
-            out_TD = trip.combine()
-        return num_rows, group.room.nbytes, out_TD
+            handle = exchange(group, max_padded_bytes=0, max_dispatch_bytes=limit, overlaps=overlaps).dispatch(
+                hidden_RTD[group.rank], ids_TK, torch.ones(num_tokens, 1), plan
+            )
+            parts, out_TD = computed(handle, tripled_where_routed)
+        assert handle.max_rows_held <= max_rows
+        return [len(received.rows_MD) for received in parts], group.receive_buffers.nbytes, out_TD
 
     for rank, (num_rows, nbytes, out_TD) in enumerate(run_local(num_ranks, main)):
         own = num_tokens
@@ -208,8 +237,8 @@ def test_memory_for_rows_stays_within_its_bound_at_one_hot_expert(overlaps: bool
         assert torch.equal(out_TD, hidden_RTD[rank] * 3)
 
 
-@pytest.mark.parametrize(("learns_rows", "num_parts"), [(True, 1), (False, 2)])
-def test_rows_that_repeat_are_not_split_for_their_pairs(learns_rows: bool, num_parts: int) -> None:
+@pytest.mark.parametrize(("counts_rows", "num_parts"), [(True, 1), (False, 2)])
+def test_rows_that_repeat_are_not_split_for_their_pairs(counts_rows: bool, num_parts: int) -> None:
     """Two ranks hold all of four experts. Four pairs go to rank 1, which are two rows, as many as it may hold."""
     replicas = Replicas.of([Replica(rank, expert, "fp32") for rank in range(2) for expert in range(4)])
     plan = DispatchPlan(replicas, np.array([[0, 0, 2, 2, 2, 2, 0, 0], [0] * 8]))
@@ -217,9 +246,11 @@ def test_rows_that_repeat_are_not_split_for_their_pairs(learns_rows: bool, num_p
 
     def main(group: Any) -> tuple[int, torch.Tensor]:
         ids_TK = ids_RTK[group.rank]
-        exchange = Exchange(group, max_padded_bytes=0, max_dispatch_bytes=2 * 4, learns_rows=learns_rows)
-        trip = exchange.dispatch(torch.ones(len(ids_TK), 1), ids_TK, torch.ones(ids_TK.shape), plan)
-        return len(computed(trip, tripled_where_asked)), trip.combine()
+        handle = exchange(group, max_padded_bytes=0, max_dispatch_bytes=2 * 4, counts_rows=counts_rows).dispatch(
+            torch.ones(len(ids_TK), 1), ids_TK, torch.ones(ids_TK.shape), plan
+        )
+        parts, out_TD = computed(handle, tripled_where_routed)
+        return len(parts), out_TD
 
     (parts, out_TD), (other_parts, _) = run_local(2, main)
     assert parts == other_parts == num_parts

@@ -6,20 +6,20 @@ import torch
 from rq_ep.parallel.receive_buffers import (
     MAX_DISPATCH_BYTES,
     MIN_DISPATCH_BYTES,
-    ReceiveRoom,
+    ReceiveBuffers,
     dispatch_limit,
     worst_dispatch_bytes,
 )
 
 
 def test_a_buffer_grows_and_is_kept() -> None:
-    room = ReceiveRoom(torch.device("cpu"))
-    first = room.take(0, 3, 4, torch.float32)
-    assert (first.shape, room.nbytes) == ((3, 4), 48)
-    assert room.take(0, 4, 4, torch.bfloat16).data_ptr() == first.data_ptr()
-    room.take(1, 1, 4, torch.float32)
-    room.take(0, 6, 4, torch.float32)
-    assert room.nbytes == 96 + 16
+    buffers = ReceiveBuffers(torch.device("cpu"))
+    first = buffers.take(0, 3, 4, torch.float32)
+    assert (first.shape, buffers.nbytes) == ((3, 4), 48)
+    assert buffers.take(0, 4, 4, torch.bfloat16).data_ptr() == first.data_ptr()
+    buffers.take(1, 1, 4, torch.float32)
+    buffers.take(0, 6, 4, torch.float32)
+    assert buffers.nbytes == 96 + 16
 
 
 def test_the_default_bound_is_a_tenth_more_than_a_balanced_step() -> None:

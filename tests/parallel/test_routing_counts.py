@@ -1,4 +1,4 @@
-"""How many rows travel at most, and how rarely the host waits to learn it."""
+"""Bounds on the rows that travel, and how rarely the host waits for a device."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,10 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replica, Replicas
-from rq_ep.parallel import Exchange, Homes, run_local
-from rq_ep.parallel import receive_buffers as room
+from rq_ep.parallel import RoutingCounts, SoleHolders, receive_buffers, run_local
 from rq_ep.parallel.reference import assign
-from tests.parallel.test_exchange import computed, plans, tripled_where_asked
+from tests.parallel.test_exchange import computed, exchange, plans, tripled_where_routed
 
 CPU = torch.device("cpu")
 
@@ -33,12 +32,12 @@ class Reads(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in self.WAITING:
-            self.found[name] += 1
+            self.reads[name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -54,41 +53,41 @@ def visits(plan: DispatchPlan, tokens_R: list[list[list[int]]]) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(plans())
-def test_no_more_rows_travel_than_the_census_allows(case: tuple[DispatchPlan, list[list[list[int]]]]) -> None:
+def test_no_more_rows_travel_than_the_routing_counts_allow(case: tuple[DispatchPlan, list[list[list[int]]]]) -> None:
     plan, tokens_R = case
     top_k = max((len(token) for tokens in tokens_R for token in tokens), default=1)
     num_experts = int(plan.replicas.experts_P.max()) + 1
-    homes = Homes.of(plan.replicas, num_experts, len(tokens_R), CPU)
+    holders = SoleHolders.of(plan.replicas, num_experts, len(tokens_R), CPU)
     ids_R = [torch.tensor(tokens, dtype=torch.int64).reshape(-1, top_k) for tokens in tokens_R]
-    for census in run_local(len(tokens_R), lambda group: homes.census(ids_R[group.rank], group)):
+    for routing in run_local(len(tokens_R), lambda group: RoutingCounts.gather(ids_R[group.rank], holders, group)):
         counts = [np.bincount(ids_TK.flatten().numpy(), minlength=num_experts) for ids_TK in ids_R]
-        assert np.array_equal(census.counts_RE, np.stack(counts))
+        assert np.array_equal(routing.counts_RE, np.stack(counts))
         if len(tokens_R) > 1:
-            rows_RR, most_RR = visits(plan, tokens_R), census.most_rows_RR(plan)
-            assert (rows_RR <= most_RR).all()
-            assert (most_RR <= plan.pairs_RR).all()
+            rows_RR, max_RR = visits(plan, tokens_R), routing.max_rows_RR(plan)
+            assert (rows_RR <= max_RR).all()
+            assert (max_RR <= plan.pairs_RR).all()
             if len(plan.replicas) == num_experts:
-                assert np.array_equal(rows_RR, most_RR), "no expert is split: the numbers are exact"
+                assert np.array_equal(rows_RR, max_RR), "no expert is split: the numbers are exact"
 
 
 def test_an_expert_that_is_lent_is_bounded_by_its_pairs() -> None:
     """Expert 0 of rank 0 is lent to rank 1 for all but one of its pairs."""
     resident = Replicas.of([Replica(0, 0, "fp32"), Replica(1, 1, "fp32")])
-    homes = Homes.of(resident, 2, 2, CPU)
+    holders = SoleHolders.of(resident, 2, 2, CPU)
     ids_R = [torch.tensor([[0, 1], [0, 1], [0, 0]]), torch.tensor([[0, 1]])]
     replicas, _ = resident.joined([Replica(1, 0, "fp32")], ())
     plan = DispatchPlan(replicas, np.array([[1, 3, 2], [0, 1, 1]]))
-    census = run_local(2, lambda group: homes.census(ids_R[group.rank], group))[0]
-    assert census.tokens_RR.tolist() == [[3, 2], [1, 1]]
-    assert census.most_rows_RR(plan).tolist() == [[1, 5], [0, 2]]
+    routing = run_local(2, lambda group: RoutingCounts.gather(ids_R[group.rank], holders, group))[0]
+    assert routing.tokens_RR.tolist() == [[3, 2], [1, 1]]
+    assert routing.max_rows_RR(plan).tolist() == [[1, 5], [0, 2]]
 
 
 def test_memory_for_rows_at_95_to_1_is_that_of_a_balanced_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default, under standard EP: nearly all tokens go to rank 0, and it holds hardly more than when it is idle."""
-    monkeypatch.setitem(room.MIN_DISPATCH_BYTES, "cpu", 0)
+    monkeypatch.setitem(receive_buffers.MIN_DISPATCH_BYTES, "cpu", 0)
     num_ranks, num_tokens, top_k, num_experts, size = 8, 400, 4, 32, 16
     replicas = Replicas.of([Replica(e * num_ranks // num_experts, e, "fp32") for e in range(num_experts)])
-    homes = Homes.of(replicas, num_experts, num_ranks, CPU)
+    holders = SoleHolders.of(replicas, num_experts, num_ranks, CPU)
     random = np.random.default_rng(0)
     hidden_RTD = torch.randn(num_ranks, num_tokens, size)
     weights_TK = torch.ones(num_tokens, top_k)
@@ -96,14 +95,13 @@ def test_memory_for_rows_at_95_to_1_is_that_of_a_balanced_step(monkeypatch: pyte
     def peak(ids_RTK: np.ndarray) -> int:
         def main(group: Any) -> int:
             ids_TK = torch.from_numpy(ids_RTK[group.rank])
-            census = homes.census(ids_TK, group)
-            plan = DispatchPlan(replicas, census.counts_RE[:, replicas.experts_P])
-            trip = Exchange(group, max_padded_bytes=0).dispatch(
-                hidden_RTD[group.rank], ids_TK, weights_TK, plan, census
+            routing = RoutingCounts.gather(ids_TK, holders, group)
+            plan = DispatchPlan(replicas, routing.counts_RE[:, replicas.experts_P])
+            handle = exchange(group, max_padded_bytes=0).dispatch(
+                hidden_RTD[group.rank], ids_TK, weights_TK, plan, routing
             )
-            computed(trip, tripled_where_asked)
-            trip.combine()
-            return group.room.nbytes
+            computed(handle, tripled_where_routed)
+            return group.receive_buffers.nbytes
 
         return max(run_local(num_ranks, main))
 
@@ -114,32 +112,31 @@ def test_memory_for_rows_at_95_to_1_is_that_of_a_balanced_step(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("settings_", "reads"),
+    ("changes", "reads"),
     [
         ({}, 0),  # one message
-        ({"max_padded_bytes": 0, "learns_rows": False}, 0),
-        ({"max_padded_bytes": 0, "learns_rows": False, "overlaps": True}, 0),
-        ({"max_padded_bytes": 0, "learns_rows": False, "max_dispatch_bytes": 64}, 1),
-        ({"max_padded_bytes": 0, "learns_rows": True}, 1),
+        ({"max_padded_bytes": 0, "counts_rows": False}, 0),
+        ({"max_padded_bytes": 0, "counts_rows": False, "overlaps": True}, 0),
+        ({"max_padded_bytes": 0, "counts_rows": False, "max_dispatch_bytes": 64}, 1),
+        ({"max_padded_bytes": 0, "counts_rows": True}, 1),
     ],
     ids=str,
 )
-def test_the_host_reads_what_the_device_has_once(settings_: dict[str, Any], reads: int) -> None:
-    """The census is one reading; the exchange adds one where rows come in parts, or where it is asked to learn them."""
+def test_the_host_reads_what_the_device_has_once(changes: dict[str, Any], reads: int) -> None:
+    """The routing counts are one reading; the exchange adds one where rows come in parts, or where it counts them."""
     replicas = Replicas.of([Replica(e % 2, e, "fp32") for e in range(4)] + [Replica(1, 0, "fp32")])
-    homes = Homes.of(replicas, 4, 2, CPU)
+    holders = SoleHolders.of(replicas, 4, 2, CPU)
     ids_TK = torch.tensor([[0, 1], [1, 2], [3, 0], [0, 2]])
 
     def main(group: Any) -> Counter[str]:
-        ways = Exchange(group, **settings_)
         with Reads() as device:
-            census = homes.census(ids_TK, group)
-            pairs_RP = census.counts_RE[:, replicas.experts_P]
+            routing = RoutingCounts.gather(ids_TK, holders, group)
+            pairs_RP = routing.counts_RE[:, replicas.experts_P]
             pairs_RP[:, (replicas.experts_P == 0) & (replicas.ranks_P == 0)] = 0
-            trip = ways.dispatch(torch.ones(4, 8), ids_TK, torch.ones(4, 2), DispatchPlan(replicas, pairs_RP), census)
-            computed(trip, tripled_where_asked)
-            trip.combine()
-        return device.found
+            plan = DispatchPlan(replicas, pairs_RP)
+            handle = exchange(group, **changes).dispatch(torch.ones(4, 8), ids_TK, torch.ones(4, 2), plan, routing)
+            computed(handle, tripled_where_routed)
+        return device.reads
 
-    for found in run_local(2, main):
-        assert found == {"cpu": 1 + reads}
+    for counted in run_local(2, main):
+        assert counted == {"cpu": 1 + reads}

@@ -18,10 +18,11 @@ from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.formats import checksum
 from rq_ep.moe import EPExperts, ExpertBank, Telemetry
-from rq_ep.parallel import EPGroup, Exchange, RankFailure, TorchGroup
+from rq_ep.parallel import EPGroup, RankFailure, TorchGroup
 from rq_ep.solver.split.relay import relay
 from rq_ep.strategies import make_strategy
 from tests.moe import cases
+from tests.parallel.test_exchange import exchange
 
 TIMEOUT_S = 60
 
@@ -58,10 +59,11 @@ def handed_on(group: EPGroup) -> list[int]:
     replicas = Replicas.of([Replica(rank, rank, "fp32") for rank in ranks])
     bank = ExpertBank(family.layout, replicas, group.rank, group.device)
     bank.put(group.rank, cases.expert_weights(family, group.size)[group.rank])
-    bank.borrow(relay([WeightTransfer(src, src, dst, "fp32") for src in ranks for dst in ranks if src != dst]), group)
-    bank.await_borrowed()
-    bank.spare.settle()
-    return [int(checksum(bank._borrowed[expert].packed)) for expert in ranks if expert != group.rank]
+    transfers = relay([WeightTransfer(src, src, dst, "fp32") for src in ranks for dst in ranks if src != dst])
+    borrowed = bank.borrow(transfers, group)
+    borrowed.wait()
+    borrowed.verify()
+    return [int(checksum(borrowed.slots[expert].packed)) for expert in ranks if expert != group.rank]
 
 
 def layers(group: EPGroup, dtype: torch.dtype, native: str) -> dict[str, Any]:
@@ -84,7 +86,9 @@ def layers(group: EPGroup, dtype: torch.dtype, native: str) -> dict[str, Any]:
             assert torch.equal(first, second), f"{routing} {name}: two runs gave different bits"
             assert telemetry.loads().sum() == 2 * counts_RE.sum()
             if routing == "one_hot_expert":
-                experts.exchange = Exchange(group, max_padded_bytes=0, max_dispatch_bytes=64, overlaps=True)
+                small_parts = exchange(group, max_padded_bytes=0, max_dispatch_bytes=64, overlaps=True)
+                experts = EPExperts(family, layer, planner, group, exchange=small_parts)
+                cases.fill(experts, weights)
                 in_parts = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
                 cases.check_close(in_parts.cpu(), first.cpu())
             borrowed += planner(counts_RE).transfers

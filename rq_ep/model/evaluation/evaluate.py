@@ -286,4 +286,4 @@ class _Run:
 def _bytes_held(banks: Sequence[ExpertBank]) -> int:
     """Bytes of one rank's experts in all layers, and of the largest room for borrowed ones, which ranks that are
     processes share between layers."""
-    return sum(bank.nbytes for bank in banks) + max(bank.spare.nbytes for bank in banks)
+    return sum(bank.nbytes for bank in banks) + max(bank.borrow_buffers.nbytes for bank in banks)

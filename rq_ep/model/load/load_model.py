@@ -28,8 +28,8 @@ from rq_ep.model.load.memory import RankBytes, check_fits, expert_bytes, rank_by
 from rq_ep.model.load.ranks import Ranks
 from rq_ep.model.load.whole_model import empty_model, fill
 from rq_ep.model.seam.expert_modules import ExpertsModule, family_of, find_expert_modules
-from rq_ep.moe import EPExperts, ExpertBank, LocalExperts, SpareRoom, Telemetry
-from rq_ep.parallel import EPGroup
+from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts, Telemetry
+from rq_ep.parallel import EPGroup, Exchange, ExchangeSettings
 
 log = logging.getLogger(__name__)
 
@@ -190,24 +190,35 @@ def _replace_experts(
 ) -> tuple[EPExperts | LocalExperts, ...]:
     """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
     layout = family_of(experts[0].module).layout
-    spares = [SpareRoom(layout, ranks.device, max_borrowed_bytes) for _ in ranks.here]
+    borrow_buffers = [BorrowBuffers(layout, ranks.device, max_borrowed_bytes) for _ in ranks.here]
+    exchange = ExchangeSettings.for_device(ranks.device.type, max_dispatch_bytes)
     layers: list[EPExperts | LocalExperts] = []
     for module, placed in zip(experts, placement.layers, strict=True):
         family = family_of(module.module)
         cost = layer_cost(machine, family, placement, strategy)
         planner = strategy.planner(placed, placement.topology, cost)
-        settings: dict[str, Any] = {
-            "telemetry": telemetry,
-            "max_dispatch_bytes": max_dispatch_bytes,
-            "verifies_later": module is not experts[-1],
-        }
         layer: EPExperts | LocalExperts
         if ranks.group is None:
             layer = LocalExperts(
-                family, placed, planner, ranks.num_ranks, device=ranks.device, spares=spares, **settings
+                family,
+                placed,
+                planner,
+                ranks.num_ranks,
+                device=ranks.device,
+                exchange=exchange,
+                telemetry=telemetry,
+                borrow_buffers=borrow_buffers,
             )
         else:
-            layer = EPExperts(family, placed, planner, ranks.group, spare=spares[0], **settings)
+            layer = EPExperts(
+                family,
+                placed,
+                planner,
+                ranks.group,
+                exchange=Exchange(ranks.group, exchange),
+                telemetry=telemetry,
+                borrow_buffers=borrow_buffers[0],
+            )
         model.set_submodule(module.name, layer)
         layers.append(layer)
     return tuple(layers)

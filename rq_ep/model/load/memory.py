@@ -15,7 +15,7 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.moe import ExpertFamily
-from rq_ep.moe.expert_bank import MAX_REPACKED
+from rq_ep.moe.expert_bank import MAX_CONVERTED
 from rq_ep.moe.expert_compute import workspace_bytes
 from rq_ep.parallel.receive_buffers import dispatch_limit, worst_dispatch_bytes
 
@@ -113,7 +113,7 @@ def rank_bytes(
     sent = getattr(strategy, "transient_format", None)
     repacked = 0
     if sent is not None and set(placement.formats) != {sent}:
-        repacked = MAX_REPACKED * len(experts) * get_format(sent).nbytes(layout)
+        repacked = MAX_CONVERTED * len(experts) * get_format(sent).nbytes(layout)
     return RankBytes(
         others=sum(parameter.nbytes for parameter in model.parameters()) - routed,
         experts=sum(resident.values()),

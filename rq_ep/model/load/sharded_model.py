@@ -45,7 +45,7 @@ class SpreadExperts(ExpertsModule):
 
     @property
     def num_experts(self) -> int:
-        return self.module.layer.layer.num_experts
+        return self.module.layer.placement.num_experts
 
     @property
     def family(self) -> ExpertFamily:
@@ -54,7 +54,7 @@ class SpreadExperts(ExpertsModule):
     @property
     def homes(self) -> dict[int, int]:
         """Expert -> the rank that holds it."""
-        return {replica.expert: replica.rank for replica in self.module.layer.layer.replicas}
+        return {replica.expert: replica.rank for replica in self.module.layer.placement.replicas}
 
     @property
     def held(self) -> Sequence[int]:
@@ -89,5 +89,5 @@ def read_spread(
         assert isinstance(layer, EPExperts)
         shared = SameRows(layer)
         network.set_submodule(names[layer], shared)
-        found.append(SpreadExperts(layer.layer.index, names[layer], shared))
+        found.append(SpreadExperts(layer.placement.index, names[layer], shared))
     return network, tuple(found)

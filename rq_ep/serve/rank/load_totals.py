@@ -1,7 +1,6 @@
 """Counting the load of every layer and rank while serving, at the price of a few additions."""
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.plan import DispatchPlan, imbalance
 from rq_ep.core.replicas import Replicas
-from rq_ep.moe.telemetry import PHASES, Laps, Telemetry
+from rq_ep.moe.telemetry import PHASES, LayerCall, Telemetry
 
 
 class LayerLoad:
@@ -64,26 +63,19 @@ class LoadTotals(Telemetry):
         self._borrowed_experts = 0
         self._borrowed_bytes = 0
 
-    def record(
-        self,
-        layer: int,
-        rank: int,
-        counts_RE: IntArray,
-        plan: DispatchPlan,
-        laps: Laps,
-        transfer_bytes_R: Callable[[], IntArray],
-    ) -> None:
+    def record(self, call: LayerCall) -> None:
+        plan = call.plan
         if not plan.loads_R.any():
             return
         with self._lock:
-            if layer not in self._layers:
-                self._layers[layer] = LayerLoad(*counts_RE.shape)
-            self._layers[layer].add(counts_RE, plan, self._formats.setdefault(layer, FormatsOf()))
+            if call.layer not in self._layers:
+                self._layers[call.layer] = LayerLoad(*call.counts_RE.shape)
+            self._layers[call.layer].add(call.counts_RE, plan, self._formats.setdefault(call.layer, FormatsOf()))
             for phase in PHASES:
-                self._seconds[phase] += laps.seconds(phase)
+                self._seconds[phase] += call.timer.seconds(phase)
             if plan.transfers:
                 self._borrowed_experts += len(plan.transfers)
-                self._borrowed_bytes += int(transfer_bytes_R().sum())
+                self._borrowed_bytes += int(call.transfer_bytes_R().sum())
 
     def take(self) -> dict[str, Any] | None:
         """The sums since the last call, and each layer's mean imbalance; None if there was no step.

@@ -59,7 +59,7 @@ def test_the_bytes_written_are_the_bytes_served(
         for bank in layer.banks:
             for expert in bank.experts:
                 if bank.format_of(expert).name == "int4_g32":
-                    stored = written.packed(layer.ranks[0].layer.index, expert, "int4_g32")
+                    stored = written.packed(layer.placement.index, expert, "int4_g32")
                     assert torch.equal(bank.packed(expert), stored)
 
 

@@ -194,7 +194,7 @@ def test_a_loaded_model_is_ready_to_serve(tmp_path: Path) -> None:
     assert model.generation_config.max_new_tokens == 7
     assert not model.training
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
-    assert [layer.layer.index for layer in model.rq_ep.layers] == [0, 1]
+    assert [layer.placement.index for layer in model.rq_ep.layers] == [0, 1]
     assert model.rq_ep.placement.strategy == "standard"
     torch.testing.assert_close(logits(model), logits(dense), atol=1e-5, rtol=1e-5)
 
@@ -244,9 +244,9 @@ def test_rows_and_borrowed_experts_are_counted_before_loading(
     path, settings = checkpoints["mixtral"], {"num_local_ranks": 2, "device": "cpu"}
     found = load(path, strategy=lend, max_tokens=64, **settings).rq_ep
     assert (found.rank_bytes.borrowed, found.rank_bytes.repacked) == (size, 4 * low * len(found.layers))
-    assert found.layers[0].banks[0].spare.max_bytes == size
-    assert found.layers[0].banks[1].spare is found.layers[1].banks[1].spare
-    assert [layer.ranks[0].verifies_later for layer in found.layers] == [True, False]
+    assert found.layers[0].banks[0].borrow_buffers.max_bytes == size
+    assert found.layers[0].banks[1].borrow_buffers is found.layers[1].banks[1].borrow_buffers
+    assert [found.layers[0].banks[0].borrow_buffers.is_last(number) for number in range(2)] == [False, True]
     few = load(path, strategy=lend, max_tokens=64, max_dispatch_bytes=1024, **settings).rq_ep
     assert 0 < few.rank_bytes.step < found.rank_bytes.step
     assert load(path, strategy="llep", **settings).rq_ep.rank_bytes.borrowed == 3 * size, "all of rank 0"

@@ -7,7 +7,7 @@ import pytest
 
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
-from rq_ep.moe.telemetry import Laps
+from rq_ep.moe.telemetry import LayerCall, PhaseTimer
 from rq_ep.serve.http.history import _percentile_ms
 from rq_ep.serve.http.load_view import Balance
 from rq_ep.serve.rank.load_totals import LoadTotals
@@ -15,12 +15,12 @@ from rq_ep.serve.rank.load_totals import LoadTotals
 REPLICAS = Replicas.of([Replica(0, 0, "bf16"), Replica(1, 0, "bf16"), Replica(1, 1, "int8")])
 
 
-def laps() -> Laps:
+def timer() -> PhaseTimer:
     times = iter([0.0, 1.0, 3.0])
-    made = Laps(lambda: next(times), None)
-    made.mark("plan")
-    made.mark("dispatch")
-    return made
+    timer = PhaseTimer(lambda: next(times), None)
+    timer.mark("plan")
+    timer.mark("dispatch")
+    return timer
 
 
 def test_sums_are_those_of_the_steps_and_start_anew() -> None:
@@ -29,9 +29,9 @@ def test_sums_are_those_of_the_steps_and_start_anew() -> None:
     plan = DispatchPlan(REPLICAS, np.array([[3, 1, 0], [0, 2, 2]]), (WeightTransfer(0, 0, 1, "bf16"),))
     counts_RE = np.array([[4, 0], [2, 2]])
     for layer in (5, 2, 5):
-        totals.record(layer, 0, counts_RE, plan, laps(), lambda: np.array([0, 70]))
+        totals.record(LayerCall(layer, 0, counts_RE, plan, timer(), {}, lambda: np.array([0, 70])))
     nothing = DispatchPlan(REPLICAS, np.zeros((2, 3), np.int64))
-    totals.record(2, 0, np.zeros((2, 2), np.int64), nothing, laps(), lambda: np.zeros(2, np.int64))
+    totals.record(LayerCall(2, 0, np.zeros((2, 2), np.int64), nothing, timer(), {}, lambda: np.zeros(2, np.int64)))
     found = totals.take()
     assert found is not None
     assert (found["layers"], found["num_calls_L"]) == ([2, 5], [1, 2])
