@@ -15,6 +15,13 @@ TINY_RECIPE = tiny.Recipe(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that read the trained checkpoint: `launch/test.sh --fast` leaves them out."""
+    for item in items:
+        if "tiny_checkpoint" in getattr(item, "fixturenames", ()):
+            item.add_marker("trains")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained checkpoint (bf16, 8 experts top-2, 2 layers, hidden 64) with its tokenizer and, in text/, its text.
