@@ -5,40 +5,23 @@ A settings class declares its fields with `option`; their names are the YAML key
 
 import argparse
 import os
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
 from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.options import Option as Option
+from rq_ep.core.options import option as option
+from rq_ep.core.options import options_of
 
 Settings = TypeVar("Settings")
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def option(
-    default: Any = MISSING,
-    *,
-    help: str,
-    choices: Sequence[str] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    required: bool = False,
-    secret: bool = False,
-) -> Any:
-    """Declare a settings field: its default, its help text, and the values it takes.
-
-    `required` marks a field that only the command line or the file can know; its default stands for "not given".
-    `secret` marks one that is never shown.
-    """
-    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "required": required, "secret": secret}
-    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -124,7 +107,9 @@ class ServeConfig:
         None, help="directory written by `rq-ep quantize`: the placement's low-bit experts are read from there"
     )
     strategy: StrategyConfig | None = option(  # noqa: RUF009  (`option` is a dataclass field)
-        None, help="name of a strategy, or {name: ..., setting: ...}; default: the placement's, or standard"
+        None,
+        help="name of a strategy, or {name: ..., setting: ...}; default: the placement's, or standard",
+        parse=StrategyConfig.parse,
     )
     machine: str | None = option(
         None, help="what strategies weigh transfers with: a known machine, FILE.yaml or the .json of `rq-ep profile`"
@@ -167,25 +152,27 @@ class ServeConfig:
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
-    """Add `--config` and a flag for each field of a settings class; dashes and underscores are both accepted."""
+    """Add `--config` and a flag for each option of a settings class; dashes and underscores are both accepted."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags given here win")
-    hints = get_type_hints(settings)
-    for item in fields(settings):
-        names = list(dict.fromkeys([f"--{item.name.replace('_', '-')}", f"--{item.name}"]))
-        help_ = _help(item)
-        if hints[item.name] is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(*names, dest=item.name, action=action, default=argparse.SUPPRESS, help=help_)
-        else:
-            metavar = item.name.rpartition("_")[2].upper()
-            parser.add_argument(*names, dest=item.name, default=argparse.SUPPRESS, metavar=metavar, help=help_)
+    groups: dict[str, Any] = {"": parser}
+    for item in sorted(options_of(settings).values(), key=lambda item: not item.required):
+        if item.group not in groups:
+            groups[item.group] = parser.add_argument_group(item.group)
+        names = dict.fromkeys([item.flag, f"--{item.key}"])
+        details: dict[str, Any] = {"metavar": item.metavar}
+        if item.kind is bool:
+            details = {"action": argparse.BooleanOptionalAction}
+        elif item.several:
+            details |= {"nargs": "+", "action": "extend"}
+        groups[item.group].add_argument(*names, dest=item.name, default=argparse.SUPPRESS, help=_help(item), **details)
 
 
-def _help(item: Field[Any]) -> str:
-    text = str(item.metadata["help"]).replace("%", "%%")
-    if choices := item.metadata["choices"]:
-        text += f" ({', '.join(choices)})"
-    return text if item.default in (None, "") else f"{text} [{item.default}]"
+def _help(item: Option) -> str:
+    text = item.help.replace("%", "%%")
+    if missing := [choice for choice in item.choices or () if choice not in text]:
+        text += f" ({', '.join(missing)})"
+    says_enough = item.required or isinstance(item.default, bool) or item.default in (None, "", ()) or "default" in text
+    return text if says_enough else f"{text} (default: {item.default})"
 
 
 def read_settings(settings: type[Settings], args: argparse.Namespace) -> Settings:
@@ -194,16 +181,13 @@ def read_settings(settings: type[Settings], args: argparse.Namespace) -> Setting
     Raises:
         UserError: an unknown key, a value of the wrong type or out of range, a missing or malformed file.
     """
-    hints = get_type_hints(settings)
-    items = {item.name: item for item in fields(settings)}  # type: ignore[arg-type]
+    options = options_of(settings)
     values = {} if args.config is None else _read_mapping(settings, read_yaml(args.config), args.config)
-    for name, value in vars(args).items():
-        if name in items:
-            flag = f"--{name.replace('_', '-')}"
-            values[name] = _checked(items[name], _from_text(hints[name], value, flag), flag)
-    for name, item in items.items():
-        if item.metadata["required"] and not values.get(name):
-            raise UserError(f"--{name.replace('_', '-')} is needed: {item.metadata['help']}")
+    given = {name: value for name, value in vars(args).items() if name in options}
+    values |= {name: options[name].check(_from_text(options[name], value)) for name, value in given.items()}
+    for name, item in options.items():
+        if item.required and not values.get(name):
+            raise UserError(f"{item.flag} is needed: {item.help}")
     return settings(**values)
 
 
@@ -225,9 +209,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def as_mapping(settings: Any) -> dict[str, Any]:
     """The settings as a YAML file would give them."""
-    document = asdict(settings)
-    if isinstance(strategy := document.get("strategy"), dict):
-        document["strategy"] = {"name": strategy["name"], **strategy["settings"]}
+    document = {item.key: getattr(settings, name) for name, item in options_of(type(settings)).items()}
+    if isinstance(strategy := document.get("strategy"), StrategyConfig):
+        document["strategy"] = {"name": strategy.name, **strategy.settings}
     return document
 
 
@@ -238,7 +222,7 @@ def from_mapping(settings: type[Settings], document: Mapping[str, Any]) -> Setti
 
 def shown(settings: Any) -> dict[str, Any]:
     """The settings as anybody may see them: what is secret is hidden."""
-    secrets = {item.name for item in fields(settings) if item.metadata["secret"]}
+    secrets = {item.key for item in options_of(type(settings)).values() if item.secret}
     return {name: "***" if name in secrets and value else value for name, value in as_mapping(settings).items()}
 
 
@@ -248,12 +232,14 @@ def resolved(settings: Any) -> str:
 
 
 def _read_mapping(settings: type[Any], document: Mapping[str, Any], where: str) -> dict[str, Any]:
-    hints = get_type_hints(settings)
-    items = {item.name: item for item in fields(settings)}
+    items = {item.key: item for item in options_of(settings).values()}
     values = {}
     for key, value in document.items():
-        name = check_choice(f"setting in {where}", str(key).replace("-", "_"), items)
-        values[name] = _checked(items[name], _typed(hints[name], value, f"{where}: {key}"), where)
+        item = items[check_choice(f"setting in {where}", str(key).replace("-", "_"), items)]
+        try:
+            values[item.name] = item.check(_from_yaml(item, value))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     return values
 
 
@@ -267,43 +253,36 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: malformed YAML ({problem})") from None
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """Check a YAML value against a field's type."""
-    choices = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if value is None and type(None) in choices:
-        return None
-    kind = choices[0]
-    if hasattr(kind, "parse"):
-        return kind.parse(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{where}: expected {_NAMES[kind]}, not {value!r}")
-    return value
-
-
-def _from_text(kind: Any, value: Any, flag: str) -> Any:
-    """Convert a flag's text to its field's type."""
-    kind = get_args(kind)[0] if get_origin(kind) in (Union, types.UnionType) else kind
-    if kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            raise UserError(f"{flag}: expected {_NAMES[kind]}, not {value!r}") from None
-    return kind.parse(value) if hasattr(kind, "parse") else value
-
-
-def _checked(item: Field[Any], value: Any, where: str) -> Any:
-    limits = item.metadata
+def _from_yaml(item: Option, value: Any) -> Any:
+    """The value of an option from what a file says; what is wrong with it is for the option's check to say."""
     if value is None:
-        return value
-    if limits["choices"] is not None:
-        check_choice(item.name, value, limits["choices"])
-    if limits["minimum"] is not None and value < limits["minimum"]:
-        raise UserError(f"{where}: {item.name} {value} must be at least {limits['minimum']}")
-    if limits["maximum"] is not None and value > limits["maximum"]:
-        raise UserError(f"{where}: {item.name} {value} must be at most {limits['maximum']}")
-    return value
+        return None
+    if item.is_sequence and isinstance(value, str):
+        return _from_text(item, [value] if item.several else value)
+    if item.is_sequence and isinstance(value, list):
+        return tuple(_converted(item, one) for one in value)
+    return _converted(item, value)
+
+
+def _from_text(item: Option, value: Any) -> Any:
+    """The value of an option from the text of its flag, or from the words of one that takes several."""
+    if item.parse is not None or not item.is_sequence:
+        return _converted(item, _number(item.kind, value))
+    words = value if item.several else [word.strip() for word in value.split(",") if word.strip()]
+    return tuple(_converted(item, _number(item.kind, word)) for word in words)
+
+
+def _converted(item: Option, value: Any) -> Any:
+    if item.parse is not None:
+        return item.parse(value)
+    return Path(value) if item.kind is Path and isinstance(value, str) else value
+
+
+def _number(kind: Any, text: Any) -> Any:
+    """The number that a text spells or, where it spells none, the text."""
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        return text

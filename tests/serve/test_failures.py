@@ -33,7 +33,7 @@ def write_placement(path: Path, num_ranks: int, model: ModelIdentity | None = No
     ("argv", "message"),
     [
         (["--model", "m", "--prot", "80"], "unrecognized arguments: --prot 80"),
-        (["--model", "m", "--port", "eighty"], "--port: expected a whole number"),
+        (["--model", "m", "--port", "eighty"], "--port 'eighty': must be a whole number"),
         ([], "--model is needed"),
     ],
 )

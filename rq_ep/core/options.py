@@ -1,0 +1,150 @@
+"""Options, each declared once: a field of a settings dataclass becomes a keyword, a command-line flag and a YAML key.
+
+Its help text, its default and the values it takes are written down at the field alone.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from rq_ep.core.errors import MAX_INTEGER, UserError, check_choice, check_integer, check_number, check_text
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Option:
+    """The declaration of an option; the last six are read off the dataclass field."""
+
+    help: str
+    choices: Sequence[str] | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    required: bool = False  # only the user can know it; its default stands for "not given"
+    secret: bool = False  # never shown
+    several: bool = False  # takes several words of the command line, instead of one with commas
+    flag: str = ""  # default: the name with dashes
+    metavar: str = ""  # default: the last word of the name
+    group: str = ""  # heading of the help text that it stands under
+    parse: Callable[[Any], Any] | None = None  # makes a value of a flag's text or of what a YAML file says
+    name: str = ""
+    default: Any = None
+    kind: Any = str  # type of a value or, of a sequence, of its items
+    is_sequence: bool = False
+    takes_none: bool = False
+    has_other_types: bool = False  # whether Python may give it as something that neither a flag nor a file can say
+
+    @property
+    def key(self) -> str:
+        """Its key in a YAML file: the flag's name."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    def check(self, value: Any) -> Any:
+        """Return `value`, converted to the option's type where nothing is lost by that.
+
+        Raises:
+            UserError: it is of another type, or out of range.
+        """
+        if (value is None and self.takes_none) or (self.required and value == self.default):
+            return value
+        if not self.is_sequence:
+            return self._check_one(value)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise UserError(f"{self.flag} {value!r:.60}: must be a list")
+        return tuple(self._check_one(item) for item in value)
+
+    def _check_one(self, value: Any) -> Any:
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise UserError(f"{self.flag} {value!r:.60}: must be true or false")
+            return value
+        if self.kind is int:
+            low = -MAX_INTEGER if self.minimum is None else int(self.minimum)
+            return check_integer(self.flag, value, low, MAX_INTEGER if self.maximum is None else int(self.maximum))
+        if self.kind is float:
+            limits = {"low": self.minimum, "high": self.maximum}
+            return check_number(self.flag, value, **{end: limit for end, limit in limits.items() if limit is not None})
+        if self.kind is str and not (self.has_other_types and not isinstance(value, str)):
+            return (
+                check_text(self.flag, value) if self.choices is None else check_choice(self.flag, value, self.choices)
+            )
+        return value
+
+
+def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
+    """Declare a field of a settings dataclass as an option; `declaration` are the first fields of `Option`."""
+    return field(default=default, metadata={"option": Option(help, **declaration)})
+
+
+def same_option(settings: type[Any], name: str, **changes: Any) -> Any:
+    """Declare a field as another class declares it, but for `changes`."""
+    declared = options_of(settings)[name]
+    default = changes.pop("default", declared.default)
+    return field(default=default, metadata={"option": replace(declared, **changes)})
+
+
+def options_of(settings: type[Any]) -> dict[str, Option]:
+    """Name -> option, for all fields of a settings class that are declared as such."""
+    hints = get_type_hints(settings)
+    result = {}
+    for item in fields(settings):
+        if declared := item.metadata.get("option"):
+            result[item.name] = replace(
+                _typed(declared, hints[item.name]),
+                name=item.name,
+                default=item.default,
+                flag=declared.flag or f"--{item.name.replace('_', '-')}",
+                metavar=declared.metavar or item.name.rpartition("_")[2].upper(),
+            )
+    return result
+
+
+def _typed(declared: Option, hint: Any) -> Option:
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    takes_none = type(None) in members
+    members = tuple(member for member in members if member is not type(None))
+    kind = str if str in members else members[0]
+    origin = get_origin(kind)
+    if origin is Literal:
+        return replace(declared, kind=str, choices=get_args(kind), takes_none=takes_none)
+    is_sequence = origin is tuple or origin is Sequence
+    return replace(
+        declared,
+        kind=get_args(kind)[0] if is_sequence else kind,
+        is_sequence=is_sequence,
+        takes_none=takes_none,
+        has_other_types=len(members) > 1,
+    )
+
+
+def check_options(settings: Any) -> None:
+    """Raise a `UserError` for the first option of a settings object that has a wrong type or is out of range."""
+    for name, declared in options_of(type(settings)).items():
+        declared.check(getattr(settings, name))
+
+
+def selected(settings: type[Any], source: Any) -> dict[str, Any]:
+    """The options of a settings class, with the values that another object has for them."""
+    return {name: getattr(source, name) for name in options_of(settings)}
+
+
+def takes_options(settings: type[Any]) -> Callable[[Function], Function]:
+    """Let a function that passes its `**options` on to a settings class show them in its signature and docstring."""
+
+    def document(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+        hints = get_type_hints(settings)
+        keywords = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=hints[name])
+            for name, declared in options_of(settings).items()
+            if name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
+        lines = [f"        {item.name}: {options_of(settings)[item.name].help}" for item in keywords]
+        function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *lines])
+        return function
+
+    return document
