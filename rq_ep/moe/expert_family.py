@@ -1,4 +1,4 @@
-"""What the experts of a model family have in common: how their weights lie, and the activation between the matrices."""
+"""The expert architecture of a model family: layout of the weights, and the activation between the matrices."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class ExpertFamily:
         return self.layout.shapes[self.down][self.layout.out_axis(self.down)]
 
     def shape(self, formats: Iterable[str]) -> LayerShape:
-        """Sizes that a cost model asks for, with the bytes of an expert in each of `formats`."""
+        """Sizes for a cost model, with the bytes of an expert in each of `formats`."""
         intermediate_size = self.layout.shapes[self.down][1 - self.layout.out_axis(self.down)]
         sizes = {name: get_format(name).nbytes(self.layout) for name in formats}
         return LayerShape(self.hidden_size, intermediate_size, sizes)

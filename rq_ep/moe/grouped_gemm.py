@@ -20,7 +20,7 @@ from rq_ep.formats.kernels.unpack import has_triton
 from rq_ep.formats.quantized import Quantized
 
 MAX_GROUPED_ROWS = 128  # of a low-bit expert on a GPU, on average; not tuned on one
-_GROUPED_STRIDE_BYTES = 16  # what the grouped kernel wants strides to be multiples of
+_GROUPED_STRIDE_BYTES = 16  # the grouped kernel needs strides to be multiples of this
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class GroupedRows:
 
 
 class Kernel(NamedTuple):
-    """What it can multiply, and how."""
+    """A kernel of the grouped GEMM: the products that it supports, and their computation."""
 
     can_multiply: Callable[[GroupedRows, Stack, str], bool]
     multiply: Callable[[GroupedRows, Stack, str], Tensor]
@@ -94,7 +94,7 @@ def multiply(x_ND: Tensor, stack: Stack, slots: Sequence[int], ends: Sequence[in
 
 
 def can_group(x_ND: Tensor, stack: Stack, name: str) -> bool:
-    """Whether one grouped kernel computes a stack's experts: bf16, stored as computed, strides as it wants them."""
+    """Whether one grouped kernel computes a stack's experts: bf16, stored as computed, strides as it needs them."""
     if not stack.format.is_native or not x_ND.dtype == stack.views[name].dtype == torch.bfloat16:
         return False
     if x_ND.device.type == "cuda" and torch.cuda.get_device_capability(x_ND.device) < (8, 0):
@@ -115,7 +115,7 @@ def _grouped_native(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
 
 
 def _are_few_low_bits_on_gpu(grouped: GroupedRows, stack: Stack, name: str) -> bool:
-    """Few: reading the weights takes longer than multiplying them."""
+    """Whether rows are so few that reading the weights takes longer than multiplying them."""
     x_ND = grouped.x_ND
     if x_ND.device.type != "cuda" or not isinstance(stack.format, Quantized) or not has_triton():
         return False
@@ -134,7 +134,7 @@ def _grouped_low_bits(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
 
 
 def _one_by_one(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
-    """The format knows: low bits are unpacked a block at a time, or multiplied packed where rows are few."""
+    """The format's own product: low bits are unpacked a block at a time, or multiplied packed where rows are few."""
     parts = [
         stack.format.linear(grouped.x_ND[start:end], stack.experts[slot], name, stack.layout)
         for slot, (start, end) in zip(grouped.slots, grouped.spans, strict=True)
@@ -149,7 +149,7 @@ def _add_bias(out_NO: Tensor, sizes_G: IntArray, stack: Stack, name: str) -> Ten
     return out_NO
 
 
-# The first that can is taken.
+# The first that supports a product computes it.
 KERNELS = (
     Kernel(_are_several_native, _grouped_native),
     Kernel(_are_few_low_bits_on_gpu, _grouped_low_bits),

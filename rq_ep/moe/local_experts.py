@@ -1,4 +1,4 @@
-"""All ranks of a layer in one process: for evaluation, and to time each rank's share of work on one machine."""
+"""All ranks of a layer in one process: for evaluation, and to time the work of each rank on one machine."""
 
 from collections.abc import Sequence
 

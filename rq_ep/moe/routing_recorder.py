@@ -1,4 +1,4 @@
-"""Recording what the router chose while a model runs."""
+"""Recording of the routing while a model runs."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -16,27 +16,27 @@ from rq_ep.moe.local_experts import LocalExperts
 from rq_ep.sim.traces import RoutingTrace
 
 
-class StepNote(NamedTuple):
-    """What is known of a step beside its routing: its index in `PHASES`, and the number of each token's sequence."""
+class StepInfo(NamedTuple):
+    """A step beside its routing: the index of its phase in `PHASES`, and the number of each token's sequence."""
 
     phase: int
     sequence_T: IntArray
 
 
 class RoutingRecorder:
-    """Keeps, inside `with`, the experts and weights of every token that a model's MoE layers see on this rank.
+    """Records, inside `with`, the experts and weights of every token that a model's MoE layers get on this rank.
 
     Every layer call copies them to the host, which waits for a GPU: for traces, not for everyday serving.
     """
 
     def __init__(
-        self, model: nn.Module, max_tokens: int | None = None, note: Callable[[], StepNote] | None = None
+        self, model: nn.Module, max_tokens: int | None = None, step_info: Callable[[], StepInfo] | None = None
     ) -> None:
         """
         Args:
-            model: one whose experts are ours.
+            model: with expert-parallel layers.
             max_tokens: tokens to keep, and steps; the first step that does not fit ends the trace. Default: all.
-            note: asked in each step, before the step's first layer is entered.
+            step_info: called in each step before its first layer.
         """
         self._modules: dict[int, nn.Module] = {}
         for module in model.modules():
@@ -46,20 +46,20 @@ class RoutingRecorder:
         if not self._modules:
             raise UserError("no expert-parallel layers to record: load the model with rq_ep.load")
         self._max_tokens = max_tokens
-        self._note = note
+        self._step_info = step_info
         self.is_full = False
         self._tokens_S: list[int] = []
-        self._notes: list[StepNote] = []  # of each step
+        self._infos: list[StepInfo] = []  # of each step
         self._ids: list[npt.NDArray[np.int32]] = []  # of each step, [T, L, K]
         self._weights: list[npt.NDArray[np.float32]] = []
         self._num_tokens = 0
-        self._next = 0  # place of the layer that is to come next
+        self._next = 0  # position of the layer that is called next
         self._is_uneven = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for at, module in enumerate(self._modules.values()):
-            self._hooks.append(module.register_forward_pre_hook(self._recording(at)))
+        for position, module in enumerate(self._modules.values()):
+            self._hooks.append(module.register_forward_pre_hook(self._recording(position)))
         return self
 
     def __exit__(
@@ -69,7 +69,7 @@ class RoutingRecorder:
             self._hooks.pop().remove()
 
     def trace(self) -> RoutingTrace:
-        """What was recorded; a step is one call of every layer.
+        """The recorded steps; a step is one call of every layer.
 
         Raises:
             UserError: there was no step, or its layers saw different tokens.
@@ -82,30 +82,30 @@ class RoutingRecorder:
             np.array(self._tokens_S, np.int64),
             self._num_experts,
             tuple(self._modules),
-            sequence_N=np.concatenate([note.sequence_T for note in self._notes]) if self._notes else None,
-            phase_S=np.array([note.phase for note in self._notes], np.int64) if self._notes else None,
+            sequence_N=np.concatenate([info.sequence_T for info in self._infos]) if self._infos else None,
+            phase_S=np.array([info.phase for info in self._infos], np.int64) if self._infos else None,
         )
 
-    def _recording(self, at: int) -> Any:
+    def _recording(self, position: int) -> Any:
         def record(_: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
             ids_TK, weights_TK = arguments[1:]
-            if at == 0:
+            if position == 0:
                 self._begin(*ids_TK.shape)
             if self.is_full:
                 return
-            if at != self._next or len(ids_TK) != self._tokens_S[-1]:
+            if position != self._next or len(ids_TK) != self._tokens_S[-1]:
                 self._is_uneven = True
                 return
-            self._next = (at + 1) % len(self._modules)
-            self._ids[-1][:, at] = ids_TK.detach().int().cpu().numpy()
-            self._weights[-1][:, at] = weights_TK.detach().float().cpu().numpy()
+            self._next = (position + 1) % len(self._modules)
+            self._ids[-1][:, position] = ids_TK.detach().int().cpu().numpy()
+            self._weights[-1][:, position] = weights_TK.detach().float().cpu().numpy()
 
         return record
 
     def _begin(self, num_tokens: int, top_k: int) -> None:
-        """Make room for a step."""
-        used = max(self._num_tokens + num_tokens, len(self._tokens_S) + 1)
-        self.is_full |= self._max_tokens is not None and used > self._max_tokens
+        """Allocate the records of a step, if it fits."""
+        size = max(self._num_tokens + num_tokens, len(self._tokens_S) + 1)
+        self.is_full |= self._max_tokens is not None and size > self._max_tokens
         if self.is_full:
             return
         self._num_tokens += num_tokens
@@ -113,7 +113,7 @@ class RoutingRecorder:
         shape = num_tokens, len(self._modules), top_k
         self._ids.append(np.empty(shape, np.int32))
         self._weights.append(np.empty(shape, np.float32))
-        if self._note is not None:
-            note = self._note()
-            assert len(note.sequence_T) == num_tokens, (len(note.sequence_T), num_tokens)
-            self._notes.append(note)
+        if self._step_info is not None:
+            info = self._step_info()
+            assert len(info.sequence_T) == num_tokens, (len(info.sequence_T), num_tokens)
+            self._infos.append(info)

@@ -1,4 +1,4 @@
-"""Weighted sums of rows: on a CPU in one pass over the values, compiled, where PyTorch's operations take three."""
+"""Weighted sums of rows: on a CPU compiled, in one pass over the values, where PyTorch's operations take three."""
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ _BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 
 
 def add_rows(out_MD: Tensor, row_N: Tensor, values_ND: Tensor, weight_N: Tensor) -> None:
-    """Add weighted values to rows that may repeat, in fp32, those of one row in the order they come in.
+    """Add weighted values to rows, in fp32; the values of one row are added in their order.
 
     Args:
         out_MD: [M, D] fp32, changed in place.
@@ -34,7 +34,7 @@ def add_rows(out_MD: Tensor, row_N: Tensor, values_ND: Tensor, weight_N: Tensor)
 
 @njit(cache=True, nogil=True)
 def _add(out_MD: Floats, row_N: IntArray, bits_ND: Bits, weight_N: Floats, shift: np.uint32) -> None:
-    """Sum row by row, so that a sum stays in the cache until it is whole; bits shifted left are those of fp32."""
+    """Sum row by row, so that a sum stays in the cache until it is complete. Bits shifted left are those of fp32."""
     end_M = np.zeros(len(out_MD) + 1, np.int64)
     for row in row_N:
         end_M[row + 1] += 1

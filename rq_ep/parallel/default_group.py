@@ -1,4 +1,4 @@
-"""The group a process belongs to when nobody names one."""
+"""The default group of a process."""
 
 import torch
 import torch.distributed as dist
@@ -10,12 +10,12 @@ from rq_ep.parallel.torch_group import TorchGroup, choose_transport
 
 
 def default_group(device: str = "auto") -> EPGroup:
-    """The group of all processes a launcher started; without one, this process alone, with no torch.distributed."""
+    """The group of all processes that a launcher started; without a launcher this process alone."""
     if dist.is_initialized() or Environment.from_os().world_size > 1:
         return TorchGroup.from_environment(device)
     return single_group(own_device(device))
 
 
 def own_device(device: str = "auto") -> torch.device:
-    """The device of a process that shares its GPU, if it has one, with no other."""
+    """The device of a process that is alone on its GPU, if it has one."""
     return torch.device(choose_transport(device, ["this"] if torch.cuda.is_available() else [None]).device_type)

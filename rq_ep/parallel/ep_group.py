@@ -1,4 +1,7 @@
-"""What a rank needs of its expert-parallel group, whoever provides it."""
+"""The interface of an expert-parallel group: the collectives and messages that a rank needs.
+
+Axes: V values that a rank counts.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,26 +12,26 @@ from torch import Tensor
 from rq_ep.core.arrays import IntArray
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
-PeerTensor = tuple[Tensor, int]  # a packed expert, uint8 [nbytes], and the rank it goes to or comes from
+PeerTensor = tuple[Tensor, int]  # a packed expert, uint8 [nbytes], and the rank that it goes to or comes from
 
 
 class RankFailure(RuntimeError):
-    """A rank cannot go on, by its own fault or another's; the message names the rank and what it was doing."""
+    """A rank cannot go on, by its own fault or another's; the message names the rank and its operation."""
 
 
 class Transfers(Protocol):
-    """Point-to-point messages on their way."""
+    """Point-to-point messages under way."""
 
     def wait(self) -> None:
-        """Return when everything received is in place and everything sent may be overwritten."""
+        """Return when all messages are received and those sent may be overwritten."""
         ...
 
 
 class Arrival(Protocol):
-    """Rows of all ranks on their way to this one."""
+    """An all-to-all under way."""
 
     def wait(self) -> Tensor:
-        """The rows, when they are in place; what was sent may be overwritten when every rank has returned from this."""
+        """The rows that arrived. Those sent may be overwritten when every rank has returned from this."""
         ...
 
 
@@ -49,8 +52,8 @@ class EPGroup(Protocol):
     @property
     def receive_buffers(self) -> ReceiveBuffers: ...
 
-    def gather_counts(self, counts_N: Tensor) -> IntArray:
-        """[R, N] int64 on the host: what each rank counted, the same on every rank. Waits for the device."""
+    def gather_counts(self, counts_V: Tensor) -> IntArray:
+        """[R, V] int64 on the host: the counts of each rank, the same on every rank. Waits for the device."""
         ...
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
@@ -68,7 +71,7 @@ class EPGroup(Protocol):
         ...
 
     def start_transfers(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> Transfers:
-        """Start messages between pairs of ranks. Both ends name the messages between them in the same order."""
+        """Start messages between pairs of ranks. Both ends list the messages between them in the same order."""
         ...
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -78,7 +81,7 @@ class EPGroup(Protocol):
     def barrier(self) -> None: ...
 
     def clock(self) -> float:
-        """Seconds; a difference of two readings is time that was this rank's own."""
+        """Seconds. The difference of two readings is time of this rank, without other ranks of the same process."""
         ...
 
     def close(self) -> None: ...
@@ -90,7 +93,7 @@ def count_pairs(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def count(values_N: Tensor, num_values: int) -> Tensor:
-    """[num_values] int64, how often each of 0, 1, ... is there; unlike `bincount` it does not wait for the device."""
+    """[num_values] int64, how often each of 0, 1, ... occurs; unlike `bincount` it does not wait for the device."""
     counts = torch.zeros(num_values, dtype=torch.int64, device=values_N.device)
     return counts.scatter_add_(0, values_N, torch.ones_like(values_N))
 

@@ -1,4 +1,4 @@
-"""What a process that serves or measures tells its C library and its Python, so that they do not hold it up."""
+"""Settings of the C library's allocator and of Python's garbage collector for a process that serves or measures."""
 
 import ctypes
 import gc
@@ -9,9 +9,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library to keep what a process frees, for the process itself. Returns whether it could be told.
+    """Set glibc's malloc to keep freed memory for the process. Returns False where there is another C library.
 
-    glibc hands large blocks back at once, so that every step meets fresh pages, each of which the kernel has to fill
+    By default glibc returns large blocks at once, so that every step gets fresh pages, which the kernel has to fill
     with zeros: with two ranks and a layer of D = F = 1024 that was 14 % of the CPU time of a step of 4096 tokens. The
     process stays as large as its largest step.
     """
@@ -26,9 +26,9 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def short_collections() -> Iterator[None]:
-    """Keep all that is there out of Python's garbage collections, so that each looks at what is new alone.
+    """Freeze the objects that exist, so that Python's garbage collections look at new ones alone.
 
-    With torch and transformers loaded a full one takes some 0.2 s, in whichever step it falls, and all ranks wait.
+    With torch and transformers loaded a full collection takes some 0.2 s, in which all ranks wait.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""What every path is compared with: no processes, no packing, one loop after another."""
+"""Reference implementations that every path is compared with: plain loops, no processes, no packing."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -25,10 +25,10 @@ def assign(
 ) -> list[Assignment]:
     """The replica of every pair of source `rank`, in (token, k) order: each expert's replicas fill rank by rank.
 
-    Where they mix formats, those of fewest bits take the pairs of lowest weight; only then are weights looked at.
+    Where replicas mix formats, those of fewest bits take the pairs of lowest weight; weights matter only there.
     """
     bits = {name: number for number, name in enumerate(plan.replicas.mixed_formats)}
-    found = []
+    assignments = []
     for number in sorted(set(plan.replicas.experts_P.tolist())):
         held = [(p, replica) for p, replica in enumerate(plan.replicas) if replica.expert == number]
         pairs = [
@@ -39,8 +39,8 @@ def assign(
             held.sort(key=lambda item: bits[item[1].format])
             pairs.sort(key=lambda pair: topk_weights_TK[pair[0]][pair[1]])
         replicas = [p for p, _ in held for _ in range(int(plan.pairs_RP[rank, p]))]
-        found += [Assignment(t, k, p) for (t, k), p in zip(pairs, replicas, strict=True)]
-    return sorted(found)
+        assignments += [Assignment(t, k, p) for (t, k), p in zip(pairs, replicas, strict=True)]
+    return sorted(assignments)
 
 
 def dense_moe(

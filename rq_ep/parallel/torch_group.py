@@ -1,4 +1,4 @@
-"""The group over torch.distributed: NCCL where every rank has a GPU of its own, gloo elsewhere."""
+"""A group of processes over torch.distributed: NCCL where every rank has a GPU of its own, gloo elsewhere."""
 
 import logging
 import socket
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Transport(NamedTuple):
-    """What carries the tensors, and why."""
+    """Where tensors live and which backend moves them, and why."""
 
     device_type: str
     backend: str
@@ -32,7 +32,7 @@ class Transport(NamedTuple):
 
 
 def choose_transport(wanted: str, gpus: Sequence[str | None]) -> Transport:
-    """Decide where tensors live and which backend moves them.
+    """Choose device and backend for all ranks.
 
     Args:
         wanted: auto, cpu or cuda.
@@ -58,8 +58,8 @@ def choose_transport(wanted: str, gpus: Sequence[str | None]) -> Transport:
 class TorchGroup:
     """A group of processes.
 
-    Three communicators of its own: `control` (gloo, for objects, barriers and whatever must not block a GPU), one for
-    collectives on tensors and one for borrowed experts, which travel beside the collectives.
+    It has three communicators of its own: `control` (gloo, for objects, barriers and all that must not block a GPU),
+    one for collectives on tensors, and one for borrowed experts, which travel beside the collectives.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TorchGroup:
             owns_world: `close` also ends torch.distributed.
         """
         self._owns_world = owns_world
-        self.operation: str | None = None  # what this rank waits in now, for a watchdog to read
+        self.operation: str | None = None  # the one that this rank waits for now, read by a watchdog
         members = None if ranks is None else list(ranks)
         new_group: Callable[..., Any] = partial(
             dist.new_group, members, timedelta(seconds=timeout_s), use_local_synchronization=members is not None
@@ -108,7 +108,7 @@ class TorchGroup:
     def from_environment(cls, device: str = "auto", timeout_s: float = 300.0) -> "TorchGroup":
         """The group of all processes a launcher started; a process started by hand is a group of one.
 
-        torch.distributed is initialised here unless the caller already did.
+        torch.distributed is initialised here unless it is already.
 
         Raises:
             UserError: the launcher's variables are incomplete, or `device` is not there.
@@ -127,13 +127,13 @@ class TorchGroup:
                 dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
         return cls(device, local_rank=environment.local_rank, timeout_s=timeout_s, owns_world=owns_world)
 
-    def gather_counts(self, counts_N: Tensor) -> IntArray:
-        counts_N = self._to_wire(counts_N)
-        counts_RN = counts_N.new_empty(self.size, len(counts_N))
+    def gather_counts(self, counts_V: Tensor) -> IntArray:
+        counts_V = self._to_wire(counts_V)
+        counts_RV = counts_V.new_empty(self.size, len(counts_V))
         # One hop, where a gather goes round the ring: with 4 ranks on 2 cores gloo takes half the time.
         with self._naming("gather of counts"):
-            dist.all_to_all_single(counts_RN, counts_N.expand(self.size, -1).contiguous(), group=self._data)
-        result: IntArray = counts_RN.cpu().numpy()
+            dist.all_to_all_single(counts_RV, counts_V.expand(self.size, -1).contiguous(), group=self._data)
+        result: IntArray = counts_RV.cpu().numpy()
         return result
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
@@ -143,14 +143,14 @@ class TorchGroup:
         self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
     ) -> "TorchArrival":
         check_splits(send, input_splits, output_splits, self.size)
-        wanted = send.new_empty(sum(output_splits), *send.shape[1:]) if out is None else out
+        target = send.new_empty(sum(output_splits), *send.shape[1:]) if out is None else out
         wire = self._to_wire(send).contiguous()
-        landing = torch.empty_like(wanted, device="cpu") if self._is_staged else wanted
+        landing = torch.empty_like(target, device="cpu") if self._is_staged else target
         with self._naming("all-to-all"):
             work = dist.all_to_all_single(
                 landing, wire, list(output_splits), list(input_splits), group=self._data, async_op=True
             )
-        return TorchArrival(self, work, wire, landing, wanted)
+        return TorchArrival(self, work, wire, landing, target)
 
     def start_transfers(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> "TorchTransfers":
         landings = [(torch.empty_like(to, device="cpu") if self._is_staged else to, to) for to, _ in receives]
@@ -164,7 +164,7 @@ class TorchGroup:
 
     def _start_messages(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> list[Any]:
         group = self._borrowing
-        if self.backend == "gloo":  # receives first: a sender waits to hear of them
+        if self.backend == "gloo":  # receives first: a sender waits for them
             return [dist.irecv(landing, group=group, group_src=src) for landing, src in receives] + [
                 dist.isend(piece, group=group, group_dst=dst) for piece, dst in sends
             ]
@@ -186,7 +186,7 @@ class TorchGroup:
         return time.perf_counter()
 
     def close(self) -> None:
-        """End the communicators; every rank calls it when nothing is on its way."""
+        """End the communicators; every rank calls it when nothing is under way."""
         if not dist.is_initialized():
             return
         if self._owns_world:
@@ -212,36 +212,36 @@ class TorchGroup:
 
 @dataclass(frozen=True)
 class TorchArrival:
-    """Rows on their way; keeps alive the buffer they are read from."""
+    """An all-to-all under way; keeps alive the buffer it reads."""
 
     group: TorchGroup
     work: dist.Work
     outgoing: Tensor
     landing: Tensor
-    wanted: Tensor
+    target: Tensor
 
     def wait(self) -> Tensor:
         with self.group._naming("all-to-all"):
             self.work.wait()
-        return self.wanted if self.landing is self.wanted else self.wanted.copy_(self.landing)
+        return self.target if self.landing is self.target else self.target.copy_(self.landing)
 
 
 @dataclass(frozen=True)
 class TorchTransfers:
-    """Messages on their way; keeps alive the buffers they are read from."""
+    """Messages under way; keeps alive the buffers they read."""
 
     group: TorchGroup
     works: Sequence[dist.Work]
     outgoing: Sequence[Tensor]
-    landings: Sequence[tuple[Tensor, Tensor]]  # where a message lands, where it is wanted
+    landings: Sequence[tuple[Tensor, Tensor]]  # where a message arrives, where it belongs
 
     def wait(self) -> None:
         with self.group._naming("weight transfer"):
             for work in self.works:
                 work.wait()
-        for landing, wanted in self.landings:
-            if landing is not wanted:
-                wanted.copy_(landing)
+        for landing, target in self.landings:
+            if landing is not target:
+                target.copy_(landing)
 
 
 def _gpu_name(local_rank: int) -> str | None:

@@ -1,4 +1,7 @@
-"""A profile of one MoE layer on the machine at hand: what its cost model is made from, and how far that is right."""
+"""A profile of one MoE layer on this machine: the timings its cost model is fitted to, and checks of the fit.
+
+Axes: N rows of a call, S planned steps.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -39,7 +42,7 @@ CHECK_TOKENS = (1, 4, 16, 64, 256, 1024)  # from steps of decoding to those of p
 
 @dataclass(frozen=True)
 class ProfiledLayer:
-    """The layer, and how it is computed."""
+    """The layer to profile: its experts, formats and dtype."""
 
     family: ExpertFamily
     num_experts: int
@@ -68,14 +71,14 @@ def profile_layer(
 ) -> Profile:
     """Time the parts of a layer. Every rank of the group calls it; all measure at once and get the same profile.
 
-    A figure is the median of its repeats and the longest of the ranks'.
+    Each time is the median of its repeats, on the slowest rank.
 
     Args:
-        layer: what to compute.
-        group: whose links to time; a rank alone takes them from `link_machine`.
+        layer: to profile.
+        group: whose links to time; a single rank takes the link of `link_machine`.
         device_name: the device in words.
         link_machine: one of the machines of `rq_ep.costs`.
-        budget_s: how long a figure of compute is repeated.
+        budget_s: time of the repeats of one figure of compute.
         seed: of weights, rows and loads.
         progress: called with (stage, done, total).
     """
@@ -120,7 +123,7 @@ def profile_layer(
 
 
 class _ExpertTimer:
-    """Experts of one format on this device, and the seconds they take."""
+    """Times the compute of experts of one format on this device."""
 
     def __init__(self, layer: ProfiledLayer, format_: str, group: EPGroup, budget_s: float) -> None:
         self.layer = layer
@@ -138,18 +141,18 @@ class _ExpertTimer:
 
     def by_size(self) -> dict[tuple[int, int], float]:
         """(experts, rows of each) -> seconds of the call that computes them."""
-        of_size: dict[tuple[int, int], float] = {}
+        seconds: dict[tuple[int, int], float] = {}
         for num_experts in sorted({1, self.num_experts}):
             for power in range(0, MAX_ROWS.bit_length(), 2 if num_experts == 1 else 1):
                 ids_T1 = torch.arange(num_experts).repeat(1 << power)[:, None]
                 call_s = self._seconds(ids_T1, self._plan(ids_T1))
-                of_size[num_experts, 1 << power] = call_s
+                seconds[num_experts, 1 << power] = call_s
                 if call_s > MAX_CALL_S and power > 0:
                     break
-        return of_size
+        return seconds
 
     def checks(self, profile: Profile) -> list[Check]:
-        """Compute steps of uneven load, each token at `top_k` distinct experts, and ask the profile what they take."""
+        """Measured and predicted seconds of steps of uneven load, each token with `top_k` distinct experts."""
         cost = profile.layer(self.layer.shape)
         popularity_E = torch.arange(1, self.num_experts + 1).reciprocal()
         top_k = min(self.layer.top_k, self.num_experts)
@@ -174,9 +177,9 @@ class _ExpertTimer:
 
 
 def planning_seconds(layer: ProfiledLayer, num_ranks: int, seed: int) -> dict[str, float]:
-    """Strategy -> host time of one plan, the median over steps like those it placed the experts for.
+    """Strategy -> host time of one plan, the median over steps of the statistics that its placement was made for.
 
-    A strategy that cannot place experts in these formats is left out.
+    Strategies that cannot place experts in these formats are left out.
     """
     random = np.random.default_rng(seed)
     loads_E = random.lognormal(size=layer.num_experts) * 32 * layer.top_k
@@ -198,22 +201,22 @@ def planning_seconds(layer: ProfiledLayer, num_ranks: int, seed: int) -> dict[st
 
 
 def _gather_seconds(layer: ProfiledLayer, device: torch.device, budget_s: float) -> dict[int, float]:
-    of_rows = {}
+    seconds = {}
     for num_rows in GATHERED_ROWS:
         rows_TD, order = layer.rows(num_rows, device), torch.randperm(num_rows, device=device)
-        of_rows[num_rows] = typical(partial(rows_TD.index_select, 0, order), device, budget_s)
-    return of_rows
+        seconds[num_rows] = typical(partial(rows_TD.index_select, 0, order), device, budget_s)
+    return seconds
 
 
 def _of_slowest(group: EPGroup, by_size: Mapping[int, float]) -> Curve:
-    """Sizes that every rank has timed, with the longest time of any."""
+    """Sizes that every rank has timed, with the time of the slowest."""
     ranks = group.all_gather_object(by_size)
     sizes = sorted(set.intersection(*map(set, ranks)))
     return Curve(tuple(sizes), tuple(max(rank[size] for rank in ranks) for size in sizes))
 
 
 def _calls_of_slowest(group: EPGroup, by_size: Mapping[tuple[int, int], float]) -> Calls:
-    """Calls that every rank has timed, with the longest time of any."""
+    """Calls that every rank has timed, with the time of the slowest."""
     ranks = group.all_gather_object(by_size)
     sizes = sorted(set.intersection(*map(set, ranks)))
     experts, rows = zip(*sizes, strict=True)

@@ -1,4 +1,7 @@
-"""What rows and packed experts take on their way between the ranks of a group."""
+"""Times of the link between ranks: for rows in an all-to-all, and for packed experts.
+
+Axes: S repeats of a measurement.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -16,14 +19,14 @@ NUM_REPEATS = 10
 
 
 def named_link(machine: str) -> Link:
-    """The link of a machine of the table, for whoever has no second rank to measure one with."""
+    """The link of a machine of the table, where there is no second rank to measure one with."""
     rates = MACHINES[machine]
     byte_s = 1 / rates.link_bytes_per_s
     return Link(f"not measured, that of machine {machine!r}", rates.latency_s, byte_s, byte_s)
 
 
 def measured_link(group: EPGroup) -> Link:
-    """Time all-to-all exchanges of rows, and experts that all ranks hand on round a ring. Every rank calls it."""
+    """Time all-to-all exchanges of rows, and experts that every rank sends to the next one. Every rank calls it."""
 
     def exchange(num_bytes: int) -> Callable[[], object]:
         splits = [0 if rank == group.rank else num_bytes // (group.size - 1) for rank in range(group.size)]
@@ -31,9 +34,9 @@ def measured_link(group: EPGroup) -> Link:
         return lambda: group.all_to_all(send, splits, splits)
 
     def transfer(num_bytes: int) -> Callable[[], object]:
-        send, landing = torch.zeros(2, num_bytes, dtype=torch.uint8, device=group.device)
+        send, received = torch.zeros(2, num_bytes, dtype=torch.uint8, device=group.device)
         following, previous = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-        return lambda: group.start_transfers([(send, following)], [(landing, previous)]).wait()
+        return lambda: group.start_transfers([(send, following)], [(received, previous)]).wait()
 
     rows, experts = _line_of(group, BYTES, exchange), _line_of(group, BYTES, transfer)
     source = f"measured between {group.size} ranks, {group.backend}"
@@ -41,7 +44,7 @@ def measured_link(group: EPGroup) -> Link:
 
 
 def _line_of(group: EPGroup, sizes: Sequence[int], operation: Callable[[int], Callable[[], object]]) -> Line:
-    """A repeat lasts as long as on its slowest rank; every rank repeats the same number of times."""
+    """Seconds by size, fitted by a line: the fastest repeat of each size, as long as on its slowest rank."""
     of_size = []
     for size in sizes:
         run = operation(size)
@@ -49,6 +52,6 @@ def _line_of(group: EPGroup, sizes: Sequence[int], operation: Callable[[int], Ca
         for _ in range(1 + NUM_REPEATS):
             group.barrier()
             times.append(wall_seconds(run, group.device))
-        times_RN = np.array(group.all_gather_object(times))[:, 1:]  # the first warms up
-        of_size.append(float(times_RN.max(axis=0).min()))
+        times_RS = np.array(group.all_gather_object(times))[:, 1:]  # the first warms up
+        of_size.append(float(times_RS.max(axis=0).min()))
     return fit_line(sizes, of_size)

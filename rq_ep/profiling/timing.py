@@ -1,4 +1,4 @@
-"""How long something takes on this machine, whatever else it does meanwhile."""
+"""Timing of calls on this machine, robust against other processes."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def wall_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def own_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time of one call that is its own: on a CPU that of this thread, which other processes do not stretch."""
+    """Time of one call: on a CPU the CPU time of this thread, which other processes do not stretch."""
     if device.type != "cpu":
         return wall_seconds(run, device)
     start_s = time.thread_time()
@@ -29,21 +29,21 @@ def own_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def typical(run: Callable[[], object], device: torch.device, budget_s: float) -> float:
-    """The median own time of repeated calls that find nothing of the last one in the cache.
+    """The median time of repeated calls with a cold cache.
 
-    In a model other layers run in between; the cache is swept before each call, as Triton's `do_bench` does it.
+    In a model other layers run in between; the cache is cleared before each call, as Triton's `do_bench` does.
 
     Args:
-        run: is called once to warm up, then at least MIN_REPEATS times.
-        device: that computes.
+        run: called once to warm up, then at least MIN_REPEATS times.
+        device: on which it computes.
         budget_s: no further repeat after so long.
     """
-    swept = torch.zeros(CACHE_BYTES, dtype=torch.uint8, device=device)
+    cache_filler = torch.zeros(CACHE_BYTES, dtype=torch.uint8, device=device)
     run()
     times: list[float] = []
     start_s = time.perf_counter()
     while len(times) < MIN_REPEATS or time.perf_counter() - start_s < budget_s:
-        swept.add_(1)
+        cache_filler.add_(1)
         times.append(own_seconds(run, device))
     return median(times)
 

@@ -49,8 +49,8 @@ def test_a_packed_expert_is_the_same_on_both_sides(name: str) -> None:
     )
     x_ND = torch.randn(9, cases.D)
     expected_ND = family.forward(x_ND, FORMATS[name], FORMATS[name].views(packed, family.layout))
-    found_ND = family.forward(x_ND.to(DEVICE), FORMATS[name], FORMATS[name].views(moved, family.layout))
-    torch.testing.assert_close(found_ND.cpu(), expected_ND, rtol=1e-4, atol=1e-4)
+    out_ND = family.forward(x_ND.to(DEVICE), FORMATS[name], FORMATS[name].views(moved, family.layout))
+    torch.testing.assert_close(out_ND.cpu(), expected_ND, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -115,7 +115,7 @@ def test_every_way_to_move_rows_with_eight_ranks_on_one_gpu(mode: str) -> None:
 
 @pytest.mark.parametrize("max_padded_bytes", [None, 0])
 def test_the_host_waits_for_nothing_but_the_counts(max_padded_bytes: int | None) -> None:
-    """Between the counts and the output CUDA is told to refuse every wait of the host."""
+    """Between the counts and the output CUDA refuses every wait of the host."""
     replicas = Replicas.of([Replica(e % 2, e, "fp32") for e in range(4)] + [Replica(1, 0, "fp32")])
     holders = SoleHolders.of(replicas, 4, 2, DEVICE)
     ids_TK = torch.tensor([[0, 1], [1, 2], [3, 0], [0, 2]], device=DEVICE)
@@ -178,7 +178,7 @@ def test_nccl_with_one_rank(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() != 1, reason="with several GPUs two ranks do not share one")
 def test_ranks_that_share_a_gpu_go_through_host_memory(tmp_path: Path) -> None:
     seen = run_ranks(2, tmp_path, "cuda", timeout_s=200)
-    assert [(found["backend"], found["device"]) for found in seen] == [("gloo", "cuda")] * 2
+    assert [(results["backend"], results["device"]) for results in seen] == [("gloo", "cuda")] * 2
     check_collectives(seen, 2)
     for dtype, native in FORMAT_OF.items():
         check_layers(seen, dtype, native)
@@ -188,7 +188,7 @@ def test_ranks_that_share_a_gpu_go_through_host_memory(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_nccl_with_two_ranks(tmp_path: Path) -> None:
     seen = run_ranks(2, tmp_path, "auto", timeout_s=200)
-    assert [(found["backend"], found["device"]) for found in seen] == [("nccl", "cuda")] * 2
+    assert [(results["backend"], results["device"]) for results in seen] == [("nccl", "cuda")] * 2
     check_collectives(seen, 2)
     for dtype, native in FORMAT_OF.items():
         check_layers(seen, dtype, native)

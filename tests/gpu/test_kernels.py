@@ -30,9 +30,9 @@ def test_kernels_multiply_dequantized_weights(name: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("pairs_J", [[3, 0, 17, 1, 4], [400, 300, 0, 0, 500]], ids=str)
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_both_devices_compute_the_same(name: str, pairs_J: list[int], family: ExpertFamily) -> None:
-    found_MD = outputs(stack_of(family, name, DEVICE), family, received_of(pairs_J, 30, torch.bfloat16, DEVICE))
+    out_MD = outputs(stack_of(family, name, DEVICE), family, received_of(pairs_J, 30, torch.bfloat16, DEVICE))
     expected_MD = outputs(stack_of(family, name), family, received_of(pairs_J, 30, torch.bfloat16, CPU))
-    assert (found_MD.cpu() - expected_MD).norm() < 2e-2 * expected_MD.norm()
+    assert (out_MD.cpu() - expected_MD).norm() < 2e-2 * expected_MD.norm()
 
 
 def test_the_packed_kernel_is_for_few_rows() -> None:

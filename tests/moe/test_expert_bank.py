@@ -1,4 +1,4 @@
-"""The bank keeps what it is given, borrows whole experts, and notices what went wrong on the way."""
+"""The bank keeps its experts, borrows whole ones, and notices damage."""
 
 from dataclasses import replace
 from typing import Any
@@ -77,7 +77,7 @@ def test_a_borrowed_expert_arrives_whole(format_: str) -> None:
 
 
 def test_experts_are_handed_on_all_ways_at_once() -> None:
-    """Every rank lends its expert to all others, who hand on what they borrow: nobody waits in a circle."""
+    """Every rank lends its expert to all others, who hand on what they borrow, without a deadlock."""
     num_ranks = 5
     weights = cases.expert_weights(FAMILY, num_ranks)
     layer = home_layer("fp32", num_ranks, num_ranks)

@@ -1,4 +1,7 @@
-"""All ranks in one module, and what telemetry tells about them."""
+"""All ranks in one module, and their telemetry."""
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ import torch
 
 from rq_ep.core.errors import UserError
 from rq_ep.moe import EPExperts, LocalExperts, Telemetry
-from rq_ep.parallel import RankFailure, single_group
+from rq_ep.parallel import LocalWorld, RankFailure, single_group
 from tests.moe import cases
 
 FAMILY = cases.FAMILIES["gated"]
@@ -64,14 +67,26 @@ def test_telemetry_forgets_the_oldest_calls() -> None:
 
 
 def test_compute_time_is_the_ranks_own() -> None:
-    """The rank with all the work takes nearly all the time, although all ranks take turns in one process."""
+    """The rank with all the work takes all the time, on a clock that counts rows, although all ranks take turns."""
+    num_computed = 0
+
+    def counting_gate(up_NF: torch.Tensor) -> torch.Tensor:
+        nonlocal num_computed
+        num_computed += len(up_NF)
+        return FAMILY.apply_gate(up_NF)
+
+    family = replace(FAMILY, apply_gate=counting_gate)
+    layer, planner, _ = cases.planned("standard", {}, family, np.ones((3, 6), np.int64))
     telemetry = Telemetry()
-    experts = local(3, 6, telemetry)
-    hidden_TD = torch.randn(6000, cases.D)
-    for _ in range(3):
-        experts(hidden_TD, torch.zeros(6000, 2, dtype=torch.int64), torch.ones(6000, 2))
-    busy, *idle = np.median(telemetry.seconds("compute")[:, 0], axis=0)
-    assert busy > 5 * max(idle)
+
+    def main(group: Any) -> None:
+        experts = EPExperts(family, layer, planner, group, telemetry=telemetry)
+        cases.fill(experts, cases.expert_weights(family, 6))
+        for _ in range(2):
+            experts(torch.randn(10, cases.D), torch.zeros(10, 2, dtype=torch.int64), torch.ones(10, 2))
+
+    LocalWorld(3, clock=lambda: float(num_computed)).run(main)
+    assert telemetry.seconds("compute").tolist() == [[[60.0, 0.0, 0.0]]] * 2
 
 
 def test_gradients_are_not_kept() -> None:

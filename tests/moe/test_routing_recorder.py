@@ -1,4 +1,4 @@
-"""What is recorded is what the layers were given."""
+"""The recorded routing is that of the layers' inputs."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rq_ep.core.errors import UserError
-from rq_ep.moe import RoutingRecorder, StepNote
+from rq_ep.moe import RoutingRecorder, StepInfo
 from tests.moe import cases
 from tests.moe.test_local_experts import local
 
@@ -30,7 +30,7 @@ def test_recorder_keeps_every_token_of_every_step() -> None:
     assert np.array_equal(trace.counts(3).sum(axis=(1, 2)), counts_RE)
 
 
-def test_nothing_to_record_is_said() -> None:
+def test_nothing_to_record_is_an_error() -> None:
     with pytest.raises(UserError, match="no expert-parallel layers"):
         RoutingRecorder(nn.Linear(1, 1))
     with pytest.raises(UserError, match="no step was recorded"):
@@ -57,11 +57,11 @@ def test_empty_steps_count_too() -> None:
     assert recorder.trace().tokens_S.tolist() == [0] * 4
 
 
-def test_notes_become_sequences_and_phases() -> None:
+def test_step_infos_become_sequences_and_phases() -> None:
     experts = local(3, 8)
     batches = cases.batches("distinct")
-    notes = iter([StepNote(0, np.arange(7)), StepNote(1, np.full(9, 4))])
-    with RoutingRecorder(nn.Sequential(experts), note=lambda: next(notes)) as recorder:
+    infos = iter([StepInfo(0, np.arange(7)), StepInfo(1, np.full(9, 4))])
+    with RoutingRecorder(nn.Sequential(experts), step_info=lambda: next(infos)) as recorder:
         for batch in batches[:2]:
             experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
     trace = recorder.trace()

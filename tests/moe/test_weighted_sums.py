@@ -22,7 +22,7 @@ def test_values_are_added_in_the_order_they_come_in(dtype: torch.dtype, num_rows
     assert torch.equal(values_ND, given_ND)
 
 
-def test_the_order_is_told_by_the_result() -> None:
+def test_the_order_changes_the_result() -> None:
     values_ND, weight_N = torch.tensor([[1e8], [1.0], [-1e8]]), torch.ones(3)
     sums_MD = torch.zeros(2, 1)
     add_rows(sums_MD, torch.zeros(3, dtype=torch.int64), values_ND, weight_N)

@@ -1,4 +1,4 @@
-"""What a process tells its C library and its Python."""
+"""Settings of the allocator and of the garbage collector."""
 
 import gc
 import subprocess
@@ -9,27 +9,27 @@ import pytest
 from rq_ep.parallel.host import short_collections
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone can be told")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc has these settings")
 def test_freed_memory_is_used_again() -> None:
-    """In a process of its own: forty blocks, one after another, soon find pages that are there already."""
+    """In a process of its own: forty blocks, one after another, soon get pages that are mapped already."""
     code = """
 import resource, torch
 from rq_ep.parallel.host import keep_freed_memory
-told = keep_freed_memory()
+is_glibc = keep_freed_memory()
 torch.ones(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(40):
     torch.ones(1 << 24)
-print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(is_glibc, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    told, faults = subprocess.run(
+    is_glibc, faults = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     ).stdout.split()
-    assert told == "False" or int(faults) < 10 * (1 << 26) // 4096
+    assert is_glibc == "False" or int(faults) < 10 * (1 << 26) // 4096
 
 
-def test_collections_leave_out_what_was_there() -> None:
-    """In here, cycles that were there before are kept; those made meanwhile go."""
+def test_collections_leave_out_older_objects() -> None:
+    """Inside, cycles that existed before are kept; those made meanwhile go."""
 
     class Link:
         number = 0

@@ -1,4 +1,4 @@
-"""Which backend is chosen, from what is there; the group of a process that nobody else belongs to."""
+"""The choice of a backend; the group of a process that is alone."""
 
 import logging
 
@@ -29,7 +29,7 @@ def test_choice_of_backend(wanted: str, gpus: list[str | None], device_type: str
     assert transport.reason
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_devices_are_refused() -> None:
     with pytest.raises(UserError, match="--device cuda: rank 1 has no CUDA device"):
         choose_transport("cuda", ["a 0", None])
     with pytest.raises(UserError, match="did you mean 'cuda'"):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import PHASES
 from rq_ep.engine.requests import Batch
-from rq_ep.moe import RoutingRecorder, StepNote
+from rq_ep.moe import RoutingRecorder, StepInfo
 from rq_ep.parallel import EPGroup
 from rq_ep.serve.control import Message
 from rq_ep.sim.traces import RoutingTrace
@@ -64,7 +64,7 @@ class TraceRecording:
         """Start or end a recording; every rank calls this."""
         if number % 2:
             self._sequences = {}
-            self._recorder = RoutingRecorder(self._model, self._max_tokens, self._note)
+            self._recorder = RoutingRecorder(self._model, self._max_tokens, self._step_info)
             self._recorder.__enter__()
             return
         recorder, self._recorder = self._recorder, None
@@ -73,11 +73,11 @@ class TraceRecording:
             # On a thread: the next step need not wait for the disk.
             threading.Thread(target=self._write, args=(parts,), name="rq_ep recording", daemon=True).start()
 
-    def _note(self) -> StepNote:
+    def _step_info(self) -> StepInfo:
         batch = self._batch()
         numbers = [self._sequences.setdefault(request_id, len(self._sequences)) for request_id, _ in batch.parts]
         sequence_T = np.repeat(np.array(numbers, np.int64), [num_tokens for _, num_tokens in batch.parts])
-        return StepNote(PHASES.index("prefill" if batch.is_prefill else "decode"), sequence_T)
+        return StepInfo(PHASES.index("prefill" if batch.is_prefill else "decode"), sequence_T)
 
     def _write(self, parts: list[Part | None]) -> None:
         self._tell({"kind": "recorded", **self._written([part for part in parts if part is not None])})
