@@ -31,12 +31,13 @@ from rq_ep.core.arrays import FloatArray
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibration.calibrate import calibrate
-from rq_ep.model.calibration.forward_stats import Subject, listen
-from rq_ep.model.calibration.importance import IMPORTANCES
+from rq_ep.model.calibration.forward_stats import collect_forward_stats
+from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.calibration.quantize import MAX_ROWS
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.evaluation.quality import Estimate
-from rq_ep.model.text.windows import Batch, make_windows
+from rq_ep.model.settings import IMPORTANCES, WindowSettings
+from rq_ep.model.text.windows import WindowBatch, make_windows
 
 SHARES = (0.25, 0.5)
 NUM_RANDOM = 16  # draws of `by chance`
@@ -51,7 +52,7 @@ def main() -> None:
         check_writable(path)
     quiet_libraries()
     names = args.formats.split(",")
-    subject = Subject.open(args.model, torch.float32, "cpu")
+    loaded = LoadedModel.open(args.model, torch.float32, "cpu")
     rows: list[Row] = []
     kinds: list[Row] = []
     mixed: list[Mixed] = []
@@ -66,16 +67,14 @@ def main() -> None:
 
         stats = {
             kind: calibrate(
-                subject.network, args.calibrate_on, formats=[*dict.fromkeys(map(_base, names))], importance=kind,
+                loaded.model, args.calibrate_on, formats=[*dict.fromkeys(map(_base, names))], importance=kind,
                 measure_kl=kind == "drop",
             )
             for kind in IMPORTANCES
         }  # fmt: skip
-        heard = listen(subject, args.calibrate_on, max_rows=MAX_ROWS)
-        windows = make_windows(
-            args.text, read_tokenizer(args.model), sequence_length=128, max_tokens=args.max_tokens, batch_size=8
-        )
-        model = RoundedModel.of(subject, windows.batches, [record.kept_rows() for record in heard.records])
+        forward_stats = collect_forward_stats(loaded, args.calibrate_on, max_rows=MAX_ROWS)
+        windows = make_windows(args.text, read_tokenizer(args.model), WindowSettings(max_tokens=args.max_tokens))
+        model = RoundedModel.of(loaded, windows.batches, [record.kept_rows() for record in forward_stats.records])
         by_output = stats["output"]
         every = np.zeros(by_output.counts.shape[1:])
         for name in names:
@@ -98,7 +97,7 @@ def main() -> None:
                 mixed.append(Mixed(name, low_half, Estimate.of(answers.kl), Estimate.of(answers.agreement)))
             ratios.append(Ratio(name, 0.5, "lowest gates / by chance, mixed replicas", _ratio(*kl_W.values())))
             advance(f"{name}, routers")
-            rerouted += _rerouted(model, name, heard.windows.batches)
+            rerouted += _rerouted(model, name, forward_stats.windows.batches)
         for kind, order_LE in _kinds(stats, args.importance_format).items():
             advance(f"importance by {kind}")
             row, _ = _row(model, by_output, args.importance_format, kind, args.importance_share, [order_LE])
@@ -221,7 +220,7 @@ def _ratio(above_W: FloatArray, below_W: FloatArray) -> Estimate:
     return Estimate(float(ratio), Estimate.of((above_W - ratio * below_W) / below_W.mean()).error)
 
 
-def _rerouted(model: RoundedModel, name: str, batches: Sequence[Batch]) -> list[Rerouted]:
+def _rerouted(model: RoundedModel, name: str, batches: Sequence[WindowBatch]) -> list[Rerouted]:
     """All experts in a format: with the routers as they are, fitted anew, and with the dense model's choices."""
     every = np.ones((len(model.experts), model.experts[0].num_experts), bool)
     found = {"as they are": model.low(name, every)}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.seam.expert_modules import ExpertsModule
-from rq_ep.model.text.windows import Batch
+from rq_ep.model.text.windows import WindowBatch
 
 DAMPING = 1e-2  # of the inputs' mean square
 
@@ -42,7 +42,7 @@ def fitted_anew(
     network: PreTrainedModel,
     routers: Sequence[nn.Module],
     changed: Callable[[], AbstractContextManager[None]],
-    batches: Sequence[Batch],
+    batches: Sequence[WindowBatch],
 ) -> Iterator[None]:
     """While open, the routers give, as nearly as their form allows, the dense model's logits on another's inputs.
 
@@ -76,7 +76,7 @@ def _least_squares(x_ND: Tensor, residual_NE: Tensor) -> Tensor:
     return torch.linalg.solve(moments_DD, x_ND.T @ residual_NE).T
 
 
-def _inputs(network: PreTrainedModel, routers: Sequence[nn.Module], batches: Sequence[Batch]) -> list[Tensor]:
+def _inputs(network: PreTrainedModel, routers: Sequence[nn.Module], batches: Sequence[WindowBatch]) -> list[Tensor]:
     """What each router gets on the text, [N, D] in doubles."""
     kept: list[list[Tensor]] = [[] for _ in routers]
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from rq_ep.core.arrays import BoolArray
 from rq_ep.formats import get_format
-from rq_ep.model.calibration.forward_stats import Subject
+from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.calibration.rounding import ROUNDINGS
-from rq_ep.model.evaluation.quality import Quality, nll, routing_shift, watching_choices
+from rq_ep.model.evaluation.quality import Quality, nll, recording_topk_ids, routing_shift
 from rq_ep.model.seam.expert_modules import ExpertsModule
-from rq_ep.model.text.windows import Batch
+from rq_ep.model.text.windows import WindowBatch
 from rq_ep.moe.expert_family import ExpertFamily
 
 Forward = Callable[..., Tensor]
@@ -38,7 +38,7 @@ class RoundedModel:
     network: PreTrainedModel
     experts: Sequence[ExpertsModule]
     family: ExpertFamily
-    batches: Sequence[Batch]
+    batches: Sequence[WindowBatch]
     dense_BTV: list[Tensor]  # logits, batch by batch
     dense_nll: float  # nats per token
     dense_routes: list[list[Routes]]  # [L] what the routers chose, batch by batch
@@ -47,16 +47,16 @@ class RoundedModel:
 
     @classmethod
     def of(
-        cls, subject: Subject, batches: Sequence[Batch], rows_LE: list[list[Tensor]] | None = None
+        cls, loaded: LoadedModel, batches: Sequence[WindowBatch], rows_LE: list[list[Tensor]] | None = None
     ) -> "RoundedModel":
         """
         Args:
-            subject: the model, in fp32.
+            loaded: the model, in fp32.
             batches: the text that it is asked about.
             rows_LE: inputs of each expert, where formats are named with `:calibrated`.
         """
-        network = subject.network
-        routes: list[list[Routes]] = [[] for _ in subject.experts]
+        network = loaded.model
+        routes: list[list[Routes]] = [[] for _ in loaded.experts]
 
         def remember(layer: int, plain: Forward) -> Forward:
             def forward(hidden_TD: Tensor, *chosen: Tensor) -> Tensor:
@@ -65,11 +65,11 @@ class RoundedModel:
 
             return forward
 
-        with _changed([found.module for found in subject.experts], remember):
+        with _changed([found.module for found in loaded.experts], remember):
             dense = [_logits(network, batch) for batch in batches]
         losses = [loss for logits, batch in zip(dense, batches, strict=True) for loss in nll(logits, batch.tokens_BT)]
         return cls(
-            network, subject.experts, subject.family, batches, dense, float(np.mean(losses)), routes, rows_LE or [], {}
+            network, loaded.experts, loaded.family, batches, dense, float(np.mean(losses)), routes, rows_LE or [], {}
         )  # fmt: skip
 
     def low(self, name: str, low_LE: BoolArray) -> Answers:
@@ -127,7 +127,7 @@ class RoundedModel:
     def _answers(self) -> Answers:
         """The model as it is now."""
         answers = Answers()
-        with watching_choices([found.module for found in self.experts]) as choices:
+        with recording_topk_ids([found.module for found in self.experts]) as choices:
             for number, (expected, batch) in enumerate(zip(self.dense_BTV, self.batches, strict=True)):
                 answers.add(expected, _logits(self.network, batch), batch.tokens_BT)
                 dense = [routes[number][0] for routes in self.dense_routes]
@@ -157,7 +157,7 @@ class RoundedModel:
 
 
 @torch.no_grad()
-def _logits(network: PreTrainedModel, batch: Batch) -> Tensor:
+def _logits(network: PreTrainedModel, batch: WindowBatch) -> Tensor:
     logits_BTV: Tensor = network(batch.tokens_BT, use_cache=False).logits
     return logits_BTV
 

@@ -37,7 +37,7 @@ from bench.traffic import Answer, Job, drive, random_jobs
 from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.load.whole_model import read_dense
+from rq_ep.model.load.whole_model import load_whole_model
 
 MARGIN = 1e-3  # of logits
 NUM_KINDS = 100  # different requests; the dense model answers each once
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Start a server, soak it, and say what was found."""
     tokenizer = read_tokenizer(options.model)
-    model = read_dense(options.model, torch.float32, torch.device("cpu"))
+    model = load_whole_model(options.model, torch.float32, torch.device("cpu"))
     model.generation_config.eos_token_id = None  # clients ask to go on after end tokens
     kinds = kinds_of(tokenizer, NUM_KINDS, options.input_len, options.output_len, options.seed)
     expected = {job: dense_answer(model, job) for job in kinds}

@@ -10,7 +10,7 @@ from rq_ep.model import tiny
 from rq_ep.model.text import byte_tokenizer as tokenizer
 from rq_ep.model.text import corpus
 
-TINY_RECIPE = tiny.Recipe(
+TINY_RECIPE = tiny.TrainingRecipe(
     steps=200, num_experts=8, top_k=2, num_layers=2, hidden_size=64, intermediate_size=32, peak_lr=6e-3
 )
 

@@ -95,7 +95,7 @@ def _calibrate(args: argparse.Namespace, group: "EPGroup") -> "ExpertStats":
             sequence_length=args.sequence_length,
             max_tokens=args.max_tokens,
             packed_experts=args.experts,
-            halfway_path=f"{args.out}.halfway" if args.trace is None else None,
+            resume_path=f"{args.out}.halfway" if args.trace is None else None,
             importance=args.importance,
             measure_kl=args.measure_kl,
             sensitivity_tokens=args.sensitivity_tokens,

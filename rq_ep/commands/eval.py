@@ -8,7 +8,7 @@ from rq_ep.commands.common import add_set_option
 from rq_ep.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rq_ep.model.evaluation.evaluate import Contender
+    from rq_ep.model.evaluation.candidate import Candidate
 
 DEFAULT_NUM_RANKS = 4
 
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> None:
 
     machine = None if args.machine is None else cost_model(args.machine)
     quiet_libraries()
-    contenders, num_ranks = _contenders(args)
+    candidates, num_ranks = _candidates(args)
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
     with showing() as show:
         evaluations = compare(
             args.model,
             args.text,
-            contenders,
+            candidates,
             num_ranks=num_ranks,
             batch_size=args.batch_size,
             sequence_length=args.sequence_length,
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
         document = {
             "settings": settings | {"num_ranks": num_ranks},
-            "strategies": {contender.label: vars(contender.strategy) for contender in contenders},
+            "strategies": {candidate.label: vars(candidate.strategy) for candidate in candidates},
             "rows": [evaluation.as_dict() for evaluation in evaluations],
         }
         write_json(args.json, document, default=str)
@@ -97,11 +97,11 @@ def run(args: argparse.Namespace) -> None:
         draw(evaluations, args.plot)
 
 
-def _contenders(args: argparse.Namespace) -> "tuple[list[Contender], int]":
+def _candidates(args: argparse.Namespace) -> "tuple[list[Candidate], int]":
     """The rows of the table: a placement for each file, and the strategies that no file was made by."""
     from rq_ep.commands.common import parse_names, parse_strategies
     from rq_ep.core.placement import Placement
-    from rq_ep.model.evaluation.evaluate import Contender
+    from rq_ep.model.evaluation.candidate import Candidate
     from rq_ep.strategies import NATIVE_STRATEGIES
 
     placements = {path: Placement.load(path) for path in args.placement}
@@ -109,17 +109,17 @@ def _contenders(args: argparse.Namespace) -> "tuple[list[Contender], int]":
     wanted = list(NATIVE_STRATEGIES) if args.strategies is None else parse_names(args.strategies)
     names = [*wanted, *sorted(made_by - set(wanted))]
     strategies = parse_strategies(names, args.set)
-    contenders = []
+    candidates = []
     for name, strategy in strategies.items():
         files = [path for path, placement in placements.items() if placement.strategy == name]
         for path in files:
             label = name if len(files) == 1 else f"{name} ({Path(path).stem})"
-            contenders.append(Contender(label, strategy, placements[path]))
+            candidates.append(Candidate(label, strategy, placements[path]))
         if not files:
-            contenders.append(Contender(name, strategy))
+            candidates.append(Candidate(name, strategy))
     sizes = {placement.topology.num_ranks: path for path, placement in placements.items()}
     if args.num_ranks is not None:
-        return contenders, args.num_ranks
+        return candidates, args.num_ranks
     if len(sizes) > 1:
         raise UserError(f"--placement: {', '.join(f'{path} is for {size} ranks' for size, path in sizes.items())}")
-    return contenders, next(iter(sizes), DEFAULT_NUM_RANKS)
+    return candidates, next(iter(sizes), DEFAULT_NUM_RANKS)

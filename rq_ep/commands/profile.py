@@ -126,11 +126,11 @@ def _family_of_model(path: str) -> "tuple[ExpertFamily, int, int]":
     from transformers import AutoModelForCausalLM
 
     from rq_ep.model.checkpoint.checkpoint_files import read_config
-    from rq_ep.model.checkpoint.tokenizer_files import transformers_may_refuse
+    from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
     from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
 
     config = read_config(path)
-    with transformers_may_refuse(path), torch.device("meta"):
+    with transformers_errors(path), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     experts = find_expert_modules(model)
     return family_of(experts[0].module), experts[0].num_experts, getattr(config, "num_experts_per_tok", None) or 1

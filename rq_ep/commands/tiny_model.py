@@ -18,10 +18,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import quiet_libraries
     from rq_ep.commands.progress_bar import progress_bar
-    from rq_ep.model.tiny import Recipe, tiny_model
+    from rq_ep.model.tiny import TrainingRecipe, tiny_model
 
     quiet_libraries()
-    recipe = Recipe(family=args.family, steps=args.steps, seed=args.seed)
+    recipe = TrainingRecipe(family=args.family, steps=args.steps, seed=args.seed)
     with progress_bar("{task.fields[loss]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("training", total=recipe.steps, loss="", speed="")
 

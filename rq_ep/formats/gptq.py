@@ -19,12 +19,12 @@ _BLOCK = 128  # inputs; errors reach those behind a block in one product
 
 
 def second_moments(x_NI: Tensor) -> Tensor:
-    """What `calibrated` needs of rows [N, in]: fp32 [in, in], the sum of x x^T. Those of several batches add up."""
+    """Second moments of rows [N, in]: fp32 [in, in], the sum of x x^T. Those of several batches add up."""
     x_NI = x_NI.float()
     return x_NI.T @ x_NI
 
 
-def calibrated(
+def pack_gptq(
     format_: Int4,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],

@@ -10,7 +10,7 @@ from rq_ep.config import DEVICES, option
 from rq_ep.core.errors import check_choice, check_integer
 
 DTYPES = ("float32", "bfloat16", "float16")
-ROUNDINGS = ("calibrated", "nearest")
+ROUNDING_NAMES = ("calibrated", "nearest")
 
 # Definitions of how much an expert matters. `drop` runs the model again for every expert; the others come out of the
 # one pass over the text.
@@ -76,13 +76,13 @@ class QuantizeSettings(WindowSettings):
     rounding: str = option(
         "calibrated",
         help="calibrated (int4 by GPTQ, with regard to the inputs that each expert meets; needs text) or nearest",
-        choices=ROUNDINGS,
+        choices=ROUNDING_NAMES,
     )
     dtype: str | None = option(None, help="dtype to compute in; default: as stored", choices=DTYPES)
     device: str = option("auto", help="device to compute on", choices=DEVICES)
 
     def __post_init__(self) -> None:
-        check_choice("--rounding", self.rounding, ROUNDINGS)
+        check_choice("--rounding", self.rounding, ROUNDING_NAMES)
         super().__post_init__()
 
 

@@ -24,7 +24,7 @@ from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.model.seam.adapters import ADAPTERS, adapter_for
 from rq_ep.model.text import corpus
 from rq_ep.model.text.byte_tokenizer import BOS, EOS, PAD, VOCAB_SIZE, byte_tokenizer
-from rq_ep.model.text.teacher_forcing import taught
+from rq_ep.model.text.teacher_forcing import teacher_forcing_inputs
 
 RECIPE_FILE = "tiny_model.json"
 TEXT_DIRECTORY = "text"
@@ -35,7 +35,7 @@ Progress = Callable[[int, int, float, int], None]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """Everything that decides what comes out of training, so that a finished model can be recognised and kept."""
 
     family: str = "qwen3_moe"
@@ -58,7 +58,7 @@ class Recipe:
         check_integer("--seed", self.seed)
 
 
-def tiny_model(directory: str | Path, recipe: Recipe | None = None, progress: Progress | None = None) -> bool:
+def tiny_model(directory: str | Path, recipe: TrainingRecipe | None = None, progress: Progress | None = None) -> bool:
     """Train the model of `recipe` and save it, with its tokenizer and its text, as an ordinary checkpoint.
 
     A directory that already holds this very model is left as it is. The finished checkpoint appears all at once: an
@@ -74,7 +74,7 @@ def tiny_model(directory: str | Path, recipe: Recipe | None = None, progress: Pr
     Raises:
         UserError: the directory holds something that this function did not write, or cannot be written.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or TrainingRecipe()
     target = Path(directory)
     if _recipe_of(target) == asdict(recipe):
         return False
@@ -96,7 +96,7 @@ def tiny_model(directory: str | Path, recipe: Recipe | None = None, progress: Pr
     return True
 
 
-def train(recipe: Recipe, progress: Progress | None = None) -> PreTrainedModel:
+def train(recipe: TrainingRecipe, progress: Progress | None = None) -> PreTrainedModel:
     """Train in fp32 on the CPU; the same recipe on the same machine and number of threads gives the same bits."""
     with _training_settings(recipe.seed):
         model = _new_model(recipe).train()
@@ -106,7 +106,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> PreTrainedModel:
         batches = _batches(recipe, recipe.sequence_length * 2 if is_seq2seq else recipe.sequence_length + 1)
         with _balance_losses(model) as balance_losses:
             for step in range(1, recipe.steps + 1):
-                arguments, tokens_BS = taught(model.config, next(batches), reads_last=False)
+                arguments, tokens_BS = teacher_forcing_inputs(model.config, next(batches), include_last=False)
                 balance_losses.clear()
                 logits_BSV = model(**arguments, use_cache=False).logits
                 loss = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
@@ -121,7 +121,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> PreTrainedModel:
     return model
 
 
-def save(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
+def save(model: PreTrainedModel, recipe: TrainingRecipe, directory: Path) -> None:
     """Write checkpoint (bf16), tokenizer, generation settings, text, and last the recipe that vouches for the rest."""
     model.bfloat16()
     start = getattr(model.config, "decoder_start_token_id", None)
@@ -134,7 +134,7 @@ def save(model: PreTrainedModel, recipe: Recipe, directory: Path) -> None:
     (directory / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 
 
-def config_for(recipe: Recipe) -> Any:
+def config_for(recipe: TrainingRecipe) -> Any:
     """The transformers configuration of `recipe`."""
     return AutoConfig.for_model(
         recipe.family, vocab_size=VOCAB_SIZE, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
@@ -142,7 +142,7 @@ def config_for(recipe: Recipe) -> Any:
     )  # fmt: skip
 
 
-def _decoder(recipe: Recipe) -> dict[str, Any]:
+def _decoder(recipe: TrainingRecipe) -> dict[str, Any]:
     """What decoder-only families call by the same names."""
     return {
         "hidden_size": recipe.hidden_size, "num_hidden_layers": recipe.num_layers,
@@ -152,7 +152,7 @@ def _decoder(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _qwen3_moe(recipe: Recipe) -> dict[str, Any]:
+def _qwen3_moe(recipe: TrainingRecipe) -> dict[str, Any]:
     return {
         **_decoder(recipe),
         "num_experts": recipe.num_experts, "moe_intermediate_size": recipe.intermediate_size,
@@ -160,14 +160,14 @@ def _qwen3_moe(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _olmoe(recipe: Recipe) -> dict[str, Any]:
+def _olmoe(recipe: TrainingRecipe) -> dict[str, Any]:
     return {
         **_decoder(recipe),
         "num_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size, "router_aux_loss_coef": 0.0
     }  # fmt: skip
 
 
-def _mixtral(recipe: Recipe) -> dict[str, Any]:
+def _mixtral(recipe: TrainingRecipe) -> dict[str, Any]:
     return {
         **_decoder(recipe),
         "num_local_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size,
@@ -175,7 +175,7 @@ def _mixtral(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _deepseek(recipe: Recipe) -> dict[str, Any]:
+def _deepseek(recipe: TrainingRecipe) -> dict[str, Any]:
     head_dim = recipe.hidden_size // recipe.num_heads
     return {
         **_decoder(recipe),
@@ -187,11 +187,11 @@ def _deepseek(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _deepseek_v2(recipe: Recipe) -> dict[str, Any]:
+def _deepseek_v2(recipe: TrainingRecipe) -> dict[str, Any]:
     return {**_deepseek(recipe), "topk_method": "group_limited_greedy"}
 
 
-def _gpt_oss(recipe: Recipe) -> dict[str, Any]:
+def _gpt_oss(recipe: TrainingRecipe) -> dict[str, Any]:
     return {
         **_decoder(recipe),
         "num_local_experts": recipe.num_experts, "intermediate_size": recipe.intermediate_size,
@@ -200,7 +200,7 @@ def _gpt_oss(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _switch_transformers(recipe: Recipe) -> dict[str, Any]:
+def _switch_transformers(recipe: TrainingRecipe) -> dict[str, Any]:
     """Top-1 whatever `top_k`; as many layers in the encoder as in the decoder, every second one sparse."""
     return {
         "num_experts": recipe.num_experts, "d_model": recipe.hidden_size, "d_ff": recipe.intermediate_size,
@@ -212,7 +212,7 @@ def _switch_transformers(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FAMILIES: dict[str, Callable[[Recipe], dict[str, Any]]] = {
+FAMILIES: dict[str, Callable[[TrainingRecipe], dict[str, Any]]] = {
     "qwen3_moe": _qwen3_moe,
     "olmoe": _olmoe,
     "mixtral": _mixtral,
@@ -223,7 +223,7 @@ FAMILIES: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 }
 
 
-def _new_model(recipe: Recipe) -> PreTrainedModel:
+def _new_model(recipe: TrainingRecipe) -> PreTrainedModel:
     # Attention sinks and learned position biases have no sdpa form.
     attention = "eager" if recipe.family in ("gpt_oss", "switch_transformers") else "sdpa"
     experts = {} if recipe.family in ADAPTERS else {"experts_implementation": "grouped_mm"}
@@ -248,7 +248,7 @@ def _lr_factor(step: int, num_steps: int, num_warmup: int = 20, floor: float = 0
     return floor + (1 - floor) * (1 + cos(pi * min(progress, 1.0))) / 2
 
 
-def _batches(recipe: Recipe, length: int) -> Iterator[Tensor]:
+def _batches(recipe: TrainingRecipe, length: int) -> Iterator[Tensor]:
     """Endless [B, length] batches; row i is a random excerpt from domain i mod 4."""
     train = corpus.texts("train")
     streams = [np.frombuffer("".join(train[domain]).encode(), np.uint8) for domain in corpus.DOMAINS]

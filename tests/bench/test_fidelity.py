@@ -13,7 +13,8 @@ import torch
 from bench import fidelity
 from bench.rerouted import fitted_anew, routers_of
 from bench.rounded import RoundedModel
-from rq_ep.model.calibration.forward_stats import Subject
+from rq_ep.model.calibration.loaded_model import LoadedModel
+from rq_ep.model.settings import WindowSettings
 from rq_ep.model.text.windows import make_windows
 
 
@@ -21,10 +22,11 @@ from rq_ep.model.text.windows import make_windows
 def model(tiny_checkpoint: Path) -> RoundedModel:
     from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 
-    subject = Subject.open(tiny_checkpoint, torch.float32, "cpu")
+    loaded = LoadedModel.open(tiny_checkpoint, torch.float32, "cpu")
     text = tiny_checkpoint / "text" / "held-out"
-    windows = make_windows(text, read_tokenizer(tiny_checkpoint), sequence_length=64, max_tokens=1024, batch_size=8)
-    return RoundedModel.of(subject, windows.batches)
+    settings = WindowSettings(sequence_length=64, max_tokens=1024)
+    windows = make_windows(text, read_tokenizer(tiny_checkpoint), settings)
+    return RoundedModel.of(loaded, windows.batches)
 
 
 def test_the_native_format_and_no_expert_change_nothing(model: RoundedModel) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rq_ep.core.errors import UserError
 from rq_ep.formats import FORMATS, ExpertLayout, is_intact
-from rq_ep.formats.gptq import calibrated, second_moments
+from rq_ep.formats.gptq import pack_gptq, second_moments
 from rq_ep.formats.int4 import Int4
 
 LAYOUT = ExpertLayout({"gate_up_proj": (96, 128), "down_proj": (128, 72)})
@@ -45,10 +45,10 @@ def output_error(format_: Int4, packed: Tensor, weights: dict[str, Tensor], layo
 @pytest.mark.parametrize("format_", INT4, ids=lambda format_: format_.name)
 def test_output_error_falls(format_: Int4, layout: ExpertLayout) -> None:
     weights = random_weights(layout)
-    nearest, fitted = format_.pack(weights, layout), calibrated(format_, weights, moments_of(layout), layout)
+    nearest, fitted = format_.pack(weights, layout), pack_gptq(format_, weights, moments_of(layout), layout)
     assert fitted.shape == nearest.shape
     assert is_intact(fitted)
-    assert torch.equal(fitted, calibrated(format_, weights, moments_of(layout), layout)), "bits differ"
+    assert torch.equal(fitted, pack_gptq(format_, weights, moments_of(layout), layout)), "bits differ"
     for name in layout.matrices:
         before, after = (output_error(format_, packed, weights, layout, name) for packed in (nearest, fitted))
         assert after < 0.75 * before, (name, before, after)
@@ -59,7 +59,7 @@ def test_independent_inputs_are_rounded_to_nearest(moment: float) -> None:
     weights = random_weights(LAYOUT)
     moments = {name: torch.eye(LAYOUT.matrix_shape(name)[1]) * moment for name in LAYOUT.matrices}
     for format_ in INT4:
-        assert torch.equal(calibrated(format_, weights, moments, LAYOUT), format_.pack(weights, LAYOUT))
+        assert torch.equal(pack_gptq(format_, weights, moments, LAYOUT), format_.pack(weights, LAYOUT))
 
 
 def test_inputs_never_seen_do_no_harm() -> None:
@@ -67,7 +67,7 @@ def test_inputs_never_seen_do_no_harm() -> None:
     weights, rows = random_weights(LAYOUT), outlier_rows(8, 128, 1)
     rows[:, 5] = 0
     moments = moments_of(LAYOUT) | {"gate_up_proj": second_moments(rows)}
-    found = INT4[0].views(calibrated(INT4[0], weights, moments, LAYOUT), LAYOUT)
+    found = INT4[0].views(pack_gptq(INT4[0], weights, moments, LAYOUT), LAYOUT)
     assert INT4[0].dequantize(found, "gate_up_proj", LAYOUT, torch.float32).isfinite().all()
 
 
@@ -79,9 +79,9 @@ def test_what_says_nothing_is_refused() -> None:
         (torch.ones(72, 71), r"'down_proj': \(72, 72\) expected, not \(72, 71\)"),
     ):
         with pytest.raises(UserError, match=message):
-            calibrated(INT4[0], weights, moments | {"down_proj": bad}, LAYOUT)
+            pack_gptq(INT4[0], weights, moments | {"down_proj": bad}, LAYOUT)
     with pytest.raises(UserError, match=r"'down_proj'.*not None"):
-        calibrated(INT4[0], weights, {"gate_up_proj": moments["gate_up_proj"]}, LAYOUT)
+        pack_gptq(INT4[0], weights, {"gate_up_proj": moments["gate_up_proj"]}, LAYOUT)
     weights["down_proj"][0, 0] = torch.inf
     with pytest.raises(UserError, match="'down_proj' of an expert holds infinite"):
-        calibrated(INT4[0], weights, moments, LAYOUT)
+        pack_gptq(INT4[0], weights, moments, LAYOUT)

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rq_ep.model.text.teacher_forcing import taught
+from rq_ep.model.text.teacher_forcing import teacher_forcing_inputs
 
 VOCAB_SIZE = 97
 
@@ -94,7 +94,7 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 @torch.no_grad()
 def logits(model: PreTrainedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
     """Logits of one pass over known text; an encoder-decoder reads its first half and writes the second."""
-    return model(**taught(model.config, tokens_BT)[0], use_cache=False).logits
+    return model(**teacher_forcing_inputs(model.config, tokens_BT)[0], use_cache=False).logits
 
 
 def save(model: PreTrainedModel, path: Path, **options: object) -> Path:

@@ -12,7 +12,7 @@ from rq_ep.model import tiny
 from rq_ep.model.seam.adapters import adapter_for
 from rq_ep.model.text import corpus
 
-SMALL = tiny.Recipe(steps=6, num_experts=4, num_layers=2, hidden_size=32, intermediate_size=16, num_heads=2)
+SMALL = tiny.TrainingRecipe(steps=6, num_experts=4, num_layers=2, hidden_size=32, intermediate_size=16, num_heads=2)
 
 
 def held_out_loss(model: torch.nn.Module, domain: str, num_windows: int = 64) -> float:
@@ -124,4 +124,4 @@ def test_foreign_directory_is_left_alone(tmp_path) -> None:
 )
 def test_impossible_recipe_is_refused(field, message) -> None:
     with pytest.raises(UserError, match=message):
-        tiny.Recipe(**field)
+        tiny.TrainingRecipe(**field)

@@ -1,4 +1,7 @@
-"""What a model's answers lose with one expert: dropped, or in another format. A pass over the text for each expert."""
+"""KL divergence of a model's next-token distribution when one expert is dropped, or stored in another format.
+
+Each expert and format takes a pass over the text. Axes: B sequences, T positions, V vocabulary.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,104 +14,103 @@ from transformers import PreTrainedModel
 from rq_ep.core.arrays import FloatArray
 from rq_ep.formats import ExpertLayout, WeightFormat
 from rq_ep.model.seam.expert_modules import ExpertsModule
-from rq_ep.model.text.teacher_forcing import taught
-from rq_ep.model.text.windows import Batch
-
-DROPPED = "KL divergence of the next token, in nats, when the expert's output is left out"
+from rq_ep.model.text.teacher_forcing import teacher_forcing_inputs
+from rq_ep.model.text.windows import WindowBatch
 
 
-class Divergence:
-    """The model's own next-token distributions on some text, and how far it strays from them when it is changed."""
+class KLDivergence:
+    """The next-token distributions of a model on some text, and how far it diverges from them once it is changed."""
 
-    def __init__(self, network: PreTrainedModel, batches: Sequence[Batch]) -> None:
-        """Run the text once; the log-probabilities are kept, in doubles.
+    def __init__(self, model: PreTrainedModel, batches: Sequence[WindowBatch]) -> None:
+        """Run the text once; the log-probabilities are kept in fp64.
 
         Args:
-            network: the model, unchanged.
-            batches: a little text: every expert that is asked about costs a pass over it.
+            model: unchanged as yet.
+            batches: a little text: every measurement takes a pass over it.
         """
-        self._network = network
+        self._model = model
         self._arguments = [
-            taught(network.config, batch.tokens_BT.to(network.device), reads_last=False)[0] for batch in batches
+            teacher_forcing_inputs(model.config, batch.tokens_BT.to(model.device), include_last=False)[0]
+            for batch in batches
         ]
-        self._expected = [self._logprobs(arguments) for arguments in self._arguments]
+        self._expected = [self._logprobs_BTV(arguments) for arguments in self._arguments]
 
     @torch.no_grad()
-    def _logprobs(self, arguments: dict[str, Tensor]) -> Tensor:
-        logits_BTV: Tensor = self._network(**arguments, use_cache=False).logits
+    def _logprobs_BTV(self, arguments: dict[str, Tensor]) -> Tensor:
+        logits_BTV: Tensor = self._model(**arguments, use_cache=False).logits
         return logits_BTV.double().log_softmax(-1)  # one expert in 8 bits changes the eighth digit
 
-    def now(self) -> float:
-        """KL(unchanged || as the model is now), nats per token; rounding below zero is cut off."""
+    def measure(self) -> float:
+        """KL(unchanged || as the model is now), nats per token; a negative rounding error becomes 0."""
         total, num_tokens = 0.0, 0
         for arguments, expected_BTV in zip(self._arguments, self._expected, strict=True):
-            found_BTV = self._logprobs(arguments)
-            total += float((expected_BTV.exp() * (expected_BTV - found_BTV)).sum())
+            changed_BTV = self._logprobs_BTV(arguments)
+            total += float((expected_BTV.exp() * (expected_BTV - changed_BTV)).sum())
             num_tokens += expected_BTV[..., 0].numel()
         return max(total / num_tokens, 0.0)
 
 
-def dropped_LE(
-    divergence: Divergence, experts: Sequence[ExpertsModule], on_expert: Callable[[], None] = lambda: None
+def kl_when_dropped_LE(
+    divergence: KLDivergence, layers: Sequence[ExpertsModule], on_expert: Callable[[], None] = lambda: None
 ) -> FloatArray:
-    """[L, E] divergence when an expert's output is left out, all others as they are.
+    """[L, E] divergence when the output of one expert is left out.
 
     Args:
-        divergence: of the unchanged model.
-        experts: its MoE layers.
+        divergence: from the unchanged model.
+        layers: the routed experts of its MoE layers.
         on_expert: called after each expert.
     """
-    result_LE = np.zeros((len(experts), experts[0].num_experts))
-    for at, found in enumerate(experts):
-        for expert in range(found.num_experts):
-            with _without(found.module, expert):
-                result_LE[at, expert] = divergence.now()
+    kl_LE = np.zeros((len(layers), layers[0].num_experts))
+    for i, experts in enumerate(layers):
+        for expert in range(experts.num_experts):
+            with _expert_dropped(experts.module, expert):
+                kl_LE[i, expert] = divergence.measure()
             on_expert()
-    return result_LE
+    return kl_LE
 
 
 @torch.no_grad()
-def quantized_LEQ(
-    divergence: Divergence,
-    experts: Sequence[ExpertsModule],
+def kl_when_quantized_LEQ(
+    divergence: KLDivergence,
+    layers: Sequence[ExpertsModule],
     layout: ExpertLayout,
     formats: Sequence[WeightFormat],
     on_expert: Callable[[], None] = lambda: None,
 ) -> FloatArray:
-    """[L, E, Q] divergence when one expert is stored in a format, all others as they are.
+    """[L, E, Q] divergence when one expert is stored in a format, all others being unchanged.
 
     Args:
-        divergence: of the unchanged model.
-        experts: its MoE layers.
+        divergence: from the unchanged model.
+        layers: the routed experts of its MoE layers.
         layout: of one expert.
         formats: the Q formats.
         on_expert: called after each expert and format.
     """
-    result_LEQ = np.zeros((len(experts), experts[0].num_experts, len(formats)))
-    for at, found in enumerate(experts):
-        for expert in range(found.num_experts):
-            weights = found.weights(expert)
-            kept = {name: weight.clone() for name, weight in weights.items()}
+    kl_LEQ = np.zeros((len(layers), layers[0].num_experts, len(formats)))
+    for i, experts in enumerate(layers):
+        for expert in range(experts.num_experts):
+            weights = experts.weights(expert)
+            original = {name: weight.clone() for name, weight in weights.items()}
             for q, format_ in enumerate(formats):
-                views = format_.views(format_.pack(kept, layout), layout)
+                views = format_.views(format_.pack(original, layout), layout)
                 for name, weight in weights.items():
                     weight.copy_(format_.dequantize(views, name, layout, weight.dtype))
-                result_LEQ[at, expert, q] = divergence.now()
+                kl_LEQ[i, expert, q] = divergence.measure()
                 on_expert()
             for name, weight in weights.items():
-                weight.copy_(kept[name])
-    return result_LEQ
+                weight.copy_(original[name])
+    return kl_LEQ
 
 
 @contextmanager
-def _without(module: nn.Module, expert: int) -> Iterator[None]:
-    """While open, an experts module gives nothing for one of its experts."""
+def _expert_dropped(module: nn.Module, expert: int) -> Iterator[None]:
+    """While open, an experts module gives zero for one of its experts."""
 
-    def silence(module: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def mask_weights(module: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         hidden_TD, topk_ids_TK, topk_weights_TK = arguments
         return hidden_TD, topk_ids_TK, topk_weights_TK.masked_fill(topk_ids_TK == expert, 0)
 
-    hook = module.register_forward_pre_hook(silence)
+    hook = module.register_forward_pre_hook(mask_weights)
     try:
         yield
     finally:

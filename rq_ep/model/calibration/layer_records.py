@@ -1,4 +1,4 @@
-"""Watching a model's experts at work: who is routed where, what comes out, and some of what goes in."""
+"""Recording the experts of a model during forward passes: routing, norms of outputs, and a sample of inputs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Step(NamedTuple):
-    """One step of the record."""
+    """One step of calibration."""
 
     phase: int
     domain: int
@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 @dataclass
 class LayerRecord:
-    """What one experts module did since recording began."""
+    """What one experts module did since recording began. N counts the rows that are kept of an expert."""
 
     num_experts: int
     rows_per_batch: int  # inputs to keep of each expert and batch
@@ -35,7 +35,7 @@ class LayerRecord:
     importance_E: FloatArray = field(init=False)
     gate_mass_E: FloatArray = field(init=False)
     visits_E: IntArray = field(init=False)
-    rows: list[list[Tensor]] = field(init=False)  # [E] inputs [n, D], a tensor for each batch
+    rows: list[list[Tensor]] = field(init=False)  # [E] inputs [N, D], a tensor for each batch
 
     def __post_init__(self) -> None:
         self.topk_ids_TK = np.zeros((0, 0), np.int64)
@@ -50,30 +50,30 @@ class LayerRecord:
         return np.bincount(topk_ids.ravel(), minlength=self.num_experts)
 
     def kept_rows(self) -> list[Tensor]:
-        """[E] inputs [n, D] that were kept of each expert."""
+        """[E] inputs [N, D] that were kept of each expert."""
         return [torch.cat(rows) for rows in self.rows]
 
     def add(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, norms_TK: Tensor) -> None:
-        """Take in one forward pass; `norms_TK` are those of every expert's output before it is weighted."""
+        """Add one forward pass; `norms_TK` are those of every expert's output before it is weighted."""
         ids_TK = topk_ids_TK.cpu().numpy()
         weights_TK = topk_weights_TK.double().cpu().numpy()
-        strength_TK = weights_TK * norms_TK.double().cpu().numpy()
+        weighted_norms_TK = weights_TK * norms_TK.double().cpu().numpy()
         self.topk_ids_TK, self.topk_weights_TK = ids_TK, weights_TK
         self.visits_E += self.counts_E(ids_TK)
         self.gate_mass_E += np.bincount(ids_TK.ravel(), weights_TK.ravel(), self.num_experts)
-        self.importance_E += np.bincount(ids_TK.ravel(), strength_TK.ravel(), self.num_experts)
+        self.importance_E += np.bincount(ids_TK.ravel(), weighted_norms_TK.ravel(), self.num_experts)
         for expert, rows in enumerate(self.rows):
-            visitors = np.flatnonzero((ids_TK == expert).any(axis=1))
-            chosen = torch.from_numpy(visitors[:: max(1, -(-len(visitors) // self.rows_per_batch))])
-            rows.append(hidden_TD[chosen.to(hidden_TD.device)].cpu())
+            tokens = np.flatnonzero((ids_TK == expert).any(axis=1))
+            sample = torch.from_numpy(tokens[:: max(1, -(-len(tokens) // self.rows_per_batch))])
+            rows.append(hidden_TD[sample.to(hidden_TD.device)].cpu())
 
 
 @contextmanager
 def recording(modules: Sequence[nn.Module], num_experts: int, rows_per_batch: int) -> Iterator[list[LayerRecord]]:
     """While open, every forward pass of the experts `modules` is added to its record; results stay the same.
 
-    A module is asked for every routed pair by itself, with weight one, in one call of its own forward method; the
-    weighted sum over a token's pairs is ours. So any family and any experts implementation will do.
+    The module's own forward method is called once, with every routed pair as a token of its own and of weight one; the
+    weighted sum over a token's pairs is computed here. So this works for any family and any experts implementation.
     """
     records = [LayerRecord(num_experts, rows_per_batch) for _ in modules]
     before = [module.__dict__.get("forward") for module in modules]
@@ -84,7 +84,7 @@ def recording(modules: Sequence[nn.Module], num_experts: int, rows_per_batch: in
     finally:
         for module, forward in zip(modules, before, strict=True):
             del module.__dict__["forward"]
-            if forward is not None:  # somebody had put one there, as accelerate does
+            if forward is not None:  # an attribute hid the method before, as accelerate's does
                 module.__dict__["forward"] = forward
 
 

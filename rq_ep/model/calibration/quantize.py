@@ -1,170 +1,176 @@
-"""Quantizing experts in advance: rounded with regard to the inputs they meet, layer by layer, into a directory."""
+"""Quantizing experts in advance, layer by layer, into a directory of packed experts."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.formats import get_format
-from rq_ep.model.calibration.forward_stats import Progress, Subject, listen
+from rq_ep.model.calibration.forward_stats import collect_forward_stats
+from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.calibration.rounding import ROUNDINGS, Rounding
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.load.attach import check_layers
 from rq_ep.model.load.ranks import together
-from rq_ep.model.load.sharded_model import SpreadExperts
+from rq_ep.model.load.sharded_model import ShardedExperts
+from rq_ep.model.progress_callback import ProgressCallback, no_progress
 from rq_ep.model.seam.expert_modules import ExpertsModule
+from rq_ep.model.settings import QuantizeSettings
 from rq_ep.model.text.windows import Texts
 from rq_ep.parallel import EPGroup
-from rq_ep.parallel.default_group import default_group
 
 MAX_ROWS = 2048  # inputs kept of each expert: GPTQ wants some for each of a matrix' inputs
+
+ExpertFormats = list[tuple[int, str]]  # (expert, format) of a layer
+PackedLayer = dict[tuple[int, str], Tensor]  # (expert, format) -> uint8 [nbytes]
 
 
 @torch.no_grad()
 def quantize(
     model: str | Path | PreTrainedModel,
     out: str | Path,
+    settings: QuantizeSettings | None = None,
     *,
     formats: Sequence[str] | None = None,
     placement: Placement | None = None,
-    rounding: str = "calibrated",
     texts: Texts | None = None,
-    max_tokens: int = 32_768,
-    batch_size: int = 8,
-    sequence_length: int = 128,
-    dtype: torch.dtype | None = None,
-    device: str = "auto",
     group: EPGroup | None = None,
-    seed: int = 0,
-    progress: Progress = lambda stage, done, total: None,
+    progress: ProgressCallback = no_progress,
+    **options: Any,
 ) -> PackedExperts:
-    """Write a model's experts in low-bit formats; layers that are there already, made in the same way, are kept.
+    """Write a model's experts in low-bit formats; a layer that was written before with equal settings is kept.
 
     Args:
         model: checkpoint directory, or a model loaded from one.
         out: directory to write to.
-        formats: every expert in each of these; default: what `placement` asks for.
+        settings: how to round, and how much text to calibrate on; default: `QuantizeSettings()`.
+        formats: every expert in each of these; default: the formats of `placement`.
         placement: only the experts that it stores in low bits, in its formats.
-        rounding: one of `rounding.ROUNDINGS`; `calibrated` needs text.
-        texts: what the experts are to meet; see `windows.read_texts`.
-        max_tokens: tokens to run in all.
-        batch_size: sequences in a batch.
-        sequence_length: tokens in a sequence.
-        dtype: to compute in; default: as the weights are stored.
-        device: auto, cpu or cuda, where no group decides it.
-        group: ranks to spread the experts over; each quantizes its own, and rank 0 writes them. Default: all processes
+        texts: calibration text, see `windows.read_texts`; needed unless weights are rounded to the nearest.
+        group: ranks to shard the experts over; each quantizes its own, and rank 0 writes them. Default: all processes
             of the launcher, or this one.
-        seed: chooses the places that windows of text are taken from.
-        progress: called with (stage, done, total) while it runs.
+        progress: called with (stage, done, total).
+        options: fields of `QuantizeSettings` that differ from `settings`.
 
     Raises:
         UserError: nothing to quantize, no text to calibrate on, a model or a placement that does not fit.
     """
     for name in formats or ():
-        get_format(name)  # names it if there is none
-    round_expert = ROUNDINGS[check_choice("--rounding", rounding, ROUNDINGS)]
+        get_format(name)  # raises if there is none
+    settings = replace(settings or QuantizeSettings(), **options)
     if (formats is None) == (placement is None):
         raise UserError("give either --formats, for all experts, or --placement, for those it stores in low bits")
-    if rounding != "nearest" and texts is None:
+    if settings.rounding != "nearest" and texts is None:
         raise UserError(
-            f"--rounding {rounding} needs --text: give text of the kind you will serve, or round to nearest"
+            f"--rounding {settings.rounding} needs --text: give text of the kind you will serve, or round to nearest"
         )
-    if group is None and not isinstance(model, PreTrainedModel):
-        group = default_group(device)
-    subject = Subject.open(model, dtype, device, group)
-    if subject.identity is None:
+    loaded = LoadedModel.open(model, settings.dtype, settings.device, group)
+    if loaded.identity is None:
         raise UserError("quantize: the model was not loaded from a checkpoint directory")
-    wanted = _wanted(subject, formats, placement)
-    how = {"rounding": rounding, "seed": str(seed), "max_tokens": str(max_tokens), "wanted": _digest(wanted)}
-    packed = PackedExperts(Path(out), subject.identity)
-    missing = _missing(subject, packed, wanted, how)
+    wanted_L = _wanted_experts(loaded, formats, placement)
+    packed = PackedExperts(Path(out), loaded.identity)
+    provenance = {
+        "rounding": settings.rounding,
+        "seed": str(settings.seed),
+        "max_tokens": str(settings.max_tokens),
+        "wanted": sha256(repr(wanted_L).encode()).hexdigest()[:16],
+    }
+    missing = _missing_layers(loaded, packed, wanted_L, provenance)
     rows_LE: dict[int, list[Tensor]] = {}
-    if missing and rounding != "nearest":
+    if missing and settings.rounding != "nearest":
         assert texts is not None
-        heard = listen(
-            subject, texts, max_tokens=max_tokens, batch_size=batch_size, sequence_length=sequence_length, seed=seed,
-            max_rows=MAX_ROWS, progress=progress,
-        )  # fmt: skip
-        rows_LE = {at: heard.records[at].kept_rows() for at in missing}
-    for done, at in enumerate(missing):
+        forward_stats = collect_forward_stats(loaded, texts, settings, max_rows=MAX_ROWS, progress=progress)
+        rows_LE = {i: forward_stats.records[i].kept_rows() for i in missing}
+    for done, i in enumerate(missing):
         progress("quantizing", done, len(missing))
-        found = subject.experts[at]
-        rows_E = rows_LE[at] if rows_LE else [torch.empty(0, subject.family.hidden_size)] * found.num_experts
-        experts = together(subject.group, partial(_held, found, wanted[at], rows_E, round_expert))
-        if isinstance(found, SpreadExperts):
-            experts |= _from_other_ranks(found, wanted[at], experts)
-        if subject.is_first:
-            packed.write(found.layer, how, experts)
+        experts = loaded.experts[i]
+        rows_E = rows_LE.get(i) or [torch.empty(0, loaded.family.hidden_size)] * experts.num_experts
+        layer = _quantize_layer(loaded.group, experts, wanted_L[i], rows_E, ROUNDINGS[settings.rounding])
+        if loaded.is_rank_zero:
+            packed.write(experts.layer_index, provenance, layer)
     progress("quantizing", len(missing), len(missing))
     return packed
 
 
-Packed = dict[tuple[int, str], Tensor]  # (expert, format) -> uint8 [nbytes]
-Wanted = list[list[tuple[int, str]]]  # [L] (expert, format) to be written
-
-
-def _missing(subject: Subject, packed: PackedExperts, wanted: Wanted, how: Mapping[str, str]) -> list[int]:
-    """The layers, by their place among the MoE layers, that rank 0 does not find written as wanted."""
-
-    def look() -> list[int]:
-        if not subject.is_first:
-            return []
-        return [at for at, found in enumerate(subject.experts) if wanted[at] and not packed.has(found.layer, how)]
-
-    missing = together(subject.group, look)
-    return missing if subject.group is None else list(subject.group.all_gather_object(missing)[0])
-
-
-def _held(
-    found: ExpertsModule, wanted: Sequence[tuple[int, str]], rows_E: Sequence[Tensor], round_expert: Rounding
-) -> Packed:
-    """What is wanted of a layer and lies in this process."""
-    return {
-        (expert, name): round_expert(get_format(name), found.weights(expert), rows_E[expert], found.family)
-        for expert, name in wanted
-        if expert in found.held
-    }
-
-
-def _from_other_ranks(found: SpreadExperts, wanted: Sequence[tuple[int, str]], own: Packed) -> Packed:
-    """On rank 0 what the others packed of a layer, on these nothing; every rank calls this."""
-    group, homes, layout = found.module.layer.group, found.homes, found.family.layout
-    if group.rank:
-        group.start_transfers([(packed, 0) for packed in own.values()], []).wait()
-        return {}
-    landings = {
-        (expert, name): torch.empty(get_format(name).nbytes(layout), dtype=torch.uint8, device=group.device)
-        for expert, name in wanted
-        if homes[expert] != 0
-    }
-    group.start_transfers([], [(landing, homes[expert]) for (expert, _), landing in landings.items()]).wait()
-    return landings
-
-
-def _wanted(subject: Subject, formats: Sequence[str] | None, placement: Placement | None) -> Wanted:
-    native = get_format(subject.native).name
+def _wanted_experts(
+    loaded: LoadedModel, formats: Sequence[str] | None, placement: Placement | None
+) -> list[ExpertFormats]:
+    """[L] the experts to write, and in which formats."""
+    native = get_format(loaded.native_format).name
     if placement is None:
         names = [name for name in dict.fromkeys(formats or ()) if get_format(name).name != native]
         if not names:
             raise UserError(f"--formats {','.join(formats or ())}: name a format other than the stored one, {native}")
-        return [[(expert, name) for expert in range(found.num_experts) for name in names] for found in subject.experts]
-    assert subject.identity is not None
-    placement.check_serves(subject.identity, placement.topology.num_ranks)
-    check_layers(placement, subject.experts)
-    wanted = [
+        return [
+            [(expert, name) for expert in range(experts.num_experts) for name in names] for experts in loaded.experts
+        ]
+    assert loaded.identity is not None
+    placement.check_serves(loaded.identity, placement.topology.num_ranks)
+    check_layers(placement, loaded.experts)
+    wanted_L = [
         sorted({(replica.expert, replica.format) for replica in layer.replicas if replica.format != native})
         for layer in placement.layers
     ]
-    if not any(wanted):
+    if not any(wanted_L):
         raise UserError(f"--placement: all replicas are in {native}, as the checkpoint has them: nothing to quantize")
-    return wanted
+    return wanted_L
 
 
-def _digest(wanted: Wanted) -> str:
-    return sha256(repr(wanted).encode()).hexdigest()[:16]
+def _missing_layers(
+    loaded: LoadedModel, packed: PackedExperts, wanted_L: Sequence[ExpertFormats], provenance: Mapping[str, str]
+) -> list[int]:
+    """The layers, by their place among the MoE layers, that have not been written with this provenance."""
+
+    def read_files() -> list[int]:
+        if not loaded.is_rank_zero:
+            return []
+        return [
+            i
+            for i, experts in enumerate(loaded.experts)
+            if wanted_L[i] and not packed.has(experts.layer_index, provenance)
+        ]
+
+    missing = together(loaded.group, read_files)
+    return missing if loaded.group is None else list(loaded.group.all_gather_object(missing)[0])
+
+
+def _quantize_layer(
+    group: EPGroup | None,
+    experts: ExpertsModule,
+    wanted: ExpertFormats,
+    rows_E: Sequence[Tensor],
+    round_expert: Rounding,
+) -> PackedLayer:
+    """The packed experts of a layer: on rank 0 all of them, elsewhere those that are held there."""
+
+    def quantize_local() -> PackedLayer:
+        return {
+            (expert, name): round_expert(get_format(name), experts.weights(expert), rows_E[expert], experts.family)
+            for expert, name in wanted
+            if expert in experts.local_experts
+        }
+
+    local = together(group, quantize_local)
+    return local | _gather_on_rank_zero(experts, wanted, local) if isinstance(experts, ShardedExperts) else local
+
+
+def _gather_on_rank_zero(experts: ShardedExperts, wanted: ExpertFormats, local: PackedLayer) -> PackedLayer:
+    """On rank 0 what the other ranks packed of a layer, on these nothing; every rank calls this."""
+    group, rank_of, layout = experts.module.layer.group, experts.rank_of_expert, experts.family.layout
+    if group.rank:
+        group.start_transfers([(packed, 0) for packed in local.values()], []).wait()
+        return {}
+    received = {
+        (expert, name): torch.empty(get_format(name).nbytes(layout), dtype=torch.uint8, device=group.device)
+        for expert, name in wanted
+        if rank_of[expert] != 0
+    }
+    group.start_transfers([], [(buffer, rank_of[expert]) for (expert, _), buffer in received.items()]).wait()
+    return received

@@ -1,4 +1,4 @@
-"""What has been heard so far, in a file, so that listening can go on where it was stopped."""
+"""Saving the progress of calibration to a file, so that a run can resume where it was stopped."""
 
 import json
 import logging
@@ -22,29 +22,32 @@ SAVE_EVERY_S = 60.0
 log = logging.getLogger(__name__)
 
 
-class Halfway:
-    """A file that is written now and then, taken up again if it is of the same run, and removed in the end."""
+class ResumeFile:
+    """The steps and records of the batches done so far, written at intervals and read back by the same run."""
 
     def __init__(
-        self, path: str | Path, windows: Windows, settings: Sequence[object], every_s: float = SAVE_EVERY_S
+        self, path: str | Path, windows: Windows, fingerprint: Sequence[object], every_s: float = SAVE_EVERY_S
     ) -> None:
         """
         Args:
             path: of the file.
-            windows: the text that is run: other text makes it another run.
-            settings: what else must be the same.
-            every_s: seconds between writings.
+            windows: the text of the run; with other text it is another run.
+            fingerprint: what else must be equal for the same run.
+            every_s: seconds between two writings.
         """
         self._path = Path(path)
         self._every_s = every_s
         self._last_s = time.monotonic()
-        digest = sha256(repr(settings).encode())
+        digest = sha256(repr(fingerprint).encode())
         for batch in windows.batches:
             digest.update(batch.tokens_BT.numpy().tobytes())
         self._key = digest.hexdigest()
 
-    def resume(self, steps: list[Step], records: Sequence[LayerRecord]) -> int:
-        """Batches that are done; `steps` and `records`, empty so far, are filled with what came of them."""
+    def load(self, steps: list[Step], records: Sequence[LayerRecord]) -> int:
+        """Fill `steps` and `records`, which are empty, with what was saved; return the number of batches done.
+
+        A file that is missing, damaged or of another run counts as none.
+        """
         try:
             with safe_open(self._path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -57,37 +60,37 @@ class Halfway:
         except (SafetensorError, OSError) as error:
             log.warning("%s is damaged (%s): starting anew", self._path, error)
             return 0
-        counts_SLE = tensors["counts"].numpy()
-        steps.extend(
-            Step(*numbers, counts_LE) for numbers, counts_LE in zip(tensors["steps"].tolist(), counts_SLE, strict=True)
-        )
-        for at, record in enumerate(records):
-            record.importance_E[:] = tensors["importance"][at].numpy()
-            record.gate_mass_E[:] = tensors["gate_mass"][at].numpy()
-            record.visits_E[:] = tensors["visits"][at].numpy()
-            by_expert = tensors[f"rows.{at}"].split(tensors["num_rows"][at].tolist())
-            record.rows = [[rows_ND] for rows_ND in by_expert]
+        for (phase, domain, tokens), counts_LE in zip(
+            tensors["steps"].tolist(), tensors["counts"].numpy(), strict=True
+        ):
+            steps.append(Step(phase, domain, tokens, counts_LE))
+        for i, record in enumerate(records):
+            record.importance_E[:] = tensors["importance"][i].numpy()
+            record.gate_mass_E[:] = tensors["gate_mass"][i].numpy()
+            record.visits_E[:] = tensors["visits"][i].numpy()
+            rows_by_expert = tensors[f"rows.{i}"].split(tensors["num_rows"][i].tolist())
+            record.rows = [[rows_ND] for rows_ND in rows_by_expert]
         done: int = json.loads(metadata["done"])
         log.info("%s: going on after %d batches", self._path, done)
         return done
 
     def save(self, done: int, steps: Sequence[Step], records: Sequence[LayerRecord]) -> None:
-        """Write what has come of the first `done` batches, unless that was done a moment ago."""
+        """Write what the first `done` batches gave, unless the last writing was less than `every_s` ago."""
         if time.monotonic() - self._last_s < self._every_s:
             return
-        kept = [record.kept_rows() for record in records]
+        rows_LE = [record.kept_rows() for record in records]
         tensors = {
             "steps": torch.tensor([[step.phase, step.domain, step.tokens] for step in steps]),
             "counts": torch.from_numpy(np.stack([step.counts_LE for step in steps])),
             "importance": torch.from_numpy(np.stack([record.importance_E for record in records])),
             "gate_mass": torch.from_numpy(np.stack([record.gate_mass_E for record in records])),
             "visits": torch.from_numpy(np.stack([record.visits_E for record in records])),
-            "num_rows": torch.tensor([[len(rows_ND) for rows_ND in rows] for rows in kept]),
-        } | {f"rows.{at}": torch.cat(rows) for at, rows in enumerate(kept)}
+            "num_rows": torch.tensor([[len(rows_ND) for rows_ND in rows_E] for rows_E in rows_LE]),
+        } | {f"rows.{i}": torch.cat(rows_E) for i, rows_E in enumerate(rows_LE)}
         with replacing(self._path) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "key": self._key, "done": json.dumps(done)})
         self._last_s = time.monotonic()
 
     def remove(self) -> None:
-        """All is heard: the file has done its service."""
+        """Delete the file once the run is complete."""
         self._path.unlink(missing_ok=True)

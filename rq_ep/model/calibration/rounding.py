@@ -1,4 +1,4 @@
-"""How weights are rounded to a low-bit format: to the nearest number, or with regard to the inputs they meet."""
+"""Rounding of weights to a low-bit format: to the nearest number, or calibrated on the expert's inputs (GPTQ)."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,22 +6,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rq_ep.formats import WeightFormat
-from rq_ep.formats.gptq import calibrated as gptq
-from rq_ep.formats.gptq import second_moments
+from rq_ep.formats.gptq import pack_gptq, second_moments
 from rq_ep.formats.int4 import Int4
 from rq_ep.moe.expert_family import ExpertFamily
 
-# (format, one expert's tensors, inputs [n, D] that it met, family) -> packed expert, uint8 [nbytes]
+# (format, one expert's tensors, its calibration inputs [N, D], family) -> packed expert, uint8 [nbytes]
 Rounding = Callable[[WeightFormat, Mapping[str, Tensor], Tensor, ExpertFamily], Tensor]
 
 
 def nearest(format_: WeightFormat, weights: Mapping[str, Tensor], rows_ND: Tensor, family: ExpertFamily) -> Tensor:
-    """Every weight by itself, whatever it is multiplied by."""
+    """Round every weight to the nearest number."""
     return format_.pack(weights, family.layout)
 
 
 def calibrated(format_: WeightFormat, weights: Mapping[str, Tensor], rows_ND: Tensor, family: ExpertFamily) -> Tensor:
-    """GPTQ (arXiv 2210.17323) where it pays, which is int4; an expert that met no input is rounded to the nearest."""
+    """Round by GPTQ (arXiv 2210.17323) to int4, where it pays; other formats and experts without inputs, to nearest."""
     if not isinstance(format_, Int4) or not len(rows_ND):
         return nearest(format_, weights, rows_ND, family)
     layout = family.layout
@@ -32,7 +31,7 @@ def calibrated(format_: WeightFormat, weights: Mapping[str, Tensor], rows_ND: Te
     moments = {family.up: second_moments(rows_ND), family.down: second_moments(inner_NF)}
     if not all(moment.any() for moment in moments.values()):  # an activation that is zero everywhere
         return nearest(format_, weights, rows_ND, family)
-    return gptq(format_, weights, moments, layout)
+    return pack_gptq(format_, weights, moments, layout)
 
 
 ROUNDINGS: Mapping[str, Rounding] = {"calibrated": calibrated, "nearest": nearest}

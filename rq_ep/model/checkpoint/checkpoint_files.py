@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.quantization_schemes import scheme_of
-from rq_ep.model.checkpoint.tokenizer_files import transformers_may_refuse
+from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
 from rq_ep.model.seam.adapters import ADAPTERS
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +38,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
             "give a checkpoint such as qwen3_moe, mixtral, olmoe, deepseek_v3 or gpt_oss"
         )
     is_quantized = scheme_of(raw, str(path)) is not None
-    with transformers_may_refuse(f"{path}/config.json"):
+    with transformers_errors(f"{path}/config.json"):
         config: PretrainedConfig = AutoConfig.from_pretrained(path)
     if is_quantized:
         del config.quantization_config  # transformers builds a plain model; we read its weights

@@ -13,7 +13,7 @@ from rq_ep.formats.quantized import Parts
 
 
 @dataclass(frozen=True)
-class Scheme:
+class QuantizationScheme:
     """One way of storing a matrix [out, in], or a stack of them, in several tensors."""
 
     format: str  # name of the weight format whose parts these are
@@ -26,7 +26,7 @@ class Scheme:
     refused: Mapping[str, str] = field(default_factory=dict)  # suffix -> why we cannot read it
 
 
-def scheme_of(config: Mapping[str, Any], what: str) -> Scheme | None:
+def scheme_of(config: Mapping[str, Any], what: str) -> QuantizationScheme | None:
     """The scheme of a checkpoint, by its `quantization_config`; None without one.
 
     Args:
@@ -59,9 +59,9 @@ class _Unknown(Exception):
     """A setting that we cannot read."""
 
 
-def _mxfp4(settings: Mapping[str, Any]) -> Scheme:
+def _mxfp4(settings: Mapping[str, Any]) -> QuantizationScheme:
     """As gpt-oss: all experts of a layer in one stack, [E, out, groups, 16] blocks and [E, out, groups] scales."""
-    return Scheme(
+    return QuantizationScheme(
         format="mxfp4",
         suffixes={"blocks": "_blocks", "scales": "_scales"},
         parts=lambda stored: {"blocks": stored["blocks"], "scales": stored["scales"]},
@@ -72,14 +72,14 @@ def _mxfp4(settings: Mapping[str, Any]) -> Scheme:
     )
 
 
-def _fp8(settings: Mapping[str, Any]) -> Scheme:
+def _fp8(settings: Mapping[str, Any]) -> QuantizationScheme:
     """As DeepSeek-V3: e4m3 numbers, and for each block the factor that they are multiplied by."""
     if settings.get("fmt", "e4m3") != "e4m3":
         raise _Unknown(f"fmt {settings['fmt']!r:.40}")
     return _blocks(settings.get("weight_block_size"), "_scale_inv")
 
 
-def _compressed(settings: Mapping[str, Any]) -> Scheme:
+def _compressed(settings: Mapping[str, Any]) -> QuantizationScheme:
     """compressed-tensors: symmetric int8 or fp8 for each channel or tensor, fp8 blocks, and packed int4 groups."""
     groups = [group.get("weights") for group in dict(settings.get("config_groups") or {}).values()]
     kinds = {tuple(sorted((key, str((weights or {}).get(key))) for key in _DECIDING)) for weights in groups}
@@ -90,7 +90,7 @@ def _compressed(settings: Mapping[str, Any]) -> Scheme:
         raise _Unknown("weights that are not symmetric")
     kind, strategy = (weights.get("type"), weights.get("num_bits")), weights.get("strategy")
     if kind == ("int", 4) and strategy == "group" and f"int4_g{weights.get('group_size')}" in FORMATS:
-        return Scheme(
+        return QuantizationScheme(
             format=f"int4_g{weights['group_size']}",
             suffixes={"packed": "_packed", "scale": "_scale"},
             parts=_packed_int4,
@@ -104,7 +104,7 @@ def _compressed(settings: Mapping[str, Any]) -> Scheme:
     if kind not in by_kind or strategy not in ("channel", "tensor"):
         raise _Unknown(f"{weights.get('type')} of {weights.get('num_bits')} bits, scaled by {strategy}")
     name, numbers, dtype = by_kind[kind]
-    return Scheme(
+    return QuantizationScheme(
         format=name,
         suffixes={numbers: "", "scale": "_scale"},
         parts=lambda stored: {
@@ -116,7 +116,7 @@ def _compressed(settings: Mapping[str, Any]) -> Scheme:
     )
 
 
-def _blocks(block: Any, suffix: str, refused: Mapping[str, str] | None = None) -> Scheme:
+def _blocks(block: Any, suffix: str, refused: Mapping[str, str] | None = None) -> QuantizationScheme:
     if not isinstance(block, list | tuple) or len(block) != 2 or f"fp8_g{block[1]}" not in FORMATS:
         raise _Unknown(f"fp8 in blocks of {block!r:.40}")
     rows, group = int(block[0]), int(block[1])
@@ -126,7 +126,7 @@ def _blocks(block: Any, suffix: str, refused: Mapping[str, str] | None = None) -
         scale = stored["scale"].float().repeat_interleave(rows, dim=0)[: len(numbers)].contiguous()
         return {"numbers": numbers, "scale": scale}
 
-    return Scheme(
+    return QuantizationScheme(
         format=f"fp8_g{group}",
         suffixes={"numbers": "", "scale": suffix},
         parts=parts,
@@ -150,7 +150,7 @@ _DECIDING = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_s
 # Beside the weights: what only matters where activations or the KV cache are quantized, and shapes, which we know.
 BESIDE = (r"\.(input|output|k|v)_(scale|zero_point)$", r"\.weight_shape$")
 _COMPRESSED_REFUSED = {"_zero_point": "zero points", "_g_idx": "reordered groups", "_global_scale": "global scales"}
-_METHODS: Mapping[str, Callable[[Mapping[str, Any]], Scheme]] = {
+_METHODS: Mapping[str, Callable[[Mapping[str, Any]], QuantizationScheme]] = {
     "mxfp4": _mxfp4,
     "fp8": _fp8,
     "compressed-tensors": _compressed,

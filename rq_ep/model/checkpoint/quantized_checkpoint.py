@@ -14,7 +14,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.formats.quantized import Parts, Quantized
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config_json
-from rq_ep.model.checkpoint.quantization_schemes import BESIDE, Scheme, scheme_of
+from rq_ep.model.checkpoint.quantization_schemes import BESIDE, QuantizationScheme, scheme_of
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -37,7 +37,7 @@ def expert_format(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
 class QuantizedCheckpoint(Checkpoint):
     """`tensor` and `rows` give matrices as the model keeps them in memory, dequantized to fp32."""
 
-    def __init__(self, path: str | Path, scheme: Scheme) -> None:
+    def __init__(self, path: str | Path, scheme: QuantizationScheme) -> None:
         super().__init__(path)
         format_ = get_format(scheme.format)
         assert isinstance(format_, Quantized), format_
@@ -101,7 +101,7 @@ class QuantizedCheckpoint(Checkpoint):
         return weight.T if self._scheme.is_transposed else weight
 
 
-def _matrices(keys: Iterable[str], scheme: Scheme, what: str) -> dict[str, dict[str, str]]:
+def _matrices(keys: Iterable[str], scheme: QuantizationScheme, what: str) -> dict[str, dict[str, str]]:
     """Matrix -> stored tensor -> key, for every matrix that has a scale beside it.
 
     Raises:

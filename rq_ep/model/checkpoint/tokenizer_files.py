@@ -17,13 +17,13 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     # Without a file transformers would make up an empty tokenizer.
     if directory.is_dir() and not any((directory / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; copy {TOKENIZER_FILES[0]} and tokenizer_config.json of the model there")
-    with transformers_may_refuse(f"the tokenizer of {path}"):
+    with transformers_errors(f"the tokenizer of {path}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     return tokenizer
 
 
 @contextmanager
-def transformers_may_refuse(what: str | Path) -> Iterator[None]:
+def transformers_errors(what: str | Path) -> Iterator[None]:
     """Tell in one line why transformers cannot use what a checkpoint holds; every family fails in its own way."""
     try:
         yield

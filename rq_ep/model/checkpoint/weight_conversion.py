@@ -35,7 +35,7 @@ from rq_ep.model.seam.expert_modules import family_of
 COMPUTED_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
-class Source(NamedTuple):
+class SourceTensor(NamedTuple):
     """A checkpoint tensor that goes into a tensor of the model."""
 
     key: str
@@ -44,12 +44,12 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorConversion:
     """How a tensor of the model (or several, where the checkpoint fuses what the model keeps apart) is made."""
 
     target: str
     converter: WeightConverter | None
-    sources: list[Source] = field(default_factory=list)
+    sources: list[SourceTensor] = field(default_factory=list)
 
     @property
     def targets(self) -> list[str]:
@@ -75,33 +75,33 @@ class WeightReader:
         self._checkpoint = checkpoint
         self._config = model.config
         self._state = model.state_dict()
-        recipes = _recipes(model, checkpoint.keys, self._state)
-        made = {target for recipe in recipes.values() for target in recipe.targets}
+        conversions = _conversions(model, checkpoint.keys, self._state)
+        made = {target for conversion in conversions.values() for target in conversion.targets}
         self._refuse_leftovers(model, made)
         self._refuse_missing(model, made)
-        self._experts: dict[str, dict[str, Recipe]] = {}
+        self._experts: dict[str, dict[str, TensorConversion]] = {}
         self._layouts: dict[str, ExpertLayout] = {}
         for name in experts:
             self._layouts[name] = family_of(model.get_submodule(name)).layout
             tensors = [tensor for tensor, _ in model.get_submodule(name).named_parameters()]
-            self._experts[name] = {tensor: recipes.pop(f"{name}.{tensor}") for tensor in tensors}
-            for recipe in self._experts[name].values():
-                self._refuse_incomplete(recipe)
-        self._others = list(recipes.values())
+            self._experts[name] = {tensor: conversions.pop(f"{name}.{tensor}") for tensor in tensors}
+            for conversion in self._experts[name].values():
+                self._refuse_incomplete(conversion)
+        self._others = list(conversions.values())
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every stored tensor outside the routed experts, one after another, in the checkpoint's dtype.
 
         Here as in `expert`, weights stored in few bits come in fp32.
         """
-        for recipe in self._others:
-            if known := {name: self._state[name].shape for name in recipe.targets if name in self._state}:
-                sources = [(source.pattern, self._checkpoint.tensor(source.key)) for source in recipe.sources]
-                yield from self._make(recipe, sources, known).items()
+        for conversion in self._others:
+            if known := {name: self._state[name].shape for name in conversion.targets if name in self._state}:
+                sources = [(source.pattern, self._checkpoint.tensor(source.key)) for source in conversion.sources]
+                yield from self._make(conversion, sources, known).items()
 
     def expert(self, name: str, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert of the experts module `name`, in the checkpoint's dtype."""
-        return {tensor: self._expert_tensor(recipe, expert) for tensor, recipe in self._experts[name].items()}
+        return {tensor: self._expert_tensor(conversion, expert) for tensor, conversion in self._experts[name].items()}
 
     def stored_expert(self, name: str, expert: int, format_name: str) -> torch.Tensor | None:
         """An expert as the checkpoint stores it, packed: uint8 [nbytes]; None unless that is in format `format_name`.
@@ -111,49 +111,54 @@ class WeightReader:
         checkpoint = self._checkpoint
         if not isinstance(checkpoint, QuantizedCheckpoint) or checkpoint.format.name != format_name:
             return None
-        recipes = self._experts[name]
-        matrices = {tensor for tensor, recipe in recipes.items() if self._state[recipe.target].ndim == 3}
+        conversions = self._experts[name]
+        matrices = {tensor for tensor, conversion in conversions.items() if self._state[conversion.target].ndim == 3}
         for tensor in matrices:
-            recipe = recipes[tensor]
-            operations = [] if recipe.converter is None else recipe.converter.operations
+            conversion = conversions[tensor]
+            operations = [] if conversion.converter is None else conversion.converter.operations
             only_merges = all(isinstance(operation, MergeModulelist | Concatenate) for operation in operations)
-            if not only_merges or not all(source.key in checkpoint.matrices for source in recipe.sources):
+            if not only_merges or not all(source.key in checkpoint.matrices for source in conversion.sources):
                 return None
-        biases = {tensor: self._expert_tensor(recipes[tensor], expert) for tensor in recipes.keys() - matrices}
-        parts = {tensor: self._expert_parts(checkpoint, recipes[tensor], expert) for tensor in matrices}
+        biases = {tensor: self._expert_tensor(conversions[tensor], expert) for tensor in conversions.keys() - matrices}
+        parts = {tensor: self._expert_parts(checkpoint, conversions[tensor], expert) for tensor in matrices}
         return checkpoint.format.pack_parts(parts, biases, self._layouts[name])
 
-    def _expert_parts(self, checkpoint: QuantizedCheckpoint, recipe: Recipe, expert: int) -> Parts:
+    def _expert_parts(self, checkpoint: QuantizedCheckpoint, conversion: TensorConversion, expert: int) -> Parts:
         """What is stored of one expert's matrix, each part merged as the matrix would be."""
-        if recipe.converter is None:
-            return checkpoint.parts(recipe.sources[0].key, expert)
+        if conversion.converter is None:
+            return checkpoint.parts(conversion.sources[0].key, expert)
         sources = [
-            (source.pattern, checkpoint.parts(source.key)) for source in recipe.sources if source.expert == expert
+            (source.pattern, checkpoint.parts(source.key)) for source in conversion.sources if source.expert == expert
         ]
         merged = {}
         for part in sources[0][1]:
             tensors = [(pattern, parts[part]) for pattern, parts in sources]
-            merged[part] = self._convert(recipe.target, recipe.converter, tensors, _Shapes({}))[recipe.target][0]
+            merged[part] = self._convert(conversion.target, conversion.converter, tensors, _Shapes({}))[
+                conversion.target
+            ][0]
         return merged
 
-    def _expert_tensor(self, recipe: Recipe, expert: int) -> torch.Tensor:
+    def _expert_tensor(self, conversion: TensorConversion, expert: int) -> torch.Tensor:
         sources = []
-        for source in recipe.sources:
+        for source in conversion.sources:
             if source.expert is None:
                 sources.append((source.pattern, self._checkpoint.rows(source.key, expert, expert + 1)))
             elif source.expert == expert:
                 sources.append((source.pattern, self._checkpoint.tensor(source.key)))
-        shape = torch.Size((1, *self._state[recipe.target].shape[1:]))
-        return self._make(recipe, sources, {recipe.target: shape})[recipe.target][0]
+        shape = torch.Size((1, *self._state[conversion.target].shape[1:]))
+        return self._make(conversion, sources, {conversion.target: shape})[conversion.target][0]
 
     def _make(
-        self, recipe: Recipe, sources: Sequence[tuple[str, torch.Tensor]], shapes: Mapping[str, torch.Size]
+        self,
+        conversion: TensorConversion,
+        sources: Sequence[tuple[str, torch.Tensor]],
+        shapes: Mapping[str, torch.Size],
     ) -> dict[str, torch.Tensor]:
         """The tensors named in `shapes`, out of (pattern, tensor) pairs."""
-        if recipe.converter is None:
-            made = {recipe.target: sources[0][1]}
+        if conversion.converter is None:
+            made = {conversion.target: sources[0][1]}
         else:
-            made = self._convert(recipe.target, recipe.converter, sources, _Shapes(shapes))
+            made = self._convert(conversion.target, conversion.converter, sources, _Shapes(shapes))
         for name, shape in shapes.items():
             if made[name].shape != shape:
                 raise UserError(
@@ -200,17 +205,17 @@ class WeightReader:
                 "another configuration"
             )
 
-    def _refuse_incomplete(self, recipe: Recipe) -> None:
+    def _refuse_incomplete(self, conversion: TensorConversion) -> None:
         """Check that every expert of a fused tensor is there; the number of tensors does not say which is lacking."""
-        num_experts = self._state[recipe.target].shape[0]
-        for pattern in {source.pattern for source in recipe.sources}:
-            sources = [source for source in recipe.sources if source.pattern == pattern]
+        num_experts = self._state[conversion.target].shape[0]
+        for pattern in {source.pattern for source in conversion.sources}:
+            sources = [source for source in conversion.sources if source.pattern == pattern]
             found = {source.expert for source in sources}
             if found == {None}:
                 rows = self._checkpoint.shape(sources[0].key)[0]
-                wrong = [] if rows == num_experts else [f"{recipe.target} of {rows} experts"]
+                wrong = [] if rows == num_experts else [f"{conversion.target} of {rows} experts"]
             else:
-                wrong = [f"expert {expert} of {recipe.target}" for expert in found ^ set(range(num_experts))]
+                wrong = [f"expert {expert} of {conversion.target}" for expert in found ^ set(range(num_experts))]
             if wrong:
                 raise UserError(
                     f"{self._checkpoint.path}: config.json asks for experts 0..{num_experts - 1}, but the checkpoint "
@@ -228,23 +233,25 @@ class _Shapes:
         return torch.empty(self._shapes[name], device="meta")
 
 
-def _recipes(model: PreTrainedModel, keys: Iterable[str], state: dict[str, torch.Tensor]) -> dict[str, Recipe]:
-    """Target name -> recipe, for every tensor of the checkpoint; transformers' loader renames in the same order."""
+def _conversions(
+    model: PreTrainedModel, keys: Iterable[str], state: dict[str, torch.Tensor]
+) -> dict[str, TensorConversion]:
+    """Target name -> conversion, for every tensor of the checkpoint; transformers' loader renames in the same order."""
     rules = [*get_model_conversion_mapping(model), *adapter_for(model.config.model_type).converters()]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
-    recipes: dict[str, Recipe] = {}
+    conversions: dict[str, TensorConversion] = {}
     for key in sorted(keys, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if target not in state and key in state:
             target, pattern = rename_source_key(key, [], [], prefix, state)
         converter = None if pattern is None else by_pattern[pattern]
         expert = None if pattern is None else _expert_number(apply_renamings(key, renamings), pattern)
-        recipe = recipes.setdefault(target, Recipe(target, converter))
-        recipe.sources.append(Source(key, pattern or key, expert))
-    return recipes
+        conversion = conversions.setdefault(target, TensorConversion(target, converter))
+        conversion.sources.append(SourceTensor(key, pattern or key, expert))
+    return conversions
 
 
 def _expert_number(key: str, pattern: str) -> int | None:

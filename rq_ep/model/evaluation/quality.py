@@ -1,10 +1,14 @@
-"""How far a model's answers are from those of the dense model: logits, routers' choices, greedy continuations."""
+"""Quality of a model's outputs against the dense model's: logits, routing, greedy continuations.
+
+Axes: B windows, T tokens of a window, V vocabulary, W tokens of a continuation.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import exp, sqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ class Estimate:
         return cls(float(values.mean()), error)
 
     def exp(self) -> "Estimate":
-        """e to the mean, the error carried along: a perplexity from nats per token."""
+        """e to the mean, with the error propagated: a perplexity from nats per token."""
         return Estimate(exp(self.mean), exp(self.mean) * self.error)
 
 
@@ -40,14 +44,14 @@ class Quality:
     agreement: list[float] = field(default_factory=list)  # share of tokens with the dense model's most likely next one
 
     def add(self, dense_BTV: Tensor, logits_BTV: Tensor, tokens_BT: Tensor) -> None:
-        """Take in a batch of windows; the logits at one position are about the token at the next."""
+        """Add a batch of windows; the logits at one position predict the token at the next."""
         self.nll += nll(logits_BTV, tokens_BT)
         for dense_TV, logits_TV in zip(dense_BTV, logits_BTV, strict=True):
-            # In doubles: the figure can be a billionth, and one window at a time bounds the memory.
-            expected_TV, found_TV = (logits[:-1].double().log_softmax(-1) for logits in (dense_TV, logits_TV))
-            kl_T = (expected_TV.exp() * (expected_TV - found_TV)).sum(-1)
+            # In fp64: the figure can be a billionth. One window at a time bounds the memory.
+            expected_TV, actual_TV = (logits[:-1].double().log_softmax(-1) for logits in (dense_TV, logits_TV))
+            kl_T = (expected_TV.exp() * (expected_TV - actual_TV)).sum(-1)
             self.kl.append(kl_T.mean().item())
-            self.agreement.append((expected_TV.argmax(-1) == found_TV.argmax(-1)).double().mean().item())
+            self.agreement.append((expected_TV.argmax(-1) == actual_TV.argmax(-1)).double().mean().item())
 
 
 def nll(logits_BTV: Tensor, tokens_BT: Tensor) -> list[float]:
@@ -59,40 +63,48 @@ def nll(logits_BTV: Tensor, tokens_BT: Tensor) -> list[float]:
     return losses
 
 
-Choices = list[Tensor]  # [L] topk_ids_TK of each layer's last call
-
-
 @contextmanager
-def watching_choices(experts: Sequence[nn.Module]) -> Iterator[Choices]:
-    """While open, what the routers chose in the last forward pass: the ids that each experts module was called with."""
-    choices: Choices = [torch.empty(0, 0)] * len(experts)
+def recording_topk_ids(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """While open, [L] the topk_ids_TK with which each experts module was called in the last forward pass."""
+    ids_L = [torch.empty(0, 0)] * len(layers)
 
-    def keep(at: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        choices[at] = arguments[1]
+    def record(i: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        ids_L[i] = arguments[1]
 
-    hooks = [module.register_forward_pre_hook(partial(keep, at)) for at, module in enumerate(experts)]
+    hooks = [module.register_forward_pre_hook(partial(record, i)) for i, module in enumerate(layers)]
     try:
-        yield choices
+        yield ids_L
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def routing_shift(dense: Choices, found: Choices, num_windows: int) -> list[list[float]]:
+def routing_shift(dense_ids_L: Sequence[Tensor], ids_L: Sequence[Tensor], num_windows: int) -> list[list[float]]:
     """[L][windows] share of the dense model's choices of an expert that are not made here.
 
     A layer's own experts cannot shift its choices, only those of later layers.
     """
     return [
-        [(~(ids_TK[:, :, None] == other_TK[:, None, :]).any(-1)).double().mean().item() for ids_TK, other_TK in windows]
-        for ids_NK, other_NK in zip(dense, found, strict=True)
-        for windows in [zip(ids_NK.tensor_split(num_windows), other_NK.tensor_split(num_windows), strict=True)]
+        [
+            (~(dense_TK[:, :, None] == here_TK[:, None, :]).any(-1)).double().mean().item()
+            for dense_TK, here_TK in zip(
+                dense_ids.tensor_split(num_windows), here_ids.tensor_split(num_windows), strict=True
+            )
+        ]
+        for dense_ids, here_ids in zip(dense_ids_L, ids_L, strict=True)
     ]
 
 
-def continuations(model: PreTrainedModel, prompts_BT: Tensor, num_tokens: int) -> Tensor:
-    """[B, num_tokens] greedy continuations of prompts of equal length; the end of a text does not end them."""
-    written_BW = model.generate(
+def greedy_continuations(model: PreTrainedModel, prompts_BT: Tensor, num_tokens: int) -> Tensor:
+    """[B, W] greedy continuations of prompts of equal length, W = `num_tokens`; an end-of-text token does not end them.
+
+    Args:
+        model: generates them.
+        prompts_BT: [B, T] int64.
+        num_tokens: W.
+    """
+    generating: Any = model
+    written_BW: Tensor = generating.generate(
         prompts_BT,
         attention_mask=torch.ones_like(prompts_BT),
         do_sample=False,
@@ -100,5 +112,4 @@ def continuations(model: PreTrainedModel, prompts_BT: Tensor, num_tokens: int) -
         max_new_tokens=num_tokens,
         pad_token_id=0,
     )
-    assert isinstance(written_BW, Tensor)
     return written_BW[:, -num_tokens:]

@@ -34,7 +34,7 @@ def place_uniformly(
     """What a strategy makes of a model nobody has calibrated, in the expert bytes of standard EP."""
     topology = Topology(num_ranks)
     stats = ExpertStats.uniform(
-        layers=tuple(module.layer for module in experts),
+        layers=tuple(module.layer_index for module in experts),
         num_experts=experts[0].num_experts,
         expert_bytes={native_format: get_format(native_format).nbytes(layout)},
         native_format=native_format,
@@ -56,7 +56,7 @@ def layer_cost(
 def check_layers(placement: Placement, experts: Sequence[ExpertsModule]) -> None:
     """Raise a `UserError` with both values unless the placement has the model's MoE layers, in its order."""
     placed = [(layer.index, layer.num_experts) for layer in placement.layers]
-    wanted = [(module.layer, module.num_experts) for module in experts]
+    wanted = [(module.layer_index, module.num_experts) for module in experts]
     if placed != wanted:
         raise UserError(f"the placement is for {_describe(placed)}, but the model has {_describe(wanted)}")
 

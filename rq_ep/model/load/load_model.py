@@ -13,7 +13,7 @@ from rich.progress import track
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rq_ep.core.cost import CostModel
-from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
@@ -23,9 +23,10 @@ from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
 from rq_ep.model.checkpoint.weight_conversion import WeightReader
+from rq_ep.model.dtypes import stored_dtype, torch_dtype
 from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly
 from rq_ep.model.load.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
-from rq_ep.model.load.ranks import Ranks
+from rq_ep.model.load.ranks import LoadRanks
 from rq_ep.model.load.whole_model import empty_model, fill
 from rq_ep.model.seam.expert_modules import ExpertsModule, family_of, find_expert_modules
 from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts, Telemetry
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a model's experts; a loaded model keeps it as `model.rq_ep`."""
+    """How a model's experts were loaded; a loaded model keeps it as `model.rq_ep`, see `report_of`."""
 
     placement: Placement
     strategy: Strategy
@@ -45,6 +46,13 @@ class LoadReport:
     bytes_read: int  # from the checkpoint, by this process
     expert_bytes: Mapping[str, int]  # resident in this process, by weight format
     rank_bytes: RankBytes  # all that a rank needs of its device
+
+
+def report_of(model: PreTrainedModel) -> LoadReport:
+    """The report of a model that `load` returned."""
+    report: Any = model.rq_ep
+    assert isinstance(report, LoadReport), report
+    return report
 
 
 def load(
@@ -98,7 +106,7 @@ def load(
     for name, value in (("max_tokens", max_tokens), ("max_dispatch_bytes", max_dispatch_bytes)):
         if value is not None:
             check_integer(name, value, 1)
-    ranks = Ranks.of(group, num_local_ranks, device)
+    ranks = LoadRanks.of(group, num_local_ranks, device)
     return ranks.together(
         lambda: _load(
             path, placement, strategy, ranks, dtype, attn_implementation, packed_experts, machine, telemetry,
@@ -111,7 +119,7 @@ def _load(
     path: str | Path,
     placement: Placement | str | Path | None,
     strategy: str | Strategy | None,
-    ranks: Ranks,
+    ranks: LoadRanks,
     dtype: str | torch.dtype | None,
     attn_implementation: str | None,
     packed_experts: str | Path | None,
@@ -144,14 +152,14 @@ def _load(
         )
     check_layers(placement, experts)
     placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
-    resident = expert_bytes(placement, layout, ranks.here)
+    resident = expert_bytes(placement, layout, ranks.local)
     step = None
     if max_tokens is not None:
         top_k = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
         kind = ranks.device.type
         step = step_bytes(family, top_k, ranks.num_ranks, max_tokens, serving_dtype, kind, max_dispatch_bytes)
     needed = rank_bytes(model, experts, resident, placement, strategy, layout, step)
-    check_fits(needed, ranks.here[0], ranks.device)
+    check_fits(needed, ranks.local[0], ranks.device)
 
     layers = _replace_experts(
         model, experts, placement, strategy, ranks, machine, telemetry, needed.borrowed, max_dispatch_bytes
@@ -162,19 +170,13 @@ def _load(
     report = LoadReport(placement, strategy, layers, telemetry, checkpoint.bytes_read, resident, needed)
     _finish(model, path, ranks, report)
     sizes = ", ".join(f"{size:,} in {name}" for name, size in sorted(resident.items()))
-    log.info("rank %d: %s bytes read, bytes of experts: %s", ranks.here[0], f"{checkpoint.bytes_read:,}", sizes or 0)
-    log.info("rank %d needs at most %s", ranks.here[0], needed)
+    log.info("rank %d: %s bytes read, bytes of experts: %s", ranks.local[0], f"{checkpoint.bytes_read:,}", sizes or 0)
+    log.info("rank %d needs at most %s", ranks.local[0], needed)
     return model
 
 
 def _serving_dtype(dtype: str | torch.dtype | None, config: PretrainedConfig) -> torch.dtype:
-    if dtype is None or dtype == "auto":
-        return getattr(config, "dtype", None) or torch.bfloat16
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if isinstance(known := getattr(torch, dtype, None), torch.dtype):
-        return known
-    raise UserError(f"dtype {dtype!r}: choose from auto, bfloat16, float16, float32")
+    return stored_dtype(config) if dtype is None or dtype == "auto" else torch_dtype(dtype)
 
 
 def _replace_experts(
@@ -182,7 +184,7 @@ def _replace_experts(
     experts: Sequence[ExpertsModule],
     placement: Placement,
     strategy: Strategy,
-    ranks: Ranks,
+    ranks: LoadRanks,
     machine: CostModel | None,
     telemetry: Telemetry | None,
     max_borrowed_bytes: int,
@@ -190,7 +192,7 @@ def _replace_experts(
 ) -> tuple[EPExperts | LocalExperts, ...]:
     """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
     layout = family_of(experts[0].module).layout
-    borrow_buffers = [BorrowBuffers(layout, ranks.device, max_borrowed_bytes) for _ in ranks.here]
+    borrow_buffers = [BorrowBuffers(layout, ranks.device, max_borrowed_bytes) for _ in ranks.local]
     exchange = ExchangeSettings.for_device(ranks.device.type, max_dispatch_bytes)
     layers: list[EPExperts | LocalExperts] = []
     for module, placed in zip(experts, placement.layers, strict=True):
@@ -233,7 +235,7 @@ def _read_experts(
     prepared: PackedExperts | None,
     experts: Sequence[ExpertsModule],
     layers: Sequence[EPExperts | LocalExperts],
-    ranks: Ranks,
+    ranks: LoadRanks,
 ) -> None:
     """Read and store this process' replicas, one by one; what is not packed yet is packed where it will lie."""
     replicas = [
@@ -243,12 +245,12 @@ def _read_experts(
         for expert in bank.experts
     ]
     console = Console(stderr=True)
-    is_shown = 0 in ranks.here and console.is_terminal
+    is_shown = 0 in ranks.local and console.is_terminal
     for module, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
         format_ = bank.format_of(expert).name
         packed = reader.stored_expert(module.name, expert, format_)
         if packed is None and prepared is not None:
-            packed = prepared.packed(module.layer, expert, format_)
+            packed = prepared.packed(module.layer_index, expert, format_)
         if packed is None:
             weights = reader.expert(module.name, expert)
             bank.put(expert, {tensor: weight.to(ranks.device) for tensor, weight in weights.items()})
@@ -256,11 +258,11 @@ def _read_experts(
             bank.put_packed(expert, packed.to(ranks.device))
 
 
-def _finish(model: Any, path: str | Path, ranks: Ranks, report: LoadReport) -> None:
+def _finish(model: Any, path: str | Path, ranks: LoadRanks, report: LoadReport) -> None:
     if (Path(path) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.to(ranks.device).eval().requires_grad_(False)
     model.rq_ep = report
     if ranks.are_processes:
-        # Ranks end their sequences apart: those that are done go on calling the model until all are.
+        # LoadRanks end their sequences apart: those that are done go on calling the model until all are.
         model.generate = partial(model.generate, synced_gpus=True)

@@ -15,16 +15,16 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """All ranks of the model; `here` is one of them where they share a group, or all of them without one."""
+class LoadRanks:
+    """All ranks of the model; `local` is one of them where they share a group, or all of them without one."""
 
     num_ranks: int
-    here: tuple[int, ...]
+    local: tuple[int, ...]
     device: torch.device
     group: EPGroup | None
 
     @classmethod
-    def of(cls, group: EPGroup | None, num_local_ranks: int | None, device: str) -> "Ranks":
+    def of(cls, group: EPGroup | None, num_local_ranks: int | None, device: str) -> "LoadRanks":
         """The ranks of a group, by default the launcher's, or `num_local_ranks` ranks in this process.
 
         Raises:

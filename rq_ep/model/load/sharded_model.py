@@ -1,7 +1,7 @@
-"""A model too large for one process, listened to: its experts lie on several ranks, and all ranks run the same text.
+"""A model whose experts are sharded over ranks that all run the same text, for calibration.
 
-Every rank holds all of the model but the experts, and sees the inputs, routes and outputs of every expert, as one
-process would. What takes the weights themselves, a rank does for the experts that it holds.
+Every rank holds the rest of the model, and sees the inputs, routing and outputs of every expert, as one process would.
+What needs an expert's weights is done on the rank that holds them.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rq_ep.model.load.load_model import LoadReport, load
+from rq_ep.formats.native import Native
+from rq_ep.model.load.load_model import load, report_of
 from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.moe import EPExperts, ExpertBank, ExpertFamily
 from rq_ep.parallel import EPGroup
 
 
-class SameRows(nn.Module):
-    """An expert-parallel layer on ranks that have the same rows: each sends a run of them, all get every output."""
+class ReplicatedInputExperts(nn.Module):
+    """An expert-parallel layer for inputs that all ranks have: each sends a slice of the rows, all get every output.
+
+    DeepSpeed-MoE does the same in tensor-parallel groups, by dropping and gathering tokens.
+    """
 
     def __init__(self, layer: EPExperts) -> None:
         super().__init__()
@@ -32,16 +36,16 @@ class SameRows(nn.Module):
     def forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """out_TD [T, D], the same on every rank; every rank calls this with the same rows."""
         group = self.layer.group
-        runs = [tensor.tensor_split(group.size) for tensor in (hidden_TD, topk_ids_TK, topk_weights_TK)]
-        own_MD = self.layer(*(run[group.rank] for run in runs))
-        sizes = [len(run) for run in runs[0]]
-        return group.all_to_all(own_MD.repeat(group.size, 1), [len(own_MD)] * group.size, sizes)
+        slices_R = [tensor.tensor_split(group.size) for tensor in (hidden_TD, topk_ids_TK, topk_weights_TK)]
+        out_MD = self.layer(*(slices[group.rank] for slices in slices_R))
+        sizes = [len(part) for part in slices_R[0]]
+        return group.all_to_all(out_MD.repeat(group.size, 1), [len(out_MD)] * group.size, sizes)
 
 
-class SpreadExperts(ExpertsModule):
-    """The routed experts of one layer, some of which lie here."""
+class ShardedExperts(ExpertsModule):
+    """The routed experts of one layer, some of which are held by this rank."""
 
-    module: SameRows
+    module: ReplicatedInputExperts
 
     @property
     def num_experts(self) -> int:
@@ -52,26 +56,26 @@ class SpreadExperts(ExpertsModule):
         return self.module.layer.family
 
     @property
-    def homes(self) -> dict[int, int]:
+    def rank_of_expert(self) -> dict[int, int]:
         """Expert -> the rank that holds it."""
         return {replica.expert: replica.rank for replica in self.module.layer.placement.replicas}
 
     @property
-    def held(self) -> Sequence[int]:
+    def local_experts(self) -> Sequence[int]:
         return self.module.bank.experts
 
     def weights(self, expert: int) -> dict[str, Tensor]:
         bank = self.module.bank
         format_ = bank.format_of(expert)
         views = format_.views(bank.packed(expert), bank.layout)
-        dtype = getattr(format_, "dtype", torch.float32)
+        dtype = format_.dtype if isinstance(format_, Native) else torch.float32
         return {name: format_.dequantize(views, name, bank.layout, dtype) for name in bank.layout.shapes}
 
 
-def read_spread(
+def load_sharded_model(
     path: str | Path, dtype: torch.dtype | None, group: EPGroup
-) -> tuple[PreTrainedModel, tuple[SpreadExperts, ...]]:
-    """The model of a checkpoint with its experts in contiguous blocks on the ranks; every rank calls this.
+) -> tuple[PreTrainedModel, tuple[ShardedExperts, ...]]:
+    """Load the model of a checkpoint with its experts in contiguous blocks on the ranks; every rank calls this.
 
     Args:
         path: checkpoint directory.
@@ -81,13 +85,12 @@ def read_spread(
     Raises:
         UserError: what `load` raises, on every rank.
     """
-    network = load(path, strategy="standard", group=group, dtype=dtype)
-    report: LoadReport = network.rq_ep  # type: ignore[assignment]
-    names = {module: name for name, module in network.named_modules()}
-    found = []
-    for layer in report.layers:
+    model = load(path, strategy="standard", group=group, dtype=dtype)
+    names = {module: name for name, module in model.named_modules()}
+    sharded = []
+    for layer in report_of(model).layers:
         assert isinstance(layer, EPExperts)
-        shared = SameRows(layer)
-        network.set_submodule(names[layer], shared)
-        found.append(SpreadExperts(layer.placement.index, names[layer], shared))
-    return network, tuple(found)
+        wrapped = ReplicatedInputExperts(layer)
+        model.set_submodule(names[layer], wrapped)
+        sharded.append(ShardedExperts(layer.placement.index, names[layer], wrapped))
+    return model, tuple(sharded)

@@ -1,7 +1,8 @@
-"""A model in one process: empty, with its parameters still to come, filled from a checkpoint, or whole."""
+"""Building a transformers model from a checkpoint: empty, filled from a reader, or whole in this process."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -10,25 +11,31 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
 from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint, open_checkpoint
-from rq_ep.model.checkpoint.tokenizer_files import transformers_may_refuse
+from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
 from rq_ep.model.checkpoint.weight_conversion import WeightReader
+from rq_ep.model.dtypes import stored_dtype
 from rq_ep.model.seam.adapters import adapter_for
 
 
-def read_dense(path: str | Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-    """The whole model in one piece, as transformers loads it, but with every weight from the checkpoint.
+def load_whole_model(path: str | Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    """Load the whole model in this process, as transformers does, and check that every weight is in the checkpoint.
 
-    Weights stored in few bits are dequantized. Its MoE layers are in the form that the seam knows.
+    Low-bit weights are dequantized. The MoE layers are in the form that `rq_ep.model.seam` knows.
+
+    Args:
+        path: checkpoint directory.
+        dtype: to compute in; "auto": as the weights are stored.
+        device: where the weights go.
 
     Raises:
         UserError: the checkpoint cannot be served, or lacks weights that transformers would make up.
     """
     config = read_config(path)
-    checkpoint = open_checkpoint(path)  # says which file is missing or cut short
+    checkpoint = open_checkpoint(path)  # raises if a file is missing or cut short
     if isinstance(checkpoint, QuantizedCheckpoint):
-        return _read_quantized(path, config, checkpoint, dtype, device)
+        return _load_quantized(path, config, checkpoint, dtype, device)
     adapter = adapter_for(config.model_type)
-    with transformers_may_refuse(path):
+    with transformers_errors(path):
         model, report = adapter.auto_class.from_pretrained(
             path, dtype=dtype, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -40,43 +47,44 @@ def read_dense(path: str | Path, dtype: torch.dtype | str, device: torch.device)
             "belongs to another configuration"
         )
     adapter.adapt(model)
-    found: PreTrainedModel = model
-    return found
+    whole_model: PreTrainedModel = model
+    return whole_model
 
 
-def _read_quantized(
+def _load_quantized(
     path: str | Path,
     config: PretrainedConfig,
     checkpoint: Checkpoint,
     dtype: torch.dtype | str,
     device: torch.device,
 ) -> PreTrainedModel:
-    computed_in = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.bfloat16
-    model = empty_model(path, config, computed_in, None)
-    fill(model, WeightReader(checkpoint, model, []), computed_in, device)
-    return model.to(device).eval()
+    serving_dtype = dtype if isinstance(dtype, torch.dtype) else stored_dtype(config)
+    model: Any = empty_model(path, config, serving_dtype, None)
+    fill(model, WeightReader(checkpoint, model, []), serving_dtype, device)
+    quantized_model: PreTrainedModel = model.to(device).eval()
+    return quantized_model
 
 
 def empty_model(
     path: str | Path, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """The model with its parameters on the meta device, its computed buffers in place."""
+    """Build the model with its parameters on the meta device, and its computed buffers in memory."""
     adapter = adapter_for(config.model_type)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with transformers_may_refuse(path), init_empty_weights(include_buffers=False):
+    with transformers_errors(path), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = adapter.auto_class.from_config(config, dtype=dtype, **options)
         adapter.adapt(model)
     return model
 
 
 def fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype, device: torch.device) -> None:
-    """Read everything that is not read expert by expert, each tensor in the dtype that transformers would give it."""
-    kept_precise = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]  # all of them fp32
+    """Read all weights but those read expert by expert, each in the dtype that transformers would give it."""
+    kept_in_fp32 = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
     expected = model.state_dict()
     state = {}
     for name, tensor in reader.tensors():
-        is_precise = any(re.search(pattern, name) for pattern in kept_precise)
-        state[name] = tensor.to(device, torch.float32 if is_precise else expected[name].dtype)
+        is_fp32 = any(re.search(pattern, name) for pattern in kept_in_fp32)
+        state[name] = tensor.to(device, torch.float32 if is_fp32 else expected[name].dtype)
     for name in expected.keys() - state.keys():  # tied, or computed by the model
         state[name] = state[model.all_tied_weights_keys[name]] if expected[name].is_meta else expected[name]
     model.load_state_dict(state, strict=True, assign=True)

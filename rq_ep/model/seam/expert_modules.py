@@ -24,7 +24,7 @@ DECORATED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set 
 class ExpertsModule(NamedTuple):
     """The routed experts of one layer."""
 
-    layer: int  # index of the layer in the model
+    layer_index: int  # of the layer in the model
     name: str  # of the module, for `get_submodule`
     module: nn.Module
 
@@ -38,12 +38,12 @@ class ExpertsModule(NamedTuple):
         return family_of(self.module)
 
     @property
-    def held(self) -> Sequence[int]:
+    def local_experts(self) -> Sequence[int]:
         """The experts whose weights are in this process."""
         return range(self.num_experts)
 
     def weights(self, expert: int) -> dict[str, Tensor]:
-        """The tensors of one of the experts `held`."""
+        """The tensors of one of the `local_experts`."""
         return {name: parameter[expert] for name, parameter in self.module.named_parameters()}
 
 
@@ -80,7 +80,7 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
                 f"model_type {model_type!r} cannot be served: its MoE layers differ, {first.name} has "
                 f"{_shapes(first.module)} and {experts.name} has {_shapes(experts.module)}"
             )
-    if len({experts.layer for experts in found}) < len(found):
+    if len({experts.layer_index for experts in found}) < len(found):
         raise UserError(f"model_type {model_type!r} cannot be served: a layer has more than one set of routed experts")
     top_k = getattr(model.config, "num_experts_per_tok", None) or 1
     if top_k > first.num_experts:

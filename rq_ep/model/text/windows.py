@@ -1,7 +1,7 @@
-"""Text in, windows of tokens out: what calibration and evaluation run through a model.
+"""Windows of tokens, sampled from text, that calibration and evaluation run through a model.
 
 A window is `sequence_length` tokens without padding. A batch holds windows of one domain, and the domains take turns,
-so that stopping early loses none of them.
+so that the first batches cover all of them. Axes: B windows of a batch, T tokens of a window.
 """
 
 import json
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rq_ep.core.errors import UserError, check_integer
+from rq_ep.model.settings import WindowSettings
 
 # Domain -> texts; or texts of one domain (str); or files and directories of them (Path).
 Texts = Mapping[str, Iterable[str]] | Iterable[str | Path] | Path
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Batch:
+class WindowBatch:
     """Windows of one domain that run through the model together."""
 
     tokens_BT: Tensor  # int64 [windows, sequence length]
@@ -39,7 +40,7 @@ class Batch:
 class Windows:
     """A sample of the text, in the order in which it is run."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple[WindowBatch, ...]
     domains: tuple[str, ...]
 
     @property
@@ -51,53 +52,40 @@ class Windows:
         return sum(batch.tokens_BT.numel() for batch in self.batches)
 
 
-def make_windows(
-    texts: Texts,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    sequence_length: int,
-    max_tokens: int,
-    batch_size: int,
-    seed: int = 0,
-) -> Windows:
+def make_windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, settings: WindowSettings) -> Windows:
     """Sample windows from all over the text, equally many from each domain as far as it reaches.
 
-    No more is tokenized than is needed, however large the text.
+    However large the text, only as much as is needed is tokenized.
 
     Args:
         texts: domain -> texts, texts, or paths; see `read_texts`.
         tokenizer: of the model that is to run them; special tokens are not added.
-        sequence_length: tokens in a window.
-        max_tokens: tokens in all windows together, at most.
-        batch_size: windows in a batch, at most.
-        seed: chooses the places that windows are taken from.
+        settings: size of the sample. A window is one sequence; the last windows may be fewer than a batch.
 
     Raises:
-        UserError: a size is not positive, or there is not even one window of text.
+        UserError: there is not even one window of text.
     """
-    check_integer("--sequence-length", sequence_length, 1)
-    check_integer("--batch-size", batch_size, 1)
-    check_integer("--max-tokens", max_tokens)
-    check_integer("--seed", seed)
+    length = settings.sequence_length
     by_domain = read_texts(texts)
-    if max_tokens < sequence_length * len(by_domain):
+    if settings.max_tokens < length * len(by_domain):
         raise UserError(
-            f"--max-tokens {max_tokens}: {len(by_domain)} domains ({', '.join(by_domain)}) need at least one window of "
-            f"{sequence_length} tokens each, {sequence_length * len(by_domain)} in all"
+            f"--max-tokens {settings.max_tokens}: {len(by_domain)} domains ({', '.join(by_domain)}) need at least one "
+            f"window of {length} tokens each, {length * len(by_domain)} in all"
         )
-    wanted = max_tokens // sequence_length // len(by_domain)
-    per_domain: list[list[Batch]] = []
+    windows_per_domain = settings.max_tokens // length // len(by_domain)
+    batches_by_domain: list[list[WindowBatch]] = []
     domains: list[str] = []
     for name, documents in by_domain.items():
-        windows_NT = _sample(documents, tokenizer, sequence_length, wanted, np.random.default_rng(seed))
-        if len(windows_NT):
-            per_domain.append([Batch(tokens_BT, len(domains)) for tokens_BT in windows_NT.split(batch_size)])
+        tokens_BT = _sample(documents, tokenizer, length, windows_per_domain, np.random.default_rng(settings.seed))
+        if len(tokens_BT):
+            batches = tokens_BT.split(settings.batch_size)
+            batches_by_domain.append([WindowBatch(batch_BT, len(domains)) for batch_BT in batches])
             domains.append(name)
         else:
-            log.warning("domain %s is left out: less than one window of %d tokens", name, sequence_length)
+            log.warning("domain %s is left out: less than one window of %d tokens", name, length)
     if not domains:
-        raise UserError(f"the text does not fill one window of {sequence_length} tokens: give more of it")
-    in_turns = chain.from_iterable(zip_longest(*per_domain))
+        raise UserError(f"the text does not fill one window of {length} tokens: give more of it")
+    in_turns = chain.from_iterable(zip_longest(*batches_by_domain))
     return Windows(tuple(batch for batch in in_turns if batch is not None), tuple(domains))
 
 
@@ -110,11 +98,11 @@ def check_sequence_length(length: int, config: PretrainedConfig, low: int = 1) -
 
 
 def read_texts(texts: Texts) -> dict[str, list[str]]:
-    """Domain -> documents that are not empty, sorted by domain.
+    """Read texts: domain -> documents that are not empty, sorted by domain.
 
     A str is a text, a Path a file or a directory, read with everything below it. The domain of a file in a directory is
     the name of the directory it lies in, that of a file given by itself its own name. A .jsonl file holds one document
-    a line, under "text". Files that are not UTF-8 text are skipped, which is said.
+    a line, under "text". Files that are not UTF-8 text are skipped, with a warning.
 
     Raises:
         UserError: a path does not exist, or there is no text at all.
@@ -193,19 +181,23 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
 
 
 def _sample(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, wanted: int, generator: np.random.Generator
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    max_windows: int,
+    generator: np.random.Generator,
 ) -> Tensor:
-    """[at most `wanted`, length] windows, cut from pieces of about that length in random order."""
+    """[B, T] at most `max_windows` windows, cut from pieces of about that length in random order."""
     starts = [document[:length] for document in documents[:16]]
     num_tokens = sum(map(len, _tokenize(starts, tokenizer)))
-    piece = max(1, round(length * sum(map(len, starts)) / max(num_tokens, 1)))
-    places = [(i, start) for i, document in enumerate(documents) for start in range(0, len(document), piece)]
-    in_order = (places[i] for i in generator.permutation(len(places)))
+    piece_length = max(1, round(length * sum(map(len, starts)) / max(num_tokens, 1)))  # characters
+    positions = [(i, start) for i, document in enumerate(documents) for start in range(0, len(document), piece_length)]
+    in_random_order = (positions[i] for i in generator.permutation(len(positions)))
     tokens: list[int] = []
-    while len(tokens) < wanted * length and (chosen := list(islice(in_order, 64))):
-        pieces = [documents[i][start : start + piece] for i, start in chosen]
+    while len(tokens) < max_windows * length and (chosen := list(islice(in_random_order, 64))):
+        pieces = [documents[i][start : start + piece_length] for i, start in chosen]
         tokens.extend(chain.from_iterable(_tokenize(pieces, tokenizer)))
-    num_windows = min(wanted, len(tokens) // length)
+    num_windows = min(max_windows, len(tokens) // length)
     return torch.tensor(tokens[: num_windows * length], dtype=torch.long).view(num_windows, length)
 
 

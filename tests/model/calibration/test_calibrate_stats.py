@@ -12,7 +12,7 @@ from rq_ep.model import tiny
 from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.calibration.forward_stats import DECODE_STEPS
 from rq_ep.model.calibration.layer_records import recording
-from rq_ep.model.calibration.output_error import output_errors
+from rq_ep.model.calibration.output_error import output_errors_EQ
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.seam.adapters import ADAPTERS
 from rq_ep.model.seam.expert_modules import find_expert_modules
@@ -93,7 +93,7 @@ def test_same_text_same_record_also_from_a_model_in_memory(tiny_checkpoint) -> N
 
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in ADAPTERS])
 def test_every_family_is_recorded_without_changing_what_it_computes(family: str, tmp_path) -> None:
-    recipe = tiny.Recipe(family, steps=2, num_experts=8, num_layers=2, hidden_size=32, intermediate_size=16)
+    recipe = tiny.TrainingRecipe(family, steps=2, num_experts=8, num_layers=2, hidden_size=32, intermediate_size=16)
     tiny.tiny_model(tmp_path / "model", recipe)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     modules = [found.module for found in find_expert_modules(model)]
@@ -161,7 +161,7 @@ def test_an_expert_without_inputs_is_measured_on_those_of_the_others(tiny_checkp
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(n, 64, generator=generator) for n in (5, 0, 9, 4, 4, 4, 4, 4)]
     formats = [get_format("fp32"), get_format("fp16"), get_format("int8")]
-    error_EQ = output_errors(experts, experts.family, rows, formats)
+    error_EQ = output_errors_EQ(experts, experts.family, rows, formats)
     assert (error_EQ[:, 0] == 0).all()
     assert (error_EQ[:, 1] < 1e-3).all()
     assert ((error_EQ[:, 2] > 1e-4) & (error_EQ[:, 2] < 0.05)).all()

@@ -9,11 +9,11 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.model.calibration.calibrate import calibrate
-from rq_ep.model.calibration.divergence import Divergence, dropped_LE, quantized_LEQ
+from rq_ep.model.calibration.divergence import KLDivergence, kl_when_dropped_LE, kl_when_quantized_LEQ
 from rq_ep.model.calibration.importance import wanda_E
 from rq_ep.model.calibration.stability import ranking_agreement
 from rq_ep.model.seam.expert_modules import ExpertsModule, family_of, find_expert_modules
-from rq_ep.model.text.windows import Batch
+from rq_ep.model.text.windows import WindowBatch
 from rq_ep.moe.expert_family import ExpertFamily
 
 
@@ -23,37 +23,39 @@ def network(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def batches(tiny_checkpoint) -> list[Batch]:
+def batches(tiny_checkpoint) -> list[WindowBatch]:
     text = next((tiny_checkpoint / "text" / "held-out").rglob("*.txt")).read_bytes()[: 8 * 64]
-    return [Batch(torch.tensor(list(text)).view(8, 64), 0)]
+    return [WindowBatch(torch.tensor(list(text)).view(8, 64), 0)]
 
 
 def test_an_unchanged_model_does_not_diverge(network, batches) -> None:
-    assert Divergence(network, batches).now() == pytest.approx(0, abs=1e-9)
+    assert KLDivergence(network, batches).measure() == pytest.approx(0, abs=1e-9)
 
 
 def test_dropping_any_expert_costs_something_and_leaves_the_model_whole(network, batches) -> None:
     experts = find_expert_modules(network)
-    divergence = Divergence(network, batches)
+    divergence = KLDivergence(network, batches)
     asked = []
-    lost_LE = dropped_LE(divergence, experts, lambda: asked.append(1))
+    lost_LE = kl_when_dropped_LE(divergence, experts, lambda: asked.append(1))
     assert lost_LE.shape == (2, 8)
     assert len(asked) == 16
     assert (lost_LE >= 0).all()
     assert lost_LE.max() > 1e-3
-    assert divergence.now() == pytest.approx(0, abs=1e-9)
+    assert divergence.measure() == pytest.approx(0, abs=1e-9)
 
 
 def test_fewer_bits_cost_more_and_the_weights_come_back(network, batches) -> None:
     experts = find_expert_modules(network)
     before = [parameter.clone() for found in experts for parameter in found.module.parameters()]
     formats = [get_format(name) for name in ("fp32", "bf16", "int8")]
-    lost_LEQ = quantized_LEQ(Divergence(network, batches), experts, family_of(experts[0].module).layout, formats)
+    lost_LEQ = kl_when_quantized_LEQ(
+        KLDivergence(network, batches), experts, family_of(experts[0].module).layout, formats
+    )
     after = [parameter for found in experts for parameter in found.module.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert np.allclose(lost_LEQ[..., 0], 0, atol=1e-9)
     assert lost_LEQ[..., 2].mean() > 1e-8
-    assert lost_LEQ[..., 2].mean() < dropped_LE(Divergence(network, batches), experts).mean() / 10
+    assert lost_LEQ[..., 2].mean() < kl_when_dropped_LE(KLDivergence(network, batches), experts).mean() / 10
 
 
 def test_wanda_of_a_hand_made_expert() -> None:

@@ -1,5 +1,6 @@
-"""Calibration that was stopped goes on where it was; the record is the same as without a stop."""
+"""Resuming a calibration that was stopped: the statistics are the same as without a stop."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.calibration.forward_stats import Heard, Subject, listen
+from rq_ep.model.calibration.forward_stats import ForwardStats, collect_forward_stats
+from rq_ep.model.calibration.loaded_model import LoadedModel
+from rq_ep.model.settings import WindowSettings
 from rq_ep.parallel import EPGroup, run_local
 
-SETTINGS = {"sequence_length": 32, "max_tokens": 2048, "batch_size": 8, "save_every_s": 0.0}
+SETTINGS = WindowSettings(sequence_length=32, max_tokens=2048)
 
 
 class Stopped(Exception):
@@ -20,8 +23,8 @@ class Stopped(Exception):
 
 
 @pytest.fixture(scope="module")
-def subject(tiny_checkpoint: Path) -> Subject:
-    return Subject.open(tiny_checkpoint, torch.float32, "cpu")
+def loaded(tiny_checkpoint: Path) -> LoadedModel:
+    return LoadedModel.open(tiny_checkpoint, torch.float32, "cpu")
 
 
 def until(stop: int):
@@ -33,7 +36,7 @@ def until(stop: int):
     return progress
 
 
-def assert_same(a: Heard, b: Heard) -> None:
+def assert_same(a: ForwardStats, b: ForwardStats) -> None:
     assert [step[:3] for step in a.steps] == [step[:3] for step in b.steps]
     assert all(np.array_equal(x.counts_LE, y.counts_LE) for x, y in zip(a.steps, b.steps, strict=True))
     for one, other in zip(a.records, b.records, strict=True):
@@ -42,49 +45,53 @@ def assert_same(a: Heard, b: Heard) -> None:
         assert all(torch.equal(x, y) for x, y in zip(one.kept_rows(), other.kept_rows(), strict=True))
 
 
-def test_a_stopped_run_goes_on(subject: Subject, tiny_checkpoint: Path, tmp_path: Path, caplog) -> None:
+def test_a_stopped_run_resumes_where_it_was(loaded: LoadedModel, tiny_checkpoint: Path, tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO")
     text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
-    whole = listen(subject, text, **SETTINGS)
+    whole = collect_forward_stats(loaded, text, SETTINGS)
     for stop in (3, 6):
         with pytest.raises(Stopped):
-            listen(subject, text, halfway_path=path, progress=until(stop), **SETTINGS)
+            collect_forward_stats(loaded, text, SETTINGS, resume_path=path, save_every_s=0, progress=until(stop))
     assert "going on after 3 batches" in caplog.text
     seen = []
-    again = listen(subject, text, halfway_path=path, progress=lambda _, done, total: seen.append(done), **SETTINGS)
+    again = collect_forward_stats(
+        loaded, text, SETTINGS, resume_path=path, progress=lambda _, done, total: seen.append(done)
+    )
     assert seen == [7, 8]
     assert_same(whole, again)
     assert not path.exists()
 
 
-def test_ranks_go_on_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_ranks_resume_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
     text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
     seen: list[int] = []
 
-    def heard(group: EPGroup, **settings: Any) -> Heard:
-        return listen(Subject.open(tiny_checkpoint, torch.float32, "cpu", group), text, **(SETTINGS | settings))
+    def collect(group: EPGroup, **options: Any) -> ForwardStats:
+        sharded = LoadedModel.open(tiny_checkpoint, torch.float32, "cpu", group)
+        return collect_forward_stats(sharded, text, SETTINGS, save_every_s=0, **options)
 
     with pytest.raises(Stopped):
-        run_local(2, partial(heard, halfway_path=path, progress=until(3)))
+        run_local(2, partial(collect, resume_path=path, progress=until(3)))
     with pytest.raises(UserError, match="rank 1 does not find it, but rank 0 does"):
-        run_local(2, lambda group: heard(group, halfway_path=path if group.rank == 0 else tmp_path / "elsewhere"))
-    again = run_local(2, partial(heard, halfway_path=path, progress=lambda _, done, total: seen.append(done)))
+        run_local(2, lambda group: collect(group, resume_path=path if group.rank == 0 else tmp_path / "elsewhere"))
+    again = run_local(2, partial(collect, resume_path=path, progress=lambda _, done, total: seen.append(done)))
     assert min(seen) in (3, 4)  # rank 0 may have been stopped before it wrote the third batch
     assert sorted(seen) == sorted([*range(min(seen), 9)] * 2)
-    for one, other in zip(again, run_local(2, heard), strict=True):
+    for one, other in zip(again, run_local(2, collect), strict=True):
         assert_same(one, other)
     assert not path.exists()
 
 
 def test_another_run_or_a_damaged_file_starts_anew(
-    subject: Subject, tiny_checkpoint: Path, tmp_path: Path, caplog
+    loaded: LoadedModel, tiny_checkpoint: Path, tmp_path: Path, caplog
 ) -> None:
     text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
     with pytest.raises(Stopped):
-        listen(subject, text, halfway_path=path, progress=until(3), **SETTINGS)
-    other = listen(subject, text, halfway_path=path, **(SETTINGS | {"seed": 1}))
+        collect_forward_stats(loaded, text, SETTINGS, resume_path=path, save_every_s=0, progress=until(3))
+    other_settings = replace(SETTINGS, seed=1)
+    other = collect_forward_stats(loaded, text, other_settings, resume_path=path)
     assert "is of another run: starting anew" in caplog.text
-    assert_same(other, listen(subject, text, **(SETTINGS | {"seed": 1})))
+    assert_same(other, collect_forward_stats(loaded, text, other_settings))
     path.write_bytes(b"nonsense")
-    listen(subject, text, halfway_path=path, **SETTINGS)
+    collect_forward_stats(loaded, text, SETTINGS, resume_path=path)
     assert "is damaged" in caplog.text

@@ -13,7 +13,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.checkpoint.weight_conversion import WeightReader
-from rq_ep.model.load.whole_model import read_dense
+from rq_ep.model.load.whole_model import load_whole_model
 from tests.model.families import FAMILIES, random_model, save
 
 EXPERTS = {"mixtral": (0, 1), "qwen3_moe": (1,), "olmoe": (0, 1), "deepseek_v2": (1, 2), "deepseek_v3": (1, 2),
@@ -165,7 +165,7 @@ def test_configurations_that_cannot_be_served_are_refused(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_dense_model_is_read_whole(family: str, checkpoints: dict[str, Path]) -> None:
-    found = read_dense(checkpoints[family], torch.float32, torch.device("cpu")).state_dict()
+    found = load_whole_model(checkpoints[family], torch.float32, torch.device("cpu")).state_dict()
     expected = random_model(FAMILIES[family]).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -188,7 +188,7 @@ def test_weights_that_transformers_would_make_up_are_refused(
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match=message):
-        read_dense(path, torch.float32, torch.device("cpu"))
+        load_whole_model(path, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model": 5}'])

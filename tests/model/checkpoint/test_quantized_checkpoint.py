@@ -18,7 +18,7 @@ from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint, open_checkpoint
 from rq_ep.model.load.load_model import load
-from rq_ep.model.load.whole_model import read_dense
+from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 from rq_ep.parallel import run_local
@@ -140,7 +140,7 @@ FORMAT_OF = {name: written[3] for name, written in WRITTEN.items()} | {"mxfp4": 
 def test_spread_over_ranks_it_equals_the_whole_model(name: str, written: Callable[[str], Path]) -> None:
     path = written(name)
     tokens = prompt(2, 9)
-    whole = read_dense(path, torch.float32, torch.device("cpu"))
+    whole = load_whole_model(path, torch.float32, torch.device("cpu"))
     spread = load(path, num_local_ranks=2, dtype="float32", strategy="standard")
     assert spread.rq_ep.placement.formats == (FORMAT_OF[name],)
     torch.testing.assert_close(logits(spread, tokens), logits(whole, tokens), atol=2e-5, rtol=1e-4)
@@ -149,7 +149,7 @@ def test_spread_over_ranks_it_equals_the_whole_model(name: str, written: Callabl
 @pytest.mark.parametrize("name", CASES)
 def test_experts_are_kept_as_they_are_stored(name: str, written: Callable[[str], Path]) -> None:
     path = written(name)
-    whole = read_dense(path, torch.float32, torch.device("cpu"))
+    whole = load_whole_model(path, torch.float32, torch.device("cpu"))
     bank = load(path, num_local_ranks=1, dtype="float32").rq_ep.layers[-1].banks[0]
     module = find_expert_modules(whole)[-1].module
     layout, format_ = family_of(module).layout, get_format(FORMAT_OF[name])

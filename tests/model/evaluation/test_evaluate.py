@@ -11,7 +11,9 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, bytes_by_rank
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.model.calibration.calibrate import calibrate
-from rq_ep.model.evaluation.evaluate import Contender, Evaluation, compare
+from rq_ep.model.evaluation.candidate import Candidate
+from rq_ep.model.evaluation.evaluate import compare
+from rq_ep.model.evaluation.evaluation_result import Evaluation
 from rq_ep.model.evaluation.quality import Estimate, Quality, routing_shift
 from rq_ep.placing.place import place
 from rq_ep.strategies import STRATEGIES, make_strategy
@@ -41,16 +43,16 @@ def in_format(placement: Placement, name: str, stats: ExpertStats) -> Placement:
 
 @pytest.fixture(scope="module")
 def rows(tiny_checkpoint: Path, placements: dict[str, Placement]) -> dict[str, Evaluation]:
-    contenders = [
-        Contender("standard", make_strategy("standard")),
-        Contender("eplb", make_strategy("eplb"), placements["rq native"]),
-        Contender("llep", make_strategy("llep", min_tokens_per_gemm=16, fallback_ratio=1.05)),
-        Contender("rq alone", make_strategy("rq")),
-        Contender("rq", make_strategy("rq"), placements["rq"]),
-        Contender("all int8", make_strategy("standard"), placements["all int8"]),
+    candidates = [
+        Candidate("standard", make_strategy("standard")),
+        Candidate("eplb", make_strategy("eplb"), placements["rq native"]),
+        Candidate("llep", make_strategy("llep", min_tokens_per_gemm=16, fallback_ratio=1.05)),
+        Candidate("rq alone", make_strategy("rq")),
+        Candidate("rq", make_strategy("rq"), placements["rq"]),
+        Candidate("all int8", make_strategy("standard"), placements["all int8"]),
     ]
     text = tiny_checkpoint / "text" / "held-out"
-    found = compare(tiny_checkpoint, text, contenders, num_ranks=NUM_RANKS, max_tokens=8192)
+    found = compare(tiny_checkpoint, text, candidates, num_ranks=NUM_RANKS, max_tokens=8192)
     return {row.label: row for row in found}
 
 
@@ -109,7 +111,7 @@ def test_plain_values_for_json(rows: dict[str, Evaluation]) -> None:
 
 def test_one_contender_alone_finds_the_same(tiny_checkpoint: Path, rows: dict[str, Evaluation]) -> None:
     (row,) = compare(
-        tiny_checkpoint, tiny_checkpoint / "text" / "held-out", [Contender("standard", STRATEGIES["standard"]())],
+        tiny_checkpoint, tiny_checkpoint / "text" / "held-out", [Candidate("standard", STRATEGIES["standard"]())],
         num_ranks=NUM_RANKS, max_tokens=8192, noise_floor=False, greedy_tokens=0,
     )  # fmt: skip
     assert row.dense.bf16_kl is None
@@ -121,10 +123,10 @@ def test_one_contender_alone_finds_the_same(tiny_checkpoint: Path, rows: dict[st
 def test_placement_for_something_else_is_refused(tiny_checkpoint: Path, placements: dict[str, Placement]) -> None:
     text, rq = {"d": ["text " * 1000]}, make_strategy("rq")
     with pytest.raises(UserError, match=r"4 ranks, but 3 were started"):
-        compare(tiny_checkpoint, text, [Contender("rq", rq, placements["rq"])], num_ranks=3)
+        compare(tiny_checkpoint, text, [Candidate("rq", rq, placements["rq"])], num_ranks=3)
     foreign = replace(placements["rq"], model=ModelIdentity("another", "0" * 64))
     with pytest.raises(UserError, match="made for model 'another'"):
-        compare(tiny_checkpoint, text, [Contender("rq", rq, foreign)], num_ranks=NUM_RANKS)
+        compare(tiny_checkpoint, text, [Candidate("rq", rq, foreign)], num_ranks=NUM_RANKS)
 
 
 def test_quality_of_logits_made_by_hand() -> None:

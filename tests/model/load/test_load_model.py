@@ -49,7 +49,7 @@ def skewed_placement(
         expert_bytes={name: get_format(name).nbytes(layout) for name in formats},
         error=np.full((len(experts), num_experts, len(formats)), 1e-3),
         model=model_identity(path),
-        layers=tuple(module.layer for module in experts),
+        layers=tuple(module.layer_index for module in experts),
     )
     budget = (-(-num_experts // num_ranks) + spare_experts) * len(experts) * stats.expert_bytes[formats[0]]
     return place(stats, num_ranks, budget, strategy="rq", max_low_precision_share=0.5)

@@ -1,4 +1,4 @@
-"""A model spread over ranks, played in one process, is heard as it is in one piece."""
+"""A model spread over ranks, played in one process, is collected as it is in one piece."""
 
 from pathlib import Path
 from typing import Any

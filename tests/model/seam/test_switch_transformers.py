@@ -15,7 +15,7 @@ from rq_ep.core.stats import PHASES
 from rq_ep.engine.servable import check_servable
 from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.calibration.forward_stats import DECODE_STEPS
-from rq_ep.model.evaluation.evaluate import Contender, compare
+from rq_ep.model.evaluation.evaluate import Candidate, compare
 from rq_ep.model.load.load_model import load
 from rq_ep.model.seam import switch_transformers as switch
 from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
@@ -149,12 +149,12 @@ def test_calibration_counts_what_is_computed(complete: Path) -> None:
 def test_placements_are_evaluated_against_the_dense_model(complete: Path) -> None:
     settings = {"sequence_length": 24, "max_tokens": 24 * 16}
     stats = calibrate(complete, TEXT, **settings)
-    contenders = [Contender(name, make_strategy(name)) for name in NATIVE_STRATEGIES]
-    contenders.append(Contender("placed", make_strategy("rq"), place(stats, 3, max_low_precision_share=0)))
+    candidates = [Candidate(name, make_strategy(name)) for name in NATIVE_STRATEGIES]
+    candidates.append(Candidate("placed", make_strategy("rq"), place(stats, 3, max_low_precision_share=0)))
     for name in ("rq", "rq_paper"):
         placement = place(stats, 3, strategy=name, max_low_precision_share=0.3)
-        contenders.append(Contender(f"int8 {name}", make_strategy(name), placement))
-    for row in compare(complete, TEXT, contenders, num_ranks=3, **settings):
+        candidates.append(Candidate(f"int8 {name}", make_strategy(name), placement))
+    for row in compare(complete, TEXT, candidates, num_ranks=3, **settings):
         assert row.num_tokens == 16 * 12
         assert row.imbalance_worst <= 3
         if row.label.startswith("int8"):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rq_ep.core.errors import UserError
+from rq_ep.model.settings import WindowSettings
 from rq_ep.model.text import windows
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 from rq_ep.model.text.windows import make_windows, read_texts
@@ -16,7 +17,8 @@ TOKENIZER = byte_tokenizer(512)
 
 
 def sample(texts: windows.Texts, **settings: int) -> windows.Windows:
-    return make_windows(texts, TOKENIZER, **{"sequence_length": 8, "max_tokens": 96, "batch_size": 2, **settings})
+    defaults = {"sequence_length": 8, "max_tokens": 96, "batch_size": 2}
+    return make_windows(texts, TOKENIZER, WindowSettings(**(defaults | settings)))
 
 
 def test_domains_share_the_tokens_and_take_turns() -> None:

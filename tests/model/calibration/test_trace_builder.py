@@ -9,7 +9,7 @@ import torch
 import rq_ep
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibration.calibrate import calibrate
-from rq_ep.model.load.whole_model import read_dense
+from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.model.seam.expert_modules import find_expert_modules
 from rq_ep.moe import RoutingRecorder
 from rq_ep.sim.traces import RoutingTrace
@@ -45,7 +45,7 @@ def test_a_trace_knows_weights_and_sequences(recorded: tuple[ExpertStats, Routin
 
 def test_recorder_sees_what_the_routers_of_a_loaded_model_choose(tiny_checkpoint: Path) -> None:
     tokens_BT = torch.arange(30).reshape(2, 15)
-    dense = read_dense(tiny_checkpoint, torch.float32, torch.device("cpu"))
+    dense = load_whole_model(tiny_checkpoint, torch.float32, torch.device("cpu"))
     seen = []
     for found in find_expert_modules(dense):
         found.module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1:]))

@@ -1,0 +1,85 @@
+"""A model that is calibrated or quantized, with its routed experts: whole in this process, or sharded over ranks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rq_ep.core.stats import ModelIdentity
+from rq_ep.formats import native_format_name
+from rq_ep.model.checkpoint.checkpoint_files import read_config
+from rq_ep.model.checkpoint.model_identity import model_identity
+from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
+from rq_ep.model.dtypes import torch_dtype
+from rq_ep.model.load.sharded_model import load_sharded_model
+from rq_ep.model.load.whole_model import load_whole_model
+from rq_ep.model.seam.expert_modules import ExpertsModule, find_expert_modules
+from rq_ep.moe.expert_family import ExpertFamily
+from rq_ep.parallel import EPGroup
+from rq_ep.parallel.default_group import default_group, own_device
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A transformers model, its routed experts, and the ranks that hold these."""
+
+    model: PreTrainedModel
+    identity: ModelIdentity | None  # of a model that lies on disk
+    native_format: str  # in which its experts are stored
+    experts: tuple[ExpertsModule, ...]
+    family: ExpertFamily
+    group: EPGroup | None = None  # the ranks over which the experts are sharded; None: all are in this process
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | PreTrainedModel,
+        dtype: str | torch.dtype | None,
+        device: str,
+        group: EPGroup | None = None,
+    ) -> "LoadedModel":
+        """Load the model of a checkpoint, or take one that is already in memory.
+
+        Args:
+            model: checkpoint directory, or a model in memory.
+            dtype: to compute in; default: as the weights are stored.
+            device: auto, cpu or cuda; a model in memory, or a group, stays where it is.
+            group: ranks over which the experts of a checkpoint are sharded; all of them call this. Default: all
+                processes of the launcher, or this one.
+
+        Raises:
+            UserError: no such checkpoint, or one that cannot be served.
+        """
+        if isinstance(model, PreTrainedModel):
+            return cls._in_memory(model)
+        group = default_group(device) if group is None else group
+        dtype = None if dtype is None else torch_dtype(dtype)
+        network: Any
+        experts: tuple[ExpertsModule, ...]
+        if group.size == 1:
+            network = load_whole_model(model, dtype or "auto", own_device(device))
+            experts, shards = find_expert_modules(network), None
+        else:
+            network, experts = load_sharded_model(model, dtype, group)
+            shards = group
+        native_format = expert_format(open_checkpoint(model), torch_dtype(read_config(model).dtype or network.dtype))
+        return cls(network, model_identity(model), native_format, experts, experts[0].family, shards)
+
+    @classmethod
+    def _in_memory(cls, model: Any) -> "LoadedModel":
+        experts = find_expert_modules(model.eval())
+        path = Path(model.name_or_path)
+        identity = model_identity(path) if Path(path, "config.json").is_file() else None
+        native_format = native_format_name(experts[0].module.get_parameter("down_proj").dtype)
+        return cls(model, identity, native_format, experts, experts[0].family)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return self.group is None or self.group.rank == 0
