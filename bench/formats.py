@@ -36,7 +36,8 @@ from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
-from rq_ep.moe.expert_compute import GroupedExperts, Stack, add_outputs
+from rq_ep.moe.expert_compute import GroupedExperts, add_outputs
+from rq_ep.moe.grouped_gemm import Stack
 from rq_ep.parallel import Received
 from rq_ep.profiling.timing import own_seconds
 

@@ -10,7 +10,7 @@ import torch
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.formats import FORMATS, is_intact
-from rq_ep.moe import BorrowBuffers, LocalExperts, Telemetry
+from rq_ep.moe import BorrowBuffers, ExpertFamily, LocalExperts, Telemetry
 from rq_ep.moe.borrowing import Borrowing, Round
 from rq_ep.moe.grouped_gemm import can_group
 from rq_ep.moe.integrity import DamagedExpert, checksum_verifier
@@ -54,7 +54,7 @@ def test_a_packed_expert_is_the_same_on_both_sides(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_grouped_kernel_equals_the_loop(monkeypatch: pytest.MonkeyPatch, family: cases.ExpertFamily) -> None:
+def test_grouped_kernel_equals_the_loop(monkeypatch: pytest.MonkeyPatch, family: ExpertFamily) -> None:
     stack = stack_of(family, "bf16", DEVICE)
     received = received_of([3, 0, 17, 1, 40], 10, torch.bfloat16, DEVICE)
     assert can_group(received.rows_MD, stack, family.up) == (torch.cuda.get_device_capability() >= (8, 0))

@@ -158,6 +158,12 @@ def planned(
     return placement.layers[0], strategy.planner(placement.layers[0], topology), max(placement.bytes_R)
 
 
+def round_robin(format_: str, num_ranks: int, num_experts: int, index: int = 2) -> LayerPlacement:
+    """One replica of each expert, on the ranks in turn."""
+    replicas = [Replica(expert % num_ranks, expert, format_) for expert in range(num_experts)]
+    return LayerPlacement.even(index, num_experts, replicas)
+
+
 def in_two_formats(num_experts: int, num_ranks: int, native: str, low: str) -> LayerPlacement:
     """Each expert native on one rank; every second one low on all others, every third on the next one."""
     replicas = [Replica(expert % num_ranks, expert, native) for expert in range(num_experts)]

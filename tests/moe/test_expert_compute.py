@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
 from rq_ep.moe import ExpertFamily
-from rq_ep.moe.expert_compute import GroupedExperts, Stack, add_outputs
-from rq_ep.moe.grouped_gemm import can_group
+from rq_ep.moe.expert_compute import GroupedExperts, add_outputs
+from rq_ep.moe.grouped_gemm import Stack, can_group
 from rq_ep.parallel import Received
 from tests.moe.cases import interleaved_gate, silu_gate
 

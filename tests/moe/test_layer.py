@@ -1,12 +1,10 @@
 """However rows travel, the layer computes the same, with borrowed experts too."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from rq_ep.moe import EPExperts
-from rq_ep.parallel import run_local
+from rq_ep.parallel import EPGroup, run_local
 from tests.moe import cases
 from tests.parallel.test_exchange import MODES, exchange
 
@@ -24,7 +22,7 @@ def test_every_way_to_move_rows_equals_the_dense_layer(mode: str, routing: str) 
     layer, planner, _ = cases.planned("llep", BORROWING, family, counts_RE)
     settings = MODES[mode] | ({"max_dispatch_bytes": 5 * cases.D * 4} if "max_dispatch_bytes" in MODES[mode] else {})
 
-    def main(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def main(group: EPGroup) -> tuple[torch.Tensor, torch.Tensor]:
         experts = EPExperts(family, layer, planner, group, exchange=exchange(group, **settings))
         cases.fill(experts, weights)
         batch = ranks[group.rank]

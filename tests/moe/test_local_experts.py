@@ -1,7 +1,6 @@
 """All ranks in one module, and their telemetry."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from rq_ep.core.errors import UserError
 from rq_ep.moe import EPExperts, LocalExperts, Telemetry
-from rq_ep.parallel import LocalWorld, RankFailure, single_group
+from rq_ep.parallel import EPGroup, LocalWorld, RankFailure, single_group
 from tests.moe import cases
 
 FAMILY = cases.FAMILIES["gated"]
@@ -79,7 +78,7 @@ def test_compute_time_is_the_ranks_own() -> None:
     layer, planner, _ = cases.planned("standard", {}, family, np.ones((3, 6), np.int64))
     telemetry = Telemetry()
 
-    def main(group: Any) -> None:
+    def main(group: EPGroup) -> None:
         experts = EPExperts(family, layer, planner, group, telemetry=telemetry)
         cases.fill(experts, cases.expert_weights(family, 6))
         for _ in range(2):

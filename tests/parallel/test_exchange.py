@@ -128,7 +128,7 @@ def test_a_token_travels_once_to_a_rank_with_several_of_its_experts() -> None:
     counts_RE = np.stack([np.bincount(ids_TK.flatten(), minlength=3) for ids_TK in ids_RTK])
     plan = DispatchPlan(replicas, counts_RE)
 
-    def main(group: Any) -> tuple[Any, torch.Tensor, dict[str, int]]:
+    def main(group: EPGroup) -> tuple[Any, torch.Tensor, dict[str, int]]:
         ids_TK = ids_RTK[group.rank]
         hidden_TD = torch.arange(len(ids_TK)).float()[:, None] + 10 * group.rank
         weights_TK = torch.ones(ids_TK.shape) * torch.tensor([1.0, 2.0])
@@ -175,7 +175,7 @@ def test_every_pair_arrives_once_where_the_reference_sends_it(
     plan, tokens_R = case
     top_k = max((len(token) for tokens in tokens_R for token in tokens), default=1)
 
-    def main(group: Any) -> tuple[list[Any], torch.Tensor]:
+    def main(group: EPGroup) -> tuple[list[Any], torch.Tensor]:
         ids_TK = torch.tensor(tokens_R[group.rank], dtype=torch.int64).reshape(-1, top_k)
         token_T = torch.arange(len(ids_TK))
         hidden_TD = torch.stack([torch.full_like(token_T, group.rank), token_T], 1).float()
@@ -216,7 +216,7 @@ def test_memory_for_rows_stays_within_its_bound_at_one_hot_expert(overlaps: bool
     plan = DispatchPlan(replicas, np.array([[num_tokens, 0, 0, 0]] * num_ranks))
     max_rows = 90
 
-    def main(group: Any) -> tuple[list[int], int, torch.Tensor]:
+    def main(group: EPGroup) -> tuple[list[int], int, torch.Tensor]:
         limit = max_rows * size * 4
         for _ in range(2):
             handle = exchange(group, max_padded_bytes=0, max_dispatch_bytes=limit, overlaps=overlaps).dispatch(
@@ -244,7 +244,7 @@ def test_rows_that_repeat_are_not_split_for_their_pairs(counts_rows: bool, num_p
     plan = DispatchPlan(replicas, np.array([[0, 0, 2, 2, 2, 2, 0, 0], [0] * 8]))
     ids_RTK = [torch.tensor([[0, 1], [0, 1], [2, 3], [2, 3]]), torch.zeros(0, 2, dtype=torch.int64)]
 
-    def main(group: Any) -> tuple[int, torch.Tensor]:
+    def main(group: EPGroup) -> tuple[int, torch.Tensor]:
         ids_TK = ids_RTK[group.rank]
         handle = exchange(group, max_padded_bytes=0, max_dispatch_bytes=2 * 4, counts_rows=counts_rows).dispatch(
             torch.ones(len(ids_TK), 1), ids_TK, torch.ones(ids_TK.shape), plan

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from rq_ep.parallel import LocalWorld, RankFailure, run_local, single_group
+from rq_ep.parallel import EPGroup, LocalWorld, RankFailure, run_local, single_group
 from rq_ep.parallel.ep_group import count_pairs
 
 
 def test_collectives_return_what_the_ranks_contributed() -> None:
-    def main(group: Any) -> tuple[Any, ...]:
+    def main(group: EPGroup) -> tuple[Any, ...]:
         ids_TK = torch.full((group.rank, 2), group.rank, dtype=[torch.int64, torch.int32, torch.int64][group.rank])
         counts_RE = group.gather_counts(count_pairs(ids_TK, 3))
         send = torch.arange(3) + 10 * group.rank
@@ -27,7 +27,7 @@ def test_collectives_return_what_the_ranks_contributed() -> None:
 
 
 def test_uneven_and_empty_splits() -> None:
-    def main(group: Any) -> list[list[float]]:
+    def main(group: EPGroup) -> list[list[float]]:
         send = torch.full((3, 2), float(group.rank)) if group.rank == 0 else torch.zeros(0, 2)
         splits = [0, 3] if group.rank == 0 else [0, 0]
         return group.all_to_all(send, splits, [0, 0] if group.rank == 0 else [3, 0]).tolist()
@@ -36,7 +36,7 @@ def test_uneven_and_empty_splits() -> None:
 
 
 def test_transfers_arrive_in_their_order() -> None:
-    def main(group: Any) -> list[int]:
+    def main(group: EPGroup) -> list[int]:
         mine = [torch.full((4,), 10 * group.rank + n, dtype=torch.uint8) for n in range(2)]
         other = 1 - group.rank
         landed = [torch.zeros(4, dtype=torch.uint8) for _ in range(2)]
@@ -51,7 +51,7 @@ def test_one_rank_computes_at_a_time_and_its_clock_is_its_own() -> None:
     active: list[int] = []
     now_s = [0.0]
 
-    def main(group: Any) -> float:
+    def main(group: EPGroup) -> float:
         start_s = group.clock()
         for _ in range(3):
             active.append(group.rank)
@@ -69,7 +69,7 @@ def test_one_rank_computes_at_a_time_and_its_clock_is_its_own() -> None:
 def test_an_exception_on_one_rank_ends_all() -> None:
     before = threading.active_count()
 
-    def main(group: Any) -> None:
+    def main(group: EPGroup) -> None:
         group.barrier()
         if group.rank == 1:
             raise KeyError("broken")
@@ -83,17 +83,17 @@ def test_an_exception_on_one_rank_ends_all() -> None:
 
 
 def test_ranks_that_wait_for_each_other_fail() -> None:
-    def different(group: Any) -> None:
+    def different(group: EPGroup) -> None:
         if group.rank:
             group.barrier()
         else:
             group.all_gather_object(0)
 
-    def missing(group: Any) -> None:
+    def missing(group: EPGroup) -> None:
         if group.rank:
             group.barrier()
 
-    def nothing_sent(group: Any) -> None:
+    def nothing_sent(group: EPGroup) -> None:
         if group.rank:
             group.start_transfers([], [(torch.zeros(1, dtype=torch.uint8), 0)]).wait()
         group.barrier()

@@ -8,7 +8,7 @@ import torch
 from rq_ep.core.topology import Topology
 from rq_ep.formats import checksum, get_format
 from rq_ep.moe import EPExperts
-from rq_ep.parallel import run_local
+from rq_ep.parallel import EPGroup, run_local
 from rq_ep.strategies import make_strategy
 from tests.moe import cases
 from tests.parallel.processes import run_ranks
@@ -66,7 +66,7 @@ def test_processes_and_ranks_in_one_process_give_the_same_bits(seen: list[dict[s
     for name, variant in cases.variants():
         layer, planner, _ = cases.planned(name, variant, family, cases.counts_of(ranks, 8))
 
-        def main(group: Any, layer: Any = layer, planner: Any = planner) -> torch.Tensor:
+        def main(group: EPGroup, layer: Any = layer, planner: Any = planner) -> torch.Tensor:
             experts = EPExperts(family, layer, planner, group)
             cases.fill(experts, weights)
             batch = ranks[group.rank]

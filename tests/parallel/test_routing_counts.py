@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replica, Replicas
-from rq_ep.parallel import RoutingCounts, SoleHolders, receive_buffers, run_local
+from rq_ep.parallel import EPGroup, RoutingCounts, SoleHolders, receive_buffers, run_local
 from rq_ep.parallel.reference import assign
 from tests.parallel.test_exchange import computed, exchange, plans, tripled_where_routed
 
@@ -93,7 +93,7 @@ def test_memory_for_rows_at_95_to_1_is_that_of_a_balanced_step(monkeypatch: pyte
     weights_TK = torch.ones(num_tokens, top_k)
 
     def peak(ids_RTK: np.ndarray) -> int:
-        def main(group: Any) -> int:
+        def main(group: EPGroup) -> int:
             ids_TK = torch.from_numpy(ids_RTK[group.rank])
             routing = RoutingCounts.gather(ids_TK, holders, group)
             plan = DispatchPlan(replicas, routing.counts_RE[:, replicas.experts_P])
@@ -128,7 +128,7 @@ def test_the_host_reads_what_the_device_has_once(changes: dict[str, Any], reads:
     holders = SoleHolders.of(replicas, 4, 2, CPU)
     ids_TK = torch.tensor([[0, 1], [1, 2], [3, 0], [0, 2]])
 
-    def main(group: Any) -> Counter[str]:
+    def main(group: EPGroup) -> Counter[str]:
         with Reads() as device:
             routing = RoutingCounts.gather(ids_TK, holders, group)
             pairs_RP = routing.counts_RE[:, replicas.experts_P]
