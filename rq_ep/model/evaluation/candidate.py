@@ -16,7 +16,7 @@ from rq_ep.core.plan import imbalance
 from rq_ep.core.strategy import Strategy
 from rq_ep.model.evaluation.evaluation_result import Evaluation, Reference
 from rq_ep.model.evaluation.quality import Estimate, Quality
-from rq_ep.model.load.load_model import report_of
+from rq_ep.model.load.load_report import report_of
 from rq_ep.moe import ExpertBank, LocalExperts, Telemetry
 
 

@@ -1,4 +1,4 @@
-"""Loading a checkpoint onto the ranks of an expert-parallel group: on every rank, an ordinary transformers model."""
+"""Loading a checkpoint onto the ranks of an expert-parallel group; each rank gets an ordinary transformers model."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rq_ep.core.cost import CostModel
 from rq_ep.core.errors import check_integer
@@ -25,6 +25,7 @@ from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_chec
 from rq_ep.model.checkpoint.weight_conversion import WeightReader
 from rq_ep.model.dtypes import stored_dtype, torch_dtype
 from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly
+from rq_ep.model.load.load_report import LoadReport
 from rq_ep.model.load.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
 from rq_ep.model.load.ranks import LoadRanks
 from rq_ep.model.load.whole_model import empty_model, fill
@@ -33,26 +34,6 @@ from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts, Teleme
 from rq_ep.parallel import EPGroup, Exchange, ExchangeSettings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """How a model's experts were loaded; a loaded model keeps it as `model.rq_ep`, see `report_of`."""
-
-    placement: Placement
-    strategy: Strategy
-    layers: tuple[EPExperts | LocalExperts, ...]  # in the order in which a forward pass enters them
-    telemetry: Telemetry | None
-    bytes_read: int  # from the checkpoint, by this process
-    expert_bytes: Mapping[str, int]  # resident in this process, by weight format
-    rank_bytes: RankBytes  # all that a rank needs of its device
-
-
-def report_of(model: PreTrainedModel) -> LoadReport:
-    """The report of a model that `load` returned."""
-    report: Any = model.rq_ep
-    assert isinstance(report, LoadReport), report
-    return report
 
 
 def load(
@@ -71,198 +52,211 @@ def load(
     max_tokens: int | None = None,
     max_dispatch_bytes: int | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint with its experts spread over the ranks; every rank of the group calls this.
+    """Load a checkpoint with its experts distributed over the ranks; every rank of the group calls this.
 
-    The result is an ordinary transformers model in evaluation mode. Every rank runs it on its own inputs, and all ranks
-    must run it equally often: a rank without inputs calls the layers of `model.rq_ep.layers` with zero rows. `generate`
-    sees to that by itself, so its calls may end apart, but each rank must make the same number of them.
+    The result is an ordinary transformers model in evaluation mode, with a `LoadReport` as `model.rq_ep`. Every rank
+    runs it on its own inputs, and all ranks must run it equally often: a rank without inputs calls the layers of
+    `model.rq_ep.layers` with zero rows. `generate` does so by itself: its calls may end at different lengths, but each
+    rank must make the same number of them.
 
     Args:
         path: directory of a Hugging Face checkpoint.
-        placement: where the experts go, or the file that says so; default: the strategy places them by itself, taking
-            all experts to be equally busy, in the bytes of standard EP.
-        strategy: how each step's tokens are spread, by name or as an object; default: the one that made the placement,
-            `standard` without a placement.
-        group: the ranks that share the experts; default: all processes of the launcher, or this one alone. Name one to
-            load several models on the same communicators.
-        num_local_ranks: instead of a group, play so many ranks in this process.
-        dtype: what activations and all but the experts are computed in; default: as the checkpoint was saved. Without
-            a placement the experts are stored in it too; those of a placement are stored in its formats.
+        placement: the ranks and formats of all experts, or its file; default: the strategy places the experts by
+            itself for uniform load, in the bytes of standard EP.
+        strategy: splits each step's tokens among the replicas; its name, or an object. Default: the one that made the
+            placement, `standard` without a placement.
+        group: the ranks that share the experts; default: all processes of the launcher, or this one alone. With one
+            group, several models use the same communicators.
+        num_local_ranks: instead of a group, so many ranks in this process.
+        dtype: to compute in; default: as the checkpoint was saved. Without a placement the experts are stored in it
+            too; those of a placement are stored in its formats.
         device: auto, cpu or cuda, where no group decides it.
         attn_implementation: as in transformers.
         packed_experts: directory that `rq-ep quantize` wrote; an expert that is not there in its format is quantized
             now, each weight rounded to the nearest.
-        machine: what strategies weigh moving weights against balance with, or its name or file (`rq_ep.costs`), the
-            same on every rank; default: they go by their settings alone.
-        telemetry: told about every call of every MoE layer.
-        max_tokens: of a rank's largest step, so that its rows are counted when memory is checked; default: not known.
+        machine: cost model by which strategies weigh transfers of weights against balance, or its name or file
+            (`rq_ep.costs`), the same on every rank; default: they go by their settings alone.
+        telemetry: records every call of every MoE layer.
+        max_tokens: of a rank's largest step, whose rows then count when memory is checked; default: not known.
         max_dispatch_bytes: rows of other ranks that a rank holds at once; more come in parts. Default: a tenth more
             than in a balanced step.
 
     Raises:
         UserError: the checkpoint cannot be served, a file is missing, damaged or of another model, the placement is for
-            other ranks or layers, or what a rank needs does not fit its device; on every rank, whichever found it.
+            other ranks or layers, or what a rank needs does not fit its device. It is raised on every rank.
     """
     for name, value in (("max_tokens", max_tokens), ("max_dispatch_bytes", max_dispatch_bytes)):
         if value is not None:
             check_integer(name, value, 1)
     ranks = LoadRanks.of(group, num_local_ranks, device)
-    return ranks.together(
-        lambda: _load(
-            path, placement, strategy, ranks, dtype, attn_implementation, packed_experts, machine, telemetry,
-            max_tokens, max_dispatch_bytes,
-        )
+    arguments = _Arguments(
+        path, placement, strategy, dtype, attn_implementation, packed_experts, machine, telemetry, max_tokens,
+        max_dispatch_bytes,
     )  # fmt: skip
+    return ranks.together(lambda: _Loader(arguments, ranks).load())
 
 
-def _load(
-    path: str | Path,
-    placement: Placement | str | Path | None,
-    strategy: str | Strategy | None,
-    ranks: LoadRanks,
-    dtype: str | torch.dtype | None,
-    attn_implementation: str | None,
-    packed_experts: str | Path | None,
-    machine: CostModel | str | None,
-    telemetry: Telemetry | None,
-    max_tokens: int | None,
-    max_dispatch_bytes: int | None,
-) -> PreTrainedModel:
-    if isinstance(placement, str | Path):
-        placement = Placement.load(placement)
-    if isinstance(machine, str):
-        machine = cost_model(machine)
-    strategy = choose_strategy(strategy, placement)
-    config = read_config(path)
-    serving_dtype = _serving_dtype(dtype, config)
-    identity = model_identity(path)
-    if placement is not None:
-        placement.check_serves(identity, ranks.num_ranks)
-    prepared = None if packed_experts is None else PackedExperts.open(packed_experts, identity)
+@dataclass(frozen=True)
+class _Arguments:
+    """The arguments of `load` but those that choose the ranks."""
 
-    model = empty_model(path, config, serving_dtype, attn_implementation)
-    experts = find_expert_modules(model)
-    family = family_of(experts[0].module)
-    layout = family.layout
-    checkpoint = open_checkpoint(path)
-    reader = WeightReader(checkpoint, model, [module.name for module in experts])
-    if placement is None:
-        placement = place_uniformly(
-            strategy, experts, layout, expert_format(checkpoint, serving_dtype), ranks.num_ranks, identity
+    path: str | Path
+    placement: Placement | str | Path | None
+    strategy: str | Strategy | None
+    dtype: str | torch.dtype | None
+    attn_implementation: str | None
+    packed_experts: str | Path | None
+    machine: CostModel | str | None
+    telemetry: Telemetry | None
+    max_tokens: int | None
+    max_dispatch_bytes: int | None
+
+
+class _Loader:
+    """Loads a model onto the ranks of this process.
+
+    Construction reads and checks everything but weights: the model is there with its parameters on the meta device.
+    """
+
+    def __init__(self, arguments: _Arguments, ranks: LoadRanks) -> None:
+        self._arguments = arguments
+        self._ranks = ranks
+        path, placement, machine = arguments.path, arguments.placement, arguments.machine
+        # Small files first, so that contradictory arguments are refused at once.
+        placement = Placement.load(placement) if isinstance(placement, str | Path) else placement
+        self._machine = cost_model(machine) if isinstance(machine, str) else machine
+        self._strategy = choose_strategy(arguments.strategy, placement)
+        config = read_config(path)
+        dtype = arguments.dtype
+        self._dtype = stored_dtype(config) if dtype is None or dtype == "auto" else torch_dtype(dtype)
+        identity = model_identity(path)
+        if placement is not None:
+            placement.check_serves(identity, ranks.num_ranks)
+        packed = arguments.packed_experts
+        self._packed = None if packed is None else PackedExperts.open(packed, identity)
+
+        self._model = empty_model(path, config, self._dtype, arguments.attn_implementation)
+        self._experts = find_expert_modules(self._model)
+        self._family = family_of(self._experts[0].module)
+        self._checkpoint = open_checkpoint(path)
+        self._reader = WeightReader(self._checkpoint, self._model, [module.name for module in self._experts])
+        layout = self._family.layout
+        if placement is None:
+            native = expert_format(self._checkpoint, self._dtype)
+            placement = place_uniformly(self._strategy, self._experts, layout, native, ranks.num_ranks, identity)
+        check_layers(placement, self._experts)
+        placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
+        self._placement = placement
+
+    def load(self) -> PreTrainedModel:
+        """Replace the experts, read all weights, and return the model with its `LoadReport`."""
+        resident = expert_bytes(self._placement, self._family.layout, self._ranks.local)
+        needed = self._rank_bytes(resident)
+        check_fits(needed, self._ranks.local[0], self._ranks.device)
+        layers = self._replace_experts(needed.borrowed)
+        self._read_experts(layers)
+        fill(self._model, self._reader, self._dtype, self._ranks.device)
+        assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
+        report = LoadReport(
+            self._placement,
+            self._strategy,
+            layers,
+            self._arguments.telemetry,
+            self._checkpoint.bytes_read,
+            resident,
+            needed,
         )
-    check_layers(placement, experts)
-    placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
-    resident = expert_bytes(placement, layout, ranks.local)
-    step = None
-    if max_tokens is not None:
-        top_k = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
-        kind = ranks.device.type
-        step = step_bytes(family, top_k, ranks.num_ranks, max_tokens, serving_dtype, kind, max_dispatch_bytes)
-    needed = rank_bytes(model, experts, resident, placement, strategy, layout, step)
-    check_fits(needed, ranks.local[0], ranks.device)
+        self._finish(report)
+        return self._model
 
-    layers = _replace_experts(
-        model, experts, placement, strategy, ranks, machine, telemetry, needed.borrowed, max_dispatch_bytes
-    )
-    _read_experts(reader, prepared, experts, layers, ranks)
-    fill(model, reader, serving_dtype, ranks.device)
-    assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
-    report = LoadReport(placement, strategy, layers, telemetry, checkpoint.bytes_read, resident, needed)
-    _finish(model, path, ranks, report)
-    sizes = ", ".join(f"{size:,} in {name}" for name, size in sorted(resident.items()))
-    log.info("rank %d: %s bytes read, bytes of experts: %s", ranks.local[0], f"{checkpoint.bytes_read:,}", sizes or 0)
-    log.info("rank %d needs at most %s", ranks.local[0], needed)
-    return model
+    def _rank_bytes(self, resident: Mapping[str, int]) -> RankBytes:
+        ranks, arguments = self._ranks, self._arguments
+        step = None
+        if arguments.max_tokens is not None:
+            top_k = getattr(self._model.config.get_text_config(), "num_experts_per_tok", None) or 1
+            step = step_bytes(
+                self._family, top_k, ranks.num_ranks, arguments.max_tokens, self._dtype, ranks.device.type,
+                arguments.max_dispatch_bytes,
+            )  # fmt: skip
+        return rank_bytes(
+            self._model, self._experts, resident, self._placement, self._strategy, self._family.layout, step
+        )
 
+    def _replace_experts(self, max_borrowed_bytes: int) -> tuple[EPExperts | LocalExperts, ...]:
+        """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
+        ranks, telemetry = self._ranks, self._arguments.telemetry
+        borrow_buffers = [BorrowBuffers(self._family.layout, ranks.device, max_borrowed_bytes) for _ in ranks.local]
+        exchange = ExchangeSettings.for_device(ranks.device.type, self._arguments.max_dispatch_bytes)
+        layers: list[EPExperts | LocalExperts] = []
+        for module, placed in zip(self._experts, self._placement.layers, strict=True):
+            family = family_of(module.module)
+            cost = layer_cost(self._machine, family, self._placement, self._strategy)
+            planner = self._strategy.planner(placed, self._placement.topology, cost)
+            layer: EPExperts | LocalExperts
+            if ranks.group is None:
+                layer = LocalExperts(
+                    family,
+                    placed,
+                    planner,
+                    ranks.num_ranks,
+                    device=ranks.device,
+                    exchange=exchange,
+                    telemetry=telemetry,
+                    borrow_buffers=borrow_buffers,
+                )
+            else:
+                layer = EPExperts(
+                    family,
+                    placed,
+                    planner,
+                    ranks.group,
+                    exchange=Exchange(ranks.group, exchange),
+                    telemetry=telemetry,
+                    borrow_buffers=borrow_buffers[0],
+                )
+            self._model.set_submodule(module.name, layer)
+            layers.append(layer)
+        return tuple(layers)
 
-def _serving_dtype(dtype: str | torch.dtype | None, config: PretrainedConfig) -> torch.dtype:
-    return stored_dtype(config) if dtype is None or dtype == "auto" else torch_dtype(dtype)
+    def _read_experts(self, layers: Sequence[EPExperts | LocalExperts]) -> None:
+        """Read the replicas of this process one by one into their banks; those not packed in advance are packed now."""
+        replicas = [
+            (module, expert, bank)
+            for module, layer in zip(self._experts, layers, strict=True)
+            for bank in _banks(layer)
+            for expert in bank.experts
+        ]
+        console = Console(stderr=True)
+        is_shown = 0 in self._ranks.local and console.is_terminal
+        for module, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
+            packed = self._packed_expert(module, expert, bank.format_of(expert).name)
+            if packed is None:
+                weights = self._reader.expert(module.name, expert)
+                bank.put(expert, {name: weight.to(self._ranks.device) for name, weight in weights.items()})
+            else:
+                bank.put_packed(expert, packed.to(self._ranks.device))
 
+    def _packed_expert(self, module: ExpertsModule, expert: int, format_name: str) -> torch.Tensor | None:
+        """An expert as the checkpoint or `rq-ep quantize` stored it; None if neither has it in this format."""
+        packed = self._reader.stored_expert(module.name, expert, format_name)
+        if packed is None and self._packed is not None:
+            packed = self._packed.packed(module.layer_index, expert, format_name)
+        return packed
 
-def _replace_experts(
-    model: PreTrainedModel,
-    experts: Sequence[ExpertsModule],
-    placement: Placement,
-    strategy: Strategy,
-    ranks: LoadRanks,
-    machine: CostModel | None,
-    telemetry: Telemetry | None,
-    max_borrowed_bytes: int,
-    max_dispatch_bytes: int | None,
-) -> tuple[EPExperts | LocalExperts, ...]:
-    """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
-    layout = family_of(experts[0].module).layout
-    borrow_buffers = [BorrowBuffers(layout, ranks.device, max_borrowed_bytes) for _ in ranks.local]
-    exchange = ExchangeSettings.for_device(ranks.device.type, max_dispatch_bytes)
-    layers: list[EPExperts | LocalExperts] = []
-    for module, placed in zip(experts, placement.layers, strict=True):
-        family = family_of(module.module)
-        cost = layer_cost(machine, family, placement, strategy)
-        planner = strategy.planner(placed, placement.topology, cost)
-        layer: EPExperts | LocalExperts
-        if ranks.group is None:
-            layer = LocalExperts(
-                family,
-                placed,
-                planner,
-                ranks.num_ranks,
-                device=ranks.device,
-                exchange=exchange,
-                telemetry=telemetry,
-                borrow_buffers=borrow_buffers,
-            )
-        else:
-            layer = EPExperts(
-                family,
-                placed,
-                planner,
-                ranks.group,
-                exchange=Exchange(ranks.group, exchange),
-                telemetry=telemetry,
-                borrow_buffers=borrow_buffers[0],
-            )
-        model.set_submodule(module.name, layer)
-        layers.append(layer)
-    return tuple(layers)
+    def _finish(self, report: LoadReport) -> None:
+        model: Any = self._model
+        if Path(self._arguments.path, "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(self._arguments.path)
+        model.to(self._ranks.device).eval().requires_grad_(False)
+        model.rq_ep = report
+        if self._ranks.are_processes:
+            # Ranks end their sequences apart: those that are done go on calling the model until all are.
+            model.generate = partial(model.generate, synced_gpus=True)
+        rank, sizes = self._ranks.local[0], sorted(report.expert_bytes.items())
+        shown = ", ".join(f"{size:,} in {name}" for name, size in sizes)
+        log.info("rank %d: %s bytes read, bytes of experts: %s", rank, f"{report.bytes_read:,}", shown or 0)
+        log.info("rank %d needs at most %s", rank, report.rank_bytes)
 
 
 def _banks(layer: EPExperts | LocalExperts) -> tuple[ExpertBank, ...]:
     return layer.banks if isinstance(layer, LocalExperts) else (layer.bank,)
-
-
-def _read_experts(
-    reader: WeightReader,
-    prepared: PackedExperts | None,
-    experts: Sequence[ExpertsModule],
-    layers: Sequence[EPExperts | LocalExperts],
-    ranks: LoadRanks,
-) -> None:
-    """Read and store this process' replicas, one by one; what is not packed yet is packed where it will lie."""
-    replicas = [
-        (module, expert, bank)
-        for module, layer in zip(experts, layers, strict=True)
-        for bank in _banks(layer)
-        for expert in bank.experts
-    ]
-    console = Console(stderr=True)
-    is_shown = 0 in ranks.local and console.is_terminal
-    for module, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
-        format_ = bank.format_of(expert).name
-        packed = reader.stored_expert(module.name, expert, format_)
-        if packed is None and prepared is not None:
-            packed = prepared.packed(module.layer_index, expert, format_)
-        if packed is None:
-            weights = reader.expert(module.name, expert)
-            bank.put(expert, {tensor: weight.to(ranks.device) for tensor, weight in weights.items()})
-        else:
-            bank.put_packed(expert, packed.to(ranks.device))
-
-
-def _finish(model: Any, path: str | Path, ranks: LoadRanks, report: LoadReport) -> None:
-    if (Path(path) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    model.to(ranks.device).eval().requires_grad_(False)
-    model.rq_ep = report
-    if ranks.are_processes:
-        # LoadRanks end their sequences apart: those that are done go on calling the model until all are.
-        model.generate = partial(model.generate, synced_gpus=True)

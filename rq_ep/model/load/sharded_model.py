@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rq_ep.formats.native import Native
-from rq_ep.model.load.load_model import load, report_of
+from rq_ep.model.load.load_model import load
+from rq_ep.model.load.load_report import report_of
 from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.moe import EPExperts, ExpertBank, ExpertFamily
 from rq_ep.parallel import EPGroup

@@ -18,7 +18,8 @@ from rq_ep.engine.engine import Engine, Limits
 from rq_ep.engine.lockstep import is_consequence
 from rq_ep.engine.requests import Output, Request, Sampling
 from rq_ep.engine.servable import set_attention
-from rq_ep.model.load.load_model import LoadReport, load
+from rq_ep.model.load.load_model import load
+from rq_ep.model.load.load_report import report_of
 from rq_ep.model.load.memory import expert_bytes
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.host import keep_freed_memory, short_collections
@@ -101,7 +102,7 @@ class RankServer:
         model_config = on_every_rank(self.group, lambda: check_inputs(self.config))
         self.link.send({"kind": "checked"})
         model = on_every_rank(self.group, self._load)
-        loaded: LoadReport = model.rq_ep  # type: ignore[assignment]
+        loaded = report_of(model)
         recording = TraceRecording(
             model,
             self.group,
