@@ -1,7 +1,40 @@
-"""Loops that NumPy cannot take over: compiled by numba or, where that is missing, plain Python of equal results."""
+"""Just-in-time compilation of loops that NumPy cannot express: numba or, where that is missing, plain Python.
 
-from collections.abc import Callable
-from typing import TypeVar, cast
+Both give the same bits: sums are not reordered. Compiled functions must stay within what numba knows: NumPy arrays,
+numbers, and (named) tuples of them.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
+from types import CodeType, FunctionType
+from typing import Any, TypeVar, cast
+
+numba: Any  # the compiler, None where it is missing
+try:
+    numba = import_module("numba")
+    Cache: Any = import_module("numba.core.caching").FunctionCache
+except ImportError:
+    numba, Cache = None, object
+
+
+class _MachineCodeCache(Cache):  # type: ignore[misc]
+    """numba's cache on disk, with all that a function calls and reads in the key.
+
+    numba compiles callees into their callers, but renews an entry only when the caller's own file changes: the entry
+    would outlive a change of a callee or of a constant in another file.
+    """
+
+    def save_overload(self, *entry: Any) -> None:
+        with suppress(OSError):  # a full disk or lost rights cost time in the next process, and nothing else
+            super().save_overload(*entry)
+
+    def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
+        fields = tuple(getattr(argument, "fields", ()) for argument in signature)  # of named tuples
+        return (*super()._index_key(signature, codegen), fields, digest(self._py_func))
+
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -9,12 +42,37 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def compiled(function: Function) -> Function:
     """Compile `function` on its first call, and keep the machine code beside the source for the next process.
 
-    It must stay within what numba knows: NumPy arrays, numbers and tuples of them. Sums are not reordered, so that a
-    compiled function and a plain one give the same bits. Kept code is renewed when its own file changes, not when a
-    compiled function of another file does that it calls: delete `__pycache__` after changing one.
+    Where neither the package's folder nor the user's cache folder can be written, every process compiles anew.
     """
-    try:
-        from numba import njit
-    except ImportError:
+    if numba is None or numba.config.DISABLE_JIT:
         return function
-    return cast("Function", njit(cache=True, error_model="numpy")(function))
+    dispatcher = numba.njit(error_model="numpy")(function)
+    with suppress(RuntimeError):  # there is no folder to write to
+        dispatcher._cache = _MachineCodeCache(function)
+    return cast("Function", dispatcher)
+
+
+def digest(function: Callable[..., object]) -> str:
+    """A hash of the bytecode of `function` and its callees, and of the constants that they read from their modules."""
+    hashed, pending = hashlib.sha256(), [cast("FunctionType", inspect.unwrap(function))]
+    known = set(pending)
+    for caller in pending:
+        for code in _nested(caller.__code__):
+            constants = [one for one in code.co_consts if not isinstance(one, CodeType)]
+            hashed.update(repr((code.co_code, constants, code.co_names, code.co_varnames)).encode())
+            for name in code.co_names:
+                value = inspect.unwrap(caller.__globals__.get(name))  # type: ignore[arg-type]
+                if isinstance(value, FunctionType) and value not in known:
+                    known.add(value)
+                    pending.append(value)
+                elif isinstance(value, int | float | str | tuple):
+                    hashed.update(repr((name, value)).encode())
+    return hashed.hexdigest()
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """A code object and those of the comprehensions and functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)

@@ -1,8 +1,11 @@
-"""What is compiled gives the same bits as the Python it is written in."""
+"""Compiled loops give the same bits as the Python they are written in, and are never stale."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import rq_ep
 
 PLANS = """
 import numpy as np
@@ -30,7 +33,7 @@ for seed in range(12):
 
 
 def test_compiled_and_plain_python_give_the_same_bits() -> None:
-    said = {
+    outputs = {
         subprocess.run(
             [sys.executable, "-c", PLANS],
             env={**os.environ, "NUMBA_DISABLE_JIT": disabled},
@@ -41,8 +44,59 @@ def test_compiled_and_plain_python_give_the_same_bits() -> None:
         ).stdout
         for disabled in ("0", "1")
     }
-    assert len(said) == 1
-    plans = said.pop()
+    assert len(outputs) == 1
+    plans = outputs.pop()
     assert len(plans.splitlines()) == 48
     assert "bytes (" in plans  # steps of few pairs were among them
     assert "format='int8'" in plans  # and loans
+
+
+CALLEE = """
+from rq_ep.solver.compiled import compiled
+STEP = {step}
+@compiled
+def next_of(number):
+    return number {operator} STEP
+"""
+CALLER = """
+from callee import next_of
+from rq_ep.solver.compiled import compiled
+@compiled
+def twice(number):
+    return _once(next_of(number))
+@compiled
+def _once(number):
+    return next_of(number)
+"""
+CALL = "from caller import twice; print(twice(5), twice.stats.cache_hits.total())"
+
+
+def call(folder: Path, **environment: str) -> list[int]:
+    """The value of `twice(5)` in a new process, and how often machine code was read from the cache."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", ""), str(Path(rq_ep.__file__).parents[1])])
+    result = subprocess.run(
+        [sys.executable, "-c", CALL],
+        env={**os.environ, "PYTHONPATH": path, "NUMBA_DISABLE_JIT": "0", **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return [int(word) for word in result.stdout.split()]
+
+
+def test_machine_code_is_kept_until_a_callee_or_a_constant_of_another_file_changes(tmp_path: Path) -> None:
+    (tmp_path / "caller.py").write_text(CALLER)
+    for step, operator, value in ((1, "+", 7), (10, "+", 25), (10, "*", 500)):
+        (tmp_path / "callee.py").write_text(CALLEE.format(step=step, operator=operator))
+        assert call(tmp_path) == [value, 0]
+        assert call(tmp_path) == [value, 1]
+
+
+def test_without_a_folder_for_machine_code_every_process_compiles(tmp_path: Path) -> None:
+    (tmp_path / "caller.py").write_text(CALLER)
+    (tmp_path / "callee.py").write_text(CALLEE.format(step=1, operator="+"))
+    (tmp_path / "__pycache__").write_text("a file where the folder would be")
+    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "InTreeCacheLocator", "PYTHONDONTWRITEBYTECODE": "1"}
+    assert call(tmp_path, **nowhere) == [7, 0]
+    assert call(tmp_path, **nowhere) == [7, 0]
