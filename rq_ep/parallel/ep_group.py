@@ -87,17 +87,6 @@ class EPGroup(Protocol):
     def close(self) -> None: ...
 
 
-def count_pairs(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """[E] int64 pairs of each expert, on the ids' device."""
-    return count(topk_ids_TK.reshape(-1).to(torch.int64), num_experts)
-
-
-def count(values_N: Tensor, num_values: int) -> Tensor:
-    """[num_values] int64, how often each of 0, 1, ... occurs; unlike `bincount` it does not wait for the device."""
-    counts = torch.zeros(num_values, dtype=torch.int64, device=values_N.device)
-    return counts.scatter_add_(0, values_N, torch.ones_like(values_N))
-
-
 def check_splits(send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], size: int) -> None:
     """Raise unless the splits fit: some backends end the process on a mismatch instead."""
     if len(input_splits) != size or len(output_splits) != size:

@@ -13,7 +13,7 @@ from rq_ep.parallel.ep_group import EPGroup
 from rq_ep.parallel.permute import Route, SentRows, repeat
 from rq_ep.parallel.receive_buffers import dispatch_limit
 from rq_ep.parallel.routing_counts import RoutingCounts
-from rq_ep.parallel.row_parts import METADATA_BYTES, Part, split_part
+from rq_ep.parallel.row_parts import METADATA_BYTES, Part, PartLimit, split_part
 
 
 @dataclass(frozen=True)
@@ -84,39 +84,32 @@ class Exchange:
         Returns:
             Handle to iterate over what this rank is to compute.
         """
-        route = Route.of(topk_ids_TK, topk_weights_TK, plan, self.group.rank)
-        row_bytes = hidden_TD.shape[1] * hidden_TD.dtype.itemsize
-        overlaps = False
+        settings, group = self.settings, self.group
+        route = Route.of(topk_ids_TK, topk_weights_TK, plan, group.rank)
         parts: tuple[Part, ...] = ()
-        if self.group.size > 1:
+        overlaps = False
+        if group.size > 1:
             sent = SentRows.of(route, len(hidden_TD))
+            row_bytes = hidden_TD.shape[1] * hidden_TD.dtype.itemsize
             most_pairs = int(route.pairs_RR.sum(axis=0).max())  # that any rank receives
-            if most_pairs * (row_bytes + METADATA_BYTES) <= self.settings.max_padded_bytes:
-                parts = (packed_message(self.group, hidden_TD, sent),)
+            if most_pairs * (row_bytes + METADATA_BYTES) <= settings.max_padded_bytes:
+                parts = packed_message(group, sent, hidden_TD)
             else:
+                overlaps = settings.overlaps
                 top_k = max(topk_ids_TK.shape[1], 1)
-                max_rows_RR = row_bound(route, plan, top_k, counts)
-                limit = self._dispatch_limit(plan, top_k, row_bytes)
-                parts = metadata_ahead(self.group, sent, max_rows_RR, row_bytes, limit, self.settings)
-                overlaps = self.settings.overlaps
-        return DispatchHandle(self.group, hidden_TD, route.experts, route.own, parts, overlaps)
-
-    def _dispatch_limit(self, plan: DispatchPlan, top_k: int, row_bytes: int) -> int:
-        if self.settings.max_dispatch_bytes is not None:
-            return self.settings.max_dispatch_bytes
-        return dispatch_limit(plan.pairs_RP.sum(axis=1) // top_k, top_k, row_bytes, self.group.device.type)
-
-
-def row_bound(route: Route, plan: DispatchPlan, top_k: int, counts: RoutingCounts | None) -> IntArray:
-    """[source, destination] rows that travel at most: no more than pairs, tokens, and what the routing counts allow."""
-    tokens_R = plan.pairs_RP.sum(axis=1) // top_k
-    bound_RR: IntArray = np.minimum(route.pairs_RR, tokens_R[:, None])
-    if counts is not None:
-        bound_RR = np.minimum(bound_RR, counts.max_rows_RR(plan))
-    return bound_RR
+                tokens_R = plan.pairs_RP.sum(axis=1) // top_k
+                max_rows_RR = np.minimum(route.pairs_RR, tokens_R[:, None])
+                if counts is not None:
+                    max_rows_RR = np.minimum(max_rows_RR, counts.max_rows_RR(plan))
+                max_bytes = settings.max_dispatch_bytes
+                if max_bytes is None:
+                    max_bytes = dispatch_limit(tokens_R, top_k, row_bytes, group.device.type)
+                send_metadata = counted_rows if settings.counts_rows else bounded_rows
+                parts = send_metadata(group, sent, max_rows_RR, PartLimit(max_bytes, row_bytes, overlaps))
+        return DispatchHandle(group, hidden_TD, route.experts, route.own, parts, overlaps)
 
 
-def packed_message(group: EPGroup, hidden_TD: Tensor, sent: SentRows) -> Part:
+def packed_message(group: EPGroup, sent: SentRows, hidden_TD: Tensor) -> tuple[Part, ...]:
     """Send rows and metadata in one collective, with a row for every pair."""
     route = sent.route
     tokens = sent.tokens(route.pairs_out_R)
@@ -126,48 +119,47 @@ def packed_message(group: EPGroup, hidden_TD: Tensor, sent: SentRows) -> Part:
     arrived = group.all_to_all(message, rows_out, rows_in)
     rows_MD = arrived[:, :-METADATA_BYTES].contiguous().view(hidden_TD.dtype)
     metadata_N2 = arrived[:, -METADATA_BYTES:].contiguous().view(torch.int32)
-    return Part(tokens, rows_out, rows_in, metadata_N2, route.pairs_RJ, rows_MD)
+    return (Part(tokens, rows_out, rows_in, metadata_N2, route.pairs_RJ, rows_MD),)
 
 
-def metadata_ahead(
-    group: EPGroup, sent: SentRows, max_rows_RR: IntArray, row_bytes: int, limit: int, settings: ExchangeSettings
-) -> tuple[Part, ...]:
-    """Send the metadata of all pairs; the rows are still to be sent, in one part or in several.
+def bounded_rows(group: EPGroup, sent: SentRows, max_rows_RR: IntArray, limit: PartLimit) -> tuple[Part, ...]:
+    """Send the metadata of all pairs. As many rows as may travel at most are still to be sent.
 
     Args:
         group: the ranks.
         sent: what this rank sends.
         max_rows_RR: [source, destination] rows that travel at most.
-        row_bytes: of one row.
-        limit: bytes of other ranks' rows that a rank may hold at once.
-        settings: of the exchange.
+        limit: on the rows that a rank holds at once.
     """
-    route, rank = sent.route, group.rank
-    metadata_N2 = group.all_to_all(sent.metadata_N2, route.pairs_out_R.tolist(), route.pairs_in_R.tolist())
-    rows_RR = max_rows_RR
-    num_parts = parts_needed(rows_RR, row_bytes, limit, settings.overlaps)
-    if not settings.counts_rows:
-        rows_out_R, rows_in_R = rows_RR[rank], rows_RR[:, rank]
-    elif num_parts == 1:
-        rows_out_R, rows_in_R = torch.stack([sent.counts_R, arriving_rows(route, metadata_N2)]).cpu().numpy()
-    else:  # every rank's, so that all get the same number of parts: the rows may need fewer than their bound
-        rows_RR = group.gather_counts(sent.counts_R)
-        rows_out_R, rows_in_R = rows_RR[rank], rows_RR[:, rank]
-        num_parts = parts_needed(rows_RR, row_bytes, limit, settings.overlaps)
+    metadata_N2 = _exchange_metadata(group, sent)
+    return split_part(_whole(group, sent, metadata_N2, max_rows_RR), limit.num_parts(max_rows_RR))
+
+
+def counted_rows(group: EPGroup, sent: SentRows, max_rows_RR: IntArray, limit: PartLimit) -> tuple[Part, ...]:
+    """Send the metadata of all pairs, and count the rows that are still to be sent. Arguments as of `bounded_rows`."""
+    metadata_N2 = _exchange_metadata(group, sent)
+    if limit.num_parts(max_rows_RR) == 1:
+        counts = torch.stack([sent.counts_R, _arriving_rows(sent.route, metadata_N2)]).cpu().numpy()
+        tokens, (rows_out, rows_in) = sent.tokens(counts[0]), counts.tolist()
+        return (Part(tokens, rows_out, rows_in, metadata_N2, sent.route.pairs_RJ),)
+    # Those of every rank, so that all get the same number of parts: the rows may need fewer than their bound.
+    rows_RR = group.gather_counts(sent.counts_R)
+    return split_part(_whole(group, sent, metadata_N2, rows_RR), limit.num_parts(rows_RR))
+
+
+def _exchange_metadata(group: EPGroup, sent: SentRows) -> Tensor:
+    """int32 [N, 2] of the pairs that arrive, by source."""
+    return group.all_to_all(sent.metadata_N2, sent.route.pairs_out_R.tolist(), sent.route.pairs_in_R.tolist())
+
+
+def _whole(group: EPGroup, sent: SentRows, metadata_N2: Tensor, rows_RR: IntArray) -> Part:
+    rows_out_R, rows_in_R = rows_RR[group.rank], rows_RR[:, group.rank]
     tokens = sent.tokens(rows_out_R)
-    return split_part(Part(tokens, rows_out_R.tolist(), rows_in_R.tolist(), metadata_N2, route.pairs_RJ), num_parts)
+    return Part(tokens, rows_out_R.tolist(), rows_in_R.tolist(), metadata_N2, sent.route.pairs_RJ)
 
 
-def arriving_rows(route: Route, metadata_N2: Tensor) -> Tensor:
-    """[R] rows that arrive of each rank, from the metadata of all pairs that arrive: one more than the last number."""
+def _arriving_rows(route: Route, metadata_N2: Tensor) -> Tensor:
+    """[R] rows that arrive of each rank: one more than the last row number in its metadata."""
     source_N = repeat(np.arange(route.num_ranks), route.pairs_in_R, metadata_N2.device)
     rows_R = torch.zeros(route.num_ranks, dtype=torch.int32, device=metadata_N2.device)
     return rows_R.scatter_reduce_(0, source_N, metadata_N2[:, 0] + 1, "amax")
-
-
-def parts_needed(rows_RR: IntArray, row_bytes: int, limit: int, overlaps: bool) -> int:
-    """In how many parts rows come, so that no rank holds more than `limit` bytes of them; the same on every rank."""
-    most_bytes = int(rows_RR.sum(axis=0).max()) * row_bytes
-    if most_bytes <= limit:
-        return 1
-    return -(-most_bytes * (1 + overlaps) // limit)  # two parts are held at once if they overlap

@@ -137,6 +137,12 @@ def pairs_by_replica(topk_ids_TK: Tensor, topk_weights_TK: Tensor, plan: Dispatc
     return pair_N[block_order(pairs_P, np.argsort(by_expert_P), pair_N.device)]
 
 
+def histogram(values_N: Tensor, num_values: int) -> Tensor:
+    """[num_values] int64, how often each of 0, 1, ... occurs; unlike `bincount` it does not wait for the device."""
+    counts = torch.zeros(num_values, dtype=torch.int64, device=values_N.device)
+    return counts.scatter_add_(0, values_N, torch.ones_like(values_N))
+
+
 def stable_order(keys_N: Tensor, num_keys: int) -> Tensor:
     """[N] int64 indices that sort integers from 0 up to `num_keys`; equal ones keep their order."""
     if keys_N.device.type == "cpu" and num_keys <= np.iinfo(np.uint16).max:  # NumPy sorts 16 bits by radix: 17 times

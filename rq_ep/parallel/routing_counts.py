@@ -12,7 +12,8 @@ from torch import Tensor
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replicas
-from rq_ep.parallel.ep_group import EPGroup, count_pairs
+from rq_ep.parallel.ep_group import EPGroup
+from rq_ep.parallel.permute import histogram
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,8 @@ class RoutingCounts:
         others = replace(plan, pairs_RP=np.where(is_sole_P, 0, plan.pairs_RP))
         rows_RR: IntArray = np.minimum(plan.pairs_RR, self.tokens_RR + others.pairs_RR)
         return rows_RR
+
+
+def count_pairs(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """[E] int64 pairs of each expert, on the ids' device."""
+    return histogram(topk_ids_TK.reshape(-1).to(torch.int64), num_experts)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.parallel.ep_group import count
-from rq_ep.parallel.permute import repeat, stable_order
+from rq_ep.parallel.permute import histogram, repeat, stable_order
 
 METADATA_BYTES = 8  # of a pair: the number of its row, and the bits of its fp32 weight
 
@@ -28,6 +27,24 @@ class Part:
     rows_MD: Tensor | None = None  # the arriving rows, where they came with their metadata
 
 
+@dataclass(frozen=True)
+class PartLimit:
+    """The bound on the rows of other ranks that a rank holds at once."""
+
+    max_bytes: int
+    row_bytes: int
+    overlaps: bool  # two parts are held at once
+
+    def num_parts(self, rows_RR: IntArray) -> int:
+        """In how many parts rows travel; the same on every rank, as it follows from the rows of all ranks.
+
+        Args:
+            rows_RR: [source, destination] rows, or a bound on them.
+        """
+        most_bytes = int(rows_RR.sum(axis=0).max()) * self.row_bytes
+        return 1 if most_bytes <= self.max_bytes else -(-most_bytes * (1 + self.overlaps) // self.max_bytes)
+
+
 def split_part(whole: Part, num_parts: int) -> tuple[Part, ...]:
     """Split the rows between every two ranks into runs of equal length, and their pairs with them.
 
@@ -42,7 +59,7 @@ def split_part(whole: Part, num_parts: int) -> tuple[Part, ...]:
     block_N = repeat(np.arange(num_blocks), whole.pairs_RJ.ravel(), device)
     row_N = whole.metadata_N2[:, 0]
     part_N = row_N // run_N
-    counts = count(part_N * num_blocks + block_N, num_parts * num_blocks).cpu().numpy()
+    counts = histogram(part_N * num_blocks + block_N, num_parts * num_blocks).cpu().numpy()
     pairs_by_part = counts.reshape(num_parts, *whole.pairs_RJ.shape)
     metadata_N2 = torch.stack([row_N - part_N * run_N, whole.metadata_N2[:, 1]], 1).int()
     metadata_by_part = torch.split(

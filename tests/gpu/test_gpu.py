@@ -24,7 +24,7 @@ from rq_ep.parallel import (
     run_local,
     single_group,
 )
-from rq_ep.parallel.ep_group import count_pairs
+from rq_ep.parallel.routing_counts import count_pairs
 from tests.moe import cases
 from tests.moe.test_expert_compute import FAMILIES, outputs, received_of, stack_of
 from tests.parallel.processes import run_ranks

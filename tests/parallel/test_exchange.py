@@ -15,6 +15,7 @@ from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.parallel import Combine, DispatchHandle, EPGroup, Exchange, ExchangeSettings, Received, run_local
 from rq_ep.parallel.permute import Route, SentRows, block_order, pairs_by_replica
 from rq_ep.parallel.reference import assign
+from rq_ep.parallel.row_parts import Part, PartLimit, split_part
 
 
 def test_pairs_fill_replicas_in_the_order_of_ranks() -> None:
@@ -150,6 +151,28 @@ def test_a_token_travels_once_to_a_rank_with_several_of_its_experts() -> None:
     assert second_out.flatten().tolist() == [20]
     assert first_bytes == {"dispatch": 4 + 8, "combine": 3 * 4}
     assert second_bytes == {"dispatch": 3 * 4 + 5 * 8, "combine": 4}
+
+
+def test_rows_are_split_into_equal_runs_with_their_pairs() -> None:
+    """Three rows go to rank 1 and four come from it, in two parts: runs of two rows, with their pairs."""
+    metadata_N2 = torch.tensor([[0, 10], [2, 11], [3, 12], [1, 13], [2, 14]], dtype=torch.int32)
+    whole = Part(
+        tokens=torch.tensor([7, 8, 9]), rows_out=[0, 3], rows_in=[0, 4], metadata_N2=metadata_N2,
+        pairs_RJ=np.array([[0, 0], [3, 2]]),
+    )  # fmt: skip
+    first, second = split_part(whole, 2)
+    assert (first.tokens.tolist(), second.tokens.tolist()) == ([7, 8], [9])
+    assert (first.rows_out, first.rows_in) == ([0, 2], [0, 2])
+    assert (second.rows_out, second.rows_in) == ([0, 1], [0, 2])
+    assert (first.metadata_N2.tolist(), first.pairs_RJ.tolist()) == ([[0, 10], [1, 13]], [[0, 0], [1, 1]])
+    assert (second.metadata_N2.tolist(), second.pairs_RJ.tolist()) == ([[0, 11], [1, 12], [0, 14]], [[0, 0], [2, 1]])
+
+
+@pytest.mark.parametrize(("overlaps", "num_parts"), [(False, 3), (True, 5)])
+def test_parts_are_as_many_as_the_fullest_rank_needs(overlaps: bool, num_parts: int) -> None:
+    limit = PartLimit(max_bytes=80, row_bytes=8, overlaps=overlaps)
+    assert limit.num_parts(np.array([[0, 5], [10, 0]])) == 1
+    assert limit.num_parts(np.array([[0, 5, 0], [10, 0, 0], [15, 0, 0]])) == num_parts
 
 
 @st.composite

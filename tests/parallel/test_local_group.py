@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rq_ep.parallel import EPGroup, LocalWorld, RankFailure, run_local, single_group
-from rq_ep.parallel.ep_group import count_pairs
+from rq_ep.parallel.routing_counts import count_pairs
 
 
 def test_collectives_return_what_the_ranks_contributed() -> None:
