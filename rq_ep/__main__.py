@@ -67,6 +67,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = Parser(prog="rq-ep", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, example) in COMMANDS.items():
@@ -74,9 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=summary, description=summary, epilog=f"example: rq-ep {name} {example}",
             formatter_class=HelpFormatter,
         )  # fmt: skip
-        command = import_module(f"rq_ep.commands.{name.replace('-', '_')}")
-        command.configure(subparser)
-        subparser.set_defaults(run=command.run)
+        if name == chosen:  # the others need not be imported
+            command = import_module(f"rq_ep.commands.{name.replace('-', '_')}")
+            command.configure(subparser)
+            subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from rq_ep.core.errors import UserError, check_choice
-from rq_ep.core.options import Option as Option
-from rq_ep.core.options import option as option
-from rq_ep.core.options import options_of
+from rq_ep.core.options import Option, option, options_of
 
 Settings = TypeVar("Settings")
 
@@ -106,7 +104,7 @@ class ServeConfig:
     experts: str | None = option(
         None, help="directory written by `rq-ep quantize`: the placement's low-bit experts are read from there"
     )
-    strategy: StrategyConfig | None = option(  # noqa: RUF009  (`option` is a dataclass field)
+    strategy: StrategyConfig | None = option(
         None,
         help="name of a strategy, or {name: ..., setting: ...}; default: the placement's, or standard",
         parse=StrategyConfig.parse,
@@ -155,24 +153,30 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     """Add `--config` and a flag for each option of a settings class; dashes and underscores are both accepted."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags given here win")
     groups: dict[str, Any] = {"": parser}
-    for item in sorted(options_of(settings).values(), key=lambda item: not item.required):
+    # What is needed comes first, then what the class declares itself, then what its bases declare.
+    for item in sorted(options_of(settings).values(), key=lambda item: (not item.required, item.depth)):
         if item.group not in groups:
             groups[item.group] = parser.add_argument_group(item.group)
-        names = dict.fromkeys([item.flag, f"--{item.key}"])
-        details: dict[str, Any] = {"metavar": item.metavar}
+        details: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "metavar": item.metavar}
         if item.kind is bool:
-            details = {"action": argparse.BooleanOptionalAction}
+            details |= {"action": argparse.BooleanOptionalAction}
+            del details["metavar"]
         elif item.several:
             details |= {"nargs": "+", "action": "extend"}
-        groups[item.group].add_argument(*names, dest=item.name, default=argparse.SUPPRESS, help=_help(item), **details)
+        groups[item.group].add_argument(item.flag, help=_help(item), **details)
+        if item.flag != f"--{item.key}":
+            parser.add_argument(f"--{item.key}", help=argparse.SUPPRESS, **details)
 
 
 def _help(item: Option) -> str:
     text = item.help.replace("%", "%%")
     if missing := [choice for choice in item.choices or () if choice not in text]:
         text += f" ({', '.join(missing)})"
-    says_enough = item.required or isinstance(item.default, bool) or item.default in (None, "", ()) or "default" in text
-    return text if says_enough else f"{text} (default: {item.default})"
+    if item.required:
+        return f"{text} (required, here or in --config)"
+    says_enough = isinstance(item.default, bool) or item.default in (None, "", ()) or "default" in text
+    default = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+    return text if says_enough else f"{text} (default: {default})"
 
 
 def read_settings(settings: type[Settings], args: argparse.Namespace) -> Settings:
@@ -269,6 +273,8 @@ def _from_text(item: Option, value: Any) -> Any:
     if item.parse is not None or not item.is_sequence:
         return _converted(item, _number(item.kind, value))
     words = value if item.several else [word.strip() for word in value.split(",") if word.strip()]
+    if not words:
+        raise UserError(f"{item.flag}: name at least one")
     return tuple(_converted(item, _number(item.kind, word)) for word in words)
 
 

@@ -4,111 +4,101 @@ A model that is too large for one process is spread over ranks: torchrun --nproc
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rq_ep.config import add_flags, read_settings
+from rq_ep.core.options import option
+from rq_ep.core.stats import ExpertStats
+from rq_ep.model.settings import CalibrationSettings
+
 if TYPE_CHECKING:
-    from rq_ep.core.stats import ExpertStats
     from rq_ep.parallel import EPGroup
 
 STEADY = 0.9  # rank correlation of loads between halves above which the sample is taken to be large enough
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="DIR",
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(CalibrationSettings):
+    """What `rq-ep calibrate` takes beside the settings of a calibration."""
+
+    model: str = option(
+        "",
         help="Hugging Face checkpoint; to spread one that is too large for one process over R ranks: "
         "torchrun --nproc-per-node R -m rq_ep calibrate ...",
-    )  # fmt: skip
-    parser.add_argument(
-        "--text", required=True, nargs="+", type=Path, metavar="PATH",
+        required=True,
+        metavar="DIR",
+    )
+    text: Sequence[Path] = option(
+        (),
         help="files and directories of UTF-8 text, .jsonl with a text to a line; a directory's name is a domain",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out",
+        required=True,
+        several=True,
+        metavar="PATH",
+    )
+    out: str = option(
+        "",
+        help="where the statistics go (.safetensors); the same command goes on where it was stopped",
         required=True,
         metavar="FILE",
-        help="where the statistics go (.safetensors); the same command goes on where it was stopped",
     )
-    parser.add_argument(
-        "--trace", metavar="FILE",
+    trace: str | None = option(
+        None,
         help="also write what the router chose for every token (.safetensors), for `rq-ep simulate --trace` and "
         "bench/layer.py",
-    )  # fmt: skip
-    parser.add_argument("--formats", metavar="NAMES", help="formats to measure, by commas (default: native and int8)")
-    parser.add_argument("--max-tokens", type=int, default=32_768, metavar="N", help="tokens to run, over all domains")
-    parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a step")
-    parser.add_argument(
-        "--experts", metavar="DIR",
+        metavar="FILE",
+    )
+    experts: str | None = option(
+        None,
         help="experts written by `rq-ep quantize`: measure the error of their formats on these",
-    )  # fmt: skip
-    parser.add_argument(
-        "--importance", default="output", metavar="NAME",
-        help="what makes an expert important: output (default: gate weight x norm of its output), gate-mass, load, "
-        "wanda, or drop (what the answers lose without it: a pass over the text for every expert)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--measure-kl", action="store_true",
-        help="measure what each expert in each format does to the answers, a pass for each: for small models; "
-        "`place` then goes by that",
-    )  # fmt: skip
-    parser.add_argument(
-        "--sensitivity-tokens", type=int, default=2048, metavar="N",
-        help="tokens of each such pass",
-    )  # fmt: skip
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as stored)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the places text is taken from")
+        metavar="DIR",
+    )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, CalibrateOptions)
 
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import launched_ranks, quiet_libraries
 
+    options = read_settings(CalibrateOptions, args)
     quiet_libraries()
-    with launched_ranks("calibrate", args.device) as group:
-        stats = _calibrate(args, group)
+    with launched_ranks("calibrate", options.device) as group:
+        stats = _calibrate(options, group)
         if group.rank:
             return
-        stats.save(args.out)
+        stats.save(options.out)
         _report(stats)
-        if args.trace:
-            print(f"{args.trace}: what the router chose in these steps, token by token")
-        print(f"{args.out}: {stats.num_steps} steps, {stats.num_tokens} tokens of {', '.join(stats.domains)}")
+        if options.trace:
+            print(f"{options.trace}: what the router chose in these steps, token by token")
+        print(f"{options.out}: {stats.num_steps} steps, {stats.num_tokens} tokens of {', '.join(stats.domains)}")
 
 
-def _calibrate(args: argparse.Namespace, group: "EPGroup") -> "ExpertStats":
+def _calibrate(options: CalibrateOptions, group: "EPGroup") -> ExpertStats:
     """The statistics, the same on every rank; rank 0 shows how far it is."""
-    from rq_ep.commands.common import parse_dtype, parse_names
     from rq_ep.commands.progress_bar import showing
     from rq_ep.core.files import check_writable
     from rq_ep.model.calibration.calibrate import calibrate
     from rq_ep.model.load.ranks import together
 
-    together(group, lambda: check_writable(args.out) if group.rank == 0 else None)
+    together(group, lambda: check_writable(options.out) if group.rank == 0 else None)
     with showing(group.rank == 0) as show:
         return calibrate(
-            args.model,
-            args.text,
-            formats=None if args.formats is None else parse_names(args.formats),
-            batch_size=args.batch_size,
-            sequence_length=args.sequence_length,
-            max_tokens=args.max_tokens,
-            packed_experts=args.experts,
-            resume_path=f"{args.out}.halfway" if args.trace is None else None,
-            importance=args.importance,
-            measure_kl=args.measure_kl,
-            sensitivity_tokens=args.sensitivity_tokens,
-            dtype=None if args.dtype is None else parse_dtype(args.dtype),
-            device=args.device,
+            options.model,
+            options.text,
+            options,
+            packed_experts=options.experts,
+            resume_path=f"{options.out}.halfway" if options.trace is None else None,
             group=group,
-            seed=args.seed,
-            trace_path=args.trace,
+            trace_path=options.trace,
             progress=show,
         )
 
 
-def _report(stats: "ExpertStats") -> None:
+def _report(stats: ExpertStats) -> None:
     import numpy as np
     from rich.table import Table
 

@@ -1,14 +1,15 @@
 """What several commands read from their command lines alike."""
 
-import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.options import option
 from rq_ep.core.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -34,12 +35,17 @@ def parse_dtype(name: str) -> "torch.dtype":
     return dtype
 
 
-def add_set_option(parser: argparse.ArgumentParser) -> None:
-    """Declare `--set`, which `parse_strategies` reads."""
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME.SETTING=VALUE",
+@dataclass(frozen=True, kw_only=True)
+class StrategyOptions:
+    """Settings of strategies, which `parse_strategies` reads."""
+
+    strategy_settings: Sequence[str] = option(
+        (),
+        flag="--set",
         help="setting of a strategy, such as llep.min_tokens_per_gemm=16; may be repeated",
-    )  # fmt: skip
+        several=True,
+        metavar="NAME.SETTING=VALUE",
+    )
 
 
 def parse_strategies(names: Iterable[str], settings: Iterable[str]) -> dict[str, Strategy]:
@@ -114,5 +120,5 @@ def quiet_libraries() -> None:
     """Keep transformers' progress bars and reports out of ours. It holds for the whole process: for commands only."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]

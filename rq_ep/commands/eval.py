@@ -1,11 +1,18 @@
 """`rq-ep eval`: strategies and placements side by side on held-out text."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq_ep.commands.common import add_set_option
+from rq_ep.commands.common import StrategyOptions, parse_strategies
+from rq_ep.config import add_flags, as_mapping, read_settings
 from rq_ep.core.errors import UserError
+from rq_ep.core.options import option
+from rq_ep.core.placement import Placement
+from rq_ep.model.settings import EvaluationSettings
+from rq_ep.strategies import NATIVE_STRATEGIES
 
 if TYPE_CHECKING:
     from rq_ep.model.evaluation.candidate import Candidate
@@ -13,102 +20,89 @@ if TYPE_CHECKING:
 DEFAULT_NUM_RANKS = 4
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint")
-    parser.add_argument(
-        "--text", required=True, nargs="+", type=Path, metavar="PATH",
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(StrategyOptions, EvaluationSettings):
+    """What `rq-ep eval` takes beside the settings of an evaluation."""
+
+    model: str = option("", help="Hugging Face checkpoint", required=True, metavar="DIR")
+    text: Sequence[Path] = option(
+        (),
         help="held-out text: files and directories of UTF-8 text, .jsonl with a text to a line",
-    )  # fmt: skip
-    parser.add_argument(
-        "--placement", nargs="+", action="extend", default=[], metavar="FILE",
+        required=True,
+        several=True,
+        metavar="PATH",
+    )
+    placement: Sequence[str] = option(
+        (),
         help="placements written by `rq-ep place`, served by the strategies that made them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--strategies", metavar="NAMES",
+        several=True,
+        metavar="FILE",
+    )
+    strategies: Sequence[str] | None = option(
+        None,
         help="strategies to compare, by commas (default: all that need no low format); without a placement they "
         "place on uniform load",
-    )  # fmt: skip
-    add_set_option(parser)
-    parser.add_argument("--num-ranks", type=int, metavar="R", help="ranks (default: the placement's, or 4)")
-    parser.add_argument("--max-tokens", type=int, default=16_384, metavar="N", help="tokens to run, over all domains")
-    parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a step")
-    parser.add_argument("--dtype", default="float32", metavar="NAME", help="dtype to compute in")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the places text is taken from")
-    parser.add_argument(
-        "--machine", metavar="FILE",
+    )
+    num_ranks: int | None = option(None, help="ranks (default: the placement's, or 4)", minimum=1)
+    machine: str | None = option(
+        None,
         help="predict the compute that is measured, by the file of `rq-ep profile`, and print the error",
-    )  # fmt: skip
-    parser.add_argument("--experts", metavar="DIR", help="quantized experts written by `rq-ep quantize`")
-    parser.add_argument(
-        "--greedy-tokens", type=int, default=32, metavar="N",
-        help="length of the greedy continuations compared with the dense model's (default 32; 0: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-noise-floor", action="store_true",
-        help="spare the comparison of the dense model in bf16 with itself in fp32, and the memory of one copy of it",
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
-    parser.add_argument("--plot", metavar="FILE", help="write a picture of the ranks' loads here (.png)")
+        metavar="FILE",
+    )
+    experts: str | None = option(None, help="quantized experts written by `rq-ep quantize`", metavar="DIR")
+    json: str | None = option(None, help="write the figures here, too", metavar="FILE")
+    plot: str | None = option(None, help="write a picture of the ranks' loads here (.png)", metavar="FILE")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, EvalOptions)
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import parse_dtype, quiet_libraries
+    from rq_ep.commands.common import quiet_libraries
     from rq_ep.commands.eval_report import draw, report
     from rq_ep.commands.progress_bar import showing
     from rq_ep.core.files import check_writable, write_json
     from rq_ep.costs import cost_model
     from rq_ep.model.evaluation.evaluate import compare
 
-    machine = None if args.machine is None else cost_model(args.machine)
+    options = read_settings(EvalOptions, args)
+    machine = None if options.machine is None else cost_model(options.machine)
     quiet_libraries()
-    candidates, num_ranks = _candidates(args)
-    for path in filter(None, (args.json, args.plot)):
+    candidates, num_ranks = _candidates(options)
+    for path in filter(None, (options.json, options.plot)):
         check_writable(path)
     with showing() as show:
         evaluations = compare(
-            args.model,
-            args.text,
+            options.model,
+            options.text,
             candidates,
+            options,
             num_ranks=num_ranks,
-            batch_size=args.batch_size,
-            sequence_length=args.sequence_length,
-            max_tokens=args.max_tokens,
-            dtype=parse_dtype(args.dtype),
-            device=args.device,
-            seed=args.seed,
             machine=machine,
-            packed_experts=args.experts,
-            noise_floor=not args.no_noise_floor,
-            greedy_tokens=args.greedy_tokens,
+            packed_experts=options.experts,
             progress=show,
         )
-    report(evaluations, num_ranks, args.dtype, None if machine is None else machine.description)
-    if args.json:
-        settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+    report(evaluations, num_ranks, options.dtype, None if machine is None else machine.description)
+    if options.json:
         document = {
-            "settings": settings | {"num_ranks": num_ranks},
+            "settings": as_mapping(options) | {"num_ranks": num_ranks},
             "strategies": {candidate.label: vars(candidate.strategy) for candidate in candidates},
             "rows": [evaluation.as_dict() for evaluation in evaluations],
         }
-        write_json(args.json, document, default=str)
-    if args.plot:
-        draw(evaluations, args.plot)
+        write_json(options.json, document, default=str)
+    if options.plot:
+        draw(evaluations, options.plot)
 
 
-def _candidates(args: argparse.Namespace) -> "tuple[list[Candidate], int]":
+def _candidates(options: EvalOptions) -> "tuple[list[Candidate], int]":
     """The rows of the table: a placement for each file, and the strategies that no file was made by."""
-    from rq_ep.commands.common import parse_names, parse_strategies
-    from rq_ep.core.placement import Placement
     from rq_ep.model.evaluation.candidate import Candidate
-    from rq_ep.strategies import NATIVE_STRATEGIES
 
-    placements = {path: Placement.load(path) for path in args.placement}
+    placements = {path: Placement.load(path) for path in options.placement}
     made_by = {placement.strategy for placement in placements.values()}
-    wanted = list(NATIVE_STRATEGIES) if args.strategies is None else parse_names(args.strategies)
-    names = [*wanted, *sorted(made_by - set(wanted))]
-    strategies = parse_strategies(names, args.set)
+    wanted = NATIVE_STRATEGIES if options.strategies is None else options.strategies
+    strategies = parse_strategies([*wanted, *sorted(made_by - set(wanted))], options.strategy_settings)
     candidates = []
     for name, strategy in strategies.items():
         files = [path for path, placement in placements.items() if placement.strategy == name]
@@ -118,8 +112,8 @@ def _candidates(args: argparse.Namespace) -> "tuple[list[Candidate], int]":
         if not files:
             candidates.append(Candidate(name, strategy))
     sizes = {placement.topology.num_ranks: path for path, placement in placements.items()}
-    if args.num_ranks is not None:
-        return candidates, args.num_ranks
+    if options.num_ranks is not None:
+        return candidates, options.num_ranks
     if len(sizes) > 1:
         raise UserError(f"--placement: {', '.join(f'{path} is for {size} ranks' for size, path in sizes.items())}")
     return candidates, next(iter(sizes), DEFAULT_NUM_RANKS)

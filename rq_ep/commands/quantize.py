@@ -1,64 +1,69 @@
 """`rq-ep quantize`: write experts in low-bit formats, once, for calibrate, eval, the server and `rq_ep.load`."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from rq_ep.config import add_flags, read_settings
+from rq_ep.core.options import option
+from rq_ep.core.placement import Placement
+from rq_ep.model.settings import QuantizeSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(QuantizeSettings):
+    """What `rq-ep quantize` takes beside the settings of quantization."""
+
+    model: str = option(
+        "",
+        help="Hugging Face checkpoint; to spread one that is too large for one process over R ranks: "
+        "torchrun --nproc-per-node R -m rq_ep quantize ...",
+        required=True,
+        metavar="DIR",
+    )
+    out: str = option(
+        "",
+        help="where the experts go, a file for each layer; layers that are there already are kept",
+        required=True,
+        metavar="DIR",
+    )
+    formats: Sequence[str] | None = option(None, help="write every expert in each of these, by commas")
+    placement: str | None = option(
+        None,
+        help="write only the experts that a placement stores in low bits, in its formats; this or --formats is needed",
+        metavar="FILE",
+    )
+    text: Sequence[Path] | None = option(
+        None,
+        help="what the experts are to meet: files and directories of UTF-8 text, .jsonl with a text to a line",
+        several=True,
+        metavar="PATH",
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="DIR",
-        help="Hugging Face checkpoint; to spread one that is too large for one process over R ranks: "
-        "torchrun --nproc-per-node R -m rq_ep quantize ...",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", required=True, metavar="DIR",
-        help="where the experts go, a file for each layer; layers that are there already are kept",
-    )  # fmt: skip
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--formats", metavar="NAMES", help="write every expert in each of these, by commas")
-    what.add_argument(
-        "--placement", metavar="FILE", help="write only the experts that a placement stores in low bits, in its formats"
-    )
-    parser.add_argument(
-        "--rounding", default="calibrated", metavar="NAME",
-        help="calibrated (int4 by GPTQ, with regard to the inputs that each expert meets; needs --text) or nearest",
-    )  # fmt: skip
-    parser.add_argument(
-        "--text", nargs="+", type=Path, metavar="PATH",
-        help="what the experts are to meet: files and directories of UTF-8 text, .jsonl with a text to a line",
-    )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, default=32_768, metavar="N", help="tokens to run, over all domains")
-    parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens in a sequence")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in a batch")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as stored)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the places text is taken from")
+    add_flags(parser, QuantizeOptions)
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import launched_ranks, parse_dtype, parse_names, quiet_libraries
+    from rq_ep.commands.common import launched_ranks, quiet_libraries
     from rq_ep.commands.progress_bar import showing
-    from rq_ep.core.placement import Placement
     from rq_ep.model.calibration.quantize import quantize
     from rq_ep.model.load.ranks import together
 
+    options = read_settings(QuantizeOptions, args)
     quiet_libraries()
-    with launched_ranks("quantize", args.device) as group, showing(group.rank == 0) as show:
-        placement = together(group, lambda: None if args.placement is None else Placement.load(args.placement))
+    with launched_ranks("quantize", options.device) as group, showing(group.rank == 0) as show:
+        path = options.placement
         packed = quantize(
-            args.model,
-            args.out,
-            formats=None if args.formats is None else parse_names(args.formats),
-            placement=placement,
-            rounding=args.rounding,
-            texts=args.text,
-            max_tokens=args.max_tokens,
-            sequence_length=args.sequence_length,
-            batch_size=args.batch_size,
-            dtype=None if args.dtype is None else parse_dtype(args.dtype),
-            device=args.device,
+            options.model,
+            options.out,
+            options,
+            formats=options.formats,
+            placement=together(group, lambda: None if path is None else Placement.load(path)),
+            texts=options.text,
             group=group,
-            seed=args.seed,
             progress=show,
         )
     if group.rank:

@@ -1,144 +1,152 @@
 """`rq-ep simulate`: recorded loads replayed through several strategies' own planners."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rq_ep.commands.common import add_set_option
+import numpy as np
+
+from rq_ep.commands.common import StrategyOptions, layer_cost, parse_strategies
+from rq_ep.commands.place import PlaceOptions
+from rq_ep.config import add_flags, read_settings
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.options import option, same_option
+from rq_ep.core.placement import Placement
+from rq_ep.core.stats import ExpertStats
+from rq_ep.core.strategy import Strategy
+from rq_ep.core.topology import Topology
+from rq_ep.placing.place import parse_budget, place
+from rq_ep.sim.simulator import Simulation, simulate
+from rq_ep.sim.traces import RoutingTrace
+from rq_ep.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from rq_ep.core.arrays import IntArray
-    from rq_ep.core.placement import Placement
-    from rq_ep.core.stats import ExpertStats
-    from rq_ep.core.strategy import Strategy
-    from rq_ep.sim.simulator import Simulation
-
 UNIFORM = "(uniform)"
+PLACEMENTS = "placements: given, or made here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions(StrategyOptions):
+    """What `rq-ep simulate` takes."""
+
+    stats: str = option("", help="loads to replay, best held out from placing", required=True, metavar="FILE")
+    num_ranks: int = same_option(PlaceOptions, "num_ranks", help="ranks that the loads are divided among")
+    trace: str | None = option(
+        None,
+        help="replay the tokens of this recorded routing instead; sizes are still those of --stats",
+        metavar="FILE",
+    )
+    strategies: Sequence[str] = option(
+        ("standard", "eplb", "llep", "rq"),
+        help=f"strategies to replay, by commas: {', '.join(STRATEGIES)}; eplb+1 has one slot "
+        "more on every rank and layer than --budget allows",
+    )
+    max_steps: int | None = option(None, help="replay so many steps at most, spread over the record", minimum=1)
+    machine: str | None = option(
+        None,
+        help="add seconds: by the rates of h200, h100, a100, cpu or of a YAML file, or by the JSON file of "
+        "`rq-ep profile`",
+    )
+    json: str | None = option(None, help="write the rows as JSON as well", metavar="FILE")
+    placement: Sequence[str] = option(
+        (),
+        help="placements, at most one of each strategy, served by the strategy that made them",
+        several=True,
+        metavar="FILE",
+        group=PLACEMENTS,
+    )
+    calibration: str | None = option(
+        None,
+        help="statistics on which strategies without a placement place; without them they place on uniform load",
+        metavar="FILE",
+        group=PLACEMENTS,
+    )
+    budget: str = same_option(
+        PlaceOptions, "budget", help="expert bytes of each rank, as for `rq-ep place`", group=PLACEMENTS
+    )
+    max_low_precision_share: float = same_option(PlaceOptions, "max_low_precision_share", group=PLACEMENTS)
+    ranks_per_node: int = same_option(PlaceOptions, "ranks_per_node", group=PLACEMENTS)
+    time_limit_s: float | None = same_option(
+        PlaceOptions, "time_limit_s", help="seconds of each search, as for `rq-ep place`", group=PLACEMENTS
+    )
 
 
 class Row(NamedTuple):
-    """What is replayed: a strategy as `--strategies` names it, and the placement it serves."""
+    """A row of the table: a strategy as `--strategies` names it, and the placement it serves."""
 
     name: str
-    strategy: "Strategy"
-    placement: "Placement"
+    strategy: Strategy
+    placement: Placement
     source: str  # where the placement is from
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stats", required=True, metavar="FILE", help="loads to replay, best held out from placing")
-    parser.add_argument(
-        "--trace", metavar="FILE", help="replay the tokens of this recorded routing instead; --stats still tells sizes"
-    )
-    parser.add_argument(
-        "--strategies", default="standard,eplb,llep,rq", metavar="NAMES",
-        help="strategies to replay, by commas: standard, eplb, llep, rq, rq_paper, rq_llep; eplb+1 has one slot more "
-        "on every rank and layer than --budget allows",
-    )  # fmt: skip
-    parser.add_argument("--num-ranks", required=True, type=int, metavar="R", help="ranks the loads are dealt to")
-    parser.add_argument(
-        "--max-steps", type=int, metavar="N", help="replay so many steps at most, spread over the record"
-    )
-    group = parser.add_argument_group("placements: given, or made here")
-    group.add_argument(
-        "--placement", nargs="+", action="extend", default=[], metavar="FILE",
-        help="placements, at most one of each strategy, served by the strategy that made them",
-    )  # fmt: skip
-    group.add_argument(
-        "--calibration", metavar="FILE",
-        help="statistics on which strategies without a placement place; without them they place on uniform load",
-    )  # fmt: skip
-    group.add_argument(
-        "--budget", default="ep", metavar="BYTES", help="expert bytes of each rank, as for `rq-ep place`"
-    )
-    group.add_argument(
-        "--max-low-precision-share", type=float, default=0.25, metavar="F", help="cap, as for `rq-ep place`"
-    )
-    group.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="0: all ranks share one node")
-    group.add_argument("--time-limit", type=float, metavar="S", help="seconds of each search, as for `rq-ep place`")
-    parser.add_argument(
-        "--machine", metavar="NAME",
-        help="add seconds: by the rates of h200, h100, a100, cpu or of a YAML file, or by the JSON file of "
-        "`rq-ep profile`",
-    )  # fmt: skip
-    add_set_option(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON as well")
+    add_flags(parser, SimulateOptions)
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import layer_cost
     from rq_ep.commands.progress_bar import progress_bar
-    from rq_ep.core.errors import UserError
-    from rq_ep.core.files import check_writable, write_json
-    from rq_ep.core.stats import ExpertStats
-    from rq_ep.sim.simulator import simulate
-    from rq_ep.sim.traces import RoutingTrace
 
-    stats = ExpertStats.load(args.stats)
-    trace = None if args.trace is None else RoutingTrace.load(args.trace)
+    options = read_settings(SimulateOptions, args)
+    stats = ExpertStats.load(options.stats)
+    trace = None if options.trace is None else RoutingTrace.load(options.trace)
     if trace is not None:
         trace.check(stats)
-    chosen_S = _chosen(stats.num_steps if trace is None else len(trace.tokens_S), args.max_steps)
-    if not (stats.counts[chosen_S].any() if trace is None else trace.ids_NLK.size):
-        what, remedy = (args.trace, "record again") if args.trace else (args.stats, "calibrate again")
+    replayed_S = _replayed_steps(stats.num_steps if trace is None else len(trace.tokens_S), options.max_steps)
+    if not (stats.counts[replayed_S].any() if trace is None else trace.ids_NLK.size):
+        what, remedy = (options.trace, "record again") if options.trace else (options.stats, "calibrate again")
         raise UserError(f"{what}: no routed pairs to replay; {remedy}, on more text")
-    if args.json:
-        check_writable(args.json)
-    cost = layer_cost(args.machine, stats)
+    if options.json:
+        check_writable(options.json)
+    cost = layer_cost(options.machine, stats)
     rows = []
     with progress_bar() as bar:
-        for row in _rows(args, stats, partial(_placing, bar)):
-            on_step = partial(bar.advance, bar.add_task(f"replaying {row.name}", total=len(chosen_S)))
-            steps = stats.counts[chosen_S] if trace is None else trace.steps(chosen_S, args.num_ranks)
+        for row in _rows(options, stats, partial(_placing_progress, bar)):
+            on_step = partial(bar.advance, bar.add_task(f"replaying {row.name}", total=len(replayed_S)))
+            steps = stats.counts[replayed_S] if trace is None else trace.steps(replayed_S, options.num_ranks)
             result = simulate(row.strategy, row.placement, steps, stats.native_format, cost, on_step)
-            rows.append(_told(row, result))
-    _report(rows, len(chosen_S), stats.num_layers, args.machine)
-    if args.json:
-        write_json(args.json, rows)
+            rows.append(_summary(row, result))
+    _report(rows, len(replayed_S), stats.num_layers, options.machine)
+    if options.json:
+        write_json(options.json, rows)
 
 
-def _placing(bar: "Progress", name: str) -> Callable[[float], None]:
+def _placing_progress(bar: "Progress", name: str) -> Callable[[float], None]:
     """A line of the progress bar for one strategy that places."""
     task = bar.add_task(f"placing {name}", total=100)
     return lambda fraction: bar.update(task, completed=100 * fraction)
 
 
-def _chosen(num_steps: int, max_steps: int | None) -> "IntArray":
+def _replayed_steps(num_steps: int, max_steps: int | None) -> IntArray:
     """[S] the recorded steps to replay."""
-    import numpy as np
-
-    from rq_ep.core.errors import check_integer
-
     if max_steps is None:
         return np.arange(num_steps)
-    number = min(check_integer("--max-steps", max_steps, 1), num_steps)
+    number = min(max_steps, num_steps)
     return np.unique(((np.arange(number) + 0.5) * num_steps / number).astype(np.int64))
 
 
 def _rows(
-    args: argparse.Namespace, stats: "ExpertStats", placing: Callable[[str], Callable[[float], None]]
-) -> "Iterator[Row]":
-    """Strategies and what they serve, one after another; every name and file is looked at before the first."""
-    from rq_ep.commands.common import parse_names, parse_strategies
-    from rq_ep.core.errors import UserError
-    from rq_ep.core.stats import ExpertStats
-    from rq_ep.placing.place import place
-
-    given = _given(args, stats)
-    names = list(dict.fromkeys([*parse_names(args.strategies), *given]))  # what was given is shown, named or not
+    options: SimulateOptions, stats: ExpertStats, placing: Callable[[str], Callable[[float], None]]
+) -> Iterator[Row]:
+    """Strategies with their placements, one after another; all names and files are checked before the first."""
+    given = _load_placements(options, stats)
+    names = list(dict.fromkeys([*options.strategies, *given]))  # what was given is shown, named or not
     extra = {name: _extra_slots(name) for name in names}
-    strategies = parse_strategies([name.partition("+")[0] for name in names], args.set)
+    strategies = parse_strategies([name.partition("+")[0] for name in names], options.strategy_settings)
     calibration, source = _uniform(stats), UNIFORM
-    if args.calibration is not None:
-        calibration, source = ExpertStats.load(args.calibration), Path(args.calibration).name
+    if options.calibration is not None:
+        calibration, source = ExpertStats.load(options.calibration), Path(options.calibration).name
         if (calibration.layers, calibration.num_experts) != (stats.layers, stats.num_experts):
             raise UserError(
-                f"{args.calibration}: {calibration.num_experts} experts in {calibration.num_layers} layers, but "
-                f"{args.stats} has {stats.num_experts} in {stats.num_layers}: calibrate the model that is replayed"
+                f"{options.calibration}: {calibration.num_experts} experts in {calibration.num_layers} layers, but "
+                f"{options.stats} has {stats.num_experts} in {stats.num_layers}: calibrate the model that is replayed"
             )
     for name in names:
         strategy = strategies[name.partition("+")[0]]
@@ -148,32 +156,29 @@ def _rows(
         on_progress = placing(name)
         placement = place(
             calibration,
-            args.num_ranks,
-            _more(args.budget, extra[name], calibration, args.num_ranks),
+            options.num_ranks,
+            _budget(options.budget, extra[name], calibration, options.num_ranks),
             strategy=strategy,
-            ranks_per_node=args.ranks_per_node,
-            max_low_precision_share=args.max_low_precision_share,
-            num_redundant_experts=_redundant(extra[name], calibration, args.num_ranks),
-            time_limit_s=args.time_limit,
+            ranks_per_node=options.ranks_per_node,
+            max_low_precision_share=options.max_low_precision_share,
+            num_redundant_experts=_redundant_experts(extra[name], calibration, options.num_ranks),
+            time_limit_s=options.time_limit_s,
             on_progress=on_progress,
         )
         on_progress(1.0)
         yield Row(name, strategy, placement, source)
 
 
-def _given(args: argparse.Namespace, stats: "ExpertStats") -> "dict[str, tuple[str, Placement]]":
+def _load_placements(options: SimulateOptions, stats: ExpertStats) -> dict[str, tuple[str, Placement]]:
     """Strategy -> the name of its file and the placement, each checked against the statistics."""
-    from rq_ep.core.errors import UserError
-    from rq_ep.core.placement import Placement
-
     given: dict[str, tuple[str, Placement]] = {}
-    for path in args.placement:
+    for path in options.placement:
         placement = Placement.load(path)
-        placement.check_serves(stats.model, args.num_ranks, path)
+        placement.check_serves(stats.model, options.num_ranks, path)
         shape = {layer.index: layer.num_experts for layer in placement.layers}
         if shape != dict.fromkeys(stats.layers, stats.num_experts):
             raise UserError(
-                f"{path}: experts per layer {shape}, but {args.stats} has {stats.num_experts} "
+                f"{path}: experts per layer {shape}, but {options.stats} has {stats.num_experts} "
                 f"in each of the layers {', '.join(map(str, stats.layers))}"
             )
         placement.check_bytes(stats.expert_bytes, path)
@@ -184,9 +189,7 @@ def _given(args: argparse.Namespace, stats: "ExpertStats") -> "dict[str, tuple[s
 
 
 def _extra_slots(name: str) -> int:
-    """1 of `eplb+1`."""
-    from rq_ep.core.errors import UserError, check_integer
-
+    """The number behind the plus of a name such as `eplb+1`."""
     base, plus, number = name.partition("+")
     if not plus:
         return 0
@@ -195,7 +198,7 @@ def _extra_slots(name: str) -> int:
     return check_integer(f"--strategies {name}", int(number), 1, 4096)
 
 
-def _redundant(extra_slots: int, stats: "ExpertStats", num_ranks: int) -> int:
+def _redundant_experts(extra_slots: int, stats: ExpertStats, num_ranks: int) -> int:
     """Redundant experts that fill standard EP's slots and `extra_slots` more on each rank."""
     if not extra_slots:
         return 0
@@ -203,27 +206,22 @@ def _redundant(extra_slots: int, stats: "ExpertStats", num_ranks: int) -> int:
     return slots * num_ranks - stats.num_experts
 
 
-def _more(budget: str, extra_slots: int, stats: "ExpertStats", num_ranks: int) -> tuple[int, ...]:
+def _budget(budget: str, extra_slots: int, stats: ExpertStats, num_ranks: int) -> tuple[int, ...]:
     """[R] the budget and native experts for the extra slots of every layer."""
-    from rq_ep.core.topology import Topology
-    from rq_ep.placing.place import parse_budget
-
     num_ranks = Topology(num_ranks).num_ranks
     extra = extra_slots * stats.num_layers * stats.expert_bytes[stats.native_format]
     return tuple(size + extra for size in parse_budget(budget, stats, num_ranks))
 
 
-def _uniform(stats: "ExpertStats") -> "ExpertStats":
-    from rq_ep.core.stats import ExpertStats
-
+def _uniform(stats: ExpertStats) -> ExpertStats:
+    """Statistics of the same model in which every expert is equally busy."""
     native = {stats.native_format: stats.expert_bytes[stats.native_format]}
     return ExpertStats.uniform(stats.layers, stats.num_experts, native, stats.native_format)
 
 
-def _told(row: Row, result: "Simulation") -> dict[str, Any]:
-    import numpy as np
-
-    told = {
+def _summary(row: Row, result: Simulation) -> dict[str, Any]:
+    """The figures of a row, as plain values."""
+    summary: dict[str, Any] = {
         "strategy": row.name,
         "placement": row.source,
         "imbalance_mean": float(result.seen.mean()),
@@ -235,8 +233,8 @@ def _told(row: Row, result: "Simulation") -> dict[str, Any]:
         "transfers_per_step": float(result.transfers_SL.sum(axis=1).mean()),
     }
     if result.layer_s_SL is not None:
-        told["modelled_step_s"] = float(result.layer_s_SL.sum(axis=1).mean())
-    return told
+        summary["modelled_step_s"] = float(result.layer_s_SL.sum(axis=1).mean())
+    return summary
 
 
 def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine: str | None) -> None:

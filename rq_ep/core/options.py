@@ -3,9 +3,10 @@
 Its help text, its default and the values it takes are written down at the field alone.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from inspect import Parameter, get_annotations, getdoc
+from inspect import signature as signature_of
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -16,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Option:
-    """The declaration of an option; the last six are read off the dataclass field."""
+    """The declaration of an option; the last seven are read off the dataclass field."""
 
     help: str
     choices: Sequence[str] | None = None
@@ -26,7 +27,7 @@ class Option:
     secret: bool = False  # never shown
     several: bool = False  # takes several words of the command line, instead of one with commas
     flag: str = ""  # default: the name with dashes
-    metavar: str = ""  # default: the last word of the name
+    metavar: str = ""  # default: N for integers, X for other numbers, else the last word of the name
     group: str = ""  # heading of the help text that it stands under
     parse: Callable[[Any], Any] | None = None  # makes a value of a flag's text or of what a YAML file says
     name: str = ""
@@ -34,6 +35,7 @@ class Option:
     kind: Any = str  # type of a value or, of a sequence, of its items
     is_sequence: bool = False
     takes_none: bool = False
+    depth: int = 0  # 0: the class itself declares it, 1: its first base...
     has_other_types: bool = False  # whether Python may give it as something that neither a flag nor a file can say
 
     @property
@@ -91,12 +93,15 @@ def options_of(settings: type[Any]) -> dict[str, Option]:
     result = {}
     for item in fields(settings):
         if declared := item.metadata.get("option"):
+            typed = _typed(declared, hints[item.name])
+            metavar = {int: "N", float: "X"}.get(typed.kind, item.name.rpartition("_")[2].upper())
             result[item.name] = replace(
-                _typed(declared, hints[item.name]),
+                typed,
+                metavar=declared.metavar or metavar,
                 name=item.name,
                 default=item.default,
+                depth=min(at for at, base in enumerate(settings.__mro__) if item.name in get_annotations(base)),
                 flag=declared.flag or f"--{item.name.replace('_', '-')}",
-                metavar=declared.metavar or item.name.rpartition("_")[2].upper(),
             )
     return result
 
@@ -134,17 +139,17 @@ def takes_options(settings: type[Any]) -> Callable[[Function], Function]:
     """Let a function that passes its `**options` on to a settings class show them in its signature and docstring."""
 
     def document(function: Function) -> Function:
-        signature = inspect.signature(function)
-        own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+        signature = signature_of(function)
+        own = [item for item in signature.parameters.values() if item.kind is not Parameter.VAR_KEYWORD]
         hints = get_type_hints(settings)
         keywords = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared.default, annotation=hints[name])
+            Parameter(name, Parameter.KEYWORD_ONLY, default=declared.default, annotation=hints[name])
             for name, declared in options_of(settings).items()
             if name not in signature.parameters
         ]
         function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
-        lines = [f"        {item.name}: {options_of(settings)[item.name].help}" for item in keywords]
-        function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *lines])
+        lines = [f"    {item.name}: {options_of(settings)[item.name].help}" for item in keywords]
+        function.__doc__ = "\n".join([getdoc(function) or "", "", "Options:", *lines])
         return function
 
     return document

@@ -1,16 +1,18 @@
-"""The placement problem: what a strategy is asked to place, and the limits it must keep."""
+"""The placement problem: statistics, ranks, and the limits that a placement must keep."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from rq_ep.core.cost import LayerCost
-from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
+from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.options import check_options, option
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
 from rq_ep.core.rules import Rules
+from rq_ep.core.sizes import parse_bytes
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology, home_ranks
 
@@ -18,9 +20,90 @@ Objective = Literal["prefill", "decode", "mixed"]
 MAX_WORKERS = 1024
 
 
+LIMITS = "limits, what the placement must keep to"
+SEARCH = "search, what is balanced and for how long"
+MIGRATION = "from a placement that serves: stay, move in part, or move all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions:
+    """Limits and aims of a placement, as the user gives them and as every strategy reads them."""
+
+    max_low_precision_share: float = option(
+        0.25,
+        help="cap on the share of routed pairs computed below the native format",
+        minimum=0,
+        maximum=1,
+        group=LIMITS,
+    )
+    max_error: float | None = option(
+        None,
+        help="cap on the experts' relative output errors as calibrated, mean weighted by importance",
+        minimum=0,
+        group=LIMITS,
+    )
+    mixed_replicas: bool = option(
+        False,
+        help="native experts may have further replicas in the smallest format, which compute at most half of the "
+        "expert's pairs in a step, those of the lowest gates, and count against both caps with what they compute; for "
+        "rq alone; pays where ranks hold few experts, seldom where many share the bytes, and takes several searches",
+        group=LIMITS,
+    )
+    num_redundant_experts: int = option(
+        0, help="extra replicas per layer, for strategies that count replicas instead of bytes", minimum=0, group=LIMITS
+    )
+    tokens_per_step: int | None = option(
+        None, help="batch size that will be served; default: as calibrated", minimum=1, group=SEARCH
+    )
+    objective: Objective = option(
+        "prefill",
+        help="what is balanced: prefill (pairs), decode (bytes of activated experts), mixed (each step by its phase)",
+        group=SEARCH,
+    )
+    tail_weight: float = option(
+        0.0,
+        help="w of (1 - w) * mean + w * CVaR90 of max/mean over calibration steps: 0 balances the mean step, 1 the "
+        "mean of the worst tenth",
+        minimum=0,
+        maximum=1,
+        group=SEARCH,
+    )
+    time_limit_s: float | None = option(
+        None,
+        flag="--time-limit",
+        help="seconds; the best placement until then, which depends on the clock: without a limit the same seed gives "
+        "the same placement",
+        minimum=0,
+        group=SEARCH,
+    )
+    num_workers: int = option(
+        1,
+        flag="--workers",
+        help="processes that solve layers; the answer does not depend on them",
+        minimum=1,
+        maximum=MAX_WORKERS,
+        group=SEARCH,
+    )
+    seed: int = option(0, help="seed of the search", minimum=0, group=SEARCH)
+    max_moved_bytes: int | None = option(
+        None,
+        help="cap on what all ranks together receive, such as 512MiB",
+        minimum=0,
+        metavar="BYTES",
+        parse=lambda size: parse_bytes(str(size), "--max-moved-bytes"),
+        group=MIGRATION,
+    )
+    move_price: float = option(
+        0.0,
+        help="max/mean, mean over steps, that moving as many bytes as the whole budget must gain",
+        minimum=0,
+        group=MIGRATION,
+    )
+
+
 @dataclass(frozen=True)
-class PlacementProblem:
-    """What a strategy is asked to place: the statistics, the ranks, and the limits it must keep.
+class PlacementProblem(SolverOptions):
+    """The input of a placement strategy: the statistics, the ranks, and the limits to keep.
 
     `budget_bytes_R` None means that bytes are not limited (the result says how many it takes).
     """
@@ -29,23 +112,9 @@ class PlacementProblem:
     topology: Topology
     budget_bytes_R: tuple[int, ...] | None = None
     formats: tuple[str, ...] = ()  # formats that may be used; default: the native one alone
-    max_low_precision_share: float = 0.25  # of routed pairs computed in a format below the native one
-    tokens_per_step: int | None = None  # the batch size that will be served; None: as calibrated
-    mixed_replicas: bool = False  # whether replicas of one expert may be stored in two formats
-    num_redundant_experts: int = 0  # extra replicas per layer, for strategies that count slots instead of bytes
-    seed: int = 0
-    # What a rank's load is in a step: its pairs; bytes of the experts it activates; or one of them by the step's phase.
-    objective: Objective = "prefill"
     cost: LayerCost | None = None  # weighs pairs and bytes by format, in seconds; None: a pair is a pair, a byte a byte
-    tail_weight: float = 0.0  # w of (1 - w) * mean + w * CVaR90 of max/mean over calibration steps
-    # Cap on the importance-weighted mean over experts of the relative output error of the format they are stored in.
-    max_error: float | None = None
     rules: Rules = field(default_factory=Rules)
-    time_limit_s: float | None = None  # the best found until then; None: until the search is done
-    num_workers: int = 1  # processes that solve layers
-    max_moved_bytes: int | None = None  # cap on what all ranks together receive on the way from `current`
-    move_price: float = 0.0  # max/mean, mean over steps, that moving as many bytes as the whole budget must gain
-    on_progress: Callable[[float], None] = lambda fraction: None  # told the fraction done, now and then
+    on_progress: Callable[[float], None] = lambda fraction: None  # receives the fraction done, now and then
 
     def __post_init__(self) -> None:
         if not self.formats:
@@ -58,11 +127,7 @@ class PlacementProblem:
         if self.stats.native_format not in self.formats:
             native = self.stats.native_format
             raise UserError(f"--formats {','.join(self.formats)}: must name the native format {native}")
-        check_number("--max-low-precision-share", self.max_low_precision_share, 0, 1)
-        if self.tokens_per_step is not None:
-            check_integer("--tokens-per-step", self.tokens_per_step, 1)
-        check_integer("--num-redundant-experts", self.num_redundant_experts)
-        check_integer("--seed", self.seed)
+        check_options(self)
         self._check_search()
         if self.budget_bytes_R is not None:
             if len(self.budget_bytes_R) != self.topology.num_ranks:
@@ -78,21 +143,11 @@ class PlacementProblem:
         return self.stats.expert_bytes[self.stats.native_format]
 
     def _check_search(self) -> None:
-        check_choice("--objective", self.objective, get_args(Objective))
-        check_number("--tail-weight", self.tail_weight, 0, 1)
-        check_number("--move-price", self.move_price, 0)
-        check_integer("--workers", self.num_workers, 1, MAX_WORKERS)
-        if self.time_limit_s is not None:
-            check_number("--time-limit", self.time_limit_s, 0)
-        if self.max_moved_bytes is not None:
-            check_integer("--max-moved-bytes", self.max_moved_bytes)
-        if self.max_error is not None:
-            check_number("--max-error", self.max_error, 0)
-            if self.stats.error is None:
-                raise UserError(
-                    f"--max-error {self.max_error:g}: {self.stats.source} holds no measured errors; calibrate again, "
-                    "or cap pairs with --max-low-precision-share alone"
-                )
+        if self.max_error is not None and self.stats.error is None:
+            raise UserError(
+                f"--max-error {self.max_error:g}: {self.stats.source} holds no measured errors; calibrate again, "
+                "or cap pairs with --max-low-precision-share alone"
+            )
         if self.objective == "mixed" and self.stats.phase is None:
             raise UserError(
                 f"--objective mixed: {self.stats.source} does not say which steps are prefill and which decode; "
@@ -110,8 +165,8 @@ class PlacementProblem:
         if not has_low or not self.max_low_precision_share:
             raise UserError(f"--mixed-replicas: {allowed} allow one format: add int8, calibrated, or leave it out")
         if self.objective != "prefill" or self.cost is not None:
-            asked = "--machine" if self.cost is not None else f"--objective {self.objective}"
-            raise UserError(f"--mixed-replicas balances pairs, whatever their format: leave {asked} out, or it")
+            other = "--machine" if self.cost is not None else f"--objective {self.objective}"
+            raise UserError(f"--mixed-replicas balances pairs, whatever their format: leave {other} out, or it")
 
     def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
         """Put layers together: add up bytes and low-precision pairs; refuse what breaks the budget or the rules."""

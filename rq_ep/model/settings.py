@@ -5,11 +5,13 @@ The defaults and help texts are written down here alone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from rq_ep.config import DEVICES, option
-from rq_ep.core.errors import check_choice, check_integer
+from rq_ep.config import DEVICES
+from rq_ep.core.options import check_options, option
 
 DTYPES = ("float32", "bfloat16", "float16")
+DType = str | Any  # a name of DTYPES, or the torch.dtype itself, which is not imported here
 ROUNDING_NAMES = ("calibrated", "nearest")
 
 # Definitions of how much an expert matters. `drop` runs the model again for every expert; the others come out of the
@@ -27,16 +29,13 @@ IMPORTANCES: Mapping[str, str] = {
 class WindowSettings:
     """The sample of text that runs through a model; see `rq_ep.model.text.windows`."""
 
-    max_tokens: int = option(32_768, help="tokens to run, over all domains")
+    max_tokens: int = option(32_768, help="tokens to run, over all domains", minimum=0)
     sequence_length: int = option(128, help="tokens in a sequence", minimum=1)
     batch_size: int = option(8, help="sequences in a step", minimum=1)
     seed: int = option(0, help="chooses the places text is taken from", minimum=0)
 
     def __post_init__(self) -> None:
-        check_integer("--sequence-length", self.sequence_length, 1)
-        check_integer("--batch-size", self.batch_size, 1)
-        check_integer("--max-tokens", self.max_tokens)
-        check_integer("--seed", self.seed)
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,8 @@ class CalibrationSettings(WindowSettings):
         "process; `place` then goes by that",
     )
     sensitivity_tokens: int = option(2048, help="tokens of each such pass, at least one batch", minimum=1)
-    dtype: str | None = option(None, help="dtype to compute in; default: as stored", choices=DTYPES)
+    dtype: DType | None = option(None, help="dtype to compute in; default: as stored", choices=DTYPES)
     device: str = option("auto", help="device to compute on", choices=DEVICES)
-
-    def __post_init__(self) -> None:
-        check_choice("--importance", self.importance, IMPORTANCES)
-        check_integer("--sensitivity-tokens", self.sensitivity_tokens, 1)
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -78,20 +72,16 @@ class QuantizeSettings(WindowSettings):
         help="calibrated (int4 by GPTQ, with regard to the inputs that each expert meets; needs text) or nearest",
         choices=ROUNDING_NAMES,
     )
-    dtype: str | None = option(None, help="dtype to compute in; default: as stored", choices=DTYPES)
+    dtype: DType | None = option(None, help="dtype to compute in; default: as stored", choices=DTYPES)
     device: str = option("auto", help="device to compute on", choices=DEVICES)
-
-    def __post_init__(self) -> None:
-        check_choice("--rounding", self.rounding, ROUNDING_NAMES)
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
 class EvaluationSettings(WindowSettings):
     """How much text strategies and placements are compared on, and by what."""
 
-    max_tokens: int = option(16_384, help="tokens to run, over all domains")
-    dtype: str = option(
+    max_tokens: int = option(16_384, help="tokens to run, over all domains", minimum=0)
+    dtype: DType = option(
         "float32",
         help="dtype to compute in; in float32 what remains is the error of the formats, in bfloat16 rounding adds its "
         "own",
@@ -107,7 +97,3 @@ class EvaluationSettings(WindowSettings):
         help="length of the greedy continuations compared with the dense model's, of at most 16 windows; 0: none",
         minimum=0,
     )
-
-    def __post_init__(self) -> None:
-        check_integer("--greedy-tokens", self.greedy_tokens)
-        super().__post_init__()

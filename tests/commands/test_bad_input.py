@@ -170,7 +170,7 @@ def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[str], str]:
         (edited(lambda document: document["layers"][0]["replicas"][0].update(share=2)), [], "share 2"),
         (edited(lambda document: document["layers"][0]["replicas"][0].update(format="int9")), [], "int9"),
         (lambda text: text, ["--lost-ranks", "4"], "has ranks 0 to 3"),
-        (lambda text: text, ["--lost-ranks", "one"], "--lost-ranks one: write ranks"),
+        (lambda text: text, ["--lost-ranks", "one"], "--lost-ranks 'one': must be a whole number"),
         (lambda text: text, ["--lost-ranks", "0,1,2,3"], "all 4 ranks are lost"),
         (lambda text: text, ["--max-moved-bytes", "lots"], "--max-moved-bytes lots"),
         (lambda text: text, ["--move-price", "-1"], "--move-price -1.0: must be at least 0"),

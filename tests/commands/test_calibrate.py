@@ -22,6 +22,17 @@ def test_writes_statistics_and_prints_a_row_for_each_layer(tiny_checkpoint: Path
     assert (stats.num_tokens, stats.num_layers, stats.domains) == (4096, 2, ("code", "prose"))
 
 
+def test_a_file_gives_what_flags_leave_out(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out, config = tmp_path / "stats.safetensors", tmp_path / "calibrate.yaml"
+    text = tiny_checkpoint / "text" / "train"
+    config.write_text(
+        f"model: {tiny_checkpoint}\ntext: [{text}/prose, {text}/code]\nmax_tokens: 4096\nsequence-length: 32\n"
+    )
+    assert main(["calibrate", "--config", str(config), "--out", str(out), "--max-tokens", "2048"]) == 0
+    stats = ExpertStats.load(out)
+    assert (stats.num_tokens, stats.domains) == (2048, ("code", "prose"))
+
+
 @pytest.mark.dist
 def test_two_ranks_write_what_one_process_writes(tiny_checkpoint: Path, tmp_path: Path) -> None:
     text = str(tiny_checkpoint / "text" / "train" / "prose")

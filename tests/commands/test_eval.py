@@ -72,7 +72,7 @@ def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, placement: Path
         (["--sequence-length", "1"], "--sequence-length 1: must be at least 2"),
         (["--sequence-length", "9999"], "reads at most 512 tokens"),
         (["--json", tmp_path], "is a directory"),
-        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--device", "gpu"], "unknown --device 'gpu'"),
     ):
         assert main(arguments(tiny_checkpoint, *more)) == 2, more
         error = capsys.readouterr().err.splitlines()[-1]

@@ -47,6 +47,31 @@ def test_writes_a_placement_and_a_picture_and_says_what_it_did(
     assert sorted(file.name for file in out.parent.iterdir()) == ["placement.json", "placement.png"]
 
 
+def test_a_file_gives_what_flags_leave_out(stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, config = tmp_path / "placement.json", tmp_path / "place.yaml"
+    config.write_text(
+        f"stats: {stats}\nnum_ranks: 2\nbudget: 9KB\nformats: [bf16, int8]\nplot: false\nworkers: 1\n"
+        "max-low-precision-share: 0.1\nstrategy: standard\nmax_moved_bytes: 4000\n"
+    )
+    assert main(["place", "--config", str(config), "--out", str(out)]) == 2
+    assert "speak of the way from --current" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("max_moved_bytes: 4000", "max_moved_bytes:"))
+    assert main(["place", "--config", str(config), "--out", str(out), "--strategy", "rq", "--num-ranks", "4"]) == 0
+    placement = Placement.load(out)
+    assert (placement.strategy, placement.topology.num_ranks, placement.low_precision_cap) == ("rq", 4, 0.1)
+    assert placement.budget_bytes_R == (9000,) * 4
+    assert not out.with_suffix(".png").exists()
+    for line, message in (
+        ("tail_weight: 2", "place.yaml: --tail-weight 2: must be at most 1"),
+        ("wrokers: 2", "did you mean 'workers'"),
+        ("lost_ranks: [1, x]", "--lost-ranks 'x': must be a whole number"),
+        ("max_moved_bytes: 4 cows", "--max-moved-bytes 4 cows: '4 cows' is not a size"),
+    ):
+        config.write_text(f"stats: {stats}\nnum_ranks: 2\n{line}\n")
+        assert main(["place", "--config", str(config), "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("strategy", ["standard", "eplb", "llep", "rq_paper", "rq_llep"])
 def test_other_strategies(stats: str, tmp_path: Path, strategy: str) -> None:
     out = tmp_path / "placement.json"

@@ -22,7 +22,7 @@ LOADS = [40, 90, 20, 10, 15, 30]  # ranks 0 to 2: 130, 30, 45
 def problem(loads: list[int], num_ranks: int = 3, share: float = 1.0, sizes: dict[str, int] | None = None, **fields):  # type: ignore[no-untyped-def]
     stats = ExpertStats(np.array([[loads]], np.int64), ("bf16", "int8"), "bf16", sizes or SIZES, **fields)
     budget = (standard_ep_bytes(stats, num_ranks),) * num_ranks
-    return PlacementProblem(stats, Topology(num_ranks), budget, ("bf16", "int8"), share)
+    return PlacementProblem(stats, Topology(num_ranks), budget, ("bf16", "int8"), max_low_precision_share=share)
 
 
 def placed(given: PlacementProblem) -> Placement:

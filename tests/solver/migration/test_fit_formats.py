@@ -20,7 +20,9 @@ LAYER = LayerPlacement.even(
 def asked(pairs: list[int], cap: float, budget: int | None = 2504, rules: Rules | None = None) -> PlacementProblem:
     stats = ExpertStats(np.array([[pairs]]), ("bf16", "int8"), "bf16", SIZES)
     budgets = None if budget is None else (budget, budget)
-    return PlacementProblem(stats, Topology(2), budgets, ("bf16", "int8"), cap, rules=rules or Rules())
+    return PlacementProblem(
+        stats, Topology(2), budgets, ("bf16", "int8"), max_low_precision_share=cap, rules=rules or Rules()
+    )
 
 
 def stored(layers: list[LayerPlacement]) -> list[tuple[int, int, str]]:
@@ -32,7 +34,10 @@ def test_nothing_changes_where_the_cap_holds() -> None:
     assert within_cap(asked([50, 30, 10, 10], 0.2), layers) is layers
     mixed = [LayerPlacement.even(0, 1, [Replica(0, 0, "bf16"), Replica(1, 0, "int8")], ("int8", "bf16"))]
     stats = ExpertStats(np.array([[[9]]]), ("bf16", "int8"), "bf16", SIZES)
-    assert within_cap(PlacementProblem(stats, Topology(2), None, ("bf16", "int8"), 0.1), mixed) is mixed
+    assert (
+        within_cap(PlacementProblem(stats, Topology(2), None, ("bf16", "int8"), max_low_precision_share=0.1), mixed)
+        is mixed
+    )
 
 
 def test_the_busiest_low_expert_becomes_native_and_its_rank_gives_up_a_spare_replica() -> None:
@@ -55,5 +60,7 @@ def test_what_is_fixed_is_not_given_up() -> None:
 def test_the_last_replica_is_never_given_up() -> None:
     lone = LayerPlacement.even(0, 2, [Replica(0, 0, "int8"), Replica(0, 1, "int8")])
     stats = ExpertStats(np.array([[[5, 5]]]), ("bf16", "int8"), "bf16", SIZES)
-    found = within_cap(PlacementProblem(stats, Topology(2), (1008, 1008), ("bf16", "int8"), 0.0), [lone])
+    found = within_cap(
+        PlacementProblem(stats, Topology(2), (1008, 1008), ("bf16", "int8"), max_low_precision_share=0.0), [lone]
+    )
     assert [one.format for one in found[0].replicas] == ["bf16", "bf16"], "over its budget; a search goes on from here"
