@@ -120,5 +120,5 @@ def quiet_libraries() -> None:
     """Keep transformers' progress bars and reports out of ours. It holds for the whole process: for commands only."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -131,7 +131,7 @@ def _family_of_model(path: str) -> "tuple[ExpertFamily, int, int]":
 
     config = read_config(path)
     with transformers_errors(path), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config)
     experts = find_expert_modules(model)
     return family_of(experts[0].module), experts[0].num_experts, getattr(config, "num_experts_per_tok", None) or 1
 

@@ -1,4 +1,8 @@
-"""Weight formats, one file each. Adding one is a file and a line in this table."""
+"""Weight formats, one file each; a new one takes a file and a line in `FORMATS`.
+
+Axes in this package: O output channels, I input channels, G groups of input channels that share a scale, B bytes of
+codes, N rows.
+"""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -17,7 +21,7 @@ from rq_ep.formats.native import Native
 
 
 class WeightFormat(Protocol):
-    """How one expert is stored: all its tensors, scales and biases in one sealed byte buffer, and computed with.
+    """Storage of one expert in a byte buffer with a checksum, tensors, scales and biases, and its computation.
 
     `max_error` bounds the round trip: |weight - dequantized| <= max_error * (largest |weight| of its output channel).
     """
@@ -30,15 +34,15 @@ class WeightFormat(Protocol):
     def max_error(self) -> float: ...
 
     def packing(self, layout: ExpertLayout) -> Packing:
-        """Where the stored tensors lie."""
+        """Offsets, shapes and dtypes of the stored tensors."""
         ...
 
     def nbytes(self, layout: ExpertLayout) -> int:
-        """Bytes of one packed expert: scales, biases, alignment and seal included."""
+        """Bytes of one packed expert, with its scales, biases, alignment and checksum."""
         ...
 
     def pack(self, weights: Mapping[str, Tensor], layout: ExpertLayout) -> Tensor:
-        """Store one expert: uint8 [nbytes] on the weights' device; the same weights give the same bytes.
+        """Pack one expert: uint8 [nbytes] on the weights' device; the same weights give the same bytes.
 
         Raises:
             UserError: names or shapes differ from the layout, or the weights cannot be stored.
@@ -46,15 +50,15 @@ class WeightFormat(Protocol):
         ...
 
     def views(self, packed: Tensor, layout: ExpertLayout) -> Views:
-        """Views into uint8 [nbytes], or into a stack of experts, uint8 [n, nbytes]."""
+        """Views into a packed expert, uint8 [nbytes], or into a stack of them, uint8 [n, nbytes]."""
         ...
 
     def dequantize(self, views: Views, name: str, layout: ExpertLayout, dtype: torch.dtype) -> Tensor:
-        """One tensor of one expert, shaped as in the layout."""
+        """One tensor of one expert in `dtype`, shaped as in the layout."""
         ...
 
-    def linear(self, x_ND: Tensor, views: Views, name: str, layout: ExpertLayout) -> Tensor:
-        """Product of rows [N, in] with matrix `name` of one expert, its bias added: [N, out] in the rows' dtype."""
+    def linear(self, x_NI: Tensor, views: Views, name: str, layout: ExpertLayout) -> Tensor:
+        """Rows [N, I] times matrix `name` of one expert, plus its bias: [N, O] in the rows' dtype."""
         ...
 
 
@@ -75,7 +79,7 @@ _NATIVE_NAMES = {format_.dtype: name for name, format_ in FORMATS.items() if isi
 
 
 def get_format(name: str) -> WeightFormat:
-    """The format called `name`; a `UserError` suggests the nearest one if there is none."""
+    """The format of that name; a `UserError` suggests the nearest one if there is none."""
     return FORMATS[check_choice("format", name, FORMATS)]
 
 

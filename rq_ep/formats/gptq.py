@@ -1,7 +1,9 @@
-"""Rounding to int4 that knows the inputs: GPTQ (Frantar et al., arXiv 2210.17323).
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounding to int4 that minimises the output error on calibration inputs.
 
-Rounding one weight leaves an error in the output; GPTQ moves it onto the weights not yet rounded, as far as their
-inputs go with its own. Scales and bytes are those of round-to-nearest: whoever computes with the result need not know.
+Rounding one weight leaves an error in the output. GPTQ compensates it by the weights not yet rounded, as far as their
+inputs correlate with its own. Scales and bytes are laid out as for round-to-nearest, so kernels need no change.
+
+Axes: O output channels, I inputs, B inputs of a block.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ _BLOCK = 128  # inputs; errors reach those behind a block in one product
 
 
 def second_moments(x_NI: Tensor) -> Tensor:
-    """Second moments of rows [N, in]: fp32 [in, in], the sum of x x^T. Those of several batches add up."""
+    """Second moments of rows [N, I]: fp32 [I, I], the sum of x x^T. Those of several batches add up."""
     x_NI = x_NI.float()
     return x_NI.T @ x_NI
 
@@ -31,10 +33,10 @@ def pack_gptq(
     layout: ExpertLayout,
     damping: float = DAMPING,
 ) -> Tensor:
-    """Pack one expert with rounding fitted to its inputs: uint8 [nbytes], as `format_.pack` would, only of less error.
+    """Pack one expert by GPTQ: uint8 [nbytes] as of `format_.pack`, with less output error on its inputs.
 
-    An output channel keeps nearest rounding where that is better on these inputs. The format's `max_error` bounds the
-    scales' steps as before, but a weight may be several steps from where it was.
+    An output channel is rounded to nearest if that is better on these inputs. A weight may move by several steps, so
+    the format's `max_error` does not hold.
 
     Args:
         format_: of the result.
@@ -54,7 +56,7 @@ def pack_gptq(
         _check_moments(name, moments, layout)
         weight_OI = weight.float().contiguous()
         scale_OG = format_.scales(weight_OI)
-        scale_OI = format_.spread(scale_OG, weight_OI.shape[1])
+        scale_OI = format_.expand_scales(scale_OG, weight_OI.shape[1])
         levels_OI = _fitted_levels(weight_OI, scale_OI, moments[name], damping)
         matrices[name] = {"codes": pack_levels(levels_OI), "scale": scale_OG}
     return format_.pack_parts(matrices, weights, layout)
@@ -62,9 +64,9 @@ def pack_gptq(
 
 def _check_moments(name: str, moments: Mapping[str, Tensor], layout: ExpertLayout) -> None:
     num_in = layout.matrix_shape(name)[1]
-    found = tuple(moments[name].shape) if name in moments else None
-    if found != (num_in, num_in):
-        raise UserError(f"second moments of the inputs of {name!r}: {(num_in, num_in)} expected, not {found}")
+    shape = tuple(moments[name].shape) if name in moments else None
+    if shape != (num_in, num_in):
+        raise UserError(f"second moments of the inputs of {name!r}: {(num_in, num_in)} expected, not {shape}")
     if not moments[name].isfinite().all():
         raise UserError(f"the inputs of {name!r} are infinite or undefined: check the model")
     if not moments[name].any():
@@ -72,18 +74,18 @@ def _check_moments(name: str, moments: Mapping[str, Tensor], layout: ExpertLayou
 
 
 def _fitted_levels(weight_OI: Tensor, scale_OI: Tensor, moment_II: Tensor, damping: float) -> Tensor:
+    """GPTQ's levels, or the nearest ones in channels where these have less error on the inputs."""
     nearest_OI = to_levels(weight_OI, scale_OI)
     fitted_OI = _gptq(weight_OI, scale_OI, moment_II, damping)
-    errors_2O = [
-        torch.einsum("oi,ij,oj->o", difference, moment_II.float(), difference)
-        for levels_OI in (nearest_OI, fitted_OI)
-        for difference in [weight_OI - levels_OI * scale_OI]
-    ]
-    return torch.where((errors_2O[1] < errors_2O[0])[:, None], fitted_OI, nearest_OI)
+    nearest_error_O, fitted_error_O = (
+        torch.einsum("oi,ij,oj->o", difference_OI, moment_II.float(), difference_OI)
+        for difference_OI in (weight_OI - levels_OI * scale_OI for levels_OI in (nearest_OI, fitted_OI))
+    )
+    return torch.where((fitted_error_O < nearest_error_O)[:, None], fitted_OI, nearest_OI)
 
 
 def _gptq(weight_OI: Tensor, scale_OI: Tensor, moment_II: Tensor, damping: float) -> Tensor:
-    """Levels [out, in] as float. The inputs of largest moment come first: most others are left to correct for them."""
+    """GPTQ's levels, [O, I] as float. Inputs of large moment are rounded first, when most weights can compensate."""
     hessian_II = moment_II.double()
     diagonal_I = hessian_II.diagonal()
     order = diagonal_I.argsort(descending=True, stable=True)
@@ -92,7 +94,7 @@ def _gptq(weight_OI: Tensor, scale_OI: Tensor, moment_II: Tensor, damping: float
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
     upper_II = torch.linalg.cholesky(inverse_II, upper=True).float()
 
-    # Transposed, an input's weights lie side by side.
+    # Transposed, so that an input's weights are contiguous.
     weight_IO, scale_IO = weight_OI.T[order], scale_OI.T[order]
     levels_IO = torch.empty_like(weight_IO)
     for start in range(0, len(order), _BLOCK):

@@ -34,19 +34,19 @@ class Int8(Quantized):
             return (parts["levels"] * parts["scale"][:, None]).to(dtype), None
         return int8_to_bf16(parts["levels"]), parts["scale"]  # exact: bf16 holds whole numbers up to 256
 
-    def product(self, x_ND: Tensor, parts: Parts) -> Tensor:
-        if not can_multiply_packed(x_ND):
-            return super().product(x_ND, parts)
-        ones = x_ND.new_ones(len(parts["scale"]))  # the kernel's scales would be bf16
-        return scale_channels(torch._weight_int8pack_mm(x_ND.contiguous(), parts["levels"], ones), parts["scale"])
+    def product(self, x_NI: Tensor, parts: Parts) -> Tensor:
+        if not can_multiply_packed(x_NI):
+            return super().product(x_NI, parts)
+        ones = x_NI.new_ones(len(parts["scale"]))  # the kernel's scales would be bf16
+        return scale_channels(torch._weight_int8pack_mm(x_NI.contiguous(), parts["levels"], ones), parts["scale"])
 
 
-def can_multiply_packed(x_ND: Tensor) -> bool:
-    """Whether rows [N, in] are few, and such as the CPU's kernel for packed int8 weights computes right."""
-    num_rows, num_in = x_ND.shape
+def can_multiply_packed(x_NI: Tensor) -> bool:
+    """Whether the CPU's kernel for packed int8 weights computes rows [N, I] correctly, and is faster for so few."""
+    num_rows, num_in = x_NI.shape
     return (
-        x_ND.device.type == "cpu"
-        and x_ND.dtype == torch.bfloat16
+        x_NI.device.type == "cpu"
+        and x_NI.dtype == torch.bfloat16
         and 0 < num_rows <= _PACKED_ROWS
         and num_in % _PACKED_MULTIPLE == 0
     )

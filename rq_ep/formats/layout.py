@@ -1,4 +1,4 @@
-"""How the tensors of one expert lie in one byte buffer: every tensor on a 16-byte boundary, a seal at the end."""
+"""Layout of one expert in a byte buffer: every tensor on a 16-byte boundary, a checksum at the end."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 from rq_ep.core.errors import UserError
 
 ALIGNMENT = 16  # bytes; grouped kernels want strides in multiples of it
-_SEAL_BYTES = 16
-_SEAL_BLOCK = 512  # words
+_CHECKSUM_BYTES = 16
+_CHECKSUM_BLOCK = 512  # words
 
 Views = Mapping[str, Tensor]  # tensors of one packed expert, or of a stack of them, without a copy
 
@@ -42,9 +42,9 @@ class ExpertLayout:
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise a `UserError` unless `weights` holds exactly the tensors of this layout."""
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if found != dict(self.shapes):
-            raise UserError(f"an expert of this model has tensors {dict(self.shapes)}, not {found}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if shapes != dict(self.shapes):
+            raise UserError(f"an expert of this model has tensors {dict(self.shapes)}, not {shapes}")
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,20 @@ class Field:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each tensor of a packed expert lies, and how many bytes the whole takes."""
+    """The fields of a packed expert, and its size in bytes."""
 
     fields: Mapping[str, Field]
     nbytes: int
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> "Packing":
+        """Lay out tensors, given as (name, shape, dtype), in the order of their names."""
         fields: dict[str, Field] = {}
         offset = 0
         for name, shape, dtype in sorted(tensors, key=lambda tensor: tensor[0]):
             fields[name] = Field(offset, shape, dtype)
             offset = -(-fields[name].end // ALIGNMENT) * ALIGNMENT
-        return cls(fields, offset + _SEAL_BYTES)
+        return cls(fields, offset + _CHECKSUM_BYTES)
 
     def views(self, packed: Tensor) -> Views:
         """Views into a packed expert, uint8 [nbytes], or into a stack of them, uint8 [n, nbytes]."""
@@ -86,32 +87,33 @@ class Packing:
         }
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Copy `tensors`, cast to their fields' dtypes, into a new sealed buffer on their device."""
+        """Copy `tensors`, cast to their fields' dtypes, into a new buffer on their device, and add its checksum."""
         device = next(iter(tensors.values())).device
         packed = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
         for name, view in self.views(packed).items():
             view.copy_(tensors[name])
-        _seal(packed).copy_(checksum(packed))
+        _stored_checksum(packed).copy_(checksum(packed))
         return packed
 
 
 def checksum(packed: Tensor) -> Tensor:
-    """Sum of a packed expert's bytes without its seal: int64 scalar on the expert's device.
+    """Checksum of a packed expert's tensors: int64 scalar on the expert's device.
 
-    Blocks of 4 KiB are added as 64-bit words and weighted by their position, so that bytes which changed, went missing
-    or came from another expert or place are found. It runs at memory speed on every device; integers wrap alike.
+    Blocks of 4 KiB are summed as 64-bit words and weighted by their position, so that bytes which changed, went missing
+    or came from another expert or position are detected. It runs at memory speed on every device; all wrap integers
+    alike.
     """
-    words = packed[:-_SEAL_BYTES].view(torch.int64)
-    num_whole = len(words) // _SEAL_BLOCK * _SEAL_BLOCK
-    blocks = words[:num_whole].view(-1, _SEAL_BLOCK).sum(1)
+    words = packed[:-_CHECKSUM_BYTES].view(torch.int64)
+    num_whole = len(words) // _CHECKSUM_BLOCK * _CHECKSUM_BLOCK
+    blocks = words[:num_whole].view(-1, _CHECKSUM_BLOCK).sum(1)
     weights = torch.arange(len(blocks), device=packed.device).mul_(2).add_(1)
     return (blocks * weights).sum() - words[num_whole:].sum()
 
 
 def is_intact(packed: Tensor) -> Tensor:
-    """Whether a packed expert still matches the checksum it was sealed with: bool scalar on its device."""
-    return checksum(packed) == _seal(packed)
+    """Whether a packed expert still matches its stored checksum: bool scalar on its device."""
+    return checksum(packed) == _stored_checksum(packed)
 
 
-def _seal(packed: Tensor) -> Tensor:
-    return packed[-_SEAL_BYTES:].view(torch.int64)[0]
+def _stored_checksum(packed: Tensor) -> Tensor:
+    return packed[-_CHECKSUM_BYTES:].view(torch.int64)[0]

@@ -1,4 +1,4 @@
-"""Weights as they are: fp32, bf16 and fp16."""
+"""Native formats, weights as they are: fp32, bf16 and fp16."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Native:
     def dequantize(self, views: Views, name: str, layout: ExpertLayout, dtype: torch.dtype) -> Tensor:
         return views[name].to(dtype)
 
-    def linear(self, x_ND: Tensor, views: Views, name: str, layout: ExpertLayout) -> Tensor:
-        weight = views[name].to(x_ND.dtype)
+    def linear(self, x_NI: Tensor, views: Views, name: str, layout: ExpertLayout) -> Tensor:
+        weight = views[name].to(x_NI.dtype)
         bias = views.get(f"{name}_bias")
-        return F.linear(x_ND, weight.T if layout.is_transposed else weight, None if bias is None else bias.to(x_ND))
+        return F.linear(x_NI, weight.T if layout.is_transposed else weight, None if bias is None else bias.to(x_NI))

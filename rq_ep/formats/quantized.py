@@ -1,4 +1,4 @@
-"""What the low-bit formats share: matrices are stored as [out, in], computed with in blocks; biases stay fp32."""
+"""Base class of the low-bit formats: matrices are stored as [O, I] and multiplied block by block; biases are fp32."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.formats.kernels.unpack import scale_channels
 from rq_ep.formats.layout import ExpertLayout, Packing, Views
 
-Parts = Mapping[str, Tensor]  # what is stored of one matrix; the first axis of each numbers its output channels
+Parts = Mapping[str, Tensor]  # the stored tensors of one matrix; the first axis of each is its output channels
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # their shapes and dtypes
 
 # Weights that are unpacked at a time: on a CPU a block that stays in the cache, on a GPU one that fills the machine.
@@ -21,19 +21,25 @@ _ROWS_ON_THE_RIGHT = range(12, 128)  # in bf16 on a CPU, so few rows are multipl
 
 
 class Quantized(ABC):
-    """A matrix is levels times scales. The workspace of a product is one block of output channels."""
+    """A format whose matrices are levels times scales. A product needs workspace for one block of output channels."""
 
-    name: str
-    max_error: float
     is_native: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def max_error(self) -> float: ...
 
     @abstractmethod
     def fields(self, num_out: int, num_in: int) -> Fields:
-        """What is stored of a matrix [out, in]."""
+        """Shapes and dtypes of the parts of a matrix [O, I]."""
 
     @abstractmethod
     def quantize(self, weight_OI: Tensor) -> Parts:
-        """The parts of a finite fp32 matrix [out, in]."""
+        """The parts of a finite fp32 matrix [O, I]."""
 
     def check_parts(self, name: str, parts: Parts) -> None:
         """Raise a `UserError` unless all numbers stored of matrix `name` are finite."""
@@ -43,7 +49,7 @@ class Quantized(ABC):
 
     @abstractmethod
     def expand(self, parts: Parts, num_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Some output channels as (weights [out, in] in `dtype`, factors [out] that these still lack, or None)."""
+        """Dequantize some output channels: weights [O, I] in `dtype`, and factors [O] still to be applied, or None."""
 
     def packing(self, layout: ExpertLayout) -> Packing:
         tensors: list[tuple[str, tuple[int, ...], torch.dtype]] = []
@@ -68,7 +74,7 @@ class Quantized(ABC):
         return self.pack_parts(matrices, weights, layout)
 
     def pack_parts(self, matrices: Mapping[str, Parts], biases: Mapping[str, Tensor], layout: ExpertLayout) -> Tensor:
-        """Store an expert whose matrices are quantized already: uint8 [nbytes].
+        """Pack an expert whose matrices are quantized already: uint8 [nbytes].
 
         Args:
             matrices: the parts of every matrix, by its name.
@@ -80,10 +86,10 @@ class Quantized(ABC):
         """
         stored: dict[str, Tensor] = {}
         for name in layout.matrices:
-            found = {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in matrices[name].items()}
-            wanted = dict(self.fields(*layout.matrix_shape(name)))
-            if found != wanted:
-                raise UserError(f"tensor {name!r} of an expert in {self.name} is stored as {wanted}, not {found}")
+            actual = {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in matrices[name].items()}
+            expected = dict(self.fields(*layout.matrix_shape(name)))
+            if actual != expected:
+                raise UserError(f"tensor {name!r} of an expert in {self.name} is stored as {expected}, not {actual}")
             self.check_parts(name, matrices[name])
             stored |= {f"{name}.{part}": tensor for part, tensor in matrices[name].items()}
         for name in layout.shapes.keys() - set(layout.matrices):
@@ -95,7 +101,7 @@ class Quantized(ABC):
         return self.packing(layout).views(packed)
 
     def parts(self, views: Views, name: str, layout: ExpertLayout) -> Parts:
-        """What is stored of matrix `name`."""
+        """The parts of matrix `name`."""
         return {part: views[f"{name}.{part}"] for part in self.fields(*layout.matrix_shape(name))}
 
     def dequantize(self, views: Views, name: str, layout: ExpertLayout, dtype: torch.dtype) -> Tensor:
@@ -105,21 +111,21 @@ class Quantized(ABC):
         weight = (weight if scale is None else weight * scale[:, None]).to(dtype)
         return weight.T.contiguous() if layout.is_transposed else weight
 
-    def linear(self, x_ND: Tensor, views: Views, name: str, layout: ExpertLayout) -> Tensor:
-        out_NO = self.product(x_ND, self.parts(views, name, layout))
+    def linear(self, x_NI: Tensor, views: Views, name: str, layout: ExpertLayout) -> Tensor:
+        out_NO = self.product(x_NI, self.parts(views, name, layout))
         bias = views.get(f"{name}_bias")
         return out_NO if bias is None else out_NO.add_(bias)
 
-    def product(self, x_ND: Tensor, parts: Parts) -> Tensor:
-        """Rows [N, in] times one matrix: [N, out] in the rows' dtype."""
+    def product(self, x_NI: Tensor, parts: Parts) -> Tensor:
+        """Rows [N, I] times one matrix: [N, O] in the rows' dtype."""
         num_out = len(next(iter(parts.values())))
-        out_NO = x_ND.new_empty(len(x_ND), num_out)
-        if not len(x_ND):
+        out_NO = x_NI.new_empty(len(x_NI), num_out)
+        if not len(x_NI):
             return out_NO
-        for start, end in _blocks(num_out, _BLOCK_ELEMENTS[x_ND.device.type] // x_ND.shape[1]):
+        for start, end in _blocks(num_out, _BLOCK_ELEMENTS[x_NI.device.type] // x_NI.shape[1]):
             part = {name: tensor[start:end] for name, tensor in parts.items()}
-            weight, scale = self.expand(part, x_ND.shape[1], x_ND.dtype)
-            block_NO = _matmul(x_ND, weight)
+            weight, scale = self.expand(part, x_NI.shape[1], x_NI.dtype)
+            block_NO = _matmul(x_NI, weight)
             out_NO[:, start:end] = block_NO if scale is None else scale_channels(block_NO, scale)
         return out_NO
 
@@ -136,7 +142,7 @@ def _blocks(size: int, limit: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _matmul(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
-    if x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16 and len(x_ND) in _ROWS_ON_THE_RIGHT:
-        return (weight_OD @ x_ND.T).T
-    return F.linear(x_ND, weight_OD)
+def _matmul(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    if x_NI.device.type == "cpu" and x_NI.dtype == torch.bfloat16 and len(x_NI) in _ROWS_ON_THE_RIGHT:
+        return (weight_OI @ x_NI.T).T
+    return F.linear(x_NI, weight_OI)

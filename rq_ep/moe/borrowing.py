@@ -48,7 +48,7 @@ class Borrowing:
         """Start the first round.
 
         Args:
-            layer: number to name in messages.
+            layer: that borrows, to name in messages.
             received: the transfers to this rank, and where their experts arrive.
             rounds: this rank's messages; every rank that takes part has as many rounds.
             group: the ranks.
@@ -101,8 +101,9 @@ class BorrowBuffers:
 
     Borrowed experts are verified beside the compute, and no layer waits for its own but the last one of a forward pass:
     `start` verifies what the layer before has borrowed, and every layer calls it in every step to get the `Borrowing`
-    that it computes with. The last layer is the one that joined last, so that there is always one; a layer with buffers
-    of its own is the last one. What a pass that was cut short has borrowed is verified when the next one begins.
+    that it computes with. Layers compute in the order of their indices in the model, so that the last one is known as
+    soon as all have joined; a layer with buffers of its own is the last one. What a pass that was cut short has
+    borrowed is verified when the next one begins.
     """
 
     def __init__(self, layout: ExpertLayout, device: torch.device | str, max_bytes: int | None = None) -> None:
@@ -118,21 +119,20 @@ class BorrowBuffers:
         self.max_bytes = max_bytes
         self._stacks: dict[str, Stack] = {}
         self._verifier = checksum_verifier(self.device)
-        self._num_layers = 0
+        self._last_layer = -1
         self._last: Borrowing | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(stack.packed.nbytes for stack in self._stacks.values())
 
-    def join(self) -> int:
-        """Add a layer that shares the slots, in the order of the forward pass; returns its number in it."""
-        self._num_layers += 1
-        return self._num_layers - 1
+    def join(self, layer: int) -> None:
+        """Add a layer that shares the slots, by its index in the model."""
+        self._last_layer = max(self._last_layer, layer)
 
-    def is_last(self, number: int) -> bool:
-        """Whether a layer ends the forward pass, and so verifies what it has borrowed itself."""
-        return number == self._num_layers - 1
+    def is_last(self, layer: int) -> bool:
+        """Whether a layer is the last of a forward pass, and so verifies itself what it has borrowed."""
+        return layer == self._last_layer
 
     def start(
         self,
@@ -145,7 +145,7 @@ class BorrowBuffers:
         """Verify the layer before, and start this rank's part of a step's transfers.
 
         Args:
-            layer: number to name in messages.
+            layer: that borrows, by its index in the model.
             rank: this one.
             transfers: of all ranks.
             lend: the packed expert that this rank sends.

@@ -38,15 +38,14 @@ class ExpertBank:
             replicas: all resident replicas of the layer.
             rank: whose replicas this bank holds.
             device: where they lie.
-            borrow_buffers: for borrowed experts; layers that share them are made in the order of the forward pass.
-                Default: this bank's own, without a bound.
-            layer: number to name in messages.
+            borrow_buffers: for borrowed experts, which layers may share; default: this bank's own, without a bound.
+            layer: its index in the model.
         """
         self.layer = layer
         self.layout = layout
         self.rank = rank
         self.borrow_buffers = BorrowBuffers(layout, device) if borrow_buffers is None else borrow_buffers
-        self._number = self.borrow_buffers.join()
+        self.borrow_buffers.join(layer)
         held = [replicas[p] for p in replicas.on_rank(rank)]
         self._stacks: dict[str, Stack] = {}
         self._slots: dict[int, ExpertSlot] = {}
@@ -159,7 +158,7 @@ class ExpertBank:
         borrowed.wait()
         for grouped in _grouped(received, borrowed.slots):
             add_outputs(partial_MD, received, grouped, family)
-        if self.borrow_buffers.is_last(self._number):
+        if self.borrow_buffers.is_last(self.layer):
             borrowed.verify()
         return partial_MD
 

@@ -50,8 +50,7 @@ class EPExperts(nn.Module):
             group: the ranks that share the experts.
             exchange: moves the rows, in the same way on every rank; default: as suits the group's device.
             telemetry: records every call; default: nothing is recorded.
-            borrow_buffers: for borrowed experts; layers that share them are made in the order of the forward pass.
-                Default: this layer's own.
+            borrow_buffers: for borrowed experts, which layers may share; default: this layer's own.
         """
         super().__init__()
         self.family = family

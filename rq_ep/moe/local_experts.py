@@ -26,7 +26,7 @@ class LocalExperts(nn.Module):
         num_ranks: int,
         *,
         device: torch.device | str = "cpu",
-        exchange: ExchangeSettings | None = None,
+        exchange_settings: ExchangeSettings | None = None,
         telemetry: Telemetry | None = None,
         borrow_buffers: Sequence[BorrowBuffers] | None = None,
     ) -> None:
@@ -38,7 +38,7 @@ class LocalExperts(nn.Module):
             planner: the strategy's decision for each step.
             num_ranks: R.
             device: where all ranks compute.
-            exchange: how rows travel; default: as suits the device.
+            exchange_settings: how rows travel; default: as suits the device.
             telemetry: records every rank's calls.
             borrow_buffers: of each rank, which layers may share.
         """
@@ -50,7 +50,7 @@ class LocalExperts(nn.Module):
                 placement,
                 planner,
                 group,
-                exchange=Exchange(group, exchange),
+                exchange=Exchange(group, exchange_settings),
                 telemetry=telemetry,
                 borrow_buffers=None if borrow_buffers is None else borrow_buffers[group.rank],
             )

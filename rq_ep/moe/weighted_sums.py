@@ -48,7 +48,7 @@ def _add(out_MD: Floats, row_N: IntArray, bits_ND: Bits, weight_N: Floats, shift
     for row in range(len(out_MD)):
         for n in order_N[start : end_M[row]]:
             weight = weight_N[n]
-            for k in range(out_MD.shape[1]):
-                value = np.uint32(np.uint32(bits_ND[n, k]) << shift).view(np.float32)
-                out_MD[row, k] += value * weight
+            for d in range(out_MD.shape[1]):
+                value = np.uint32(np.uint32(bits_ND[n, d]) << shift).view(np.float32)
+                out_MD[row, d] += value * weight
         start = end_M[row]

@@ -93,7 +93,7 @@ def test_views_share_the_bytes_of_a_stack(name: str, layout: ExpertLayout) -> No
 
 
 @EVERY
-def test_a_changed_byte_breaks_the_seal(name: str, layout: ExpertLayout) -> None:
+def test_a_changed_byte_fails_the_checksum(name: str, layout: ExpertLayout) -> None:
     packed = FORMATS[name].pack(weights_of(layout), layout)
     assert is_intact(packed)
     for position in (0, len(packed) // 2, len(packed) - 9):
@@ -102,7 +102,7 @@ def test_a_changed_byte_breaks_the_seal(name: str, layout: ExpertLayout) -> None
         assert not is_intact(broken)
 
 
-def test_swapped_blocks_break_the_seal() -> None:
+def test_swapped_blocks_fail_the_checksum() -> None:
     layout = LAYOUTS["long"]
     packed = FORMATS["fp32"].pack(weights_of(layout), layout)
     swapped = packed.clone()

@@ -9,7 +9,7 @@ import torch
 from rq_ep.formats import FORMATS
 from rq_ep.formats.int4 import OFFSET
 from rq_ep.formats.kernels.unpack import nibbles
-from rq_ep.formats.mxfp4 import GROUP
+from rq_ep.formats.mxfp4 import GROUP_SIZE
 from rq_ep.formats.quantized import Parts
 
 primitives = pytest.importorskip("torchao.quantization.quant_primitives")
@@ -52,7 +52,7 @@ def test_int4_levels_by_our_scales(group: int) -> None:
 
 def test_mxfp4_blocks_of_groups_with_the_same_scale() -> None:
     """torchao takes a group's scale from its largest weight alone; ours is the better of two."""
-    scales, blocks = mx.to_mx(WEIGHT, torch.float4_e2m1fn_x2, GROUP, mx.ScaleCalculationMode.FLOOR)
+    scales, blocks = mx.to_mx(WEIGHT, torch.float4_e2m1fn_x2, GROUP_SIZE, mx.ScaleCalculationMode.FLOOR)
     parts = parts_of("mxfp4")
     is_same = parts["scales"] == scales.view(torch.uint8)
     assert is_same.float().mean() > 0.5

@@ -101,7 +101,7 @@ def test_every_way_to_move_rows_with_eight_ranks_on_one_gpu(mode: str) -> None:
     assert planner(counts_RE).transfers
     weights = cases.expert_weights(family, 9)
     settings = replace(ExchangeSettings.for_device("cuda"), **MODES[mode])
-    experts = LocalExperts(family, layer, planner, num_ranks, device=DEVICE, exchange=settings)
+    experts = LocalExperts(family, layer, planner, num_ranks, device=DEVICE, exchange_settings=settings)
     for rank in experts.ranks:
         cases.fill(rank, weights)
     on_gpu = _fields(cases.to_device(batch, DEVICE))

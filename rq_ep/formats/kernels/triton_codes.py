@@ -1,4 +1,4 @@
-"""What the codes of low-bit formats stand for, in Triton; and 4-bit codes to bf16. Import it only where Triton is."""
+"""Decoding of low-bit codes in Triton, and unpacking of 4-bit codes to bf16. Import it only where Triton is."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ _BLOCK = 512  # bytes of codes in a program
 
 
 def pairs_to_bf16(kind: str, codes_OGB: Tensor, scale_OG: Tensor) -> Tensor:
-    """4-bit codes, two in a byte, uint8 [out, groups, group / 2], and their scales as stored -> bf16 [out, in]."""
+    """4-bit codes, two in a byte, uint8 [O, G, B], and their scales [O, G] as stored -> bf16 [O, I]."""
     num_out, num_groups, group_bytes = codes_OGB.shape
     out = torch.empty(num_out, num_groups * group_bytes * 2, dtype=torch.bfloat16, device=codes_OGB.device)
     grid = (triton.cdiv(codes_OGB.numel(), _BLOCK),)
@@ -33,14 +33,14 @@ def _pairs_kernel(codes_ptr, scale_ptr, out_ptr, num_bytes, group_bytes, KIND: t
 
 @triton.jit
 def _bf16_bits(number):
-    """fp32 to the bits of bf16, rounded to nearest even by hand: Triton's interpreter cuts them off."""
+    """The bits of fp32 numbers in bf16, rounded to nearest even explicitly: Triton's interpreter truncates."""
     bits = number.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
 
 
 @triton.jit
 def nibble_value(code, KIND: tl.constexpr):
-    """The number a 4-bit code stands for, fp32."""
+    """The value of a 4-bit code, fp32."""
     code = code.to(tl.int32)
     if KIND == "int4":
         number = (code - 8).to(tl.float32)
@@ -53,7 +53,7 @@ def nibble_value(code, KIND: tl.constexpr):
 
 @triton.jit
 def byte_value(code, KIND: tl.constexpr):
-    """The number an 8-bit code stands for, fp32; e4m3 by its bits, which every GPU can."""
+    """The value of an 8-bit code, fp32; e4m3 is decoded by its bits, which works on every GPU."""
     if KIND == "int8":
         number = code.to(tl.float32)
     else:
@@ -66,4 +66,5 @@ def byte_value(code, KIND: tl.constexpr):
 
 @triton.jit
 def scale_value(stored, KIND: tl.constexpr):
+    """The value of a stored scale, fp32."""
     return (stored.to(tl.int32) << 23).to(tl.float32, bitcast=True) if KIND == "mxfp4" else stored.to(tl.float32)

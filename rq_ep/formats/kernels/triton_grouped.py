@@ -1,7 +1,7 @@
-"""Rows through several low-bit experts at once on a GPU: Triton kernels that unpack weights in registers.
+"""Grouped GEMM of several low-bit experts on a GPU: Triton kernels that unpack weights in registers.
 
-A product is read off the packed bytes, so that few rows cost what these weigh; sums are fp32. Import this module only
-where Triton is installed.
+The kernels read the packed bytes, so that few rows take only the time of reading these; sums are fp32. Import this
+module only where Triton is installed.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from rq_ep.formats.fp8_groups import Fp8Groups
 from rq_ep.formats.int4 import Int4
 from rq_ep.formats.int8 import Int8
 from rq_ep.formats.kernels.triton_codes import byte_value, nibble_value, scale_value
-from rq_ep.formats.mxfp4 import GROUP, Mxfp4
+from rq_ep.formats.mxfp4 import GROUP_SIZE, Mxfp4
 from rq_ep.formats.quantized import Parts, Quantized
 
 FORMATS = (Int8, Fp8, Fp8Groups, Int4, Mxfp4)
@@ -30,45 +30,54 @@ _MIN_BLOCK_M, _MAX_BLOCK_M = 16, 64
 
 @dataclass(frozen=True)
 class Operand:
-    """How a matrix of a stack of experts is stored: codes [S, out, bytes] and scales [S, out, groups]."""
+    """A matrix of a stack of experts, as the kernel reads it."""
 
     kind: str
-    codes: Tensor
-    scale: Tensor
-    group: int  # inputs that share a scale; 0: all
+    codes: Tensor  # [experts, O, bytes]
+    scale: Tensor  # [experts, O, G]
+    group_size: int  # inputs that share a scale; 0: all
 
 
 def operand(format_: Quantized, parts: Parts) -> Operand:
-    """What the kernel computes with, from the parts of a stack of experts in one of the FORMATS."""
+    """The operand of the kernel, from the parts of a stack of experts in one of the FORMATS."""
     match format_:
         case Int8():
             return Operand("int8", parts["levels"], parts["scale"][..., None], 0)
         case Fp8():
             return Operand("fp8", parts["numbers"].view(torch.uint8), parts["scale"][..., None], 0)
         case Fp8Groups():
-            return Operand("fp8", parts["numbers"].view(torch.uint8), parts["scale"], format_.group)
+            return Operand("fp8", parts["numbers"].view(torch.uint8), parts["scale"], format_.group_size)
         case Int4():
-            return Operand("int4", parts["codes"], parts["scale"], format_.group)
+            return Operand("int4", parts["codes"], parts["scale"], format_.group_size)
     assert isinstance(format_, Mxfp4), format_
-    return Operand("mxfp4", parts["blocks"].flatten(2), parts["scales"], GROUP)
+    return Operand("mxfp4", parts["blocks"].flatten(2), parts["scales"], GROUP_SIZE)
 
 
-def can_multiply(x_ND: Tensor, format_: Quantized) -> bool:
-    """Whether the kernel computes rows [N, in]: 16 bits each, whole groups of inputs."""
-    if x_ND.dtype not in DTYPES or not isinstance(format_, FORMATS):
+def can_multiply(x_NI: Tensor, format_: Quantized) -> bool:
+    """Whether the kernel supports rows [N, I]: 16-bit numbers, and whole groups of inputs."""
+    if x_NI.dtype not in DTYPES or not isinstance(format_, FORMATS):
         return False
-    group = format_.group if isinstance(format_, Int4 | Fp8Groups) else GROUP if isinstance(format_, Mxfp4) else 1
-    return x_ND.shape[1] % group == 0
+    return isinstance(format_, Int8 | Fp8) or x_NI.shape[1] % _group_size(format_) == 0
 
 
-def grouped_product(x_ND: Tensor, matrix: Operand, slots: Sequence[int], ends: Sequence[int]) -> Tensor:
-    """Rows [N, in] up to ends[0] times the matrix in slots[0], then up to ends[1] times that in slots[1], ...
+def _group_size(format_: Quantized) -> int:
+    return format_.group_size if isinstance(format_, Int4 | Fp8Groups) else GROUP_SIZE
+
+
+def grouped_product(x_NI: Tensor, matrix: Operand, slots: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """Rows up to ends[0] times the matrix in slots[0], then up to ends[1] times that in slots[1], ...
+
+    Args:
+        x_NI: rows [N, I].
+        matrix: of a stack of experts.
+        slots: positions in the stack.
+        ends: ascending; the last is N.
 
     Returns:
-        [N, out] in the rows' dtype.
+        [N, O] in the rows' dtype.
     """
     num_out = matrix.codes.shape[1]
-    out_NO = x_ND.new_empty(len(x_ND), num_out)
+    out_NO = x_NI.new_empty(len(x_NI), num_out)
     spans = list(zip(slots, [0, *ends[:-1]], ends, strict=True))
     block_m = triton.next_power_of_2(max(end - start for _, start, end in spans))
     block_m = min(max(block_m, _MIN_BLOCK_M), _MAX_BLOCK_M)
@@ -77,13 +86,13 @@ def grouped_product(x_ND: Tensor, matrix: Operand, slots: Sequence[int], ends: S
     ]
     if not tiles:
         return out_NO
-    tiles_3T = torch.from_numpy(np.array(tiles, np.int32).T.copy()).to(x_ND.device, non_blocking=True)
-    x_ND = x_ND.contiguous()
+    tiles_3 = torch.from_numpy(np.array(tiles, np.int32).T.copy()).to(x_NI.device, non_blocking=True)
+    x_NI = x_NI.contiguous()
     _grouped_kernel[(len(tiles), triton.cdiv(num_out, _BLOCK_N))](
-        x_ND, out_NO, matrix.codes, matrix.scale, tiles_3T,
-        len(tiles), num_out, x_ND.shape[1], *matrix.codes.stride()[:2], *matrix.scale.stride()[:2],
-        KIND=matrix.kind, GROUPED=matrix.group > 0, BLOCK_M=block_m, BLOCK_N=_BLOCK_N,
-        BLOCK_K=matrix.group or _BLOCK_K,
+        x_NI, out_NO, matrix.codes, matrix.scale, tiles_3,
+        len(tiles), num_out, x_NI.shape[1], *matrix.codes.stride()[:2], *matrix.scale.stride()[:2],
+        KIND=matrix.kind, GROUPED=matrix.group_size > 0, BLOCK_M=block_m, BLOCK_N=_BLOCK_N,
+        BLOCK_K=matrix.group_size or _BLOCK_K,
     )  # fmt: skip
     return out_NO
 

@@ -1,6 +1,7 @@
-"""Low bits to bf16, some output channels at a time: on a CPU in compiled loops, on a GPU in Triton's kernels.
+"""Unpacking low-bit numbers to bf16: on a CPU in compiled loops, on a GPU in Triton kernels.
 
-Tensor operations take several passes for the same. All round to nearest even and give the same bits.
+Tensor operations need several passes for the same. All of them round to nearest even and give the same bits.
+Axes: O output channels, I inputs, G groups of inputs, B bytes of a group.
 """
 
 from functools import cache
@@ -17,12 +18,12 @@ _MAX_THREADS = 2  # with more, tensor operations are faster than the loop for in
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """uint8 [..., n] -> [..., 2n], low halves first."""
+    """The two 4-bit codes of each byte, low half first: uint8 [..., n] -> [..., 2n]."""
     return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
 
 
 def int8_to_bf16(levels: Tensor) -> Tensor:
-    """int8 [out, in] -> bf16, exact."""
+    """int8 [O, I] -> bf16, exact."""
     if levels.device.type != "cpu" or torch.get_num_threads() > _MAX_THREADS:
         return levels.to(torch.bfloat16)
     out = torch.empty(levels.shape, dtype=torch.bfloat16)
@@ -31,7 +32,7 @@ def int8_to_bf16(levels: Tensor) -> Tensor:
 
 
 def e4m3_to_bf16(numbers: Tensor) -> Tensor:
-    """float8_e4m3fn [out, in] -> bf16, exact."""
+    """float8_e4m3fn [O, I] -> bf16, exact."""
     if numbers.device.type != "cpu":
         return numbers.to(torch.bfloat16)
     out = torch.empty(numbers.shape, dtype=torch.bfloat16)
@@ -41,7 +42,7 @@ def e4m3_to_bf16(numbers: Tensor) -> Tensor:
 
 @cache
 def has_triton() -> bool:
-    """Whether the GPU's kernels can be compiled here."""
+    """Whether Triton, which compiles the GPU kernels, is installed."""
     return find_spec("triton") is not None
 
 
@@ -51,7 +52,7 @@ def can_unpack_pairs(codes: Tensor) -> bool:
 
 
 def e4m3_groups_to_bf16(numbers_OGI: Tensor, scale_OG: Tensor) -> Tensor:
-    """float8_e4m3fn [out, groups, group] and fp32 scales -> bf16 [out, in]."""
+    """float8_e4m3fn [O, G, group size] and fp32 scales [O, G] -> bf16 [O, I]."""
     if numbers_OGI.device.type != "cpu":
         return numbers_OGI.to(torch.bfloat16).mul_(scale_OG[..., None]).flatten(1)
     out = torch.empty(numbers_OGI.shape, dtype=torch.bfloat16)
@@ -60,7 +61,7 @@ def e4m3_groups_to_bf16(numbers_OGI: Tensor, scale_OG: Tensor) -> Tensor:
 
 
 def int4_to_bf16(codes_OGB: Tensor, scale_OG: Tensor) -> Tensor:
-    """Levels plus 8, uint8 [out, groups, group / 2], and bf16 scales -> bf16 [out, in]."""
+    """Codes, levels plus 8, uint8 [O, G, B], and bf16 scales [O, G] -> bf16 [O, I]."""
     if codes_OGB.device.type != "cpu":
         return _pairs_on_gpu("int4", codes_OGB, scale_OG)
     out = torch.empty(len(codes_OGB), codes_OGB[0].numel() * 2, dtype=torch.bfloat16)
@@ -69,28 +70,28 @@ def int4_to_bf16(codes_OGB: Tensor, scale_OG: Tensor) -> Tensor:
 
 
 def mxfp4_to_bf16(blocks_OGB: Tensor, scales_OG: Tensor) -> Tensor:
-    """Codes, uint8 [out, groups, 16], and exponents plus 127, uint8 -> bf16 [out, in], exact."""
+    """Codes, uint8 [O, G, B], and exponents plus 127, uint8 [O, G] -> bf16 [O, I], exact."""
     if blocks_OGB.device.type != "cpu":
         return _pairs_on_gpu("mxfp4", blocks_OGB, scales_OG)
     out = torch.empty(len(blocks_OGB), blocks_OGB[0].numel() * 2, dtype=torch.bfloat16)
-    halves_OG = power_of_two(scales_OG.int() - 128)  # what the number 0.5 stands for
-    loops.mxfp4(blocks_OGB.numpy(), halves_OG.numpy(), _bits(out, np.uint32).reshape(blocks_OGB.shape))
+    half_scale_OG = power_of_two(scales_OG.int() - 128)
+    loops.mxfp4(blocks_OGB.numpy(), half_scale_OG.numpy(), _bits(out, np.uint32).reshape(blocks_OGB.shape))
     return out
 
 
 def scale_channels(out_NO: Tensor, scale_O: Tensor) -> Tensor:
-    """Multiply products [N, out] with factors of their channels, in place; they are contiguous or transposed."""
+    """Multiply products [N, O], contiguous or transposed, by factors of their channels, [O], in place."""
     if out_NO.device.type != "cpu" or out_NO.dtype != torch.bfloat16:
         return out_NO.mul_(scale_O)
     if out_NO.is_contiguous():
         loops.scale_columns(_bits(out_NO, np.uint16), scale_O.numpy())
-    else:  # the transpose of what lies in memory
+    else:  # the transpose is contiguous
         loops.scale_rows(_bits(out_NO.T, np.uint16), scale_O.numpy())
     return out_NO
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2 to integers, fp32, by its bits; 0 below 2^-126."""
+    """2 to the power of integers, fp32, exact; 0 below 2^-126."""
     return (exponent + 127).clamp_(min=0).bitwise_left_shift_(23).to(torch.int32).view(torch.float32)
 
 

@@ -186,7 +186,7 @@ class _Loader:
         """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
         ranks, telemetry = self._ranks, self._arguments.telemetry
         borrow_buffers = [BorrowBuffers(self._family.layout, ranks.device, max_borrowed_bytes) for _ in ranks.local]
-        exchange = ExchangeSettings.for_device(ranks.device.type, self._arguments.max_dispatch_bytes)
+        exchange_settings = ExchangeSettings.for_device(ranks.device.type, self._arguments.max_dispatch_bytes)
         layers: list[EPExperts | LocalExperts] = []
         for module, placed in zip(self._experts, self._placement.layers, strict=True):
             family = family_of(module.module)
@@ -200,7 +200,7 @@ class _Loader:
                     planner,
                     ranks.num_ranks,
                     device=ranks.device,
-                    exchange=exchange,
+                    exchange_settings=exchange_settings,
                     telemetry=telemetry,
                     borrow_buffers=borrow_buffers,
                 )
@@ -210,7 +210,7 @@ class _Loader:
                     placed,
                     planner,
                     ranks.group,
-                    exchange=Exchange(ranks.group, exchange),
+                    exchange=Exchange(ranks.group, exchange_settings),
                     telemetry=telemetry,
                     borrow_buffers=borrow_buffers[0],
                 )
