@@ -33,7 +33,7 @@ def score(placement: Placement, counts_SLE: IntArray) -> Score:
         on_rank_ER = np.zeros((layer.num_experts, num_ranks))
         on_rank_ER[table.experts_P, table.ranks_P] = 1
         even_S = (counts_SE @ (on_rank_ER / on_rank_ER.sum(axis=1, keepdims=True))).max(axis=1) / means_S
-        parts_S, _ = split_steps(
+        parts_S, _, _ = split_steps(
             np.ascontiguousarray(counts_SE * PARTS), by_expert.first_E, by_expert.ranks_C, num_ranks
         )
         ratio_S = parts_S / PARTS / means_S

@@ -16,25 +16,25 @@ from rq_ep.core.topology import Topology
 from rq_ep.solver.search.mixed_replicas import place_mixed
 from rq_ep.solver.search.solve import solve
 from rq_ep.solver.split.min_max_split import ByExpert, split
-from rq_ep.solver.split.one_rank_per_expert import activate_one
+from rq_ep.solver.split.one_rank_per_expert import route_to_one_rank
 from rq_ep.solver.split.source_split import nearest_first
-from rq_ep.solver.split.two_format_split import Halves
+from rq_ep.solver.split.two_format_split import TwoFormatSplit
 from rq_ep.strategies.eplb import eplb_candidates
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """As `Halves`, where replicas of an expert share a format."""
+    """As `TwoFormatSplit`, where replicas of an expert share a format."""
 
     by_expert: ByExpert
 
     def split(self, totals_E: IntArray) -> IntArray:
         return split(self.by_expert, totals_E).quotas_C
 
-    def activate_one(self, totals_E: IntArray, read_s_P: FloatArray) -> IntArray:
-        return activate_one(self.by_expert, totals_E, read_s_P)
+    def route_to_one_rank(self, totals_E: IntArray, read_s_P: FloatArray) -> IntArray:
+        return route_to_one_rank(self.by_expert, totals_E, read_s_P)
 
-    def deal(self, counts_RE: IntArray, quotas_C: IntArray, topology: Topology) -> IntArray:
+    def assign_sources(self, counts_RE: IntArray, quotas_C: IntArray, topology: Topology) -> IntArray:
         return nearest_first(self.by_expert, counts_RE, quotas_C, topology)
 
 
@@ -67,13 +67,13 @@ class ReplicateQuantize:
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas
         way = (
-            Halves.of(replicas, topology.num_ranks)
+            TwoFormatSplit.of(replicas, topology.num_ranks)
             if replicas.mixing_experts
             else _Whole(ByExpert.of(replicas, topology.num_ranks))
         )
 
         def by_pairs(counts_RE: IntArray) -> DispatchPlan:
-            return DispatchPlan(replicas, way.deal(counts_RE, way.split(counts_RE.sum(axis=0)), topology))
+            return DispatchPlan(replicas, way.assign_sources(counts_RE, way.split(counts_RE.sum(axis=0)), topology))
 
         by_pairs(np.zeros((topology.num_ranks, layer.num_experts), np.int64))  # what is compiled is compiled now
         if cost is None or len(replicas) == layer.num_experts:
@@ -88,7 +88,7 @@ class ReplicateQuantize:
             totals_E = counts_RE.sum(axis=0)
             if totals_E.sum() >= many_pairs:
                 return balanced
-            pairs_RP = way.deal(counts_RE, way.activate_one(totals_E, read_s_P), topology)
+            pairs_RP = way.assign_sources(counts_RE, way.route_to_one_rank(totals_E, read_s_P), topology)
             lean = DispatchPlan(replicas, pairs_RP, bound="bytes")
             return lean if cost.step(lean).layer_s < cost.step(balanced).layer_s else balanced
 

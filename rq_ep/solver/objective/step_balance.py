@@ -10,8 +10,8 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.replicas import Replicas
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.split.min_max_split import ByExpert, split_step
-from rq_ep.solver.split.one_rank_per_expert import activate_one
-from rq_ep.solver.split.two_format_split import Halves, split_steps_by_halves
+from rq_ep.solver.split.one_rank_per_expert import route_to_one_rank
+from rq_ep.solver.split.two_format_split import TwoFormatSplit, split_steps_in_two_formats
 
 SplitRule = Literal["home", "even", "exact"]
 SPLIT_RULES: dict[SplitRule, str] = {
@@ -33,8 +33,8 @@ def judge(replicas: Replicas, counts_SE: IntArray, num_ranks: int, rule: SplitRu
     totals_S = counts_SE.sum(axis=1)
     by_expert = ByExpert.of(replicas, num_ranks)
     if rule == "exact" and replicas.mixing_experts:
-        fullest_S, pairs_C = split_steps_by_halves(
-            np.ascontiguousarray(counts_SE), Halves.of(replicas, num_ranks).tables, num_ranks, len(replicas)
+        fullest_S, pairs_C = split_steps_in_two_formats(
+            np.ascontiguousarray(counts_SE), TwoFormatSplit.of(replicas, num_ranks).virtual, num_ranks, len(replicas)
         )
     elif rule == "exact" and len(replicas) > len(by_expert.first_E) - 1:
         fullest_S, pairs_C = _split_exactly(
@@ -74,7 +74,7 @@ def judge_reading(
 ) -> Judgement:
     """Steps that wait for weights: a rank's load is what it reads, the whole of each replica that computes a pair.
 
-    The exact split reads every active expert once (`activate_one`); the others wherever they send a pair.
+    The exact split reads every active expert once (`route_to_one_rank`); the others wherever they send a pair.
 
     Args:
         replicas: of the layer.
@@ -85,9 +85,9 @@ def judge_reading(
     """
     by_expert = ByExpert.of(replicas, num_ranks)
     number_C, of_C = by_expert.number_C, by_expert.num_replicas_C
-    read_once: Callable[[IntArray, FloatArray], IntArray] = partial(activate_one, by_expert)
+    read_once: Callable[[IntArray, FloatArray], IntArray] = partial(route_to_one_rank, by_expert)
     if replicas.mixing_experts:
-        read_once = Halves.of(replicas, num_ranks).activate_one
+        read_once = TwoFormatSplit.of(replicas, num_ranks).route_to_one_rank
     ratio_S = np.ones(len(counts_SE))
     pairs_C = np.zeros(len(of_C), np.int64)
     for step, (counts_E, read_E) in enumerate(zip(counts_SE, read_SE, strict=True)):

@@ -1,1 +1,1 @@
-"""The split of one step over replicas, decided in every layer and step; nothing here knows the search."""
+"""The split of one step over replicas, decided in every layer and step; it imports nothing of the search."""

@@ -1,7 +1,9 @@
-"""The split of a step that waits for weights: few pairs, so each expert is read on one rank only.
+"""The split of a memory-bound step: with few pairs, each active expert is read on one rank only.
 
-A rank that computes few pairs takes as long as reading the weights of its active replicas; spreading an expert's pairs
+A rank that computes few pairs takes as long as it reads the weights of its active replicas. To spread an expert's pairs
 over its replicas then only makes more ranks read it (METRO, arXiv 2512.09277: balance activated experts, not tokens).
+
+Axes: C replicas sorted by expert.
 """
 
 import numpy as np
@@ -11,10 +13,11 @@ from rq_ep.solver.compiled import compiled
 from rq_ep.solver.split.min_max_split import ByExpert
 
 
-def activate_one(by_expert: ByExpert, totals_E: IntArray, read_s_P: FloatArray) -> IntArray:
+def route_to_one_rank(by_expert: ByExpert, totals_E: IntArray, read_s_P: FloatArray) -> IntArray:
     """[C] all pairs of an expert on one of its replicas, so that no rank reads much longer than the others.
 
-    Greedy: experts of fewest replicas choose first, each the rank that ends earliest, then the one of fewest pairs.
+    Greedy list scheduling: experts of fewest replicas choose first, then those of most pairs. Each chooses the rank
+    that would finish earliest, then the one of fewest pairs.
 
     Args:
         by_expert: the layer's replicas.

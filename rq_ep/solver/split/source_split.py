@@ -1,6 +1,6 @@
-"""Who sends to whom: pairs of each source rank dealt to the replicas of the experts, whose quotas are given.
+"""Which source rank sends how many pairs to which replica, once the quota of every replica is decided.
 
-Letters as in `rq_ep.solver.split.min_max_split`: C replicas sorted by expert.
+Axes: C replicas sorted by expert.
 """
 
 import numpy as np
@@ -13,42 +13,44 @@ from rq_ep.solver.split.min_max_split import ByExpert
 
 
 def in_source_order(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray) -> IntArray:
-    """[R, P] an expert's pairs, source rank by source rank, fill its replicas in their order.
+    """[R, P] pairs from each source rank to each replica: in the order of sources, they fill replicas in their order.
 
     Args:
         by_expert: the layer's replicas.
         counts_RE: [R, E] pairs of each source rank and expert.
         quotas_C: [C] pairs of each replica; those of an expert sum to its pairs.
     """
-    return _dealt(by_expert, counts_RE, quotas_C, (by_expert.num_ranks,))
+    return _assigned(by_expert, counts_RE, quotas_C, (by_expert.num_ranks,))
 
 
 def nearest_first(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, topology: Topology) -> IntArray:
-    """[R, P] as `in_source_order`, but a source first fills replicas of its own, then those of its node."""
-    return _dealt(by_expert, counts_RE, quotas_C, (1, topology.ranks_per_node, topology.num_ranks))
+    """[R, P] as `in_source_order`, but sources fill the replicas on their own rank first, then those on their node."""
+    return _assigned(by_expert, counts_RE, quotas_C, (1, topology.ranks_per_node, topology.num_ranks))
 
 
-def _dealt(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, reaches: tuple[int, ...]) -> IntArray:
+def _assigned(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, group_sizes: tuple[int, ...]) -> IntArray:
     counts_RE = np.require(counts_RE, np.int64, ("C", "W"))
     if counts_RE.shape != (by_expert.num_ranks, by_expert.num_experts):
-        wanted = f"{by_expert.num_ranks} ranks and {by_expert.num_experts} experts"
-        raise UserError(f"counts of shape {counts_RE.shape}: the placement has {wanted}")
+        expected = f"{by_expert.num_ranks} ranks and {by_expert.num_experts} experts"
+        raise UserError(f"counts of shape {counts_RE.shape}: the placement has {expected}")
     pairs_RP = np.empty((len(counts_RE), len(quotas_C)), np.int64)
-    deal(counts_RE, by_expert.first_E, by_expert.ranks_C, by_expert.replicas_C, quotas_C, np.array(reaches), pairs_RP)
+    assign_sources(
+        counts_RE, by_expert.first_E, by_expert.ranks_C, by_expert.replicas_C, quotas_C, np.array(group_sizes), pairs_RP
+    )
     return pairs_RP
 
 
 @compiled
-def deal(
+def assign_sources(
     counts_RE: IntArray,
     first_E: IntArray,
     ranks_C: IntArray,
     replicas_C: IntArray,
     quotas_C: IntArray,
-    reaches: IntArray,
+    group_sizes: IntArray,
     pairs_RP: IntArray,
 ) -> None:
-    """Write `pairs_RP`: each replica in turn takes what is left of the sources within reach, for every reach in turn.
+    """Write `pairs_RP`: for each group size in turn, replicas take what is left of the sources in their group.
 
     Args:
         counts_RE: [R, E] pairs of each source rank and expert.
@@ -56,7 +58,7 @@ def deal(
         ranks_C: [C] rank of each replica.
         replicas_C: [C] index into P.
         quotas_C: [C] pairs of each replica.
-        reaches: ascending sizes of groups of neighbouring ranks: sources in a replica's group come first.
+        group_sizes: ascending sizes of groups of neighboring ranks; a replica serves the smaller group first.
         pairs_RP: [R, P] overwritten.
     """
     num_ranks, num_experts = counts_RE.shape
@@ -66,18 +68,18 @@ def deal(
             if first_E[expert + 1] - first_E[expert] == 1:
                 pairs_RP[source, replicas_C[first_E[expert]]] = counts_RE[source, expert]
     for expert in range(num_experts):
-        first, end = first_E[expert], first_E[expert + 1]
+        first, end = first_E[expert], first_E[expert + 1]  # the expert's replicas, n of them
         if end - first == 1:
             continue
-        rest_R = counts_RE[:, expert].copy()
-        rest_n = quotas_C[first:end].copy()
-        for reach in reaches:
+        left_R = counts_RE[:, expert].copy()
+        left_n = quotas_C[first:end].copy()
+        for group_size in group_sizes:
             for n in range(end - first):
-                start = ranks_C[first + n] // reach * reach
-                for source in range(start, min(start + reach, num_ranks)):
-                    if rest_n[n] == 0:
+                start = ranks_C[first + n] // group_size * group_size
+                for source in range(start, min(start + group_size, num_ranks)):
+                    if left_n[n] == 0:
                         break
-                    amount = min(rest_R[source], rest_n[n])
+                    amount = min(left_R[source], left_n[n])
                     pairs_RP[source, replicas_C[first + n]] += amount
-                    rest_R[source] -= amount
-                    rest_n[n] -= amount
+                    left_R[source] -= amount
+                    left_n[n] -= amount

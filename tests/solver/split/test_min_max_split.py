@@ -1,4 +1,4 @@
-"""The split of one step: as good as the linear programme, and dealt to sources without losing a pair."""
+"""The split of one step: as good as the linear program, and assigned to sources without losing a pair."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_many_steps_are_split_as_one_by_one() -> None:
     by_expert = ByExpert.of(random_replicas(64, 8, 20, seed=1), 8)
     totals_SE = skewed(64, 10**5, seed=2, num_steps=20)
     totals_SE[3] = 0
-    fullest_S, cuts_SR = split_steps(totals_SE, by_expert.first_E, by_expert.ranks_C, 8)
+    fullest_S, _, cuts_SR = split_steps(totals_SE, by_expert.first_E, by_expert.ranks_C, 8)
     for totals_E, fullest, cut_R in zip(totals_SE, fullest_S.tolist(), cuts_SR, strict=True):
         best = split(by_expert, totals_E)
         assert (best.fullest, best.cut) == (fullest, tuple(np.flatnonzero(cut_R).tolist()))
@@ -83,7 +83,7 @@ def test_sources_fill_their_own_replicas_first_then_those_of_their_node() -> Non
 
 
 @pytest.mark.parametrize("ranks_per_node", [0, 2, 3])
-def test_dealing_keeps_quotas_and_counts(ranks_per_node: int) -> None:
+def test_assigning_sources_keeps_quotas_and_counts(ranks_per_node: int) -> None:
     for seed in range(20):
         replicas = random_replicas(12, 6, 20, seed)
         by_expert = ByExpert.of(replicas, 6)

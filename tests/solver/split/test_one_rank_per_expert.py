@@ -8,7 +8,7 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.solver.split.min_max_split import ByExpert
-from rq_ep.solver.split.one_rank_per_expert import activate_one
+from rq_ep.solver.split.one_rank_per_expert import route_to_one_rank
 from rq_ep.strategies import make_strategy
 
 # Reading an expert takes as long as computing 100 pairs.
@@ -24,11 +24,11 @@ HELD = [
 
 def test_each_expert_is_read_once_by_the_rank_that_ends_earliest() -> None:
     by_expert = ByExpert.of(Replicas.of(HELD), 2)
-    quotas_C = activate_one(by_expert, np.array([1, 8, 5]), np.full(5, 100.0))
+    quotas_C = route_to_one_rank(by_expert, np.array([1, 8, 5]), np.full(5, 100.0))
     # Rank 0 reads expert 0. Rank 1 takes the larger of the others; then both have read one, and rank 0 has fewer pairs.
     assert quotas_C.tolist() == [1, 0, 8, 5, 0]
-    assert activate_one(by_expert, np.array([0, 0, 3]), np.full(5, 100.0)).tolist() == [0, 0, 0, 3, 0]
-    assert not activate_one(by_expert, np.zeros(3, np.int64), np.full(5, 100.0)).any()
+    assert route_to_one_rank(by_expert, np.array([0, 0, 3]), np.full(5, 100.0)).tolist() == [0, 0, 0, 3, 0]
+    assert not route_to_one_rank(by_expert, np.zeros(3, np.int64), np.full(5, 100.0)).any()
 
 
 def test_small_steps_are_bound_by_bytes_and_large_ones_by_pairs() -> None:

@@ -10,7 +10,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.solver.objective.step_balance import judge, judge_reading
-from rq_ep.solver.split.two_format_split import Halves
+from rq_ep.solver.split.two_format_split import TwoFormatSplit
 from tests.solver.instances import skewed
 
 
@@ -31,9 +31,9 @@ def low_of_mixing_P(replicas: Replicas) -> np.ndarray:
     return np.isin(replicas.experts_P, replicas.mixing_experts) & (np.array(replicas.formats_P) == "int8")
 
 
-def by_replica(halves: Halves, quotas_C: np.ndarray) -> np.ndarray:
+def by_replica(two_formats: TwoFormatSplit, quotas_C: np.ndarray) -> np.ndarray:
     quotas_P = np.zeros_like(quotas_C)
-    quotas_P[halves.by_expert.replicas_C] = quotas_C
+    quotas_P[two_formats.by_expert.replicas_C] = quotas_C
     return quotas_P
 
 
@@ -44,8 +44,8 @@ def least_maximum(replicas: Replicas, totals_E: np.ndarray, num_ranks: int) -> f
     of_EP = np.append((np.arange(len(totals_E))[:, None] == replicas.experts_P).astype(float), 0 * totals_E[:, None], 1)
     low_EP = of_EP * np.append(low_P, 0.0)
     right = np.concatenate([np.zeros(num_ranks), totals_E // 2])
-    found = linprog(np.append(np.zeros(num), 1.0), np.concatenate([above_RP, low_EP]), right, of_EP, totals_E)
-    return float(found.fun)
+    solution = linprog(np.append(np.zeros(num), 1.0), np.concatenate([above_RP, low_EP]), right, of_EP, totals_E)
+    return float(solution.fun)
 
 
 @pytest.mark.parametrize("num_pairs", [7, 301, 10**5])
@@ -54,8 +54,8 @@ def test_the_fullest_rank_is_the_optimum_of_the_halves(num_experts: int, num_ran
     for seed in range(5):
         replicas = random_mixture(num_experts, num_ranks, seed)
         totals_E = skewed(num_experts, num_pairs, seed)[0]
-        halves = Halves.of(replicas, num_ranks)
-        quotas_P = by_replica(halves, halves.split(totals_E))
+        two_formats = TwoFormatSplit.of(replicas, num_ranks)
+        quotas_P = by_replica(two_formats, two_formats.split(totals_E))
         loads_R = np.bincount(replicas.ranks_P, quotas_P, minlength=num_ranks)
         assert loads_R.max() == np.ceil(least_maximum(replicas, totals_E, num_ranks) - 1e-6)
 
@@ -77,11 +77,11 @@ def test_every_pair_goes_somewhere_and_no_expert_sends_more_than_half_low(
 ) -> None:
     replicas, topology, counts_RE = drawn
     totals_E = counts_RE.sum(axis=0)
-    halves = Halves.of(replicas, topology.num_ranks)
-    quotas_C = halves.split(totals_E)
-    pairs_RP = halves.deal(counts_RE, quotas_C, topology)
+    two_formats = TwoFormatSplit.of(replicas, topology.num_ranks)
+    quotas_C = two_formats.split(totals_E)
+    pairs_RP = two_formats.assign_sources(counts_RE, quotas_C, topology)
     assert (pairs_RP >= 0).all()
-    np.testing.assert_array_equal(pairs_RP.sum(axis=0), by_replica(halves, quotas_C))
+    np.testing.assert_array_equal(pairs_RP.sum(axis=0), by_replica(two_formats, quotas_C))
     low_P = low_of_mixing_P(replicas)
     for expert in range(len(totals_E)):
         of_expert_P = replicas.experts_P == expert
@@ -90,36 +90,36 @@ def test_every_pair_goes_somewhere_and_no_expert_sends_more_than_half_low(
         assert low_R.sum() <= totals_E[expert] // 2
         # Each source sends the same part of its pairs there, so that each may choose its lowest gates.
         assert np.abs(low_R - counts_RE[:, expert] * (low_R.sum() / max(totals_E[expert], 1))).max() <= 1 + 1e-6
-    np.testing.assert_array_equal(quotas_C, halves.split(totals_E))
+    np.testing.assert_array_equal(quotas_C, two_formats.split(totals_E))
 
 
 def test_few_bits_are_left_alone_where_they_are_not_needed() -> None:
     replicas = Replicas.of(
         [Replica(0, 0, "bf16"), Replica(1, 0, "int8"), Replica(1, 1, "bf16"), Replica(0, 1, "int8")], ("int8", "bf16")
     )
-    halves = Halves.of(replicas, 2)
+    two_formats = TwoFormatSplit.of(replicas, 2)
     low_P = low_of_mixing_P(replicas)
-    assert by_replica(halves, halves.split(np.array([50, 50])))[low_P].sum() == 0
-    assert by_replica(halves, halves.split(np.array([70, 30])))[low_P].tolist() == [0, 20]
+    assert by_replica(two_formats, two_formats.split(np.array([50, 50])))[low_P].sum() == 0
+    assert by_replica(two_formats, two_formats.split(np.array([70, 30])))[low_P].tolist() == [0, 20]
     # Half of the pairs is the most, though the other rank idles.
-    assert by_replica(halves, halves.split(np.array([71, 0])))[low_P].tolist() == [0, 35]
+    assert by_replica(two_formats, two_formats.split(np.array([71, 0])))[low_P].tolist() == [0, 35]
 
 
 def test_what_is_judged_is_what_is_planned() -> None:
     replicas, counts_SE = random_mixture(9, 4, 1), skewed(9, 500, 1, num_steps=6)
-    halves = Halves.of(replicas, 4)
-    quotas_SP = np.stack([by_replica(halves, halves.split(totals_E)) for totals_E in counts_SE])
-    found = judge(replicas, counts_SE, 4, "exact")
-    np.testing.assert_array_equal(found.pairs_P, quotas_SP.sum(axis=0))
+    two_formats = TwoFormatSplit.of(replicas, 4)
+    quotas_SP = np.stack([by_replica(two_formats, two_formats.split(totals_E)) for totals_E in counts_SE])
+    balance = judge(replicas, counts_SE, 4, "exact")
+    np.testing.assert_array_equal(balance.pairs_P, quotas_SP.sum(axis=0))
     loads_SR = np.stack([np.bincount(replicas.ranks_P, row_P, minlength=4) for row_P in quotas_SP])
-    np.testing.assert_allclose(found.ratio_S, loads_SR.max(axis=1) * 4 / 500)
+    np.testing.assert_allclose(balance.ratio_S, loads_SR.max(axis=1) * 4 / 500)
 
 
 def test_steps_that_wait_for_weights_read_native_replicas_alone() -> None:
     replicas = random_mixture(9, 4, 1)
-    halves = Halves.of(replicas, 4)
+    two_formats = TwoFormatSplit.of(replicas, 4)
     counts_E = np.arange(9)
-    quotas_P = by_replica(halves, halves.activate_one(counts_E, np.ones(len(replicas))))
+    quotas_P = by_replica(two_formats, two_formats.route_to_one_rank(counts_E, np.ones(len(replicas))))
     assert quotas_P[low_of_mixing_P(replicas)].sum() == 0
     np.testing.assert_array_equal(np.bincount(replicas.experts_P, quotas_P), counts_E)
     read = judge_reading(replicas, counts_E[None], np.ones((1, 9)), 4, "exact")
@@ -129,4 +129,4 @@ def test_steps_that_wait_for_weights_read_native_replicas_alone() -> None:
 @pytest.mark.parametrize(("counts", "message"), [([1, 2], "counts of 2 experts"), ([1, 2, 3, -4], "expert 3 has -4")])
 def test_wrong_counts_are_named(counts: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Halves.of(random_mixture(4, 3, 2), 3).split(np.array(counts))
+        TwoFormatSplit.of(random_mixture(4, 3, 2), 3).split(np.array(counts))
