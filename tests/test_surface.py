@@ -1,9 +1,12 @@
 """What users rely on by name: the API, the command lines, the tables, and how little the deciding side imports."""
 
 import argparse
+import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -61,6 +64,36 @@ def test_tables_and_readme_agree() -> None:
     assert list(STRATEGIES) == ["standard", "eplb", "llep", "rq", "rq_paper", "rq_llep"]
     for name in [*STRATEGIES, *FORMATS]:
         assert f"`{name}`" in readme, f"README.md does not mention {name}"
+
+
+# File stems that the field itself has twice: a verb with its command, EPLB as a strategy and as a file format.
+TWICE = {"__init__", "__main__", "calibrate", "quantize", "place", "eplb"}
+MAX_MODULES = 14  # of a folder
+CLASSES_TO_RENAME = {"Limits", "Running", "_Task"}
+FOLDERS_TO_SPLIT = {"rq_ep/solver/search"}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "rq_ep").rglob("*.py"))
+
+
+def repeated(names: Iterable[str]) -> set[str]:
+    return {name for name, number in Counter(names).items() if number > 1}
+
+
+def test_no_class_name_is_used_twice() -> None:
+    trees = [ast.parse(path.read_text()) for path in modules()]
+    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert repeated(names) <= CLASSES_TO_RENAME
+
+
+def test_no_file_stem_is_used_twice() -> None:
+    assert repeated(path.stem for path in modules()) <= TWICE
+
+
+def test_folders_are_small() -> None:
+    numbers = Counter(path.parent.relative_to(ROOT) for path in modules() if path.stem != "__init__")
+    assert {str(folder) for folder, number in numbers.items() if number > MAX_MODULES} <= FOLDERS_TO_SPLIT
 
 
 def test_only_the_group_and_the_engine_import_torch_distributed() -> None:

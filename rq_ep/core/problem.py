@@ -8,11 +8,10 @@ import numpy as np
 
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.options import check_options, option
+from rq_ep.core.options import check_options, option, parse_bytes
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
 from rq_ep.core.rules import Rules
-from rq_ep.core.sizes import parse_bytes
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology, home_ranks
 

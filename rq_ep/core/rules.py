@@ -23,9 +23,8 @@ import yaml
 
 from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer
-from rq_ep.core.groups import nodes_of_groups
 from rq_ep.core.stats import ExpertStats
-from rq_ep.core.topology import Topology
+from rq_ep.core.topology import Topology, nodes_of_groups
 
 MAX_FILE_BYTES = 2**20  # a file anybody would write is far smaller, and reading YAML is slow
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import MAX_INTEGER, UserError, check_integer, check_text
-from rq_ep.core.tensor_files import as_dtype, read_tensors, write_tensors
+from rq_ep.core.files import as_dtype, read_tensors, write_tensors
 
 FORMAT = "rq_ep.stats/1"
 PHASES = ("prefill", "decode")

@@ -1,13 +1,13 @@
-"""The ranks an expert-parallel group runs on, and the nodes they stand in."""
+"""The ranks of an expert-parallel group, their nodes, and the home of each expert and expert group on them."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from rq_ep.core.arrays import IntArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import check_integer
 
-MAX_RANKS = 4096  # more than any expert-parallel group; a slip of the keyboard must not fill the memory
+MAX_RANKS = 4096  # more than any expert-parallel group; a typing error must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,24 @@ class Topology:
 
 
 def home_ranks(num_experts: int, num_ranks: int) -> IntArray:
-    """[E] the rank each expert lives on under standard EP: contiguous blocks whose sizes differ by at most one."""
+    """[E] the rank of each expert under standard EP: contiguous blocks whose sizes differ by at most one."""
     return np.arange(num_experts) * num_ranks // num_experts
+
+
+def nodes_of_groups(loads_G: FloatArray, num_nodes: int) -> IntArray:
+    """[G] a node for each expert group: heaviest first onto the least loaded node with room.
+
+    This is EPLB's `balanced_packing`, for models that route each token to a few groups only (DeepSeek's node-limited
+    routing). Nodes take the same number of groups; where they do not divide, the first nodes take one more. Axes: G
+    expert groups, N nodes.
+    """
+    share, rest = divmod(len(loads_G), num_nodes)
+    room_N = share + (np.arange(num_nodes) < rest)
+    load_N = np.zeros(num_nodes)
+    nodes_G = np.zeros(len(loads_G), np.int64)
+    for group in np.argsort(-loads_G, kind="stable").tolist():
+        node = int(np.where(room_N > 0, load_N, np.inf).argmin())
+        nodes_G[group] = node
+        room_N[node] -= 1
+        load_N[node] += loads_G[group]
+    return nodes_G

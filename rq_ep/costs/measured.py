@@ -57,7 +57,7 @@ class Calls:
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkTimings:
     """What travels between ranks, measured or taken from a named machine."""
 
     source: str
@@ -105,7 +105,7 @@ class Profile:
     num_ranks: int  # ranks that measured, all at once
     experts: Mapping[str, Calls]  # format -> calls for one expert and for several
     gather: Curve  # rows picked from a batch of rows
-    link: Link
+    link: LinkTimings
     plan_s: Mapping[str, float]  # strategy -> host time of one plan
     plan_ranks: int  # ranks it was planned for
     checks: tuple[Check, ...] = ()
@@ -190,7 +190,7 @@ class Profile:
         experts, checks = _mapping("experts", document["experts"]), document["checks"]
         values["experts"] = {name: _built(f"experts of {name}", calls, _calls) for name, calls in experts.items()}
         values["gather"] = _curve("gather", document["gather"])
-        values["link"] = _built("link", document["link"], Link)
+        values["link"] = _built("link", document["link"], LinkTimings)
         values["plan_s"] = _mapping("plan_s", document["plan_s"])
         if not isinstance(checks, list):
             raise UserError(f"checks {checks!r:.60}: must be a list")

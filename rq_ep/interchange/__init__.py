@@ -16,14 +16,14 @@ from rq_ep.interchange.slot_map import SlotMap
 
 
 class StatsFormat(NamedTuple):
-    """Expert statistics of an engine."""
+    """The statistics files of an engine."""
 
     read: Callable[[Sequence[Path]], Recorded]
     summary: str
 
 
-class Engine(NamedTuple):
-    """An engine of equal slots, one format and even splits, and its placement file."""
+class PlacementFormat(NamedTuple):
+    """The placement file of an engine with equal slots, one weight format and even splits."""
 
     read: Callable[[Path, int | None, Sequence[int] | None], SlotMap]  # path, ranks and layers if given
     write: Callable[[SlotMap, Path, str], None]  # slots, path, suffix
@@ -40,10 +40,14 @@ STATS_FORMATS = {
     "numpy": StatsFormat(plain.read_stats, "counts [steps, layers, experts] (.npy, .npz, .safetensors)"),
 }
 ENGINES = {
-    "sglang": Engine(sglang.read_map, sglang.write_map, (".json", ".pt"), "file for --init-expert-location"),
-    "trtllm": Engine(trtllm.read_map, trtllm.write_map, (".yaml", ".yml"), "TensorRT-LLM's load balancer"),
-    "ascend": Engine(ascend.read_map, ascend.write_map, (".json",), "vLLM-Ascend's expert map", takes_twins=False),
-    "eplb": Engine(eplb.read_map, eplb.write_map, (".npz", ".safetensors", ".pt"), "EPLB's phy2log, log2phy, logcnt"),
+    "sglang": PlacementFormat(sglang.read_map, sglang.write_map, (".json", ".pt"), "file for --init-expert-location"),
+    "trtllm": PlacementFormat(trtllm.read_map, trtllm.write_map, (".yaml", ".yml"), "TensorRT-LLM's load balancer"),
+    "ascend": PlacementFormat(
+        ascend.read_map, ascend.write_map, (".json",), "vLLM-Ascend's expert map", takes_twins=False
+    ),
+    "eplb": PlacementFormat(
+        eplb.read_map, eplb.write_map, (".npz", ".safetensors", ".pt"), "EPLB's phy2log, log2phy, logcnt"
+    ),
 }
 
 
@@ -84,8 +88,8 @@ def write_slots(slots: SlotMap, engine: str, path: str | Path) -> None:
 __all__ = [
     "ENGINES",
     "STATS_FORMATS",
-    "Engine",
     "Facts",
+    "PlacementFormat",
     "Recorded",
     "SlotMap",
     "StatsFormat",

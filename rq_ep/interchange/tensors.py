@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import MAX_INTEGER, UserError, check_choice
-from rq_ep.core.tensor_files import read_array
+from rq_ep.core.files import read_array
 
 Array = npt.NDArray[Any]
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
-from rq_ep.core.options import selected, takes_options
+from rq_ep.core.options import parse_bytes, selected, takes_options
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem, SolverOptions, standard_ep_bytes
 from rq_ep.core.rules import Rules
-from rq_ep.core.sizes import parse_bytes
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology

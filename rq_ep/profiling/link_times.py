@@ -10,7 +10,7 @@ import torch
 
 from rq_ep.costs import MACHINES
 from rq_ep.costs.fit import Line, fit_line
-from rq_ep.costs.measured import Link
+from rq_ep.costs.measured import LinkTimings
 from rq_ep.parallel import EPGroup
 from rq_ep.profiling.timing import wall_seconds
 
@@ -18,14 +18,14 @@ BYTES = tuple(1 << power for power in range(12, 25, 3))  # 4 KiB to 16 MiB
 NUM_REPEATS = 10
 
 
-def named_link(machine: str) -> Link:
+def named_link(machine: str) -> LinkTimings:
     """The link of a machine of the table, where there is no second rank to measure one with."""
     rates = MACHINES[machine]
     byte_s = 1 / rates.link_bytes_per_s
-    return Link(f"not measured, that of machine {machine!r}", rates.latency_s, byte_s, byte_s)
+    return LinkTimings(f"not measured, that of machine {machine!r}", rates.latency_s, byte_s, byte_s)
 
 
-def measured_link(group: EPGroup) -> Link:
+def measured_link(group: EPGroup) -> LinkTimings:
     """Time all-to-all exchanges of rows, and experts that every rank sends to the next one. Every rank calls it."""
 
     def exchange(num_bytes: int) -> Callable[[], object]:
@@ -40,7 +40,7 @@ def measured_link(group: EPGroup) -> Link:
 
     rows, experts = _line_of(group, BYTES, exchange), _line_of(group, BYTES, transfer)
     source = f"measured between {group.size} ranks, {group.backend}"
-    return Link(source, rows.start_s, rows.each_s, experts.each_s)
+    return LinkTimings(source, rows.start_s, rows.each_s, experts.each_s)
 
 
 def _line_of(group: EPGroup, sizes: Sequence[int], operation: Callable[[int], Callable[[], object]]) -> Line:

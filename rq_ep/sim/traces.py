@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.files import as_dtype, parse_metadata, read_tensors, write_tensors
 from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
-from rq_ep.core.tensor_files import as_dtype, parse_metadata, read_tensors, write_tensors
 
 FORMAT = "rq_ep.trace/1"
 REQUIRED: dict[str, npt.DTypeLike] = {"ids_NLK": np.int32, "weights_NLK": np.float32, "tokens_S": np.int64}

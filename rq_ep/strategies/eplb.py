@@ -8,13 +8,12 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
-from rq_ep.core.groups import nodes_of_groups
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner
-from rq_ep.core.topology import Topology
+from rq_ep.core.topology import Topology, nodes_of_groups
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.split.min_max_split import ByExpert
 from rq_ep.solver.split.source_split import in_source_order

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.groups import nodes_of_groups
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.replicas import Replica
 from rq_ep.core.rules import MAX_FILE_BYTES, Rules, Where
 from rq_ep.core.stats import ExpertStats
-from rq_ep.core.topology import Topology
+from rq_ep.core.topology import Topology, nodes_of_groups
 
 STATS = ExpertStats.uniform((3, 5), 8, {"bf16": 10, "int8": 5}, "bf16")
 FOUR = Topology(4, ranks_per_node=2)

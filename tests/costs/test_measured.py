@@ -14,7 +14,7 @@ from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.costs import MACHINES, Profile, Roofline, cost_model
 from rq_ep.costs.fit import ExpertFit
-from rq_ep.costs.measured import Calls, Check, Curve, Link
+from rq_ep.costs.measured import Calls, Check, Curve, LinkTimings
 
 EXPERTS, ROWS = (1,) * 6 + (4,) * 6, (1, 2, 4, 8, 16, 32) * 2
 SHAPE = LayerShape(hidden_size=10, intermediate_size=20, expert_bytes={"bf16": 1200, "int8": 600})
@@ -34,7 +34,7 @@ PROFILE = Profile(
     num_ranks=2,
     experts={"bf16": calls(ExpertFit(7.0, 2.0, 1.0, 6.0)), "int8": calls(ExpertFit(4.0, 5.0, 1.0, 3.0))},
     gather=Curve((1, 11), (0.75, 3.25)),
-    link=Link("measured", latency_s=0.5, row_byte_s=0.025, transfer_byte_s=0.01),
+    link=LinkTimings("measured", latency_s=0.5, row_byte_s=0.025, transfer_byte_s=0.01),
     plan_s={"rq": 1e-4},
     plan_ranks=2,
     checks=(Check("bf16", 8, predicted_s=3.0, measured_s=2.0),),
