@@ -8,12 +8,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
 from rq_ep.engine.empty_step import empty_step
-from rq_ep.engine.lockstep import LockstepManager, agreement, batching_config
-from rq_ep.engine.progress import Place
-from rq_ep.engine.progress_tracker import Position
+from rq_ep.engine.lockstep import LockstepManager, batching_config
+from rq_ep.engine.output_processor import OutputProcessor, RequestState
+from rq_ep.engine.progress import Progress, ProgressTracker
 from rq_ep.engine.requests import Batch, Output, Request, Score
-from rq_ep.engine.running import News, Running
 from rq_ep.engine.scoring import PromptScorer
+from rq_ep.engine.step_agreement import flags_exchange
+from rq_ep.engine.step_loop import StepLoop
 from rq_ep.moe import EPExperts
 from rq_ep.parallel import TorchGroup
 
@@ -22,7 +23,7 @@ SCORING_CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineConfig:
     """Sizes of a rank's batches and KV cache; no cache size means what a GPU has left, or a modest one on CPU."""
 
     max_num_seqs: int = 64
@@ -34,11 +35,11 @@ class Engine:
     """Continuous batching over a model whose experts are expert-parallel. Every rank of the group makes one.
 
     Args:
-        model: a causal language model, its attention chosen (`families.set_attention`).
+        model: a causal language model, its attention chosen (`servable.set_attention`).
         layers: its expert-parallel layers, in the order in which a forward pass enters them.
-        group: its ranks; nobody else uses their control group while the engine runs.
-        limits: sizes of this rank's batches and cache.
-        on_outputs: called after each step with the news of this rank's requests, on the engine's thread.
+        group: its ranks; their control group is the engine's alone while it runs.
+        config: sizes of this rank's batches and cache.
+        on_outputs: called after each step with the new tokens of this rank's requests, on the engine's thread.
         on_failure: called with an error that ends the engine, on the engine's thread. The other ranks wait for this
             one: it must end the process.
         on_mark: called with a mark, on the engine's thread, between the same two steps on every rank.
@@ -50,7 +51,7 @@ class Engine:
         model: PreTrainedModel,
         layers: Sequence[EPExperts],
         group: TorchGroup,
-        limits: Limits,
+        config: EngineConfig,
         *,
         on_outputs: Callable[[list[Output]], None],
         on_failure: Callable[[BaseException], None],
@@ -58,38 +59,47 @@ class Engine:
         heartbeat_s: float = 1.0,
     ) -> None:
         self.eos_token_ids = _eos_token_ids(model)
-        self._running: dict[str, Running] = {}
+        self._requests: dict[str, RequestState] = {}
         self._scorer = PromptScorer(
             model,
             model.config._attn_implementation,
-            min(SCORING_CHUNK, limits.max_num_batched_tokens),
+            min(SCORING_CHUNK, config.max_num_batched_tokens),
             self._prompt_scored,
         )
-        self._position = Position(layers, [layer.placement.index for layer in layers], lambda: group.operation)
+        self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
+        # Prepared before the manager gives the model an attention that only its own batches can use.
+        run_empty_step = empty_step(model, layers)
         self._manager = LockstepManager(
             model,
-            GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
+            GenerationConfig(  # type: ignore[no-untyped-call]
+                do_sample=False, eos_token_id=self.eos_token_ids or -1
+            ),
             batching_config(
-                max_num_seqs=limits.max_num_seqs,
-                max_num_batched_tokens=limits.max_num_batched_tokens,
-                kv_cache_tokens=limits.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if model.device.type == "cpu" else None),
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                kv_cache_tokens=config.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if model.device.type == "cpu" else None),
                 seed=0,
             ),
-            agree=agreement(group.control if group.size > 1 else None),
-            empty_step=empty_step(model, layers),
-            running=self._running,
-            scorer=self._scorer,
+            requests=self._requests,
             on_failure=on_failure,
+        )
+        self._step_loop = StepLoop(
+            gather_flags=flags_exchange(group.control if group.size > 1 else None),
+            prompts=self._scorer,
+            is_wanted=self._requests.__contains__,
+            empty_step=run_empty_step,
             on_mark=on_mark,
-            position=self._position,
+            progress=self._tracker,
             heartbeat_s=heartbeat_s,
+            wake_up=self._manager.wake_up,
         )
-        self._news = News(
-            self._running, frozenset(self.eos_token_ids), on_outputs, on_broken=self._manager.cancel_request
+        self._manager.set_step_loop(self._step_loop)
+        self._outputs = OutputProcessor(
+            self._requests, frozenset(self.eos_token_ids), on_outputs, on_broken=self._manager.cancel_request
         )
-        self._manager.output_router = self._news
+        self._manager.output_router = self._outputs
         self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
-        self.max_request_tokens = infer_max_single_request_tokens(self._manager.batch_processor.cache)
+        self.max_request_tokens = infer_max_single_request_tokens(self._manager.processor.cache)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -97,10 +107,10 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Take a request; its tokens come through `on_outputs`. It must fit: `num_tokens <= max_request_tokens`."""
-        self._running[request.id] = Running(request)
+        self._requests[request.id] = RequestState(request)
         if request.scores_prompt:
             self._scorer.add(request)
-            self._manager.wake(0)
+            self._step_loop.wake(0)
         else:
             self._generate(request)
 
@@ -114,22 +124,22 @@ class Engine:
         )
 
     def _prompt_scored(self, request: Request, scores: list[Score]) -> None:
-        self._news.prompt_scored(request, scores)
-        if request.id in self._running:
+        self._outputs.prompt_scored(request, scores)
+        if request.id in self._requests:
             self._generate(request)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request; nothing more is heard of it."""
-        self._running.pop(request_id, None)
+        """Forget a request; no more outputs of it are delivered."""
+        self._requests.pop(request_id, None)
         self._manager.cancel_request(request_id)
 
     def wake(self, num_announced: int) -> None:
-        """Say that the group has been given `num_announced` requests so far, so that no rank sleeps through one."""
-        self._manager.wake(num_announced)
+        """Announce that the group has been given `num_announced` requests so far: no rank must sleep through one."""
+        self._step_loop.wake(num_announced)
 
     def mark(self, number: int) -> None:
-        """Have `on_mark` of every rank called with this number, higher than any before; one rank's engine is told."""
-        self._manager.mark(number)
+        """Have `on_mark` of every rank called with this number, higher than any before; call it on one rank."""
+        self._step_loop.mark(number)
 
     def stop(self) -> None:
         """Finish what is running and wait for the engine's thread. It ends once every rank has been asked to stop."""
@@ -137,19 +147,19 @@ class Engine:
             self._manager.stop(block=True)
 
     @property
-    def place(self) -> Place:
-        """Where this rank is now."""
-        return self._position.place()
+    def progress(self) -> Progress:
+        """How far this rank has come."""
+        return self._tracker.current()
 
     @property
     def batch(self) -> Batch:
-        """What this rank's step is made of; to be asked within it, on the engine's thread: in a hook of a layer."""
-        return self._manager.batch
+        """The requests in this rank's step; to be read within it, on the engine's thread: in a hook of a layer."""
+        return self._step_loop.batch(self._manager)
 
     @property
     def steps(self) -> tuple[int, float]:
         """Steps so far with tokens of this rank, and the seconds they took."""
-        return self._manager.num_steps, self._manager.steps_s
+        return self._step_loop.num_steps, self._step_loop.steps_s
 
     @property
     def num_running(self) -> int:
@@ -160,15 +170,15 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that have not been started, or whose prompt is being scored."""
-        return max(len(self._running) - self.num_running, 0)
+        return max(len(self._requests) - self.num_running, 0)
 
     @property
     def kv_cache_usage(self) -> float:
         """Share of the KV cache that requests hold."""
-        pool = self._manager.batch_processor.cache.pool
+        pool = self._manager.processor.cache.pool
         # A sector stays with the layers it was given to when its blocks fall free.
         begun = sum(pool.count_free_blocks(at) / size for at, size in enumerate(pool.blocks_per_sector))
-        return 1 - (pool.num_free_sectors + begun) / pool.num_sectors
+        return float(1 - (pool.num_free_sectors + begun) / pool.num_sectors)
 
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:

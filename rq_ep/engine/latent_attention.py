@@ -37,7 +37,7 @@ def cache_head_size(config: PretrainedConfig) -> Iterator[None]:
 def pad_cache(cache: PagedAttentionCache, config: PretrainedConfig) -> None:
     """Let a cache made under `cache_head_size` take keys and values of unequal widths, filled up with zeros."""
     if (widths := latent_widths(config)) is not None:
-        cache.update = _padded(cache.update, *widths)  # type: ignore[method-assign]
+        cache.update = _padded(cache.update, *widths)
 
 
 def _padded(update: Callable[..., Any], key_width: int, value_width: int) -> Callable[..., Any]:

@@ -1,13 +1,17 @@
-"""A rank's place in its steps; without torch, as the HTTP process reads it too."""
+"""A rank's progress through its steps, for the watchdog; without torch, as the HTTP process reads it too."""
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Place:
-    """A rank's place: its step, the MoE layer it entered last in it (None: none yet), the collective it waits in.
+class Progress:
+    """How far a rank has come: its step, the MoE layer it entered last in it (None: none yet), and a collective.
 
-    `stuck_s` is the time since it last began a step or entered a layer. Places order by how far the ranks have come.
+    `operation` is the collective that the rank waits in, None while it computes; `stuck_s` is the time since it last
+    began a step or entered a layer.
     """
 
     step: int
@@ -16,10 +20,56 @@ class Place:
     stuck_s: float
 
     @property
-    def progress(self) -> tuple[int, int, bool]:
+    def order(self) -> tuple[int, int, bool]:
         """Higher is further: a rank that waits in a collective has come further than one that has not reached it."""
         return self.step, -1 if self.layer is None else self.layer, self.operation is not None
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f", MoE layer {self.layer}"
         return f"step {self.step}{layer}, {self.operation or 'computing'}"
+
+
+class Layer(Protocol):
+    """A module that calls hooks when it is entered."""
+
+    def register_forward_pre_hook(self, hook: Callable[..., None]) -> object: ...
+
+
+class ProgressTracker:
+    """Follows one rank through its steps; any thread may read its progress.
+
+    Args:
+        layers: the model's expert-parallel layers.
+        indices: their indices in the model.
+        operation: the collective of the layers that the rank waits in now.
+    """
+
+    def __init__(self, layers: Sequence[Layer], indices: Sequence[int], operation: Callable[[], str | None]) -> None:
+        self._operation = operation
+        self._step = 0
+        self._layer: int | None = None
+        self._is_agreeing = False
+        self._moved_s = time.monotonic()
+        for layer, index in zip(layers, indices, strict=True):
+            layer.register_forward_pre_hook(self._enter_hook(index))
+
+    def begin_step(self) -> None:
+        """The rank is about to agree on the next step."""
+        self._step, self._layer, self._is_agreeing = self._step + 1, None, True
+        self._moved_s = time.monotonic()
+
+    def end_agreement(self) -> None:
+        """The group has agreed on the step."""
+        self._is_agreeing = False
+        self._moved_s = time.monotonic()
+
+    def current(self) -> Progress:
+        operation = "agreement on the step" if self._is_agreeing else self._operation()
+        return Progress(self._step, self._layer, operation, time.monotonic() - self._moved_s)
+
+    def _enter_hook(self, index: int) -> Callable[..., None]:
+        def enter(*_: object) -> None:
+            self._layer = index
+            self._moved_s = time.monotonic()
+
+        return enter

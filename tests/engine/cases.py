@@ -1,12 +1,12 @@
 """Models and requests of the engine tests."""
 
-from rq_ep.engine.engine import Limits
+from rq_ep.engine.engine import EngineConfig
 from rq_ep.engine.requests import Request
 from rq_ep.strategies import NATIVE_STRATEGIES
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 SCORED_FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")  # sdpa, eager with a window, latent attention
-LIMITS = Limits(max_num_seqs=4, max_num_batched_tokens=12, kv_cache_tokens=512)
+CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=12, kv_cache_tokens=512)
 EOS = 11  # a token that greedy answers of some of the models run into
 
 

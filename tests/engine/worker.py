@@ -16,19 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rq_ep.engine.engine import Engine
-from rq_ep.engine.lockstep import is_consequence
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.scoring import score_tokens
 from rq_ep.engine.servable import set_attention
+from rq_ep.engine.step_agreement import is_consequence
 from rq_ep.model.load.load_model import load
+from rq_ep.model.load.load_report import report_of
 from rq_ep.parallel import TorchGroup
-from tests.engine.cases import FAMILIES, LIMITS, SCORED_FAMILIES, requests_of, strategies_of
+from tests.engine.cases import CONFIG, FAMILIES, SCORED_FAMILIES, requests_of, strategies_of
 
 TIMEOUT_S = 60
 
 
 class Answers:
-    """What an engine told of its requests."""
+    """The outputs of an engine's requests."""
 
     def __init__(self, num_expected: int) -> None:
         self.tokens: dict[str, list[int]] = {}
@@ -39,7 +40,7 @@ class Answers:
         self.all = threading.Event()
         self._num_expected = num_expected
 
-    def hear(self, outputs: list[Output]) -> None:
+    def add(self, outputs: list[Output]) -> None:
         for output in outputs:
             assert output.error is None, output
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
@@ -57,8 +58,8 @@ def start(path: Path, strategy: str, group: TorchGroup, answers: Answers, on_fai
     model = load(path, strategy=strategy, group=group)
     set_attention(model, None)
     engine = Engine(
-        model, model.rq_ep.layers, group, LIMITS,
-        on_outputs=answers.hear, on_failure=on_failure or ending("unexpected"), heartbeat_s=0.05,
+        model, report_of(model).layers, group, CONFIG,
+        on_outputs=answers.add, on_failure=on_failure or ending("unexpected"), heartbeat_s=0.05,
     )  # fmt: skip
     engine.start()
     return engine
@@ -92,9 +93,9 @@ def cancelled(path: Path, group: TorchGroup) -> dict[str, Any]:
     engine.cancel("long")
     engine.submit(Request("short", [1, 2, 3], 4))
     assert answers.all.wait(TIMEOUT_S)
-    told = len(answers.tokens["long"])
+    num_tokens = len(answers.tokens["long"])
     engine.stop()
-    return {"told": told, "told later": len(answers.tokens["long"]), "reasons": answers.reasons}
+    return {"delivered": num_tokens, "delivered later": len(answers.tokens["long"]), "reasons": answers.reasons}
 
 
 def scored(path: Path, group: TorchGroup) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def fail_on_rank_1(path: Path, group: TorchGroup, on_failure: Any) -> None:
     answers = Answers(1)
     engine = start(path, "standard", group, answers, on_failure)
     if group.rank == 1:
-        layer = engine._manager.model.rq_ep.layers[-1]
+        layer = report_of(engine._manager.model).layers[-1]
         plan, calls = layer.planner, iter(range(100))
 
         def broken(counts_RE: Any) -> Any:

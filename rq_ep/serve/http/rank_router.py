@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rq_ep.engine.least_loaded import least_loaded
-from rq_ep.engine.progress import Place
+from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, output_from
 from rq_ep.serve.control import MAX_LINE_BYTES, Message, encode, messages
 from rq_ep.serve.http.blame import Report, verdict
@@ -166,7 +166,7 @@ class Hub:
                 for fields in message["outputs"]:
                     self._pass_on(output_from(*fields))
             case "stats":
-                self.watchdog.hear(rank, Place(**message["place"]))
+                self.watchdog.hear(rank, Progress(**message["place"]))
                 self._on_stats(rank, message)
             case "recorded":
                 self._on_recorded(message)

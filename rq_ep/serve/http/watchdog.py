@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from rq_ep.engine.progress import Place
+from rq_ep.engine.progress import Progress
 
 TICK_S = 0.5
 
@@ -19,10 +19,10 @@ class Watchdog:
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_s = limit_s
         self._clock = clock
-        self._heard: dict[int, tuple[float, Place]] = {}
+        self._heard: dict[int, tuple[float, Progress]] = {}
         self._looked_s = clock()
 
-    def hear(self, rank: int, place: Place) -> None:
+    def hear(self, rank: int, place: Progress) -> None:
         """Take what a rank says of its place."""
         self._heard[rank] = (self._clock(), place)
 
@@ -43,7 +43,7 @@ class Watchdog:
             return f"rank {-rank} has not been heard for {silence_s:.0f} s (--stall-timeout); {self._where(-rank)}"
         places = {rank: place for rank, (_, place) in self._heard.items()}
         if all(place.stuck_s > self._limit_s for place in places.values()):
-            last = min(places, key=lambda rank: (places[rank].progress, rank))
+            last = min(places, key=lambda rank: (places[rank].order, rank))
             stuck_s = places[last].stuck_s
             return f"rank {last} has not gone on for {stuck_s:.0f} s (--stall-timeout); {self._where(last)}"
         return None

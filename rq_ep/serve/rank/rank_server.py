@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
-from rq_ep.engine.engine import Engine, Limits
-from rq_ep.engine.lockstep import is_consequence
+from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.requests import Output, Request, Sampling
 from rq_ep.engine.servable import set_attention
+from rq_ep.engine.step_agreement import is_consequence
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import report_of
 from rq_ep.model.load.memory import expert_bytes
@@ -115,7 +115,7 @@ class RankServer:
             model,
             loaded.layers,
             self.group,
-            Limits(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.kv_cache_tokens),
+            EngineConfig(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.config.kv_cache_tokens),
             on_outputs=self.tell,
             on_failure=self.fail,
             on_mark=recording.mark,
@@ -183,7 +183,7 @@ class RankServer:
             "num_running": engine.num_running,
             "num_waiting": engine.num_waiting,
             "kv_cache_usage": engine.kv_cache_usage,
-            "place": asdict(engine.place),
+            "place": asdict(engine.progress),
             "num_steps": self.told_steps[0] - told[0],
             "steps_s": self.told_steps[1] - told[1],
         }

@@ -1,4 +1,4 @@
-"""The requests of a rank that are still wanted, and the news of them."""
+"""The state of a rank's unfinished requests, and the outputs that each step gives them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,34 +10,34 @@ from rq_ep.engine.requests import Output, Request, Score
 
 
 @dataclass
-class Running:
-    """A request, how much of its answer has been told, and what its steps leave for the next news."""
+class RequestState:
+    """An unfinished request: how many of its tokens were delivered, and what its steps leave for the next output."""
 
     request: Request
-    num_told: int = 0
+    num_delivered: int = 0
     scores: list[Score] = field(default_factory=list)
     is_broken: bool = False  # a step gave logits that are not finite
 
 
-class News(OutputRouter):
-    """Turns the manager's cumulative outputs into what is new of each request, one call for each step.
+class OutputProcessor(OutputRouter):
+    """Turns the manager's cumulative outputs into the new tokens of each request, one call for each step.
 
     Args:
-        running: the requests still wanted, by id; a request that ends is taken out.
+        requests: the requests still wanted, by id; a request that ends is taken out.
         eos_token_ids: tokens with which an answer ends itself.
-        on_outputs: told the news.
-        on_broken: told the id of a request that has ended with an error while its batch goes on with it.
+        on_outputs: called with the outputs of a step.
+        on_broken: called with the id of a request that has ended with an error while its batch goes on with it.
     """
 
     def __init__(
         self,
-        running: dict[str, Running],
+        requests: dict[str, RequestState],
         eos_token_ids: frozenset[int],
         on_outputs: Callable[[list[Output]], None],
         on_broken: Callable[[str], None],
     ) -> None:
         super().__init__()
-        self._running = running
+        self._requests = requests
         self._eos_token_ids = eos_token_ids
         self._on_outputs = on_outputs
         self._on_broken = on_broken
@@ -46,31 +46,31 @@ class News(OutputRouter):
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        wanted = [(output, found) for output in outputs if (found := self._running.get(output.request_id)) is not None]
-        if news := [self._new_part(output, found) for output, found in wanted]:
-            self._on_outputs(news)
+        wanted = [(output, state) for output in outputs if (state := self._requests.get(output.request_id)) is not None]
+        if new := [self._new_output(output, state) for output, state in wanted]:
+            self._on_outputs(new)
 
     def prompt_scored(self, request: Request, scores: list[Score]) -> None:
-        """Tell the scores of a prompt; where no answer is wanted, that is all."""
-        if request.id not in self._running:
+        """Deliver the scores of a prompt; where no answer is wanted, that is all."""
+        if request.id not in self._requests:
             return
         is_all = request.max_tokens == 0
         if is_all:
-            self._running.pop(request.id, None)
+            self._requests.pop(request.id, None)
         self._on_outputs([Output(request.id, [], "length" if is_all else None, prompt_scores=scores)])
 
-    def _new_part(self, output: GenerationOutput, found: Running) -> Output:
-        token_ids = output.generated_tokens[found.num_told :]
-        queued_s = None if found.num_told else output.lifespan[0] - output.created_time
-        found.num_told = len(output.generated_tokens)
-        scores, found.scores = found.scores, []
-        if found.is_broken:
-            self._running.pop(output.request_id, None)
+    def _new_output(self, output: GenerationOutput, state: RequestState) -> Output:
+        token_ids = output.generated_tokens[state.num_delivered :]
+        queued_s = None if state.num_delivered else output.lifespan[0] - output.created_time
+        state.num_delivered = len(output.generated_tokens)
+        scores, state.scores = state.scores, []
+        if state.is_broken:
+            self._requests.pop(output.request_id, None)
             self._on_broken(output.request_id)
             return Output(output.request_id, [], "error", "the model's logits are not finite")
         if not output.is_finished():
             return Output(output.request_id, token_ids, scores=scores, queued_s=queued_s)
-        self._running.pop(output.request_id, None)
+        self._requests.pop(output.request_id, None)
         if output.status == RequestStatus.FAILED:
             return Output(output.request_id, token_ids, "error", output.error or "the request failed")
         ended_itself = bool(token_ids) and token_ids[-1] in self._eos_token_ids

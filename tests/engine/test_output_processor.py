@@ -1,4 +1,4 @@
-"""News of requests: what is new, its scores, and logits that are no numbers."""
+"""Outputs of requests: new tokens, their scores, and logits that are no numbers."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rq_ep.engine.lockstep import Sampler
+from rq_ep.engine.output_processor import OutputProcessor, RequestState
 from rq_ep.engine.requests import Output, Request, Sampling, Score
-from rq_ep.engine.running import News, Running
 from rq_ep.engine.scoring import LOWEST, score_tokens
 
 
@@ -25,20 +25,20 @@ class Step:
     """One step over given requests, whose logits are rows of a table."""
 
     def __init__(self, requests: list[Request]) -> None:
-        self.running = {request.id: Running(request) for request in requests}
+        self.requests = {request.id: RequestState(request) for request in requests}
         states = [SimpleNamespace(request_id=request.id, position_offset=3) for request in requests]
         ios: Any = SimpleNamespace(
             requests_in_batch=[SimpleNamespace(state=state, has_new_token=True) for state in states]
         )
-        self.sampler = Sampler(ios, self.running)
-        self.told: list[Output] = []
+        self.sampler = Sampler(ios, self.requests)
+        self.outputs: list[Output] = []
         self.broken: list[str] = []
-        self.news = News(self.running, frozenset({0}), self.told.extend, self.broken.append)
+        self.processor = OutputProcessor(self.requests, frozenset({0}), self.outputs.extend, self.broken.append)
 
     def run(self, logits_NV: torch.Tensor) -> list[Output]:
         output_ids = torch.zeros(1, 8, dtype=torch.int64)
         self.sampler(logits_NV[None], output_ids)
-        outputs: list[Any] = [
+        new: list[Any] = [
             SimpleNamespace(
                 request_id=name,
                 generated_tokens=[int(token)],
@@ -46,19 +46,19 @@ class Step:
                 created_time=1.0,
                 lifespan=(1.5, -1),
             )
-            for name, token in zip(list(self.running), output_ids[0].tolist(), strict=False)
+            for name, token in zip(list(self.requests), output_ids[0].tolist(), strict=False)
         ]
-        self.news.deliver_batch(outputs)
-        return self.told
+        self.processor.deliver_batch(new)
+        return self.outputs
 
 
 def test_raw_scores_go_with_their_tokens() -> None:
     plain, scored = Request("plain", [1], 5), Request("scored", [1], 5, Sampling(2.0, 0.5, 1), num_logprobs=1)
     logits_NV = torch.tensor([[0.0, 3.0, 1.0], [0.0, 3.0, 1.0]])
-    told = Step([plain, scored]).run(logits_NV)
+    outputs = Step([plain, scored]).run(logits_NV)
     raw = logits_NV[1].log_softmax(-1).tolist()
-    assert told[0] == Output("plain", [1], queued_s=0.5)
-    assert told[1].scores == [Score(raw[told[1].token_ids[0]], [1], [raw[1]])]
+    assert outputs[0] == Output("plain", [1], queued_s=0.5)
+    assert outputs[1].scores == [Score(raw[outputs[1].token_ids[0]], [1], [raw[1]])]
 
 
 def test_logits_that_are_no_numbers_end_their_own_request_only() -> None:
@@ -67,12 +67,12 @@ def test_logits_that_are_no_numbers_end_their_own_request_only() -> None:
     well, ill = step.run(logits_NV)
     assert (well.token_ids, well.finish_reason) == ([1], None)
     assert (ill.finish_reason, ill.error) == ("error", "the model's logits are not finite")
-    assert (step.broken, list(step.running)) == (["ill"], ["well"])
+    assert (step.broken, list(step.requests)) == (["ill"], ["well"])
 
 
-def test_nothing_is_told_of_a_request_that_was_cancelled() -> None:
+def test_a_cancelled_request_has_no_outputs() -> None:
     step = Step([Request("gone", [1], 5)])
-    step.running.clear()
+    step.requests.clear()
     assert step.run(torch.zeros(1, 3)) == []
-    step.news.prompt_scored(Request("gone", [1], 0, scores_prompt=True), [])
-    assert step.told == []
+    step.processor.prompt_scored(Request("gone", [1], 0, scores_prompt=True), [])
+    assert step.outputs == []

@@ -1,0 +1,112 @@
+"""The agreement that starts every step: each rank announces flags, and all derive the same action from all of them.
+
+Axes: F flags.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from rq_ep.parallel.ep_group import RankFailure
+
+
+class StepFlags(NamedTuple):
+    """What one rank announces before a step."""
+
+    has_step: bool  # it has tokens to run, or a prompt to score
+    keeps_running: bool  # its engine was not asked to stop
+    stops_now: bool  # its engine was asked to stop without finishing its requests
+    has_requests: bool  # unfinished ones, in the batch or not
+    num_announced: int  # requests of the whole group that this rank has been told of
+    mark: int  # the last mark it was given (`Engine.mark`)
+
+
+class GroupFlags(NamedTuple):
+    """The flags of all ranks, merged: the same on every rank."""
+
+    any_has_step: bool
+    any_keeps_running: bool
+    any_stops_now: bool
+    any_has_requests: bool
+    all_know_the_same: bool  # of requests
+    mark: int  # the newest
+
+
+class Action(Enum):
+    """What a rank does in a step. If one rank takes RUN, every other one takes RUN or RUN_EMPTY."""
+
+    RUN = auto()  # its own tokens
+    RUN_EMPTY = auto()  # every MoE layer with zero rows, for the ranks that have tokens
+    POLL = auto()  # agree again almost at once: a request is on its way, or waits for room
+    SLEEP = auto()  # until it is woken, at most for a heartbeat
+    END = auto()
+
+
+# Exchanges the flags of this rank for those of all ranks.
+GatherFlags = Callable[[StepFlags], Sequence[StepFlags]]
+
+
+class PeerLost(RankFailure):
+    """The ranks could not agree on a step: one of them is not there."""
+
+
+def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
+    """Merge the flags of all ranks."""
+    has_step, keeps_running, stops_now, has_requests, num_announced, mark = zip(*flags_R, strict=True)
+    return GroupFlags(
+        any_has_step=any(has_step),
+        any_keeps_running=any(keeps_running),
+        any_stops_now=any(stops_now),
+        any_has_requests=any(has_requests),
+        all_know_the_same=min(num_announced) == max(num_announced),
+        mark=max(mark),
+    )
+
+
+def next_action(has_step: bool, group: GroupFlags) -> Action:
+    """Choose what a rank does next.
+
+    No rank sleeps or ends before all ranks know of the same requests, as one of them may be for it.
+
+    Args:
+        has_step: the rank's own flag.
+        group: the merged flags of all ranks.
+    """
+    if group.any_stops_now:
+        return Action.END
+    if group.any_has_step:
+        return Action.RUN if has_step else Action.RUN_EMPTY
+    if group.any_has_requests or not group.all_know_the_same:
+        return Action.POLL
+    return Action.SLEEP if group.any_keeps_running else Action.END
+
+
+def flags_exchange(control: dist.ProcessGroup | None) -> GatherFlags:
+    """The exchange of flags over a gloo group. None: one rank alone.
+
+    Each rank sends its flags to all: one hop, where gloo's all-reduce goes round a ring twice. With four processes on
+    two cores that is 1.2 ms instead of 4.8 ms.
+    """
+    if control is None:
+        return lambda flags: [flags]
+    size = dist.get_world_size(control)
+
+    def gather(flags: StepFlags) -> list[StepFlags]:
+        flags_RF = torch.tensor(flags, dtype=torch.int64).repeat(size, 1)
+        received_RF = torch.empty_like(flags_RF)
+        try:
+            dist.all_to_all_single(received_RF, flags_RF, group=control)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise PeerLost(f"no agreement on the next step, another rank may have ended: {reason}") from error
+        return [StepFlags(*row) for row in received_RF.tolist()]
+
+    return gather
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether an error only says that another rank has failed: a collective that could not be finished."""
+    return isinstance(error, PeerLost) or (isinstance(error, RankFailure) and isinstance(error.__cause__, RankFailure))

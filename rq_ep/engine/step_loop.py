@@ -1,0 +1,148 @@
+"""One step of a rank, in lockstep with the others: agree on it, then run a batch, score a prompt, follow, or sleep."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from rq_ep.engine.progress import ProgressTracker
+from rq_ep.engine.requests import Batch
+from rq_ep.engine.step_agreement import Action, GatherFlags, StepFlags, merge, next_action
+
+POLL_S = 0.001
+
+
+class Batches(Protocol):
+    """The batches of this rank's requests."""
+
+    @property
+    def keeps_running(self) -> bool:
+        """Whether nobody has asked for the end."""
+
+    @property
+    def stops_now(self) -> bool:
+        """Whether the end was asked for without finishing the requests."""
+
+    def has_requests(self) -> bool: ...
+
+    def prepare(self) -> bool:
+        """Put the next batch together; whether there is one."""
+
+    def run(self) -> None:
+        """Run the batch that was prepared, and deliver its tokens."""
+
+    def contents(self) -> Batch:
+        """The requests in the batch that was prepared."""
+
+
+class Prompts(Protocol):
+    """The prompts of this rank that are to be scored."""
+
+    under_way: list[tuple[str, int]]
+
+    def has_work(self) -> bool: ...
+
+    def step(self, is_wanted: Callable[[str], bool]) -> bool: ...
+
+
+class StepLoop:
+    """The steps of one rank. All ranks enter every MoE layer together: those without tokens do so with zero rows.
+
+    Args:
+        gather_flags: exchanges the flags that start a step.
+        prompts: the prompts that are to be scored.
+        is_wanted: whether the request of an id is still wanted.
+        empty_step: enters every MoE layer with zero rows.
+        on_mark: called with a mark (`Engine.mark`), between the same two steps on every rank.
+        progress: follows the steps.
+        heartbeat_s: longest sleep of an idle group, in seconds.
+        wake_up: set to end a sleep.
+    """
+
+    def __init__(
+        self,
+        *,
+        gather_flags: GatherFlags,
+        prompts: Prompts,
+        is_wanted: Callable[[str], bool],
+        empty_step: Callable[[], None],
+        on_mark: Callable[[int], None],
+        progress: ProgressTracker,
+        heartbeat_s: float,
+        wake_up: threading.Event,
+    ) -> None:
+        self._gather_flags = gather_flags
+        self._prompts = prompts
+        self._is_wanted = is_wanted
+        self._empty_step = empty_step
+        self._on_mark = on_mark
+        self._progress = progress
+        self._heartbeat_s = heartbeat_s
+        self._wake_up = wake_up
+        self._num_announced = 0
+        self._mark = 0  # the last one that this rank was given,
+        self._passed_mark = 0  # and the last one that the group has passed
+        self._is_scoring = False  # in the step under way, rather than running a batch
+        self._has_batch = False
+        self.num_steps = 0  # with tokens of this rank
+        self.steps_s = 0.0
+
+    def wake(self, num_announced: int) -> None:
+        """End a sleep: the group has been given `num_announced` requests so far, one of them perhaps to this rank."""
+        self._num_announced = max(self._num_announced, num_announced)
+        self._wake_up.set()
+
+    def mark(self, number: int) -> None:
+        """Have `on_mark` of every rank called with this number between the same two steps; numbers rise."""
+        self._mark = number
+        self._wake_up.set()
+
+    def batch(self, batches: Batches) -> Batch:
+        """The requests in the step under way on this rank; to be read within it, on the loop's thread."""
+        if self._is_scoring:
+            return Batch(self._prompts.under_way, True)
+        return batches.contents() if self._has_batch else Batch([], False)
+
+    def step(self, batches: Batches) -> bool:
+        """Make one step of the group; False ends the loop, on every rank."""
+        self._wake_up.clear()
+        num_announced = self._num_announced  # before requests are looked at: it must not count one that was not seen
+        # Scoring and batches take turns: neither waits for the other's last request.
+        self._is_scoring = self._prompts.has_work() and not (self._is_scoring and batches.has_requests())
+        self._has_batch = not self._is_scoring and batches.prepare()
+        flags = StepFlags(
+            has_step=self._is_scoring or self._has_batch,
+            keeps_running=batches.keeps_running,
+            stops_now=batches.stops_now,
+            has_requests=batches.has_requests() or self._prompts.has_work(),
+            num_announced=num_announced,
+            mark=self._mark,
+        )
+        self._progress.begin_step()
+        group = merge(self._gather_flags(flags))
+        self._progress.end_agreement()
+        if group.mark > self._passed_mark and not group.any_stops_now:
+            self._passed_mark = group.mark
+            self._on_mark(group.mark)
+        return self._act(next_action(flags.has_step, group), batches)
+
+    def _act(self, action: Action, batches: Batches) -> bool:
+        match action:
+            case Action.RUN:
+                start_s = time.perf_counter()
+                self._run(batches)
+                self.num_steps += 1
+                self.steps_s += time.perf_counter() - start_s
+            case Action.RUN_EMPTY:
+                self._empty_step()
+            case Action.POLL:
+                self._wake_up.wait(timeout=POLL_S)
+            case Action.SLEEP:
+                self._wake_up.wait(timeout=self._heartbeat_s)
+        return action is not Action.END
+
+    def _run(self, batches: Batches) -> None:
+        if not self._is_scoring:
+            batches.run()
+        elif not self._prompts.step(self._is_wanted):
+            self._empty_step()  # nobody wants the prompt any more, and the group waits for this rank

@@ -1,0 +1,169 @@
+"""What a step does on a rank, beside another rank whose flags are given."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from rq_ep.engine.progress import ProgressTracker
+from rq_ep.engine.requests import Batch
+from rq_ep.engine.step_agreement import StepFlags
+from rq_ep.engine.step_loop import StepLoop
+
+BATCH = Batch([("old", 1), ("new", 3)], True)
+
+
+class RecordedEvent(threading.Event):
+    """An event that does not sleep, and remembers how long it was to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timeouts: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.timeouts.append(timeout)
+        return self.is_set()
+
+
+class Rank:
+    """A rank without a model, one of two; `other` are the flags of the other one."""
+
+    def __init__(
+        self,
+        ready: bool,
+        pending: bool,
+        other: StepFlags,
+        *,
+        keeps_running: bool = True,
+        stops_now: bool = False,
+        prompts: int = 0,
+        wanted: tuple[str, ...] = ("a prompt",),
+    ) -> None:
+        self.ready, self.pending = ready, pending
+        self.keeps_running, self.stops_now = keeps_running, stops_now
+        self.prompts, self.wanted = prompts, wanted
+        self.under_way = [("a prompt", 5)]
+        self.did: list[str] = []
+        self.batches: list[Batch] = []  # as they are in each step
+        self.event = RecordedEvent()
+        self.loop = StepLoop(
+            gather_flags=lambda flags: [flags, other],
+            prompts=Prompts(self),
+            is_wanted=self.wanted.__contains__,
+            empty_step=lambda: self.do("empty step"),
+            on_mark=lambda number: self.did.append(f"mark {number}"),
+            progress=ProgressTracker([], [], lambda: None),
+            heartbeat_s=60.0,
+            wake_up=self.event,
+        )
+        self.loop.wake(3)
+
+    def do(self, what: str) -> None:
+        self.did.append(what)
+        self.batches.append(self.loop.batch(self))
+
+    def step(self) -> bool:
+        return self.loop.step(self)
+
+    # The batches of the loop
+
+    def has_requests(self) -> bool:
+        return self.pending
+
+    def prepare(self) -> bool:
+        return self.ready
+
+    def run(self) -> None:
+        self.do("step")
+
+    def contents(self) -> Batch:
+        return BATCH
+
+
+class Prompts:
+    """The prompts of a `Rank`."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self.under_way = rank.under_way
+
+    def has_work(self) -> bool:
+        return self.rank.prompts > 0
+
+    def step(self, is_wanted: Callable[[str], bool]) -> bool:
+        self.rank.prompts -= 1
+        self.rank.do("score")
+        return is_wanted("a prompt")
+
+
+# has_step, keeps_running, stops_now, has_requests, num_announced, mark
+IDLE, BUSY = StepFlags(False, True, False, False, 3, 0), StepFlags(True, True, False, True, 3, 0)
+LEAVING, STOPPING = StepFlags(False, False, False, False, 3, 0), StepFlags(False, False, True, False, 3, 0)
+GOING, DRAINING, STOPPED = (True, False), (False, False), (False, True)
+
+
+@pytest.mark.parametrize(
+    ("ready", "pending", "other", "state", "did", "goes_on"),
+    [
+        (True, True, IDLE, GOING, ["step"], True),
+        (True, True, BUSY, GOING, ["step"], True),
+        (False, False, BUSY, GOING, ["empty step"], True),
+        (False, False, IDLE, GOING, [], True),
+        (False, False, BUSY, DRAINING, ["empty step"], True),
+        (True, True, LEAVING, DRAINING, ["step"], True),
+        (False, True, LEAVING, DRAINING, [], True),
+        (False, False, IDLE, DRAINING, [], True),
+        (False, False, LEAVING, GOING, [], True),
+        (False, False, LEAVING, DRAINING, [], False),
+        (True, True, BUSY, STOPPED, [], False),
+        (True, True, STOPPING, GOING, [], False),
+    ],
+)
+def test_a_step_does_what_the_group_agreed(
+    ready: bool, pending: bool, other: StepFlags, state: tuple[bool, bool], did: list[str], goes_on: bool
+) -> None:
+    rank = Rank(ready, pending, other, keeps_running=state[0], stops_now=state[1])
+    assert (rank.step(), rank.did) == (goes_on, did)
+    assert rank.loop.num_steps == int("step" in did)
+
+
+def test_a_mark_comes_before_the_step_and_once() -> None:
+    rank = Rank(True, True, IDLE._replace(mark=1))
+    assert rank.step()
+    assert rank.step()
+    assert rank.did == ["mark 1", "step", "step"]
+
+
+def test_scoring_takes_turns_with_batches() -> None:
+    rank = Rank(True, True, IDLE, prompts=2)
+    for _ in range(4):
+        assert rank.step()
+    assert rank.did == ["score", "step", "score", "step"]
+    assert rank.batches == [Batch([("a prompt", 5)], True), BATCH] * 2
+
+
+def test_an_empty_step_has_an_empty_batch() -> None:
+    rank = Rank(False, False, BUSY)
+    assert rank.step()
+    assert rank.batches == [Batch([], False)]
+
+
+def test_a_prompt_nobody_waits_for_is_an_empty_step() -> None:
+    rank = Rank(False, False, IDLE, prompts=1, wanted=())
+    assert rank.step()
+    assert rank.did == ["score", "empty step"], "the other ranks have entered the step already"
+
+
+def test_an_idle_group_sleeps_until_it_is_woken() -> None:
+    rank = Rank(False, False, IDLE)
+    assert rank.step()
+    assert rank.event.timeouts == [60.0]
+    assert not rank.event.is_set()
+    rank.loop.wake(4)
+    assert rank.event.is_set()
+
+
+def test_no_rank_sleeps_while_another_has_not_been_told_of_a_request() -> None:
+    rank = Rank(False, False, IDLE._replace(num_announced=4))
+    assert rank.step()
+    assert rank.event.timeouts == [0.001]
