@@ -10,7 +10,7 @@ from rq_ep.core.errors import UserError
 
 
 class Command(NamedTuple):
-    """What the help says of a sub-command."""
+    """The help of a sub-command."""
 
     summary: str
     example: str
@@ -53,14 +53,14 @@ COMMANDS = {
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+    """Shows defaults, except for None, False and empty lists."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the options, as every other error is said."""
+    """A parser that reports mistakes in one line, as every other error."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")

@@ -24,7 +24,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True)
 class Environment:
-    """Who this process is among the ranks, as torchrun and every launcher like it says in the environment."""
+    """Rank and rendezvous of this process, from the environment variables that torchrun and launchers like it set."""
 
     rank: int = 0
     world_size: int = 1
@@ -97,7 +97,7 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What `python -m rq_ep.serve` is told. Limits are per rank, as each rank batches its own requests."""
+    """Settings of `python -m rq_ep.serve`. Limits are per rank, as each rank batches its own requests."""
 
     model: str = option("", help="directory of the checkpoint", required=True)
     placement: str | None = option(None, help="placement.json of `rq-ep place`; without it the strategy places itself")
@@ -145,7 +145,7 @@ class ServeConfig:
 
     @property
     def model_name(self) -> str:
-        """The name clients ask for."""
+        """The model name in requests and answers."""
         return self.served_model_name or self.model
 
 
@@ -225,13 +225,13 @@ def from_mapping(settings: type[Settings], document: Mapping[str, Any]) -> Setti
 
 
 def shown(settings: Any) -> dict[str, Any]:
-    """The settings as anybody may see them: what is secret is hidden."""
+    """The settings without their secrets."""
     secrets = {item.key for item in options_of(type(settings)).values() if item.secret}
     return {name: "***" if name in secrets and value else value for name, value in as_mapping(settings).items()}
 
 
 def resolved(settings: Any) -> str:
-    """The settings as the YAML that would give them again, but for what is secret."""
+    """The settings as YAML that gives them again, except for secrets."""
     return yaml.safe_dump(shown(settings), sort_keys=False).rstrip()
 
 

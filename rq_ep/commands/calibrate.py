@@ -1,4 +1,4 @@
-"""`rq-ep calibrate`: what each expert of a model carries, and what low bits would do to it.
+"""`rq-ep calibrate`: measure the load of each expert of a model, and its error in low bits.
 
 A model that is too large for one process is spread over ranks: torchrun --nproc-per-node R -m rq_ep calibrate ...
 """

@@ -1,4 +1,4 @@
-"""What several commands read from their command lines alike."""
+"""Options and set-up that several commands share."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,7 +98,7 @@ def layer_cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":
 def launched_ranks(command: str, device: str) -> Iterator["EPGroup"]:
     """The group of all processes that a launcher started, while open; without one, this process alone.
 
-    What a user has to put right must come up on every rank; one of them tells it, and all exit with 2.
+    A `UserError` must be raised on every rank; rank 0 prints it, and all exit with 2.
     """
     from rq_ep.parallel.default_group import default_group
 

@@ -1,4 +1,4 @@
-"""Where the commands print their tables."""
+"""The console on which commands print their tables."""
 
 from rich.console import Console
 
@@ -6,7 +6,7 @@ MIN_WIDTH = 100  # columns; a table cut to less could not be read
 
 
 def wide_console(min_width: int = MIN_WIDTH) -> Console:
-    """A console as wide as the terminal, and at least so many columns."""
+    """A console as wide as the terminal, and at least `min_width` columns."""
     console = Console(highlight=False)
     console.width = max(console.width, min_width)
     return console

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rq_ep.interchange import Facts, SlotMap
+    from rq_ep.interchange import ModelMetadata, SlotMap
 
 STATS, PLACEMENT = "stats", "placement"
 LONG_READ_BYTES = 2**28
-# What becomes what, for the help; every engine and format is a row of the tables in `rq_ep.interchange`.
+# Conversions, for the help; every engine and format is a row of the tables in `rq_ep.interchange`.
 DIRECTIONS = {
     "what was recorded, into statistics": "rq-ep convert expert_distribution_recorder_*.pt --from sglang --to stats "
     "--expert-bytes bf16=88080384,int8=44126208 --top-k 8 --out stats.safetensors",
@@ -18,47 +18,49 @@ DIRECTIONS = {
     "keep that engine's rule, equal slots of one format and even shares, as `rq-ep place --for` does; any other is "
     "refused, and what is wrong is named",
     "another engine's placement, into ours": "rq-ep convert init_expert_location.json --from sglang --to placement "
-    "--num-ranks 32 --stats stats.safetensors --out placement.json, to judge it with `rq-ep simulate`",
+    "--num-ranks 32 --stats stats.safetensors --out placement.json, to evaluate it with `rq-ep simulate`",
     "one engine's placement, for another": "rq-ep convert map.json --from ascend --to eplb --out tensors.npz",
 }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    from rq_ep.interchange import ENGINES, STATS_FORMATS
+
     for title, example in DIRECTIONS.items():
         parser.add_argument_group(title, example)
     parser.add_argument("files", nargs="+", metavar="FILE", help="what to convert; a folder for trtllm's statistics")
     parser.add_argument(
         "--from", dest="source", metavar="NAME",
-        help="who wrote FILE: sglang, trtllm, vllm, ascend, numpy (statistics); sglang, trtllm, ascend, eplb "
-        "(placements); placement (ours). Left out, it is guessed where the file leaves no doubt",
+        help=f"engine that wrote FILE: {', '.join(STATS_FORMATS)} (statistics); {', '.join(ENGINES)} (placements); "
+        "placement (ours); by default it is guessed where the file leaves no doubt",
     )  # fmt: skip
     parser.add_argument(
         "--to", dest="target", required=True, metavar="NAME",
-        help="stats or placement (ours); sglang, trtllm, ascend or eplb",
+        help=f"stats or placement (ours); or {', '.join(ENGINES)}",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="FILE", help="where it goes; the suffix chooses among formats")
-    facts = parser.add_argument_group("what other engines' files do not say")
-    facts.add_argument(
+    metadata = parser.add_argument_group("what other engines' files do not say")
+    metadata.add_argument(
         "--expert-bytes", metavar="SIZES",
         help="bytes of one expert in each format, native first, such as bf16=88080384,int8=44126208",
     )  # fmt: skip
-    facts.add_argument("--native-format", metavar="NAME", help="if it is not the first of --expert-bytes")
-    facts.add_argument(
+    metadata.add_argument("--native-format", metavar="NAME", help="if it is not the first of --expert-bytes")
+    metadata.add_argument(
         "--layers", metavar="LAYERS",
         help="MoE layers as the model numbers them, such as 3-60: which to take or, where rows have no number, what "
         "these are (default: all that count something; 0 up)",
     )  # fmt: skip
-    facts.add_argument("--top-k", type=int, metavar="K", help="experts of a token; --tokens-per-step needs it")
-    facts.add_argument("--hidden-size", type=int, metavar="D", help="of the model; `simulate --machine` needs it")
-    facts.add_argument("--intermediate-size", type=int, metavar="F", help="of one expert; likewise")
-    facts.add_argument("--expert-groups", type=int, metavar="G", help="where the model routes by groups of experts")
-    facts.add_argument("--num-ranks", type=int, metavar="R", help="ranks that share the slots of a placement")
-    facts.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="0: all ranks share one node")
-    facts.add_argument(
+    metadata.add_argument("--top-k", type=int, metavar="K", help="experts of a token; --tokens-per-step needs it")
+    metadata.add_argument("--hidden-size", type=int, metavar="D", help="of the model; `simulate --machine` needs it")
+    metadata.add_argument("--intermediate-size", type=int, metavar="F", help="of one expert; likewise")
+    metadata.add_argument("--expert-groups", type=int, metavar="G", help="where the model routes by groups of experts")
+    metadata.add_argument("--num-ranks", type=int, metavar="R", help="ranks that share the slots of a placement")
+    metadata.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="0: all ranks share one node")
+    metadata.add_argument(
         "--stats", metavar="FILE",
         help="statistics of the same model, which say bytes, layers and identity for a placement",
     )  # fmt: skip
-    facts.add_argument(
+    metadata.add_argument(
         "--num-model-layers", type=int, default=0, metavar="N",
         help="layers of the model, dense ones included: SGLang wants a row for each (0: up to the last MoE layer)",
     )  # fmt: skip
@@ -86,17 +88,17 @@ def run(args: argparse.Namespace) -> None:
 
 def _to_stats(paths: list[Path], source: str, args: argparse.Namespace) -> None:
     from rq_ep.interchange import STATS_FORMATS, to_stats
-    from rq_ep.interchange.rows import name_layers
+    from rq_ep.interchange.rows import format_layers
 
-    facts = _facts(args)
-    _ = facts.native  # missing sizes are told before long files are read
+    metadata = _metadata(args)
+    _ = metadata.native  # missing sizes are reported before long files are read
     num_bytes = sum(file.stat().st_size for path in paths for file in (path, *path.glob("*")) if file.is_file())
     if num_bytes > LONG_READ_BYTES:
         print(f"reading {num_bytes / 2**30:.1f} GiB", file=sys.stderr)
-    stats = to_stats(STATS_FORMATS[source].read(paths), facts, str(paths[0]))
+    stats = to_stats(STATS_FORMATS[source].read(paths), metadata, str(paths[0]))
     stats.save(args.out)
     print(
-        f"{args.out}: {stats.num_steps} steps of {stats.num_experts} experts in layers {name_layers(stats.layers)}, "
+        f"{args.out}: {stats.num_steps} steps of {stats.num_experts} experts in layers {format_layers(stats.layers)}, "
         f"{int(stats.counts.sum()):,} pairs"
     )
     if stats.num_steps == 1:
@@ -106,11 +108,11 @@ def _to_stats(paths: list[Path], source: str, args: argparse.Namespace) -> None:
 def _to_engine(path: Path, target: str, args: argparse.Namespace) -> None:
     from rq_ep.core.placement import Placement
     from rq_ep.interchange import SlotMap, export
-    from rq_ep.interchange.rows import name_layers
+    from rq_ep.interchange.rows import format_layers
 
     placement = Placement.load(path)
     export(placement, target, args.out, args.num_model_layers)
-    layers = name_layers([layer.index for layer in placement.layers])
+    layers = format_layers([layer.index for layer in placement.layers])
     slots = len(SlotMap.of(placement).experts_LS[0])
     print(f"{args.out}: layers {layers} for {target}, {slots} slots on {placement.topology.num_ranks} ranks")
 
@@ -121,19 +123,19 @@ def _from_engine(path: Path, source: str, target: str, args: argparse.Namespace)
     from rq_ep.core.stats import ExpertStats
     from rq_ep.interchange import ENGINES, write_slots
 
-    facts = _facts(args)
+    metadata = _metadata(args)
     stats = None if args.stats is None else ExpertStats.load(args.stats)
     if stats is not None:
-        facts = replace(
-            facts,
-            expert_bytes=facts.expert_bytes or stats.expert_bytes,
-            native_format=facts.native_format or stats.native_format,
-            layers=facts.layers or stats.layers,
+        metadata = replace(
+            metadata,
+            expert_bytes=metadata.expert_bytes or stats.expert_bytes,
+            native_format=metadata.native_format or stats.native_format,
+            layers=metadata.layers or stats.layers,
         )
-    slots = ENGINES[source].read(path, args.num_ranks, facts.layers)
+    slots = ENGINES[source].read(path, args.num_ranks, metadata.layers)
     if target == PLACEMENT:
         model = None if stats is None else stats.model
-        placement = slots.to_placement(facts.expert_bytes, facts.native, args.ranks_per_node, model)
+        placement = slots.to_placement(metadata.expert_bytes, metadata.native, args.ranks_per_node, model)
         placement.save(args.out)
     else:
         write_slots(replace(slots, num_model_layers=args.num_model_layers), target, args.out)
@@ -141,19 +143,23 @@ def _from_engine(path: Path, source: str, target: str, args: argparse.Namespace)
 
 
 def _describe(slots: "SlotMap") -> str:
-    from rq_ep.interchange.rows import name_layers
+    from rq_ep.interchange.rows import format_layers
 
-    num_twins = slots.num_twins
-    twins = f"; slots that hold an expert their rank has already, and do nothing: {num_twins}" if num_twins else ""
+    num_duplicates = slots.num_duplicates
+    duplicates = (
+        f"; slots that hold an expert their rank has already, and do nothing: {num_duplicates}"
+        if num_duplicates
+        else ""
+    )
     return (
-        f"layers {name_layers(slots.layers)}, {slots.num_experts} experts in {slots.experts_LS.shape[1]} slots on "
-        f"{slots.num_ranks} ranks{twins}"
+        f"layers {format_layers(slots.layers)}, {slots.num_experts} experts in {slots.experts_LS.shape[1]} slots on "
+        f"{slots.num_ranks} ranks{duplicates}"
     )
 
 
-def _facts(args: argparse.Namespace) -> "Facts":
+def _metadata(args: argparse.Namespace) -> "ModelMetadata":
     from rq_ep.core.errors import check_choice, check_integer
-    from rq_ep.interchange import Facts
+    from rq_ep.interchange import ModelMetadata
 
     sizes = _parse_sizes(args.expert_bytes) if args.expert_bytes else {}
     if args.native_format and sizes:
@@ -163,7 +169,7 @@ def _facts(args: argparse.Namespace) -> "Facts":
     for name, value in numbers.items():
         check_integer(f"--{name.replace('_', '-')}", value, 1)
     layers = _parse_layers(args.layers) if args.layers else None
-    return Facts(sizes, args.native_format, layers=layers, **numbers)
+    return ModelMetadata(sizes, args.native_format, layers=layers, **numbers)
 
 
 def _parse_sizes(text: str) -> dict[str, int]:
@@ -209,7 +215,7 @@ def _only(paths: list[Path]) -> Path:
 
 
 def _guess(paths: list[Path], target: str) -> str:
-    """Who wrote a file, if its kind leaves no doubt."""
+    """The engine that wrote a file, if its kind leaves no doubt."""
     from rq_ep.core.errors import UserError
 
     path = paths[0]

@@ -1,4 +1,4 @@
-"""`rq-ep env`: what a bug report or a benchmark needs to know of this machine."""
+"""`rq-ep env`: hardware and versions, for bug reports and benchmarks."""
 
 import argparse
 import json

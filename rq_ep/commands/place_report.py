@@ -1,4 +1,4 @@
-"""A placement on one screen and as a picture: what it promises, how far that is from the best, and what holds it."""
+"""The report of a placement on one screen, and as a picture: predicted balance, its bound, and what binds it."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,7 +22,7 @@ BINDING = {
 
 
 def report(placement: "Placement") -> None:
-    """Print what the certificate holds."""
+    """Print the certificate of a placement."""
     from rq_ep.commands.console import wide_console
 
     console = wide_console()
@@ -38,27 +38,38 @@ def report(placement: "Placement") -> None:
 
 
 def _print_summary(console: "Console", placement: "Placement") -> None:
-    found = placement.certificate
+    certificate = placement.certificate
     num_layers = len(placement.layers)
-    console.print(f"Balance: {found['objective']} ({found['steps']} steps, {num_layers} layers)", soft_wrap=True)
+    console.print(
+        f"Balance: {certificate['objective']} ({certificate['steps']} steps, {num_layers} layers)", soft_wrap=True
+    )
     lines = [
-        ("predicted", found["predicted"], f"split: {_split(found['split'])}"),
+        ("predicted", certificate["predicted"], f"split: {_split(certificate['split'])}"),
         (
             "worst tenth",
-            found["cvar90"],
-            f"{_weighed(found['tail_weight'])}p90 {found['p90']:.3f}, worst step {found['worst']:.3f}",
+            certificate["cvar90"],
+            f"{_tail_note(certificate['tail_weight'])}p90 {certificate['p90']:.3f}, worst step "
+            f"{certificate['worst']:.3f}",
         ),
-        ("bound", found["bound"], f"{found['bound_holds_for']}; gap {found['gap']:.1%}; {BINDING[found['binding']]}"),
+        (
+            "bound",
+            certificate["bound"],
+            f"{certificate['bound_holds_for']}; gap {certificate['gap']:.1%}; {BINDING[certificate['binding']]}",
+        ),
         (
             "standard EP",
-            found["standard"],
-            f"on the same steps; the busiest rank here has {found['of_standard']:.1%} of its load",
+            certificate["standard"],
+            f"on the same steps; the busiest rank here has {certificate['of_standard']:.1%} of its load",
         ),
-        ("first half", found["halves"][0], f"of the steps; {found['halves'][1]:.3f} on the second"),
+        ("first half", certificate["halves"][0], f"of the steps; {certificate['halves'][1]:.3f} on the second"),
     ]
-    if found["unseen"]:
+    if certificate["unseen"]:
         lines.append(
-            ("unseen", found["unseen"]["predicted"], f"on {found['unseen']['steps']} other steps of the record")
+            (
+                "unseen",
+                certificate["unseen"]["predicted"],
+                f"on {certificate['unseen']['steps']} other steps of the record",
+            )
         )
     for name, value, note in lines:
         console.print(f"  {name:<12}{value:7.3f}  {note}", markup=False, soft_wrap=True)
@@ -68,25 +79,27 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             f"(cap {placement.low_precision_cap:.0%})",
             soft_wrap=True,
         )
-    if mixed := found.get("mixed_replicas"):
-        unmixed = f"; predicted {found['predicted_unmixed']:.3f} without" if "predicted_unmixed" in found else ""
+    if mixed := certificate.get("mixed_replicas"):
+        unmixed = (
+            f"; predicted {certificate['predicted_unmixed']:.3f} without" if "predicted_unmixed" in certificate else ""
+        )
         console.print(
             f"  {'mixed':<12}{mixed['experts']:7}  experts with replicas in two formats{unmixed}; "
             f"low pairs at most {mixed['low_share_at_most']:.1%}, if each sent half of its pairs there",
             soft_wrap=True,
         )
-    elif "predicted_unmixed" in found:
+    elif "predicted_unmixed" in certificate:
         console.print(
             f"  {'mixed':<12}{0:7}  experts: replicas in two formats were not found to gain anything", soft_wrap=True
         )
-    for name, value in found.items():
+    for name, value in certificate.items():
         if name in ("importance", "layers_without_replica", "searched_from"):
             console.print(f"  {name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)
-    if replaced := found.get("replaced"):
-        console.print(f"  {'current':<12}{_told(replaced)}", markup=False, soft_wrap=True)
+    if replaced := certificate.get("replaced"):
+        console.print(f"  {'current':<12}{_migration_summary(replaced)}", markup=False, soft_wrap=True)
 
 
-def _weighed(tail_weight: float) -> str:
+def _tail_note(tail_weight: float) -> str:
     return f"weighs {tail_weight:g} in what was searched for; " if tail_weight else ""
 
 
@@ -96,7 +109,7 @@ def _split(rule: str) -> str:
     return {str(name): text for name, text in SPLIT_RULES.items()}[rule]
 
 
-def _told(replaced: "dict[str, Any]") -> str:
+def _migration_summary(replaced: "dict[str, Any]") -> str:
     staying = (
         f"cannot stay ({replaced['refused']})"
         if replaced["staying"] is None
@@ -121,16 +134,16 @@ def _layers_table(placement: "Placement") -> Any:
             *("-" if value is None else f"{value:.3f}" for value in (layer.predicted, layer.bound)),
             "-" if layer.gap is None else f"{layer.gap:.1%}",
             layer.binding or "-",
-            _counted(layer.replicas.formats_P),
+            _format_counts(layer.replicas.formats_P),
         )
     if len(shown) < len(placement.layers):
         values = [layer.predicted or 1.0 for layer in placement.layers]
         every = [name for layer in placement.layers for name in layer.replicas.formats_P]
-        table.add_row("all", f"{sum(values) / len(values):.3f}", "", "", "", _counted(every))
+        table.add_row("all", f"{sum(values) / len(values):.3f}", "", "", "", _format_counts(every))
     return table
 
 
-def _counted(names: "tuple[str, ...] | list[str]") -> str:
+def _format_counts(names: "tuple[str, ...] | list[str]") -> str:
     return ", ".join(f"{number} {name}" for name, number in sorted(Counter(names).items()))
 
 
@@ -177,11 +190,11 @@ def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
     heat, bars = figure.subplots(1, 2)
     image = heat.imshow(np.array(rows), aspect="auto", cmap="coolwarm", vmin=0.5, vmax=1.5)
     figure.colorbar(image, ax=heat, label="planned load / mean")
-    found = placement.certificate
-    told = (
-        f"predicted {found['predicted']:.3f}, bound {found['bound']:.3f}" if "bound" in found else "load of every rank"
-    )
-    heat.set(xlabel="rank", ylabel="layer", title=f"{placement.strategy}: {told}", yticks=range(len(names)))
+    certificate = placement.certificate
+    summary = "load of every rank"
+    if "bound" in certificate:
+        summary = f"predicted {certificate['predicted']:.3f}, bound {certificate['bound']:.3f}"
+    heat.set(xlabel="rank", ylabel="layer", title=f"{placement.strategy}: {summary}", yticks=range(len(names)))
     heat.set_yticklabels(names)
     heat.xaxis.set_major_locator(MaxNLocator(integer=True))
     left = np.zeros(len(names))

@@ -1,4 +1,4 @@
-"""`rq-ep profile`: what a layer's parts take on this machine, as a file that prices plans."""
+"""`rq-ep profile`: time the parts of a layer on this machine, as a file that gives the cost of plans."""
 
 import argparse
 from dataclasses import replace
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _shape(args: argparse.Namespace) -> "Shape | None":
-    """Sizes of the layer as asked for; None where a model has them."""
+    """The sizes of the layer from the command line; None where a model has them."""
     from rq_ep.core.errors import UserError, check_integer
     from rq_ep.costs.shapes import SHAPES, shape_name
 

@@ -1,4 +1,4 @@
-"""The progress bar of the commands that keep one waiting. It goes to stderr, so results can be piped."""
+"""The progress bar of long commands. It goes to stderr, so that results can be piped."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ def progress_bar(*columns: str) -> Progress:
 
 @contextmanager
 def showing(is_shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """While open, a bar that is told (stage, done, total); none on ranks that are not to show it."""
+    """A callback that takes (stage, done, total) and, if `is_shown`, updates a bar while the context is open."""
     if not is_shown:
         yield lambda stage, done, total: None
         return

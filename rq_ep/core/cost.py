@@ -1,4 +1,4 @@
-"""What a plan costs on a machine. Models of machines are in `rq_ep.costs`; they say what one layer costs."""
+"""The cost of a dispatch plan on a machine: seconds of one layer. Cost models of machines are in `rq_ep.costs`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from rq_ep.core.plan import DispatchPlan, WeightTransfer
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one MoE layer, as far as its cost depends on them."""
+    """The sizes of one MoE layer on which its cost depends."""
 
     hidden_size: int
     intermediate_size: int
@@ -21,7 +21,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Modelled seconds of one layer and step; every array is [R], the layer ends with its slowest rank."""
+    """Modelled seconds of one layer in one step, [R] each; the layer ends with its slowest rank."""
 
     compute_s_R: FloatArray
     exchange_s_R: FloatArray
@@ -29,34 +29,36 @@ class StepCost:
 
     @property
     def layer_s(self) -> float:
-        """Nothing is taken to overlap: an upper bound of a well-built runtime, a fair figure for a simple one."""
+        """Seconds of the slowest rank without any overlap: an upper bound for a runtime that overlaps."""
         return float((self.compute_s_R + self.exchange_s_R + self.transfer_s_R).max())
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Seconds of the parts of one layer on one machine: what a strategy weighs balance against moved weights with.
+    """Seconds of the parts of one layer on one machine, by which a strategy weighs balance against transfers.
 
-    A rank computes for as long as its arithmetic or the reading of its active replicas' weights takes, whichever is
-    longer (TEMPO's model: few rows wait for weights, many for arithmetic), after an overhead for each active replica,
-    such as dequantizing it, and one for computing at all: with several formats the largest, as measured. A replica that
-    is split is read on each of its ranks.
+    The compute time of a rank is the longer of its arithmetic and of reading the weights of its active replicas
+    (TEMPO's model: few rows are bound by memory, many by arithmetic). An overhead is added for each active replica,
+    such as its dequantization, and one for the call; with several formats it is the largest, as measured. Each rank
+    that computes pairs of an expert reads its weights.
     """
 
     pair_s: Mapping[str, float]  # format -> arithmetic of one pair among many
     stream_s: Mapping[str, float]  # format -> reading the weights of one replica
     transfer_s: Mapping[str, float]  # format -> one packed expert over a rank's link
     row_s: float  # one row over a rank's link, one way
-    overhead_s: Mapping[str, float] = field(default_factory=dict)  # format -> of each active replica; default 0
+    overhead_s: Mapping[str, float] = field(default_factory=dict)  # format -> for each active replica; default 0
     latency_s: float = 0.0  # of each exchange and of each round of transfers
-    call_s: Mapping[str, float] = field(default_factory=dict)  # format -> of a rank that computes in it; default 0
+    call_s: Mapping[str, float] = field(default_factory=dict)  # format -> for each rank that computes in it; default 0
 
     def step(self, plan: DispatchPlan) -> StepCost:
-        """Modelled seconds of `plan`; an exchange lasts as the larger of a rank's sending and receiving.
+        """Modelled seconds of `plan`.
 
-        So do a round's transfers, and as long as all that a rank's lenders send, who begin when they are ready: a rank
-        sends and receives one message's bytes at a time (the bidirectional one-port model of Beaumont, Legrand, Marchal
-        and Robert, "Pipelining broadcasts on heterogeneous platforms", 2005), in an order that the plan leaves open.
+        An exchange takes a rank the longer of its sending and its receiving. A round of transfers takes a rank the
+        longest of its sending, its receiving, and all that any of its lenders sends; it begins when the rank and its
+        lenders are ready. A rank sends one message and receives one at a time, in an order that the plan leaves open:
+        the bidirectional one-port model of Beaumont, Legrand, Marchal and Robert, "Pipelining broadcasts on
+        heterogeneous platforms", 2005.
         """
         num_ranks = len(plan.pairs_RP)
         compute_s_R = self.compute_s_R(plan)
@@ -82,7 +84,7 @@ class LayerCost:
         return ended_s_R
 
     def compute_s_R(self, plan: DispatchPlan) -> FloatArray:
-        """[R] modelled seconds of expert compute alone."""
+        """[R] modelled seconds of expert compute without communication."""
         replicas, num_ranks = plan.replicas, len(plan.pairs_RP)
         stored, number_P = replicas.stored_formats
         pairs_P = plan.pairs_RP.sum(axis=0)
@@ -104,11 +106,11 @@ class LayerCost:
 
 
 class CostModel(Protocol):
-    """A machine, as far as the cost of a layer depends on it."""
+    """A machine: gives the cost of a layer of any shape."""
 
     @property
     def description(self) -> str:
-        """Where the figures come from, for whoever reads the result."""
+        """The source of the figures, as text for readers of a result."""
         ...
 
     def layer(self, shape: LayerShape) -> LayerCost: ...

@@ -1,4 +1,4 @@
-"""Errors a user can cause, told in one line that names the value and what to change."""
+"""Errors that a user can cause: one line that names the value and what to change."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,7 +9,7 @@ MAX_INTEGER = 2**53  # what doubles count exactly; sums of sizes and counts stay
 
 
 class UserError(ValueError):
-    """Something the user can put right. Commands print it as one line, without a traceback, and exit with 2."""
+    """A mistake that the user can correct. Commands print it as one line, without a traceback, and exit with 2."""
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> str:

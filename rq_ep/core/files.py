@@ -37,7 +37,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, document: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Write a JSON document as `replacing` does; `default` gives a plain value for one that JSON does not know."""
+    """Write a JSON document as `replacing` does; `default` gives a plain value for a type that JSON lacks."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1, default=default) + "\n")
 
@@ -82,14 +82,14 @@ def read_json(path: str | Path, what: str, hint: str) -> Any:
 
 
 def read_document(path: str | Path, what: str, version: str, hint: str, read: Callable[[Any], Document]) -> Document:
-    """What `read` makes of the JSON document in a file of ours.
+    """The object that `read` builds from the JSON document in a file of ours.
 
     Args:
         path: the file.
-        what: it should be, such as "placement".
-        version: what its "format" must say.
+        what: the file should be, such as "placement".
+        version: what its "format" must be.
         hint: what to do if there is no such file.
-        read: makes a noun of the document; it may trip over whatever is missing or wrong in it.
+        read: builds the object; errors of lookup, type or value that it raises become a `UserError`.
 
     Raises:
         UserError: the file is foreign, incomplete or cut short; the message names it.

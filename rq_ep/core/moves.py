@@ -1,4 +1,4 @@
-"""The way from one placement to another: what each rank receives, makes and drops, layer by layer, as a file."""
+"""Moves from one placement to another: the replicas that each rank receives, converts and drops, as a file."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,10 @@ Held = Sequence[Sequence[Replica]]  # the replicas of each layer; unlike in a pl
 class Move(NamedTuple):
     """One change on one rank.
 
-    `receive` puts a replica of the expert there, in the format, in place of one it may hold in another. It comes from
-    rank `source`, which holds it in that format or in the native one and makes it; `source` is the rank itself where
-    it makes it from its own, and None where the checkpoint is read. `drop` frees the replica.
+    `receive` puts a replica of the expert on the rank, in the format; it replaces one in another format that the rank
+    may hold. It comes from rank `source`, which holds the expert in that format, or in the native one and converts it;
+    `source` is the rank itself where it converts its own replica, and None where the checkpoint is read. `drop` frees
+    the replica.
     """
 
     do: str
@@ -38,7 +39,7 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerMoves:
-    """Changes of one layer, in order. While they last the layer serves no step; between layers every step can run."""
+    """Changes of one layer, in order. While they run the layer serves no step; between layers every step can run."""
 
     index: int  # of the layer in the model
     moves: tuple[Move, ...]
@@ -48,22 +49,24 @@ class LayerMoves:
 class Moves:
     """All changes, in the order to execute them; after each layer every expert of it has a replica.
 
-    `room_bytes` is by how much a rank exceeds its limit at most, on the way: its budget, or what it holds before or
-    after where that is more.
+    `room_bytes` is the most by which a rank exceeds its limit on the way; its limit is its budget or, where that is
+    more, what it holds before or after.
     """
 
     num_ranks: int
     room_bytes: int
     layers: tuple[LayerMoves, ...]
     model: ModelIdentity | None = None
-    previous_ranks: tuple[int | None, ...] = ()  # of each rank its number before; None: it has joined; (): all the same
+    previous_ranks: tuple[
+        int | None, ...
+    ] = ()  # the former number of each rank; None: the rank is new; (): all as before
 
     def __post_init__(self) -> None:
         if self.previous_ranks and len(self.previous_ranks) != self.num_ranks:
             raise UserError(f"previous_ranks names {len(self.previous_ranks)} ranks, but num_ranks is {self.num_ranks}")
 
     def received_bytes_R(self, expert_bytes: Mapping[str, int]) -> IntArray:
-        """[R] bytes that reach each rank over a link or from the checkpoint; what it makes itself is not among them."""
+        """[R] bytes that reach each rank over a link or from the checkpoint, without what it converts itself."""
         received_R = np.zeros(self.num_ranks, np.int64)
         for layer in self.layers:
             for move in layer.moves:
@@ -78,13 +81,13 @@ class Moves:
         expert_bytes: Mapping[str, int],
         native_format: str,
     ) -> None:
-        """Replay the moves; raise a `UserError` that names the first wrong one, or how they miss their goal.
+        """Replay the moves; raise a `UserError` that names the first wrong move, or the layer that ends up different.
 
         Args:
             before: layer -> replicas at the start.
-            after: the placement they must lead to; its budgets hold on the way, but for `room_bytes`.
+            after: the placement that results; its budgets hold on the way, except for `room_bytes`.
             expert_bytes: format -> bytes of one expert.
-            native_format: the one from which every other is made.
+            native_format: the format from which all others are converted.
         """
         held = {layer: {(one.rank, one.expert): one.format for one in replicas} for layer, replicas in before.items()}
         bytes_R = np.zeros(self.num_ranks, np.int64)
@@ -96,10 +99,10 @@ class Moves:
             for number, move in enumerate(layer.moves):
                 where = f"layer {layer.index}, move {number}"
                 _replay(where, move, held.setdefault(layer.index, {}), bytes_R, limit_R, expert_bytes, native_format)
-        for goal in after.layers:
-            wanted = {(one.rank, one.expert): one.format for one in goal.replicas}
-            if held.get(goal.index) != wanted:
-                raise UserError(f"layer {goal.index}: the moves do not lead to the placement: make both again")
+        for layer_after in after.layers:
+            expected = {(one.rank, one.expert): one.format for one in layer_after.replicas}
+            if held.get(layer_after.index) != expected:
+                raise UserError(f"layer {layer_after.index}: the moves do not lead to the placement: make both again")
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file."""

@@ -19,7 +19,7 @@ FORMAT = "rq_ep.placement/1"
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """The replicas of one MoE layer and what the solver expects of them.
+    """The replicas of one MoE layer, and the balance that the solver predicts.
 
     `predicted` and `bound` are max/mean load over ranks, averaged over calibration steps; `bound` holds for every
     placement of the same bytes. `binding` says what keeps the bound from being lower.
@@ -68,14 +68,14 @@ class LayerPlacement:
         return None if self.predicted is None or self.bound is None else self.predicted / self.bound - 1
 
     def loads_R(self, pairs_E: IntArray, num_ranks: int) -> FloatArray:
-        """[R] what each rank computes of an expert's pairs, if these are dealt by the planned shares."""
+        """[R] what each rank computes of an expert's pairs, if these are split by the planned shares."""
         pairs_P = pairs_E[self.replicas.experts_P] * self.shares_P
         loads_R = np.zeros(num_ranks)
         np.add.at(loads_R, self.replicas.ranks_P, pairs_P)
         return loads_R
 
     def low_pairs(self, pairs_E: IntArray, native_format: str) -> float:
-        """Of an expert's pairs, dealt by the planned shares, those computed in another format than the native one."""
+        """Pairs computed in a format other than the native one, if they are split by the planned shares."""
         low_P = np.array([name != native_format for name in self.replicas.formats_P], bool)
         return float((pairs_E[self.replicas.experts_P] * self.shares_P)[low_P].sum())
 
@@ -139,11 +139,11 @@ class Placement:
         """
         if missing := set(self.formats) - set(expert_bytes):
             raise UserError(f"{what} uses format {min(missing)}, but only {', '.join(sorted(expert_bytes))} are known")
-        found_R = bytes_by_rank(self.layers, self.topology.num_ranks, expert_bytes)
-        for rank, (found, claimed) in enumerate(zip(found_R.tolist(), self.bytes_R, strict=True)):
-            if found != claimed:
+        actual_R = bytes_by_rank(self.layers, self.topology.num_ranks, expert_bytes)
+        for rank, (actual, claimed) in enumerate(zip(actual_R.tolist(), self.bytes_R, strict=True)):
+            if actual != claimed:
                 raise UserError(
-                    f"{what} claims {claimed} expert bytes on rank {rank}, but its replicas take {found}: place again"
+                    f"{what} claims {claimed} expert bytes on rank {rank}, but its replicas take {actual}: place again"
                 )
 
     def check_serves(self, model: ModelIdentity | None, num_ranks: int, what: str = "the placement") -> None:

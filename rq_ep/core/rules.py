@@ -1,16 +1,16 @@
-"""Rules a placement must keep beside its bytes: what must be where, what may not, and how far copies stand apart.
+"""Placement rules: replicas that must or must not be on a rank, and their spread over nodes.
 
 A rules file is YAML; every line may be left out:
 
-    spread_nodes: true          # replicas of an expert stand on as many nodes as there are of them
+    spread_nodes: true          # replicas of an expert are on as many nodes as possible
     whole_groups: true          # the experts of a group share a node (models that route by group)
-    fixed:                      # these replicas there must be
+    fixed:                      # these replicas must exist
       - {layer: 3, expert: 17, rank: 0}
-    forbidden:                  # these there must not be
+    forbidden:                  # these replicas must not exist
       - {expert: 0-7, rank: [4, 5]}
 
-An entry names layers (their index in the model), experts and ranks: a number, a list, or a range; what it does not
-name are all.
+An entry names layers (by their index in the model), experts and ranks: a number, a list, or a range. What it does not
+name is not restricted.
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology, nodes_of_groups
 
-MAX_FILE_BYTES = 2**20  # a file anybody would write is far smaller, and reading YAML is slow
+MAX_FILE_BYTES = 2**20  # a file written by hand is far smaller, and reading YAML is slow
 
 
 @dataclass(frozen=True)
-class Where:
+class Selection:
     """Some layers, experts and ranks; None: all of them."""
 
     layers: tuple[int, ...] | None = None
@@ -38,7 +38,7 @@ class Where:
     ranks: tuple[int, ...] | None = None
 
     def mask_LER(self, stats: ExpertStats, topology: Topology, what: str) -> BoolArray:
-        """[L, E, R] true where this says; a `UserError` names a layer, expert or rank there is none of."""
+        """[L, E, R] true where selected; a `UserError` names a layer, expert or rank that does not exist."""
         axes = (
             _mask(f"{what}: layer", self.layers, stats.layers),
             _mask(f"{what}: expert", self.experts, range(stats.num_experts)),
@@ -50,19 +50,19 @@ class Where:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a placement must keep beside its bytes. The default asks for nothing."""
+    """Constraints on a placement beside its bytes. The default has none."""
 
-    fixed: tuple[Where, ...] = ()
-    forbidden: tuple[Where, ...] = ()
+    fixed: tuple[Selection, ...] = ()
+    forbidden: tuple[Selection, ...] = ()
     spread_nodes: bool = False  # at most ceil(copies / nodes) replicas of an expert on a node
     whole_groups: bool = False  # every replica of a group's experts on one node, chosen layer by layer
 
     def fixed_LER(self, stats: ExpertStats, topology: Topology) -> BoolArray:
-        """[L, E, R] the replicas there must be."""
+        """[L, E, R] the replicas that must exist."""
         return _union_LER(self.fixed, stats, topology, "--rules: fixed")
 
     def allowed_LER(self, stats: ExpertStats, topology: Topology) -> BoolArray:
-        """[L, E, R] the replicas there may be.
+        """[L, E, R] the replicas that may exist.
 
         Raises:
             UserError: the rules contradict each other, or leave an expert no rank.
@@ -92,9 +92,9 @@ class Rules:
             (held_LER & ~allowed_LER, "is not allowed"),
             (self.fixed_LER(stats, topology) & ~held_LER, "is missing"),
         ):
-            found = np.argwhere(breaking_LER)
-            if len(found):
-                raise UserError(f"{what} breaks --rules: {_replica(stats, found[0])} {wrong}; place with rq")
+            breaking = np.argwhere(breaking_LER)
+            if len(breaking):
+                raise UserError(f"{what} breaks --rules: {_replica(stats, breaking[0])} {wrong}; place with rq")
         if self.spread_nodes:
             on_node_LEN = np.add.reduceat(held_LER, _first_ranks(topology), axis=2, dtype=np.int64)
             most_LE = -(-on_node_LEN.sum(axis=2) // topology.num_nodes)
@@ -139,20 +139,20 @@ def _read(document: Any) -> Rules:
     return Rules(_entries("fixed", document), _entries("forbidden", document), **switches)
 
 
-def _entries(name: str, document: Mapping[str, Any]) -> tuple[Where, ...]:
+def _entries(name: str, document: Mapping[str, Any]) -> tuple[Selection, ...]:
     entries = document.get(name) or []
     if not isinstance(entries, list):
         raise UserError(f"{name}: must be a list of entries such as {{layer: 3, expert: 17, rank: 0}}")
     return tuple(_entry(f"{name}, entry {number}", entry) for number, entry in enumerate(entries))
 
 
-def _entry(what: str, entry: Any) -> Where:
+def _entry(what: str, entry: Any) -> Selection:
     if not isinstance(entry, Mapping) or not entry:
         raise UserError(f"{what}: must name a layer, an expert or a rank, such as {{layer: 3, expert: 17, rank: 0}}")
     for key in entry:
         check_choice(f"key in {what}", str(key), ("layer", "expert", "rank"))
     numbers = {f"{key}s": _numbers(f"{what}: {key}", value) for key, value in entry.items()}
-    return Where(**numbers)
+    return Selection(**numbers)
 
 
 def _numbers(what: str, value: Any) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ def _mask(what: str, chosen: tuple[int, ...] | None, existing: tuple[int, ...] |
     return np.isin(np.array(existing), np.array(chosen, np.int64))
 
 
-def _union_LER(entries: tuple[Where, ...], stats: ExpertStats, topology: Topology, what: str) -> BoolArray:
+def _union_LER(entries: tuple[Selection, ...], stats: ExpertStats, topology: Topology, what: str) -> BoolArray:
     union_LER = np.zeros((stats.num_layers, stats.num_experts, topology.num_ranks), bool)
     for entry in entries:
         union_LER |= entry.mask_LER(stats, topology, what)
@@ -188,7 +188,7 @@ def _union_LER(entries: tuple[Where, ...], stats: ExpertStats, topology: Topolog
 
 
 def _one_node_LER(stats: ExpertStats, topology: Topology) -> BoolArray:
-    """[L, E, R] the ranks of the node that each expert's group is given, by the group's load."""
+    """[L, E, R] the ranks of the node that each expert's group is assigned to, by load."""
     groups = stats.expert_groups
     if not groups or stats.num_experts % groups:
         raise UserError(
@@ -196,7 +196,7 @@ def _one_node_LER(stats: ExpertStats, topology: Topology) -> BoolArray:
             "experts; leave whole_groups out"
         )
     loads_LG = stats.counts.sum(axis=0).reshape(stats.num_layers, groups, -1).sum(axis=2).astype(np.float64)
-    loads_LG[~loads_LG.any(axis=1)] = 1  # groups nobody used are dealt evenly
+    loads_LG[~loads_LG.any(axis=1)] = 1  # unused groups are spread evenly
     nodes_LG = np.stack([nodes_of_groups(loads_G, topology.num_nodes) for loads_G in loads_LG])
     nodes_LE = np.repeat(nodes_LG, stats.num_experts // groups, axis=1)
     same_LER: BoolArray = nodes_LE[:, :, None] == topology.nodes_R

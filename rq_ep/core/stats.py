@@ -1,4 +1,4 @@
-"""Expert statistics: what calibration learns about a model's experts, and the file that carries it to `place`."""
+"""Expert statistics: what calibration measures of a model's experts, and the file that `place` reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ ARRAYS = {
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which checkpoint a file speaks of: a readable id and a hash of its configuration and weights."""
+    """The identity of a checkpoint: a readable id, and a hash of its configuration and weights."""
 
     id: str
     hash: str
@@ -60,7 +60,7 @@ class ModelIdentity:
 class ExpertStats:
     """Loads, sizes and sensitivities of all routed experts of a model.
 
-    Only the first four fields are required; what is missing limits what may be asked of a solver.
+    Only the first four fields are required; what is missing limits the objectives and caps of a solver.
     Arrays are read-only by convention. Integer arrays are int64, floating ones float64.
     """
 
@@ -159,7 +159,7 @@ class ExpertStats:
     def uniform(
         cls, layers: tuple[int, ...], num_experts: int, expert_bytes: Mapping[str, int], native_format: str
     ) -> "ExpertStats":
-        """Statistics of a model nobody has calibrated: every expert is taken to be equally busy."""
+        """Statistics of a model that was not calibrated: every expert gets the same load."""
         counts = np.ones((1, len(layers), num_experts), dtype=np.int64)
         return cls(counts, tuple(expert_bytes), native_format, dict(expert_bytes), layers=layers)
 

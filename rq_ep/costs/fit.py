@@ -1,4 +1,7 @@
-"""Straight lines through timings, by least squares of relative errors: a microsecond counts where it is a tenth."""
+"""Linear fits of timings by least squares of relative errors, so that small timings count as much as large ones.
+
+Axes: n timings, k coefficients.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,11 +49,11 @@ def fit_line(sizes: Sequence[int], seconds: Sequence[float]) -> Line:
 
 
 def fit_experts(experts: Sequence[int], rows: Sequence[int], seconds: Sequence[float]) -> ExpertFit:
-    """What a call costs, and each of its experts in overhead, arithmetic and streaming, from calls of several sizes.
+    """Fit the time of a call: a constant and, for each expert, overhead, arithmetic and streaming of its weights.
 
-    Where streaming ends is tried at every gap between two row counts; the rest is linear. Without a flat part
-    there is no streaming to see, and all that does not grow is overhead: of the call as far as it does not grow with
-    the experts, which calls for one number of experts only cannot tell.
+    The row count up to which streaming dominates is tried at every gap between two row counts; the rest is linear.
+    Without a flat part there is no streaming to see, and the constant part is overhead. Only calls for different
+    numbers of experts can separate the overhead of a call from that of its experts.
 
     Args:
         experts: [n] experts in a call.
@@ -78,7 +81,7 @@ def fit_experts(experts: Sequence[int], rows: Sequence[int], seconds: Sequence[f
 
 
 def _undisturbed(experts_n: IntArray, rows_n: IntArray, seconds_n: FloatArray) -> FloatArray:
-    """[n] the least seconds of any call as large: where less work seems to take longer, something else went on."""
+    """[n] the least seconds of any call as large: where less work took longer, the measurement was disturbed."""
     is_as_large_nn = (experts_n >= experts_n[:, None]) & (rows_n >= rows_n[:, None])
     least_n: FloatArray = np.where(is_as_large_nn, seconds_n, np.inf).min(axis=1)
     return least_n

@@ -58,12 +58,12 @@ class Calls:
 
 @dataclass(frozen=True)
 class LinkTimings:
-    """What travels between ranks, measured or taken from a named machine."""
+    """Times of the link between ranks, measured or taken from a named machine."""
 
     source: str
     latency_s: float  # of an exchange
-    row_byte_s: float  # seconds per byte of rows that a rank sends or receives
-    transfer_byte_s: float  # the same of experts, which travel point to point
+    row_byte_s: float  # per byte of rows that a rank sends or receives
+    transfer_byte_s: float  # per byte of experts, which are sent point to point
 
     def __post_init__(self) -> None:
         check_text("source", self.source)
@@ -73,7 +73,7 @@ class LinkTimings:
 
 @dataclass(frozen=True)
 class Check:
-    """A layer that the fit has not seen: every expert in one format, loads uneven, rows of several experts."""
+    """Prediction and measurement of a step that was not fitted: all experts in one format, with uneven loads."""
 
     format: str
     num_tokens: int
@@ -88,13 +88,13 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Relative; positive where the model expects too much."""
+        """Relative error; positive where the prediction is too large."""
         return self.predicted_s / self.measured_s - 1
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Timings of one layer's parts on one machine, and the cost model they make. Fits happen when it is asked."""
+    """A cost model fitted to timings of one layer's parts on one machine. The fits are made on first use."""
 
     device: str  # in words
     dtype: str  # computed in
@@ -102,12 +102,12 @@ class Profile:
     intermediate_size: int
     num_experts: int
     top_k: int
-    num_ranks: int  # ranks that measured, all at once
+    num_ranks: int  # ranks that measured at the same time
     experts: Mapping[str, Calls]  # format -> calls for one expert and for several
     gather: Curve  # rows picked from a batch of rows
     link: LinkTimings
     plan_s: Mapping[str, float]  # strategy -> host time of one plan
-    plan_ranks: int  # ranks it was planned for
+    plan_ranks: int  # ranks of those plans
     checks: tuple[Check, ...] = ()
     source: str = "profile"  # the file, for messages
 
@@ -128,7 +128,7 @@ class Profile:
 
     @cached_property
     def fits(self) -> dict[str, ExpertFit]:
-        """Format -> what its timings say of a call and of an expert."""
+        """Format -> the fit of its timings."""
         return {name: fit_experts(calls.experts, calls.rows, calls.seconds) for name, calls in self.experts.items()}
 
     def layer(self, shape: LayerShape) -> LayerCost:
@@ -137,11 +137,11 @@ class Profile:
         Raises:
             UserError: it was a layer of another shape, or a format was not timed.
         """
-        asked, timed = (shape.hidden_size, shape.intermediate_size), (self.hidden_size, self.intermediate_size)
-        if asked != timed:
+        wanted, timed = (shape.hidden_size, shape.intermediate_size), (self.hidden_size, self.intermediate_size)
+        if wanted != timed:
             raise UserError(
                 f"{self.source}: times experts of hidden size {timed[0]} and intermediate size {timed[1]}, "
-                f"not {asked[0]} and {asked[1]}: run `rq-ep profile` for this model"
+                f"not {wanted[0]} and {wanted[1]}: run `rq-ep profile` for this model"
             )
         if missing := sorted(set(shape.expert_bytes) - set(self.experts)):
             raise UserError(

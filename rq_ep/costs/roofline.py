@@ -1,4 +1,4 @@
-"""A roofline cost model: what a plan would take on a machine of given peak rates. Modelled, never measured."""
+"""A roofline cost model: modelled seconds of a plan on a machine of given peak rates."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -15,7 +15,7 @@ MATRICES = 3  # of a gated expert: gate, up, down
 
 @dataclass(frozen=True)
 class Roofline:
-    """Peak rates of one rank. Sustained ones are lower: compare strategies with it, do not promise seconds."""
+    """Peak rates of one rank. Sustained rates are lower, so it compares strategies and does not predict seconds."""
 
     flops_per_s: float
     memory_bytes_per_s: float

@@ -11,14 +11,14 @@ from rq_ep.core.errors import UserError, check_choice
 from rq_ep.core.files import replacing
 from rq_ep.core.placement import Placement
 from rq_ep.interchange import ascend, eplb, plain, sglang, trtllm, vllm
-from rq_ep.interchange.recorded import Facts, Recorded, to_stats
+from rq_ep.interchange.recorded import ModelMetadata, RecordedLoads, to_stats
 from rq_ep.interchange.slot_map import SlotMap
 
 
 class StatsFormat(NamedTuple):
     """The statistics files of an engine."""
 
-    read: Callable[[Sequence[Path]], Recorded]
+    read: Callable[[Sequence[Path]], RecordedLoads]
     summary: str
 
 
@@ -29,7 +29,7 @@ class PlacementFormat(NamedTuple):
     write: Callable[[SlotMap, Path, str], None]  # slots, path, suffix
     suffixes: tuple[str, ...]
     summary: str
-    takes_twins: bool = True  # whether a rank may hold an expert in two slots
+    allows_duplicates: bool = True  # whether a rank may hold an expert in two slots
 
 
 STATS_FORMATS = {
@@ -43,7 +43,7 @@ ENGINES = {
     "sglang": PlacementFormat(sglang.read_map, sglang.write_map, (".json", ".pt"), "file for --init-expert-location"),
     "trtllm": PlacementFormat(trtllm.read_map, trtllm.write_map, (".yaml", ".yml"), "TensorRT-LLM's load balancer"),
     "ascend": PlacementFormat(
-        ascend.read_map, ascend.write_map, (".json",), "vLLM-Ascend's expert map", takes_twins=False
+        ascend.read_map, ascend.write_map, (".json",), "vLLM-Ascend's expert map", allows_duplicates=False
     ),
     "eplb": PlacementFormat(
         eplb.read_map, eplb.write_map, (".npz", ".safetensors", ".pt"), "EPLB's phy2log, log2phy, logcnt"
@@ -75,11 +75,11 @@ def write_slots(slots: SlotMap, engine: str, path: str | Path) -> None:
     """Write slots for an engine; see `export`."""
     kind, target = ENGINES[engine], Path(path)
     check_choice(f"file type for {engine}:", target.suffix, kind.suffixes)
-    twin = slots.first_twin
-    if twin is not None and not kind.takes_twins:
+    duplicate = slots.first_duplicate
+    if duplicate is not None and not kind.allows_duplicates:
         raise UserError(
-            f"{engine} cannot serve this placement: layer {twin.layer}: rank {twin.rank} holds expert {twin.expert} "
-            "twice"
+            f"{engine} cannot serve this placement: layer {duplicate.layer}: rank {duplicate.rank} holds expert "
+            f"{duplicate.expert} twice"
         )
     with replacing(target) as temporary:
         kind.write(slots, temporary, target.suffix)
@@ -88,9 +88,9 @@ def write_slots(slots: SlotMap, engine: str, path: str | Path) -> None:
 __all__ = [
     "ENGINES",
     "STATS_FORMATS",
-    "Facts",
+    "ModelMetadata",
     "PlacementFormat",
-    "Recorded",
+    "RecordedLoads",
     "SlotMap",
     "StatsFormat",
     "export",

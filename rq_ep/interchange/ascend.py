@@ -16,25 +16,25 @@ import numpy as np
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.files import read_json
-from rq_ep.interchange.recorded import Recorded, steps_of
+from rq_ep.interchange.recorded import RecordedLoads, counts_by_step
 from rq_ep.interchange.slot_map import SlotMap, read_slots
 from rq_ep.interchange.tensors import BARE, check_text_size, read_arrays
 
 
-def read_stats(paths: Sequence[Path]) -> Recorded:
+def read_stats(paths: Sequence[Path]) -> RecordedLoads:
     """Read dumps of expert heat, a step from each."""
     parts = []
     for path in paths:
         arrays = read_arrays(path)
         if set(arrays) != {BARE}:
             raise UserError(f"{path}: holds {', '.join(arrays) or 'no tensor'}, not one tensor [layers, experts]")
-        parts.append(steps_of(path, BARE, arrays[BARE]))
+        parts.append(counts_by_step(path, BARE, arrays[BARE]))
         if parts[-1].shape[1:] != parts[0].shape[1:]:
             raise UserError(f"{path}: {list(parts[-1].shape[1:])} layers and experts, unlike {paths[0]}")
-    return Recorded(np.concatenate(parts))
+    return RecordedLoads(np.concatenate(parts))
 
 
-def read_map(path: Path, num_ranks: int | None, wanted: Sequence[int] | None) -> SlotMap:
+def read_map(path: Path, num_ranks: int | None, selected: Sequence[int] | None) -> SlotMap:
     """Read an expert map; it says how many ranks there are."""
     check_text_size(path)
     document = read_json(path, "expert map", "name an expert map")
@@ -47,7 +47,7 @@ def read_map(path: Path, num_ranks: int | None, wanted: Sequence[int] | None) ->
         raise UserError(f"--num-ranks {num_ranks}: {path} is for {num_devices} devices")
     if document.get("moe_layer_count") != len(layers):
         raise UserError(f"{path}: moe_layer_count is {document.get('moe_layer_count')!r:.40}, but it has {len(layers)}")
-    return read_slots(path, rows, num_devices, None, wanted)
+    return read_slots(path, rows, num_devices, None, selected)
 
 
 def write_map(slots: SlotMap, path: Path, suffix: str) -> None:

@@ -2,6 +2,8 @@
 
 `phy2log` [layers, slots] the expert in each slot; `log2phy` [layers, experts, most copies] the slots of each expert,
 padded with -1; `logcnt` [layers, experts] how many these are. Rows are MoE layers only.
+
+Axes: S slots, C slots of one expert.
 """
 
 from collections.abc import Sequence
@@ -15,8 +17,8 @@ from rq_ep.interchange.slot_map import SlotMap, read_slots
 from rq_ep.interchange.tensors import read_arrays, whole_numbers, write_arrays
 
 
-def read_map(path: Path, num_ranks: int | None, wanted: Sequence[int] | None) -> SlotMap:
-    """Read `phy2log`; the other two must say the same, if they are there."""
+def read_map(path: Path, num_ranks: int | None, selected: Sequence[int] | None) -> SlotMap:
+    """Read `phy2log`; the other two must agree with it, if they are there."""
     arrays = read_arrays(path)
     if "phy2log" not in arrays or arrays["phy2log"].ndim != 2:
         raise UserError(f"{path}: has no phy2log [layers, slots]")
@@ -25,7 +27,7 @@ def read_map(path: Path, num_ranks: int | None, wanted: Sequence[int] | None) ->
     for name, expected in slot_tables(whole).items():
         if name in arrays and not _same(arrays[name], expected):
             raise UserError(f"{path}: {name} contradicts phy2log")
-    return read_slots(path, rows_LS, num_ranks, None, wanted)
+    return read_slots(path, rows_LS, num_ranks, None, selected)
 
 
 def write_map(slots: SlotMap, path: Path, suffix: str) -> None:
@@ -45,13 +47,13 @@ def slot_tables(slots: SlotMap) -> dict[str, IntArray]:
     return {"phy2log": slots.experts_LS, "log2phy": slots_LEC, "logcnt": counts_LE}
 
 
-def _same(found: np.ndarray, expected: IntArray) -> bool:
+def _same(array: np.ndarray, expected: IntArray) -> bool:
     """Whether a tensor says what is expected, with the slots of an expert in any order and any padding."""
     if expected.ndim < 3:
-        return np.array_equal(found, expected)
-    if found.ndim != 3 or found.shape[:2] != expected.shape[:2] or found.shape[2] < expected.shape[2]:
+        return np.array_equal(array, expected)
+    if array.ndim != 3 or array.shape[:2] != expected.shape[:2] or array.shape[2] < expected.shape[2]:
         return False
-    ordered = -np.sort(-found, axis=2)
+    ordered = -np.sort(-array, axis=2)
     descending = -np.sort(-expected, axis=2)
     width = expected.shape[2]
     return np.array_equal(ordered[..., :width], descending) and bool((ordered[..., width:] == -1).all())

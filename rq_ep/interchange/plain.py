@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.interchange.recorded import Recorded, steps_of
+from rq_ep.interchange.recorded import RecordedLoads, counts_by_step
 from rq_ep.interchange.tensors import read_arrays, whole_numbers
 
 NAMES = ("counts", "tokens", "phase", "layers")
 
 
-def read_stats(paths: Sequence[Path]) -> Recorded:
+def read_stats(paths: Sequence[Path]) -> RecordedLoads:
     """Read one file of counts."""
     if len(paths) > 1:
         raise UserError(f"{paths[1]}: counts are one file; join them in NumPy")
@@ -24,9 +24,9 @@ def read_stats(paths: Sequence[Path]) -> Recorded:
     if len(arrays) == 1:
         arrays = {"counts": next(iter(arrays.values()))}
     if "counts" not in arrays or set(arrays) - set(NAMES):
-        found = ", ".join(name or "an array without a name" for name in arrays) or "no array"
-        raise UserError(f"{path}: holds {found}; expected counts and, if you like, {', '.join(NAMES[1:])}")
-    counts_SLE = steps_of(path, "counts", arrays["counts"])
+        names = ", ".join(name or "an array without a name" for name in arrays) or "no array"
+        raise UserError(f"{path}: holds {names}; expected counts and, if you like, {', '.join(NAMES[1:])}")
+    counts_SLE = counts_by_step(path, "counts", arrays["counts"])
     num_steps, num_layers, _ = counts_SLE.shape
     sizes = {"tokens": num_steps, "phase": num_steps, "layers": num_layers}
     notes: dict[str, IntArray] = {}
@@ -38,4 +38,4 @@ def read_stats(paths: Sequence[Path]) -> Recorded:
     layers = tuple(notes["layers"].tolist()) if "layers" in notes else None
     if layers is not None and list(layers) != sorted(set(layers)):
         raise UserError(f"{path}: layers {list(layers)} must come once each, in ascending order")
-    return Recorded(counts_SLE, layers, tokens_S=notes.get("tokens"), phase_S=notes.get("phase"))
+    return RecordedLoads(counts_SLE, layers, tokens_S=notes.get("tokens"), phase_S=notes.get("phase"))

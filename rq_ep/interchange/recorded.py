@@ -1,4 +1,7 @@
-"""Expert loads as an engine recorded them, and what its file lacks to become statistics."""
+"""Expert loads that an engine recorded, and the model metadata that its file lacks to become statistics.
+
+Axes: P slots of all ranks.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,24 +12,24 @@ import numpy as np
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
-from rq_ep.interchange.rows import choose_rows
+from rq_ep.interchange.rows import select_rows
 from rq_ep.interchange.tensors import MAX_CELLS, Array, whole_numbers
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """Pairs by step, row and expert, and what else the file tells."""
+class RecordedLoads:
+    """Pairs by step, row and expert, and the rest of what the file holds."""
 
     counts_SLE: IntArray
-    layers: tuple[int, ...] | None = None  # the layer of the model that each row is, where the file says it
+    layers: tuple[int, ...] | None = None  # index in the model of each row's layer, where the file has it
     top_k: int | None = None
     tokens_S: IntArray | None = None
     phase_S: IntArray | None = None
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What other engines' files do not say of a model. Named after the options of `rq-ep convert`."""
+class ModelMetadata:
+    """Sizes of a model that other engines' files lack; the fields are named after the options of `rq-ep convert`."""
 
     expert_bytes: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of one expert
     native_format: str | None = None  # default: the first of `expert_bytes`
@@ -51,41 +54,43 @@ class Facts:
         return self.native_format or next(iter(self.expert_bytes))
 
 
-def to_stats(recorded: Recorded, facts: Facts, source: str) -> ExpertStats:
-    """Statistics that can be placed by. Steps without any pair go, and so do layers that the file numbers, unless asked
-    for: dense ones.
+def to_stats(recorded: RecordedLoads, metadata: ModelMetadata, source: str) -> ExpertStats:
+    """Convert recorded loads to statistics.
+
+    Steps without any pair are left out. So are layers without any pair (dense ones), where the file numbers its layers
+    and the metadata selects none.
 
     Raises:
-        UserError: the file and the facts contradict each other, or nothing was recorded.
+        UserError: the file and the metadata contradict each other, or nothing was recorded.
     """
     counts_SLE, labels = recorded.counts_SLE, recorded.layers
     steps = np.flatnonzero(counts_SLE.any(axis=(1, 2)))
     if not len(steps):
         raise UserError(f"{source}: no step of it routes any pair; record under load")
-    wanted = facts.layers
-    if wanted is None and labels is not None:
+    selected = metadata.layers
+    if selected is None and labels is not None:
         busy = np.flatnonzero(counts_SLE.any(axis=(0, 2)))
-        wanted = tuple(labels[row] for row in busy.tolist())
-    rows, layers = choose_rows(source, counts_SLE.shape[1], labels, wanted)
-    if facts.top_k is not None and recorded.top_k not in (None, facts.top_k):
-        raise UserError(f"--top-k {facts.top_k}: {source} was recorded at {recorded.top_k}")
+        selected = tuple(labels[row] for row in busy.tolist())
+    rows, layers = select_rows(source, counts_SLE.shape[1], labels, selected)
+    if metadata.top_k is not None and recorded.top_k not in (None, metadata.top_k):
+        raise UserError(f"--top-k {metadata.top_k}: {source} was recorded at {recorded.top_k}")
     return ExpertStats(
         counts=np.ascontiguousarray(counts_SLE[steps][:, rows]),
-        formats=tuple(facts.expert_bytes),
-        native_format=facts.native,
-        expert_bytes=dict(facts.expert_bytes),
+        formats=tuple(metadata.expert_bytes),
+        native_format=metadata.native,
+        expert_bytes=dict(metadata.expert_bytes),
         tokens=None if recorded.tokens_S is None else recorded.tokens_S[steps],
         phase=None if recorded.phase_S is None else recorded.phase_S[steps],
         layers=layers,
-        hidden_size=facts.hidden_size,
-        intermediate_size=facts.intermediate_size,
-        top_k=facts.top_k or recorded.top_k,
-        expert_groups=facts.expert_groups,
+        hidden_size=metadata.hidden_size,
+        intermediate_size=metadata.intermediate_size,
+        top_k=metadata.top_k or recorded.top_k,
+        expert_groups=metadata.expert_groups,
         source=source,
     )
 
 
-def steps_of(source: Path, name: str, array: Array) -> IntArray:
+def counts_by_step(source: Path, name: str, array: Array) -> IntArray:
     """[S, L, E] counts of an array of these axes, or of the last two: one step."""
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise UserError(
@@ -96,7 +101,7 @@ def steps_of(source: Path, name: str, array: Array) -> IntArray:
     return counts if counts.ndim == 3 else counts[None]
 
 
-def to_logical(source: Path, physical_SLP: IntArray, experts_LP: IntArray) -> IntArray:
+def fold_slots(source: Path, physical_SLP: IntArray, experts_LP: IntArray) -> IntArray:
     """[S, L, E] counts by expert from counts by slot.
 
     Args:

@@ -1,37 +1,37 @@
-"""Which row of a file is which layer of the model."""
+"""The layers of the model that the rows of a file hold."""
 
 from collections.abc import Sequence
 
 from rq_ep.core.errors import UserError
 
 
-def choose_rows(
-    source: str, num_rows: int, labels: Sequence[int] | None, wanted: Sequence[int] | None
+def select_rows(
+    source: str, num_rows: int, labels: Sequence[int] | None, selected: Sequence[int] | None
 ) -> tuple[list[int], tuple[int, ...]]:
-    """Rows to take, and the layer of the model that each of them is.
+    """Select rows; return their numbers, and the index in the model of each one's layer.
 
     Args:
         source: the file, for messages.
         num_rows: rows it has.
-        labels: the layer of each row, where the file says it.
-        wanted: what `--layers` names: the layers to take or, of a file that names none, the layer of each row.
+        labels: index of the layer of each row, where the file has it.
+        selected: `--layers`: the layers to take or, of a file without labels, the layer of each row.
     """
     if labels is None:
-        layers = tuple(range(num_rows)) if wanted is None else tuple(wanted)
+        layers = tuple(range(num_rows)) if selected is None else tuple(selected)
         if len(layers) != num_rows:
             raise UserError(
                 f"--layers names {len(layers)} layers, but {source} has {num_rows} and does not number them"
             )
         return list(range(num_rows)), layers
-    if wanted is None:
+    if selected is None:
         return list(range(num_rows)), tuple(labels)
     row_of = {layer: row for row, layer in enumerate(labels)}
-    if missing := [layer for layer in wanted if layer not in row_of]:
-        raise UserError(f"--layers: {source} has no layer {missing[0]}; it has {name_layers(tuple(labels))}")
-    return [row_of[layer] for layer in wanted], tuple(wanted)
+    if missing := [layer for layer in selected if layer not in row_of]:
+        raise UserError(f"--layers: {source} has no layer {missing[0]}; it has {format_layers(tuple(labels))}")
+    return [row_of[layer] for layer in selected], tuple(selected)
 
 
-def name_layers(layers: Sequence[int]) -> str:
+def format_layers(layers: Sequence[int]) -> str:
     """`3-5,7` for layers 3, 4, 5 and 7, as `--layers` takes them."""
     runs: list[list[int]] = []
     for layer in layers:

@@ -8,7 +8,9 @@ Records, as `/dump_expert_distribution_record` writes them (`.pt`):
 Layers are all layers of the model; dense ones count nothing.
 
 Placements: `physical_to_logical_map` [layers of the model, slots], `.json` or `.pt`, and nothing beside it: SGLang
-hands every key on. Rows of dense layers are never looked at; here they are filled as SGLang's own `trivial` does.
+hands every key on. SGLang never reads rows of dense layers; here they are filled as its own `trivial` does.
+
+Axes: P slots of all ranks, S steps or, in maps, slots.
 """
 
 import json
@@ -23,7 +25,7 @@ import numpy as np
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.files import read_json
-from rq_ep.interchange.recorded import Recorded, steps_of, to_logical
+from rq_ep.interchange.recorded import RecordedLoads, counts_by_step, fold_slots
 from rq_ep.interchange.slot_map import SlotMap, read_slots
 from rq_ep.interchange.tensors import (
     MAX_CELLS,
@@ -41,7 +43,7 @@ PHYSICAL = "global_physical_count"
 Dump = tuple[Path, Mapping[str, Any]]
 
 
-def read_stats(paths: Sequence[Path]) -> Recorded:
+def read_stats(paths: Sequence[Path]) -> RecordedLoads:
     """Read the dumps of one recording, one after another."""
     first = _mapping(paths[0], load_pt(paths[0]))
     kind = next((name for name in ("logical_count", "records") if name in first), None)
@@ -50,10 +52,10 @@ def read_stats(paths: Sequence[Path]) -> Recorded:
     others = ((path, _mapping(path, load_pt(path))) for path in paths[1:])
     dumps = chain([(paths[0], first)], others)
     counts_SLE = _join(dumps) if kind == "logical_count" else _sum_over_ranks(dumps)
-    return Recorded(counts_SLE, layers=tuple(range(counts_SLE.shape[1])))
+    return RecordedLoads(counts_SLE, layers=tuple(range(counts_SLE.shape[1])))
 
 
-def read_map(path: Path, num_ranks: int | None, wanted: Sequence[int] | None) -> SlotMap:
+def read_map(path: Path, num_ranks: int | None, selected: Sequence[int] | None) -> SlotMap:
     """Read a file for `--init-expert-location`."""
     if path.suffix == ".pt":
         rows: Any = _mapping(path, load_pt(path)).get(MAP)
@@ -63,7 +65,9 @@ def read_map(path: Path, num_ranks: int | None, wanted: Sequence[int] | None) ->
         rows = _mapping(path, read_json(path, "expert location", "name a file for --init-expert-location")).get(MAP)
     if rows is None:
         raise UserError(f"{path}: has no {MAP}")
-    return read_slots(path, rows, num_ranks, range(len(rows)) if isinstance(rows, list | np.ndarray) else None, wanted)
+    return read_slots(
+        path, rows, num_ranks, range(len(rows)) if isinstance(rows, list | np.ndarray) else None, selected
+    )
 
 
 def write_map(slots: SlotMap, path: Path, suffix: str) -> None:
@@ -81,7 +85,7 @@ def _join(dumps: Iterable[Dump]) -> IntArray:
     """[S, L, E] counts of all dumps of mode `stat`."""
     parts: list[IntArray] = []
     for path, document in dumps:
-        part = steps_of(path, "logical_count", tensor_array(path, "logical_count", document.get("logical_count")))
+        part = counts_by_step(path, "logical_count", tensor_array(path, "logical_count", document.get("logical_count")))
         if parts and part.shape[1:] != parts[0].shape[1:]:
             raise UserError(
                 f"{path}: {list(part.shape[1:])} layers and experts, not {list(parts[0].shape[1:])} as the first dump"
@@ -98,10 +102,10 @@ def _sum_over_ranks(dumps: Iterable[Dump]) -> IntArray:
     passes: dict[int, IntArray] = {}
     seen: set[tuple[int, int, str]] = set()
     for path, document in dumps:
-        found_LP = whole_numbers(path, LAST_MAP, tensor_array(path, LAST_MAP, document.get(LAST_MAP)))
+        map_LP = whole_numbers(path, LAST_MAP, tensor_array(path, LAST_MAP, document.get(LAST_MAP)))
         if experts_LP is None:
-            first_path, experts_LP = path, found_LP
-        if not np.array_equal(found_LP, experts_LP):
+            first_path, experts_LP = path, map_LP
+        if not np.array_equal(map_LP, experts_LP):
             raise UserError(f"{path}: another {LAST_MAP} than {first_path}: these are not ranks of one recording")
         records = document.get("records")
         if not isinstance(records, list) or not records:
@@ -113,16 +117,16 @@ def _sum_over_ranks(dumps: Iterable[Dump]) -> IntArray:
                 raise UserError(f"{path}: pass {number} of rank {key[1]} is there twice")
             seen.add(key)
             counts = tensor_array(path, PHYSICAL, record.get(PHYSICAL))
-            if counts.shape != found_LP.shape:
+            if counts.shape != map_LP.shape:
                 raise UserError(
                     f"{path}: pass {number} counts {list(counts.shape)} layers and slots, but its map has "
-                    f"{list(found_LP.shape)}"
+                    f"{list(map_LP.shape)}"
                 )
             if (len(passes) + 1) * counts.size > MAX_CELLS:
                 raise UserError(f"{path}: more than {len(passes)} passes of such size; record fewer")
             passes[number] = passes.get(number, 0) + whole_numbers(path, PHYSICAL, counts)
     assert experts_LP is not None, "there is a dump"
-    return to_logical(first_path, np.stack([passes[number] for number in sorted(passes)]), experts_LP)
+    return fold_slots(first_path, np.stack([passes[number] for number in sorted(passes)]), experts_LP)
 
 
 def _number(path: Path, name: str, record: Mapping[str, Any]) -> int:

@@ -1,7 +1,9 @@
-"""A placement as engines of equal slots know it: which expert is in each slot, the same number of slots on every rank.
+"""Slot maps: a placement for engines with the same number of slots on every rank, each of which holds one expert.
 
-They spread an expert's pairs evenly over its slots and store all experts in one format. A placement that says anything
-else cannot be told to them, and is refused by name. A rank may hold an expert in two slots: EPLB does that.
+Such engines split the pairs of an expert evenly over its slots and store all experts in one format. Any other placement
+is refused, with the reason. A rank may hold an expert in two slots: EPLB does that.
+
+Axes: S slots of all ranks, K slots of a rank, C replicas of one expert.
 """
 
 import reprlib
@@ -19,14 +21,14 @@ from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.core.topology import Topology
-from rq_ep.interchange.rows import choose_rows
+from rq_ep.interchange.rows import select_rows
 from rq_ep.interchange.tensors import MAX_CELLS
 
 SHARE_TOLERANCE = 1e-6
-SERVED_BY = "eplb"  # the strategy that splits as these engines do
+SERVED_BY = "eplb"  # the strategy that splits pairs as these engines do
 
 
-class Twin(NamedTuple):
+class DuplicateSlot(NamedTuple):
     """An expert that a rank holds in two slots."""
 
     layer: int
@@ -69,21 +71,21 @@ class SlotMap:
         return self.experts_LS.reshape(len(self.layers), self.num_ranks, -1)
 
     @property
-    def first_twin(self) -> Twin | None:
+    def first_duplicate(self) -> DuplicateSlot | None:
         """The first slot whose expert its rank holds in another slot already, if there is one."""
-        found = np.argwhere(self._twins_LRK)
-        if not len(found):
+        duplicates = np.argwhere(self._duplicates_LRK)
+        if not len(duplicates):
             return None
-        at, rank, k = found[0].tolist()
-        return Twin(self.layers[at], rank, int(np.sort(self.slots_LRK[at, rank])[k]))
+        at, rank, k = duplicates[0].tolist()
+        return DuplicateSlot(self.layers[at], rank, int(np.sort(self.slots_LRK[at, rank])[k]))
 
     @property
-    def num_twins(self) -> int:
+    def num_duplicates(self) -> int:
         """Slots whose expert their rank holds in another slot already."""
-        return int(self._twins_LRK.sum())
+        return int(self._duplicates_LRK.sum())
 
     @property
-    def _twins_LRK(self) -> BoolArray:
+    def _duplicates_LRK(self) -> BoolArray:
         """[L, R, K - 1] where a slot, sorted within its rank, equals the next."""
         return np.asarray(np.diff(np.sort(self.slots_LRK, axis=2), axis=2) == 0)
 
@@ -124,7 +126,7 @@ class SlotMap:
         ranks_per_node: int = 0,
         model: ModelIdentity | None = None,
     ) -> Placement:
-        """The placement that these slots are, to be served by the even split of `eplb`.
+        """The placement of these slots, to be served with the even split of `eplb`.
 
         Two slots of an expert on a rank become one replica of twice the share; its bytes count once.
         """
@@ -145,7 +147,7 @@ def read_slots(
     rows: Any,
     num_ranks: int | None,
     labels: Sequence[int] | None = None,
-    wanted: Sequence[int] | None = None,
+    selected: Sequence[int] | None = None,
 ) -> SlotMap:
     """Check rows of slots that a file holds.
 
@@ -154,7 +156,7 @@ def read_slots(
         rows: a list or array of L rows of S expert numbers.
         num_ranks: as `--num-ranks` or the file says.
         labels: the layer of each row, where the file says it.
-        wanted: what `--layers` names.
+        selected: the layers of `--layers`.
     """
     if num_ranks is None:
         raise UserError(f"--num-ranks: {source} does not say how many ranks share its slots")
@@ -170,9 +172,9 @@ def read_slots(
     for row in rows:
         for expert in row if isinstance(row, list) else row.tolist():
             if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < num_slots:
-                found = reprlib.repr(expert)  # short, even of a list that holds itself
-                raise UserError(f"{source}: {found} in a slot: must be an expert, 0 to {num_slots - 1} at most")
-    taken, layers = choose_rows(str(source), len(rows), labels, wanted)
+                shown = reprlib.repr(expert)  # short, even of a list that holds itself
+                raise UserError(f"{source}: {shown} in a slot: must be an expert, 0 to {num_slots - 1} at most")
+    taken, layers = select_rows(str(source), len(rows), labels, selected)
     experts_LS = np.array([rows[row] for row in taken], np.int64).reshape(len(taken), num_slots)
     try:
         return SlotMap(experts_LS, layers, num_ranks, int(experts_LS.max(initial=0)) + 1)

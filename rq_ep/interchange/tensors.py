@@ -1,6 +1,6 @@
-"""Files of arrays - `.npy`, `.npz`, `.safetensors`, `.pt` - from people one need not trust: sizes before contents.
+"""Files of arrays - `.npy`, `.npz`, `.safetensors`, `.pt` - from untrusted sources: sizes are checked first.
 
-PyTorch is imported for `.pt` alone, and then reads tensors and plain values only: never code.
+PyTorch is imported for `.pt` alone, and reads tensors and plain values only, never code.
 """
 
 import io

@@ -18,7 +18,7 @@ import yaml
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.files import read_json
-from rq_ep.interchange.recorded import Recorded
+from rq_ep.interchange.recorded import RecordedLoads
 from rq_ep.interchange.slot_map import SlotMap, read_slots
 from rq_ep.interchange.tensors import MAX_CELLS, check_text_size, first_line, read_arrays, whole_numbers
 
@@ -26,7 +26,7 @@ META = "meta_info.json"
 MAX_EXPERTS = 2**16
 
 
-def read_stats(paths: Sequence[Path]) -> Recorded:
+def read_stats(paths: Sequence[Path]) -> RecordedLoads:
     """Read a folder of expert statistics."""
     if len(paths) != 1 or not paths[0].is_dir():
         raise UserError(f"{paths[0]}: TensorRT-LLM's statistics are one folder, with {META} in it")
@@ -61,10 +61,10 @@ def read_stats(paths: Sequence[Path]) -> Recorded:
                 raise UserError(f"{folder}: iteration {iteration} lacks layer {layer}, which others have; record again")
     rows = [counts[iteration, layer] for iteration in iterations for layer in layers]
     counts_SLE = np.array(rows, np.int64).reshape(len(iterations), len(layers), num_experts)
-    return Recorded(counts_SLE, tuple(layers), top_k)
+    return RecordedLoads(counts_SLE, tuple(layers), top_k)
 
 
-def read_map(path: Path, num_ranks: int | None, wanted: Sequence[int] | None) -> SlotMap:
+def read_map(path: Path, num_ranks: int | None, selected: Sequence[int] | None) -> SlotMap:
     """Read a load balancer's YAML file."""
     try:
         check_text_size(path)
@@ -84,7 +84,7 @@ def read_map(path: Path, num_ranks: int | None, wanted: Sequence[int] | None) ->
         num_slots = check_integer("num_slots", document.get("num_slots"), 1)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    slots = read_slots(path, [rows[layer] for layer in layers], num_ranks, layers, wanted)
+    slots = read_slots(path, [rows[layer] for layer in layers], num_ranks, layers, selected)
     if slots.experts_LS.shape[1] != num_slots:
         raise UserError(f"{path}: num_slots is {num_slots}, but its layers have {slots.experts_LS.shape[1]}")
     return slots

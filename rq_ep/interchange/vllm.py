@@ -1,4 +1,4 @@
-"""vLLM: expert loads of its EPLB state, saved by the user. vLLM itself writes no such file.
+"""vLLM: expert loads of its EPLB state, saved by the user, since vLLM itself writes no such file.
 
 A `.pt`, `.npz` or `.safetensors` file with the fields of the same names:
 * `expert_load_window` [steps, layers, slots] or `expert_load_pass` [layers, slots], and `physical_to_logical_map`
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.interchange.recorded import Recorded, steps_of, to_logical
+from rq_ep.interchange.recorded import RecordedLoads, counts_by_step, fold_slots
 from rq_ep.interchange.tensors import BARE, read_arrays, whole_numbers
 
 PHYSICAL = ("expert_load_window", "expert_load_pass")
@@ -20,7 +20,7 @@ LOGICAL = ("logical_count", BARE)
 MAP = "physical_to_logical_map"
 
 
-def read_stats(paths: Sequence[Path]) -> Recorded:
+def read_stats(paths: Sequence[Path]) -> RecordedLoads:
     """Read the loads of one run, a file from each rank or one for all."""
     first_SLE = _read(paths[0])
     counts_SLE = first_SLE.copy()
@@ -29,7 +29,7 @@ def read_stats(paths: Sequence[Path]) -> Recorded:
         if more_SLE.shape != first_SLE.shape:
             raise UserError(f"{path}: has shape {list(more_SLE.shape)}, but {paths[0]} {list(first_SLE.shape)}")
         counts_SLE += more_SLE
-    return Recorded(counts_SLE)
+    return RecordedLoads(counts_SLE)
 
 
 def _read(path: Path) -> IntArray:
@@ -40,9 +40,9 @@ def _read(path: Path) -> IntArray:
         if MAP not in arrays:
             raise UserError(f"{path}: {physical[0]} counts slots; save {MAP} beside it")
         experts_LP = whole_numbers(path, MAP, arrays[MAP])
-        return to_logical(path, steps_of(path, physical[0], arrays[physical[0]]), experts_LP)
+        return fold_slots(path, counts_by_step(path, physical[0], arrays[physical[0]]), experts_LP)
     if logical:
-        return steps_of(path, logical[0], arrays[logical[0]])
+        return counts_by_step(path, logical[0], arrays[logical[0]])
     raise UserError(
         f"{path}: holds {', '.join(arrays) or 'no array'}; expected {' or '.join(PHYSICAL)} with {MAP}, "
         "or one array of counts by expert"

@@ -1,4 +1,4 @@
-"""The verb `place`: from statistics and a budget to a placement, from nothing or from one that serves already."""
+"""`place`: from statistics and a budget to a placement, anew or from the one that serves now."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

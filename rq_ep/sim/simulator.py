@@ -1,4 +1,4 @@
-"""The simulator: recorded counts through a strategy's own planners, step by step, and what comes out."""
+"""The simulator: recorded counts are planned by a strategy's own planners, step by step."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""Recorded routing and recorded loads, dealt to the ranks that would have served them."""
+"""Routing traces, and recorded loads divided among ranks.
+
+Axes: N tokens of all steps.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,9 +24,9 @@ OPTIONAL: dict[str, npt.DTypeLike] = {"sequence_N": np.int64, "phase_S": np.int6
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """What the router of every MoE layer chose for every token of S steps; N tokens in all, step after step.
+    """The experts that each MoE layer's router chose for every token of S steps; N tokens in all, step after step.
 
-    Where sequences were recorded they are what is dealt to ranks: a sequence stays on its rank from step to step, as
+    Where sequences were recorded, whole sequences are assigned to ranks: each stays on its rank from step to step, as
     on a server.
     """
 
@@ -60,7 +63,7 @@ class RoutingTrace:
             raise UserError(f"{self.source}: expert {wrong[0]} of {self.num_experts}: record it again")
 
     def check(self, stats: ExpertStats) -> None:
-        """Raise a `UserError` unless it was recorded on the model that `stats` tells about."""
+        """Raise a `UserError` unless it was recorded on the model of `stats`."""
         if (self.layers, self.num_experts) != (stats.layers, stats.num_experts):
             raise UserError(
                 f"{self.source}: {self.num_experts} experts in layers {list(self.layers)}, but {stats.source} has "
@@ -72,18 +75,18 @@ class RoutingTrace:
     def ranks_N(self, num_ranks: int) -> IntArray:
         """[N] the rank that would have served each token.
 
-        Sequences go to the ranks in turns; without them, each step's tokens in equal runs.
+        Sequences are assigned round-robin; without them, each step's tokens are divided into equal runs.
         """
         if self.sequence_N is not None:
             of_sequence: IntArray = self.sequence_N % num_ranks
             return of_sequence
-        # As np.array_split deals: the first ranks take one more.
+        # As np.array_split does: the first ranks take one more.
         runs_SR = self.tokens_S[:, None] // num_ranks + (np.arange(num_ranks) < self.tokens_S[:, None] % num_ranks)
         in_runs: IntArray = np.repeat(np.tile(np.arange(num_ranks), len(self.tokens_S)), runs_SR.ravel())
         return in_runs
 
     def counts(self, num_ranks: int) -> IntArray:
-        """[S, L, R, E] pairs from each source rank, dealt as `ranks_N` says."""
+        """[S, L, R, E] pairs from each source rank; tokens are assigned as in `ranks_N`."""
         num_steps, num_layers = len(self.tokens_S), len(self.layers)
         rank_N, step_N = self.ranks_N(num_ranks), np.repeat(np.arange(num_steps), self.tokens_S)
         row_NL = (step_N[:, None] * num_layers + np.arange(num_layers)) * num_ranks + rank_N[:, None]
@@ -127,7 +130,7 @@ class RoutingTrace:
             return np.concatenate([part for step in zip(*by_rank, strict=True) for part in step])
 
         tokens_S = np.sum([trace.tokens_S for trace in traces], axis=0)
-        # Numbered so that as many ranks are dealt what each has recorded.
+        # Numbered so that as many ranks get again what each has recorded.
         numbered = [
             replace(trace, sequence_N=trace.sequence_N * num_ranks + rank)
             for rank, trace in enumerate(traces)

@@ -11,7 +11,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.replicas import Replica
-from rq_ep.core.rules import MAX_FILE_BYTES, Rules, Where
+from rq_ep.core.rules import MAX_FILE_BYTES, Rules, Selection
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology, nodes_of_groups
 
@@ -91,12 +91,12 @@ def test_no_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (Rules(fixed=(Where((4,), None, None),)), "fixed: layer 4: there are 2, 3 to 5"),
-        (Rules(forbidden=(Where(None, (8,), None),)), "forbidden: expert 8: there are 8, 0 to 7"),
-        (Rules(forbidden=(Where(None, None, (4,)),)), "forbidden: rank 4: there are 4, 0 to 3"),
-        (Rules(forbidden=(Where(None, (2,), None),)), "expert 2 of layer 3 is allowed on no rank"),
+        (Rules(fixed=(Selection((4,), None, None),)), "fixed: layer 4: there are 2, 3 to 5"),
+        (Rules(forbidden=(Selection(None, (8,), None),)), "forbidden: expert 8: there are 8, 0 to 7"),
+        (Rules(forbidden=(Selection(None, None, (4,)),)), "forbidden: rank 4: there are 4, 0 to 3"),
+        (Rules(forbidden=(Selection(None, (2,), None),)), "expert 2 of layer 3 is allowed on no rank"),
         (
-            Rules((Where((5,), (1,), (2,)),), (Where(None, (1,), (2,)),)),
+            Rules((Selection((5,), (1,), (2,)),), (Selection(None, (1,), (2,)),)),
             "expert 1 of layer 5 on rank 2 is fixed, but it is not allowed there",
         ),
         (Rules(whole_groups=True), "names no expert groups for 8 experts"),
@@ -129,8 +129,8 @@ def test_groups_go_to_the_least_loaded_node_with_room() -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (Rules(forbidden=(Where((3,), (0,), (0,)),)), "expert 0 of layer 3 on rank 0 is not allowed"),
-        (Rules(fixed=(Where((5,), (0,), (3,)),)), "expert 0 of layer 5 on rank 3 is missing"),
+        (Rules(forbidden=(Selection((3,), (0,), (0,)),)), "expert 0 of layer 3 on rank 0 is not allowed"),
+        (Rules(fixed=(Selection((5,), (0,), (3,)),)), "expert 0 of layer 5 on rank 3 is missing"),
     ],
 )
 def test_a_placement_that_breaks_a_rule_is_refused(rules: Rules, message: str) -> None:

@@ -11,8 +11,8 @@ from rq_ep.interchange import SlotMap
 SIZES = {"bf16": 1000, "int8": 504}
 
 
-def slot_map(num_layers: int, num_ranks: int, per_rank: int, num_experts: int, seed: int, twins: bool) -> SlotMap:
-    """Random slots that hold every expert; `twins`: a rank may hold one twice."""
+def slot_map(num_layers: int, num_ranks: int, per_rank: int, num_experts: int, seed: int, duplicates: bool) -> SlotMap:
+    """Random slots that hold every expert; `duplicates`: a rank may hold one twice."""
     generator = np.random.default_rng(seed)
     num_slots = num_ranks * per_rank
     rows = []
@@ -20,8 +20,8 @@ def slot_map(num_layers: int, num_ranks: int, per_rank: int, num_experts: int, s
         row_S = np.concatenate([np.arange(num_experts), generator.integers(num_experts, size=num_slots - num_experts)])
         row_RK = generator.permutation(row_S).reshape(num_ranks, per_rank)
         for _ in range(200):
-            twin = np.argwhere(np.diff(np.sort(row_RK, axis=1), axis=1) == 0)
-            if twins or not len(twin):
+            duplicate = np.argwhere(np.diff(np.sort(row_RK, axis=1), axis=1) == 0)
+            if duplicates or not len(duplicate):
                 rows.append(row_RK.ravel())
                 break
             row_RK = generator.permutation(row_RK.ravel()).reshape(num_ranks, per_rank)
@@ -32,10 +32,10 @@ def slot_map(num_layers: int, num_ranks: int, per_rank: int, num_experts: int, s
 
 
 @st.composite
-def slot_maps(draw: st.DrawFn, twins: bool = False) -> SlotMap:
+def slot_maps(draw: st.DrawFn, duplicates: bool = False) -> SlotMap:
     num_ranks, per_rank = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     num_experts = draw(st.integers(per_rank, num_ranks * per_rank))
-    return slot_map(draw(st.integers(1, 3)), num_ranks, per_rank, num_experts, draw(st.integers(0, 10**6)), twins)
+    return slot_map(draw(st.integers(1, 3)), num_ranks, per_rank, num_experts, draw(st.integers(0, 10**6)), duplicates)
 
 
 def placement(*layers: list[tuple[int, int, str, float]], num_ranks: int = 2) -> Placement:

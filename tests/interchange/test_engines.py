@@ -18,7 +18,7 @@ from rq_ep.interchange import ENGINES, SlotMap, export, write_slots
 from tests.interchange.cases import SIZES, placement, slot_map, slot_maps
 
 FILES = [(name, suffix) for name, engine in ENGINES.items() for suffix in engine.suffixes]
-TWIN_FILES = [(name, suffix) for name, suffix in FILES if ENGINES[name].takes_twins]
+DUPLICATE_FILES = [(name, suffix) for name, suffix in FILES if ENGINES[name].allows_duplicates]
 shared_folder = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -37,10 +37,10 @@ def test_round_trip(tmp_path: Path, name: str, suffix: str, slots: SlotMap) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name], "no temporary file is left"
 
 
-@pytest.mark.parametrize(("name", "suffix"), TWIN_FILES)
-def test_round_trip_with_twins(tmp_path: Path, name: str, suffix: str) -> None:
-    slots = slot_map(2, 2, 6, 7, seed=1, twins=True)
-    assert slots.num_twins
+@pytest.mark.parametrize(("name", "suffix"), DUPLICATE_FILES)
+def test_round_trip_with_duplicates(tmp_path: Path, name: str, suffix: str) -> None:
+    slots = slot_map(2, 2, 6, 7, seed=1, duplicates=True)
+    assert slots.num_duplicates
     path = tmp_path / f"map{suffix}"
     write_slots(slots, name, path)
     check_same(ENGINES[name].read(path, slots.num_ranks, slots.layers), slots)
@@ -50,7 +50,7 @@ def test_round_trip_with_twins(tmp_path: Path, name: str, suffix: str) -> None:
 @shared_folder
 @given(data=st.data())
 def test_damage_is_told_or_harmless(tmp_path: Path, name: str, suffix: str, data: st.DataObject) -> None:
-    slots = slot_map(2, 2, 3, 4, seed=3, twins=False)
+    slots = slot_map(2, 2, 3, 4, seed=3, duplicates=False)
     path = tmp_path / f"map{suffix}"
     write_slots(slots, name, path)
     content = bytearray(path.read_bytes())
@@ -97,7 +97,7 @@ def test_missing_files_and_unknown_ranks_are_told(tmp_path: Path, name: str) -> 
     suffix = ENGINES[name].suffixes[0]
     with pytest.raises(UserError, match=r"nowhere"):
         ENGINES[name].read(tmp_path / f"nowhere{suffix}", 2, None)
-    slots = slot_map(1, 2, 2, 4, seed=0, twins=False)
+    slots = slot_map(1, 2, 2, 4, seed=0, duplicates=False)
     write_slots(slots, name, tmp_path / f"map{suffix}")
     if name == "ascend":
         with pytest.raises(UserError, match=r"--num-ranks 4: .* is for 2 devices"):
@@ -183,7 +183,7 @@ def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trtllm cannot serve this placement: layer 0: 2 slots on rank 0"):
         export(uneven, "trtllm", tmp_path / "out.yaml")
     with pytest.raises(UserError, match=r"file type for trtllm: '.json'"):
-        export(slot_map(1, 2, 2, 3, 0, twins=False).to_placement(SIZES, "bf16"), "trtllm", tmp_path / "out.json")
+        export(slot_map(1, 2, 2, 3, 0, duplicates=False).to_placement(SIZES, "bf16"), "trtllm", tmp_path / "out.json")
     with pytest.raises(UserError, match=r"unknown engine 'triton'"):
         export(uneven, "triton", tmp_path / "out.json")
     assert not list(tmp_path.iterdir())
@@ -191,7 +191,7 @@ def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "suffix"), FILES)
 def test_placements_of_ours_reach_every_engine(tmp_path: Path, name: str, suffix: str) -> None:
-    slots = slot_map(2, 2, 3, 4, seed=5, twins=False)
+    slots = slot_map(2, 2, 3, 4, seed=5, duplicates=False)
     saved = tmp_path / "placement.json"
     slots.to_placement(SIZES, "bf16").save(saved)
     path = tmp_path / f"map{suffix}"

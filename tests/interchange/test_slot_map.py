@@ -20,22 +20,22 @@ def test_slots_survive_being_a_placement(slots: SlotMap) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(slot_maps(twins=True))
-def test_twins_become_one_replica_with_their_share(slots: SlotMap) -> None:
+@given(slot_maps(duplicates=True))
+def test_duplicates_become_one_replica_with_their_share(slots: SlotMap) -> None:
     placed = slots.to_placement(SIZES, "bf16")
     for layer, slots_RK in zip(placed.layers, slots.slots_LRK, strict=True):
         for replica, share in zip(layer.replicas, layer.shares_P.tolist(), strict=True):
             of_expert = slots_RK == replica.expert
             assert share == pytest.approx(of_expert[replica.rank].sum() / of_expert.sum())
-    twins = slots.slots_LRK.size - sum(len(layer.replicas) for layer in placed.layers)
-    assert slots.num_twins == twins
-    assert (slots.first_twin is None) == (twins == 0)
+    duplicates = slots.slots_LRK.size - sum(len(layer.replicas) for layer in placed.layers)
+    assert slots.num_duplicates == duplicates
+    assert (slots.first_duplicate is None) == (duplicates == 0)
 
 
-def test_twins_are_named_and_found_again() -> None:
+def test_duplicates_are_named() -> None:
     slots = SlotMap(np.array([[0, 1, 0, 2, 0, 3]]), (5,), 2, 4)
-    assert slots.first_twin == (5, 0, 0)
-    assert slots.num_twins == 1
+    assert slots.first_duplicate == (5, 0, 0)
+    assert slots.num_duplicates == 1
     np.testing.assert_array_equal(SlotMap.of(slots.to_placement(SIZES, "bf16")).experts_LS, [[0, 0, 1, 0, 2, 3]])
 
 
@@ -76,4 +76,4 @@ def test_impossible_maps_are_refused() -> None:
         SlotMap(np.array([[0, 1, 2]]), (4,), 1, 2)
     with pytest.raises(UserError, match=r"--num-model-layers 3"):
         SlotMap(np.array([[0, 1]]), (4,), 1, 2, num_model_layers=3)
-    assert slot_map(1, 2, 2, 4, 0, twins=False).num_twins == 0
+    assert slot_map(1, 2, 2, 4, 0, duplicates=False).num_duplicates == 0

@@ -17,16 +17,16 @@ from safetensors.numpy import save_file
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
-from rq_ep.interchange import STATS_FORMATS, Facts, to_stats
+from rq_ep.interchange import STATS_FORMATS, ModelMetadata, to_stats
 
-FACTS = Facts({"bf16": 1000, "int8": 504}, top_k=2)
+FACTS = ModelMetadata({"bf16": 1000, "int8": 504}, top_k=2)
 
 
 def counts(*shape: int, seed: int = 0) -> IntArray:
     return np.random.default_rng(seed).integers(1, 50, size=shape)
 
 
-def read(name: str, *paths: Path, facts: Facts = FACTS) -> ExpertStats:
+def read(name: str, *paths: Path, facts: ModelMetadata = FACTS) -> ExpertStats:
     return to_stats(STATS_FORMATS[name].read(paths), facts, str(paths[0]))
 
 
@@ -82,7 +82,7 @@ def test_sglang_stat_leaves_out_dense_layers_and_unused_ring(tmp_path: Path) -> 
     more = sglang_stat(tmp_path / "expert_distribution_recorder_2.pt", counts(2, 4, 6, seed=1))
     both = read("sglang", tmp_path / "expert_distribution_recorder_1.pt", more)
     assert (both.num_steps, both.layers) == (7, (0, 1, 2, 3))
-    chosen = read("sglang", more, facts=Facts({"bf16": 1000}, layers=(2,)))
+    chosen = read("sglang", more, facts=ModelMetadata({"bf16": 1000}, layers=(2,)))
     assert (chosen.layers, chosen.num_layers) == ((2,), 1)
 
 
@@ -118,11 +118,11 @@ def test_counts_may_be_of_any_type(tmp_path: Path, dtype: type) -> None:
 def test_trtllm_adds_ranks_and_knows_layers_and_top_k(tmp_path: Path) -> None:
     counts_RSLE = counts(3, 4, 2, 6)
     folder = trtllm_folder(tmp_path / "statistics", counts_RSLE, [3, 11])
-    stats = read("trtllm", folder, facts=Facts({"bf16": 1000}))
+    stats = read("trtllm", folder, facts=ModelMetadata({"bf16": 1000}))
     np.testing.assert_array_equal(stats.counts, counts_RSLE.sum(axis=0))
     assert (stats.layers, stats.top_k) == ((3, 11), 2)
     with pytest.raises(UserError, match=r"--top-k 8: .* recorded at 2"):
-        read("trtllm", folder, facts=Facts({"bf16": 1000}, top_k=8))
+        read("trtllm", folder, facts=ModelMetadata({"bf16": 1000}, top_k=8))
     save_file({"103_3": counts_RSLE[0, 0, 0], "104_3": counts_RSLE[0, 0, 0]}, folder / "rank3.safetensors")
     with pytest.raises(UserError, match="iteration 104 lacks layer 11"):
         read("trtllm", folder)
@@ -137,7 +137,7 @@ def test_vllm_folds_slots_and_adds_ranks(tmp_path: Path) -> None:
     state = {"expert_load_window": window_SLP, "physical_to_logical_map": experts_LP}
     torch.save({name: torch.from_numpy(array) for name, array in state.items()}, tmp_path / "rank0.pt")
     np.savez(tmp_path / "rank1.npz", allow_pickle=False, **state)
-    stats = read("vllm", tmp_path / "rank0.pt", tmp_path / "rank1.npz", facts=Facts({"bf16": 1}, layers=(3, 4)))
+    stats = read("vllm", tmp_path / "rank0.pt", tmp_path / "rank1.npz", facts=ModelMetadata({"bf16": 1}, layers=(3, 4)))
     assert stats.layers == (3, 4)
     np.testing.assert_array_equal(stats.counts[:, 0, 0], 2 * (window_SLP[:, 0, 0] + window_SLP[:, 0, 3]))
     np.testing.assert_array_equal(stats.counts[:, 1, 2], 2 * (window_SLP[:, 1, 0] + window_SLP[:, 1, 1]))
@@ -203,13 +203,13 @@ def test_what_is_no_count_is_told(tmp_path: Path, array: np.ndarray, message: st
 def test_facts_are_asked_for_by_flag(tmp_path: Path) -> None:
     np.save(tmp_path / "counts.npy", counts(3, 2, 4))
     with pytest.raises(UserError, match="--expert-bytes: say what one expert takes"):
-        read("numpy", tmp_path / "counts.npy", facts=Facts())
+        read("numpy", tmp_path / "counts.npy", facts=ModelMetadata())
     with pytest.raises(UserError, match=r"--layers names 3 layers, but .* has 2"):
-        read("numpy", tmp_path / "counts.npy", facts=Facts({"bf16": 1}, layers=(1, 2, 3)))
+        read("numpy", tmp_path / "counts.npy", facts=ModelMetadata({"bf16": 1}, layers=(1, 2, 3)))
     with pytest.raises(UserError, match="native format 'fp8' is not among"):
-        read("numpy", tmp_path / "counts.npy", facts=Facts({"bf16": 1}, native_format="fp8"))
+        read("numpy", tmp_path / "counts.npy", facts=ModelMetadata({"bf16": 1}, native_format="fp8"))
     with pytest.raises(UserError, match="has no layer 9; it has 0-3"):
-        read("sglang", sglang_stat(tmp_path / "s.pt", counts(1, 4, 2)), facts=Facts({"bf16": 1}, layers=(1, 9)))
+        read("sglang", sglang_stat(tmp_path / "s.pt", counts(1, 4, 2)), facts=ModelMetadata({"bf16": 1}, layers=(1, 9)))
 
 
 class Runs:

@@ -10,7 +10,7 @@ import rq_ep.solver.objective.denoise_steps as redraw_module
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
-from rq_ep.core.rules import Rules, Where
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.topology import Topology
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
 from rq_ep.solver.objective.expert_weights import loads_SE
@@ -109,7 +109,7 @@ def test_never_worse_than_eplb_in_as_many_bytes(room: int) -> None:
 
 def test_rules_are_kept() -> None:
     rules = Rules(
-        fixed=(Where(experts=(0,), ranks=(1, 2)),), forbidden=(Where(experts=tuple(range(8)), ranks=(3,)),),
+        fixed=(Selection(experts=(0,), ranks=(1, 2)),), forbidden=(Selection(experts=tuple(range(8)), ranks=(3,)),),
         spread_nodes=True,
     )  # fmt: skip
     asked = replace(problem(recorded(16), 4, budget=(11_000,) * 4, rules=rules), topology=Topology(4, 2))
@@ -119,7 +119,7 @@ def test_rules_are_kept() -> None:
 
 
 def test_fixed_replicas_that_do_not_fit_are_refused_with_what_would() -> None:
-    rules = Rules(fixed=(Where(ranks=(0,)),))
+    rules = Rules(fixed=(Selection(ranks=(0,)),))
     asked = problem(recorded(8), 2, formats=("bf16",), rules=rules)
     with pytest.raises(UserError, match="raise it to 16000 bytes per rank"):
         solve(asked, "rq", 64, 10)

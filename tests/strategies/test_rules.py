@@ -7,7 +7,7 @@ import pytest
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
-from rq_ep.core.rules import Rules, Where
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.stats import ExpertStats
 from rq_ep.placing.place import place
 from tests.solver.instances import skewed
@@ -38,8 +38,8 @@ def test_replicas_stand_on_different_nodes_and_outlive_one() -> None:
 
 def test_what_is_fixed_is_there_and_what_is_forbidden_is_not() -> None:
     rules = Rules(
-        fixed=(Where((3,), (0, 5), (2,)), Where((7,), (1,), (0, 3))),
-        forbidden=(Where(None, tuple(range(8, 16)), (1,)),),
+        fixed=(Selection((3,), (0, 5), (2,)), Selection((7,), (1,), (0, 3))),
+        forbidden=(Selection(None, tuple(range(8, 16)), (1,)),),
     )
     held = held_LER(place(recorded(), 4, 9000, rules=rules))
     assert held[0, [0, 5], 2].all()
@@ -82,6 +82,6 @@ def test_a_cap_on_error_holds() -> None:
 
 
 def test_rules_nobody_can_keep_are_refused() -> None:
-    rules = Rules(fixed=(Where(None, None, (0,)),))
+    rules = Rules(fixed=(Selection(None, None, (0,)),))
     with pytest.raises(UserError, match=r"--budget .*too small|exceed its budget"):
         place(recorded(), 4, rules=rules)

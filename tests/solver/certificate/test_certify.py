@@ -8,7 +8,7 @@ import pytest
 
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.rules import Rules, Where
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.strategies import STRATEGIES, make_strategy
 from rq_ep.strategies.standard import Standard
@@ -87,7 +87,7 @@ def test_rules_and_empty_ranks_are_in_the_bound() -> None:
     asked = problem(recorded(), 4, budget=(4000, 4000, 4000, 4000))
     stats = asked.stats
     drained = PlacementProblem(
-        stats, asked.topology, (8000, 8000, 8000, 0), asked.formats, rules=Rules(forbidden=(Where(ranks=(3,)),))
+        stats, asked.topology, (8000, 8000, 8000, 0), asked.formats, rules=Rules(forbidden=(Selection(ranks=(3,)),))
     )
     layers = [layer for layer in make_strategy("eplb").place(PlacementProblem(stats, type(asked.topology)(3))).layers]
     found = certify(drained, "eplb", layers, "even").certificate

@@ -5,7 +5,7 @@ import numpy as np
 from rq_ep.core.placement import LayerPlacement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
-from rq_ep.core.rules import Rules, Where
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.solver.migration.fit_formats import within_cap
@@ -51,7 +51,7 @@ def test_without_a_budget_nothing_is_given_up() -> None:
 
 
 def test_what_is_fixed_is_not_given_up() -> None:
-    rules = Rules(fixed=(Where((0,), (0,), (0,)),))
+    rules = Rules(fixed=(Selection((0,), (0,), (0,)),))
     found = within_cap(asked([30, 40, 20, 10], 0.1, rules=rules), [LAYER])
     assert (0, 0, "bf16") in stored(list(found))
     assert (0, 1, "bf16") not in stored(list(found))

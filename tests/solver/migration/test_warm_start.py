@@ -10,7 +10,7 @@ import pytest
 from rq_ep.core.errors import UserError
 from rq_ep.core.moves import Moves
 from rq_ep.core.placement import Placement
-from rq_ep.core.rules import Rules, Where
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.placing.place import place
 from rq_ep.solver.migration.warm_start import LOW_SLACK, moves_to
@@ -150,10 +150,10 @@ def test_a_budget_too_small_for_the_current_placement_moves() -> None:
 def test_rules_are_kept_and_a_current_placement_that_breaks_them_goes() -> None:
     stats = recorded()
     current = place(stats, 4, strategy="standard")
-    rules = Rules(fixed=(Where((3,), (0,), (0,)),))
+    rules = Rules(fixed=(Selection((3,), (0,), (0,)),))
     assert told(place(stats, 4, strategy="standard", current=current, rules=rules))["choice"] == "stayed"
     with pytest.raises(UserError, match="expert 0 of layer 3 on rank 0 is not allowed"):
-        place(stats, 4, strategy="standard", current=current, rules=Rules(forbidden=(Where((3,), (0,), (0,)),)))
+        place(stats, 4, strategy="standard", current=current, rules=Rules(forbidden=(Selection((3,), (0,), (0,)),)))
 
 
 def test_a_strategy_without_replicas_does_not_keep_those_of_another() -> None:

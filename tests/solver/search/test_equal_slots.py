@@ -14,7 +14,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
-from rq_ep.core.rules import Rules, Where
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.solver.objective.calibration_steps import LayerSteps
@@ -171,7 +171,7 @@ def test_uneven_starts_and_foreign_limits_are_refused_by_name() -> None:
         ({"objective": "decode"}, "--objective decode"),
         ({"tail_weight": 0.5}, "--tail-weight 0.5"),
         ({"move_price": 1.0}, "--move-price 1"),
-        ({"rules": Rules(forbidden=(Where(ranks=(1,)),))}, "--rules"),
+        ({"rules": Rules(forbidden=(Selection(ranks=(1,)),))}, "--rules"),
     ):
         case = problem(counts_SLE, 2, **limits)
         with pytest.raises(UserError, match=name):

@@ -8,7 +8,7 @@ import pytest
 
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.rules import Rules, Where
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.strategies import make_strategy
 from tests.solver.instances import problem, skewed
@@ -111,7 +111,9 @@ def test_the_cap_on_errors_counts_low_replicas_by_what_they_compute() -> None:
 
 
 def test_rules_hold_for_low_replicas() -> None:
-    rules = Rules(forbidden=(Where(experts=(0,), ranks=(0, 1)),), fixed=(Where(layers=(0,), experts=(7,), ranks=(2,)),))
+    rules = Rules(
+        forbidden=(Selection(experts=(0,), ranks=(0, 1)),), fixed=(Selection(layers=(0,), experts=(7,), ranks=(2,)),)
+    )
     placement = placed(replace(MIXES, rules=rules))
     assert mixing(placement) > 0
     for layer in placement.layers:

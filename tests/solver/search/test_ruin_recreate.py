@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import rq_ep.solver.search.ruin_recreate as trade_module
-from rq_ep.core.rules import Rules, Where
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.topology import Topology
 from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.solver.search.ruin_recreate import trade
@@ -56,7 +56,7 @@ def test_what_does_not_pay_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rules_hold() -> None:
-    draft = drafted(rules=Rules(fixed=(Where(layers=(0,), experts=(0, 4), ranks=(0, 1)),)))
+    draft = drafted(rules=Rules(fixed=(Selection(layers=(0,), experts=(0, 4), ranks=(0, 1)),)))
     trade(draft, lambda fraction: None)
     assert draft.held_LER[0, [0, 4], :2].all()
     spread = drafted(apart=2, topology=Topology(NUM_RANKS, 2), rules=Rules(spread_nodes=True))
