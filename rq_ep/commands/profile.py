@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from rq_ep.costs import Profile
     from rq_ep.costs.shapes import Shape
@@ -106,7 +105,7 @@ def _shape(args: argparse.Namespace) -> "Shape | None":
 def _layer(args: argparse.Namespace, shape: "Shape | None", dtype: "torch.dtype") -> "ProfiledLayer":
     from rq_ep.commands.common import parse_names
     from rq_ep.core.errors import UserError
-    from rq_ep.formats import ExpertLayout, get_format
+    from rq_ep.formats import get_format
     from rq_ep.moe.expert_family import ExpertFamily
     from rq_ep.profiling.layer_profile import ProfiledLayer
 
@@ -115,9 +114,8 @@ def _layer(args: argparse.Namespace, shape: "Shape | None", dtype: "torch.dtype"
         raise UserError(f"--formats {args.formats!r}: name at least one, such as bf16,int8")
     if shape is None:
         return ProfiledLayer(*_family_of_model(args.model), formats, dtype)
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    layout = ExpertLayout({"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)})
-    return ProfiledLayer(ExpertFamily(layout, _silu_gate), shape.num_experts, shape.top_k, formats, dtype)
+    family = ExpertFamily.gated(shape.hidden_size, shape.intermediate_size)
+    return ProfiledLayer(family, shape.num_experts, shape.top_k, formats, dtype)
 
 
 def _family_of_model(path: str) -> "tuple[ExpertFamily, int, int]":
@@ -134,13 +132,6 @@ def _family_of_model(path: str) -> "tuple[ExpertFamily, int, int]":
         model = AutoModelForCausalLM.from_config(config)
     experts = find_expert_modules(model)
     return family_of(experts[0].module), experts[0].num_experts, getattr(config, "num_experts_per_tok", None) or 1
-
-
-def _silu_gate(up_NF: "Tensor") -> "Tensor":
-    from torch.nn.functional import silu
-
-    gate_NF, up_NF = up_NF.chunk(2, dim=-1)
-    return silu(gate_NF) * up_NF
 
 
 def _device_name(kind: str) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 from rq_ep.core.arrays import FloatArray
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 
+LAYER_PHASES = ("gather", "plan", "dispatch", "compute", "combine")  # of one call of an MoE layer, as they are timed
+
 
 @dataclass(frozen=True)
 class LayerShape:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn.functional import silu
 
 from rq_ep.core.cost import LayerShape
 from rq_ep.formats import ExpertLayout, Views, WeightFormat, get_format
@@ -17,6 +18,15 @@ class ExpertFamily:
     layout: ExpertLayout
     apply_gate: Callable[[Tensor], Tensor]  # [N, 2F] -> [N, F]; without a gate the activation, [N, F] -> [N, F]
     down: ClassVar[str] = "down_proj"
+
+    @classmethod
+    def gated(cls, hidden_size: int, intermediate_size: int) -> "ExpertFamily":
+        """The SwiGLU expert of most families: gate and up projections in one matrix, SiLU, down projection."""
+        shapes = {
+            "gate_up_proj": (2 * intermediate_size, hidden_size),
+            "down_proj": (hidden_size, intermediate_size),
+        }
+        return cls(ExpertLayout(shapes), silu_gate)
 
     @property
     def up(self) -> str:
@@ -41,3 +51,9 @@ class ExpertFamily:
         """One expert's output [N, D] for rows [N, D], in their dtype."""
         gate_NF = format_.linear(x_ND, views, self.up, self.layout)
         return format_.linear(self.apply_gate(gate_NF), views, self.down, self.layout)
+
+
+def silu_gate(up_NF: Tensor) -> Tensor:
+    """[N, F] SiLU of the gates in the first half of each row [2F], times the second half."""
+    gate_NF, up_NF = up_NF.chunk(2, dim=-1)
+    return silu(gate_NF) * up_NF

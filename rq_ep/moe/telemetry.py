@@ -16,8 +16,6 @@ from rq_ep.parallel import EPGroup
 
 Array = TypeVar("Array", IntArray, FloatArray)
 
-PHASES = ("gather", "plan", "dispatch", "compute", "combine")
-
 
 class PhaseTimer:
     """Times the phases of one layer call, on the host's clock or, on a GPU, on the stream's."""
@@ -115,7 +113,7 @@ class Telemetry:
         return self._of_all_ranks(lambda call: call.transfer_bytes_R())
 
     def seconds(self, phase: str = "compute") -> FloatArray:
-        """[S, L, R] length of a phase, one of PHASES, on the ranks of this process."""
+        """[S, L, R] length of a phase, one of LAYER_PHASES, on the ranks of this process."""
         steps, layers = self._axes()
         num_ranks = len(self._calls[0][1].counts_RE) if self._calls else 0
         seconds = np.full((len(steps), len(layers), num_ranks), np.nan)

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-PHASES = ("gather", "plan", "dispatch", "compute", "combine")  # of a layer call, as `rq_ep.moe.telemetry` has them
+from rq_ep.core.cost import LAYER_PHASES
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SLOW_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -55,7 +55,7 @@ class Metrics:
         self._calls = make(Counter, "moe_layer_calls", "Layers entered, all together, in steps with tokens")
         self._phases = {
             phase: make(Counter, f"{phase}_seconds", f"Rank 0's time in {phase}, all MoE layers together")
-            for phase in PHASES
+            for phase in LAYER_PHASES
         }
         self._borrowed = make(Counter, "rearrangements", "Experts lent to another rank for a step")
         self._borrowed_bytes = make(Counter, "rearranged_bytes", "Bytes of weights that travelled for it")

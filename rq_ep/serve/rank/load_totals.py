@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
+from rq_ep.core.cost import LAYER_PHASES
 from rq_ep.core.plan import DispatchPlan, imbalance
 from rq_ep.core.replicas import Replicas
-from rq_ep.moe.telemetry import PHASES, LayerCall, Telemetry
+from rq_ep.moe.telemetry import LayerCall, Telemetry
 
 
 class LayerLoad:
@@ -59,7 +60,7 @@ class LoadTotals(Telemetry):
 
     def _reset(self) -> None:
         self._layers: dict[int, LayerLoad] = {}
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds = dict.fromkeys(LAYER_PHASES, 0.0)
         self._borrowed_experts = 0
         self._borrowed_bytes = 0
 
@@ -71,7 +72,7 @@ class LoadTotals(Telemetry):
             if call.layer not in self._layers:
                 self._layers[call.layer] = LayerLoad(*call.counts_RE.shape)
             self._layers[call.layer].add(call.counts_RE, plan, self._formats.setdefault(call.layer, FormatsOf()))
-            for phase in PHASES:
+            for phase in LAYER_PHASES:
                 self._seconds[phase] += call.timer.seconds(phase)
             if plan.transfers:
                 self._borrowed_experts += len(plan.transfers)
