@@ -1,7 +1,7 @@
 """Run serving or a benchmark on a Ray cluster: one actor for each rank, in one placement group.
 
     python launch/ray_job.py --num-ranks 8 --gpus-per-rank 1 serve --model DIR --placement FILE --host 0.0.0.0
-    python launch/ray_job.py --num-ranks 2 bench/layer.py --shape tiny
+    python launch/ray_job.py --num-ranks 2 bench layer --shape tiny
 
 What follows the program is handed to it unchanged. Every actor gets the environment torchrun would have set and calls
 the same `main(argv)`. The first rank that fails ends the group with its number and its error, and `--max-restarts`
@@ -60,9 +60,12 @@ class Rank:
 
 
 def find_main(program: str) -> Callable[[list[str]], Any]:
-    """The `main(argv)` of `serve`, of a dotted module, or of a Python file relative to the working directory."""
+    """The `main(argv)` of `serve`, of a module or package, or of a Python file relative to the working directory."""
     if not program.endswith(".py"):
-        module = importlib.import_module("rq_ep.serve.__main__" if program == "serve" else program)
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        module = importlib.import_module("rq_ep.serve" if program == "serve" else program)
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{module.__name__}.__main__")
     else:
         spec = importlib.util.spec_from_file_location(Path(program).stem, program)
         if spec is None or spec.loader is None:
@@ -175,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpus-per-rank", type=int, default=1)
     parser.add_argument("--max-restarts", type=int, default=0, help="start a failed group again this often")
     parser.add_argument("--json", type=Path, help="write rank 0's result here (benchmarks)")
-    parser.add_argument("program", help="`serve`, a dotted module or a Python file that has main(argv)")
+    parser.add_argument("program", help="`serve`, `bench`, another module or a Python file that has main(argv)")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the program")
     options = parser.parse_args(argv)
 

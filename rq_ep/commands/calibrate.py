@@ -47,7 +47,7 @@ class CalibrateOptions(CalibrationSettings):
     trace: str | None = option(
         None,
         help="also write what the router chose for every token (.safetensors), for `rq-ep simulate --trace` and "
-        "bench/layer.py",
+        "`python -m bench layer`",
         metavar="FILE",
     )
     experts: str | None = option(

@@ -1,23 +1,17 @@
-"""`bench/breakeven.py`: lending breaks even sooner than LLEP, and comes near perfect balance."""
+"""`python -m bench breakeven`: lending breaks even sooner than LLEP, and comes near perfect balance."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from bench.breakeven import main
+from bench.lending.breakeven import main
 from rq_ep.core.errors import UserError
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench/breakeven.py", *options])
-    main()
-
-
-def test_breaks_even_at_half_the_excess_of_llep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_breaks_even_at_half_the_excess_of_llep(tmp_path: Path) -> None:
     out = tmp_path / "breakeven.json"
-    run(monkeypatch, "--tokens-per-rank", "8192", "--scenarios", "95:1", "balanced", "--json", str(out))
+    main(["--tokens-per-rank", "8192", "--scenarios", "95:1", "balanced", "--json", str(out)])
     document = json.loads(out.read_text())
     excess = {row["row"]: row["excess"] for row in document["break_even"]}
     assert 0 < excess["rq_llep"] <= excess["llep"] / 2
@@ -42,8 +36,6 @@ def test_breaks_even_at_half_the_excess_of_llep(monkeypatch: pytest.MonkeyPatch,
         (["--json", "/"], "/: is a directory"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
-    monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
-) -> None:
+def test_options_that_make_no_sense_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run(monkeypatch, *options)
+        main(options)

@@ -1,17 +1,17 @@
-"""`bench/drift.py`: lending pays in large steps of another load than was calibrated, and stays away elsewhere."""
+"""`python -m bench drift`: lending pays in large steps of a load that was not calibrated, and only there."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).parents[2] / "bench" / "drift.py"
+BENCH = (sys.executable, "-m", "bench", "drift")
 
 
 def test_lends_where_it_pays(tmp_path: Path) -> None:
     out = tmp_path / "drift.json"
     options = ["--tokens-per-rank", "16", "8192", "--drifts", "0", "1", "--steps", "4", "--json", str(out)]
-    done = subprocess.run([sys.executable, str(BENCH), *options], timeout=120, capture_output=True, text=True)
+    done = subprocess.run([*BENCH, *options], timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = {(row["row"], row["tokens_per_rank"], row["drift"]): row for row in json.loads(out.read_text())["rows"]}
     for tokens, drift in ((16, 0), (16, 1), (8192, 0), (8192, 1)):

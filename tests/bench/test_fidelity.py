@@ -1,7 +1,6 @@
 """The fidelity bench on the small trained model: experts as they are change nothing, fewer bits change more."""
 
 import json
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fidelity
-from bench.rerouted import fitted_anew, routers_of
-from bench.rounded import RoundedModel
+from bench.formats import fidelity
+from bench.formats.fitted_routers import fitted_anew, routers_of
+from bench.formats.rounded_model import RoundedModel
 from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.settings import WindowSettings
 from rq_ep.model.text.windows import make_windows
@@ -73,12 +72,11 @@ def test_routers_fitted_to_the_dense_model_itself_stay_and_come_back(model: Roun
 def test_the_command_prints_writes_and_draws(tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     figures, picture = tmp_path / "fidelity.json", tmp_path / "fidelity.png"
     text = tiny_checkpoint / "text"
-    monkeypatch.setattr(sys, "argv", [
-        "fidelity.py", "--model", str(tiny_checkpoint), "--text", str(text / "held-out"),
+    fidelity.main([
+        "--model", str(tiny_checkpoint), "--text", str(text / "held-out"),
         "--calibrate-on", str(text / "train"), "--formats", "int4_g32:calibrated", "--max-tokens", "1024",
         "--json", str(figures), "--png", str(picture),
     ])  # fmt: skip
-    fidelity.main()
     document = json.loads(figures.read_text())
     assert [(row["chosen"], row["share"]) for row in document["rows"]] == [
         ("least important", 0.25), ("coldest", 0.25), ("by chance", 0.25),

@@ -1,17 +1,17 @@
-"""`bench/formats.py` runs, and says of each format what is known beforehand."""
+"""`python -m bench formats` runs, and says of each format what is known beforehand."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench.formats.formats import main
 from rq_ep.core.errors import UserError
 from rq_ep.formats import FORMATS
 
-BENCH = Path(__file__).parents[2] / "bench" / "formats.py"
+BENCH = (sys.executable, "-m", "bench", "formats")
 LOW_BIT = [name for name, format_ in FORMATS.items() if not format_.is_native]
 
 
@@ -19,7 +19,7 @@ def test_measures_every_format(tmp_path: Path) -> None:
     out = tmp_path / "formats.json"
     options = ["--shapes", "tiny", "--scale", "1", "--rows", "1", "40", "--experts", "2", "--rounds", "2"]
     done = subprocess.run(
-        [sys.executable, str(BENCH), *options, "--json", str(out)],
+        [*BENCH, *options, "--json", str(out)],
         check=True,
         timeout=120,
         capture_output=True,
@@ -48,19 +48,15 @@ def test_measures_every_format(tmp_path: Path) -> None:
         (["--device", "gpu"], "unknown device 'gpu'"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
-    monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", [str(BENCH), *options])
+def test_options_that_make_no_sense_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        runpy.run_path(str(BENCH), run_name="bench_formats")["main"]()
+        main(options)
 
 
-def test_the_readmes_table_comes_out_of_two_results(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    results = BENCH.parent / "results"
+def test_the_readmes_table_comes_out_of_two_results(capsys) -> None:
+    results = Path(__file__).parents[2] / "bench" / "results"
     files = [str(results / "formats_cpu.json"), str(results / "fidelity_demo.json")]
-    monkeypatch.setattr(sys, "argv", [str(BENCH), "--table", *files])
-    runpy.run_path(str(BENCH), run_name="bench_formats")["main"]()
+    main(["--table", *files])
     head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == [f"`{name}`" for name in ["bf16", *LOW_BIT]]
     assert all(len(row) == len(head) for row in rows)
@@ -69,6 +65,5 @@ def test_the_readmes_table_comes_out_of_two_results(monkeypatch: pytest.MonkeyPa
     error = {row[0].strip("`"): float(row[2].rstrip("%")) for row in rows[1:]}
     assert size["int4_g128"] < size["mxfp4"] < size["int4_g32"] < size["int8"] < size["bf16"] == 2
     assert 0 < error["int8"] < error["fp8"] < error["int4_g32"] < error["mxfp4"]
-    monkeypatch.setattr(sys, "argv", [str(BENCH), "--table", "none.json", files[1]])
     with pytest.raises(UserError, match="no such file"):
-        runpy.run_path(str(BENCH), run_name="bench_formats")["main"]()
+        main(["--table", "none.json", files[1]])

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import layer, report
-from bench.case import Case
-from bench.peers.comm_log import NUM_CALLS
-from bench.planned import Planned, rows_sent
+from bench.layer import layer, tables
+from bench.layer.case import Case
+from bench.layer.peers.comm_log import NUM_CALLS
+from bench.layer.plan_figures import Planned, rows_sent
 from rq_ep.__main__ import main
 from rq_ep.core.errors import UserError
 from rq_ep.core.topology import Topology
@@ -142,9 +142,9 @@ def test_large_experts_shrink_on_a_cpu_unless_asked_for(caplog: pytest.LogCaptur
 def test_speed_ups_are_over_the_first_row_of_the_same_scenario() -> None:
     first = {"total_s_ratio": 1.0, "modelled_full_size": {"layer_s": 3.0}}
     row = {"total_s_ratio": 0.25, "modelled_full_size": {"layer_s": 2.0}}
-    assert report.speed_up(row, "total_s", first) == 4
-    assert report.speed_up(row, "full_size", first) == 1.5
-    assert report.speed_up({"total_s_ratio": None}, "full_size", first) is None
+    assert tables.speed_up(row, "total_s", first) == 4
+    assert tables.speed_up(row, "full_size", first) == 1.5
+    assert tables.speed_up({"total_s_ratio": None}, "full_size", first) is None
 
 
 @pytest.mark.dist
@@ -163,8 +163,9 @@ def test_peers_run_beside_ours(tmp_path: Path) -> None:
         "--ranks-per-node",
         "1",
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "bench/layer.py"]
-    command += [*options, "--peers", "transformers,deepspeed,autoep", "--comm-log"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "bench", "layer"]
+    command += [*options, "--ranks-per-node", "1", "--peers", "transformers,deepspeed,autoep", "--comm-log"]
     command += ["--strategies", "standard,rq", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, timeout=150, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -223,7 +224,7 @@ def test_options_that_make_no_sense_are_refused(options: list[str], message: str
 
 def test_peer_needs_distinct_experts() -> None:
     """DeepSpeed's gate cannot name an expert twice in a token."""
-    from bench.peers.deepspeed_moe import deepspeed_moe
+    from bench.layer.peers.deepspeed_moe import deepspeed_moe
 
     class Processes:
         backend, size, device = "gloo", 2, torch.device("cpu")

@@ -1,4 +1,4 @@
-"""`bench/overhead.py` runs, and its parts add up."""
+"""`python -m bench overhead` runs, and its parts add up."""
 
 import json
 import os
@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench" / "overhead.py"
-
 
 def ranks_of(out: Path, *launcher: str) -> list[dict[str, Any]]:
     options = ["--shape", "tiny", "--tokens-per-rank", "64", "--steps", "1", "--dtype", "float32", "--json", str(out)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    run = [sys.executable, *launcher, str(BENCH), *options, "--keep-freed"]
+    run = [sys.executable, *launcher, "-m", "bench", "overhead", *options, "--keep-freed"]
     subprocess.run(run, check=True, timeout=120, capture_output=True, env=environment)
     ranks: list[dict[str, Any]] = json.loads(out.read_text())["ranks"]
     return ranks

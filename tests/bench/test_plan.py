@@ -1,23 +1,23 @@
-"""`bench/plan.py` runs, and its figures are those of the strategies."""
+"""`python -m bench plan` runs, and its figures are those of the strategies."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench.layer.plan import main
 from rq_ep.core.errors import UserError
 from rq_ep.strategies import STRATEGIES
 
-BENCH = Path(__file__).parents[2] / "bench" / "plan.py"
+BENCH = (sys.executable, "-m", "bench", "plan")
 
 
 def test_times_every_strategy(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     options = ["--sizes", "16x4", "--steps", "3", "--rounds", "4", "--min-tokens-per-gemm", "16", "--json", str(out)]
-    subprocess.run([sys.executable, str(BENCH), *options], check=True, timeout=120, capture_output=True)
+    subprocess.run([*BENCH, *options], check=True, timeout=120, capture_output=True)
     rows = {row["strategy"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == list(STRATEGIES)
     assert rows["rq"]["imbalance"] < rows["eplb"]["imbalance"] < rows["standard"]["imbalance"]
@@ -29,7 +29,7 @@ def test_an_uncalibrated_placement_makes_rq_llep_lend(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     options = ["--sizes", "16x4", "--steps", "3", "--rounds", "1", "--min-tokens-per-gemm", "16", "--uncalibrated"]
     options += ["--strategies", "rq", "rq_llep", "--json", str(out)]
-    subprocess.run([sys.executable, str(BENCH), *options], check=True, timeout=120, capture_output=True)
+    subprocess.run([*BENCH, *options], check=True, timeout=120, capture_output=True)
     rq, rq_llep = json.loads(out.read_text())["rows"]
     assert rq_llep["transfers"] > rq["transfers"] == 0
     assert rq_llep["imbalance"] < rq["imbalance"]
@@ -48,15 +48,12 @@ def test_an_uncalibrated_placement_makes_rq_llep_lend(tmp_path: Path) -> None:
         (["--json", "/"], "/: is a directory"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
-    monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", [str(BENCH), *options])
+def test_options_that_make_no_sense_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        runpy.run_path(str(BENCH), run_name="bench_plan")["main"]()
+        main(options)
 
 
 def test_mistakes_are_one_line() -> None:
-    done = subprocess.run([sys.executable, str(BENCH), "--sizes", "16"], timeout=120, capture_output=True, text=True)
+    done = subprocess.run([*BENCH, "--sizes", "16"], timeout=120, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "bench/plan.py: error: --sizes 16: write EXPERTSxRANKS, such as 128x8\n"
+    assert done.stderr == "bench plan: error: --sizes 16: write EXPERTSxRANKS, such as 128x8\n"

@@ -1,4 +1,4 @@
-"""`bench/solver.py` runs, its traces are what they say, and its scores are those of the planner."""
+"""`python -m bench solver` runs, its traces are what they say, and its scores are those of the planner."""
 
 import json
 import subprocess
@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.solver_score import score
-from bench.solver_traces import LAWS, draw_trace
+from bench.solver.score import score
+from bench.solver.synthetic_traces import LAWS, draw_trace
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 
-BENCH = Path(__file__).parents[2] / "bench" / "solver.py"
+BENCH = (sys.executable, "-m", "bench", "solver")
 
 
 def test_prints_the_table_with_eplb_beside(tmp_path: Path) -> None:
     out = tmp_path / "solver.json"
-    command = [sys.executable, str(BENCH), "--quick", "--formats", "int8", "--json", str(out)]
+    command = [*BENCH, "--quick", "--formats", "int8", "--json", str(out)]
     done = subprocess.run(command, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(out.read_text())["rows"]
@@ -30,9 +30,9 @@ def test_prints_the_table_with_eplb_beside(tmp_path: Path) -> None:
 
 
 def test_says_what_is_wrong() -> None:
-    done = subprocess.run([sys.executable, str(BENCH), "--cases", "16x4"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*BENCH, "--cases", "16x4"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "bench/solver.py: error: --cases 16x4: write EXPERTSxRANKS:CAP, such as 256x64:0.25\n"
+    assert done.stderr == "bench solver: error: --cases 16x4: write EXPERTSxRANKS:CAP, such as 256x64:0.25\n"
 
 
 @pytest.mark.parametrize("law", LAWS)

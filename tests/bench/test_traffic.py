@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.traffic import Answer, Job, figures, random_jobs
+from bench.serving.load_generator import Answer, Job, figures, random_jobs
 
 
 def answer(sent_s: float, token_s: list[float], *, error: str | None = None, left: bool = False) -> Answer:

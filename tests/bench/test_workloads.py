@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.recorded import RecordedRoutes
-from bench.shapes import PUBLISHED, SHAPES, Shape, published, shape_name
-from bench.workloads import PAPER_SCENARIOS, Workload, parse
+from bench.layer.published import PUBLISHED, SHAPES, Shape, published, shape_name
+from bench.layer.recorded import RecordedRoutes
+from bench.layer.workloads import PAPER_SCENARIOS, Workload, parse
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats

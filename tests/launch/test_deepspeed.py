@@ -1,6 +1,6 @@
 """What the deepspeed launcher adds to a command line; `tests/serve/test_launchers.py` has a server started by it."""
 
-from bench.layer import parse_options
+from bench.layer.layer import parse_options
 
 
 def test_the_layer_bench_takes_the_local_rank() -> None:

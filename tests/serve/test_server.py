@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import soak
+from bench.serving import soak
 from rq_ep.core.stats import PHASES, ExpertStats
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.model.checkpoint.model_identity import model_identity
@@ -202,7 +202,7 @@ def test_the_balance_is_told(server: Server) -> None:
 def test_clients_that_come_and_go_lose_nothing(
     server: Server, dense: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A short soak: `bench/soak.py` has the long one."""
+    """A short soak: `python -m bench soak` has the long one."""
     model, tokenizer = dense
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     kinds = soak.kinds_of(tokenizer, 8, input_len=24, output_len=12, seed=1)

@@ -1,0 +1,1 @@
+"""Weight formats: what they cost and save, and what low bits do to answers."""

@@ -1,0 +1,159 @@
+"""What is measured. Everything follows from these fields: rows, routing, weights, and what calibration saw."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.layer.published import Shape
+from bench.layer.recorded import Recorded, RecordedRoutes
+from bench.layer.workloads import Workload
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.cost import CostModel, LayerCost, LayerShape
+from rq_ep.core.placement import LayerPlacement
+from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
+from rq_ep.core.stats import ExpertStats
+from rq_ep.core.strategy import Planner, Strategy
+from rq_ep.core.topology import Topology
+from rq_ep.costs import Profile
+from rq_ep.formats import FORMATS, ExpertLayout, get_format
+from rq_ep.moe import ExpertFamily
+
+NUM_CALIBRATION_STEPS = 16
+MAX_CALIBRATION_TOKENS = 4096  # per rank and step: shares of load need no more
+NUM_BATCHES = 4  # different batches that take turns
+
+Routes = tuple[tuple[IntArray, ...], ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one rank in one step."""
+
+    hidden_TD: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A strategy, and replicas it may have beyond standard EP's bytes."""
+
+    strategy: Strategy
+    num_extra_replicas: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer under one workload and several strategies."""
+
+    shape: Shape  # as run
+    full_shape: Shape  # of the model, before sizes were reduced
+    workload: Workload | Recorded
+    calibration: Workload | Recorded
+    contestants: dict[str, Contestant]
+    formats: tuple[str, ...]
+    dtype: torch.dtype
+    machine: CostModel | None
+    num_rounds: int
+    seed: int
+
+    @property
+    def family(self) -> ExpertFamily:
+        return _family(self.shape)
+
+    def ids(self, step: int, rank: int, num_ranks: int) -> IntArray:
+        """[T, K] experts of one rank's tokens in a measured step."""
+        return self.workload.ids(self.seed, "measure", step, rank, num_ranks)
+
+    def all_ids(self, num_ranks: int) -> Routes:
+        """[batch][rank] experts of all ranks' tokens in the measured steps."""
+        return tuple(tuple(self.ids(step, rank, num_ranks) for rank in range(num_ranks)) for step in range(NUM_BATCHES))
+
+    def counts(self, ids_R: Sequence[IntArray]) -> IntArray:
+        """[R, E] routed pairs of one step."""
+        return np.stack([_count(ids_TK, self.shape) for ids_TK in ids_R])
+
+    def batch(self, step: int, rank: int, num_ranks: int, device: torch.device) -> Batch:
+        ids_TK = torch.from_numpy(self.ids(step, rank, num_ranks)).to(device)
+        random = torch.Generator(device).manual_seed(hash((self.seed, step, rank)))
+        hidden_TD = torch.randn(len(ids_TK), self.shape.hidden_size, generator=random, device=device)
+        weights_TK = torch.rand(ids_TK.shape, generator=random, device=device).softmax(-1)
+        if isinstance(self.workload, RecordedRoutes):
+            weights_TK = torch.from_numpy(self.workload.weights("measure", step, rank, num_ranks)).to(device)
+        return Batch(hidden_TD.to(self.dtype), ids_TK, weights_TK)
+
+    def expert(self, number: int, device: torch.device) -> dict[str, Tensor]:
+        """Weights of an expert, the same for every strategy and rank."""
+        random = torch.Generator(device).manual_seed(self.seed * 100_003 + number)
+        return {
+            name: (torch.randn(shape, generator=random, device=device) * shape[1] ** -0.5).to(self.dtype)
+            for name, shape in self.family.layout.shapes.items()
+        }
+
+    def stats(self, num_ranks: int) -> ExpertStats:
+        """Calibration: loads of steps that are not measured, from the same generator."""
+        source = self.calibration
+        if isinstance(source, Workload):
+            source = replace(source, tokens_per_rank=min(source.tokens_per_rank, MAX_CALIBRATION_TOKENS))
+        counts_SE = [
+            sum(
+                _count(source.ids(self.seed, "calibrate", step, rank, num_ranks), self.shape)
+                for rank in range(num_ranks)
+            )
+            for step in range(NUM_CALIBRATION_STEPS)
+        ]
+        sizes = {name: get_format(name).nbytes(self.family.layout) for name in self.formats}
+        return ExpertStats(
+            counts=np.stack(counts_SE)[:, None],
+            formats=self.formats,
+            native_format=self.formats[0],
+            expert_bytes=sizes,
+            hidden_size=self.shape.hidden_size,
+            intermediate_size=self.shape.intermediate_size,
+            top_k=self.shape.top_k,
+        )
+
+    def place(self, name: str, stats: ExpertStats, topology: Topology) -> LayerPlacement:
+        """A contestant's replicas: inside standard EP's bytes, unless it names extra ones."""
+        contestant = self.contestants[name]
+        budget = (standard_ep_bytes(stats, topology.num_ranks),) * topology.num_ranks
+        problem = PlacementProblem(
+            stats,
+            topology,
+            None if contestant.num_extra_replicas else budget,
+            self.formats,
+            num_redundant_experts=contestant.num_extra_replicas,
+        )
+        return contestant.strategy.place(problem).layers[0]
+
+    def planner(self, name: str, layer: LayerPlacement, topology: Topology) -> Planner:
+        """Plans are made for the machine and the model's full sizes: reduced ones only make compute affordable."""
+        return self.contestants[name].strategy.planner(layer, topology, self.cost(self.full_shape))
+
+    def cost(self, shape: Shape) -> LayerCost | None:
+        """What this layer costs on the modelled machine, in some size."""
+        if self.machine is None:
+            return None
+        layout = _family(shape).layout
+        known = self.machine.experts if isinstance(self.machine, Profile) else FORMATS
+        sizes = {name: FORMATS[name].nbytes(layout) for name in known}  # what is lent may be in any
+        return self.machine.layer(LayerShape(shape.hidden_size, shape.intermediate_size, sizes))
+
+
+def _family(shape: Shape) -> ExpertFamily:
+    D, F_ = shape.hidden_size, shape.intermediate_size
+    return ExpertFamily(ExpertLayout({"gate_up_proj": (2 * F_, D), "down_proj": (D, F_)}), silu_gate)
+
+
+def silu_gate(up_NF: Tensor) -> Tensor:
+    gate, up = up_NF.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _count(ids_TK: IntArray, shape: Shape) -> IntArray:
+    counts_E: IntArray = np.bincount(ids_TK.ravel(), minlength=shape.num_experts)
+    return counts_E

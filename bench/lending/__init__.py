@@ -1,0 +1,1 @@
+"""Lending of experts in modelled time: from which imbalance on it pays, and after which drift of the load."""

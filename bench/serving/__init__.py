@@ -1,0 +1,1 @@
+"""A server under load: its latency and throughput, and whether it loses anything."""

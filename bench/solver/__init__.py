@@ -1,0 +1,1 @@
+"""The placement solver on synthetic traces."""
