@@ -91,7 +91,7 @@ def _calibrate(options: CalibrateOptions, group: "EPGroup") -> ExpertStats:
             options.text,
             options,
             packed_experts=options.experts,
-            resume_path=f"{options.out}.halfway" if options.trace is None else None,
+            resume_path=f"{options.out}.resume" if options.trace is None else None,
             group=group,
             trace_path=options.trace,
             progress=show,

@@ -21,7 +21,7 @@ class EqualSlots:
 
     @classmethod
     def of(cls, strategy: Strategy) -> "EqualSlots":
-        """Refuse a strategy that was asked for and splits otherwise."""
+        """This in place of a strategy; a `UserError` refuses one that splits pairs otherwise."""
         if not isinstance(strategy, Eplb):
             raise UserError(
                 f"--for: these engines split evenly over equal slots; place with eplb, not {strategy.name!r}"

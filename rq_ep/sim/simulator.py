@@ -45,7 +45,7 @@ def simulate(
     Args:
         strategy: makes the planners.
         placement: one layer for each layer of the counts.
-        steps: recorded pairs of each step, per layer and expert, [L, E], which are dealt to the ranks, or [L, R, E].
+        steps: recorded pairs of each step: [L, E], which are divided among the ranks, or [L, R, E].
         native_format: the format that does not count as low precision.
         cost: prices each plan; None: no seconds.
         on_step: called after each step.

@@ -45,11 +45,11 @@ def test_two_ranks_write_what_one_process_writes(tiny_checkpoint: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("int4_g32 error") == done.stdout.count("2048 tokens of prose") == 1
-    expected, found = (ExpertStats.load(path) for path in (one, two))
-    assert np.array_equal(found.counts, expected.counts)
+    expected, sharded = (ExpertStats.load(path) for path in (one, two))
+    assert np.array_equal(sharded.counts, expected.counts)
     for name in ("importance", "gate_mass", "error"):
-        assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-4), name
-    assert found.model == expected.model
+        assert np.allclose(getattr(sharded, name), getattr(expected, name), rtol=1e-4), name
+    assert sharded.model == expected.model
 
 
 def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:

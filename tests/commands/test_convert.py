@@ -80,8 +80,8 @@ def test_there_and_back_and_judged(
 
 def test_placed_for_an_engine_it_is_served(tmp_path: Path, stats: Path) -> None:
     placed, out = tmp_path / "placed.json", tmp_path / "moe.yaml"
-    asked = ["--num-ranks=4", "--for=trtllm", "--num-redundant-experts=4", "--budget=1MB", "--no-plot"]
-    assert main(["place", f"--stats={stats}", *asked, f"--out={placed}"]) == 0
+    options = ["--num-ranks=4", "--for=trtllm", "--num-redundant-experts=4", "--budget=1MB", "--no-plot"]
+    assert main(["place", f"--stats={stats}", *options, f"--out={placed}"]) == 0
     assert main(["convert", str(placed), "--to=trtllm", f"--out={out}"]) == 0
     assert yaml.safe_load(out.read_text())["num_slots"] == 12
 
@@ -97,7 +97,7 @@ def test_one_engine_to_another(tmp_path: Path, placement: Path) -> None:
     assert yaml.safe_load(third.read_text())["initial_global_assignments"] == {1: rows[1].tolist(), 2: rows[2].tolist()}
 
 
-def test_twins_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicates_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "init.json", tmp_path / "placement.json"
     path.write_text(json.dumps({"physical_to_logical_map": [[0, 0, 1, 0]]}))
     assert main(["convert", str(path), "--from=sglang", "--to=placement", "--num-ranks=2", SIZES, f"--out={out}"]) == 0

@@ -81,8 +81,8 @@ def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, placement: Path
 
 
 def test_settings_of_strategies() -> None:
-    found = parse_strategies(["rq", "llep"], ["llep.min-tokens-per-gemm=16", "llep.fallback_on=expert"])
-    assert list(found) == ["rq", "llep"]
-    assert found["llep"] == Llep(min_tokens_per_gemm=16, fallback_on="expert")
+    strategies = parse_strategies(["rq", "llep"], ["llep.min-tokens-per-gemm=16", "llep.fallback_on=expert"])
+    assert list(strategies) == ["rq", "llep"]
+    assert strategies["llep"] == Llep(min_tokens_per_gemm=16, fallback_on="expert")
     with pytest.raises(UserError, match="setting of strategy 'llep'"):
         parse_strategies(["llep"], ["llep.alpha=1"])

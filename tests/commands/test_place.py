@@ -99,7 +99,9 @@ def test_placements_for_other_engines_can_be_exported(stats: str, tmp_path: Path
     assert [list(layer.replicas) for layer in again.layers] == [list(layer.replicas) for layer in placement.layers]
 
 
-def test_moves_and_what_if_are_written_and_told(stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_moves_and_what_if_are_written_and_printed(
+    stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     current, out, moves = tmp_path / "current.json", tmp_path / "new.json", tmp_path / "moves.json"
     command = ["place", "--stats", stats, "--num-ranks", "2", "--budget", "9KB", "--no-plot", "--out"]
     assert main([*command, str(current), "--strategy", "standard"]) == 0

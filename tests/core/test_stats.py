@@ -60,7 +60,7 @@ def test_truncated_and_foreign_files_are_user_errors(stats: ExpertStats, tmp_pat
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match="not a readable statistics file"):
             ExpertStats.load(file)
-    save_file({"weight": np.zeros(1)}, file, {"format": "pt"})  # somebody's model
+    save_file({"weight": np.zeros(1)}, file, {"format": "pt"})  # a model
     with pytest.raises(UserError, match=r"format is 'pt', expected 'rq_ep\.stats/1'"):
         ExpertStats.load(file)
     save_file({"counts": np.zeros((1, 1, 1), np.int64)}, file)
@@ -194,7 +194,7 @@ def test_what_does_not_fit_together_is_refused(stats: ExpertStats, wrong: dict, 
         replace(stats, **wrong)
 
 
-def test_models_are_told_apart_by_their_hash() -> None:
+def test_models_are_identified_by_their_hash() -> None:
     ModelIdentity("a", "1").check(ModelIdentity("b", "1"), "stats")
     with pytest.raises(UserError, match="stats was made for model 'b'"):
         ModelIdentity("a", "1").check(ModelIdentity("b", "2"), "stats")

@@ -1,4 +1,4 @@
-"""Every engine's placement file: written, read back, told apart from damaged and hostile ones."""
+"""Placement files of every engine: written and read back; damaged and hostile ones are refused."""
 
 import json
 from contextlib import suppress
@@ -22,9 +22,13 @@ DUPLICATE_FILES = [(name, suffix) for name, suffix in FILES if ENGINES[name].all
 shared_folder = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def check_same(found: SlotMap, slots: SlotMap) -> None:
-    np.testing.assert_array_equal(found.experts_LS, slots.experts_LS)
-    assert (found.layers, found.num_ranks, found.num_experts) == (slots.layers, slots.num_ranks, slots.num_experts)
+def check_same(restored: SlotMap, slots: SlotMap) -> None:
+    np.testing.assert_array_equal(restored.experts_LS, slots.experts_LS)
+    assert (restored.layers, restored.num_ranks, restored.num_experts) == (
+        slots.layers,
+        slots.num_ranks,
+        slots.num_experts,
+    )
 
 
 @pytest.mark.parametrize(("name", "suffix"), FILES)
@@ -49,7 +53,7 @@ def test_round_trip_with_duplicates(tmp_path: Path, name: str, suffix: str) -> N
 @pytest.mark.parametrize(("name", "suffix"), FILES)
 @shared_folder
 @given(data=st.data())
-def test_damage_is_told_or_harmless(tmp_path: Path, name: str, suffix: str, data: st.DataObject) -> None:
+def test_damage_is_refused_or_harmless(tmp_path: Path, name: str, suffix: str, data: st.DataObject) -> None:
     slots = slot_map(2, 2, 3, 4, seed=3, duplicates=False)
     path = tmp_path / f"map{suffix}"
     write_slots(slots, name, path)
@@ -61,8 +65,8 @@ def test_damage_is_told_or_harmless(tmp_path: Path, name: str, suffix: str, data
         content[at] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(bytes(content))
     with suppress(UserError):  # anything else fails the test
-        found = ENGINES[name].read(path, 2, slots.layers)
-        assert found.experts_LS.shape == slots.experts_LS.shape
+        restored = ENGINES[name].read(path, 2, slots.layers)
+        assert restored.experts_LS.shape == slots.experts_LS.shape
 
 
 ANYTHING = st.recursive(
@@ -93,7 +97,7 @@ def test_any_document_is_a_map_or_a_users_mistake(tmp_path: Path, name: str, suf
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_missing_files_and_unknown_ranks_are_told(tmp_path: Path, name: str) -> None:
+def test_missing_files_and_unknown_ranks_are_refused(tmp_path: Path, name: str) -> None:
     suffix = ENGINES[name].suffixes[0]
     with pytest.raises(UserError, match=r"nowhere"):
         ENGINES[name].read(tmp_path / f"nowhere{suffix}", 2, None)
@@ -155,8 +159,8 @@ def test_eplb_tensors_say_the_same_thrice(tmp_path: Path) -> None:
     slots = SlotMap(np.array([[2, 0, 1, 0], [1, 2, 0, 1]]), (0, 1), 2, 3)
     path = tmp_path / "eplb.npz"
     write_slots(slots, "eplb", path)
-    with np.load(path) as found:
-        arrays = dict(found)
+    with np.load(path) as stored:
+        arrays = dict(stored)
     assert {name: array.dtype for name, array in arrays.items()} == dict.fromkeys(arrays, np.dtype(np.int64))
     np.testing.assert_array_equal(arrays["phy2log"], slots.experts_LS)
     np.testing.assert_array_equal(arrays["log2phy"], [[[1, 3], [2, -1], [0, -1]], [[2, -1], [0, 3], [1, -1]]])
@@ -196,5 +200,5 @@ def test_placements_of_ours_reach_every_engine(tmp_path: Path, name: str, suffix
     slots.to_placement(SIZES, "bf16").save(saved)
     path = tmp_path / f"map{suffix}"
     export(Placement.load(saved), name, path)
-    found = ENGINES[name].read(path, 2, slots.layers)
-    np.testing.assert_array_equal(np.sort(found.slots_LRK, axis=2), np.sort(slots.slots_LRK, axis=2))
+    restored = ENGINES[name].read(path, 2, slots.layers)
+    np.testing.assert_array_equal(np.sort(restored.slots_LRK, axis=2), np.sort(slots.slots_LRK, axis=2))

@@ -1,4 +1,4 @@
-"""Expert statistics as each engine leaves them: read into what `place` takes; foreign and hostile ones told."""
+"""Expert statistics files of each engine: read into statistics for `place`; foreign and hostile ones are refused."""
 
 import io
 import json
@@ -19,15 +19,15 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
 from rq_ep.interchange import STATS_FORMATS, ModelMetadata, to_stats
 
-FACTS = ModelMetadata({"bf16": 1000, "int8": 504}, top_k=2)
+METADATA = ModelMetadata({"bf16": 1000, "int8": 504}, top_k=2)
 
 
 def counts(*shape: int, seed: int = 0) -> IntArray:
     return np.random.default_rng(seed).integers(1, 50, size=shape)
 
 
-def read(name: str, *paths: Path, facts: ModelMetadata = FACTS) -> ExpertStats:
-    return to_stats(STATS_FORMATS[name].read(paths), facts, str(paths[0]))
+def read(name: str, *paths: Path, metadata: ModelMetadata = METADATA) -> ExpertStats:
+    return to_stats(STATS_FORMATS[name].read(paths), metadata, str(paths[0]))
 
 
 def sglang_stat(path: Path, counts_SLE: IntArray) -> Path:
@@ -82,7 +82,7 @@ def test_sglang_stat_leaves_out_dense_layers_and_unused_ring(tmp_path: Path) -> 
     more = sglang_stat(tmp_path / "expert_distribution_recorder_2.pt", counts(2, 4, 6, seed=1))
     both = read("sglang", tmp_path / "expert_distribution_recorder_1.pt", more)
     assert (both.num_steps, both.layers) == (7, (0, 1, 2, 3))
-    chosen = read("sglang", more, facts=ModelMetadata({"bf16": 1000}, layers=(2,)))
+    chosen = read("sglang", more, metadata=ModelMetadata({"bf16": 1000}, layers=(2,)))
     assert (chosen.layers, chosen.num_layers) == ((2,), 1)
 
 
@@ -118,11 +118,11 @@ def test_counts_may_be_of_any_type(tmp_path: Path, dtype: type) -> None:
 def test_trtllm_adds_ranks_and_knows_layers_and_top_k(tmp_path: Path) -> None:
     counts_RSLE = counts(3, 4, 2, 6)
     folder = trtllm_folder(tmp_path / "statistics", counts_RSLE, [3, 11])
-    stats = read("trtllm", folder, facts=ModelMetadata({"bf16": 1000}))
+    stats = read("trtllm", folder, metadata=ModelMetadata({"bf16": 1000}))
     np.testing.assert_array_equal(stats.counts, counts_RSLE.sum(axis=0))
     assert (stats.layers, stats.top_k) == ((3, 11), 2)
     with pytest.raises(UserError, match=r"--top-k 8: .* recorded at 2"):
-        read("trtllm", folder, facts=ModelMetadata({"bf16": 1000}, top_k=8))
+        read("trtllm", folder, metadata=ModelMetadata({"bf16": 1000}, top_k=8))
     save_file({"103_3": counts_RSLE[0, 0, 0], "104_3": counts_RSLE[0, 0, 0]}, folder / "rank3.safetensors")
     with pytest.raises(UserError, match="iteration 104 lacks layer 11"):
         read("trtllm", folder)
@@ -137,7 +137,9 @@ def test_vllm_folds_slots_and_adds_ranks(tmp_path: Path) -> None:
     state = {"expert_load_window": window_SLP, "physical_to_logical_map": experts_LP}
     torch.save({name: torch.from_numpy(array) for name, array in state.items()}, tmp_path / "rank0.pt")
     np.savez(tmp_path / "rank1.npz", allow_pickle=False, **state)
-    stats = read("vllm", tmp_path / "rank0.pt", tmp_path / "rank1.npz", facts=ModelMetadata({"bf16": 1}, layers=(3, 4)))
+    stats = read(
+        "vllm", tmp_path / "rank0.pt", tmp_path / "rank1.npz", metadata=ModelMetadata({"bf16": 1}, layers=(3, 4))
+    )
     assert stats.layers == (3, 4)
     np.testing.assert_array_equal(stats.counts[:, 0, 0], 2 * (window_SLP[:, 0, 0] + window_SLP[:, 0, 3]))
     np.testing.assert_array_equal(stats.counts[:, 1, 2], 2 * (window_SLP[:, 1, 0] + window_SLP[:, 1, 1]))
@@ -194,22 +196,26 @@ def test_one_step_of_layers_and_experts_will_do(tmp_path: Path) -> None:
         (np.zeros((2, 1, 3)), "no step of it routes any pair"),
     ],
 )
-def test_what_is_no_count_is_told(tmp_path: Path, array: np.ndarray, message: str) -> None:
+def test_what_is_no_count_is_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.save(tmp_path / "counts.npy", array)
     with pytest.raises(UserError, match=rf"counts\.npy: .*{message}"):
         read("numpy", tmp_path / "counts.npy")
 
 
-def test_facts_are_asked_for_by_flag(tmp_path: Path) -> None:
+def test_missing_metadata_is_named_by_its_flag(tmp_path: Path) -> None:
     np.save(tmp_path / "counts.npy", counts(3, 2, 4))
     with pytest.raises(UserError, match="--expert-bytes: say what one expert takes"):
-        read("numpy", tmp_path / "counts.npy", facts=ModelMetadata())
+        read("numpy", tmp_path / "counts.npy", metadata=ModelMetadata())
     with pytest.raises(UserError, match=r"--layers names 3 layers, but .* has 2"):
-        read("numpy", tmp_path / "counts.npy", facts=ModelMetadata({"bf16": 1}, layers=(1, 2, 3)))
+        read("numpy", tmp_path / "counts.npy", metadata=ModelMetadata({"bf16": 1}, layers=(1, 2, 3)))
     with pytest.raises(UserError, match="native format 'fp8' is not among"):
-        read("numpy", tmp_path / "counts.npy", facts=ModelMetadata({"bf16": 1}, native_format="fp8"))
+        read("numpy", tmp_path / "counts.npy", metadata=ModelMetadata({"bf16": 1}, native_format="fp8"))
     with pytest.raises(UserError, match="has no layer 9; it has 0-3"):
-        read("sglang", sglang_stat(tmp_path / "s.pt", counts(1, 4, 2)), facts=ModelMetadata({"bf16": 1}, layers=(1, 9)))
+        read(
+            "sglang",
+            sglang_stat(tmp_path / "s.pt", counts(1, 4, 2)),
+            metadata=ModelMetadata({"bf16": 1}, layers=(1, 9)),
+        )
 
 
 class Runs:
@@ -266,7 +272,7 @@ def test_absurd_sizes_are_refused_before_they_take_room(tmp_path: Path) -> None:
         read("sglang", bomb)
 
 
-def test_a_header_that_is_no_python_is_told(tmp_path: Path) -> None:
+def test_a_header_that_is_no_python_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "counts.npy", counts(2, 2, 3))
     content = bytearray((tmp_path / "counts.npy").read_bytes())
     content[65] ^= 4
@@ -291,7 +297,7 @@ def test_references_in_a_pickle_are_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STATS_FORMATS)
-def test_missing_and_foreign_files_are_told(tmp_path: Path, name: str) -> None:
+def test_missing_and_foreign_files_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="nowhere"):
         read(name, tmp_path / "nowhere.pt")
     foreign = tmp_path / "foreign.pt"
@@ -306,7 +312,7 @@ def test_missing_and_foreign_files_are_told(tmp_path: Path, name: str) -> None:
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damage_is_told_or_harmless(tmp_path: Path, name: str, suffix: str, data: st.DataObject) -> None:
+def test_damage_is_refused_or_harmless(tmp_path: Path, name: str, suffix: str, data: st.DataObject) -> None:
     path = target = tmp_path / f"counts{suffix}"
     counts_SLE = counts(2, 2, 3)
     if name == "trtllm":

@@ -1,4 +1,4 @@
-"""The simulator: counts dealt without loss, balance measured per step, strategies told apart."""
+"""The simulator: counts are divided without loss, balance is measured per step, strategies differ as expected."""
 
 from dataclasses import replace
 
@@ -17,14 +17,14 @@ from tests.sim.test_traces import trace_of
 SIZES = {"bf16": 1000, "int8": 504}
 
 
-def test_counts_are_dealt_evenly_and_whole() -> None:
+def test_counts_are_divided_evenly_and_completely() -> None:
     counts_SLE = np.random.default_rng(0).integers(0, 50, (3, 2, 7))
-    dealt_SLRE = deal_counts(counts_SLE, 4)
-    np.testing.assert_array_equal(dealt_SLRE.sum(axis=2), counts_SLE)
-    assert (dealt_SLRE.max(axis=2) - dealt_SLRE.min(axis=2)).max() <= 1
-    per_rank = dealt_SLRE.sum(axis=3)
+    counts_SLRE = deal_counts(counts_SLE, 4)
+    np.testing.assert_array_equal(counts_SLRE.sum(axis=2), counts_SLE)
+    assert (counts_SLRE.max(axis=2) - counts_SLRE.min(axis=2)).max() <= 1
+    per_rank = counts_SLRE.sum(axis=3)
     assert (per_rank.max(axis=2) - per_rank.min(axis=2)).max() <= 1  # remainders take turns
-    np.testing.assert_array_equal(dealt_SLRE, deal_counts(counts_SLE, 4))
+    np.testing.assert_array_equal(counts_SLRE, deal_counts(counts_SLE, 4))
 
 
 def stats_of(counts_SLE: np.ndarray) -> ExpertStats:
@@ -52,22 +52,22 @@ def test_strategies_on_a_skewed_record() -> None:
     popularity /= popularity.sum()
     counts_SLE = np.random.default_rng(0).multinomial(2000, popularity, size=(40, 2))
     calibration, held_out = stats_of(counts_SLE[:24]), counts_SLE[24:]
-    found = {}
+    simulations = {}
     cost = MACHINES["h200"].layer(LayerShape(64, 64, SIZES))
     for name in ("standard", "eplb", "llep", "rq"):
         strategy = make_strategy(name, **({"min_tokens_per_gemm": 32} if name == "llep" else {}))
         placement = place(calibration, 4, strategy=name)
-        found[name] = simulate(strategy, placement, held_out, "bf16", cost)
-    balance = {name: float(result.seen.mean()) for name, result in found.items()}
+        simulations[name] = simulate(strategy, placement, held_out, "bf16", cost)
+    balance = {name: float(result.seen.mean()) for name, result in simulations.items()}
     assert balance["standard"] > 2
     assert balance["rq"] < 1.1 < balance["eplb"] < balance["standard"]
     assert balance["llep"] < 1.1
-    assert found["llep"].transfers_SL.min() > 0
-    assert not any(found[name].transfers_SL.any() for name in ("standard", "eplb", "rq"))
-    assert 0 < found["rq"].low_precision_share < 0.3
-    assert found["standard"].low_precision_share == 0
-    assert all(result.loads_LR.sum() == held_out.sum() for result in found.values())
-    assert all((result.layer_s_SL > 0).all() for result in found.values())
+    assert simulations["llep"].transfers_SL.min() > 0
+    assert not any(simulations[name].transfers_SL.any() for name in ("standard", "eplb", "rq"))
+    assert 0 < simulations["rq"].low_precision_share < 0.3
+    assert simulations["standard"].low_precision_share == 0
+    assert all(result.loads_LR.sum() == held_out.sum() for result in simulations.values())
+    assert all((result.layer_s_SL > 0).all() for result in simulations.values())
 
 
 def test_a_recorded_trace_comes_one_step_at_a_time() -> None:

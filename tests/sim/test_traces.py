@@ -1,4 +1,4 @@
-"""Recorded routing: written, read, dealt to any number of ranks, and refused when it is not whole."""
+"""Routing traces: written, read, divided among any number of ranks, and refused when incomplete."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ def trace_of(tokens: list[int], num_layers: int = 2, num_experts: int = 16, top_
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
-def test_every_step_is_dealt_in_equal_runs(tmp_path: Path, num_ranks: int) -> None:
+def test_every_step_is_divided_into_equal_runs(tmp_path: Path, num_ranks: int) -> None:
     tokens = [7, 0, 2, 12]
     trace_of(tokens).save(tmp_path / "trace.safetensors")
     trace = RoutingTrace.load(tmp_path / "trace.safetensors")
@@ -50,7 +50,7 @@ def test_recorded_sequences_stay_whole_and_on_their_rank(tmp_path: Path, num_ran
         assert counts_SLRE[1, 1, rank].tolist() == np.bincount(ids_NLK[:, 1].ravel(), minlength=16).tolist()
 
 
-def test_joined_sequences_are_dealt_to_the_ranks_that_recorded_them() -> None:
+def test_joined_sequences_are_assigned_to_the_ranks_that_recorded_them() -> None:
     ranks = [replace(trace_of([4]), sequence_N=np.array([0, 0, 1, 1])) for _ in range(3)]
     assert RoutingTrace.joined(ranks).ranks_N(3).tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert RoutingTrace.joined([*ranks[:2], trace_of([4])]).sequence_N is None
@@ -139,7 +139,7 @@ def test_a_trace_of_another_model_is_refused() -> None:
         trace.check(replace(stats, layers=(0, 2)))
 
 
-def test_a_trace_is_told_from_other_files(tmp_path: Path) -> None:
+def test_a_trace_is_distinguished_from_other_files(tmp_path: Path) -> None:
     path = tmp_path / "trace.safetensors"
     trace_of([3]).save(path)
     assert is_trace(path)
