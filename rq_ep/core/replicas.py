@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rq_ep.core.arrays import IntArray
+from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError
 
 
@@ -40,6 +40,13 @@ class Replicas:
         if len(set(zip(ranks, experts, strict=True))) < len(ordered):
             raise UserError("a rank holds two replicas of one expert")
         return cls(np.array(ranks, np.int64), np.array(experts, np.int64), tuple(formats), tuple(mixed_formats))
+
+    @classmethod
+    def from_mask(cls, held_ER: BoolArray, formats_E: Sequence[str] | None = None) -> "Replicas":
+        """The replicas of a layer where rank r holds expert e if `held_ER` is true, in the format of the expert."""
+        ranks_P, experts_P = np.nonzero(held_ER.T)
+        formats = tuple(formats_E[expert] for expert in experts_P.tolist()) if formats_E else ("",) * len(ranks_P)
+        return cls(ranks_P.astype(np.int64), experts_P.astype(np.int64), formats)
 
     def __len__(self) -> int:
         return len(self.formats_P)

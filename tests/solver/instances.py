@@ -8,7 +8,7 @@ from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
-from rq_ep.solver.search.neighborhood import Limits
+from rq_ep.solver.search.neighborhood import LayerLimits
 
 
 def random_replicas(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> Replicas:
@@ -68,10 +68,10 @@ def random_held(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> 
     return held_ER
 
 
-def no_limits(num_experts: int, num_ranks: int) -> Limits:
+def no_limits(num_experts: int, num_ranks: int) -> LayerLimits:
     """Experts of one byte and as many bytes as one could want, no rules, nothing to move from."""
     anywhere_ER = np.ones((num_experts, num_ranks), bool)
-    return Limits(
+    return LayerLimits(
         np.ones(num_experts, np.int64), np.full(num_ranks, 2**40), anywhere_ER, ~anywhere_ER,
         np.zeros(num_ranks, np.int64), 1, anywhere_ER, 0.0, np.array([2**40]),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import rq_ep.solver.objective.denoise_steps as redraw_module
+import rq_ep.solver.objective.denoise_steps as denoise_module
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
@@ -57,7 +57,7 @@ def test_a_load_is_pairs_or_bytes_or_seconds_or_by_phase() -> None:
 
 
 def test_what_is_asked_for_is_what_gets_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redraw_module, "NOISY", 2.0)  # to judge on the very steps that were placed for
+    monkeypatch.setattr(denoise_module, "NOISY", 2.0)  # to judge on the very steps that were placed for
     asked = problem(recorded(16, num_layers=1, pairs=24), 4, formats=("bf16",))  # few pairs: experts stay idle
     (steps,) = calibration_steps(asked, 64)
     wishes = [replace(asked, objective=name) for name in ("prefill", "decode")]  # type: ignore[arg-type]

@@ -10,13 +10,13 @@ import numpy as np
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
+from rq_ep.core.replicas import Replicas
 from rq_ep.solver.certificate.generalization import mean_of, trust
 from rq_ep.solver.certificate.layer_bounds import bounds_of, holds_for
 from rq_ep.solver.objective.calibration_steps import LayerSteps, layer_steps, spread_steps
 from rq_ep.solver.objective.objective import busiest_S, described, judge_as_asked
 from rq_ep.solver.objective.precision import Formats
 from rq_ep.solver.objective.step_balance import SplitRule
-from rq_ep.solver.search.tables import replicas_of
 
 MAX_STEPS = 64  # a placement is judged on
 MAX_NAMED = 8  # layers in a warning
@@ -36,7 +36,7 @@ def certified(
     """
     stats = problem.stats
     layers = [
-        LayerPlacement.even(number, stats.num_experts, replicas_of(held_ER, formats.names_of(low_E)))
+        LayerPlacement.even(number, stats.num_experts, Replicas.from_mask(held_ER, formats.names_of(low_E)))
         for number, held_ER, low_E in zip(stats.layers, held_LER, low_LE, strict=True)
     ]
     return certify(problem, strategy, layers, "exact", max_steps)

@@ -11,7 +11,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.rules import Rules
 from rq_ep.solver.certificate.generalization import mean_of
 from rq_ep.solver.certificate.lower_bound import CLOSE, Bound, lower_bound
-from rq_ep.solver.certificate.relaxation import Limits
+from rq_ep.solver.certificate.relaxation import BoundLimits
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.objective import is_plain, least_ratio_S
 
@@ -49,7 +49,7 @@ def _inside_limits(
     budget_R = problem.budget_bytes_R
     if budget_R is not None:
         usable_R[np.array(budget_R) < min(low, native)] = False
-    limits = Limits(
+    limits = BoundLimits(
         num_ranks=num_ranks,
         num_usable=max(int(usable_R.sum()), 1),
         native_bytes=native,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.solver.certificate.relaxation import BoundLayer, Limits, Prices, solve_jointly, solve_priced
+from rq_ep.solver.certificate.relaxation import BoundLayer, BoundLimits, Prices, solve_jointly, solve_priced
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 
 CLOSE = 1e-6  # of max/mean: what differs by less is equal
@@ -28,7 +28,7 @@ class Bound(NamedTuple):
     per_pair: float = 0.0
 
 
-def least_home_bytes(pairs_LE: IntArray, limits: Limits) -> int:
+def least_home_bytes(pairs_LE: IntArray, limits: BoundLimits) -> int:
     """Bytes of one replica of each expert at least: as many low ones as the cap lets through, coldest first."""
     saved = limits.native_bytes - limits.low_bytes
     coldest_first = np.cumsum(np.sort(pairs_LE, axis=None))
@@ -39,7 +39,7 @@ def least_home_bytes(pairs_LE: IntArray, limits: Limits) -> int:
 def lower_bound(
     steps: Sequence[LayerSteps],
     pairs_LE: IntArray,
-    limits: Limits,
+    limits: BoundLimits,
     least_LE: IntArray | None = None,
     most_LE: IntArray | None = None,
 ) -> Bound:
@@ -78,7 +78,7 @@ def lower_bound(
     return Bound(value, "bytes" if prices.byte > 0 else "replicas", prices.byte, prices.pair)
 
 
-def _prices_of_some(layers: Sequence[BoundLayer], limits: Limits, fraction: float) -> Prices:
+def _prices_of_some(layers: Sequence[BoundLayer], limits: BoundLimits, fraction: float) -> Prices:
     """Prices of a fraction of the layers, inside their part of the limits."""
     number = max(round(fraction * len(layers)), 1)
     some = [layers[at] for at in np.linspace(0, len(layers) - 1, number).astype(int)]
@@ -94,7 +94,7 @@ def _pairs(layer: BoundLayer) -> int:
     return int(layer.pairs_E.sum())
 
 
-def _balance_fits(layers: Sequence[BoundLayer], limits: Limits) -> bool:
+def _balance_fits(layers: Sequence[BoundLayer], limits: BoundLimits) -> bool:
     """Whether replicas for perfect balance fit: what to store low is a knapsack of fractions, best saving first."""
     if any((layer.peak_E > layer.most_E).any() for layer in layers):
         return False

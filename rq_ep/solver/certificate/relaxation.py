@@ -17,7 +17,7 @@ from rq_ep.solver.objective.calibration_steps import LayerSteps
 
 
 @dataclass(frozen=True)
-class Limits:
+class BoundLimits:
     """What a bound may assume of every placement it holds for."""
 
     num_ranks: int
@@ -48,7 +48,7 @@ class BoundLayer:
 
     @classmethod
     def of(
-        cls, layer: LayerSteps, limits: Limits, pairs_E: IntArray, least_E: IntArray, most_E: IntArray
+        cls, layer: LayerSteps, limits: BoundLimits, pairs_E: IntArray, least_E: IntArray, most_E: IntArray
     ) -> "BoundLayer":
         totals_S = layer.counts_SE.sum(axis=1)
         floor_S = -(-totals_S // limits.num_usable) * limits.num_ranks / np.maximum(totals_S, 1)
@@ -71,7 +71,7 @@ class BoundLayer:
         return int(np.minimum(np.ceil(self.loads_SE) - 1, self.most_E - 1).clip(min=0).sum())
 
 
-def solve_jointly(layers: Sequence[BoundLayer], weight: float, limits: Limits) -> tuple[float, Prices]:
+def solve_jointly(layers: Sequence[BoundLayer], weight: float, limits: BoundLimits) -> tuple[float, Prices]:
     """Least sum of the layers' mean max/mean times `weight`, all inside `limits` together; and the limits' prices."""
     programme = _Programme.of(layers, weight, limits)
     solution = programme.solve(None, limits)
@@ -80,7 +80,7 @@ def solve_jointly(layers: Sequence[BoundLayer], weight: float, limits: Limits) -
     return float(solution.fun), Prices(byte, float(prices[1]) / programme.num_pairs)
 
 
-def solve_priced(layers: Sequence[BoundLayer], weight: float, limits: Limits, prices: Prices) -> float:
+def solve_priced(layers: Sequence[BoundLayer], weight: float, limits: BoundLimits, prices: Prices) -> float:
     """A bound on what `solve_jointly` finds, layer by layer: limits become prices (Lagrange), whatever these are."""
     value = -prices.pair * limits.max_low_pairs
     if limits.max_bytes is not None:
@@ -101,7 +101,7 @@ class _Programme:
     num_pairs: int
 
     @classmethod
-    def of(cls, layers: Sequence[BoundLayer], weight: float, limits: Limits) -> "_Programme":
+    def of(cls, layers: Sequence[BoundLayer], weight: float, limits: BoundLimits) -> "_Programme":
         # Planners on every rank import this package; SciPy would make up most of the time that takes.
         from scipy.sparse import block_array, diags_array, eye_array
 
@@ -137,7 +137,7 @@ class _Programme:
             num_pairs=num_pairs,
         )
 
-    def solve(self, prices: Prices | None, limits: Limits) -> Any:
+    def solve(self, prices: Prices | None, limits: BoundLimits) -> Any:
         """SciPy's solution, inside the limits or, with prices, paying for what it takes of them."""
         from scipy.optimize import linprog
         from scipy.sparse import csr_array, vstack

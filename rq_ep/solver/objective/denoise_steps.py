@@ -27,7 +27,7 @@ MIN_DRAWS, MAX_DRAWS = 2, 4  # steps drawn for a recorded one; a single one is w
 MAX_WORK = 2**26  # draws times layers, steps, experts and ranks, as far as `MIN_DRAWS` allow
 
 
-def redrawn(problem: PlacementProblem, layers: Sequence[LayerSteps]) -> list[LayerSteps]:
+def denoise_steps(problem: PlacementProblem, layers: Sequence[LayerSteps]) -> list[LayerSteps]:
     """Steps to place for: as recorded, or drawn anew in layers whose counts are mostly chance.
 
     Only pairs are drawn: a rank that waits for weights waits for experts of one pair, which rates tell worst.
@@ -35,7 +35,7 @@ def redrawn(problem: PlacementProblem, layers: Sequence[LayerSteps]) -> list[Lay
     size = sum(layer.counts_SE.size * layer.num_ranks for layer in layers)
     num_draws = min(max(MAX_WORK // max(size, 1), MIN_DRAWS), MAX_DRAWS)
     return [
-        _drawn(layer, num_draws, np.random.default_rng((problem.seed, at)))
+        _resampled(layer, num_draws, np.random.default_rng((problem.seed, at)))
         if problem.objective == "prefill" and _is_mostly_chance(layer.counts_SE)
         else layer
         for at, layer in enumerate(layers)
@@ -55,7 +55,7 @@ def noise_share(counts_SE: IntArray) -> float:
     return 0.0 if in_chance < LEAST_CHANCE else min(1 / in_chance, 1.0)
 
 
-def rates_SE(counts_SE: IntArray) -> FloatArray:
+def denoised_rates_SE(counts_SE: IntArray) -> FloatArray:
     """[S, E] the chance of each expert to be a pair's, in every step, with what is likely to be chance left out.
 
     Args:
@@ -80,8 +80,8 @@ def _expected_SE(counts_SE: IntArray) -> FloatArray:
     return expected_SE
 
 
-def _drawn(layer: LayerSteps, num_draws: int, generator: np.random.Generator) -> LayerSteps:
-    rate_SE = rates_SE(layer.counts_SE if layer.larger_SE is None else layer.larger_SE)
+def _resampled(layer: LayerSteps, num_draws: int, generator: np.random.Generator) -> LayerSteps:
+    rate_SE = denoised_rates_SE(layer.counts_SE if layer.larger_SE is None else layer.larger_SE)
     pairs_S = layer.counts_SE.sum(axis=1)
     counts_SE = np.concatenate([generator.multinomial(pairs_S, rate_SE) for _ in range(num_draws)])
     return LayerSteps(counts_SE, layer.num_ranks)

@@ -1,10 +1,12 @@
 """Placement for engines of equal slots: as many replicas on every rank, one format, an expert's pairs split evenly.
 
-SGLang, TensorRT-LLM, vLLM and vLLM-Ascend serve that way. EPLB places for the mean load; here a local search goes on
-from its answer for what a step waits for: the fullest rank, step by step. Replicas change ranks, or give way to another
-expert's, where that lowers the mean over steps of max/mean; experts that are busy in the same steps thus part.
+SGLang, TensorRT-LLM, vLLM and vLLM-Ascend serve that way. EPLB places for the mean load. Here a local search goes on
+from EPLB's placement and lowers what a step waits for, its fullest rank: the mean over steps of max/mean. Replicas
+change ranks, or give way to those of another expert; experts that are busy in the same steps thus part.
 
-The first improvement among one rank's slots is taken. Simulated annealing was tried and was no better at equal time.
+A move takes the best of one rank's slots if it improves. Simulated annealing was tried and was no better at equal time.
+
+Axes: J slots of a rank; A attempted moves.
 """
 
 from collections.abc import Sequence
@@ -23,11 +25,11 @@ from rq_ep.core.rules import Rules
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
-from rq_ep.solver.search.workers import workers
+from rq_ep.solver.search.parallel_search import process_map
 
-MAX_STEPS = 256  # of calibration looked at; 64 leave up to 0.03 more of max/mean on held-out steps
-MAX_MOVES = 20_000  # tried in each layer; three times as many gain less than 0.01
-LEAST_STEP = 1e-6  # of the mean of max/mean: smaller gains are rounding
+MAX_STEPS = 256  # of calibration that the search looks at; 64 leave up to 0.03 more of max/mean on held-out steps
+MAX_MOVES = 20_000  # attempted in each layer; three times as many gain less than 0.01
+LEAST_GAIN = 1e-6  # of the mean of max/mean: smaller gains are rounding errors
 
 
 def place_slots(
@@ -37,17 +39,17 @@ def place_slots(
     max_steps: int = MAX_STEPS,
     max_moves: int = MAX_MOVES,
 ) -> Placement:
-    """The best placement found with as many slots as `start`, never worse than it on the calibration steps.
+    """The best placement of the search with as many slots as `start`, never worse than it on the calibration steps.
 
     Args:
         problem: statistics, ranks and limits; `rules.whole_groups` keeps groups of experts on nodes.
         strategy: the name the placement will carry; it must split evenly, as `eplb` does.
-        start: from where the search goes, such as EPLB's layers.
+        start: the initial placement, such as EPLB's layers.
         max_steps: calibration steps to look at, spread over the record.
-        max_moves: moves tried in each layer.
+        max_moves: moves attempted in each layer.
 
     Raises:
-        UserError: `start` has no equal slots, or a limit is asked for that these engines do not know.
+        UserError: `start` has no equal slots, or a limit is set that these engines do not know.
     """
     _check_limits(problem)
     deadline = None if problem.time_limit_s is None else monotonic() + problem.time_limit_s
@@ -58,38 +60,40 @@ def place_slots(
         strict=True,
     )
     tasks = [
-        _Task(steps, _slots_of(layer, problem.topology.num_ranks), allowed_ER, max_moves, (problem.seed, at), deadline)
-        for at, (layer, steps, allowed_ER) in enumerate(rows)
+        _SlotTask(
+            steps, _slots_of(layer, problem.topology.num_ranks), allowed_ER, max_moves, (problem.seed, i), deadline
+        )
+        for i, (layer, steps, allowed_ER) in enumerate(rows)
     ]
     layers = []
-    with workers(problem.num_workers, len(tasks)) as run:
-        for layer, found_RK in zip(start, run(_improved, tasks), strict=True):
-            layers.append(_layer_of(layer, found_RK, problem.stats.native_format))
+    with process_map(problem.num_workers, len(tasks)) as run:
+        for layer, slots_RJ in zip(start, run(_improved, tasks), strict=True):
+            layers.append(_layer_of(layer, slots_RJ, problem.stats.native_format))
             problem.on_progress(len(layers) / len(tasks))
-    before = [even_imbalance(task.steps, task.slots_RK) for task in tasks]
+    before = [even_imbalance(task.steps, task.slots_RJ) for task in tasks]
     placement = certify(problem, strategy, layers, "even", max_steps, searched_from=round(float(np.mean(before)), 4))
     return _bounded_by_slots(placement)
 
 
-class _Task(NamedTuple):
+class _SlotTask(NamedTuple):
     """A layer to search."""
 
     steps: LayerSteps
-    slots_RK: IntArray
+    slots_RJ: IntArray
     allowed_ER: BoolArray
     max_moves: int
     entropy: tuple[int, ...]
     deadline: float | None
 
 
-def _improved(task: _Task) -> IntArray:
+def _improved(task: _SlotTask) -> IntArray:
     is_over = task.deadline is not None and monotonic() >= task.deadline
-    draws_N3 = np.random.default_rng(task.entropy).random((0 if is_over else task.max_moves, 3))
-    return improve_slots(task.steps, task.slots_RK, task.allowed_ER, draws_N3)
+    draws_A3 = np.random.default_rng(task.entropy).random((0 if is_over else task.max_moves, 3))
+    return improve_slots(task.steps, task.slots_RJ, task.allowed_ER, draws_A3)
 
 
 def check_slots(problem: PlacementProblem) -> int:
-    """Slots of each rank in each layer for the experts and `num_redundant_experts` more.
+    """The number of slots of each rank in each layer, for the experts and `num_redundant_experts` more.
 
     Raises:
         UserError: they are not as many on every rank; the message names numbers that would be.
@@ -112,61 +116,63 @@ def check_slots(problem: PlacementProblem) -> int:
     return num_slots // num_ranks
 
 
-def improve_slots(steps: LayerSteps, slots_RK: IntArray, allowed_ER: BoolArray, draws_N3: FloatArray) -> IntArray:
-    """[R, K] the expert in each slot after a search from `slots_RK`, in which no rank holds an expert twice.
+def improve_slots(steps: LayerSteps, slots_RJ: IntArray, allowed_ER: BoolArray, draws_A3: FloatArray) -> IntArray:
+    """[R, K] the expert in each slot after a search from `slots_RJ`, in which no rank holds an expert twice.
 
     Args:
         steps: what the layer is balanced for.
-        slots_RK: where the search begins.
+        slots_RJ: the initial placement.
         allowed_ER: the ranks that each expert may be moved to.
-        draws_N3: numbers in [0, 1) for each move tried.
+        draws_A3: numbers in [0, 1) for each move attempted.
     """
     if not len(steps.counts_SE):
-        return slots_RK
+        return slots_RJ
     num_ranks, num_experts = allowed_ER.shape[1], len(allowed_ER)
     held_ER = np.zeros((num_experts, num_ranks), bool)
-    held_ER[slots_RK, np.arange(num_ranks)[:, None]] = True
-    assert held_ER.sum() == slots_RK.size, "a rank holds an expert twice"
+    held_ER[slots_RJ, np.arange(num_ranks)[:, None]] = True
+    assert held_ER.sum() == slots_RJ.size, "a rank holds an expert twice"
     copies_E = held_ER.sum(axis=1)
     loads_ES = np.ascontiguousarray(steps.loads_SE.T)
     shares_ES = loads_ES / copies_E[:, None]
-    state = _State(
+    state = _SlotState(
         loads_ES=loads_ES,
         shares_ES=shares_ES,
         loads_SR=np.ascontiguousarray(shares_ES.T @ held_ER),
-        slots_RK=slots_RK.copy(),
+        slots_RJ=slots_RJ.copy(),
         held_ER=held_ER,
         copies_E=copies_E,
         fullest_S3=np.zeros((len(steps.counts_SE), 3), np.int64),
     )
-    _search(state, allowed_ER, draws_N3)
-    return state.slots_RK
+    _search(state, allowed_ER, draws_A3)
+    return state.slots_RJ
 
 
-def even_imbalance(steps: LayerSteps, slots_RK: IntArray) -> float:
+def even_imbalance(steps: LayerSteps, slots_RJ: IntArray) -> float:
     """max/mean of pairs over ranks, mean over steps, where an expert's slots share its pairs evenly."""
     if not len(steps.counts_SE):
         return 1.0
-    num_ranks, num_slots = slots_RK.shape
-    copies_E = np.bincount(slots_RK.ravel(), minlength=steps.counts_SE.shape[1])
-    loads_SRK = (steps.loads_SE / np.maximum(copies_E, 1))[:, slots_RK.ravel()].reshape(-1, num_ranks, num_slots)
-    return float(loads_SRK.sum(axis=2).max(axis=1).mean())
+    num_ranks, num_slots = slots_RJ.shape
+    copies_E = np.bincount(slots_RJ.ravel(), minlength=steps.counts_SE.shape[1])
+    loads_SRJ = (steps.loads_SE / np.maximum(copies_E, 1))[:, slots_RJ.ravel()].reshape(-1, num_ranks, num_slots)
+    return float(loads_SRJ.sum(axis=2).max(axis=1).mean())
 
 
 def _bounded_by_slots(placement: Placement) -> Placement:
-    """With the bound of as many slots in every layer; these engines cannot give one layer another's."""
+    """The placement with a bound for as many slots in every layer: these engines cannot give one layer another's."""
     bounds = [layer.bound or 1.0 for layer in placement.layers]
     bound = float(np.mean(bounds))
-    found = placement.certificate
-    tighter = {"bound": bound, "gap": found["predicted"] / bound - 1}
-    return replace(
-        placement, certificate={**found, **tighter, "binding": placement.layers[int(np.argmax(bounds))].binding}
-    )
+    certificate = {
+        **placement.certificate,
+        "bound": bound,
+        "gap": placement.certificate["predicted"] / bound - 1,
+        "binding": placement.layers[int(np.argmax(bounds))].binding,
+    }
+    return replace(placement, certificate=certificate)
 
 
 def _check_limits(problem: PlacementProblem) -> None:
     """Refuse by name what an engine of equal slots cannot keep or this search does not weigh."""
-    asked = {
+    unsupported = {
         f"--objective {problem.objective}": problem.objective != "prefill",
         f"--tail-weight {problem.tail_weight:g}": problem.tail_weight > 0,
         f"--max-error {problem.max_error}": problem.max_error is not None,
@@ -174,8 +180,8 @@ def _check_limits(problem: PlacementProblem) -> None:
         f"--move-price {problem.move_price:g}": problem.move_price > 0,
         "--rules": replace(problem.rules, whole_groups=False) != Rules(),
     }
-    for what, is_asked in asked.items():
-        if is_asked:
+    for what, is_set in unsupported.items():
+        if is_set:
             raise UserError(
                 f"{what}: not kept for engines of equal slots, whose pairs are balanced, by whole groups at most: "
                 "leave it out, or place with rq"
@@ -190,57 +196,57 @@ def _slots_of(layer: LayerPlacement, num_ranks: int) -> IntArray:
             f"layer {layer.index}: {on_rank_R.min()} to {on_rank_R.max()} slots on a rank; these engines have equally "
             "many: choose --num-redundant-experts so that experts and redundant ones divide by --num-ranks"
         )
-    slots_RK: IntArray = replicas.experts_P.reshape(num_ranks, -1)
-    return slots_RK
+    slots_RJ: IntArray = replicas.experts_P.reshape(num_ranks, -1)
+    return slots_RJ
 
 
-def _layer_of(start: LayerPlacement, slots_RK: IntArray, native_format: str) -> LayerPlacement:
-    replicas = [Replica(rank, expert, native_format) for rank, row in enumerate(slots_RK.tolist()) for expert in row]
+def _layer_of(start: LayerPlacement, slots_RJ: IntArray, native_format: str) -> LayerPlacement:
+    replicas = [Replica(rank, expert, native_format) for rank, row in enumerate(slots_RJ.tolist()) for expert in row]
     return LayerPlacement.even(start.index, start.num_experts, replicas)
 
 
-class _State(NamedTuple):
+class _SlotState(NamedTuple):
     """A layer in search. Loads are in units of the step's mean rank load."""
 
     loads_ES: FloatArray
     shares_ES: FloatArray  # of each slot of an expert
     loads_SR: FloatArray
-    slots_RK: IntArray
+    slots_RJ: IntArray
     held_ER: BoolArray
     copies_E: IntArray
     fullest_S3: IntArray  # the three fullest ranks; a swap of two ranks leaves one of them alone
 
 
 @compiled
-def _search(state: _State, allowed_ER: BoolArray, draws_N3: FloatArray) -> None:
-    """For a heavy expert on the fullest rank of some step, the best exchange with a slot of another rank, if any."""
+def _search(state: _SlotState, allowed_ER: BoolArray, draws_A3: FloatArray) -> None:
+    """Attempt moves: for a heavy expert on the fullest rank of some step, the best exchange with a slot elsewhere."""
     num_steps, num_ranks = state.loads_SR.shape
     total = _rank_by_load(state)
-    for n in range(len(draws_N3)):
-        step = _draw_step(state, draws_N3[n, 0] * (total - num_steps))
+    for a in range(len(draws_A3)):
+        step = _draw_step(state, draws_A3[a, 0] * (total - num_steps))
         source = state.fullest_S3[step, 0]
-        k = _draw_slot(state, step, source, draws_N3[n, 1] * state.loads_SR[step, source])
-        expert = state.slots_RK[source, k]
-        target = int(draws_N3[n, 2] * num_ranks)
+        j = _draw_slot(state, step, source, draws_A3[a, 1] * state.loads_SR[step, source])
+        expert = state.slots_RJ[source, j]
+        target = int(draws_A3[a, 2] * num_ranks)
         if state.held_ER[expert, target] or not allowed_ER[expert, target]:
             continue
-        best, best_k, is_swap = total - LEAST_STEP * num_steps, -1, False
-        for j in range(state.slots_RK.shape[1]):
-            other = state.slots_RK[target, j]
+        best, best_j, is_swap = total - LEAST_GAIN * num_steps, -1, False
+        for other_j in range(state.slots_RJ.shape[1]):
+            other = state.slots_RJ[target, other_j]
             if not state.held_ER[other, source] and allowed_ER[other, source]:
                 value = _total_swapped(state, expert, source, other, target, best)
                 if value < best:
-                    best, best_k, is_swap = value, j, True
+                    best, best_j, is_swap = value, other_j, True
             if state.copies_E[other] > 1:
                 value = _total_replaced(state, expert, other, target, best)
                 if value < best:
-                    best, best_k, is_swap = value, j, False
-        if best_k < 0:
+                    best, best_j, is_swap = value, other_j, False
+        if best_j < 0:
             continue
-        other = state.slots_RK[target, best_k]
-        state.slots_RK[target, best_k] = expert
+        other = state.slots_RJ[target, best_j]
+        state.slots_RJ[target, best_j] = expert
         if is_swap:
-            state.slots_RK[source, k] = other
+            state.slots_RJ[source, j] = other
             _drop(state, expert, source)
             _drop(state, other, target)
             _hold(state, expert, target)
@@ -252,7 +258,7 @@ def _search(state: _State, allowed_ER: BoolArray, draws_N3: FloatArray) -> None:
 
 
 @compiled
-def _rank_by_load(state: _State) -> float:
+def _rank_by_load(state: _SlotState) -> float:
     """Find the three fullest ranks of every step; the sum over steps of the fullest one's load."""
     num_steps, num_ranks = state.loads_SR.shape
     total = 0.0
@@ -272,39 +278,39 @@ def _rank_by_load(state: _State) -> float:
 
 
 @compiled
-def _draw_step(state: _State, mark: float) -> int:
-    """The step at which the running sum of what the fullest ranks carry above the mean reaches `mark`."""
+def _draw_step(state: _SlotState, threshold: float) -> int:
+    """The step at which the running sum of what the fullest ranks carry above the mean exceeds `threshold`."""
     num_steps = len(state.fullest_S3)
     running = 0.0
     for step in range(num_steps):
         running += state.loads_SR[step, state.fullest_S3[step, 0]] - 1
-        if running > mark:
+        if running > threshold:
             return step
     return num_steps - 1
 
 
 @compiled
-def _draw_slot(state: _State, step: int, rank: int, mark: float) -> int:
-    """The slot of `rank` at which the running sum of its slots' loads in this step reaches `mark`."""
-    num_slots = len(state.slots_RK[rank])
+def _draw_slot(state: _SlotState, step: int, rank: int, threshold: float) -> int:
+    """The slot of `rank` at which the running sum of its slots' loads in this step exceeds `threshold`."""
+    num_slots = len(state.slots_RJ[rank])
     running = 0.0
-    for k in range(num_slots):
-        running += state.shares_ES[state.slots_RK[rank, k], step]
-        if running > mark:
-            return k
+    for j in range(num_slots):
+        running += state.shares_ES[state.slots_RJ[rank, j], step]
+        if running > threshold:
+            return j
     return num_slots - 1
 
 
 @compiled
-def _total_swapped(state: _State, one: int, one_rank: int, two: int, two_rank: int, limit: float) -> float:
+def _total_swapped(state: _SlotState, one: int, one_rank: int, two: int, two_rank: int, limit: float) -> float:
     """Sum of the fullest ranks' loads if two slots changed places; `limit` if it would be at least that."""
     num_steps = len(state.loads_SR)
     total = 0.0
     for step in range(num_steps):
         more = state.shares_ES[two, step] - state.shares_ES[one, step]
         fullest = max(state.loads_SR[step, one_rank] + more, state.loads_SR[step, two_rank] - more)
-        for k in range(min(3, state.loads_SR.shape[1])):
-            rank = state.fullest_S3[step, k]
+        for position in range(min(3, state.loads_SR.shape[1])):
+            rank = state.fullest_S3[step, position]
             if rank != one_rank and rank != two_rank:
                 fullest = max(fullest, state.loads_SR[step, rank])
                 break
@@ -315,7 +321,7 @@ def _total_swapped(state: _State, one: int, one_rank: int, two: int, two_rank: i
 
 
 @compiled
-def _total_replaced(state: _State, new: int, old: int, rank: int, limit: float) -> float:
+def _total_replaced(state: _SlotState, new: int, old: int, rank: int, limit: float) -> float:
     """Sum of the fullest ranks' loads if a slot of `old` on `rank` went to `new`; `limit` if at least that."""
     num_steps, num_ranks = state.loads_SR.shape
     total = 0.0
@@ -340,7 +346,7 @@ def _total_replaced(state: _State, new: int, old: int, rank: int, limit: float) 
 
 
 @compiled
-def _drop(state: _State, expert: int, rank: int) -> None:
+def _drop(state: _SlotState, expert: int, rank: int) -> None:
     """Take a replica away; with the last one its load goes nowhere until another is held."""
     for step in range(len(state.loads_SR)):
         state.loads_SR[step, rank] -= state.shares_ES[expert, step]
@@ -349,7 +355,7 @@ def _drop(state: _State, expert: int, rank: int) -> None:
 
 
 @compiled
-def _hold(state: _State, expert: int, rank: int) -> None:
+def _hold(state: _SlotState, expert: int, rank: int) -> None:
     """Add a replica."""
     _share(state, expert, state.copies_E[expert] + 1)
     state.held_ER[expert, rank] = True
@@ -358,7 +364,7 @@ def _hold(state: _State, expert: int, rank: int) -> None:
 
 
 @compiled
-def _share(state: _State, expert: int, copies: int) -> None:
+def _share(state: _SlotState, expert: int, copies: int) -> None:
     """Spread an expert's load evenly over `copies` replicas, on the ranks that hold it now."""
     num_steps, num_ranks = state.loads_SR.shape
     state.copies_E[expert] = copies

@@ -1,4 +1,7 @@
-"""The first replica of every expert: numbers per rank dealt inside the byte budget, experts placed by load."""
+"""The first replica of every expert: as many for each rank as its bytes hold, the heaviest experts placed first (LPT).
+
+Axes: H nodes.
+"""
 
 import numpy as np
 
@@ -6,62 +9,62 @@ from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.objective.precision import Formats
 
 
-def deal_homes(
-    mean_LE: FloatArray, low_LE: BoolArray, formats: Formats, budget_R: IntArray, group: int
+def assign_first_replicas(
+    mean_LE: FloatArray, low_LE: BoolArray, formats: Formats, budget_R: IntArray, group_size: int
 ) -> IntArray | None:
-    """[L, E] a home rank for every expert, or None if they do not fit.
+    """[L, E] a rank for every expert, or None if they do not fit.
 
-    Experts are dealt to the rank with the most bytes left over all layers, so half an expert's room in one layer is
-    not lost for the next. With room for every expert in the native format this never fails.
+    The next expert goes to the rank with most bytes left over all layers, so that room for half an expert in one layer
+    is not lost for the next. With room for every expert in the native format this never fails.
 
     Args:
         mean_LE: load of each expert, to place the heaviest first.
         low_LE: experts stored in the low format.
+        formats: the two formats.
         budget_R: bytes of each rank, over all layers.
-        group: low experts dealt to a rank at a time; a group that makes room for a whole native replica helps
+        group_size: low experts that a rank gets at a time; a group that makes room for a whole native replica helps
             where ranks have few experts.
     """
     free_R = budget_R.copy()
-    homes_LE = np.empty(low_LE.shape, np.int64)
-    for mean_E, low_E, homes_E in zip(mean_LE, low_LE, homes_LE, strict=True):
+    ranks_LE = np.empty(low_LE.shape, np.int64)
+    for mean_E, low_E, ranks_E in zip(mean_LE, low_LE, ranks_LE, strict=True):
         num_low = int(low_E.sum())
-        numbers = []
-        for number, size, at_once in (
-            (num_low, formats.low_bytes, group),
-            (len(low_E) - num_low, formats.native_bytes, 1),
-        ):
-            number_R = _deal(number, size, at_once, free_R)
-            if number_R is None:
-                return None
-            numbers.append(number_R)
+        num_low_R = _experts_per_rank(num_low, formats.low_bytes, group_size, free_R)
+        if num_low_R is None:
+            return None
+        num_native_R = _experts_per_rank(len(low_E) - num_low, formats.native_bytes, 1, free_R)
+        if num_native_R is None:
+            return None
         load_R = np.zeros(len(budget_R))
-        for wanted, number_R in ((False, numbers[1]), (True, numbers[0])):
-            for expert in np.flatnonzero(low_E == wanted)[np.argsort(-mean_E[low_E == wanted], kind="stable")].tolist():
+        for is_low, number_R in ((False, num_native_R), (True, num_low_R)):
+            experts = np.flatnonzero(low_E == is_low)
+            for expert in experts[np.argsort(-mean_E[experts], kind="stable")].tolist():
                 rank = int(np.where(number_R > 0, load_R, np.inf).argmin())
-                homes_E[expert] = rank
+                ranks_E[expert] = rank
                 number_R[rank] -= 1
                 load_R[rank] += mean_E[expert]
-    return homes_LE
+    return ranks_LE
 
 
-def _deal(number: int, size: int, at_once: int, free_R: IntArray) -> IntArray | None:
-    """[R] how many of `number` equal replicas each rank takes; takes their bytes off `free_R`."""
+def _experts_per_rank(number: int, size: int, group_size: int, free_R: IntArray) -> IntArray | None:
+    """[R] how many of `number` experts of equal size each rank gets; takes their bytes off `free_R`."""
     number_R = np.zeros(len(free_R), np.int64)
     while number:
-        dealt = min(at_once, number)
-        if free_R.max() < dealt * size:
-            dealt = 1
+        count = min(group_size, number)
+        if free_R.max() < count * size:
+            count = 1
         if free_R.max() < size:
             return None
-        fewest = np.where(free_R >= dealt * size, number_R, np.iinfo(np.int64).max) if at_once > 1 else -free_R
-        rank = int(np.lexsort((-free_R, fewest))[0])
-        number_R[rank] += dealt
-        free_R[rank] -= dealt * size
-        number -= dealt
+        fits_R = free_R >= count * size
+        fewest_R = np.where(fits_R, number_R, np.iinfo(np.int64).max) if group_size > 1 else -free_R
+        rank = int(np.lexsort((-free_R, fewest_R))[0])
+        number_R[rank] += count
+        free_R[rank] -= count * size
+        number -= count
     return number_R
 
 
-def complete_homes(
+def complete_first_replicas(
     held_LER: BoolArray,
     mean_LE: FloatArray,
     bytes_LE: IntArray,
@@ -69,49 +72,49 @@ def complete_homes(
     allowed_LER: BoolArray,
     fixed_LER: BoolArray,
 ) -> BoolArray | None:
-    """[L, E, R] `held_LER`, what is fixed, and a home for every expert that lacks one; None if it does not fit.
+    """[L, E, R] `held_LER` with what is fixed and a replica of every expert that has none; None if it does not fit.
 
-    The most confined experts come first, then the heaviest, each onto the emptiest of the ranks with most bytes left.
-    Replicas too many for a rank's bytes give way first, those of the least load.
+    Replicas of least load are dropped first from ranks whose bytes they exceed. Of the missing experts, those of fewest
+    allowed ranks come first, then the heaviest; each goes to the least loaded of the ranks with most bytes left.
     """
     held_LER = (held_LER & allowed_LER) | fixed_LER
     free_R = budget_R - np.einsum("ler,le->r", held_LER, bytes_LE)
     load_LE = mean_LE / np.maximum(held_LER.sum(axis=2), 1)
     lightest_first = np.argsort(load_LE, axis=None, kind="stable")
     for rank in np.flatnonzero(free_R < 0).tolist():
-        for at, expert in np.stack(np.unravel_index(lightest_first, load_LE.shape), axis=1).tolist():
-            if free_R[rank] < 0 and held_LER[at, expert, rank] and not fixed_LER[at, expert, rank]:
-                held_LER[at, expert, rank] = False
-                free_R[rank] += bytes_LE[at, expert]
+        for i, expert in np.stack(np.unravel_index(lightest_first, load_LE.shape), axis=1).tolist():
+            if free_R[rank] < 0 and held_LER[i, expert, rank] and not fixed_LER[i, expert, rank]:
+                held_LER[i, expert, rank] = False
+                free_R[rank] += bytes_LE[i, expert]
     if free_R.min() < 0:
         return None
     num_allowed_LE = allowed_LER.sum(axis=2)
-    for at, held_ER in enumerate(held_LER):
-        load_R = load_LE[at] @ held_ER
-        for expert in np.lexsort((-mean_LE[at], num_allowed_LE[at])).tolist():
+    for i, held_ER in enumerate(held_LER):
+        load_R = load_LE[i] @ held_ER
+        for expert in np.lexsort((-mean_LE[i], num_allowed_LE[i])).tolist():
             if held_ER[expert].any():
                 continue
-            size = bytes_LE[at, expert]
-            fits_R = allowed_LER[at, expert] & (free_R >= size)
+            size = bytes_LE[i, expert]
+            fits_R = allowed_LER[i, expert] & (free_R >= size)
             if not fits_R.any():
                 return None
             roomy_R = fits_R & (free_R > free_R[fits_R].max() - size)
             rank = int(np.where(roomy_R, load_R, np.inf).argmin())
             held_ER[expert, rank] = True
             free_R[rank] -= size
-            load_R[rank] += mean_LE[at, expert]
+            load_R[rank] += mean_LE[i, expert]
     return held_LER
 
 
-def spread_out(held_LER: BoolArray, nodes_R: IntArray) -> BoolArray:
+def drop_beyond_node_spread(held_LER: BoolArray, nodes_R: IntArray) -> BoolArray:
     """[L, E, R] `held_LER` without the replicas that exceed an even spread of their expert over nodes."""
     num_nodes = int(nodes_R.max()) + 1
-    on_node_RN = nodes_R[:, None] == np.arange(num_nodes)
+    on_node_RH = nodes_R[:, None] == np.arange(num_nodes)
     held_LER = held_LER.copy()
     while True:
-        on_node_LEN = held_LER @ on_node_RN.astype(np.int64)
-        crowded_LEN = on_node_LEN > -(-on_node_LEN.sum(axis=2, keepdims=True) // num_nodes)
-        if not crowded_LEN.any():
+        on_node_LEH = held_LER @ on_node_RH.astype(np.int64)
+        exceeds_LEH = on_node_LEH > -(-on_node_LEH.sum(axis=2, keepdims=True) // num_nodes)
+        if not exceeds_LEH.any():
             return held_LER
-        for at, expert, node in np.argwhere(crowded_LEN).tolist():
-            held_LER[at, expert, np.flatnonzero(held_LER[at, expert] & (nodes_R == node))[-1]] = False
+        for i, expert, node in np.argwhere(exceeds_LEH).tolist():
+            held_LER[i, expert, np.flatnonzero(held_LER[i, expert] & (nodes_R == node))[-1]] = False

@@ -1,4 +1,7 @@
-"""One layer while it is being placed: who holds what, the best split of its steps, what another replica would gain."""
+"""One layer in the search: its replicas, the optimal split of its steps, and what another replica would gain.
+
+Axes: P replicas in any order.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +11,15 @@ import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
-from rq_ep.solver.search.max_flow import CLOSE, Index, index_of, pour, settle
-from rq_ep.solver.search.neighborhood import Limits, crowded
+from rq_ep.solver.search.max_flow import TOLERANCE, Splits, augment, index_replicas, water_fill
+from rq_ep.solver.search.neighborhood import LayerLimits, exceeds_node_spread
+from rq_ep.solver.split.augmenting_paths import ReplicaIndex
 
 GOOD_ENOUGH = 1.0005  # max/mean at which a step needs nothing more
-TIGHT = 0.002  # ranks within this of the fullest count as full, so that equally full ones are relieved in turn
+FULL_TOLERANCE = 0.002  # ranks within this of the fullest count as full, so that equally full ones are relieved in turn
 SWEEPS = 3  # more of them gain less than the first augmenting path costs
-RANKS_AN_ADDITION = 64  # one replica is added at a time for each so many
-NEARLY = 0.5  # of the best gain
+RANKS_PER_ADDITION = 64  # one replica is added at a time for each so many ranks
+NEARLY_BEST = 0.5  # of the best gain: what gains less is not added along with it
 
 
 class Addition(NamedTuple):
@@ -28,13 +32,13 @@ class Addition(NamedTuple):
 
 @dataclass
 class LayerSplit:
-    """Replicas of a layer, and a split of every step that is the best or close to it.
+    """Replicas of a layer, and a split of every step that is optimal or close to it.
 
-    Loads in units of the step's mean rank load: under perfect balance every rank is at 1.
+    Loads are in units of the step's mean rank load: under perfect balance every rank is at 1.
     """
 
     loads_SE: FloatArray
-    index: Index
+    index: ReplicaIndex
     quotas_SP: FloatArray
     loads_SR: FloatArray
     values_S: FloatArray  # the fullest rank of each step
@@ -43,12 +47,12 @@ class LayerSplit:
     def of(cls, loads_SE: FloatArray, held_ER: BoolArray) -> "LayerSplit":
         """Split every step exactly."""
         experts_P, ranks_P = (axis.astype(np.int64) for axis in np.nonzero(held_ER))
-        index = index_of(experts_P, ranks_P, *held_ER.shape)
+        index = index_replicas(experts_P, ranks_P, *held_ER.shape)
         num_steps = len(loads_SE)
         quotas_SP, loads_SR = np.zeros((num_steps, len(ranks_P))), np.zeros((num_steps, held_ER.shape[1]))
-        _split_all(index, loads_SE, quotas_SP, loads_SR)
         layer = cls(loads_SE, index, quotas_SP, loads_SR, np.zeros(num_steps))
-        layer.settle()
+        _split_all(layer.splits)
+        layer.optimize()
         return layer
 
     @property
@@ -57,96 +61,126 @@ class LayerSplit:
         return float(self.values_S.mean()) if len(self.values_S) else 1.0
 
     @property
+    def splits(self) -> Splits:
+        """The same for compiled code."""
+        return Splits(self.index, self.loads_SE, self.quotas_SP, self.loads_SR, self.values_S)
+
+    @property
     def held_ER(self) -> BoolArray:
+        """[E, R] whether the rank holds a replica of the expert."""
         held_ER = np.zeros((self.loads_SE.shape[1], self.loads_SR.shape[1]), bool)
         held_ER[self.index.experts_P, self.index.ranks_P] = True
         return held_ER
 
-    def settle(self) -> BoolArray:
-        """Make the split of every step the best; [S, R] the sets of ranks that prove it."""
+    def optimize(self) -> BoolArray:
+        """Make the split of every step optimal; [S, R] the cuts that prove it."""
         cuts_SR = np.ones(self.loads_SR.shape, bool)
-        _settle_all(self.index, self.quotas_SP, self.loads_SR, self.values_S, cuts_SR)
+        _optimize_all(self.splits, cuts_SR)
         return cuts_SR
 
     def add(self, additions: Sequence["Addition"]) -> None:
-        """More replicas; the splits are brought close to the best again."""
-        experts_N, ranks_N = (np.array(column, np.int64) for column in list(zip(*additions, strict=True))[1:])
-        experts_P, ranks_P = np.append(self.index.experts_P, experts_N), np.append(self.index.ranks_P, ranks_N)
-        self.index = index_of(experts_P, ranks_P, self.loads_SE.shape[1], self.loads_SR.shape[1])
+        """Add replicas, and bring the splits close to the optimum again."""
+        experts, ranks = (np.array(column, np.int64) for column in list(zip(*additions, strict=True))[1:])
+        experts_P, ranks_P = np.append(self.index.experts_P, experts), np.append(self.index.ranks_P, ranks)
+        self.index = index_replicas(experts_P, ranks_P, self.loads_SE.shape[1], self.loads_SR.shape[1])
         self.quotas_SP = np.concatenate([self.quotas_SP, np.zeros((len(self.quotas_SP), len(additions)))], axis=1)
-        _pour_again(self.index, experts_N, self.loads_SE, self.quotas_SP, self.loads_SR, self.values_S)
+        _refill(self.splits, experts)
 
-    def best_additions(self, limits: Limits) -> list["Addition"]:
-        """The replica worth most among those that fit, none if there is none.
+    def best_additions(self, limits: LayerLimits) -> list["Addition"]:
+        """The replica of the largest gain among those that fit; none if none gains.
 
-        With many ranks, a few more of other experts on other ranks that are worth nearly as much: looking for each anew
-        would take as long as all the rest.
+        With many ranks, a few more come along, of other experts on other ranks, which gain nearly as much: to look for
+        each anew would take as long as all the rest.
         """
-        wanted = max(self.loads_SR.shape[1] // RANKS_AN_ADDITION, 1)
-        gain_E, rank_E = _best_ranks(self.index, self.quotas_SP, self.loads_SR, self.values_S, limits, wanted > 1)
-        found: dict[int, Addition] = {}
+        max_additions = max(self.loads_SR.shape[1] // RANKS_PER_ADDITION, 1)
+        gain_E, rank_E = _best_ranks(self.splits, limits, max_additions > 1)
+        additions: dict[int, Addition] = {}
         for expert in np.argsort(-gain_E, kind="stable").tolist():
-            if gain_E[expert] <= 0 or gain_E[expert] < NEARLY * gain_E.max() or len(found) == wanted:
+            if gain_E[expert] <= 0 or gain_E[expert] < NEARLY_BEST * gain_E.max() or len(additions) == max_additions:
                 break
-            found.setdefault(int(rank_E[expert]), Addition(float(gain_E[expert]), expert, int(rank_E[expert])))
-        return list(found.values())
+            additions.setdefault(int(rank_E[expert]), Addition(float(gain_E[expert]), expert, int(rank_E[expert])))
+        return list(additions.values())
 
 
 @compiled
-def _split_all(index: Index, loads_SE: FloatArray, quotas_SP: FloatArray, loads_SR: FloatArray) -> None:
-    """Split every step from zero: experts of one replica, then the others some times over, the heaviest first."""
-    order_N = np.empty(loads_SR.shape[1], np.int64)
+def _split_all(splits: Splits) -> None:
+    """Split every step from zero: experts of one replica, then the others in several sweeps, the heaviest first."""
+    index, loads_SE, quotas_SP, loads_SR, _ = splits
+    by_load_R = np.empty(loads_SR.shape[1], np.int64)
     for step in range(len(loads_SE)):
         heaviest_first = np.argsort(-loads_SE[step], kind="mergesort")
         for sweep in range(SWEEPS + 1):
             for expert in heaviest_first:
                 num = index.first_E[expert + 1] - index.first_E[expert]
                 if (num == 1) == (sweep == 0) and loads_SE[step, expert] > 0:
-                    pour(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], order_N)
+                    water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
 
 
 @compiled
-def _settle_all(
-    index: Index, quotas_SP: FloatArray, loads_SR: FloatArray, values_S: FloatArray, cuts_SR: BoolArray
-) -> None:
+def _optimize_all(splits: Splits, cuts_SR: BoolArray) -> None:
+    index, _, quotas_SP, loads_SR, values_S = splits
     for step in range(len(values_S)):
-        values_S[step] = settle(index, quotas_SP[step], loads_SR[step], loads_SR[step].mean(), cuts_SR[step])
+        values_S[step] = augment(index, quotas_SP[step], loads_SR[step], loads_SR[step].mean(), cuts_SR[step])
 
 
 @compiled
-def _pour_again(
-    index: Index,
-    experts_N: IntArray,
-    loads_SE: FloatArray,
-    quotas_SP: FloatArray,
-    loads_SR: FloatArray,
-    values_S: FloatArray,
-) -> None:
-    """Pour some experts anew, then every shared one once, in the steps that are not balanced."""
-    order_N = np.empty(loads_SR.shape[1], np.int64)
+def _refill(splits: Splits, experts: IntArray) -> None:
+    """Fill some experts anew, then every one of several replicas once, in the steps that are not balanced."""
+    index, loads_SE, quotas_SP, loads_SR, values_S = splits
+    by_load_R = np.empty(loads_SR.shape[1], np.int64)
     for step in range(len(loads_SE)):
         load = 0.0
-        for expert in experts_N:
+        for expert in experts:
             load += loads_SE[step, expert]
-        if load > 0 and values_S[step] > 1 + CLOSE:
-            for expert in experts_N:
-                pour(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], order_N)
+        if load > 0 and values_S[step] > 1 + TOLERANCE:
+            for expert in experts:
+                water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
             for other in range(loads_SE.shape[1]):
                 if index.first_E[other + 1] - index.first_E[other] > 1:
-                    pour(index, other, loads_SE[step, other], quotas_SP[step], loads_SR[step], order_N)
+                    water_fill(index, other, loads_SE[step, other], quotas_SP[step], loads_SR[step], by_load_R)
             values_S[step] = loads_SR[step].max()
 
 
 @compiled
-def _best_ranks(
-    index: Index, quotas_SP: FloatArray, loads_SR: FloatArray, values_S: FloatArray, limits: Limits, spreads: bool
-) -> tuple[FloatArray, IntArray]:
-    """[E] gain per byte of each expert's best new replica, and its rank: what full ranks could hand over to its slack.
+def _best_ranks(splits: Splits, limits: LayerLimits, scatters: bool) -> tuple[FloatArray, IntArray]:
+    """[E] gain per byte of each expert's best new replica, and [E] its rank, -1 if none gains.
 
-    A step's gain is shared by its full ranks: its maximum falls when all of them are relieved. Of equally good ranks
-    the first is taken, or, where it `spreads`, another one for each expert.
+    Of equally good ranks the first is taken or, where it `scatters`, a different one for each expert.
     """
+    index, num_steps = splits.replicas, len(splits.values_S)
     num_experts, num_ranks = limits.allowed_ER.shape
+    gains_ER = _gains(splits)
+    for p in range(len(index.ranks_P)):
+        gains_ER[index.experts_P[p], index.ranks_P[p]] = 0.0
+    best_E, rank_E = np.zeros(num_experts), np.full(num_experts, -1)
+    for expert in range(num_experts):
+        size = limits.bytes_E[expert]
+        best_tie = -1
+        for rank in range(num_ranks):
+            tie = _tie_break(expert, rank) if scatters else 0
+            gain = gains_ER[expert, rank] / (size * num_steps)
+            if not limits.present_ER[expert, rank]:
+                gain -= limits.price
+            if gain <= 0 or gain < best_E[expert] or (gain == best_E[expert] and tie <= best_tie):
+                continue
+            if limits.free_R[rank] < size or not limits.allowed_ER[expert, rank]:
+                continue
+            if not limits.present_ER[expert, rank] and limits.move_budget[0] < size:
+                continue
+            if not exceeds_node_spread(index, limits, expert, -1, rank):
+                best_E[expert], rank_E[expert], best_tie = gain, rank, tie
+    return best_E, rank_E
+
+
+@compiled
+def _gains(splits: Splits) -> FloatArray:
+    """[E, R] load that the full ranks could hand over to a new replica of the expert there, all steps together.
+
+    It is limited by the room below the fullest rank. The full ranks of a step share its gain: its maximum falls only
+    when all of them are relieved.
+    """
+    index, loads_SE, quotas_SP, loads_SR, values_S = splits
+    num_experts, num_ranks = loads_SE.shape[1], loads_SR.shape[1]
     gains_ER = np.zeros((num_experts, num_ranks))
     on_full_E = np.zeros(num_experts)
     touched_E = np.empty(num_experts, np.int64)
@@ -156,7 +190,7 @@ def _best_ranks(
             continue
         num_full, num_touched = 0, 0
         for rank in range(num_ranks):
-            if loads_SR[step, rank] >= fullest * (1 - TIGHT):
+            if loads_SR[step, rank] >= fullest * (1 - FULL_TOLERANCE):
                 num_full += 1
                 for p in index.by_rank_P[index.first_R[rank] : index.first_R[rank + 1]]:
                     if quotas_SP[step, p] > 0:
@@ -168,26 +202,17 @@ def _best_ranks(
         for expert in touched_E[:num_touched]:
             for rank in range(num_ranks):
                 slack = fullest - loads_SR[step, rank]
-                if slack > fullest * TIGHT:
+                if slack > fullest * FULL_TOLERANCE:
                     gains_ER[expert, rank] += min(on_full_E[expert], slack) / num_full
             on_full_E[expert] = 0.0
-    for p in range(len(index.ranks_P)):
-        gains_ER[index.experts_P[p], index.ranks_P[p]] = 0.0
-    best_E, rank_E = np.zeros(num_experts), np.full(num_experts, -1)
-    for expert in range(num_experts):
-        size = limits.bytes_E[expert]
-        best_key = -1
-        for rank in range(num_ranks):
-            key = (expert * 7919 + rank * 104729) % 65521 if spreads else 0
-            gain = gains_ER[expert, rank] / (size * len(values_S))
-            if not limits.present_ER[expert, rank]:
-                gain -= limits.price
-            if gain <= 0 or gain < best_E[expert] or (gain == best_E[expert] and key <= best_key):
-                continue
-            if limits.free_R[rank] < size or not limits.allowed_ER[expert, rank]:
-                continue
-            if not limits.present_ER[expert, rank] and limits.room[0] < size:
-                continue
-            if not crowded(index, limits, expert, -1, rank):
-                best_E[expert], rank_E[expert], best_key = gain, rank, key
-    return best_E, rank_E
+    return gains_ER
+
+
+@compiled
+def _tie_break(expert: int, rank: int) -> int:
+    """A hash that puts the ranks in another order for each expert.
+
+    Additions made together must be on different ranks. Where many ranks are equally empty, as at first, the first of
+    them would be the best for every expert. The factors are primes; the modulus is the largest prime below 2**16.
+    """
+    return (expert * 7919 + rank * 104729) % 65521

@@ -1,4 +1,4 @@
-"""A placement being made: the problem made ready, ways to begin, and how good it has become."""
+"""The state of the search: its context, an initial solution, and a placement in progress with its objective."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,27 +13,27 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.expert_weights import loads_SE, weights_SE
 from rq_ep.solver.objective.precision import Formats
-from rq_ep.solver.search.first_replicas import complete_homes, spread_out
-from rq_ep.solver.search.greedy_fill import fill
+from rq_ep.solver.search.first_replicas import complete_first_replicas, drop_beyond_node_spread
+from rq_ep.solver.search.greedy_fill import add_replicas
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
-from rq_ep.solver.search.local_search import objective
-from rq_ep.solver.search.neighborhood import Limits
-from rq_ep.solver.search.rounds import Effort, search_rounds
+from rq_ep.solver.search.local_search import tail_weighted_mean
+from rq_ep.solver.search.neighborhood import LayerLimits
+from rq_ep.solver.search.parallel_search import Effort, search_layers
 
 UNLIMITED = 2**60
 
 
 @dataclass(frozen=True)
-class Start:
-    """Who holds what to begin with, and which experts are stored low."""
+class Solution:
+    """A placement of all layers: which rank holds which expert, and which experts are stored in the low format."""
 
     held_LER: BoolArray
     low_LE: BoolArray
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A problem made ready: all that its drafts share."""
+class SearchContext:
+    """The problem in the form that the search needs: what all its states share."""
 
     problem: PlacementProblem
     formats: Formats
@@ -41,17 +41,17 @@ class Ready:
     allowed_LER: BoolArray
     fixed_LER: BoolArray
     effort: Effort
-    current: Start | None
+    current: Solution | None  # the placement that serves already
 
     @classmethod
-    def of(cls, problem: PlacementProblem, max_moves: int, current: Placement | None) -> "Ready":
+    def of(cls, problem: PlacementProblem, max_moves: int, current: Placement | None) -> "SearchContext":
         """Raises a `UserError` if `current` has formats that the problem may not use."""
         stats, topology = problem.stats, problem.topology
         formats = Formats.of(problem)
-        start = None
+        serving = None
         if current is not None:
-            start = start_of(problem, formats, current.layers)
-            if start is None:
+            serving = solution_of(problem, formats, current.layers)
+            if serving is None:
                 allowed = ",".join(problem.formats)
                 raise UserError(
                     f"--formats {allowed}: the current placement uses {','.join(current.formats)}; allow these"
@@ -64,69 +64,70 @@ class Ready:
             problem.rules.allowed_LER(stats, topology),
             problem.rules.fixed_LER(stats, topology),
             Effort(max_moves, problem.seed, problem.tail_weight, problem.num_workers, deadline),
-            start,
+            serving,
         )
 
-    def homes(
+    def complete(
         self, held_LER: BoolArray, mean_LE: FloatArray, low_LE: BoolArray, budget_R: IntArray
     ) -> BoolArray | None:
-        """Who holds what, with a home for every expert inside the rules; None if that does not fit."""
+        """[L, E, R] `held_LER` with a replica of every expert, inside the rules; None if that does not fit."""
         if self.problem.rules.spread_nodes:
-            held_LER = spread_out(held_LER, self.problem.topology.nodes_R)
+            held_LER = drop_beyond_node_spread(held_LER, self.problem.topology.nodes_R)
         bytes_LE = self.formats.bytes_of(low_LE)
-        return complete_homes(held_LER, mean_LE, bytes_LE, budget_R, self.allowed_LER, self.fixed_LER)
+        return complete_first_replicas(held_LER, mean_LE, bytes_LE, budget_R, self.allowed_LER, self.fixed_LER)
 
-    def keeps_limits(self, start: Start) -> bool:
-        """Whether a start is inside the budget and the rules."""
-        bytes_LE = self.formats.bytes_of(start.low_LE)
-        if (np.einsum("ler,le->r", start.held_LER, bytes_LE) > self.budget_R).any():
+    def keeps_limits(self, solution: Solution) -> bool:
+        """Whether a solution is inside the budget and the rules."""
+        bytes_LE = self.formats.bytes_of(solution.low_LE)
+        if (np.einsum("ler,le->r", solution.held_LER, bytes_LE) > self.budget_R).any():
             return False
         try:
-            self.problem.rules.check(start.held_LER, self.problem.stats, self.problem.topology, "a start")
+            self.problem.rules.check(solution.held_LER, self.problem.stats, self.problem.topology, "a start")
         except UserError:
             return False
-        return bool(start.held_LER.any(axis=2).all())
+        return bool(solution.held_LER.any(axis=2).all())
 
 
-def start_of(problem: PlacementProblem, formats: Formats, layers: Sequence[LayerPlacement]) -> Start | None:
-    """Who holds what in a placement; None if it has formats that the problem may not use, or mixes them."""
+def solution_of(problem: PlacementProblem, formats: Formats, layers: Sequence[LayerPlacement]) -> Solution | None:
+    """The layers as a solution; None if they use formats that the problem may not, or mix them for one expert."""
     stats = problem.stats
     held_LER = np.zeros((stats.num_layers, stats.num_experts, problem.topology.num_ranks), bool)
     low_LE = np.zeros(held_LER.shape[:2], bool)
-    for at, layer in enumerate(layers):
+    for i, layer in enumerate(layers):
         table = layer.replicas
         if table.mixing_experts or not {formats.native, formats.low}.issuperset(table.formats_P):
             return None
-        held_LER[at, table.experts_P, table.ranks_P] = True
+        held_LER[i, table.experts_P, table.ranks_P] = True
         is_low_P = np.array([name != formats.native for name in table.formats_P], bool)
-        low_LE[at, table.experts_P[is_low_P]] = True
-    return Start(held_LER, low_LE)
+        low_LE[i, table.experts_P[is_low_P]] = True
+    return Solution(held_LER, low_LE)
 
 
-class Draft:
-    """A placement being made: every expert has a home; what is left of each rank's bytes is in the limits."""
+class SearchState:
+    """A placement in progress: every expert has a replica; the limits hold what is left of each rank's bytes."""
 
-    def __init__(self, ready: Ready, steps: Sequence[LayerSteps], start: Start) -> None:
-        self.ready = ready
-        self.low_LE = start.low_LE.copy()
-        self.limits = _limits(ready, start)
+    def __init__(self, context: SearchContext, steps: Sequence[LayerSteps], initial: Solution) -> None:
+        self.context = context
+        self.low_LE = initial.low_LE.copy()
+        self.limits = _limits(context, initial)
         self.layers: list[LayerSplit] = []
         self.scales: list[FloatArray] = []  # [S] total load of each step in that of native experts
-        for layer, held_ER, low_E in zip(steps, start.held_LER, start.low_LE, strict=True):
-            self.layers.append(LayerSplit.of(loads_SE(ready.problem, ready.formats, layer, low_E), held_ER))
+        for layer, held_ER, low_E in zip(steps, initial.held_LER, initial.low_LE, strict=True):
+            self.layers.append(LayerSplit.of(loads_SE(context.problem, context.formats, layer, low_E), held_ER))
             totals = [
-                weights_SE(ready.problem, ready.formats, layer, low).sum(axis=1) for low in (low_E, low_E & False)
+                weights_SE(context.problem, context.formats, layer, low).sum(axis=1) for low in (low_E, low_E & False)
             ]
             self.scales.append(totals[0] / totals[1])
 
     @property
     def held_LER(self) -> BoolArray:
+        """[L, E, R] whether the rank holds a replica of the expert."""
         return np.stack([layer.held_ER for layer in self.layers])
 
     @property
-    def start(self) -> Start:
-        """What another draft could begin with."""
-        return Start(self.held_LER, self.low_LE)
+    def solution(self) -> Solution:
+        """What another state could begin with."""
+        return Solution(self.held_LER, self.low_LE)
 
     @property
     def free_R(self) -> IntArray:
@@ -135,10 +136,15 @@ class Draft:
 
     @property
     def value(self) -> float:
-        """The objective; steps below a threshold are equal."""
-        tail_weight = self.ready.problem.tail_weight
+        """The objective: mean over layers of the tail-weighted max/mean, plus the price of moved bytes.
+
+        Steps that are balanced well enough count alike.
+        """
+        tail_weight = self.context.problem.tail_weight
         values = [
-            objective(np.maximum(layer.values_S, GOOD_ENOUGH) * scale_S, tail_weight) if len(scale_S) else GOOD_ENOUGH
+            tail_weighted_mean(np.maximum(layer.values_S, GOOD_ENOUGH) * scale_S, tail_weight)
+            if len(scale_S)
+            else GOOD_ENOUGH
             for layer, scale_S in zip(self.layers, self.scales, strict=True)
         ]
         moved = sum(
@@ -152,33 +158,35 @@ class Draft:
         """Lower is better: the objective, then fewer experts in few bits."""
         return round(self.value, 4), int(self.low_LE.sum())
 
-    def fill(self) -> "Draft":
-        """Add replicas while they fit and pay."""
-        fill(self.layers, self.limits, self.ready.effort.is_over)
+    def add_replicas(self) -> "SearchState":
+        """Add replicas greedily while they fit and gain."""
+        add_replicas(self.layers, self.limits, self.context.effort.is_over)
         return self
 
     def search(self, on_progress: Callable[[float], None]) -> None:
-        """Move replicas where that pays."""
-        self.layers = search_rounds(self.layers, self.limits, self.ready.effort, on_progress)
+        """Improve every layer by local search."""
+        self.layers = search_layers(self.layers, self.limits, self.context.effort, on_progress)
 
 
-def _limits(ready: Ready, start: Start) -> list[Limits]:
-    """What each layer may do from here; they share the bytes left and those that may still be moved."""
-    problem, topology, current = ready.problem, ready.problem.topology, ready.current
-    bytes_LE = ready.formats.bytes_of(start.low_LE)
-    free_R = ready.budget_R - np.einsum("ler,le->r", start.held_LER, bytes_LE)
-    present_LER, price, room = np.ones(start.held_LER.shape, bool), 0.0, UNLIMITED
+def _limits(context: SearchContext, initial: Solution) -> list[LayerLimits]:
+    """The limits of each layer; they share the bytes left and the bytes that may still be moved."""
+    problem, topology, current = context.problem, context.problem.topology, context.current
+    bytes_LE = context.formats.bytes_of(initial.low_LE)
+    free_R = context.budget_R - np.einsum("ler,le->r", initial.held_LER, bytes_LE)
+    present_LER, price, move_budget = np.ones(initial.held_LER.shape, bool), 0.0, UNLIMITED
     if current is not None:
-        present_LER = current.held_LER & (current.low_LE == start.low_LE)[:, :, None]
-        price = problem.move_price * len(bytes_LE) / float(ready.budget_R.sum())
+        present_LER = current.held_LER & (current.low_LE == initial.low_LE)[:, :, None]
+        price = problem.move_price * len(bytes_LE) / float(context.budget_R.sum())
         if problem.max_moved_bytes is not None:
-            moved = int(((start.held_LER & ~present_LER) * bytes_LE[:, :, None]).sum())
-            room = max(problem.max_moved_bytes - moved, 0)
+            moved = int(((initial.held_LER & ~present_LER) * bytes_LE[:, :, None]).sum())
+            move_budget = max(problem.max_moved_bytes - moved, 0)
     num_nodes = topology.num_nodes if problem.rules.spread_nodes else 1
-    shared_room = np.array([room], np.int64)
+    shared_budget = np.array([move_budget], np.int64)
     return [
-        Limits(bytes_E, free_R, allowed_ER, fixed_ER, topology.nodes_R, num_nodes, present_ER, price, shared_room)
+        LayerLimits(
+            bytes_E, free_R, allowed_ER, fixed_ER, topology.nodes_R, num_nodes, present_ER, price, shared_budget
+        )
         for bytes_E, allowed_ER, fixed_ER, present_ER in zip(
-            bytes_LE, ready.allowed_LER, ready.fixed_LER, present_LER, strict=True
+            bytes_LE, context.allowed_LER, context.fixed_LER, present_LER, strict=True
         )
     ]

@@ -8,28 +8,28 @@ import pytest
 
 import rq_ep.solver.certificate.lower_bound as bounds_module
 from rq_ep.core.arrays import IntArray
+from rq_ep.core.replicas import Replicas
 from rq_ep.solver.certificate.lower_bound import Bound, least_home_bytes, lower_bound
-from rq_ep.solver.certificate.relaxation import Limits
+from rq_ep.solver.certificate.relaxation import BoundLimits
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.step_balance import judge
-from rq_ep.solver.search.tables import replicas_of
 from tests.solver.instances import skewed
 
 
-def limits(num_ranks: int, max_bytes: int | None, max_low_pairs: float = 0.0, low_bytes: int = 504) -> Limits:
-    return Limits(num_ranks, num_ranks, 1000, low_bytes, max_bytes, max_low_pairs)
+def limits(num_ranks: int, max_bytes: int | None, max_low_pairs: float = 0.0, low_bytes: int = 504) -> BoundLimits:
+    return BoundLimits(num_ranks, num_ranks, 1000, low_bytes, max_bytes, max_low_pairs)
 
 
-def native(num_ranks: int, max_replicas: int) -> Limits:
+def native(num_ranks: int, max_replicas: int) -> BoundLimits:
     return limits(num_ranks, max_replicas * 1000, low_bytes=1000)
 
 
-def bound(counts: list[IntArray], within: Limits, **notes: IntArray) -> Bound:
+def bound(counts: list[IntArray], within: BoundLimits, **notes: IntArray) -> Bound:
     steps = [LayerSteps(counts_SE, within.num_ranks) for counts_SE in counts]
     return lower_bound(steps, np.stack([counts_SE.sum(axis=0) for counts_SE in counts]), within, **notes)
 
 
-def best_placement(counts_SE: IntArray, within: Limits) -> float:
+def best_placement(counts_SE: IntArray, within: BoundLimits) -> float:
     """The least mean of max/mean over all placements inside the limits, by enumeration."""
     num_experts, num_ranks = counts_SE.shape[1], within.num_ranks
     sets = [np.array(ranks, bool) for ranks in product([0, 1], repeat=num_ranks) if any(ranks)]
@@ -42,7 +42,9 @@ def best_placement(counts_SE: IntArray, within: Limits) -> float:
         for rows in product(sets, repeat=num_experts):
             held_ER = np.stack(rows)
             if within.max_bytes is None or (held_ER.sum(axis=1) @ size_E) <= within.max_bytes:
-                best = min(best, float(judge(replicas_of(held_ER), counts_SE, num_ranks, "exact").ratio_S.mean()))
+                best = min(
+                    best, float(judge(Replicas.from_mask(held_ER), counts_SE, num_ranks, "exact").ratio_S.mean())
+                )
     return best
 
 

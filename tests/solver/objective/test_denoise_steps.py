@@ -10,7 +10,14 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import Placement
 from rq_ep.solver.certificate.generalization import mean_of
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
-from rq_ep.solver.objective.denoise_steps import MAX_DRAWS, MIN_DRAWS, NOISY, noise_share, rates_SE, redrawn
+from rq_ep.solver.objective.denoise_steps import (
+    MAX_DRAWS,
+    MIN_DRAWS,
+    NOISY,
+    denoise_steps,
+    denoised_rates_SE,
+    noise_share,
+)
 from rq_ep.solver.objective.objective import judge_as_asked
 from rq_ep.solver.search.solve import solve
 from tests.solver.instances import problem
@@ -35,16 +42,16 @@ def drawn(rate_SE: FloatArray, num_pairs: int = NUM_PAIRS) -> IntArray:
 def test_rates_are_found_behind_the_chance(seed: int) -> None:
     rate_SE = true_rates(seed)
     counts_SE = drawn(rate_SE)
-    found_SE = rates_SE(counts_SE)
-    np.testing.assert_allclose(found_SE.sum(axis=1), 1)
-    assert (found_SE > 0).all()
-    assert ((found_SE - rate_SE) ** 2).sum() < 0.5 * ((counts_SE / NUM_PAIRS - rate_SE) ** 2).sum()
+    estimate_SE = denoised_rates_SE(counts_SE)
+    np.testing.assert_allclose(estimate_SE.sum(axis=1), 1)
+    assert (estimate_SE > 0).all()
+    assert ((estimate_SE - rate_SE) ** 2).sum() < 0.5 * ((counts_SE / NUM_PAIRS - rate_SE) ** 2).sum()
     assert NOISY < noise_share(counts_SE) < 1
 
 
 def test_steps_that_differ_by_chance_alone_become_one() -> None:
-    found_SE = rates_SE(drawn(np.tile(true_rates(0)[:1], (NUM_STEPS, 1))))
-    np.testing.assert_allclose(found_SE, np.tile(found_SE[:1], (NUM_STEPS, 1)), rtol=0.5, atol=0.01)
+    estimate_SE = denoised_rates_SE(drawn(np.tile(true_rates(0)[:1], (NUM_STEPS, 1))))
+    np.testing.assert_allclose(estimate_SE, np.tile(estimate_SE[:1], (NUM_STEPS, 1)), rtol=0.5, atol=0.01)
     assert noise_share(np.random.default_rng(0).poisson(5.0, (50, 50))) == pytest.approx(1, abs=0.1)
 
 
@@ -56,34 +63,34 @@ def test_steps_that_differ_by_chance_alone_become_one() -> None:
 def test_what_is_not_chance_is_left_as_recorded(counts_SE: IntArray) -> None:
     layer = LayerSteps(counts_SE, 4)
     asked = problem(np.ones((1, 1, NUM_EXPERTS)), 4)
-    assert redrawn(asked, [layer]) == [layer]
+    assert denoise_steps(asked, [layer]) == [layer]
 
 
 def test_reading_is_placed_for_as_recorded() -> None:
     counts_SLE = drawn(true_rates(0))[:, None]
     asked = problem(counts_SLE, 4)
     steps = calibration_steps(asked, NUM_STEPS)
-    assert redrawn(replace(asked, objective="decode"), steps)[0] is steps[0]
-    assert redrawn(asked, steps)[0] is not steps[0]
+    assert denoise_steps(replace(asked, objective="decode"), steps)[0] is steps[0]
+    assert denoise_steps(asked, steps)[0] is not steps[0]
 
 
 def test_as_many_pairs_from_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     counts_SLE = drawn(true_rates(0))[:, None]
     asked = problem(counts_SLE, 4)
     steps = calibration_steps(asked, NUM_STEPS)
-    one, again, other = (redrawn(replace(asked, seed=seed), steps)[0].counts_SE for seed in (0, 0, 1))
+    one, again, other = (denoise_steps(replace(asked, seed=seed), steps)[0].counts_SE for seed in (0, 0, 1))
     assert one.shape == (MAX_DRAWS * NUM_STEPS, NUM_EXPERTS)
     assert (one.sum(axis=1) == NUM_PAIRS).all()
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
     monkeypatch.setattr(redraw_module, "MAX_WORK", 1)
-    assert len(redrawn(asked, steps)[0].counts_SE) == MIN_DRAWS * NUM_STEPS
+    assert len(denoise_steps(asked, steps)[0].counts_SE) == MIN_DRAWS * NUM_STEPS
 
 
 def test_thinned_steps_have_the_rates_of_the_large_ones() -> None:
     rate_SE = true_rates(0)
     asked = replace(problem(drawn(rate_SE, 10**5)[:, None], 4), tokens_per_step=NUM_PAIRS // 2)  # top-2
-    (layer,) = redrawn(asked, calibration_steps(asked, NUM_STEPS))
+    (layer,) = denoise_steps(asked, calibration_steps(asked, NUM_STEPS))
     assert (layer.counts_SE.sum(axis=1) == NUM_PAIRS).all()
     assert layer.counts_SE.shape == (MAX_DRAWS * NUM_STEPS, NUM_EXPERTS)
     off_E = layer.counts_SE.mean(axis=0) - NUM_PAIRS * rate_SE.mean(axis=0)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from rq_ep.solver.objective.calibration_steps import LayerSteps
-from rq_ep.solver.search.cuts import MAX_RANKS_ENUMERATED, Cuts, change, forget_cuts, price, starting_cuts
+from rq_ep.solver.search.cuts import (
+    MAX_RANKS_ENUMERATED,
+    Changes,
+    Cuts,
+    apply_changes,
+    drop_cuts,
+    initial_cuts,
+    price_changes,
+)
 from rq_ep.solver.search.layer_state import LayerSplit
 from tests.solver.instances import random_held, skewed
 
@@ -18,7 +26,7 @@ def cuts_of(layer: LayerSplit, found_NR: np.ndarray | None = None) -> Cuts:
     num_ranks = layer.loads_SR.shape[1]
     if found_NR is None:
         found_NR = np.zeros((0, num_ranks), bool)
-    return starting_cuts(layer.index, layer.loads_SE, num_ranks, found_NR)
+    return initial_cuts(layer.index, layer.loads_SE, num_ranks, found_NR)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 7])
@@ -37,7 +45,7 @@ def test_the_sets_that_a_split_returns_prove_it() -> None:
     again.quotas_SP[:, again.index.by_expert_P[again.index.first_E[:-1]]] = again.loads_SE
     for loads_R, quotas_P in zip(again.loads_SR, again.quotas_SP, strict=True):
         np.add.at(loads_R, again.index.ranks_P, quotas_P)
-    cuts_SR = again.settle()  # from the worst split to the best: every step finds its proof
+    cuts_SR = again.optimize()  # from the worst split to the optimum: every step proves it
     np.testing.assert_allclose(again.values_S, layer.values_S, atol=2e-5)
     np.testing.assert_allclose(cuts_of(again, cuts_SR).tops_S, layer.values_S, atol=2e-5)
 
@@ -46,14 +54,14 @@ def test_the_sets_that_a_split_returns_prove_it() -> None:
 def test_a_change_is_priced_as_it_turns_out(num_ranks: int) -> None:
     layer = layer_of(16, num_ranks, 9, seed=0)
     held_ER = layer.held_ER
-    cuts = cuts_of(layer, layer.settle())
+    cuts = cuts_of(layer, layer.optimize())
     one, two = 3, 7
     off, on = int(np.flatnonzero(held_ER[one])[0]), int(np.flatnonzero(~held_ER[one])[0])
     added = int(np.flatnonzero(~held_ER[two])[0])
-    move = np.array([one, two]), np.array([off, -1]), np.array([on, added])
+    changes = Changes(np.array([one, two]), np.array([off, -1]), np.array([on, added]))
     priced_S = np.empty_like(layer.values_S)
-    price(cuts, layer.loads_SE, *move, priced_S)
-    change(cuts, layer.loads_SE, *move)
+    price_changes(cuts, layer.loads_SE, changes, priced_S)
+    apply_changes(cuts, layer.loads_SE, changes)
     np.testing.assert_allclose(cuts.tops_S, priced_S, atol=1e-12)
     held_ER[one, off], held_ER[one, on], held_ER[two, added] = False, True, True
     rebuilt = LayerSplit.of(layer.loads_SE, held_ER)
@@ -67,9 +75,9 @@ def test_a_change_is_priced_as_it_turns_out(num_ranks: int) -> None:
 def test_of_sets_too_many_those_stay_that_come_close() -> None:
     layer = layer_of(24, 12, 14, seed=1)
     generator = np.random.default_rng(0)
-    cuts = cuts_of(layer, np.concatenate([layer.settle(), generator.random((80, 12)) < 0.5]))
+    cuts = cuts_of(layer, np.concatenate([layer.optimize(), generator.random((80, 12)) < 0.5]))
     before, tops_S = int(cuts.num[0]), cuts.tops_S.copy()
-    forget_cuts(cuts, 12)
+    drop_cuts(cuts, 12)
     assert cuts.num[0] == 12 + (before - 12) // 2
     np.testing.assert_array_equal(cuts.tops_S, tops_S)
 

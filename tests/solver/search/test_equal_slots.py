@@ -54,17 +54,17 @@ def test_no_start_is_made_worse(seed: int, num_ranks: int, per_rank: int, more: 
     start = eplb(case)
     steps = LayerSteps(counts_SE, num_ranks)
     placed = place_slots(case, "eplb", start, max_moves=200)
-    slots_RK = placed.layers[0].replicas.experts_P.reshape(num_ranks, check_slots(case))
-    assert (np.diff(slots_RK, axis=1) > 0).all(), "sorted, so no rank holds an expert twice"
-    found, before = (
-        even_imbalance(steps, table.reshape(num_ranks, -1)) for table in (slots_RK, start[0].replicas.experts_P)
+    slots_RJ = placed.layers[0].replicas.experts_P.reshape(num_ranks, check_slots(case))
+    assert (np.diff(slots_RJ, axis=1) > 0).all(), "sorted, so no rank holds an expert twice"
+    after, before = (
+        even_imbalance(steps, table.reshape(num_ranks, -1)) for table in (slots_RJ, start[0].replicas.experts_P)
     )
-    assert found <= before + 1e-9
+    assert after <= before + 1e-9
     assert placed.certificate["searched_from"] == pytest.approx(before, abs=1e-4)
-    assert placed.layers[0].predicted == pytest.approx(found, rel=0.03)  # of whole pairs
+    assert placed.layers[0].predicted == pytest.approx(after, rel=0.03)  # of whole pairs
     assert placed.certificate["bound"] == pytest.approx(placed.layers[0].bound)
-    shares_P, copies_E = placed.layers[0].shares_P, np.bincount(slots_RK.ravel())
-    np.testing.assert_allclose(shares_P, 1 / copies_E[slots_RK.ravel()])
+    shares_P, copies_E = placed.layers[0].shares_P, np.bincount(slots_RJ.ravel())
+    np.testing.assert_allclose(shares_P, 1 / copies_E[slots_RJ.ravel()])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -81,15 +81,15 @@ def test_small_layers_come_close_to_the_best_of_all_placements(seed: int, num_ex
             best = min(best, even_imbalance(steps, np.nonzero(held_RE)[1].reshape(num_ranks, -1)))
     case = problem(counts_SE[:, None], num_ranks, num_extra)
     placed = place_slots(case, "eplb", eplb(case), max_moves=2000)
-    found = even_imbalance(steps, placed.layers[0].replicas.experts_P.reshape(num_ranks, -1))
-    assert best - 1e-9 <= found <= 1.03 * best
+    imbalance = even_imbalance(steps, placed.layers[0].replicas.experts_P.reshape(num_ranks, -1))
+    assert best - 1e-9 <= imbalance <= 1.03 * best
 
 
 def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
     case = problem(correlated(16, 32, 3, seed=1), 4, 4)
     for number in (1, 2):
-        asked = replace(case, num_workers=number)
-        place_slots(asked, "eplb", eplb(case), max_moves=500).save(tmp_path / f"{number}.json")
+        case_on_processes = replace(case, num_workers=number)
+        place_slots(case_on_processes, "eplb", eplb(case), max_moves=500).save(tmp_path / f"{number}.json")
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
 
 
@@ -117,16 +117,16 @@ def test_plain_python_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     from rq_ep.solver.search import equal_slots as slots
 
     steps = LayerSteps(correlated(12, 10, 1, seed=2)[:, 0], 4)
-    slots_RK = np.arange(12).reshape(4, 3)
-    slots_RK = np.concatenate([slots_RK, (slots_RK[:, :1] + 3) % 12], axis=1)  # one expert of the next rank besides
-    draws_N3 = np.random.default_rng(0).random((120, 3))
-    compiled = improve_slots(steps, slots_RK, np.ones((12, 4), bool), draws_N3)
+    slots_RJ = np.arange(12).reshape(4, 3)
+    slots_RJ = np.concatenate([slots_RJ, (slots_RJ[:, :1] + 3) % 12], axis=1)  # one expert of the next rank besides
+    draws_A3 = np.random.default_rng(0).random((120, 3))
+    compiled = improve_slots(steps, slots_RJ, np.ones((12, 4), bool), draws_A3)
     for name, function in vars(slots).copy().items():
         if hasattr(function, "py_func"):
             monkeypatch.setattr(slots, name, function.py_func)
-    plain = improve_slots(steps, slots_RK, np.ones((12, 4), bool), draws_N3)
+    plain = improve_slots(steps, slots_RJ, np.ones((12, 4), bool), draws_A3)
     np.testing.assert_array_equal(plain, compiled)
-    assert (plain != slots_RK).any()
+    assert (plain != slots_RJ).any()
 
 
 def test_whole_groups_stay_on_their_nodes() -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rq_ep.solver.search.layer_state import LayerSplit
-from rq_ep.solver.search.local_search import improve, objective
-from rq_ep.solver.search.neighborhood import Limits
+from rq_ep.solver.search.local_search import improve, tail_weighted_mean
+from rq_ep.solver.search.neighborhood import LayerLimits
 from tests.solver.instances import no_limits, random_held, skewed
 
 
@@ -18,7 +18,7 @@ def layer_of(num_experts: int, num_ranks: int, seed: int) -> LayerSplit:
     return LayerSplit.of(loads_SE, random_held(num_experts, num_ranks, num_ranks, seed))
 
 
-def improved(layer: LayerSplit, limits: Limits, tail_weight: float = 0.0, num_moves: int = 2000) -> LayerSplit:
+def improved(layer: LayerSplit, limits: LayerLimits, tail_weight: float = 0.0, num_moves: int = 2000) -> LayerSplit:
     return improve(layer, limits, tail_weight, num_moves, np.random.default_rng(0), lambda: False)
 
 
@@ -29,15 +29,15 @@ def test_gets_better_inside_the_bytes(num_experts: int, num_ranks: int) -> None:
         bytes_E = np.where(np.arange(num_experts) % 3 == 0, 5, 10)
         free_R = np.full(num_ranks, 7)
         limits = no_limits(num_experts, num_ranks)._replace(bytes_E=bytes_E, free_R=free_R)
-        room_R = free_R + bytes_E @ layer.held_ER
+        total_R = free_R + bytes_E @ layer.held_ER
         before = layer.value
-        found = improved(layer, limits)
-        assert found.value < before - 0.05
+        after = improved(layer, limits)
+        assert after.value < before - 0.05
         assert (limits.free_R >= 0).all()
-        np.testing.assert_array_equal(bytes_E @ found.held_ER + limits.free_R, room_R)
-        assert found.held_ER.any(axis=1).all()
+        np.testing.assert_array_equal(bytes_E @ after.held_ER + limits.free_R, total_R)
+        assert after.held_ER.any(axis=1).all()
         again = improved(layer_of(num_experts, num_ranks, seed), limits._replace(free_R=np.full(num_ranks, 7)))
-        np.testing.assert_array_equal(again.held_ER, found.held_ER)
+        np.testing.assert_array_equal(again.held_ER, after.held_ER)
 
 
 @pytest.mark.parametrize("num_ranks", [6, 12])
@@ -48,10 +48,10 @@ def test_keeps_the_rules(num_ranks: int) -> None:
     fixed_ER = before_ER & (generator.random(before_ER.shape) < 0.3)
     allowed_ER = before_ER | (generator.random(before_ER.shape) < 0.5)
     limits = no_limits(24, num_ranks)._replace(fixed_ER=fixed_ER, allowed_ER=allowed_ER)
-    found_ER = improved(layer, limits).held_ER
-    assert (found_ER != before_ER).any()
-    assert found_ER[fixed_ER].all()
-    assert not found_ER[~allowed_ER].any()
+    after_ER = improved(layer, limits).held_ER
+    assert (after_ER != before_ER).any()
+    assert after_ER[fixed_ER].all()
+    assert not after_ER[~allowed_ER].any()
 
 
 @pytest.mark.parametrize("num_ranks", [6, 12])
@@ -61,21 +61,21 @@ def test_replicas_stay_apart(num_ranks: int) -> None:
     held_ER = np.eye(num_ranks, dtype=bool)[np.arange(24) % num_ranks]
     held_ER[::2] |= np.roll(held_ER[::2], 1, axis=1)
     limits = no_limits(24, num_ranks)._replace(nodes_R=nodes_R, num_nodes=3)
-    found_ER = improved(LayerSplit.of(loads_SE, held_ER), limits).held_ER
-    assert (found_ER != held_ER).any()
-    on_node_EN = found_ER @ (nodes_R[:, None] == np.arange(3)).astype(np.int64)
-    assert (on_node_EN.max(axis=1) <= -(-found_ER.sum(axis=1) // 3)).all()
+    after_ER = improved(LayerSplit.of(loads_SE, held_ER), limits).held_ER
+    assert (after_ER != held_ER).any()
+    on_node_EH = after_ER @ (nodes_R[:, None] == np.arange(3)).astype(np.int64)
+    assert (on_node_EH.max(axis=1) <= -(-after_ER.sum(axis=1) // 3)).all()
 
 
 @pytest.mark.parametrize("num_ranks", [6, 12])
 def test_moving_has_a_price_and_a_cap(num_ranks: int) -> None:
     before_ER = layer_of(24, num_ranks, seed=3).held_ER
 
-    def moved(price: float, room: int) -> int:
-        limits = no_limits(24, num_ranks)._replace(present_ER=before_ER, price=price, room=np.array([room]))
-        found_ER = improved(layer_of(24, num_ranks, seed=3), limits).held_ER
-        count = int((found_ER & ~before_ER).sum())
-        assert limits.room[0] == room - count
+    def moved(price: float, num_bytes: int) -> int:
+        limits = no_limits(24, num_ranks)._replace(present_ER=before_ER, price=price, move_budget=np.array([num_bytes]))
+        after_ER = improved(layer_of(24, num_ranks, seed=3), limits).held_ER
+        count = int((after_ER & ~before_ER).sum())
+        assert limits.move_budget[0] == num_bytes - count
         return count
 
     assert moved(10.0, 10**6) == 0
@@ -85,11 +85,11 @@ def test_moving_has_a_price_and_a_cap(num_ranks: int) -> None:
 
 def test_the_tail_can_count() -> None:
     values_S = np.arange(20) / 10 + 1
-    assert objective(values_S, 0.0) == pytest.approx(1.95)
-    assert objective(values_S, 1.0) == pytest.approx(2.85)
-    assert objective(values_S, 0.5) == pytest.approx(2.4)
-    found = {weight: improved(layer_of(24, 6, seed=4), no_limits(24, 6), weight).values_S for weight in (0.0, 1.0)}
-    assert found[1.0].max() <= found[0.0].max()
+    assert tail_weighted_mean(values_S, 0.0) == pytest.approx(1.95)
+    assert tail_weighted_mean(values_S, 1.0) == pytest.approx(2.85)
+    assert tail_weighted_mean(values_S, 0.5) == pytest.approx(2.4)
+    values = {weight: improved(layer_of(24, 6, seed=4), no_limits(24, 6), weight).values_S for weight in (0.0, 1.0)}
+    assert values[1.0].max() <= values[0.0].max()
 
 
 PLAIN = """

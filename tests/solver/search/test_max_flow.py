@@ -5,14 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from rq_ep.solver.search.layer_state import RANKS_AN_ADDITION, LayerSplit
-from rq_ep.solver.search.neighborhood import Limits
-from rq_ep.solver.search.tables import replicas_of
+from rq_ep.core.replicas import Replicas
+from rq_ep.solver.search.layer_state import RANKS_PER_ADDITION, LayerSplit
+from rq_ep.solver.search.neighborhood import LayerLimits
 from tests.solver.instances import best_maximum, no_limits, random_held, skewed
 
 
 def optimum_S(layer: LayerSplit) -> list[float]:
-    replicas = replicas_of(layer.held_ER)
+    replicas = Replicas.from_mask(layer.held_ER)
     return [best_maximum(replicas, loads_E, layer.loads_SR.shape[1]) for loads_E in layer.loads_SE]
 
 
@@ -41,7 +41,7 @@ def test_another_replica_is_worth_what_it_gains() -> None:
     assert best.gain > 0
     assert not layer.held_ER[best.expert, best.rank]
     layer.add([best])
-    layer.settle()
+    layer.optimize()
     np.testing.assert_allclose(layer.values_S, optimum_S(layer), atol=3e-5)
     assert layer.value < before
 
@@ -58,27 +58,27 @@ def test_the_hot_expert_goes_to_the_idle_rank() -> None:
 
 
 def test_with_many_ranks_some_at_a_time() -> None:
-    num_ranks = 3 * RANKS_AN_ADDITION
+    num_ranks = 3 * RANKS_PER_ADDITION
     counts_SE = np.tile(np.where(np.arange(64) % 16 == 0, 100, 1), (2, 1))
     loads_SE = counts_SE * (num_ranks / counts_SE.sum(axis=1, keepdims=True))
     layer = LayerSplit.of(loads_SE, np.eye(num_ranks, dtype=bool)[:64])
-    found = layer.best_additions(no_limits(64, num_ranks))
-    assert len(found) == 3
-    assert len({one.rank for one in found}) == len({one.expert for one in found}) == len(found)
-    assert all(one.gain >= other.gain for one, other in itertools.pairwise(found))
-    layer.add(found)
-    layer.settle()
+    additions = layer.best_additions(no_limits(64, num_ranks))
+    assert len(additions) == 3
+    assert len({one.rank for one in additions}) == len({one.expert for one in additions}) == 3
+    assert all(one.gain >= other.gain for one, other in itertools.pairwise(additions))
+    layer.add(additions)
+    layer.optimize()
     np.testing.assert_allclose(layer.values_S, optimum_S(layer), rtol=3e-5)
 
 
-@pytest.mark.parametrize("what", ["bytes", "rules", "nodes", "room"])
+@pytest.mark.parametrize("what", ["bytes", "rules", "nodes", "move budget"])
 def test_no_replica_where_none_may_be(what: str) -> None:
     layer = LayerSplit.of(loads_of(6, 3, seed=1), np.eye(3, dtype=bool)[[0, 0, 1, 1, 2, 2]])
     limits = no_limits(6, 3)
-    none: dict[str, Limits] = {
+    none: dict[str, LayerLimits] = {
         "bytes": limits._replace(free_R=np.zeros(3, np.int64)),
         "rules": limits._replace(allowed_ER=np.zeros((6, 3), bool)),
-        "room": limits._replace(present_ER=np.zeros((6, 3), bool), room=np.zeros(1, np.int64)),
+        "move budget": limits._replace(present_ER=np.zeros((6, 3), bool), move_budget=np.zeros(1, np.int64)),
         "nodes": limits._replace(nodes_R=np.array([0, 0, 0]), num_nodes=2),
     }
     assert not layer.best_additions(none[what])
