@@ -1,14 +1,20 @@
 """`rq-ep profile`: time the parts of a layer on this machine, as a file that gives the cost of plans."""
 
 import argparse
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from rq_ep.config import DEVICES, add_flags, read_settings
+from rq_ep.core.errors import UserError
+from rq_ep.core.options import option
+from rq_ep.costs import MACHINES, Profile
+from rq_ep.costs.measured import ITEM_BYTES
+from rq_ep.costs.shapes import SHAPES, Shape, shape_name
 
 if TYPE_CHECKING:
     import torch
 
-    from rq_ep.costs import Profile
-    from rq_ep.costs.shapes import Shape
     from rq_ep.moe.expert_family import ExpertFamily
     from rq_ep.profiling.layer_profile import ProfiledLayer
 
@@ -19,101 +25,92 @@ LINKS = {"cpu": "cpu", "cuda": "h200"}  # device -> machine whose link stands in
 STYLE: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """What `rq-ep profile` takes."""
+
+    out: str = option("", help="profile to write (.json), for --machine FILE", required=True, metavar="FILE")
+    model: str | None = option(None, help="checkpoint whose experts are timed, instead of a shape's", metavar="DIR")
+    shape: str | None = option(
+        None, help=f"sizes of a gated layer, without a model: {', '.join(SHAPES)} (default: tiny)"
+    )
+    hidden_size: int | None = option(None, help="hidden size, instead of the shape's", minimum=1)
+    intermediate_size: int | None = option(None, help="intermediate size, instead of the shape's", minimum=1)
+    num_experts: int | None = option(None, help="experts, instead of the shape's", minimum=1)
+    top_k: int | None = option(None, help="experts of a token, instead of the shape's", minimum=1)
+    formats: Sequence[str] = option(("bf16", "int8"), help="weight formats, by commas")
+    dtype: str | None = option(
+        None, help="dtype to compute in; default: float32 on a CPU, bfloat16 on a GPU", choices=tuple(ITEM_BYTES)
+    )
+    device: str = option("auto", help="device to compute on", choices=DEVICES)
+    link_machine: str | None = option(
+        None,
+        help="where one rank runs, take the link of this machine (default: cpu, on a GPU h200), which is not measured; "
+        "to measure a link, start R ranks: torchrun --nproc-per-node R -m rq_ep profile ...",
+        choices=tuple(MACHINES),
+    )
+    repeat_seconds: float = option(0.2, help="how long each figure is repeated", minimum=0, maximum=60)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="FILE", help="profile to write (.json), for --machine FILE")
-    parser.add_argument("--model", metavar="DIR", help="checkpoint whose experts are timed, instead of a shape's")
-    parser.add_argument(
-        "--shape", metavar="NAME",
-        help="sizes of a gated layer, without a model: tiny (default), olmoe, mixtral, qwen3-moe, gpt-oss-120b, "
-        "deepseek-v3 or kimi-k2",
-    )  # fmt: skip
-    for name in SIZES:
-        what = name.replace("_", " ")
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{what}, instead of the shape's"
-        )
-    parser.add_argument("--formats", default="bf16,int8", metavar="NAMES", help="weight formats, by commas")
-    parser.add_argument(
-        "--dtype", metavar="NAME", help="dtype to compute in (default: float32 on a CPU, bfloat16 on a GPU)"
-    )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--link-machine", metavar="NAME",
-        help="where one rank runs, take the link of this machine (default: cpu, on a GPU h200); to measure the link, "
-        "start R ranks: torchrun --nproc-per-node R -m rq_ep profile ...",
-    )  # fmt: skip
-    parser.add_argument(
-        "--repeat-seconds", type=float, default=0.2, metavar="S", help="how long each figure is repeated"
-    )
+    add_flags(parser, ProfileOptions)
 
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
     from rq_ep.commands.progress_bar import showing
-    from rq_ep.core.errors import check_choice, check_number
     from rq_ep.core.files import check_writable
-    from rq_ep.costs import MACHINES
     from rq_ep.parallel.default_group import default_group
     from rq_ep.profiling.layer_profile import profile_layer
 
-    check_writable(args.out)
-    check_number("--repeat-seconds", args.repeat_seconds, 0.0, 60.0)
-    if args.link_machine is not None:
-        check_choice("--link-machine", args.link_machine, MACHINES)
-    shape = _shape(args)
+    options = read_settings(ProfileOptions, args)
+    check_writable(options.out)
+    shape = _shape(options)
     quiet_libraries()
-    group = default_group(args.device)
+    group = default_group(options.device)
     try:
         kind = group.device.type
-        layer = _layer(args, shape, parse_dtype(args.dtype or DTYPES[kind]))
+        layer = _layer(options, shape, parse_dtype(options.dtype or DTYPES[kind]))
         with showing(group.rank == 0) as show:
             profile = profile_layer(
                 layer,
                 group,
                 device_name=_device_name(kind),
-                link_machine=args.link_machine or LINKS[kind],
-                budget_s=args.repeat_seconds,
+                link_machine=options.link_machine or LINKS[kind],
+                budget_s=options.repeat_seconds,
                 progress=show,
             )
         if group.rank == 0:
-            profile.save(args.out)
+            profile.save(options.out)
             _print(profile, layer, kind)
-            print(f"{args.out}: written; price plans with it: rq-ep simulate --machine {args.out}")
+            print(f"{options.out}: written; price plans with it: rq-ep simulate --machine {options.out}")
     finally:
         group.close()
 
 
-def _shape(args: argparse.Namespace) -> "Shape | None":
+def _shape(options: ProfileOptions) -> Shape | None:
     """The sizes of the layer from the command line; None where a model has them."""
-    from rq_ep.core.errors import UserError, check_integer
-    from rq_ep.costs.shapes import SHAPES, shape_name
-
-    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    for name, size in given.items():
-        check_integer(f"--{name.replace('_', '-')}", size, 1)
-    if args.model is not None:
-        if given or args.shape is not None:
-            own = ", ".join(["shape"] if args.shape else given)
-            raise UserError(f"--model {args.model}: the model has its own {own}; leave these options out")
+    given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    if options.model is not None:
+        if given or options.shape is not None:
+            own = ", ".join(["shape"] if options.shape else given)
+            raise UserError(f"--model {options.model}: the model has its own {own}; leave these options out")
         return None
-    shape = replace(SHAPES[shape_name(args.shape or "tiny")], **given)
+    shape = replace(SHAPES[shape_name(options.shape or "tiny")], **given)
     if shape.top_k > shape.num_experts:
         raise UserError(f"--top-k {shape.top_k}: more than the {shape.num_experts} experts")
     return shape
 
 
-def _layer(args: argparse.Namespace, shape: "Shape | None", dtype: "torch.dtype") -> "ProfiledLayer":
-    from rq_ep.commands.common import parse_names
-    from rq_ep.core.errors import UserError
+def _layer(options: ProfileOptions, shape: Shape | None, dtype: "torch.dtype") -> "ProfiledLayer":
     from rq_ep.formats import get_format
     from rq_ep.moe.expert_family import ExpertFamily
     from rq_ep.profiling.layer_profile import ProfiledLayer
 
-    formats = tuple(dict.fromkeys(get_format(name).name for name in parse_names(args.formats)))
-    if not formats:
-        raise UserError(f"--formats {args.formats!r}: name at least one, such as bf16,int8")
-    if shape is None:
-        return ProfiledLayer(*_family_of_model(args.model), formats, dtype)
+    formats = tuple(dict.fromkeys(get_format(name).name for name in options.formats))
+    if options.model is not None:
+        return ProfiledLayer(*_family_of_model(options.model), formats, dtype)
+    assert shape is not None
     family = ExpertFamily.gated(shape.hidden_size, shape.intermediate_size)
     return ProfiledLayer(family, shape.num_experts, shape.top_k, formats, dtype)
 
@@ -144,7 +141,7 @@ def _device_name(kind: str) -> str:
     return f"{processor_name()} (CPU, {torch.get_num_threads()} threads per rank)"
 
 
-def _print(profile: "Profile", layer: "ProfiledLayer", kind: str) -> None:
+def _print(profile: Profile, layer: "ProfiledLayer", kind: str) -> None:
     from rich.table import Table
 
     from rq_ep.commands.console import wide_console

@@ -67,7 +67,7 @@ def test_takes_the_sizes_of_a_model(tmp_path: Path, tiny_checkpoint: Path) -> No
         (["--formats", "int9"], "did you mean 'int8'"),
         (["--formats", ","], "name at least one"),
         (["--dtype", "float23"], "did you mean 'float32'"),
-        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--device", "gpu"], "unknown --device 'gpu'"),
         (["--hidden-size", "0"], "--hidden-size 0: must be at least 1"),
         (["--shape", "mixtrl"], "unknown --shape 'mixtrl': did you mean 'mixtral'"),
         (["--shape", "mixtral", "--model", "nowhere"], "the model has its own shape"),
