@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.checkpoint.quantization_schemes import scheme_of
+from rq_ep.model.checkpoint.quantization_schemes import quantization_scheme
 from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
 from rq_ep.model.seam.adapters import ADAPTERS
 
@@ -24,7 +21,7 @@ SINGLE = "model.safetensors"
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
-    """The configuration of the checkpoint in directory `path`; that of a quantized one does not say so.
+    """The configuration of the checkpoint in directory `path`, without its quantization.
 
     Raises:
         UserError: the directory is no checkpoint, or one that cannot be served: an unknown `model_type`, no causal
@@ -37,7 +34,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
             f"{path}: model_type {model_type!r} is not a causal language model that transformers knows: "
             "give a checkpoint such as qwen3_moe, mixtral, olmoe, deepseek_v3 or gpt_oss"
         )
-    is_quantized = scheme_of(raw, str(path)) is not None
+    is_quantized = quantization_scheme(raw, str(path)) is not None
     with transformers_errors(f"{path}/config.json"):
         config: PretrainedConfig = AutoConfig.from_pretrained(path)
     if is_quantized:
@@ -46,7 +43,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
-    """`config.json` as it stands in the checkpoint directory `path`."""
+    """`config.json` of the checkpoint directory `path`, unchanged."""
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{path}: no such directory; expected a checkpoint with config.json and safetensors files")
@@ -80,9 +77,9 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint. Files are mapped, so that reading a slice touches no other bytes.
+    """The tensors of a checkpoint. Files are memory-mapped, so that reading a slice touches no other bytes.
 
-    `bytes_read` adds up what was asked for.
+    `bytes_read` is the size of all tensors and slices that were read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -100,9 +97,11 @@ class Checkpoint:
         return list(self._files)
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
         return tuple(self._files[key].get_slice(key).get_shape())
 
     def tensor(self, key: str) -> torch.Tensor:
+        """A tensor, in the dtype in which it is stored."""
         with self._readable(key):
             return self._counted(self._files[key].get_tensor(key))
 

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is: a hash that costs little at any size and changes when the model does."""
+"""Identity of a model: a hash of its checkpoint that is cheap at any size and changes when the model does."""
 
 import json
 from hashlib import sha256
@@ -10,12 +10,14 @@ from rq_ep.model.checkpoint.checkpoint_files import read_config_json, weight_fil
 
 NUM_SAMPLES = 64  # per file, evenly spaced; a file of up to 256 KiB is read whole
 SAMPLE_BYTES = 4096
-IRRELEVANT = frozenset({"transformers_version", "_name_or_path"})  # written by whoever saved it last
+IRRELEVANT = frozenset({"transformers_version", "_name_or_path"})  # differ with every saving
 
 
 def model_identity(path: str | Path) -> ModelIdentity:
-    """The identity of the checkpoint in directory `path`: the directory's name, and a sha256 over its configuration
-    and, for every weight file, the header (names, types, shapes, offsets) and samples of the bytes.
+    """The identity of the checkpoint in directory `path`.
+
+    It is the directory's name, and a sha256 over the configuration and, for every weight file, the header (names,
+    types, shapes, offsets) and samples of the bytes.
 
     Raises:
         UserError: `path` is not a checkpoint directory, or one of its files is missing.

@@ -1,7 +1,7 @@
 """Experts quantized in advance: a directory with a file for each MoE layer, written by `rq-ep quantize`.
 
-A file holds packed experts, uint8, keyed "EXPERT.FORMAT". It is written whole or not at all, so that quantizing can go
-on where it was stopped; reading touches only the experts that are asked for.
+A file holds packed experts, uint8, keyed "EXPERT.FORMAT", and says in its metadata how they were made (its provenance).
+It is written atomically, so that an interrupted `quantize` can resume. Reading touches only the experts it returns.
 """
 
 import json
@@ -33,7 +33,8 @@ class PackedExperts:
 
     @classmethod
     def open(cls, path: str | Path, model: ModelIdentity) -> "PackedExperts":
-        """
+        """Open a directory that `quantize` wrote.
+
         Args:
             path: the directory.
             model: whose experts are wanted.
@@ -41,15 +42,15 @@ class PackedExperts:
         Raises:
             UserError: no such directory, or nothing in it.
         """
-        found = cls(Path(path), model)
-        if not any(found.path.glob("layer-*.safetensors")):
+        packed = cls(Path(path), model)
+        if not any(packed.path.glob("layer-*.safetensors")):
             raise UserError(
                 f"--experts {path}: no quantized experts there; write them with `rq-ep quantize --out {path}`"
             )
-        return found
+        return packed
 
     def packed(self, layer: int, expert: int, format_name: str) -> Tensor | None:
-        """An expert as it was packed, uint8 [nbytes]; None if it was not quantized to this format.
+        """A packed expert, uint8 [nbytes]; None if it was not quantized to this format.
 
         Raises:
             UserError: the layer's file is damaged, or of another model.
@@ -65,16 +66,16 @@ class PackedExperts:
             raise UserError(f"{file}: cut short or damaged ({error}): quantize the model again") from None
 
     def check_holds(self, placement: Placement, stored_format: str) -> Counter[str]:
-        """Format -> how many of a placement's experts are to be read from here.
+        """Count the experts of a placement that will be read from here: format -> number.
 
         Args:
-            placement: what is to be served.
-            stored_format: what the checkpoint itself has its experts in: those need not be here.
+            placement: to be served.
+            stored_format: of the experts in the checkpoint itself, which need not be here.
 
         Raises:
             UserError: one that the placement stores in low bits is not here, or a file is damaged or of another model.
         """
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         missing = []
         for layer in placement.layers:
             wanted = {(replica.expert, replica.format) for replica in layer.replicas}
@@ -83,7 +84,7 @@ class PackedExperts:
             keys = self._read(file)[1] if low and file.exists() else frozenset()
             for expert, name in low:
                 if f"{expert}.{name}" in keys:
-                    found[name] += 1
+                    counts[name] += 1
                 else:
                     missing.append(f"expert {expert} of layer {layer.index} in {name}")
         if missing:
@@ -92,39 +93,43 @@ class PackedExperts:
                 f"--experts {self.path}: does not hold {missing[0]}{others}; write them with "
                 f"`rq-ep quantize --placement FILE --out {self.path}`"
             )
-        return found
+        return counts
 
-    def has(self, layer: int, how: Mapping[str, str]) -> bool:
-        """Whether a layer was written for this model with the settings `how`."""
+    def has(self, layer: int, provenance: Mapping[str, str]) -> bool:
+        """Whether a layer was written for this model with this provenance."""
         file = self.file(layer)
-        return file.exists() and self._read(file)[0] == how
+        return file.exists() and self._read(file)[0] == provenance
 
-    def write(self, layer: int, how: Mapping[str, str], experts: Mapping[tuple[int, str], Tensor]) -> None:
+    def write(self, layer: int, provenance: Mapping[str, str], experts: Mapping[tuple[int, str], Tensor]) -> None:
         """Write a layer's experts, (expert, format) -> uint8 [nbytes]."""
         self.path.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "model": json.dumps([self.model.id, self.model.hash]), "how": json.dumps(how)}
+        metadata = {
+            "format": FORMAT,
+            "model": json.dumps([self.model.id, self.model.hash]),
+            "how": json.dumps(provenance),
+        }
         tensors = {f"{expert}.{name}": packed.cpu() for (expert, name), packed in experts.items()}
         with replacing(self.file(layer)) as temporary:
             save_file(tensors, temporary, metadata)
 
     def file(self, layer: int) -> Path:
-        """Where the experts of a layer, by its index in the model, lie."""
+        """The file of a layer, by its index in the model."""
         return self.path / f"layer-{layer:05d}.safetensors"
 
     def _read(self, file: Path) -> tuple[dict[str, str], frozenset[str]]:
-        """How a file was made, and the keys in it."""
+        """The provenance of a file, and its keys."""
         try:
             with safe_open(file, framework="pt") as tensors:
                 texts, keys = tensors.metadata() or {}, frozenset(tensors.keys())
             metadata = {key: parse_metadata(text) for key, text in texts.items()}
             check_version(file, metadata.get("format"), FORMAT)
-            model, how = ModelIdentity(*metadata["model"]), metadata["how"]
+            model, provenance = ModelIdentity(*metadata["model"]), metadata["how"]
         except UserError:
             raise
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{file}: cut short, damaged or foreign ({error}): quantize the model again") from None
         self.model.check(model, str(file))
-        return how, keys
+        return provenance, keys
 
 
 def _as_bytes(packed: Tensor, name: str) -> Tensor:

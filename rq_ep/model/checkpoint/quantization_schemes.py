@@ -1,4 +1,4 @@
-"""How quantized checkpoints store a matrix: under which names, and in which of our formats it is, bit by bit."""
+"""Quantization schemes of checkpoints: the names under which a matrix is stored, and the weight format of its bits."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,19 +14,19 @@ from rq_ep.formats.quantized import Parts
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """One way of storing a matrix [out, in], or a stack of them, in several tensors."""
+    """How a matrix [out, in], or a stack of them, is stored in several tensors."""
 
-    format: str  # name of the weight format whose parts these are
-    suffixes: Mapping[str, str]  # stored tensor -> what its name has behind the matrix's; the numbers come first
-    parts: Callable[[Mapping[str, Tensor]], Parts]  # of the format, out of the stored tensors of one matrix
-    dtype: torch.dtype  # of the stored numbers
-    num_axes: int = 2  # of the stored numbers of one matrix: output channels, inputs, ...
-    inputs_per_element: int = 1  # along the second of these
+    format: str  # name of the weight format
+    suffixes: Mapping[str, str]  # tensor -> the suffix of its name after the matrix's; the numbers come first
+    parts: Callable[[Mapping[str, Tensor]], Parts]  # of the format, from the tensors of one matrix
+    dtype: torch.dtype  # of the numbers
+    num_axes: int = 2  # of the numbers of one matrix: output channels, inputs, ...
+    inputs_per_element: int = 1  # along the second axis
     is_transposed: bool = False  # the model keeps [in, out] in memory
-    refused: Mapping[str, str] = field(default_factory=dict)  # suffix -> why we cannot read it
+    unsupported: Mapping[str, str] = field(default_factory=dict)  # suffix of a tensor we cannot read -> its name
 
 
-def scheme_of(config: Mapping[str, Any], what: str) -> QuantizationScheme | None:
+def quantization_scheme(config: Mapping[str, Any], what: str) -> QuantizationScheme | None:
     """The scheme of a checkpoint, by its `quantization_config`; None without one.
 
     Args:
@@ -34,7 +34,7 @@ def scheme_of(config: Mapping[str, Any], what: str) -> QuantizationScheme | None
         what: the checkpoint, for messages.
 
     Raises:
-        UserError: one that we cannot read; the message names it.
+        UserError: the scheme is not supported; the message names it.
     """
     settings = config.get("quantization_config")
     if not settings:
@@ -48,23 +48,23 @@ def scheme_of(config: Mapping[str, Any], what: str) -> QuantizationScheme | None
         )
     try:
         return reader(settings)
-    except _Unknown as reason:
+    except _Unsupported as reason:
         raise UserError(
             f"{what}: the weights are quantized by {method} in a way that is not supported ({reason}): save a bf16 "
             "copy (from_pretrained with dequantization, then save_pretrained) and use that"
         ) from None
 
 
-class _Unknown(Exception):
-    """A setting that we cannot read."""
+class _Unsupported(Exception):
+    """A setting that is not supported."""
 
 
 def _mxfp4(settings: Mapping[str, Any]) -> QuantizationScheme:
-    """As gpt-oss: all experts of a layer in one stack, [E, out, groups, 16] blocks and [E, out, groups] scales."""
+    """mxfp4 as of gpt-oss: all experts of a layer in one stack, [E, O, G, 16] blocks and [E, O, G] scales."""
     return QuantizationScheme(
         format="mxfp4",
         suffixes={"blocks": "_blocks", "scales": "_scales"},
-        parts=lambda stored: {"blocks": stored["blocks"], "scales": stored["scales"]},
+        parts=lambda tensors: {"blocks": tensors["blocks"], "scales": tensors["scales"]},
         dtype=torch.uint8,
         num_axes=3,
         inputs_per_element=32,
@@ -73,9 +73,9 @@ def _mxfp4(settings: Mapping[str, Any]) -> QuantizationScheme:
 
 
 def _fp8(settings: Mapping[str, Any]) -> QuantizationScheme:
-    """As DeepSeek-V3: e4m3 numbers, and for each block the factor that they are multiplied by."""
+    """fp8 as of DeepSeek-V3: e4m3 numbers, and a factor for each block of them."""
     if settings.get("fmt", "e4m3") != "e4m3":
-        raise _Unknown(f"fmt {settings['fmt']!r:.40}")
+        raise _Unsupported(f"fmt {settings['fmt']!r:.40}")
     return _blocks(settings.get("weight_block_size"), "_scale_inv")
 
 
@@ -84,10 +84,10 @@ def _compressed(settings: Mapping[str, Any]) -> QuantizationScheme:
     groups = [group.get("weights") for group in dict(settings.get("config_groups") or {}).values()]
     kinds = {tuple(sorted((key, str((weights or {}).get(key))) for key in _DECIDING)) for weights in groups}
     if len(kinds) != 1 or not isinstance(groups[0], dict):
-        raise _Unknown(f"{len(kinds)} kinds of weights in config_groups")
+        raise _Unsupported(f"{len(kinds)} kinds of weights in config_groups")
     weights = groups[0]
     if not weights.get("symmetric", True):
-        raise _Unknown("weights that are not symmetric")
+        raise _Unsupported("weights that are not symmetric")
     kind, strategy = (weights.get("type"), weights.get("num_bits")), weights.get("strategy")
     if kind == ("int", 4) and strategy == "group" and f"int4_g{weights.get('group_size')}" in FORMATS:
         return QuantizationScheme(
@@ -96,34 +96,34 @@ def _compressed(settings: Mapping[str, Any]) -> QuantizationScheme:
             parts=_packed_int4,
             dtype=torch.int32,
             inputs_per_element=8,
-            refused=_COMPRESSED_REFUSED,
+            unsupported=_COMPRESSED_UNSUPPORTED,
         )
     if kind == ("float", 8) and strategy == "block":
-        return _blocks(weights.get("block_structure"), "_scale", _COMPRESSED_REFUSED)
+        return _blocks(weights.get("block_structure"), "_scale", _COMPRESSED_UNSUPPORTED)
     by_kind = {("int", 8): ("int8", "levels", torch.int8), ("float", 8): ("fp8", "numbers", torch.float8_e4m3fn)}
     if kind not in by_kind or strategy not in ("channel", "tensor"):
-        raise _Unknown(f"{weights.get('type')} of {weights.get('num_bits')} bits, scaled by {strategy}")
+        raise _Unsupported(f"{weights.get('type')} of {weights.get('num_bits')} bits, scaled by {strategy}")
     name, numbers, dtype = by_kind[kind]
     return QuantizationScheme(
         format=name,
         suffixes={numbers: "", "scale": "_scale"},
-        parts=lambda stored: {
-            numbers: stored[numbers],
-            "scale": stored["scale"].float().flatten().expand(len(stored[numbers])).contiguous(),
+        parts=lambda tensors: {
+            numbers: tensors[numbers],
+            "scale": tensors["scale"].float().flatten().expand(len(tensors[numbers])).contiguous(),
         },
         dtype=dtype,
-        refused=_COMPRESSED_REFUSED,
+        unsupported=_COMPRESSED_UNSUPPORTED,
     )
 
 
-def _blocks(block: Any, suffix: str, refused: Mapping[str, str] | None = None) -> QuantizationScheme:
+def _blocks(block: Any, suffix: str, unsupported: Mapping[str, str] | None = None) -> QuantizationScheme:
     if not isinstance(block, list | tuple) or len(block) != 2 or f"fp8_g{block[1]}" not in FORMATS:
-        raise _Unknown(f"fp8 in blocks of {block!r:.40}")
+        raise _Unsupported(f"fp8 in blocks of {block!r:.40}")
     rows, group = int(block[0]), int(block[1])
 
-    def parts(stored: Mapping[str, Tensor]) -> Parts:
-        numbers = stored["numbers"]
-        scale = stored["scale"].float().repeat_interleave(rows, dim=0)[: len(numbers)].contiguous()
+    def parts(tensors: Mapping[str, Tensor]) -> Parts:
+        numbers = tensors["numbers"]
+        scale = tensors["scale"].float().repeat_interleave(rows, dim=0)[: len(numbers)].contiguous()
         return {"numbers": numbers, "scale": scale}
 
     return QuantizationScheme(
@@ -131,25 +131,25 @@ def _blocks(block: Any, suffix: str, refused: Mapping[str, str] | None = None) -
         suffixes={"numbers": "", "scale": suffix},
         parts=parts,
         dtype=torch.float8_e4m3fn,
-        refused=refused or {},
+        unsupported=unsupported or {},
     )
 
 
-def _packed_int4(stored: Mapping[str, Tensor]) -> Parts:
-    """Eight levels plus 8 in an int32, the first in the lowest bits: little-endian, these are our bytes."""
-    scale = stored["scale"]
+def _packed_int4(tensors: Mapping[str, Tensor]) -> Parts:
+    """int4 of compressed-tensors: eight levels plus 8 in an int32, lowest bits first, which are the bytes of `Int4`."""
+    scale = tensors["scale"]
     rounded = scale.to(torch.bfloat16)
     if not torch.equal(rounded.to(scale.dtype), scale):
         raise UserError(
             f"scales of int4 weights are {scale.dtype} numbers that bf16 cannot hold: save a bf16 copy of the model"
         )
-    return {"codes": stored["packed"].view(torch.uint8), "scale": rounded}
+    return {"codes": tensors["packed"].view(torch.uint8), "scale": rounded}
 
 
 _DECIDING = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure")
-# Beside the weights: what only matters where activations or the KV cache are quantized, and shapes, which we know.
-BESIDE = (r"\.(input|output|k|v)_(scale|zero_point)$", r"\.weight_shape$")
-_COMPRESSED_REFUSED = {"_zero_point": "zero points", "_g_idx": "reordered groups", "_global_scale": "global scales"}
+# Tensors that only matter where activations or the KV cache are quantized, and shapes, which are known.
+IGNORED_TENSORS = (r"\.(input|output|k|v)_(scale|zero_point)$", r"\.weight_shape$")
+_COMPRESSED_UNSUPPORTED = {"_zero_point": "zero points", "_g_idx": "reordered groups", "_global_scale": "global scales"}
 _METHODS: Mapping[str, Callable[[Mapping[str, Any]], QuantizationScheme]] = {
     "mxfp4": _mxfp4,
     "fp8": _fp8,

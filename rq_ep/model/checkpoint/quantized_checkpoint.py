@@ -1,6 +1,6 @@
-"""A quantized checkpoint, read as if it were not: each matrix under one name, together with its scales.
+"""Reading a quantized checkpoint: each matrix under one name, dequantized, or as its parts.
 
-What is stored of a matrix is also had as it is, so that experts need not be quantized again.
+By its parts an expert is packed without quantizing it again.
 """
 
 import re
@@ -14,7 +14,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.formats import get_format, native_format_name
 from rq_ep.formats.quantized import Parts, Quantized
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config_json
-from rq_ep.model.checkpoint.quantization_schemes import BESIDE, QuantizationScheme, scheme_of
+from rq_ep.model.checkpoint.quantization_schemes import IGNORED_TENSORS, QuantizationScheme, quantization_scheme
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -23,19 +23,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: files are missing or damaged, weights lack their scales, or are stored in a way we cannot read.
     """
-    scheme = scheme_of(read_config_json(path), str(path))
+    scheme = quantization_scheme(read_config_json(path), str(path))
     return Checkpoint(path) if scheme is None else QuantizedCheckpoint(path, scheme)
 
 
 def expert_format(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
-    """Name of the format that a checkpoint's experts are stored in, that of `dtype` if they are not quantized."""
+    """Name of the weight format of a checkpoint's experts: the format of `dtype` if they are not quantized."""
     if isinstance(checkpoint, QuantizedCheckpoint) and any("expert" in key for key in checkpoint.matrices):
         return checkpoint.format.name
     return native_format_name(dtype)
 
 
 class QuantizedCheckpoint(Checkpoint):
-    """`tensor` and `rows` give matrices as the model keeps them in memory, dequantized to fp32."""
+    """The tensors of a quantized checkpoint; matrices are dequantized to fp32, as the model keeps them in memory."""
 
     def __init__(self, path: str | Path, scheme: QuantizationScheme) -> None:
         super().__init__(path)
@@ -43,30 +43,30 @@ class QuantizedCheckpoint(Checkpoint):
         assert isinstance(format_, Quantized), format_
         self.format = format_
         self._scheme = scheme
-        keys = [key for key in super().keys if not any(re.search(pattern, key) for pattern in BESIDE)]
-        self._stored = _matrices(keys, scheme, str(path))  # matrix -> stored tensor -> key
-        in_few_bits = {key for stored in self._stored.values() for key in stored.values()}
-        self._plain = [key for key in keys if key not in in_few_bits]
+        keys = [key for key in super().keys if not any(re.search(pattern, key) for pattern in IGNORED_TENSORS)]
+        self._tensor_keys = _matrices(keys, scheme, str(path))  # matrix -> tensor of the scheme -> key
+        low_bit_keys = {key for tensor_keys in self._tensor_keys.values() for key in tensor_keys.values()}
+        self._plain_keys = [key for key in keys if key not in low_bit_keys]
 
     @property
     def keys(self) -> list[str]:
-        return [*self._stored, *self._plain]
+        return [*self._tensor_keys, *self._plain_keys]
 
     @property
     def matrices(self) -> Collection[str]:
-        """The names of matrices, or of stacks of them, in few bits."""
-        return self._stored.keys()
+        """The names of low-bit matrices, or of stacks of them."""
+        return self._tensor_keys.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        if key not in self._stored:
+        if key not in self._tensor_keys:
             return super().shape(key)
-        numbers = super().shape(next(iter(self._stored[key].values())))
-        at = len(numbers) - self._scheme.num_axes
-        matrix = (numbers[at], numbers[at + 1] * self._scheme.inputs_per_element)
-        return (*numbers[:at], *(reversed(matrix) if self._scheme.is_transposed else matrix))
+        numbers = super().shape(next(iter(self._tensor_keys[key].values())))
+        axis = len(numbers) - self._scheme.num_axes
+        matrix = (numbers[axis], numbers[axis + 1] * self._scheme.inputs_per_element)
+        return (*numbers[:axis], *(reversed(matrix) if self._scheme.is_transposed else matrix))
 
     def tensor(self, key: str) -> Tensor:
-        if key in self._stored:
+        if key in self._tensor_keys:
             return self._matrices(key, None)
         plain = super().tensor(key)
         if plain.dtype == self._scheme.dtype:
@@ -76,14 +76,17 @@ class QuantizedCheckpoint(Checkpoint):
         return plain
 
     def rows(self, key: str, first: int, last: int) -> Tensor:
-        return self._matrices(key, (first, last)) if key in self._stored else super().rows(key, first, last)
+        return self._matrices(key, (first, last)) if key in self._tensor_keys else super().rows(key, first, last)
 
     def parts(self, key: str, expert: int | None = None) -> Parts:
-        """What is stored of a matrix, or of one matrix of a stack."""
-        stored = {}
-        for name, at in self._stored[key].items():
-            stored[name] = super().tensor(at) if expert is None else super().rows(at, expert, expert + 1)[0]
-        return self._scheme.parts(stored)
+        """The parts of a matrix, or of one matrix of a stack."""
+        tensors = {}
+        for name, tensor_key in self._tensor_keys[key].items():
+            if expert is None:
+                tensors[name] = super().tensor(tensor_key)
+            else:
+                tensors[name] = super().rows(tensor_key, expert, expert + 1)[0]
+        return self._scheme.parts(tensors)
 
     def _matrices(self, key: str, experts: tuple[int, int] | None) -> Tensor:
         """A matrix, or some of a stack of them."""
@@ -102,26 +105,28 @@ class QuantizedCheckpoint(Checkpoint):
 
 
 def _matrices(keys: Iterable[str], scheme: QuantizationScheme, what: str) -> dict[str, dict[str, str]]:
-    """Matrix -> stored tensor -> key, for every matrix that has a scale beside it.
+    """Matrix -> tensor of the scheme -> key, for every matrix that has a scale.
 
     Raises:
-        UserError: a scale without numbers, numbers without a scale, or something beside them that we cannot read.
+        UserError: a scale without numbers, numbers without a scale, or a tensor that is not supported.
     """
     present = set(keys)
-    for suffix, why in scheme.refused.items():
-        if found := sorted(key for key in present if key.endswith(f".weight{suffix}")):
-            raise UserError(f"{what}: {found[0]}: {why} are not supported: save a bf16 copy of the model and use that")
+    for suffix, name in scheme.unsupported.items():
+        if matches := sorted(key for key in present if key.endswith(f".weight{suffix}")):
+            raise UserError(
+                f"{what}: {matches[0]}: {name} are not supported: save a bf16 copy of the model and use that"
+            )
     (numbers_suffix, *_), scales_suffix = scheme.suffixes.values(), list(scheme.suffixes.values())[-1]
     matrices = {}
     for key in sorted(present):
         if key.endswith(scales_suffix):
             matrix = key.removesuffix(scales_suffix)
-            stored = {name: f"{matrix}{suffix}" for name, suffix in scheme.suffixes.items()}
-            if missing := sorted(set(stored.values()) - present):
+            tensor_keys = {name: f"{matrix}{suffix}" for name, suffix in scheme.suffixes.items()}
+            if missing := sorted(set(tensor_keys.values()) - present):
                 raise UserError(
                     f"{what}: {key} belongs to {missing[0]}, which is not there: the checkpoint is incomplete"
                 )
-            matrices[matrix] = stored
+            matrices[matrix] = tensor_keys
         elif numbers_suffix and key.endswith(numbers_suffix):
             scales = f"{key.removesuffix(numbers_suffix)}{scales_suffix}"
             if scales not in present:

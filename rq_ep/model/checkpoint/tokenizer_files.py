@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, for the HTTP process too: of our modules, none that it imports brings torch."""
+"""The tokenizer of a checkpoint. The HTTP process reads it too, so this module imports none that imports torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint in directory `path`; a `UserError` if there is none, or none that works."""
     directory = Path(path)
-    # Without a file transformers would make up an empty tokenizer.
+    # Without a file, transformers would build an empty tokenizer.
     if directory.is_dir() and not any((directory / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; copy {TOKENIZER_FILES[0]} and tokenizer_config.json of the model there")
     with transformers_errors(f"the tokenizer of {path}"):
@@ -24,7 +24,7 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def transformers_errors(what: str | Path) -> Iterator[None]:
-    """Tell in one line why transformers cannot use what a checkpoint holds; every family fails in its own way."""
+    """While open, any error of transformers becomes a one-line `UserError`: model families raise all kinds of them."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,8 @@
-"""From checkpoint tensors to the model's own: transformers' conversion rules, applied to one tensor or one expert.
+"""Conversion of checkpoint tensors to the model's, by transformers' rules, one tensor or one expert at a time.
 
-Checkpoints mostly keep every expert's matrices apart, under names of their own; in memory transformers fuses and
-renames them. Its conversion mapping says how, for a whole model at once. Here the same rules make one expert at a time,
-so that a rank reads its own experts and no others.
+Most checkpoints store each expert's matrices separately, under other names than the model's; transformers renames and
+fuses them when it loads a whole model. Here its rules are applied to single experts, so that a rank reads its own
+experts and no others.
 """
 
 import re
@@ -39,13 +39,13 @@ class SourceTensor(NamedTuple):
     """A checkpoint tensor that goes into a tensor of the model."""
 
     key: str
-    pattern: str  # the converter's pattern that it matched; the key itself where nothing is converted
-    expert: int | None  # the one expert it belongs to, where the checkpoint keeps experts apart
+    pattern: str  # the converter's pattern that it matched; the key itself if nothing is converted
+    expert: int | None  # that it belongs to, if the checkpoint stores experts separately
 
 
 @dataclass(frozen=True)
 class TensorConversion:
-    """How a tensor of the model (or several, where the checkpoint fuses what the model keeps apart) is made."""
+    """How a tensor of the model, or several that the checkpoint stores fused, is made from checkpoint tensors."""
 
     target: str
     converter: WeightConverter | None
@@ -77,8 +77,8 @@ class WeightReader:
         self._state = model.state_dict()
         conversions = _conversions(model, checkpoint.keys, self._state)
         made = {target for conversion in conversions.values() for target in conversion.targets}
-        self._refuse_leftovers(model, made)
-        self._refuse_missing(model, made)
+        self._check_nothing_left_over(model, made)
+        self._check_nothing_missing(model, made)
         self._experts: dict[str, dict[str, TensorConversion]] = {}
         self._layouts: dict[str, ExpertLayout] = {}
         for name in experts:
@@ -86,27 +86,27 @@ class WeightReader:
             tensors = [tensor for tensor, _ in model.get_submodule(name).named_parameters()]
             self._experts[name] = {tensor: conversions.pop(f"{name}.{tensor}") for tensor in tensors}
             for conversion in self._experts[name].values():
-                self._refuse_incomplete(conversion)
-        self._others = list(conversions.values())
+                self._check_all_experts(conversion)
+        self._others = list(conversions.values())  # outside the experts
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every stored tensor outside the routed experts, one after another, in the checkpoint's dtype.
+        """Read every stored tensor outside the routed experts, one after another, in the checkpoint's dtype.
 
-        Here as in `expert`, weights stored in few bits come in fp32.
+        Here and in `expert`, low-bit weights are dequantized to fp32.
         """
         for conversion in self._others:
-            if known := {name: self._state[name].shape for name in conversion.targets if name in self._state}:
+            if shapes := {name: self._state[name].shape for name in conversion.targets if name in self._state}:
                 sources = [(source.pattern, self._checkpoint.tensor(source.key)) for source in conversion.sources]
-                yield from self._make(conversion, sources, known).items()
+                yield from self._make(conversion, sources, shapes).items()
 
     def expert(self, name: str, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors of one expert of the experts module `name`, in the checkpoint's dtype."""
+        """Read the tensors of one expert of the experts module `name`, in the checkpoint's dtype."""
         return {tensor: self._expert_tensor(conversion, expert) for tensor, conversion in self._experts[name].items()}
 
     def stored_expert(self, name: str, expert: int, format_name: str) -> torch.Tensor | None:
-        """An expert as the checkpoint stores it, packed: uint8 [nbytes]; None unless that is in format `format_name`.
+        """Read an expert packed as the checkpoint stores it: uint8 [nbytes]; None unless it is in this format.
 
-        Its numbers and scales come together, go through the same merging, and are not rounded again.
+        Its numbers and scales are merged as the weights would be, and are not rounded again.
         """
         checkpoint = self._checkpoint
         if not isinstance(checkpoint, QuantizedCheckpoint) or checkpoint.format.name != format_name:
@@ -124,7 +124,7 @@ class WeightReader:
         return checkpoint.format.pack_parts(parts, biases, self._layouts[name])
 
     def _expert_parts(self, checkpoint: QuantizedCheckpoint, conversion: TensorConversion, expert: int) -> Parts:
-        """What is stored of one expert's matrix, each part merged as the matrix would be."""
+        """The parts of one expert's matrix, each merged as the matrix would be."""
         if conversion.converter is None:
             return checkpoint.parts(conversion.sources[0].key, expert)
         sources = [
@@ -133,7 +133,7 @@ class WeightReader:
         merged = {}
         for part in sources[0][1]:
             tensors = [(pattern, parts[part]) for pattern, parts in sources]
-            merged[part] = self._convert(conversion.target, conversion.converter, tensors, _Shapes({}))[
+            merged[part] = self._convert(conversion.target, conversion.converter, tensors, _ShapeSource({}))[
                 conversion.target
             ][0]
         return merged
@@ -154,11 +154,11 @@ class WeightReader:
         sources: Sequence[tuple[str, torch.Tensor]],
         shapes: Mapping[str, torch.Size],
     ) -> dict[str, torch.Tensor]:
-        """The tensors named in `shapes`, out of (pattern, tensor) pairs."""
+        """Make the tensors named in `shapes` from (pattern, tensor) pairs."""
         if conversion.converter is None:
             made = {conversion.target: sources[0][1]}
         else:
-            made = self._convert(conversion.target, conversion.converter, sources, _Shapes(shapes))
+            made = self._convert(conversion.target, conversion.converter, sources, _ShapeSource(shapes))
         for name, shape in shapes.items():
             if made[name].shape != shape:
                 raise UserError(
@@ -168,21 +168,25 @@ class WeightReader:
         return {name: made[name] for name in shapes}
 
     def _convert(
-        self, target: str, converter: WeightConverter, sources: Sequence[tuple[str, torch.Tensor]], shapes: "_Shapes"
+        self,
+        target: str,
+        converter: WeightConverter,
+        sources: Sequence[tuple[str, torch.Tensor]],
+        shapes: "_ShapeSource",
     ) -> dict[str, torch.Tensor]:
         for pattern, tensor in sources:
             converter.add_tensor(target, pattern, pattern, tensor)  # type: ignore[arg-type]  # as saving does
         try:
             made: dict[str, torch.Tensor] = converter.convert(target, model=shapes, config=self._config)
         except (RuntimeError, ValueError, KeyError, AttributeError) as error:
-            found = ", ".join(f"{pattern} {list(tensor.shape)}" for pattern, tensor in sources)
+            shown = ", ".join(f"{pattern} {list(tensor.shape)}" for pattern, tensor in sources)
             raise UserError(
-                f"{self._checkpoint.path}: {target} cannot be converted from {found} ({error}): "
+                f"{self._checkpoint.path}: {target} cannot be converted from {shown} ({error}): "
                 "the weights belong to another configuration"
             ) from None
         return made
 
-    def _refuse_leftovers(self, model: PreTrainedModel, made: set[str]) -> None:
+    def _check_nothing_left_over(self, model: PreTrainedModel, made: set[str]) -> None:
         ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED_BUFFERS]
         left = [name for name in made - set(self._state) if not any(re.search(pattern, name) for pattern in ignored)]
         if left:
@@ -191,8 +195,8 @@ class WeightReader:
                 "config.json: the weights belong to another configuration"
             )
 
-    def _refuse_missing(self, model: PreTrainedModel, made: set[str]) -> None:
-        # What is tied to another tensor is not stored; what may be missing must have been computed by the model.
+    def _check_nothing_missing(self, model: PreTrainedModel, made: set[str]) -> None:
+        # Tied tensors are not stored; a tensor that may be missing must have been computed by the model.
         ignored = model._keys_to_ignore_on_load_missing or ()
         missing = [
             name
@@ -205,17 +209,17 @@ class WeightReader:
                 "another configuration"
             )
 
-    def _refuse_incomplete(self, conversion: TensorConversion) -> None:
-        """Check that every expert of a fused tensor is there; the number of tensors does not say which is lacking."""
+    def _check_all_experts(self, conversion: TensorConversion) -> None:
+        """Raise a `UserError` that names the experts that a fused tensor lacks, or has too many of."""
         num_experts = self._state[conversion.target].shape[0]
         for pattern in {source.pattern for source in conversion.sources}:
             sources = [source for source in conversion.sources if source.pattern == pattern]
-            found = {source.expert for source in sources}
-            if found == {None}:
+            numbers = {source.expert for source in sources}
+            if numbers == {None}:
                 rows = self._checkpoint.shape(sources[0].key)[0]
                 wrong = [] if rows == num_experts else [f"{conversion.target} of {rows} experts"]
             else:
-                wrong = [f"expert {expert} of {conversion.target}" for expert in found ^ set(range(num_experts))]
+                wrong = [f"expert {expert} of {conversion.target}" for expert in numbers ^ set(range(num_experts))]
             if wrong:
                 raise UserError(
                     f"{self._checkpoint.path}: config.json asks for experts 0..{num_experts - 1}, but the checkpoint "
@@ -223,8 +227,8 @@ class WeightReader:
                 )
 
 
-class _Shapes:
-    """Stands in for the model where a conversion rule asks for the shape of what it makes."""
+class _ShapeSource:
+    """The stand-in for a model that gives conversion rules the shapes of their results."""
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
         self._shapes = shapes
@@ -236,7 +240,7 @@ class _Shapes:
 def _conversions(
     model: PreTrainedModel, keys: Iterable[str], state: dict[str, torch.Tensor]
 ) -> dict[str, TensorConversion]:
-    """Target name -> conversion, for every tensor of the checkpoint; transformers' loader renames in the same order."""
+    """Target name -> conversion, for all tensors of the checkpoint, renamed in the order of transformers' loader."""
     rules = [*get_model_conversion_mapping(model), *adapter_for(model.config.model_type).converters()]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
