@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from rq_ep.commands.env import processor_name
+
 PACKAGES = ("torch", "numpy", "transformers", "deepspeed")
 
 
@@ -43,7 +45,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {
-            "cpu": _processor(),
+            "cpu": processor_name(),
             "num_cores": os.cpu_count(),
             "load_average": os.getloadavg()[0],
             "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -78,11 +80,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(": ")[2]
-    return platform.processor()

@@ -170,8 +170,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
 
 def _help(item: Option) -> str:
     text = item.help.replace("%", "%%")
-    if missing := [choice for choice in item.choices or () if choice not in text]:
-        text += f" ({', '.join(missing)})"
+    choices = item.choices or ()
+    if not all(choice in text for choice in choices):
+        text += f" ({', '.join(choices)})"
     if item.required:
         return f"{text} (required, here or in --config)"
     says_enough = isinstance(item.default, bool) or item.default in (None, "", ()) or "default" in text

@@ -23,13 +23,12 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.formats.formats_table import markdown
-from bench.layer.case import silu_gate
 from bench.layer.published import SHAPES, Shape, shape_name
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files import check_writable, write_json
-from rq_ep.formats import FORMATS, ExpertLayout, get_format
+from rq_ep.formats import FORMATS, get_format
 from rq_ep.moe import ExpertFamily
 from rq_ep.moe.expert_compute import GroupedExperts, add_outputs
 from rq_ep.moe.grouped_gemm import Stack
@@ -42,8 +41,7 @@ WARM_UP_ROUNDS = 2
 
 
 def family_of(shape: Shape) -> ExpertFamily:
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    return ExpertFamily(ExpertLayout({"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}), silu_gate)
+    return ExpertFamily.gated(shape.hidden_size, shape.intermediate_size)
 
 
 def draw_expert(family: ExpertFamily, number: int, args: argparse.Namespace) -> dict[str, Tensor]:

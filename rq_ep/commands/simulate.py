@@ -224,9 +224,9 @@ def _summary(row: Row, result: Simulation) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "strategy": row.name,
         "placement": row.source,
-        "imbalance_mean": float(result.seen.mean()),
-        "imbalance_p90": float(np.percentile(result.seen, 90)),
-        "imbalance_worst": float(result.seen.max()),
+        "imbalance_mean": float(result.imbalances.mean()),
+        "imbalance_p90": float(np.percentile(result.imbalances, 90)),
+        "imbalance_worst": float(result.imbalances.max()),
         "bytes_max": max(row.placement.bytes_R),
         "bytes": row.placement.bytes_R,
         "low_precision_share": result.low_precision_share,

@@ -64,7 +64,7 @@ class LayerPlacement:
 
     @property
     def gap(self) -> float | None:
-        """How far `predicted` lies above the bound, as a fraction of the bound."""
+        """The distance of `predicted` from the bound, as a fraction of the bound."""
         return None if self.predicted is None or self.bound is None else self.predicted / self.bound - 1
 
     def loads_R(self, pairs_E: IntArray, num_ranks: int) -> FloatArray:
@@ -128,7 +128,7 @@ class Placement:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Every format that some replica is stored in."""
+        """The formats of all replicas, sorted."""
         return tuple(sorted({name for layer in self.layers for name in layer.replicas.formats_P}))
 
     def check_bytes(self, expert_bytes: Mapping[str, int], what: str = "the placement") -> None:

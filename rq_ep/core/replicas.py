@@ -1,4 +1,4 @@
-"""Replicas: physical copies of experts, and the order in which everything counts them."""
+"""Replicas: physical copies of experts, in the order of every `_P` axis."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ class Replica(NamedTuple):
 
 @dataclass(frozen=True)
 class Replicas:
-    """P replicas of one layer, at most one per (rank, expert), sorted by these: the order of every `_P` axis.
+    """P replicas of one layer, at most one per (rank, expert), in the order of every `_P` axis: by rank, then expert.
 
     `mixed_formats` empty: replicas of one expert share a format. Otherwise they may mix those it names, the one of
     fewest bits first: of a source's pairs of an expert, those with the lowest gates go there.
@@ -71,7 +71,7 @@ class Replicas:
 
     @cached_property
     def stored_formats(self) -> tuple[tuple[str, ...], IntArray]:
-        """The formats in use, sorted, and [P] the number of each replica's among them."""
+        """The formats in use, sorted, and [P] the index of each replica's format among them."""
         names = tuple(sorted(set(self.formats_P)))
         if len(names) == 1:
             return names, np.zeros(len(self), np.int64)
@@ -87,7 +87,7 @@ class Replicas:
         return tuple(sorted(expert for expert, number in numbers.items() if number > 1))
 
     def joined(self, borrowed: Sequence[Replica], mixed_formats: tuple[str, ...]) -> tuple["Replicas", IntArray]:
-        """These and borrowed replicas together, and the order that brings these followed by those into theirs."""
+        """Merge borrowed replicas in; also return the permutation from (these, then the borrowed) to the result."""
         ranks_P = np.concatenate([self.ranks_P, np.array([replica.rank for replica in borrowed], np.int64)])
         experts_P = np.concatenate([self.experts_P, np.array([replica.expert for replica in borrowed], np.int64)])
         formats = [*self.formats_P, *(replica.format for replica in borrowed)]

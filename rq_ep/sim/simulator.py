@@ -24,10 +24,10 @@ class Simulation:
     layer_s_SL: FloatArray | None  # modelled seconds, with a cost model
 
     @property
-    def seen(self) -> FloatArray:
-        """max/mean of every step and layer that routed something: to be averaged over these, never before."""
-        seen = self.imbalance_SL[np.isfinite(self.imbalance_SL)]
-        return seen if seen.size else np.ones(1)
+    def imbalances(self) -> FloatArray:
+        """max/mean of every step and layer that routed something: means are taken over these values, never before."""
+        imbalances = self.imbalance_SL[np.isfinite(self.imbalance_SL)]
+        return imbalances if imbalances.size else np.ones(1)
 
 
 def simulate(

@@ -36,7 +36,7 @@ def test_balance_is_per_step_and_layer_then_averaged() -> None:
     placement = place(stats_of(counts_SLE + 1), 2, strategy="standard")
     result = simulate(make_strategy("standard"), placement, counts_SLE, "bf16")
     np.testing.assert_array_equal(result.imbalance_SL, [[2, 1], [2, 1], [np.nan, np.nan]])
-    assert result.seen.mean() == 1.5
+    assert result.imbalances.mean() == 1.5
     assert result.loads_LR.tolist() == [[20, 20], [20, 20]]
     assert result.layer_s_SL is None
 
@@ -44,7 +44,7 @@ def test_balance_is_per_step_and_layer_then_averaged() -> None:
 def test_nothing_seen_is_balanced() -> None:
     counts_SLE = np.zeros((2, 1, 4), np.int64)
     placement = place(stats_of(counts_SLE + 1), 2, strategy="standard")
-    assert simulate(make_strategy("standard"), placement, counts_SLE, "bf16").seen.tolist() == [1.0]
+    assert simulate(make_strategy("standard"), placement, counts_SLE, "bf16").imbalances.tolist() == [1.0]
 
 
 def test_strategies_on_a_skewed_record() -> None:
@@ -58,7 +58,7 @@ def test_strategies_on_a_skewed_record() -> None:
         strategy = make_strategy(name, **({"min_tokens_per_gemm": 32} if name == "llep" else {}))
         placement = place(calibration, 4, strategy=name)
         simulations[name] = simulate(strategy, placement, held_out, "bf16", cost)
-    balance = {name: float(result.seen.mean()) for name, result in simulations.items()}
+    balance = {name: float(result.imbalances.mean()) for name, result in simulations.items()}
     assert balance["standard"] > 2
     assert balance["rq"] < 1.1 < balance["eplb"] < balance["standard"]
     assert balance["llep"] < 1.1
@@ -92,4 +92,4 @@ def test_a_thousand_ranks() -> None:
     placement = place(stats_of(counts_SLE), 1024, 1000, strategy="eplb", num_redundant_experts=768)
     result = simulate(make_strategy("eplb"), placement, counts_SLE, "bf16")
     assert result.loads_LR.shape == (1, 1024)
-    assert result.seen.mean() == pytest.approx(placement.certificate["predicted"])
+    assert result.imbalances.mean() == pytest.approx(placement.certificate["predicted"])
