@@ -10,7 +10,7 @@ import numpy as np
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_integer, check_number, check_text
 from rq_ep.core.files import read_document, write_json
-from rq_ep.core.replicas import Replica, Replicas
+from rq_ep.core.replicas import Replica, Replicas, replica_bytes
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.core.topology import Topology
 
@@ -182,11 +182,7 @@ class Placement:
 
 def bytes_by_rank(layers: Iterable[LayerPlacement], num_ranks: int, expert_bytes: Mapping[str, int]) -> IntArray:
     """[R] bytes of the replicas of all layers together; `expert_bytes` maps a format to bytes of one expert."""
-    bytes_R = np.zeros(num_ranks, np.int64)
-    for layer in layers:
-        sizes_P = np.array([expert_bytes[name] for name in layer.replicas.formats_P], np.int64)
-        np.add.at(bytes_R, layer.replicas.ranks_P, sizes_P)
-    return bytes_R
+    return replica_bytes((replica for layer in layers for replica in layer.replicas), num_ranks, expert_bytes)
 
 
 def _layer_document(layer: LayerPlacement) -> dict[str, Any]:

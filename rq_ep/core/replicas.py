@@ -1,7 +1,7 @@
 """Replicas: physical copies of experts, in the order of every `_P` axis."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -99,3 +99,11 @@ class Replicas:
         """Replica indices held by `rank`; their position in the range is the local replica number."""
         first, last = np.searchsorted(self.ranks_P, [rank, rank + 1])
         return range(int(first), int(last))
+
+
+def replica_bytes(replicas: Iterable[Replica], num_ranks: int, expert_bytes: Mapping[str, int]) -> IntArray:
+    """[R] bytes of the replicas on each rank; `expert_bytes` maps a format to bytes of one expert."""
+    bytes_R = np.zeros(num_ranks, np.int64)
+    for replica in replicas:
+        bytes_R[replica.rank] += expert_bytes[replica.format]
+    return bytes_R

@@ -12,8 +12,8 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import MAX_STEPS, certify
-from rq_ep.solver.migration.choose_migration import choose, moved_bytes_LR
-from rq_ep.solver.migration.fit_formats import within_cap
+from rq_ep.solver.migration.choose_migration import choose_migration, moved_bytes_LR
+from rq_ep.solver.migration.fit_formats import enforce_low_cap
 from rq_ep.solver.migration.plan_moves import plan_moves
 from rq_ep.solver.migration.survivors import Survivors, completed, survivors
 
@@ -46,13 +46,13 @@ def place_again(
 
     layers, stay = completed(problem, left), None
     if layers is None:
-        return choose(
+        return choose_migration(
             problem, left.held, None, fresh, certified, min_gain, "it uses a format that --formats leaves out"
         )
     refused = _refused(layers, problem, fresh[0])
     if not refused:
         stay = certified(layers)
-    suited = within_cap(problem, layers)
+    suited = enforce_low_cap(problem, layers)
     with suppress(UserError):  # the budget may be exceeded, or the search find no way from there; what is new remains
         found = strategy.place(_within(second, left, suited), _as_it_is(problem, strategy.name, suited))
         # Formats stay in that search, so its low pairs may be too many; a strategy may not look at what serves at all.
@@ -60,7 +60,7 @@ def place_again(
             fresh.append(found)
         if suited is not layers:
             fresh.append(certified(suited))
-    return choose(problem, left.held, stay, fresh, certified, min_gain, refused)
+    return choose_migration(problem, left.held, stay, fresh, certified, min_gain, refused)
 
 
 def _within(problem: PlacementProblem, left: Survivors, layers: Sequence[LayerPlacement]) -> PlacementProblem:
