@@ -158,6 +158,8 @@ class BorrowBuffers:
         last, self._last = self._last, None
         if last is not None:
             last.verify()
+        if not transfers:
+            return Borrowing(layer, {}, (), group, self._verifier)
         incoming = sorted(transfer for transfer in transfers if transfer.dst == rank)
         received = dict(zip(incoming, self.take([transfer.format for transfer in incoming]), strict=True))
         slots = {transfer.expert: slot for transfer, slot in received.items()}
