@@ -105,6 +105,15 @@ def test_duplicates_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert Placement.load(out).layers[0].shares_P.tolist() == pytest.approx([2 / 3, 1 / 3, 1])
 
 
+def test_a_file_gives_what_flags_leave_out(tmp_path: Path) -> None:
+    counts, config, out = tmp_path / "counts.npy", tmp_path / "convert.yaml", tmp_path / "stats.safetensors"
+    np.save(counts, np.ones((2, 2, 4), np.int64))
+    config.write_text("to: stats\nexpert_bytes: {bf16: 10, int8: 6}\nlayers: [3, 5]\ntop_k: 2\n")
+    assert main(["convert", str(counts), "--config", str(config), f"--out={out}", "--top-k=1"]) == 0
+    stats = ExpertStats.load(out)
+    assert (stats.expert_bytes, stats.layers, stats.top_k) == ({"bf16": 10, "int8": 6}, (3, 5), 1)
+
+
 def test_the_model_of_the_statistics_is_kept(tmp_path: Path) -> None:
     model = ModelIdentity("tiny", "abc")
     ExpertStats(np.ones((1, 1, 4), np.int64), ("bf16",), "bf16", {"bf16": 10}, model=model).save(
