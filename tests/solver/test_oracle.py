@@ -48,9 +48,9 @@ def test_the_search_comes_close_to_the_best_placement(
     (steps,) = calibration_steps(asked, 64)
     placement = solve(asked, "rq", 64, 1000)
     pairs_E = asked.stats.counts.sum(axis=(0, 1))
-    least_missed_E = low_experts(asked, Formats.of(asked))[0]
+    may_be_low_E = low_experts(asked, Formats.of(asked))[0]
     limits = steps.loads_SE, np.array(budget), 1000, 504, pairs_E, share
-    best = best_placement(*limits, least_missed_E, time_limit_s=10)
+    best = best_placement(*limits, may_be_low_E, time_limit_s=10)
     assert LayerSplit.of(steps.loads_SE, best.held_ER).value == pytest.approx(best.value, abs=1e-3)
     found = placement.layers[0].predicted
     assert found <= best.value * (1 + WORSE_BY) + 1e-3  # whole pairs

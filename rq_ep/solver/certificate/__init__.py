@@ -1,1 +1,1 @@
-"""What a finished placement promises, and a lower bound beside it."""
+"""The certificate of a placement: its predicted balance, and a lower bound that no placement can beat."""

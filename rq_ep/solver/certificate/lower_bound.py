@@ -1,4 +1,4 @@
-"""A bound that no placement inside the same limits can beat: its cases, and the limits it holds under."""
+"""The lower bound that no placement inside the same limits can beat: closed cases, else the LP relaxation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,15 +11,15 @@ from rq_ep.solver.certificate.relaxation import BoundLayer, BoundLimits, Prices,
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 
 CLOSE = 1e-6  # of max/mean: what differs by less is equal
-MAX_ROWS = 6000  # of a joint linear programme; one of more rows takes seconds
+MAX_ROWS = 6000  # of a linear program of all layers; one of more rows takes seconds
 
 
 class Bound(NamedTuple):
-    """Least max/mean over ranks, mean over steps and layers, and what keeps it from being lower.
+    """The least max/mean over ranks, mean over steps and layers, and the constraint that binds it.
 
     `binding` is `mean` (perfect balance is not excluded), `bytes`, `replicas` (an expert may have no more of them), or
-    `hot expert` (no byte is left for a replica of any). A few more bytes or low pairs take `per_byte` or `per_pair`
-    off the value for each.
+    `hot expert` (no bytes are left for a second replica of any expert). `per_byte` and `per_pair` are shadow prices: a
+    few more bytes or low pairs lower the value by as much for each.
     """
 
     value: float
@@ -28,8 +28,8 @@ class Bound(NamedTuple):
     per_pair: float = 0.0
 
 
-def least_home_bytes(pairs_LE: IntArray, limits: BoundLimits) -> int:
-    """Bytes of one replica of each expert at least: as many low ones as the cap lets through, coldest first."""
+def least_first_replica_bytes(pairs_LE: IntArray, limits: BoundLimits) -> int:
+    """The least bytes of one replica of each expert: as many low ones as the cap allows, coldest first."""
     saved = limits.native_bytes - limits.low_bytes
     coldest_first = np.cumsum(np.sort(pairs_LE, axis=None))
     num_low = int(np.searchsorted(coldest_first, limits.max_low_pairs, side="right")) if saved else 0
@@ -40,37 +40,37 @@ def lower_bound(
     steps: Sequence[LayerSteps],
     pairs_LE: IntArray,
     limits: BoundLimits,
-    least_LE: IntArray | None = None,
+    fewest_LE: IntArray | None = None,
     most_LE: IntArray | None = None,
 ) -> Bound:
-    """Balance that no placement of these layers together inside `limits` can beat, under any split of the steps.
+    """The balance that no placement of these layers together inside `limits` can beat, under any split of the steps.
 
     Args:
         steps: calibration steps of each layer.
-        pairs_LE: pairs of the whole record, which the cap is on.
+        pairs_LE: pairs of the whole record, to which the cap applies.
         limits: bytes, formats, ranks and cap.
-        least_LE: replicas each expert has at least; default one.
-        most_LE: and at most; default one on every usable rank.
+        fewest_LE: replicas that each expert has at least; default one.
+        most_LE: replicas that it has at most; default one on every usable rank.
     """
-    used = [at for at, layer in enumerate(steps) if len(layer.counts_SE)]
-    idle = 1 - len(used) / len(steps)  # layers that nobody uses are balanced
-    least_LE = np.ones_like(pairs_LE) if least_LE is None else np.maximum(least_LE, 1)
+    used = [i for i, layer in enumerate(steps) if len(layer.counts_SE)]
+    idle = 1 - len(used) / len(steps)  # layers without pairs are balanced
+    fewest_LE = np.ones_like(pairs_LE) if fewest_LE is None else np.maximum(fewest_LE, 1)
     most_LE = np.full_like(pairs_LE, limits.num_usable) if most_LE is None else np.minimum(most_LE, limits.num_usable)
-    layers = [BoundLayer.of(layer, limits, *rows) for layer, *rows in zip(steps, pairs_LE, least_LE, most_LE)]
+    layers = [BoundLayer.of(layer, limits, *rows) for layer, *rows in zip(steps, pairs_LE, fewest_LE, most_LE)]
     weight = 1 / len(steps)
-    floor = idle + weight * sum(float(layers[at].floor_S.mean()) for at in used)
+    floor = idle + weight * sum(float(layers[i].floor_S.mean()) for i in used)
     if _balance_fits(layers, limits):
         return Bound(floor, "mean")
-    left = None if limits.max_bytes is None else limits.max_bytes - least_home_bytes(pairs_LE, limits)
-    if left is not None and left < limits.low_bytes and (least_LE == 1).all():
-        value = idle + weight * sum(float(layers[at].alone_S.mean()) for at in used)
+    left = None if limits.max_bytes is None else limits.max_bytes - least_first_replica_bytes(pairs_LE, limits)
+    if left is not None and left < limits.low_bytes and (fewest_LE == 1).all():
+        value = idle + weight * sum(float(layers[i].alone_S.mean()) for i in used)
         return Bound(value, "hot expert") if value > floor + CLOSE else Bound(floor, "mean")
     num_rows = sum(layer.num_chords for layer in layers)
     if len(layers) == 1 or num_rows <= MAX_ROWS:
         value, prices = solve_jointly(layers, weight, limits)
     else:
-        # Any prices of bytes and low pairs give a bound, layer by layer; those of a few layers give nearly the best.
-        prices = _prices_of_some(layers, limits, MAX_ROWS / num_rows)
+        # Lagrangian relaxation: any prices give a bound, layer by layer; those of a few layers are nearly the best.
+        prices = _prices_of_some_layers(layers, limits, MAX_ROWS / num_rows)
         value = solve_priced(layers, weight, limits, prices)
     value += idle
     if value <= floor + CLOSE:
@@ -78,10 +78,10 @@ def lower_bound(
     return Bound(value, "bytes" if prices.byte > 0 else "replicas", prices.byte, prices.pair)
 
 
-def _prices_of_some(layers: Sequence[BoundLayer], limits: BoundLimits, fraction: float) -> Prices:
-    """Prices of a fraction of the layers, inside their part of the limits."""
+def _prices_of_some_layers(layers: Sequence[BoundLayer], limits: BoundLimits, fraction: float) -> Prices:
+    """The prices of a fraction of the layers inside their part of the limits."""
     number = max(round(fraction * len(layers)), 1)
-    some = [layers[at] for at in np.linspace(0, len(layers) - 1, number).astype(int)]
+    some = [layers[i] for i in np.linspace(0, len(layers) - 1, number).astype(int)]
     part = replace(
         limits,
         max_bytes=None if limits.max_bytes is None else limits.max_bytes * number // len(layers),
@@ -95,19 +95,19 @@ def _pairs(layer: BoundLayer) -> int:
 
 
 def _balance_fits(layers: Sequence[BoundLayer], limits: BoundLimits) -> bool:
-    """Whether replicas for perfect balance fit: what to store low is a knapsack of fractions, best saving first."""
+    """Whether replicas for perfect balance fit; what to store low is a fractional knapsack, filled greedily."""
     if any((layer.peak_E > layer.most_E).any() for layer in layers):
         return False
     if limits.max_bytes is None:
         return True
-    wanted = np.concatenate([layer.most_E for layer in layers]).astype(np.float64)
+    replicas = np.concatenate([layer.most_E for layer in layers]).astype(np.float64)
     pairs = np.concatenate([layer.pairs_E for layer in layers]).astype(np.float64)
-    order = np.argsort(pairs / wanted, kind="stable")
+    order = np.argsort(pairs / replicas, kind="stable")
     fraction: FloatArray = np.divide(
         limits.max_low_pairs - (np.cumsum(pairs[order]) - pairs[order]),
         pairs[order],
         out=np.ones_like(pairs),
         where=pairs[order] > 0,
     ).clip(0, 1)
-    saved = (limits.native_bytes - limits.low_bytes) * float(wanted[order] @ fraction)
-    return limits.native_bytes * float(wanted.sum()) - saved <= limits.max_bytes
+    saved = (limits.native_bytes - limits.low_bytes) * float(replicas[order] @ fraction)
+    return limits.native_bytes * float(replicas.sum()) - saved <= limits.max_bytes

@@ -1,9 +1,11 @@
-"""The linear programme behind the bound: replicas and formats may be fractions, the split is free.
+"""The LP relaxation behind the bound: numbers of replicas and formats may be fractions, and the split is free.
 
-Variables: T_s, the max/mean of each step; for each expert n replicas, m of them low, and z, whether it is low.
-A step's load r of an expert with n replicas puts at least r / n on some rank; the chords of r / n between whole n are
-linear and hold for all whole n. No more than N replicas help an expert, the ceiling of its largest r; so it has low
-replicas, m <= N z, only as far as its pairs count against the cap.
+Variables: T_s, the max/mean of each step s; for each expert n, its replicas, m, those of them that are low, and z,
+whether it is low. A step's load r of an expert with n replicas puts at least r / n on some rank. The chords of r / n
+between whole n are linear, and hold for all whole n. No more than N replicas help an expert, N being the ceiling of its
+largest r. So it has low replicas, m <= N z, only as far as its pairs count against the cap.
+
+Axes: e experts of all layers together; A chords.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from rq_ep.solver.objective.calibration_steps import LayerSteps
 
 @dataclass(frozen=True)
 class BoundLimits:
-    """What a bound may assume of every placement it holds for."""
+    """The limits of every placement that a bound holds for."""
 
     num_ranks: int
     num_usable: int  # ranks that may hold an expert at all
@@ -30,7 +32,7 @@ class BoundLimits:
 
 
 class Prices(NamedTuple):
-    """What the bound falls by for one more byte, and for one more pair in low precision."""
+    """Shadow prices: by how much the bound falls for one more byte, and for one more pair in low precision."""
 
     byte: float
     pair: float
@@ -38,25 +40,37 @@ class Prices(NamedTuple):
 
 @dataclass(frozen=True)
 class BoundLayer:
-    """One layer as the programme sees it."""
+    """One layer in the linear program."""
 
     loads_SE: FloatArray  # in units of the mean rank load
     floor_S: FloatArray  # max/mean that whole pairs and usable ranks alone allow
     pairs_E: IntArray
-    least_E: IntArray
-    most_E: IntArray  # replicas beyond which an expert gains nothing, or may not have
+    fewest_E: IntArray
+    most_E: IntArray  # beyond which an expert gains nothing, or may have no more
 
     @classmethod
     def of(
-        cls, layer: LayerSteps, limits: BoundLimits, pairs_E: IntArray, least_E: IntArray, most_E: IntArray
+        cls,
+        layer: LayerSteps,
+        limits: BoundLimits,
+        pairs_E: IntArray,
+        fewest_E: IntArray,
+        most_E: IntArray,
     ) -> "BoundLayer":
         totals_S = layer.counts_SE.sum(axis=1)
         floor_S = -(-totals_S // limits.num_usable) * limits.num_ranks / np.maximum(totals_S, 1)
         useful_E = np.ceil(layer.loads_SE.max(axis=0, initial=0.0)).astype(np.int64)
-        return cls(layer.loads_SE, floor_S, pairs_E, least_E, np.maximum(np.minimum(useful_E, most_E), least_E))
+        return cls(
+            layer.loads_SE,
+            floor_S,
+            pairs_E,
+            fewest_E,
+            np.maximum(np.minimum(useful_E, most_E), fewest_E),
+        )
 
     @property
     def peak_E(self) -> FloatArray:
+        """[E] the largest load of any step."""
         peak_E: FloatArray = self.loads_SE.max(axis=0, initial=0.0)
         return peak_E
 
@@ -68,28 +82,29 @@ class BoundLayer:
 
     @property
     def num_chords(self) -> int:
+        """Rows of the linear program."""
         return int(np.minimum(np.ceil(self.loads_SE) - 1, self.most_E - 1).clip(min=0).sum())
 
 
 def solve_jointly(layers: Sequence[BoundLayer], weight: float, limits: BoundLimits) -> tuple[float, Prices]:
-    """Least sum of the layers' mean max/mean times `weight`, all inside `limits` together; and the limits' prices."""
-    programme = _Programme.of(layers, weight, limits)
-    solution = programme.solve(None, limits)
+    """The least sum of the layers' mean max/mean times `weight`, inside `limits` together, and the limits' prices."""
+    program = _LinearProgram.of(layers, weight, limits)
+    solution = program.solve(None, limits)
     prices = -solution.ineqlin.marginals
     byte = float(prices[0]) / limits.native_bytes if limits.max_bytes is not None else 0.0
-    return float(solution.fun), Prices(byte, float(prices[1]) / programme.num_pairs)
+    return float(solution.fun), Prices(byte, float(prices[1]) / program.num_pairs)
 
 
 def solve_priced(layers: Sequence[BoundLayer], weight: float, limits: BoundLimits, prices: Prices) -> float:
-    """A bound on what `solve_jointly` finds, layer by layer: limits become prices (Lagrange), whatever these are."""
+    """A lower bound on `solve_jointly`, layer by layer, for any prices of the limits (Lagrangian relaxation)."""
     value = -prices.pair * limits.max_low_pairs
     if limits.max_bytes is not None:
         value -= prices.byte * limits.max_bytes
-    return value + sum(float(_Programme.of([layer], weight, limits).solve(prices, limits).fun) for layer in layers)
+    return value + sum(float(_LinearProgram.of([layer], weight, limits).solve(prices, limits).fun) for layer in layers)
 
 
 @dataclass(frozen=True)
-class _Programme:
+class _LinearProgram:
     """Columns T (steps), n, z, m (experts). Bytes are in native experts, pairs a share: near 1 like all else."""
 
     objective: FloatArray
@@ -101,7 +116,7 @@ class _Programme:
     num_pairs: int
 
     @classmethod
-    def of(cls, layers: Sequence[BoundLayer], weight: float, limits: BoundLimits) -> "_Programme":
+    def of(cls, layers: Sequence[BoundLayer], weight: float, limits: BoundLimits) -> "_LinearProgram":
         # Planners on every rank import this package; SciPy would make up most of the time that takes.
         from scipy.sparse import block_array, diags_array, eye_array
 
@@ -109,8 +124,8 @@ class _Programme:
         least_S = [np.maximum(la.floor_S, (la.loads_SE / la.most_E).max(axis=1, initial=0.0)) for la in layers]
         weights = [np.full(len(la.floor_S), weight / max(len(la.floor_S), 1)) for la in layers]
         pairs_e = np.concatenate([la.pairs_E for la in layers])
-        least_e = np.concatenate([la.least_E for la in layers]).astype(np.float64)
-        most_e = np.concatenate([la.most_E for la in layers]).astype(np.float64)
+        min_e = np.concatenate([la.fewest_E for la in layers]).astype(np.float64)
+        max_e = np.concatenate([la.most_E for la in layers]).astype(np.float64)
         num_steps, num_experts = chords_T.shape[1], len(pairs_e)
         none_S, none_e, one_e = np.zeros(num_steps), np.zeros(num_experts), np.ones(num_experts)
         each = eye_array(num_experts)
@@ -120,13 +135,13 @@ class _Programme:
         ]
         right = [chords_right, -one_e]
         if not limits.mixes:
-            blocks.append([None, None, -diags_array(most_e), each])
+            blocks.append([None, None, -diags_array(max_e), each])
             right.append(none_e)
         has_low = float(limits.low_bytes < limits.native_bytes)
         saved = 1 - limits.low_bytes / limits.native_bytes
         num_pairs = max(int(pairs_e.sum()), 1)
-        low = np.concatenate([*least_S, least_e, none_e, none_e])
-        high = np.concatenate([np.full(num_steps, np.inf), most_e, has_low * one_e, has_low * most_e])
+        low = np.concatenate([*least_S, min_e, none_e, none_e])
+        high = np.concatenate([np.full(num_steps, np.inf), max_e, has_low * one_e, has_low * max_e])
         return cls(
             objective=np.concatenate([*weights, none_e, none_e, none_e]),
             bytes_row=np.concatenate([none_S, one_e, none_e, -saved * one_e]),
@@ -138,7 +153,7 @@ class _Programme:
         )
 
     def solve(self, prices: Prices | None, limits: BoundLimits) -> Any:
-        """SciPy's solution, inside the limits or, with prices, paying for what it takes of them."""
+        """SciPy's solution, inside the limits or, with prices, paying for the bytes and pairs it takes."""
         from scipy.optimize import linprog
         from scipy.sparse import csr_array, vstack
 
@@ -157,23 +172,23 @@ class _Programme:
 
 
 def _chords(layers: Sequence[BoundLayer]) -> tuple[Any, Any, FloatArray]:
-    """-T_s - slope * n <= right for every chord between n and n + 1 replicas: its columns T and n, and its right."""
+    """Rows -T_s - slope * n <= right for all chords between n and n + 1 replicas: columns T, columns n, right sides."""
     from scipy.sparse import csr_array
 
-    found = []
+    chords = []
     first_step, first_expert = 0, 0
     for layer in layers:
         for n in range(1, int(layer.most_E.max())):
             step_A, expert_A = np.nonzero((layer.loads_SE > n) & (n < layer.most_E))
             load_A = layer.loads_SE[step_A, expert_A]
             slope_A = load_A / (n * (n + 1))
-            found.append((first_step + step_A, first_expert + expert_A, slope_A, -load_A / n - slope_A * n))
+            chords.append((first_step + step_A, first_expert + expert_A, slope_A, -load_A / n - slope_A * n))
         first_step += len(layer.floor_S)
         first_expert += len(layer.most_E)
-    if not found:
+    if not chords:
         return csr_array((0, first_step)), csr_array((0, first_expert)), np.zeros(0)
-    step_A, expert_A, slope_A, right_A = map(np.concatenate, zip(*found, strict=True))
-    at_A = np.arange(len(right_A))
-    chords_T = csr_array((np.full(len(at_A), -1.0), (at_A, step_A)), shape=(len(at_A), first_step))
-    chords_n = csr_array((-slope_A, (at_A, expert_A)), shape=(len(at_A), first_expert))
+    step_A, expert_A, slope_A, right_A = map(np.concatenate, zip(*chords, strict=True))
+    row_A = np.arange(len(right_A))
+    chords_T = csr_array((np.full(len(row_A), -1.0), (row_A, step_A)), shape=(len(row_A), first_step))
+    chords_n = csr_array((-slope_A, (row_A, expert_A)), shape=(len(row_A), first_expert))
     return chords_T, chords_n, right_A

@@ -1,4 +1,4 @@
-"""Calibration steps as the solver sees them: spread over the record, at the batch size that will be served."""
+"""Calibration steps for the solver: a sample of the record, thinned to the batch size that will be served."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,22 +13,22 @@ from rq_ep.core.stats import ExpertStats
 
 @dataclass(frozen=True)
 class LayerSteps:
-    """The steps of one layer that route any pair."""
+    """The steps of one layer that route at least one pair."""
 
     counts_SE: IntArray
     num_ranks: int
     phase_S: IntArray | None = None  # index into PHASES, where it was recorded
-    larger_SE: IntArray | None = None  # counts as recorded, where these are thinned
+    recorded_SE: IntArray | None = None  # counts as recorded, where `counts_SE` are thinned
 
     def some(self, num_steps: int) -> "LayerSteps":
-        """At most so many of these steps, at even distances."""
+        """At most `num_steps` of these steps, at even distances."""
         chosen = np.unique(np.linspace(0, max(len(self.counts_SE) - 1, 0), num_steps).astype(np.int64))
-        return self.at(chosen[: len(self.counts_SE)])
+        return self.take(chosen[: len(self.counts_SE)])
 
-    def at(self, chosen: IntArray) -> "LayerSteps":
+    def take(self, chosen: IntArray) -> "LayerSteps":
         """The chosen ones of these steps."""
-        phase_S, larger_SE = (None if rows is None else rows[chosen] for rows in (self.phase_S, self.larger_SE))
-        return LayerSteps(self.counts_SE[chosen], self.num_ranks, phase_S, larger_SE)
+        phase_S, recorded_SE = (None if rows is None else rows[chosen] for rows in (self.phase_S, self.recorded_SE))
+        return LayerSteps(self.counts_SE[chosen], self.num_ranks, phase_S, recorded_SE)
 
     @cached_property
     def loads_SE(self) -> FloatArray:
@@ -38,7 +38,7 @@ class LayerSteps:
 
     @cached_property
     def mean_E(self) -> FloatArray:
-        """Mean over steps of `loads_SE`; even if nothing was ever routed."""
+        """[E] mean of `loads_SE` over steps; equal loads if nothing was ever routed."""
         num_experts = self.counts_SE.shape[1]
         if not len(self.counts_SE):
             return np.full(num_experts, self.num_ranks / num_experts)
@@ -54,8 +54,8 @@ def calibration_steps(problem: PlacementProblem, max_steps: int) -> list[LayerSt
 def spread_steps(problem: PlacementProblem, max_steps: int) -> IntArray:
     """Indices of at most `max_steps` recorded steps, ascending.
 
-    They lie at even distances in routed pairs: a record of few long prefill and many short decode steps is seen as its
-    work is spread, not as its steps are counted.
+    They lie at even distances in routed pairs: a record of few long prefill steps and many short decode steps is
+    sampled by its pairs, not by its steps.
     """
     pairs_S = pairs_by_step(problem)
     if not pairs_S.any():
@@ -80,13 +80,13 @@ def layer_steps(problem: PlacementProblem, chosen_S: IntArray) -> list[LayerStep
     phase_S = None if problem.stats.phase is None else problem.stats.phase[chosen_S]
     num_ranks = problem.topology.num_ranks
     layers = [
-        LayerSteps(counts_SLE[:, at], num_ranks, phase_S, recorded_SLE[:, at]) for at in range(problem.stats.num_layers)
+        LayerSteps(counts_SLE[:, i], num_ranks, phase_S, recorded_SLE[:, i]) for i in range(problem.stats.num_layers)
     ]
-    return [layer.at(np.flatnonzero(layer.counts_SE.any(axis=1))) for layer in layers]
+    return [layer.take(np.flatnonzero(layer.counts_SE.any(axis=1))) for layer in layers]
 
 
 def _thin(counts_SLE: IntArray, tokens_S: IntArray, tokens_per_step: int, seed: int) -> IntArray:
-    """Resample steps that are larger than served: a multinomial draw with each step's own frequencies."""
+    """Resample steps that are larger than served: a multinomial draw from each step's own frequencies."""
     generator = np.random.default_rng(seed)
     thinned = counts_SLE.copy()
     for step, tokens in enumerate(tokens_S.tolist()):

@@ -1,4 +1,4 @@
-"""What a rank's load is: pairs, seconds of pairs, or bytes to read - the search balances whatever it is given."""
+"""The load of an expert in the objective: its pairs, their seconds, or the bytes (seconds) of reading its weights."""
 
 import numpy as np
 
@@ -10,14 +10,15 @@ from rq_ep.solver.objective.precision import Formats
 
 
 def loads_SE(problem: PlacementProblem, formats: Formats, steps: LayerSteps, low_E: BoolArray) -> FloatArray:
-    """Load of each expert in units of the step's mean rank load; under perfect balance every rank is at 1.
+    """[S, E] load of each expert in units of the step's mean rank load; under perfect balance every rank is at 1.
 
-    In prefill an expert weighs its pairs, times the seconds of a pair in its format where a machine is given. In decode
-    it weighs the bytes (or the seconds) of reading its weights, if any pair comes: ranks wait for weights then. Whole
-    experts are read, so that the best split of this load is a little better than any plan can be.
+    In prefill an expert weighs its pairs, times the seconds of a pair in its format where a cost is given. In decode it
+    weighs the bytes (or the seconds) of reading its weights, if it computes a pair: ranks are memory-bound then. Whole
+    experts are read, so that the optimal split of this load is a little better than any plan can be.
 
     Args:
-        problem: says the objective and the machine.
+        problem: its objective and its cost.
+        formats: the native format and the low one.
         steps: counts of one layer.
         low_E: experts stored in the low format.
     """
@@ -27,7 +28,7 @@ def loads_SE(problem: PlacementProblem, formats: Formats, steps: LayerSteps, low
 
 
 def weights_SE(problem: PlacementProblem, formats: Formats, steps: LayerSteps, low_E: BoolArray) -> FloatArray:
-    """The same in pairs, bytes or seconds."""
+    """[S, E] the same in pairs, bytes or seconds."""
     pair_cost, read_cost = _costs(problem, formats)
     by_pairs_SE: FloatArray = steps.counts_SE * pair_cost[low_E.astype(np.int64)]
     if problem.objective == "prefill":
@@ -41,7 +42,7 @@ def weights_SE(problem: PlacementProblem, formats: Formats, steps: LayerSteps, l
 
 
 def _costs(problem: PlacementProblem, formats: Formats) -> tuple[FloatArray, FloatArray]:
-    """[2] of a pair, and of reading an expert, in the native format and in the low one."""
+    """[2] cost of a pair and [2] cost of reading an expert, in the native format and in the low one."""
     names = [formats.native, formats.low or formats.native]
     if problem.cost is None:
         return np.ones(2), np.array([formats.native_bytes, formats.low_bytes], np.float64)

@@ -1,4 +1,4 @@
-"""Which experts are stored in few bits: those that would be missed least, up to the cap on low-precision pairs."""
+"""The experts stored in low precision: those of least expected damage, up to the caps on pairs and error."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from rq_ep.core.stats import ExpertStats
 
 @dataclass(frozen=True)
 class Formats:
-    """The native format and the one below it that a problem allows: the smallest of those it names."""
+    """The native format, and the low one: the smallest of the smaller formats that a problem allows."""
 
     native: str
     native_bytes: int
@@ -32,15 +32,17 @@ class Formats:
         return np.where(low, self.low_bytes, self.native_bytes)
 
     def names_of(self, low_E: BoolArray) -> list[str]:
+        """The format of each expert, low ones marked."""
         return [self.low if low and self.low else self.native for low in low_E.tolist()]
 
 
 def damage_LE(stats: ExpertStats, low: str) -> FloatArray:
-    """[L, E] expected loss of storing an expert low; infinite of one that calibration never visited.
+    """[L, E] expected damage of storing an expert low; infinite for one that calibration never visited.
 
-    It is what the model's answers lose, where that was measured for each expert. Else what the expert contributes times
-    its relative output error, as shares of the layer's, so that layers whose outputs are larger are not spared for it;
-    an error nobody measured is taken to be the same for all. How often an expert is used is not how much it matters.
+    It is the KL divergence of the model's output where that was measured for each expert. Else it is the expert's
+    contribution times its relative output error, as a share of the layer's, so that layers of larger outputs are not
+    spared for that; errors that were not measured are taken to be equal. How often an expert is used does not say how
+    much it matters.
     """
     damages_LE: FloatArray
     if stats.kl is not None:
@@ -56,13 +58,13 @@ def damage_LE(stats: ExpertStats, low: str) -> FloatArray:
 
 
 def contributions_LE(stats: ExpertStats) -> FloatArray:
-    """[L, E] importance where that was measured, else gate mass, else pairs."""
+    """[L, E] contribution of each expert: its importance where that was measured, else gate mass, else pairs."""
     measured = (stats.importance, stats.gate_mass, stats.counts.sum(axis=0))
     return next(array for array in measured if array is not None).astype(np.float64)
 
 
 def low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
-    """[L, E] experts to store low: those missed least, of all layers, up to the caps on pairs and on error."""
+    """[L, E] experts to store low: those of least damage in all layers, up to the caps on pairs and on error."""
     stats = problem.stats
     if formats.low is None:
         return np.zeros((stats.num_layers, stats.num_experts), bool)
@@ -71,12 +73,12 @@ def low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
     errors_LE = error_LE(stats, formats.low) - error_LE(stats, formats.native)
     max_error = np.inf if problem.max_error is None else problem.max_error - error_LE(stats, formats.native).sum()
     share = problem.max_low_precision_share
-    low = least_missed(damages_LE.ravel(), pairs_LE.ravel(), share, errors_LE.ravel(), max_error)
+    low = least_damage_first(damages_LE.ravel(), pairs_LE.ravel(), share, errors_LE.ravel(), max_error)
     return low.reshape(pairs_LE.shape)
 
 
 def error_LE(stats: ExpertStats, name: str) -> FloatArray:
-    """[L, E] what each expert adds to the importance-weighted mean of relative output errors, stored in this format."""
+    """[L, E] what each expert adds to the importance-weighted mean relative output error, stored in this format."""
     if stats.error is None:
         return np.zeros(stats.counts.shape[1:])
     contribution_LE = contributions_LE(stats)
@@ -84,7 +86,7 @@ def error_LE(stats: ExpertStats, name: str) -> FloatArray:
     return added / max(float(contribution_LE.sum()), np.finfo(np.float64).tiny)
 
 
-def least_missed(
+def least_damage_first(
     damage_E: FloatArray,
     pairs_E: IntArray,
     max_share: float,
@@ -93,8 +95,9 @@ def least_missed(
 ) -> BoolArray:
     """[E] experts to store low, by rising damage, while both their pairs and their damage keep to `max_share` of all.
 
-    An expert that would exceed it, or of infinite damage, is skipped. The cap on damage keeps a rare expert that
-    matters from being taken only because its few pairs fit. `errors_E` of those taken add up to `max_error` at most.
+    Greedy knapsack: an expert that would exceed the share, or of infinite damage, is skipped. The cap on damage keeps
+    an expert of few pairs that matters from being taken only because its pairs fit. The `errors_E` of the experts taken
+    add up to `max_error` at most.
     """
     low_E = np.zeros(len(damage_E), bool)
     allowed_pairs, allowed_damage = (

@@ -9,7 +9,7 @@ import pytest
 import rq_ep.solver.certificate.lower_bound as bounds_module
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.replicas import Replicas
-from rq_ep.solver.certificate.lower_bound import Bound, least_home_bytes, lower_bound
+from rq_ep.solver.certificate.lower_bound import Bound, least_first_replica_bytes, lower_bound
 from rq_ep.solver.certificate.relaxation import BoundLimits
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.step_balance import judge
@@ -53,8 +53,8 @@ def best_placement(counts_SE: IntArray, within: BoundLimits) -> float:
 def test_no_placement_beats_the_bound(seed: int, max_bytes: int, cap: float) -> None:
     counts_SE = skewed(4, 6000, seed, num_steps=3)
     within = limits(3, max_bytes, cap * float(counts_SE.sum()))
-    found = bound([counts_SE], within)
-    assert 1 <= found.value <= best_placement(counts_SE, within) + 1e-9
+    least = bound([counts_SE], within)
+    assert 1 <= least.value <= best_placement(counts_SE, within) + 1e-9
 
 
 def test_what_binds() -> None:
@@ -64,7 +64,10 @@ def test_what_binds() -> None:
     assert bound([hot], native(4, 4))[:2] == (pytest.approx(2.8), "hot expert")
     assert bound([hot], native(4, 5))[:2] == (pytest.approx(1.4), "bytes")
     assert bound([hot], native(4, 6))[:2] == (1.0, "mean")
-    assert bound([hot], limits(4, None), most_LE=np.array([[2, 4, 4, 4]]))[:2] == (pytest.approx(1.4), "replicas")
+    assert bound([hot], limits(4, None), most_LE=np.array([[2, 4, 4, 4]]))[:2] == (
+        pytest.approx(1.4),
+        "replicas",
+    )
 
 
 def test_low_replicas_of_the_hot_expert_count_against_the_cap() -> None:
@@ -113,8 +116,8 @@ def test_no_steps() -> None:
     assert bound([np.zeros((0, 4), np.int64)], native(2, 4))[:2] == (1.0, "mean")
 
 
-def test_home_bytes_count_the_coldest_experts_as_low() -> None:
+def test_first_replicas_bytes_count_the_coldest_experts_as_low() -> None:
     pairs_LE = np.array([[50, 30, 15, 5]])
-    assert least_home_bytes(pairs_LE, limits(2, None, 20)) == 4 * 1000 - 2 * 496
-    assert least_home_bytes(pairs_LE, limits(2, None, 19)) == 4 * 1000 - 496
-    assert least_home_bytes(pairs_LE, limits(2, None, 20, low_bytes=1000)) == 4000
+    assert least_first_replica_bytes(pairs_LE, limits(2, None, 20)) == 4 * 1000 - 2 * 496
+    assert least_first_replica_bytes(pairs_LE, limits(2, None, 19)) == 4 * 1000 - 496
+    assert least_first_replica_bytes(pairs_LE, limits(2, None, 20, low_bytes=1000)) == 4000
