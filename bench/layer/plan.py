@@ -21,13 +21,13 @@ from rich.table import Table
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
+from rq_ep.core.errors import UserError, check_integer, check_number
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.plan import imbalance
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.placing.place import place
-from rq_ep.strategies import STRATEGIES, make_strategy
+from rq_ep.strategies import STRATEGIES, make_strategy, setting_names, strategy_class
 
 NUM_CALIBRATION_STEPS = 64
 EXPERT_BYTES = {"bf16": 1000, "int8": 504}
@@ -52,7 +52,8 @@ def measure(name: str, num_experts: int, num_ranks: int, args: argparse.Namespac
     started = time.perf_counter()
     placement = place(stats, num_ranks, strategy=name)
     place_s = time.perf_counter() - started
-    knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm} if name in ("llep", "rq_llep") else {}
+    knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm}
+    knobs = {knob: value for knob, value in knobs.items() if knob in setting_names(strategy_class(name))}
     started = time.perf_counter()
     planner = make_strategy(name, **knobs).planner(placement.layers[0], placement.topology)
     build_s = time.perf_counter() - started
@@ -91,7 +92,7 @@ def check(args: argparse.Namespace) -> None:
     """Check the options, and read the sizes."""
     args.sizes = [parse_size(text) for text in args.sizes]
     for name in args.strategies:
-        check_choice("strategy", name, STRATEGIES)
+        strategy_class(name)
     for name, low in {"pairs_per_rank": 0, "min_tokens_per_gemm": 0, "steps": 1, "rounds": 1, "seed": 0}.items():
         check_integer(f"--{name.replace('_', '-')}", getattr(args, name), low)
     check_number("--skew", args.skew, 0, 20)
@@ -111,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--pairs-per-rank", type=int, default=32768, metavar="N", help="routed pairs of a rank and step"
     )
-    parser.add_argument("--min-tokens-per-gemm", type=int, default=1024, metavar="M", help="of llep and rq_llep")
+    parser.add_argument("--min-tokens-per-gemm", type=int, default=1024, metavar="M", help="of strategies that lend")
     parser.add_argument("--uncalibrated", action="store_true", help="placements are learnt from even loads")
     parser.add_argument("--skew", type=float, default=1.2, metavar="SD", help="of the experts' log popularity")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="different steps")

@@ -20,11 +20,10 @@ from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.files import write_json
-from rq_ep.core.plan import imbalance
+from rq_ep.core.plan import DispatchPlan, imbalance, spread_over_sources
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs import cost_model
 from rq_ep.placing.place import place
-from rq_ep.sim.traces import deal_counts
 from rq_ep.strategies import make_strategy
 
 # Each row: a name, the strategy, its settings, and whether it is told the cost of the layer.
@@ -64,7 +63,7 @@ def measure(args: argparse.Namespace, drift: float, tokens_per_rank: int) -> lis
         strategy = make_strategy(name, **knobs)
         placement = place(stats, args.num_ranks, strategy=strategy)
         planner = strategy.planner(placement.layers[0], placement.topology, cost if has_cost else None)
-        plans = [planner(counts_RE) for counts_RE in deal_counts(served_SLE, args.num_ranks)[:, 0]]
+        plans = [planner(counts_RE) for counts_RE in spread_over_sources(served_SLE, args.num_ranks)[:, 0]]
         found.append(
             {
                 "row": label,
@@ -73,10 +72,17 @@ def measure(args: argparse.Namespace, drift: float, tokens_per_rank: int) -> lis
                 "layer_s": float(np.mean([cost.step(plan).layer_s for plan in plans])),
                 "imbalance": float(np.mean([imbalance(plan.loads_R) for plan in plans])),
                 "transfers": float(np.mean([len(plan.transfers) for plan in plans])),
-                "bound_by_bytes": float(np.mean([plan.bound == "bytes" for plan in plans])),
+                "bound_by_bytes": float(np.mean([_activates_once(plan) for plan in plans])),
             }
         )
     return found
+
+
+def _activates_once(plan: DispatchPlan) -> bool:
+    """Whether every expert computes on one rank, although some have several replicas."""
+    active_P = plan.pairs_RP.any(axis=0)
+    copies_E, active_E = (np.bincount(plan.replicas.experts_P[of_P]) for of_P in (slice(None), active_P))
+    return bool(copies_E.max() > 1 and active_E.max(initial=0) <= 1)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.files import check_writable, write_json
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.strategies import STRATEGIES
+from rq_ep.strategies import strategy_class
 
 SHOWN = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "median_tpot_ms")
 PEERS = ("transformers",)
@@ -87,7 +87,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: an option does not do, or a server does not start.
     """
-    strategies = [check_choice("strategy", name, STRATEGIES) for name in options.strategies.split(",")]
+    strategies = options.strategies.split(",")
+    for name in strategies:
+        strategy_class(name)
     peers = [check_choice("peer", name, PEERS) for name in filter(None, options.peers.split(","))]
     placements = dict(text.partition("=")[::2] for text in options.placement)
     for name in placements:

@@ -52,22 +52,22 @@ def parse_strategies(names: Iterable[str], settings: Iterable[str]) -> dict[str,
     """Name -> strategy, with its settings.
 
     Args:
-        names: of strategies.
+        names: of strategies, from the table or as `package.module:Class`.
         settings: texts such as "llep.min_tokens_per_gemm=16".
 
     Raises:
         UserError: an unknown strategy or setting, or a setting of a strategy that is not among `names`.
     """
-    from rq_ep.strategies import STRATEGIES, make_strategy
+    from rq_ep.strategies import STRATEGIES, make_strategy, strategy_class
 
     knobs: dict[str, dict[str, Any]] = {name: {} for name in names}
     if not knobs:
         raise UserError(f"--strategies: name at least one of {', '.join(STRATEGIES)}")
     for name in knobs:
-        check_choice("strategy", name, STRATEGIES)
+        strategy_class(name)
     for text in settings:
         target, is_given, value = text.partition("=")
-        name, dot, knob = target.strip().partition(".")
+        name, dot, knob = target.strip().rpartition(".")
         if not (is_given and dot and knob):
             raise UserError(f"--set {text}: expected NAME.SETTING=VALUE, such as llep.min_tokens_per_gemm=16")
         knobs[check_choice("strategy in --set", name, knobs)][knob.replace("-", "_")] = _read_value(text, value)

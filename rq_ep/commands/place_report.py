@@ -38,13 +38,15 @@ def report(placement: "Placement") -> None:
 
 
 def _print_summary(console: "Console", placement: "Placement") -> None:
+    from rq_ep.solver.objective.step_balance import SPLITS
+
     certificate = placement.certificate
     num_layers = len(placement.layers)
     console.print(
         f"Balance: {certificate['objective']} ({certificate['steps']} steps, {num_layers} layers)", soft_wrap=True
     )
     lines = [
-        ("predicted", certificate["predicted"], f"split: {_split(certificate['split'])}"),
+        ("predicted", certificate["predicted"], f"split: {SPLITS[certificate['split']]}"),
         (
             "worst tenth",
             certificate["cvar90"],
@@ -101,12 +103,6 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
 
 def _tail_note(tail_weight: float) -> str:
     return f"weighs {tail_weight:g} in what was searched for; " if tail_weight else ""
-
-
-def _split(rule: str) -> str:
-    from rq_ep.solver.objective.step_balance import SPLIT_RULES
-
-    return {str(name): text for name, text in SPLIT_RULES.items()}[rule]
 
 
 def _migration_summary(replaced: "dict[str, Any]") -> str:

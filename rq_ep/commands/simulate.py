@@ -23,7 +23,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.placing.place import parse_budget, place
 from rq_ep.sim.simulator import Simulation, simulate
 from rq_ep.sim.traces import RoutingTrace
-from rq_ep.strategies import STRATEGIES
+from rq_ep.strategies import STRATEGIES, names_where, strategy_class
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -45,8 +45,8 @@ class SimulateOptions(StrategyOptions):
     )
     strategies: Sequence[str] = option(
         ("standard", "eplb", "llep", "rq"),
-        help=f"strategies to replay, by commas: {', '.join(STRATEGIES)}; eplb+1 has one slot "
-        "more on every rank and layer than --budget allows",
+        help=f"strategies to replay, by commas: {', '.join(STRATEGIES)} or package.module:Class; eplb+1 has "
+        "one slot more on every rank and layer than --budget allows",
     )
     max_steps: int | None = option(None, help="replay so many steps at most, spread over the record", minimum=1)
     machine: str | None = option(
@@ -193,8 +193,9 @@ def _extra_slots(name: str) -> int:
     base, plus, number = name.partition("+")
     if not plus:
         return 0
-    if base != "eplb" or not number.isdecimal() or len(number) > 6:
-        raise UserError(f"--strategies {name}: only eplb takes slots beside the budget, such as eplb+1")
+    if not strategy_class(base).counts_replicas or not number.isdecimal() or len(number) > 6:
+        able = " and ".join(names_where(lambda kind: kind.counts_replicas))
+        raise UserError(f"--strategies {name}: only {able} takes slots beside the budget, such as eplb+1")
     return check_integer(f"--strategies {name}", int(number), 1, 4096)
 
 

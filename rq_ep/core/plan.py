@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,6 @@ class DispatchPlan:
     replicas: Replicas
     pairs_RP: IntArray
     transfers: tuple[WeightTransfer, ...] = ()
-    bound: Literal["pairs", "bytes"] = "pairs"  # what was balanced: computed pairs, or weights read by few of them
 
     @cached_property
     def pairs_RR(self) -> IntArray:
@@ -73,3 +72,18 @@ def intervals(counts_R: IntArray, cuts_n: IntArray) -> IntArray:
     overlap_Rn = np.minimum(ends_R[:, None], cuts_n[1:]) - np.maximum(starts_R[:, None], cuts_n[:-1])
     pairs_Rn: IntArray = overlap_Rn.clip(min=0)
     return pairs_Rn
+
+
+def spread_over_sources(counts_E: IntArray, num_ranks: int) -> IntArray:
+    """[..., R, E] pairs from each source rank: as even as possible, remainders to ranks in turn.
+
+    Args:
+        counts_E: [..., E] recorded pairs of each expert; which rank they came from was not recorded.
+        num_ranks: R.
+    """
+    base_E, rest_E = np.divmod(counts_E, num_ranks)
+    # An expert's remainder begins where the one before it ended, so that no rank collects the remainders of all.
+    first_E = (np.cumsum(rest_E, axis=-1) - rest_E) % num_ranks
+    turn_RE = (np.arange(num_ranks)[:, None] - first_E[..., None, :]) % num_ranks
+    counts_RE: IntArray = base_E[..., None, :] + (turn_RE < rest_E[..., None, :])
+    return counts_RE

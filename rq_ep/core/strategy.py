@@ -1,7 +1,11 @@
-"""The one interface: a strategy decides twice, at two speeds, and both decisions are pure."""
+"""The strategy contract: two pure decisions at two speeds, and everything that others ask of a strategy.
 
+Whoever needs to know what a strategy does reads an attribute declared here; nobody compares names or classes.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
@@ -13,20 +17,61 @@ from rq_ep.core.topology import Topology
 # counts_RE [R, E] int64, routed pairs from each source rank to each expert, known to every rank -> the step's plan.
 Planner = Callable[[IntArray], DispatchPlan]
 
+# How an expert's pairs are split over its resident replicas, where that has a closed form that the solver knows:
+# all of them to the only replica; evenly; or so that the fullest rank of the step has the fewest.
+SplitRule = Literal["home", "even", "exact"]
 
-class Strategy(Protocol):
-    """How experts are placed and how a step's pairs are spread: a frozen dataclass of its knobs."""
 
+class Summary(NamedTuple):
+    """A strategy in one clause each: its row in the README's table."""
+
+    experts: str = ""  # where experts live
+    pairs: str = ""  # who computes a step's tokens
+    source: str = ""  # paper or code
+
+
+class Strategy(ABC):
+    """How experts are placed and how a step's pairs are split: a frozen dataclass whose fields are its settings.
+
+    Every rank makes its own planner, and all ranks must derive the same plan from the same counts: a planner uses
+    nothing but its arguments and settings.
+    """
+
+    # As the table `rq_ep.strategies.STRATEGIES` calls it. A class that leaves it out is called "package.module:Class",
+    # by which it can be imported wherever a strategy is named.
     name: ClassVar[str]
+    summary: ClassVar[Summary] = Summary()
+    # The rule by which its certificates are evaluated; None: by replaying its planner over the calibration steps.
+    split: ClassVar[SplitRule | None] = None
+    lends: ClassVar[bool] = False  # whether its plans may transfer experts for a step
+    serves_replicas: ClassVar[bool] = True  # whether its planner takes layers with several replicas of an expert
+    counts_replicas: ClassVar[bool] = False  # whether `num_redundant_experts` may be asked of `place`
+    may_mix_formats: ClassVar[bool] = False  # whether `mixed_replicas` may be asked of `place`
+    needs_low_format: ClassVar[bool] = False  # whether `place` needs a format below the native one, calibrated
 
+    # These may be settings: a field of a subclass takes the place of the default.
+    max_borrowed: int | None = None  # experts that a rank borrows in a step; None: all that it does not hold
+    transient_format: str | None = None  # weight format that experts are lent in; None: as they are stored
+    max_steps: int = 64  # calibration steps that its certificates are evaluated on
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:
+            cls.name = f"{cls.__module__}:{cls.__qualname__}"
+
+    @abstractmethod
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         """Decide replicas, formats, ranks and shares: seconds, offline.
+
+        Args:
+            problem: statistics, ranks and limits.
+            current: the placement that serves now, for a strategy that can begin from it; others ignore it.
 
         Raises:
             UserError: the budget is too small; the message says how many bytes would do.
         """
-        ...
 
+    @abstractmethod
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         """Prepare the tables of one layer; the planner it returns takes microseconds, every layer and step.
 
@@ -35,4 +80,3 @@ class Strategy(Protocol):
             topology: the ranks and their nodes.
             cost: the layer on the machine at hand; without it a strategy goes by its settings alone.
         """
-        ...

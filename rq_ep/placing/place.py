@@ -14,13 +14,14 @@ from rq_ep.core.rules import Rules
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
-from rq_ep.placing.engine_slots import EqualSlots
+from rq_ep.placing.engine_slots import EqualSlotsEplb
 from rq_ep.placing.placement_settings import PlacementSettings
 from rq_ep.solver.certificate.what_if import what_if as place_with_changes
 from rq_ep.solver.migration.warm_start import left_of, place_again
-from rq_ep.strategies import make_strategy
+from rq_ep.strategies import make_strategy, names_where
 from rq_ep.strategies.eplb import Eplb
-from rq_ep.strategies.rq import ReplicateQuantize
+
+DEFAULT_STRATEGY = "rq"
 
 
 @takes_options(PlacementSettings)
@@ -73,8 +74,6 @@ def place(
         on_progress=on_progress,
         **selected(SolverOptions, settings),
     )
-    if equal_slots:
-        strategy = EqualSlots.of(strategy)
     current = settings.current
     left = None if current is None else left_of(current, stats, num_ranks, settings.lost_ranks)
     if left is None and (settings.lost_ranks or settings.max_moved_bytes is not None or settings.move_price):
@@ -91,24 +90,32 @@ def place(
     if not settings.what_if:
         return placement
     quiet = replace(problem, on_progress=lambda fraction: None, max_moved_bytes=None, move_price=0.0)
-    rows = place_with_changes(quiet, strategy.place)
+    rows = place_with_changes(quiet, strategy)
     return replace(placement, certificate={**placement.certificate, "what_if": rows})
 
 
 def _strategy(settings: PlacementSettings, equal_slots: bool) -> Strategy:
     """The strategy of the settings; a `UserError` refuses one that cannot do what they ask for."""
-    strategy = settings.strategy or (Eplb.name if equal_slots else ReplicateQuantize.name)
+    strategy = settings.strategy or (Eplb.name if equal_slots else DEFAULT_STRATEGY)
     if isinstance(strategy, str):
         strategy = make_strategy(strategy)
-    if settings.num_redundant_experts and not isinstance(strategy, Eplb):
+    if settings.num_redundant_experts and not strategy.counts_replicas:
+        able = " and ".join(names_where(lambda kind: kind.counts_replicas))
         raise UserError(
-            f"--num-redundant-experts {settings.num_redundant_experts}: only eplb counts replicas; strategy "
+            f"--num-redundant-experts {settings.num_redundant_experts}: only {able} counts replicas; strategy "
             f"{strategy.name!r} goes by --budget"
         )
-    if settings.mixed_replicas and (equal_slots or not isinstance(strategy, ReplicateQuantize)):
+    if settings.mixed_replicas and (equal_slots or not strategy.may_mix_formats):
+        able = " and ".join(names_where(lambda kind: kind.may_mix_formats))
         why = "--for: these engines store one format" if equal_slots else f"strategy {strategy.name!r} cannot"
-        raise UserError(f"--mixed-replicas: {why}; only rq splits an expert over two formats, leave it out or place so")
-    return strategy
+        raise UserError(
+            f"--mixed-replicas: {why}; only {able} splits an expert over two formats, leave it out or place so"
+        )
+    if not equal_slots:
+        return strategy
+    if strategy != Eplb():
+        raise UserError(f"--for: these engines split evenly over equal slots; place with eplb, not {strategy.name!r}")
+    return EqualSlotsEplb()
 
 
 def _rules(rules: Rules | str | Path | None) -> Rules:

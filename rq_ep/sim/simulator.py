@@ -8,9 +8,8 @@ import numpy as np
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import Placement
-from rq_ep.core.plan import imbalance
+from rq_ep.core.plan import imbalance, spread_over_sources
 from rq_ep.core.strategy import Strategy
-from rq_ep.sim.traces import deal_counts
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def simulate(
     for counts in steps:
         imbalance_L, transfers_L, layer_s_L = np.full(num_layers, np.nan), np.zeros(num_layers, np.int64), []
         for at, planner in enumerate(planners):
-            counts_RE = counts[at] if counts.ndim == 3 else deal_counts(counts[None, [at]], topology.num_ranks)[0, 0]
+            counts_RE = counts[at] if counts.ndim == 3 else spread_over_sources(counts[at], topology.num_ranks)
             plan = planner(counts_RE)
             num_pairs = int(plan.loads_R.sum())
             if num_pairs:

@@ -12,7 +12,7 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
-from rq_ep.core.strategy import Planner
+from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology, nodes_of_groups
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.split.min_max_split import ByExpert
@@ -22,7 +22,7 @@ ROUNDING = 1e-6  # of a pair: more than sums of shares are off, less than a shar
 
 
 @dataclass(frozen=True)
-class Eplb:
+class Eplb(Strategy):
     """The two greedy steps of github.com/deepseek-ai/EPLB, global or hierarchical, without its need for equal divisors.
 
     Hierarchical (groups of experts to nodes first) where the model has expert groups that divide by the nodes. Unlike
@@ -30,9 +30,16 @@ class Eplb:
     """
 
     name: ClassVar[str] = "eplb"
+    summary: ClassVar[Summary] = Summary(
+        "replicas of the busy, packed evenly; same bytes, or `--num-redundant-experts N` more",
+        "even split over replicas",
+        "DeepSeek EPLB",
+    )
+    split: ClassVar[SplitRule | None] = "even"
+    counts_replicas: ClassVar[bool] = True
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return certify(problem, self.name, self.layers(problem), "even")
+        return certify(problem, self, self.layers(problem))
 
     def layers(self, problem: PlacementProblem) -> list[LayerPlacement]:
         """Replicas of every layer, with `problem.num_redundant_experts` more than experts in each."""

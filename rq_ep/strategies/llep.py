@@ -14,7 +14,7 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan, WeightTransfer, imbalance, intervals
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.replicas import Replica
-from rq_ep.core.strategy import Planner
+from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
 from rq_ep.solver.certificate.certify import certify
 
@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Llep:
+class Llep(Strategy):
     """Algorithms 2 to 4 of the paper, on its defaults; what its prose leaves open follows the authors' code.
 
     The fallback compares loads of ranks, as the authors' code and figures do; `fallback_on="expert"` is the formula
@@ -45,6 +45,11 @@ class Llep:
     """
 
     name: ClassVar[str] = "llep"
+    summary: ClassVar[Summary] = Summary(
+        "contiguous blocks", "the least loaded rank; weights travel for one step", "LLEP, arXiv 2601.17111"
+    )
+    split: ClassVar[SplitRule | None] = "home"  # certified as it places: what is lent depends on each step
+    lends: ClassVar[bool] = True
 
     max_tokens_factor: float = 1.0  # alpha: a rank's capacity, in multiples of the mean load
     min_tokens_per_gemm: int | Literal["auto"] = (
@@ -69,7 +74,7 @@ class Llep:
             raise UserError(f"fallback_on {self.fallback_on!r}: choose rank or expert")
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return certify(problem, self.name, contiguous(problem), "home")
+        return certify(problem, self, contiguous(problem))
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         """The home of an expert is the first rank that holds it; a replica that is there already is not sent."""

@@ -1,7 +1,7 @@
 """Replicate and quantize: replicas of heavy hitters, paid for by few bits for tolerant experts, split step by step."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.strategy import Planner
+from rq_ep.core.replicas import Replicas
+from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
 from rq_ep.solver.search.mixed_replicas import place_mixed
 from rq_ep.solver.search.solve import solve
@@ -23,10 +24,14 @@ from rq_ep.strategies.eplb import eplb_candidates
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """As `TwoFormatSplit`, where replicas of an expert share a format."""
+class _OneFormat:
+    """As `TwoFormatSplit`, where all replicas of an expert share a format."""
 
     by_expert: ByExpert
+
+    @classmethod
+    def of(cls, replicas: Replicas, num_ranks: int) -> "_OneFormat":
+        return cls(ByExpert.of(replicas, num_ranks))
 
     def split(self, totals_E: IntArray) -> IntArray:
         return split(self.by_expert, totals_E).quotas_C
@@ -38,8 +43,64 @@ class _Whole:
         return nearest_first(self.by_expert, counts_RE, quotas_C, topology)
 
 
+class Choice(NamedTuple):
+    """A step's plan, and whether the step waits for weights: then each active expert is read on one rank alone."""
+
+    plan: DispatchPlan
+    waits_for_weights: bool
+
+
 @dataclass(frozen=True)
-class ReplicateQuantize:
+class StaticPlanner:
+    """Plans over resident replicas: the exact split of pairs or, where that is shorter, one rank for each expert."""
+
+    replicas: Replicas
+    topology: Topology
+    split: _OneFormat | TwoFormatSplit
+    cost: LayerCost | None  # None: pairs alone decide
+    read_s_P: FloatArray  # seconds of reading each replica
+    many_pairs: float  # from which on arithmetic takes longer than reading every replica
+
+    @classmethod
+    def of(cls, layer: LayerPlacement, topology: Topology, cost: LayerCost | None) -> "StaticPlanner":
+        replicas, num_ranks = layer.replicas, topology.num_ranks
+        split = (TwoFormatSplit if replicas.mixing_experts else _OneFormat).of(replicas, num_ranks)
+        read_s_P, many_pairs = np.zeros(len(replicas)), 0.0
+        if len(replicas) == layer.num_experts:
+            cost = None  # there is nothing to choose
+        if cost is not None:
+            read_s_P = np.array([cost.stream_s[name] + cost.overhead_s.get(name, 0.0) for name in replicas.formats_P])
+            many_pairs = read_s_P.sum() / min(cost.pair_s[name] for name in replicas.formats_P)
+        planner = cls(replicas, topology, split, cost, read_s_P, many_pairs)
+        planner.by_pairs(np.zeros((num_ranks, layer.num_experts), np.int64))  # what is compiled is compiled now
+        return planner
+
+    def __call__(self, counts_RE: IntArray) -> DispatchPlan:
+        return self.choose(counts_RE).plan
+
+    def choose(self, counts_RE: IntArray) -> Choice:
+        """The shorter of two plans, by the cost of the layer; without one, the exact split of pairs."""
+        balanced = self.by_pairs(counts_RE)
+        if self.cost is None:
+            return Choice(balanced, False)
+        totals_E = counts_RE.sum(axis=0)
+        if totals_E.sum() >= self.many_pairs:
+            return Choice(balanced, False)
+        read_once = self._plan(counts_RE, self.split.route_to_one_rank(totals_E, self.read_s_P))
+        if self.cost.step(read_once).layer_s < self.cost.step(balanced).layer_s:
+            return Choice(read_once, True)
+        return Choice(balanced, False)
+
+    def by_pairs(self, counts_RE: IntArray) -> DispatchPlan:
+        """The exact min-max split of pairs."""
+        return self._plan(counts_RE, self.split.split(counts_RE.sum(axis=0)))
+
+    def _plan(self, counts_RE: IntArray, quotas_C: IntArray) -> DispatchPlan:
+        return DispatchPlan(self.replicas, self.split.assign_sources(counts_RE, quotas_C, self.topology))
+
+
+@dataclass(frozen=True)
+class ReplicateQuantize(Strategy):
     """Places by `rq_ep.solver` inside a byte budget for each rank; plans the exact min-max split of each step.
 
     With a cost of the layer, steps of so few pairs that ranks wait for weights instead are planned on one replica of
@@ -48,6 +109,13 @@ class ReplicateQuantize:
     """
 
     name: ClassVar[str] = "rq"
+    summary: ClassVar[Summary] = Summary(
+        "replicas x format x rank inside a byte budget per rank",
+        "the exact min-max split of this step, nearest source first",
+        "ours, after Replicate-and-Quantize, arXiv 2602.19938",
+    )
+    split: ClassVar[SplitRule | None] = "exact"
+    may_mix_formats: ClassVar[bool] = True
 
     max_steps: int = 64  # calibration steps the solver looks at, spread over the record
     max_moves: int = 6000  # moves it tries in each layer
@@ -57,39 +125,12 @@ class ReplicateQuantize:
         check_integer("max_moves", self.max_moves)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        def uniform(asked: PlacementProblem) -> Placement:
-            return solve(asked, self.name, self.max_steps, self.max_moves, current, eplb_candidates(asked))
+        def solve_uniform(part: PlacementProblem) -> Placement:
+            return solve(part, self, self.max_steps, self.max_moves, current, eplb_candidates(part))
 
         if problem.mixed_replicas and current is None:
-            return place_mixed(problem, self.name, self.max_steps, uniform)
-        return uniform(problem)  # from one that serves, formats stay
+            return place_mixed(problem, self, self.max_steps, solve_uniform)
+        return solve_uniform(problem)  # from one that serves, formats stay
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
-        replicas = layer.replicas
-        way = (
-            TwoFormatSplit.of(replicas, topology.num_ranks)
-            if replicas.mixing_experts
-            else _Whole(ByExpert.of(replicas, topology.num_ranks))
-        )
-
-        def by_pairs(counts_RE: IntArray) -> DispatchPlan:
-            return DispatchPlan(replicas, way.assign_sources(counts_RE, way.split(counts_RE.sum(axis=0)), topology))
-
-        by_pairs(np.zeros((topology.num_ranks, layer.num_experts), np.int64))  # what is compiled is compiled now
-        if cost is None or len(replicas) == layer.num_experts:
-            return by_pairs
-
-        read_s_P = np.array([cost.stream_s[name] + cost.overhead_s.get(name, 0.0) for name in replicas.formats_P])
-        # With so many pairs arithmetic takes longer than reading every replica.
-        many_pairs = read_s_P.sum() / min(cost.pair_s[name] for name in replicas.formats_P)
-
-        def plan(counts_RE: IntArray) -> DispatchPlan:
-            balanced = by_pairs(counts_RE)
-            totals_E = counts_RE.sum(axis=0)
-            if totals_E.sum() >= many_pairs:
-                return balanced
-            pairs_RP = way.assign_sources(counts_RE, way.route_to_one_rank(totals_E, read_s_P), topology)
-            lean = DispatchPlan(replicas, pairs_RP, bound="bytes")
-            return lean if cost.step(lean).layer_s < cost.step(balanced).layer_s else balanced
-
-        return plan
+        return StaticPlanner.of(layer, topology, cost)

@@ -11,7 +11,7 @@ from rq_ep.core.errors import UserError, check_integer, check_number, check_text
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.strategy import Planner
+from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
 from rq_ep.solver.search.solve import solve
 from rq_ep.solver.split.lending import Lending
@@ -19,11 +19,11 @@ from rq_ep.solver.split.min_max_split import ByExpert
 from rq_ep.solver.split.relay import may_relay, relay
 from rq_ep.solver.split.source_split import nearest_first
 from rq_ep.strategies.eplb import eplb_candidates
-from rq_ep.strategies.rq import ReplicateQuantize
+from rq_ep.strategies.rq import StaticPlanner
 
 
 @dataclass(frozen=True)
-class ReplicateLend:
+class ReplicateLend(Strategy):
     """Places and splits as `rq`. Then the ranks that stay overloaded lend experts to the emptiest, one by one.
 
     With a cost of the layer, as many experts move as make the modelled step shortest to a hundredth, often none: what
@@ -34,6 +34,11 @@ class ReplicateLend:
     """
 
     name: ClassVar[str] = "rq_llep"
+    summary: ClassVar[Summary] = Summary(
+        "as `rq`", "as `rq`; what stays uneven is lent for the step, if that is worth the transfers", "ours"
+    )
+    split: ClassVar[SplitRule | None] = "exact"  # certified as it places: what is lent depends on each step
+    lends: ClassVar[bool] = True
 
     fallback_ratio: float = 1.3  # without a cost: max/mean after the static split below which nothing moves
     min_tokens_per_gemm: int = 1024  # without a cost: pairs for which an expert is worth moving
@@ -54,14 +59,14 @@ class ReplicateLend:
         check_integer("max_moves", self.max_moves)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return solve(problem, self.name, self.max_steps, self.max_moves, current, eplb_candidates(problem))
+        return solve(problem, self, self.max_steps, self.max_moves, current, eplb_candidates(problem))
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         if cost is not None and self.transient_format is not None and self.transient_format not in cost.transfer_s:
             known = ", ".join(sorted(cost.transfer_s))
             raise UserError(f"transient_format {self.transient_format!r}: the machine's costs know {known}")
         replicas = layer.replicas
-        static = ReplicateQuantize().planner(layer, topology, cost)
+        static = StaticPlanner.of(layer, topology, cost)
         lending = Lending.of(
             replicas,
             topology.num_ranks,
@@ -74,8 +79,8 @@ class ReplicateLend:
         )
 
         def plan(counts_RE: IntArray) -> DispatchPlan:
-            before = static(counts_RE)
-            if before.bound == "bytes" or not lending.may_pay(before.loads_R):
+            before, waits_for_weights = static.choose(counts_RE)
+            if waits_for_weights or not lending.may_pay(before.loads_R):
                 return before
             loans = lending.choose(before)
             if loans is None:

@@ -12,7 +12,7 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
-from rq_ep.core.strategy import Planner
+from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology, home_ranks
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.objective.precision import Formats
@@ -20,7 +20,7 @@ from rq_ep.solver.split.min_max_split import ByExpert
 
 
 @dataclass(frozen=True)
-class PaperReplicateQuantize:
+class PaperReplicateQuantize(Strategy):
     """One replica for each layer's top expert, in few bits, on the least loaded other rank; pairs split evenly.
 
     The paper counts the bytes of one device. Here each rank keeps to standard EP's: the rank that takes the replica
@@ -29,6 +29,13 @@ class PaperReplicateQuantize:
     """
 
     name: ClassVar[str] = "rq_paper"
+    summary: ClassVar[Summary] = Summary(
+        "contiguous blocks, and an int8 replica of each layer's top expert, paid for by the least important",
+        "even split over replicas",
+        "R&Q, arXiv 2602.19938",
+    )
+    split: ClassVar[SplitRule | None] = "even"
+    needs_low_format: ClassVar[bool] = True
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         stats, formats = problem.stats, Formats.of(problem)
@@ -47,7 +54,7 @@ class PaperReplicateQuantize:
                 without.append(layer)
             layers.append(LayerPlacement.even(layer, stats.num_experts, replicas, (formats.low, formats.native)))
         importance = "pairs" if stats.importance is None else "importance"
-        return certify(problem, self.name, layers, "even", importance=importance, layers_without_replica=without)
+        return certify(problem, self, layers, importance=importance, layers_without_replica=without)
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         """Pair i of an expert, counted over the source ranks, goes to replica i mod n."""

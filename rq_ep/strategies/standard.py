@@ -9,19 +9,22 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem, contiguous
-from rq_ep.core.strategy import Planner
+from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
 from rq_ep.solver.certificate.certify import certify
 
 
 @dataclass(frozen=True)
-class Standard:
+class Standard(Strategy):
     """One native replica of each expert, as GShard (arXiv 2006.16668) and every engine since place them."""
 
     name: ClassVar[str] = "standard"
+    summary: ClassVar[Summary] = Summary("contiguous blocks", "the expert's rank", "GShard, arXiv 2006.16668")
+    split: ClassVar[SplitRule | None] = "home"
+    serves_replicas: ClassVar[bool] = False
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return certify(problem, self.name, contiguous(problem), "home")
+        return certify(problem, self, contiguous(problem))
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         replicas = layer.replicas

@@ -42,7 +42,7 @@ def placement(tmp_path: Path, stats: Path) -> Path:
     """What engines of equal slots can serve."""
     problem = PlacementProblem(ExpertStats.load(stats), Topology(4), num_redundant_experts=4)
     path = tmp_path / "placement.json"
-    place_slots(problem, "eplb", Eplb().place(problem).layers, max_moves=200).save(path)
+    place_slots(problem, Eplb(), Eplb().place(problem).layers, max_moves=200).save(path)
     return path
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from rq_ep.core.cost import LayerShape
+from rq_ep.core.plan import spread_over_sources
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs.roofline import MACHINES
 from rq_ep.placing.place import place
 from rq_ep.sim.simulator import simulate
-from rq_ep.sim.traces import deal_counts
 from rq_ep.strategies import make_strategy
 from tests.sim.test_traces import trace_of
 
@@ -19,12 +19,12 @@ SIZES = {"bf16": 1000, "int8": 504}
 
 def test_counts_are_divided_evenly_and_completely() -> None:
     counts_SLE = np.random.default_rng(0).integers(0, 50, (3, 2, 7))
-    counts_SLRE = deal_counts(counts_SLE, 4)
+    counts_SLRE = spread_over_sources(counts_SLE, 4)
     np.testing.assert_array_equal(counts_SLRE.sum(axis=2), counts_SLE)
     assert (counts_SLRE.max(axis=2) - counts_SLRE.min(axis=2)).max() <= 1
     per_rank = counts_SLRE.sum(axis=3)
     assert (per_rank.max(axis=2) - per_rank.min(axis=2)).max() <= 1  # remainders take turns
-    np.testing.assert_array_equal(counts_SLRE, deal_counts(counts_SLE, 4))
+    np.testing.assert_array_equal(counts_SLRE, spread_over_sources(counts_SLE, 4))
 
 
 def stats_of(counts_SLE: np.ndarray) -> ExpertStats:

@@ -9,6 +9,9 @@ from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.solver.search.neighborhood import LayerLimits
+from rq_ep.strategies.rq import ReplicateQuantize
+
+RQ = ReplicateQuantize()  # what the solver places for
 
 
 def random_replicas(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> Replicas:

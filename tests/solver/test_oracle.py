@@ -9,7 +9,7 @@ from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.solver.objective.precision import Formats, low_experts
 from rq_ep.solver.search.layer_state import LayerSplit
 from rq_ep.solver.search.solve import solve
-from tests.solver.instances import problem, skewed
+from tests.solver.instances import RQ, problem, skewed
 from tests.solver.oracle import best_placement
 
 WORSE_BY = 0.05  # of the optimum, at most; mostly it is found
@@ -46,7 +46,7 @@ def test_the_search_comes_close_to_the_best_placement(
     budget = (-(-num_experts // num_ranks) * 1000 + room,) * num_ranks
     asked = problem(counts_SE[:, None], num_ranks, budget=budget, max_low_precision_share=share)
     (steps,) = calibration_steps(asked, 64)
-    placement = solve(asked, "rq", 64, 1000)
+    placement = solve(asked, RQ, 64, 1000)
     pairs_E = asked.stats.counts.sum(axis=(0, 1))
     may_be_low_E = low_experts(asked, Formats.of(asked))[0]
     limits = steps.loads_SE, np.array(budget), 1000, 504, pairs_E, share

@@ -19,7 +19,7 @@ from rq_ep.solver.search.layer_state import LayerSplit
 from rq_ep.solver.search.solve import solve
 from rq_ep.strategies.eplb import eplb_candidates
 from rq_ep.strategies.rq import ReplicateQuantize
-from tests.solver.instances import problem, skewed
+from tests.solver.instances import RQ, problem, skewed
 
 
 def recorded(num_experts: int, num_layers: int = 2, num_steps: int = 12, pairs: int = 8000) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_what_is_asked_for_is_what_gets_better(monkeypatch: pytest.MonkeyPatch) 
     asked = problem(recorded(16, num_layers=1, pairs=24), 4, formats=("bf16",))  # few pairs: experts stay idle
     (steps,) = calibration_steps(asked, 64)
     wishes = [replace(asked, objective=name) for name in ("prefill", "decode")]  # type: ignore[arg-type]
-    found = [held_LER(solve(wish, "rq", 64, 600))[0] for wish in wishes]
+    found = [held_LER(solve(wish, RQ, 64, 600))[0] for wish in wishes]
     for wish, other in ((0, 1), (1, 0)):
         load_SE = loads_SE(wishes[wish], Formats.of(asked), steps, np.zeros(16, bool))
         assert LayerSplit.of(load_SE, found[wish]).value < LayerSplit.of(load_SE, found[other]).value
@@ -69,7 +69,7 @@ def test_what_is_asked_for_is_what_gets_better(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_tail_is_lowered_where_it_counts() -> None:
     asked = problem(recorded(16, num_steps=24), 4, formats=("bf16",))
-    worst = {weight: solve(replace(asked, tail_weight=weight), "rq", 64, 900).certificate for weight in (0.0, 1.0)}
+    worst = {weight: solve(replace(asked, tail_weight=weight), RQ, 64, 900).certificate for weight in (0.0, 1.0)}
     assert worst[1.0]["cvar90"] <= worst[0.0]["cvar90"]
 
 
@@ -81,7 +81,7 @@ def test_the_cap_on_error_is_kept() -> None:
     loose, tight = (replace(asked, max_error=cap) for cap in (1.0, 0.002))
     low = {}
     for wished in (loose, tight):
-        placement = solve(wished, "rq", 64, 60)
+        placement = solve(wished, RQ, 64, 60)
         low_LE = np.zeros((2, 16), bool)
         for at, layer in enumerate(placement.layers):
             low_LE[at, [one.expert for one in layer.replicas if one.format == "int8"]] = True
@@ -113,7 +113,7 @@ def test_rules_are_kept() -> None:
         spread_nodes=True,
     )  # fmt: skip
     asked = replace(problem(recorded(16), 4, budget=(11_000,) * 4, rules=rules), topology=Topology(4, 2))
-    found = solve(asked, "rq", 64, 400)
+    found = solve(asked, RQ, 64, 400)
     rules.check(held_LER(found), asked.stats, asked.topology, "what was found")
     assert found.certificate["predicted"] < found.certificate["standard"]
 
@@ -122,29 +122,29 @@ def test_fixed_replicas_that_do_not_fit_are_refused_with_what_would() -> None:
     rules = Rules(fixed=(Selection(ranks=(0,)),))
     asked = problem(recorded(8), 2, formats=("bf16",), rules=rules)
     with pytest.raises(UserError, match="raise it to 16000 bytes per rank"):
-        solve(asked, "rq", 64, 10)
+        solve(asked, RQ, 64, 10)
 
 
 def test_out_of_time_there_is_a_placement_all_the_same() -> None:
     asked = replace(problem(recorded(16), 4), time_limit_s=0.0)
-    hurried = solve(asked, "rq", 64, 10**9)
+    hurried = solve(asked, RQ, 64, 10**9)
     assert hurried.certificate["predicted"] <= hurried.certificate["standard"]
 
 
 def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
     asked = problem(recorded(20, num_layers=3, pairs=60), 10)
     for number in (1, 2):
-        solve(replace(asked, num_workers=number), "rq", 64, 300).save(tmp_path / f"{number}.json")
+        solve(replace(asked, num_workers=number), RQ, 64, 300).save(tmp_path / f"{number}.json")
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
 
 
 def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
-    before = solve(problem(recorded(16), 4), "rq", 64, 300)
+    before = solve(problem(recorded(16), 4), RQ, 64, 300)
     asked = problem(recorded(16)[:, ::-1].copy(), 4)  # the layers change places: much is wrong now
     held = held_LER(before)
 
     def again(**wish: float) -> tuple[Placement, int]:
-        placement = solve(replace(asked, **wish), "rq", 64, 300, before)  # type: ignore[arg-type]
+        placement = solve(replace(asked, **wish), RQ, 64, 300, before)  # type: ignore[arg-type]
         sizes = {"bf16": 1000, "int8": 504}
         moved = sum(
             sizes[one.format]
@@ -165,10 +165,10 @@ def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
 
 
 def test_what_a_lost_rank_held_is_found_a_place() -> None:
-    before = solve(problem(recorded(16), 4), "rq", 64, 300)
+    before = solve(problem(recorded(16), 4), RQ, 64, 300)
     asked = problem(recorded(16), 4, budget=(12_000, 12_000, 12_000, 0))
-    after = solve(asked, "rq", 64, 300, before)
+    after = solve(asked, RQ, 64, 300, before)
     assert after.bytes_R[3] == 0
     assert held_LER(after).any(axis=2).all()
     with pytest.raises(UserError, match="--formats bf16: the current placement uses bf16,int8"):
-        solve(replace(asked, formats=("bf16",)), "rq", 64, 300, before)
+        solve(replace(asked, formats=("bf16",)), RQ, 64, 300, before)

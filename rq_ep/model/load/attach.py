@@ -11,6 +11,7 @@ from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.model.load.memory import travelling_formats
 from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.moe import ExpertFamily
 from rq_ep.strategies import make_strategy
@@ -49,8 +50,7 @@ def layer_cost(
     """What a layer costs on a machine, in every format the placement stores or the strategy may send."""
     if machine is None:
         return None
-    sent = getattr(strategy, "transient_format", None)
-    return machine.layer(family.shape({*placement.formats, *([sent] if sent else [])}))
+    return machine.layer(family.shape(travelling_formats(strategy, placement)))
 
 
 def check_layers(placement: Placement, experts: Sequence[ExpertsModule]) -> None:

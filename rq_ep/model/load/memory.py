@@ -19,8 +19,6 @@ from rq_ep.moe.expert_bank import MAX_CONVERTED
 from rq_ep.moe.expert_compute import workspace_bytes
 from rq_ep.parallel.receive_buffers import dispatch_limit, worst_dispatch_bytes
 
-LENDING = ("llep", "rq_llep")  # strategies whose plans move experts
-
 
 @dataclass(frozen=True)
 class RankBytes:
@@ -53,19 +51,23 @@ def expert_bytes(placement: Placement, layout: ExpertLayout, ranks: Sequence[int
 
 def borrowed_bytes(strategy: Strategy, placement: Placement, layout: ExpertLayout) -> int:
     """Bytes of the experts that a rank borrows in a step at most."""
-    if strategy.name not in LENDING:
+    if not strategy.lends:
         return 0
     number = max(
         layer.num_experts - len(layer.replicas.on_rank(rank))
         for layer in placement.layers
         for rank in range(placement.topology.num_ranks)
     )
-    allowed = getattr(strategy, "max_borrowed", None)
-    if allowed is not None:
-        number = min(number, allowed)
-    sent = getattr(strategy, "transient_format", None)
-    names = {*placement.formats, *([sent] if sent else [])}  # beyond its cap, experts travel as they lie
+    if strategy.max_borrowed is not None:
+        number = min(number, strategy.max_borrowed)
+    names = travelling_formats(strategy, placement)
     return number * max(get_format(name).nbytes(layout) for name in names)
+
+
+def travelling_formats(strategy: Strategy, placement: Placement) -> set[str]:
+    """Every format that an expert may be stored or lent in; beyond its cap, experts are lent as they are stored."""
+    sent = strategy.transient_format
+    return {*placement.formats} if sent is None else {*placement.formats, sent}
 
 
 def step_bytes(
@@ -110,7 +112,7 @@ def rank_bytes(
         step: bytes of the largest step, if it is known.
     """
     routed = sum(parameter.nbytes for module in experts for parameter in module.module.parameters())
-    sent = getattr(strategy, "transient_format", None)
+    sent = strategy.transient_format
     repacked = 0
     if sent is not None and set(placement.formats) != {sent}:
         repacked = MAX_CONVERTED * len(experts) * get_format(sent).nbytes(layout)

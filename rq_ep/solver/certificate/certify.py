@@ -1,4 +1,4 @@
-"""What a finished placement promises: its balance on the steps, a bound beside that, and how far to trust both."""
+"""The certificate of a placement: its balance on calibration steps, a lower bound, and how well both generalize."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.replicas import Replicas
-from rq_ep.solver.certificate.generalization import mean_of, trust
+from rq_ep.core.strategy import Strategy
+from rq_ep.solver.certificate.generalization import generalization, mean_of
 from rq_ep.solver.certificate.layer_bounds import bounds_of, holds_for
 from rq_ep.solver.objective.calibration_steps import LayerSteps, layer_steps, spread_steps
-from rq_ep.solver.objective.objective import busiest_S, described, judge_as_asked
+from rq_ep.solver.objective.objective import busiest_S, described, evaluator_of, step_balance
 from rq_ep.solver.objective.precision import Formats
-from rq_ep.solver.objective.step_balance import SplitRule
+from rq_ep.solver.objective.step_balance import EvenSplit
 
-MAX_STEPS = 64  # a placement is judged on
 MAX_NAMED = 8  # layers in a warning
 
 
 def certified(
     problem: PlacementProblem,
-    strategy: str,
+    strategy: Strategy,
     max_steps: int,
     formats: Formats,
     held_LER: BoolArray,
@@ -39,49 +39,48 @@ def certified(
         LayerPlacement.even(number, stats.num_experts, Replicas.from_mask(held_ER, formats.names_of(low_E)))
         for number, held_ER, low_E in zip(stats.layers, held_LER, low_LE, strict=True)
     ]
-    return certify(problem, strategy, layers, "exact", max_steps)
+    return certify(problem, strategy, layers, max_steps)
 
 
 def certify(
     problem: PlacementProblem,
-    strategy: str,
+    strategy: Strategy,
     layers: Sequence[LayerPlacement],
-    rule: SplitRule,
-    max_steps: int = MAX_STEPS,
+    max_steps: int | None = None,
     **notes: Any,
 ) -> Placement:
     """Put `layers` together as the placement of `strategy`, with shares and figures on the calibration steps.
 
     The bound of a layer holds for every placement of that layer in as many bytes and low pairs as it takes here, the
     bound in the certificate for every placement of the model inside the budget and the cap; both under any split.
+    Where experts are lent in the steps that are evaluated, bytes do not bound.
 
     Args:
-        problem: what was asked.
-        strategy: who placed.
+        problem: statistics, ranks and limits.
+        strategy: serves the placement, which carries its name; its split is evaluated.
         layers: one for each layer of the statistics; their shares are replaced where the exact split serves.
-        rule: the split that the strategy serves with.
-        max_steps: calibration steps to judge on, spread over the record.
+        max_steps: calibration steps to evaluate, spread over the record; default: the strategy's.
         notes: further entries of the certificate.
     """
-    seen_S = spread_steps(problem, max_steps)
+    split = evaluator_of(problem, strategy)
+    seen_S = spread_steps(problem, strategy.max_steps if max_steps is None else max_steps)
     steps = layer_steps(problem, seen_S)
-    judged = [judge_as_asked(problem, layer, of_layer, rule) for layer, of_layer in zip(layers, steps, strict=True)]
-    layers = [
-        replace(with_shares(layer, found.pairs_P) if rule == "exact" else layer, predicted=mean_of([found.ratio_S]))
-        for layer, found in zip(layers, judged, strict=True)
-    ]
-    placement = problem.placement(strategy, layers)
-    overall, bounds = bounds_of(problem, placement, steps)
+    balances = [step_balance(problem, layer, of_layer, split) for layer, of_layer in zip(layers, steps, strict=True)]
+    if strategy.split == "exact":
+        layers = [with_shares(layer, balance.pairs_P) for layer, balance in zip(layers, balances, strict=True)]
+    ratios = [balance.ratio_S for balance in balances]
+    layers = [replace(layer, predicted=mean_of([ratio_S])) for layer, ratio_S in zip(layers, ratios, strict=True)]
+    placement = problem.placement(strategy.name, layers)
+    overall, bounds = bounds_of(problem, placement, steps, is_lending=strategy.lends and strategy.split is None)
     layers = [
         replace(layer, bound=bound.value, binding=bound.binding) for layer, bound in zip(layers, bounds, strict=True)
     ]
-    ratios = [found.ratio_S for found in judged]
     predicted = mean_of(ratios)
-    trusted = trust(problem, layers, rule, seen_S, ratios)
+    on_other_steps = generalization(problem, layers, split, seen_S, ratios)
     certificate = {
         "objective": f"{described(problem)}, mean over calibration steps and layers",
         "tail_weight": problem.tail_weight,
-        "split": rule,
+        "split": split.rule,
         "predicted": predicted,
         "bound": overall.value,
         "bound_holds_for": holds_for(problem),
@@ -90,8 +89,8 @@ def certify(
         "steps": max(len(ratio_S) for ratio_S in ratios),
         **_beside_standard(problem, layers, steps, ratios),
         **_tail(ratios),
-        **trusted,
-        "warnings": [*_oddities(problem, placement), *trusted["warnings"]],
+        **on_other_steps,
+        "warnings": [*_oddities(problem, placement), *on_other_steps["warnings"]],
         "load": _load_R(problem, layers).tolist(),
         "bytes_by_format": _bytes_by_format(problem, layers),
         "replicas_by_format": dict(sorted(Counter(name for la in layers for name in la.replicas.formats_P).items())),
@@ -103,18 +102,20 @@ def certify(
 
 def _oddities(problem: PlacementProblem, placement: Placement) -> list[str]:
     """What is legal and rarely meant."""
-    found = []
+    warnings = []
     pairs_L = problem.stats.counts.sum(axis=(0, 2))
     idle = [str(number) for number, pairs in zip(problem.stats.layers, pairs_L.tolist(), strict=True) if not pairs]
     if idle and len(idle) < len(placement.layers):
-        found.append(f"no pair was recorded in layer {', '.join(idle[:MAX_NAMED])}{', ...' * (len(idle) > MAX_NAMED)}")
+        warnings.append(
+            f"no pair was recorded in layer {', '.join(idle[:MAX_NAMED])}{', ...' * (len(idle) > MAX_NAMED)}"
+        )
     empty = placement.bytes_R.count(0)
     if empty and (problem.budget_bytes_R is None or min(problem.budget_bytes_R) > 0):
-        found.append(
+        warnings.append(
             f"{empty} of {len(placement.bytes_R)} ranks hold no expert: {problem.stats.num_experts} experts and such "
             "replicas as fit do not fill them; start fewer ranks or raise --budget"
         )
-    return found
+    return warnings
 
 
 def _mixing(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> dict[str, Any]:
@@ -161,9 +162,8 @@ def _beside_standard(
 ) -> dict[str, float]:
     """`standard`: what standard EP makes of the same steps. `of_standard`: what the busiest rank carries beside its."""
     plain = contiguous(problem)
-    standard = [
-        judge_as_asked(problem, one, of_layer, "home").ratio_S for one, of_layer in zip(plain, steps, strict=True)
-    ]
+    home = EvenSplit(problem.topology.num_ranks, "home")
+    standard = [step_balance(problem, one, of_layer, home).ratio_S for one, of_layer in zip(plain, steps, strict=True)]
 
     def carried(placed: Sequence[LayerPlacement], placed_ratios: Sequence[FloatArray]) -> float:
         rows = zip(placed, steps, placed_ratios, strict=True)

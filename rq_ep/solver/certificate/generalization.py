@@ -1,4 +1,4 @@
-"""How far to trust a balance predicted on calibration steps: halves of the record, and steps the solver never saw."""
+"""How well a balance predicted on calibration steps generalizes: to halves of the record, and to held-out steps."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -10,8 +10,8 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.solver.objective.calibration_steps import layer_steps, pairs_by_step
-from rq_ep.solver.objective.objective import judge_as_asked
-from rq_ep.solver.objective.step_balance import SplitRule
+from rq_ep.solver.objective.objective import step_balance
+from rq_ep.solver.objective.step_balance import SplitEvaluator
 
 FEWEST_STEPS = 16  # with fewer, held-out balance is clearly worse (measured: twice the excess at 8 steps)
 ALIKE = 1.5  # steps are compared whose pairs differ by no larger a factor
@@ -19,10 +19,10 @@ NOTABLE = 0.03  # of max/mean: smaller differences are not worth a warning
 STANDARD_ERRORS = 3.0  # a difference is taken for real beyond so many
 
 
-def trust(
+def generalization(
     problem: PlacementProblem,
     layers: Sequence[LayerPlacement],
-    rule: SplitRule,
+    split: SplitEvaluator,
     seen_S: IntArray,
     ratios: Sequence[FloatArray],
 ) -> dict[str, Any]:
@@ -32,15 +32,15 @@ def trust(
     alone; traffic of another kind is not in them.
 
     Args:
-        problem: what was asked.
+        problem: statistics, ranks and limits.
         layers: the placement.
-        rule: the split it is served with.
+        split: how it is served.
         seen_S: recorded steps that were looked at.
         ratios: max/mean of each of these, layer by layer.
     """
     first = [ratio_S[: len(ratio_S) // 2] for ratio_S in ratios]
     second = [ratio_S[len(ratio_S) // 2 :] for ratio_S in ratios]
-    found: dict[str, Any] = {"halves": [mean_of(first), mean_of(second)], "unseen": None}
+    unseen: dict[str, Any] | None = None
     warnings = []
     num_seen = max((len(ratio_S) for ratio_S in ratios), default=0)
     if num_seen < FEWEST_STEPS:
@@ -57,17 +57,16 @@ def trust(
     if len(rest_S):
         spread_S = rest_S[np.unique(np.linspace(0, len(rest_S) - 1, max(num_seen, 1)).astype(np.int64))]
         steps = layer_steps(problem, spread_S)
-        unseen = [
-            judge_as_asked(problem, layer, of_layer, rule).ratio_S
-            for layer, of_layer in zip(layers, steps, strict=True)
+        others = [
+            step_balance(problem, layer, of_layer, split).ratio_S for layer, of_layer in zip(layers, steps, strict=True)
         ]
-        found["unseen"] = {"steps": len(spread_S), "predicted": mean_of(unseen)}
-        if mean_of(unseen) > mean_of(ratios) and _differ(ratios, unseen):
+        unseen = {"steps": len(spread_S), "predicted": mean_of(others)}
+        if mean_of(others) > mean_of(ratios) and _differ(ratios, others):
             warnings.append(
-                f"over-fitted: predicted {mean_of(ratios):.3f} on the steps it was placed for, {mean_of(unseen):.3f} "
+                f"over-fitted: predicted {mean_of(ratios):.3f} on the steps it was placed for, {mean_of(others):.3f} "
                 f"on {len(spread_S)} others of the record; look at more steps"
             )
-    return {**found, "warnings": warnings}
+    return {"halves": [mean_of(first), mean_of(second)], "unseen": unseen, "warnings": warnings}
 
 
 def mean_of(ratios: Sequence[FloatArray]) -> float:

@@ -22,17 +22,20 @@ def holds_for(problem: PlacementProblem) -> str:
 
 
 def bounds_of(
-    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
+    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps], is_lending: bool = False
 ) -> tuple[Bound, list[Bound]]:
     """The bound of every placement inside the problem's limits, and that of each layer in the bytes it takes here.
 
-    Where a pair is not a pair alike, both hold for placements that store the same experts low.
+    Where a pair is not a pair alike, both hold for placements that store the same experts low. Where experts are lent,
+    which takes room beside the placement's bytes, no number of bytes bounds.
     """
-    return (_inside_limits if is_plain(problem) else _step_by_step)(problem, placement, steps)
+    if is_plain(problem):
+        return _inside_limits(problem, placement, steps, is_lending)
+    return _step_by_step(problem, placement, steps)
 
 
 def _inside_limits(
-    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
+    problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps], is_lending: bool
 ) -> tuple[Bound, list[Bound]]:
     """The bound inside the budget and the cap, and that of each layer in what it takes of them."""
     stats, num_ranks = problem.stats, problem.topology.num_ranks
@@ -41,12 +44,12 @@ def _inside_limits(
     pairs_LE = stats.counts.sum(axis=0)
     least_LE, most_LE = None, None
     usable_R: BoolArray = np.ones(num_ranks, bool)
-    if problem.rules != Rules():
+    if problem.rules != Rules() and not is_lending:
         allowed_LER = problem.rules.allowed_LER(stats, problem.topology)
         least_LE = problem.rules.fixed_LER(stats, problem.topology).sum(axis=2)
         most_LE = allowed_LER.sum(axis=2)
         usable_R[~allowed_LER.any(axis=(0, 1))] = False
-    budget_R = problem.budget_bytes_R
+    budget_R = None if is_lending else problem.budget_bytes_R
     if budget_R is not None:
         usable_R[np.array(budget_R) < min(low, native)] = False
     limits = BoundLimits(
@@ -63,7 +66,7 @@ def _inside_limits(
     for at, layer in enumerate(placement.layers):
         inside = replace(
             limits,
-            max_bytes=sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
+            max_bytes=None if is_lending else sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
             max_low_pairs=layer.low_pairs(pairs_LE[at], stats.native_format),
         )
         of_layer = [None if array is None else array[[at]] for array in (least_LE, most_LE)]

@@ -11,7 +11,7 @@ from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
-from rq_ep.solver.certificate.certify import MAX_STEPS, certify
+from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.migration.choose_migration import choose_migration, moved_bytes_LR
 from rq_ep.solver.migration.fit_formats import enforce_low_cap
 from rq_ep.solver.migration.plan_moves import plan_moves
@@ -41,15 +41,14 @@ def place_again(
     fresh = [strategy.place(first)]
 
     def certified(layers: Sequence[LayerPlacement]) -> Placement:
-        max_steps = getattr(strategy, "max_steps", MAX_STEPS)
-        return certify(problem, strategy.name, layers, fresh[0].certificate["split"], max_steps)
+        return certify(problem, strategy, layers)
 
     layers, stay = completed(problem, left), None
     if layers is None:
         return choose_migration(
             problem, left.held, None, fresh, certified, min_gain, "it uses a format that --formats leaves out"
         )
-    refused = _refused(layers, problem, fresh[0])
+    refused = _refused(layers, problem, strategy)
     if not refused:
         stay = certified(layers)
     suited = enforce_low_cap(problem, layers)
@@ -115,18 +114,19 @@ def _same(one: Placement, other: Placement) -> bool:
     )
 
 
-def _refused(layers: Sequence[LayerPlacement], problem: PlacementProblem, like: Placement) -> str:
-    """Why a strategy that splits as `like` is split cannot serve the layers; empty if it can."""
-    if like.certificate["split"] == "home" and any(len(layer.replicas) > layer.num_experts for layer in layers):
-        return f"{like.strategy} serves one replica of each expert"
+def _refused(layers: Sequence[LayerPlacement], problem: PlacementProblem, strategy: Strategy) -> str:
+    """Why the strategy cannot serve the layers within the problem's limits; empty if it can."""
+    serves_one = strategy.split == "home" or not strategy.serves_replicas
+    if serves_one and any(len(layer.replicas) > layer.num_experts for layer in layers):
+        return f"{strategy.name} serves one replica of each expert"
     if (
-        like.certificate["split"] == "exact"
+        strategy.split == "exact"
         and not problem.mixed_replicas
         and any(layer.replicas.mixing_experts for layer in layers)
     ):
         return "it stores experts in two formats, which takes --mixed-replicas"
     try:
-        share = problem.placement(like.strategy, layers).low_precision_planned
+        share = problem.placement(strategy.name, layers).low_precision_planned
     except UserError as error:
         return str(error)
     if share > problem.max_low_precision_share + LOW_SLACK:

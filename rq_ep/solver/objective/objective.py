@@ -2,20 +2,20 @@
 
 import numpy as np
 
-from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
+from rq_ep.core.arrays import BoolArray, FloatArray
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import PHASES
+from rq_ep.core.strategy import Strategy
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.expert_weights import weights_SE
+from rq_ep.solver.objective.planner_replay import PlannerReplay
 from rq_ep.solver.objective.precision import Formats
-from rq_ep.solver.objective.step_balance import Judgement, SplitRule, judge, judge_reading
-
-SCALE = 2**20  # whole parts that a step's mean expert is cut into, where pairs do not weigh alike
+from rq_ep.solver.objective.step_balance import EvenSplit, ExactSplit, SplitEvaluator, StepBalance
 
 
 def described(problem: PlacementProblem) -> str:
-    """What `predicted` is, for whoever reads the certificate."""
+    """What `predicted` is, in the words of the certificate."""
     unit = "" if problem.cost is None else "seconds of "
     return {
         "prefill": f"max/mean of {unit}pairs over ranks",
@@ -29,18 +29,30 @@ def is_plain(problem: PlacementProblem) -> bool:
     return problem.objective == "prefill" and problem.cost is None
 
 
-def judge_as_asked(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, rule: SplitRule) -> Judgement:
+def evaluator_of(problem: PlacementProblem, strategy: Strategy) -> SplitEvaluator:
+    """How the strategy splits steps: by its closed rule or, where it has none, by its planner."""
+    match strategy.split:
+        case None:
+            return PlannerReplay(strategy, problem.topology, problem.cost)
+        case "exact":
+            return ExactSplit(problem.topology.num_ranks)
+        case rule:
+            return EvenSplit(problem.topology.num_ranks, rule)
+
+
+def step_balance(
+    problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, split: SplitEvaluator
+) -> StepBalance:
     """How even the layer makes the steps, in what the problem balances."""
     if is_plain(problem):
-        return judge(layer.replicas, steps.counts_SE, steps.num_ranks, rule)
+        return split.by_pairs(layer, steps.counts_SE)
     weight_SE, reads_S = _weights(problem, layer, steps)
-    scaled_SE = _whole(weight_SE[~reads_S])
-    read = judge_reading(layer.replicas, steps.counts_SE[reads_S], weight_SE[reads_S], steps.num_ranks, rule)
+    computed = split.by_pairs(layer, steps.counts_SE[~reads_S], weight_SE[~reads_S])
+    read = split.by_reading(layer, steps.counts_SE[reads_S], weight_SE[reads_S])
     ratio_S = np.ones(len(reads_S))
-    ratio_S[~reads_S] = judge(layer.replicas, scaled_SE, steps.num_ranks, rule).ratio_S
+    ratio_S[~reads_S] = computed.ratio_S
     ratio_S[reads_S] = read.ratio_S
-    computed = judge(layer.replicas, steps.counts_SE[~reads_S], steps.num_ranks, rule)  # for the shares: whole pairs
-    return Judgement(ratio_S, computed.pairs_P + read.pairs_P)
+    return StepBalance(ratio_S, computed.pairs_P + read.pairs_P)
 
 
 def busiest_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, ratio_S: FloatArray) -> FloatArray:
@@ -75,10 +87,3 @@ def _weights(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps
     if problem.objective == "mixed" and steps.phase_S is not None:
         reads_S = steps.phase_S == PHASES.index("decode")
     return weights_SE(problem, Formats.of(problem), steps, low_E), reads_S
-
-
-def _whole(weight_SE: FloatArray) -> IntArray:
-    """Weights in whole parts, fine enough that splits of parts are as good as of fractions."""
-    mean_S1 = weight_SE.mean(axis=1, keepdims=True)
-    whole_SE: IntArray = np.rint(weight_SE / mean_S1 * SCALE).astype(np.int64)
-    return whole_SE

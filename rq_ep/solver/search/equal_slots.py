@@ -22,6 +22,7 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.rules import Rules
+from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
@@ -34,7 +35,7 @@ LEAST_GAIN = 1e-6  # of the mean of max/mean: smaller gains are rounding errors
 
 def place_slots(
     problem: PlacementProblem,
-    strategy: str,
+    strategy: Strategy,
     start: Sequence[LayerPlacement],
     max_steps: int = MAX_STEPS,
     max_moves: int = MAX_MOVES,
@@ -43,7 +44,7 @@ def place_slots(
 
     Args:
         problem: statistics, ranks and limits; `rules.whole_groups` keeps groups of experts on nodes.
-        strategy: the name the placement will carry; it must split evenly, as `eplb` does.
+        strategy: serves the placement, which carries its name; it must split evenly, as `eplb` does.
         start: the initial placement, such as EPLB's layers.
         max_steps: calibration steps to look at, spread over the record.
         max_moves: moves attempted in each layer.
@@ -71,7 +72,7 @@ def place_slots(
             layers.append(_layer_of(layer, slots_RJ, problem.stats.native_format))
             problem.on_progress(len(layers) / len(tasks))
     before = [even_imbalance(task.steps, task.slots_RJ) for task in tasks]
-    placement = certify(problem, strategy, layers, "even", max_steps, searched_from=round(float(np.mean(before)), 4))
+    placement = certify(problem, strategy, layers, max_steps, searched_from=round(float(np.mean(before)), 4))
     return _bounded_by_slots(placement)
 
 

@@ -23,10 +23,11 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replicas
+from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certify, with_shares
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
 from rq_ep.solver.objective.precision import Formats, damage_LE, error_LE
-from rq_ep.solver.objective.step_balance import judge
+from rq_ep.solver.objective.step_balance import ExactSplit
 from rq_ep.solver.search.greedy_fill import add_replicas
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.local_search import tail_weighted_mean
@@ -49,7 +50,7 @@ class Mixture(NamedTuple):
 
 def place_mixed(
     problem: PlacementProblem,
-    strategy: str,
+    strategy: Strategy,
     max_steps: int,
     solve_uniform: Callable[[PlacementProblem], Placement],
 ) -> Placement:
@@ -57,7 +58,7 @@ def place_mixed(
 
     Args:
         problem: its caps hold for low replicas, too.
-        strategy: the name the placement will carry.
+        strategy: serves the placement, which carries its name.
         max_steps: calibration steps to look at.
         solve_uniform: places with one format for all replicas of an expert.
 
@@ -90,7 +91,7 @@ def place_mixed(
     assert best is not None
     problem.on_progress(1.0)
     unmixed = uniform.certificate["predicted"]
-    return certify(problem, strategy, best.layers, "exact", max_steps, predicted_unmixed=unmixed)
+    return certify(problem, strategy, best.layers, max_steps, predicted_unmixed=unmixed)
 
 
 def _progress(problem: PlacementProblem, number: int, fraction: float) -> None:
@@ -154,7 +155,7 @@ class _Mixing:
         is_low_P = self.uniform.low_LE[i, experts_P] | low_ER[experts_P, ranks_P]
         names = tuple(formats.low if low else formats.native for low in is_low_P.tolist())
         replicas = Replicas(ranks_P, experts_P, names, (formats.low, formats.native) if low_ER.any() else ())
-        balance = judge(replicas, steps.counts_SE, steps.num_ranks, "exact")
+        balance = ExactSplit(steps.num_ranks).balance(replicas, steps.counts_SE)
         even_P = 1 / np.bincount(experts_P, minlength=num_experts)[experts_P]
         layer = with_shares(
             LayerPlacement(self.problem.stats.layers[i], num_experts, replicas, even_P), balance.pairs_P

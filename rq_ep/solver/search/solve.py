@@ -14,6 +14,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.rules import Rules
+from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certified
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
 from rq_ep.solver.objective.denoise_steps import denoise_steps
@@ -30,7 +31,7 @@ PROGRESS_AT_START = 0.1  # share of the work that the choice of an initial solut
 
 def solve(
     problem: PlacementProblem,
-    strategy: str,
+    strategy: Strategy,
     max_steps: int,
     max_moves: int,
     current: Placement | None = None,
@@ -40,7 +41,7 @@ def solve(
 
     Args:
         problem: statistics, ranks, limits, and formats. With `time_limit_s`, the best placement until then is returned.
-        strategy: the name the placement will carry.
+        strategy: serves the placement, which carries its name.
         max_steps: calibration steps to look at, spread over the record.
         max_moves: moves of replicas attempted in each layer.
         current: a placement of the same layers on as many ranks to begin from. It may lack experts, hold too much or

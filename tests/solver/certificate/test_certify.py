@@ -66,13 +66,13 @@ def test_steps_the_solver_never_saw_tell_of_over_fitting() -> None:
     seen = [18 * step + 9 for step in range(16)]  # where 16 looks into 288 like steps fall
     counts = np.repeat(calm, 288, axis=0)
     asked = problem(counts, 4)
-    even = certify(asked, "standard", Standard().place(asked).layers, "home", max_steps=16)
+    even = certify(asked, Standard(), Standard().place(asked).layers, max_steps=16)
     assert even.certificate["unseen"] == {"steps": 16, "predicted": 1.0}
     assert not even.certificate["warnings"]
     counts = np.repeat(hot, 288, axis=0)
     counts[seen] = 337  # as many pairs, evenly
     asked = problem(counts, 4)
-    fitted = certify(asked, "standard", Standard().place(asked).layers, "home", max_steps=16)
+    fitted = certify(asked, Standard(), Standard().place(asked).layers, max_steps=16)
     assert fitted.certificate["predicted"] < fitted.certificate["unseen"]["predicted"]
     assert any("over-fitted" in warning for warning in fitted.certificate["warnings"])
 
@@ -90,5 +90,5 @@ def test_rules_and_empty_ranks_are_in_the_bound() -> None:
         stats, asked.topology, (8000, 8000, 8000, 0), asked.formats, rules=Rules(forbidden=(Selection(ranks=(3,)),))
     )
     layers = [layer for layer in make_strategy("eplb").place(PlacementProblem(stats, type(asked.topology)(3))).layers]
-    found = certify(drained, "eplb", layers, "even").certificate
+    found = certify(drained, make_strategy("eplb"), layers).certificate
     assert found["bound"] >= 4 / 3

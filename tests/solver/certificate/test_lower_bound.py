@@ -12,7 +12,7 @@ from rq_ep.core.replicas import Replicas
 from rq_ep.solver.certificate.lower_bound import Bound, least_first_replica_bytes, lower_bound
 from rq_ep.solver.certificate.relaxation import BoundLimits
 from rq_ep.solver.objective.calibration_steps import LayerSteps
-from rq_ep.solver.objective.step_balance import judge
+from rq_ep.solver.objective.step_balance import ExactSplit
 from tests.solver.instances import skewed
 
 
@@ -33,7 +33,7 @@ def best_placement(counts_SE: IntArray, within: BoundLimits) -> float:
     """The least mean of max/mean over all placements inside the limits, by enumeration."""
     num_experts, num_ranks = counts_SE.shape[1], within.num_ranks
     sets = [np.array(ranks, bool) for ranks in product([0, 1], repeat=num_ranks) if any(ranks)]
-    best = float(num_ranks)
+    best, exact = float(num_ranks), ExactSplit(num_ranks)
     for low in product([0, 1], repeat=num_experts):
         low_E = np.array(low, bool)
         if counts_SE.sum(axis=0)[low_E].sum() > within.max_low_pairs:
@@ -42,9 +42,7 @@ def best_placement(counts_SE: IntArray, within: BoundLimits) -> float:
         for rows in product(sets, repeat=num_experts):
             held_ER = np.stack(rows)
             if within.max_bytes is None or (held_ER.sum(axis=1) @ size_E) <= within.max_bytes:
-                best = min(
-                    best, float(judge(Replicas.from_mask(held_ER), counts_SE, num_ranks, "exact").ratio_S.mean())
-                )
+                best = min(best, float(exact.balance(Replicas.from_mask(held_ER), counts_SE).ratio_S.mean()))
     return best
 
 

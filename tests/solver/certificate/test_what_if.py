@@ -26,7 +26,7 @@ def test_each_limit_is_moved_alone() -> None:
 
 
 def test_rows_are_those_of_the_solver_and_the_last_is_held_out() -> None:
-    rows = what_if(asked(), Standard().place)
+    rows = what_if(asked(), Standard())
     assert [row["predicted"] for row in rows[:2]] == [Standard().place(asked()).certificate["predicted"]] * 2
     assert rows[2]["change"] == "placed for half of the record"
     second = asked().stats.counts[6:]
@@ -35,7 +35,7 @@ def test_rows_are_those_of_the_solver_and_the_last_is_held_out() -> None:
 
 
 def test_one_step_cannot_be_halved() -> None:
-    rows = what_if(problem(np.ones((1, 1, 8), np.int64), 4), Standard().place)
+    rows = what_if(problem(np.ones((1, 1, 8), np.int64), 4), Standard())
     assert all("held_out" not in row for row in rows)
 
 
@@ -44,5 +44,5 @@ def test_steps_of_next_to_no_pairs_do_not_tell_what_is_held_out() -> None:
     tiny = np.zeros_like(large)
     tiny[:, :, 0] = 1  # a pair on one rank: max/mean 4
     mixed = np.concatenate([large[:6], tiny[:6], large[6:], tiny[6:]])
-    found = [what_if(problem(counts, 4), Standard().place)[-1]["held_out"] for counts in (large, mixed)]
+    found = [what_if(problem(counts, 4), Standard())[-1]["held_out"] for counts in (large, mixed)]
     assert found[1] == pytest.approx(found[0])

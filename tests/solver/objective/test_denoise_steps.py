@@ -18,9 +18,10 @@ from rq_ep.solver.objective.denoise_steps import (
     denoised_rates_SE,
     noise_share,
 )
-from rq_ep.solver.objective.objective import judge_as_asked
+from rq_ep.solver.objective.objective import step_balance
+from rq_ep.solver.objective.step_balance import ExactSplit
 from rq_ep.solver.search.solve import solve
-from tests.solver.instances import problem
+from tests.solver.instances import RQ, problem
 
 NUM_STEPS, NUM_EXPERTS, NUM_PAIRS = 32, 32, 128
 
@@ -106,11 +107,13 @@ def test_holds_better_on_steps_nobody_saw(monkeypatch: pytest.MonkeyPatch) -> No
     def attained(placement: Placement, counts_SLE: IntArray) -> float:
         layers = [LayerSteps(counts_SLE[:, at], num_ranks) for at in range(counts_SLE.shape[1])]
         pairs = zip(placement.layers, layers, strict=True)
-        return mean_of([judge_as_asked(asked, layer, of_layer, "exact").ratio_S for layer, of_layer in pairs])
+        return mean_of(
+            [step_balance(asked, layer, of_layer, ExactSplit(num_ranks)).ratio_S for layer, of_layer in pairs]
+        )
 
-    anew = solve(asked, "rq", NUM_STEPS, 1000)
+    anew = solve(asked, RQ, NUM_STEPS, 1000)
     monkeypatch.setattr(redraw_module, "NOISY", 2.0)
-    as_recorded = solve(asked, "rq", NUM_STEPS, 1000)
+    as_recorded = solve(asked, RQ, NUM_STEPS, 1000)
     parts = 1024  # of a pair: whole ones would hide what is gained
     assert attained(anew, parts * unseen_SLE) < attained(as_recorded, parts * unseen_SLE) - 0.001
     for placement in (anew, as_recorded):  # what is promised is what was recorded, whatever was placed for

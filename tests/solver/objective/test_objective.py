@@ -13,7 +13,8 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
-from rq_ep.solver.objective.objective import judge_as_asked, least_ratio_S
+from rq_ep.solver.objective.objective import least_ratio_S, step_balance
+from rq_ep.solver.objective.step_balance import EvenSplit, ExactSplit
 from rq_ep.strategies import make_strategy
 from tests.solver.instances import problem, skewed
 
@@ -47,10 +48,10 @@ def test_decode_counts_the_bytes_that_a_plan_reads() -> None:
     counts_SE = np.array([[5, 1, 0], [5, 1, 2], [0, 0, 7]])
     decode = problem(counts_SE[:, None], 2, None, objective="decode")
     steps = LayerSteps(counts_SE, 2)
-    exact = judge_as_asked(decode, layer, steps, "exact").ratio_S
+    exact = step_balance(decode, layer, steps, ExactSplit(2)).ratio_S
     # 1000 | 504; 1504 | 1000 (expert 0 beside the smaller one); one expert alone
     np.testing.assert_allclose(exact, [2 * 1000 / 1504, 2 * 1504 / 2504, 2.0])
-    even = judge_as_asked(decode, layer, steps, "even").ratio_S
+    even = step_balance(decode, layer, steps, EvenSplit(2)).ratio_S
     np.testing.assert_allclose(even, [2 * 1504 / 1504, 2 * 2000 / 2504, 2.0])
     np.testing.assert_allclose(least_ratio_S(decode, layer, steps), [2 * 1000 / 1504, 2 * 1504 / 2504, 2.0])
 
@@ -59,21 +60,21 @@ def test_pairs_weigh_the_seconds_of_their_format() -> None:
     layer = LayerPlacement.even(0, 2, [Replica(0, 0, "bf16"), Replica(1, 1, "int8")])
     counts_SE = np.array([[30, 20], [10, 20]])
     seconds = replace(problem(counts_SE[:, None], 2, None), cost=COST)
-    found = judge_as_asked(seconds, layer, LayerSteps(counts_SE, 2), "home").ratio_S
+    found = step_balance(seconds, layer, LayerSteps(counts_SE, 2), EvenSplit(2)).ratio_S
     planned = [
         COST.compute_s_R(DispatchPlan(layer.replicas, np.array([counts_E, [0, 0]]))) for counts_E in counts_SE * 1000
     ]
     np.testing.assert_allclose(found, [seconds_R.max() / seconds_R.mean() for seconds_R in planned], rtol=1e-5)
 
 
-def test_mixed_steps_are_judged_by_their_phase() -> None:
+def test_mixed_steps_are_evaluated_by_their_phase() -> None:
     mixed = asked(objective="mixed")
     layer = make_strategy("eplb").place(mixed).layers[0]
     steps = calibration_steps(mixed, 20)[0]
     assert steps.phase_S is not None
-    found = judge_as_asked(mixed, layer, steps, "even").ratio_S
+    found = step_balance(mixed, layer, steps, EvenSplit(4)).ratio_S
     for phase, objective in enumerate(("prefill", "decode")):
-        alone = judge_as_asked(replace(mixed, objective=objective), layer, steps, "even").ratio_S
+        alone = step_balance(replace(mixed, objective=objective), layer, steps, EvenSplit(4)).ratio_S
         np.testing.assert_allclose(found[steps.phase_S == phase], alone[steps.phase_S == phase], rtol=1e-5)
 
 
@@ -87,7 +88,7 @@ def test_few_bits_are_seen_beside_standard_ep_though_the_mean_falls_with_them() 
     every = np.full((4, 1, 8), 50)
     decode = problem(every, 4, objective="decode", max_low_precision_share=1.0)
     halves = [LayerPlacement.even(0, 8, [Replica(expert // 2, expert, "int8") for expert in range(8)])]
-    found = certify(decode, "rq", halves, "exact").certificate
+    found = certify(decode, make_strategy("rq"), halves).certificate
     assert found["predicted"] == pytest.approx(found["standard"]) == pytest.approx(1.0)
     assert found["of_standard"] == pytest.approx(504 / 1000)
     assert make_strategy("standard").place(decode).certificate["of_standard"] == 1.0

@@ -53,7 +53,7 @@ def test_no_start_is_made_worse(seed: int, num_ranks: int, per_rank: int, more: 
     case = problem(counts_SE[:, None], num_ranks, num_extra)
     start = eplb(case)
     steps = LayerSteps(counts_SE, num_ranks)
-    placed = place_slots(case, "eplb", start, max_moves=200)
+    placed = place_slots(case, Eplb(), start, max_moves=200)
     slots_RJ = placed.layers[0].replicas.experts_P.reshape(num_ranks, check_slots(case))
     assert (np.diff(slots_RJ, axis=1) > 0).all(), "sorted, so no rank holds an expert twice"
     after, before = (
@@ -80,7 +80,7 @@ def test_small_layers_come_close_to_the_best_of_all_placements(seed: int, num_ex
         if np.any(held_RE, axis=0).all():
             best = min(best, even_imbalance(steps, np.nonzero(held_RE)[1].reshape(num_ranks, -1)))
     case = problem(counts_SE[:, None], num_ranks, num_extra)
-    placed = place_slots(case, "eplb", eplb(case), max_moves=2000)
+    placed = place_slots(case, Eplb(), eplb(case), max_moves=2000)
     imbalance = even_imbalance(steps, placed.layers[0].replicas.experts_P.reshape(num_ranks, -1))
     assert best - 1e-9 <= imbalance <= 1.03 * best
 
@@ -89,7 +89,7 @@ def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
     case = problem(correlated(16, 32, 3, seed=1), 4, 4)
     for number in (1, 2):
         case_on_processes = replace(case, num_workers=number)
-        place_slots(case_on_processes, "eplb", eplb(case), max_moves=500).save(tmp_path / f"{number}.json")
+        place_slots(case_on_processes, Eplb(), eplb(case), max_moves=500).save(tmp_path / f"{number}.json")
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
 
 
@@ -97,7 +97,7 @@ def test_experts_busy_together_part_where_means_say_nothing() -> None:
     counts_SLE = correlated(32, 96, 2, seed=0)
     case = problem(counts_SLE[:48], 8, 8)
     start = eplb(case)
-    placed = place_slots(case, "eplb", start, max_moves=3000)
+    placed = place_slots(case, Eplb(), start, max_moves=3000)
     for at, (layer, before) in enumerate(zip(placed.layers, start, strict=True)):
         held_out = LayerSteps(counts_SLE[48:, at], 8)
         after, mean_only = (even_imbalance(held_out, one.replicas.experts_P.reshape(8, -1)) for one in (layer, before))
@@ -106,7 +106,7 @@ def test_experts_busy_together_part_where_means_say_nothing() -> None:
 
 def test_same_seed_same_bits() -> None:
     case = problem(correlated(16, 20, 2, seed=1), 4, 4, seed=7)
-    once, again = (place_slots(case, "eplb", eplb(case), max_moves=500) for _ in range(2))
+    once, again = (place_slots(case, Eplb(), eplb(case), max_moves=500) for _ in range(2))
     assert [layer.replicas.experts_P.tolist() for layer in once.layers] == [
         layer.replicas.experts_P.tolist() for layer in again.layers
     ]
@@ -133,7 +133,7 @@ def test_whole_groups_stay_on_their_nodes() -> None:
     counts_SLE = correlated(16, 20, 2, seed=3)
     limits = {"ranks_per_node": 2, "expert_groups": 4, "rules": Rules(whole_groups=True)}
     case = problem(counts_SLE, 4, 4, **limits)
-    placed = place_slots(case, "eplb", eplb(case), max_moves=500)
+    placed = place_slots(case, Eplb(), eplb(case), max_moves=500)
     assert placed.certificate["predicted"] < placed.certificate["searched_from"]
     for layer in placed.layers:
         nodes_P = layer.replicas.ranks_P // 2
@@ -146,10 +146,10 @@ def test_a_layer_without_load_and_a_time_limit_keep_the_start() -> None:
     counts_SLE[:, 0] = 0
     case = problem(counts_SLE, 4, 4)
     start = eplb(case)
-    placed = place_slots(case, "eplb", start, max_moves=300)
+    placed = place_slots(case, Eplb(), start, max_moves=300)
     assert placed.layers[0].predicted == 1.0
     assert list(placed.layers[0].replicas) == list(start[0].replicas)
-    hurried = place_slots(problem(counts_SLE, 4, 4, time_limit_s=0), "eplb", start)
+    hurried = place_slots(problem(counts_SLE, 4, 4, time_limit_s=0), Eplb(), start)
     assert [list(layer.replicas) for layer in hurried.layers] == [list(layer.replicas) for layer in start]
 
 
@@ -166,7 +166,7 @@ def test_uneven_starts_and_foreign_limits_are_refused_by_name() -> None:
     uneven = [Replica(0, 0, "bf16"), Replica(0, 1, "bf16"), Replica(0, 2, "bf16"), Replica(1, 3, "bf16")]
     start = (LayerPlacement.even(0, 4, uneven),)
     with pytest.raises(UserError, match="layer 0: 1 to 3 slots on a rank"):
-        place_slots(problem(counts_SLE, 2), "eplb", start)
+        place_slots(problem(counts_SLE, 2), Eplb(), start)
     for limits, name in (
         ({"objective": "decode"}, "--objective decode"),
         ({"tail_weight": 0.5}, "--tail-weight 0.5"),
@@ -175,4 +175,4 @@ def test_uneven_starts_and_foreign_limits_are_refused_by_name() -> None:
     ):
         case = problem(counts_SLE, 2, **limits)
         with pytest.raises(UserError, match=name):
-            place_slots(case, "eplb", start)
+            place_slots(case, Eplb(), start)

@@ -16,11 +16,11 @@ from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.solver.search.cuts import MAX_RANKS_ENUMERATED
 from rq_ep.solver.search.solve import solve
 from rq_ep.strategies.rq import ReplicateQuantize
-from tests.solver.instances import problem, skewed
+from tests.solver.instances import RQ, problem, skewed
 
 
 def place(given: PlacementProblem, max_moves: int = 400) -> Placement:
-    return solve(given, "rq", 32, max_moves)
+    return solve(given, RQ, 32, max_moves)
 
 
 def replayed(placement: Placement, counts_SLE: np.ndarray) -> float:
@@ -191,7 +191,7 @@ def test_steps_without_pairs_do_not_count() -> None:
 
 def test_progress_rises_to_one() -> None:
     seen: list[float] = []
-    solve(replace(problem(recorded(8), 2), on_progress=seen.append), "rq", 8, 50)
+    solve(replace(problem(recorded(8), 2), on_progress=seen.append), RQ, 8, 50)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
     assert len(seen) > 2

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from rq_ep.core.errors import UserError
+from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
-from rq_ep.solver.objective.step_balance import judge, judge_reading
+from rq_ep.solver.objective.step_balance import ExactSplit
 from rq_ep.solver.split.two_format_split import TwoFormatSplit
 from tests.solver.instances import skewed
 
@@ -105,11 +106,11 @@ def test_few_bits_are_left_alone_where_they_are_not_needed() -> None:
     assert by_replica(two_formats, two_formats.split(np.array([71, 0])))[low_P].tolist() == [0, 35]
 
 
-def test_what_is_judged_is_what_is_planned() -> None:
+def test_what_is_evaluated_is_what_is_planned() -> None:
     replicas, counts_SE = random_mixture(9, 4, 1), skewed(9, 500, 1, num_steps=6)
     two_formats = TwoFormatSplit.of(replicas, 4)
     quotas_SP = np.stack([by_replica(two_formats, two_formats.split(totals_E)) for totals_E in counts_SE])
-    balance = judge(replicas, counts_SE, 4, "exact")
+    balance = ExactSplit(4).balance(replicas, counts_SE)
     np.testing.assert_array_equal(balance.pairs_P, quotas_SP.sum(axis=0))
     loads_SR = np.stack([np.bincount(replicas.ranks_P, row_P, minlength=4) for row_P in quotas_SP])
     np.testing.assert_allclose(balance.ratio_S, loads_SR.max(axis=1) * 4 / 500)
@@ -122,7 +123,9 @@ def test_steps_that_wait_for_weights_read_native_replicas_alone() -> None:
     quotas_P = by_replica(two_formats, two_formats.route_to_one_rank(counts_E, np.ones(len(replicas))))
     assert quotas_P[low_of_mixing_P(replicas)].sum() == 0
     np.testing.assert_array_equal(np.bincount(replicas.experts_P, quotas_P), counts_E)
-    read = judge_reading(replicas, counts_E[None], np.ones((1, 9)), 4, "exact")
+    read = ExactSplit(4).by_reading(
+        LayerPlacement.even(0, 9, replicas, replicas.mixed_formats), counts_E[None], np.ones((1, 9))
+    )
     np.testing.assert_array_equal(read.pairs_P, quotas_P)
 
 
