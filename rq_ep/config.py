@@ -259,34 +259,36 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _from_yaml(item: Option, value: Any) -> Any:
-    """The value of an option from what a file says; what is wrong with it is for the option's check to say."""
+    """The value of an option from a file; the option's check reports what is wrong with it."""
     if value is None:
         return None
+    if item.parse is not None:
+        return item.parse(value)
     if item.is_sequence and isinstance(value, str):
         return _from_text(item, [value] if item.several else value)
     if item.is_sequence and isinstance(value, list):
-        return tuple(_converted(item, one) for one in value)
-    return _converted(item, value)
+        return tuple(_as_path(item, one) for one in value)
+    return _as_path(item, value)
 
 
 def _from_text(item: Option, value: Any) -> Any:
     """The value of an option from the text of its flag, or from the words of one that takes several."""
-    if item.parse is not None or not item.is_sequence:
-        return _converted(item, _number(item.kind, value))
+    if item.parse is not None:
+        return item.parse(value)
+    if not item.is_sequence:
+        return _as_path(item, _number(item.kind, value))
     words = value if item.several else [word.strip() for word in value.split(",") if word.strip()]
     if not words:
         raise UserError(f"{item.flag}: name at least one")
-    return tuple(_converted(item, _number(item.kind, word)) for word in words)
+    return tuple(_as_path(item, _number(item.kind, word)) for word in words)
 
 
-def _converted(item: Option, value: Any) -> Any:
-    if item.parse is not None:
-        return item.parse(value)
+def _as_path(item: Option, value: Any) -> Any:
     return Path(value) if item.kind is Path and isinstance(value, str) else value
 
 
 def _number(kind: Any, text: Any) -> Any:
-    """The number that a text spells or, where it spells none, the text."""
+    """The number in a text or, if it is none, the text."""
     if kind not in (int, float):
         return text
     try:
