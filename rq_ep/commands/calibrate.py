@@ -82,9 +82,9 @@ def _calibrate(options: CalibrateOptions, group: "EPGroup") -> ExpertStats:
     from rq_ep.commands.progress_bar import showing
     from rq_ep.core.files import check_writable
     from rq_ep.model.calibration.calibrate import calibrate
-    from rq_ep.model.load.ranks import together
+    from rq_ep.parallel.agreement import run_on_all_ranks
 
-    together(group, lambda: check_writable(options.out) if group.rank == 0 else None)
+    run_on_all_ranks(group, lambda: check_writable(options.out) if group.rank == 0 else None)
     with showing(group.rank == 0) as show:
         return calibrate(
             options.model,

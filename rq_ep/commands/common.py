@@ -100,6 +100,7 @@ def launched_ranks(command: str, device: str) -> Iterator["EPGroup"]:
 
     A `UserError` must be raised on every rank; rank 0 prints it, and all exit with 2.
     """
+    from rq_ep.parallel.agreement import report_user_error
     from rq_ep.parallel.default_group import default_group
 
     group = default_group(device)
@@ -108,10 +109,7 @@ def launched_ranks(command: str, device: str) -> Iterator["EPGroup"]:
     except UserError as error:
         if group.size == 1:
             raise
-        if group.rank == 0:
-            print(f"rq-ep {command}: error: {error}", file=sys.stderr, flush=True)
-        group.barrier()  # launchers end the other ranks once one has left
-        sys.exit(2)
+        sys.exit(report_user_error(group, f"rq-ep {command}", error))
     finally:
         group.close()
 

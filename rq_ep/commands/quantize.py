@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import launched_ranks, quiet_libraries
     from rq_ep.commands.progress_bar import showing
     from rq_ep.model.calibration.quantize import quantize
-    from rq_ep.model.load.ranks import together
+    from rq_ep.parallel.agreement import run_on_all_ranks
 
     options = read_settings(QuantizeOptions, args)
     quiet_libraries()
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             options.out,
             options,
             formats=options.formats,
-            placement=together(group, lambda: None if path is None else Placement.load(path)),
+            placement=run_on_all_ranks(group, lambda: None if path is None else Placement.load(path)),
             texts=options.text,
             group=group,
             progress=show,

@@ -156,9 +156,9 @@ class Placement:
         if model is not None and self.model is not None:
             model.check(self.model, what)
 
-    def save(self, path: str | Path) -> None:
-        """Write `placement.json`."""
-        document = {
+    def to_dict(self) -> dict[str, Any]:
+        """The placement as `placement.json` holds it."""
+        return {
             "format": FORMAT,
             "model": None if self.model is None else {"id": self.model.id, "hash": self.model.hash},
             "strategy": self.strategy,
@@ -171,7 +171,10 @@ class Placement:
             "certificate": dict(self.certificate),
             "layers": [_layer_document(layer) for layer in self.layers],
         }
-        write_json(path, document)
+
+    def save(self, path: str | Path) -> None:
+        """Write `placement.json`."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "Placement":

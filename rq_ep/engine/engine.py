@@ -71,9 +71,7 @@ class Engine:
         run_empty_step = empty_step(model, layers)
         self._manager = LockstepManager(
             model,
-            GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=False, eos_token_id=self.eos_token_ids or -1
-            ),
+            GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
             batching_config(
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,

@@ -1,8 +1,7 @@
-"""What goes into an engine and what comes out of it."""
+"""The requests that go into an engine, and the outputs that come out of it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Request:
 
 
 class Batch(NamedTuple):
-    """What a rank's step is made of: each request and how many of its tokens, in their order in the step."""
+    """The content of a rank's step: each request and how many of its tokens, in their order in the step."""
 
     parts: list[tuple[str, int]]
     is_prefill: bool  # some of the tokens are of prompts
@@ -53,7 +52,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """News of a request: tokens since the last news, and whether it ended.
+    """New tokens of a request since its last output, and whether it ended.
 
     `finish_reason` is `stop` (the model's end token, which is the last of `token_ids`), `length`, or `error`.
     `scores` has one entry for each of `token_ids` where the request asks for them; `prompt_scores` comes once, with one
@@ -68,17 +67,3 @@ class Output:
     scores: list[Score] = field(default_factory=list)
     prompt_scores: list[Score] | None = None
     queued_s: float | None = None
-
-
-def output_from(
-    request_id: str,
-    token_ids: list[int],
-    finish_reason: str | None = None,
-    error: str | None = None,
-    scores: Sequence[Any] = (),
-    prompt_scores: Sequence[Any] | None = None,
-    queued_s: float | None = None,
-) -> Output:
-    """The output whose fields were sent as JSON, where scores are plain lists."""
-    prompt = None if prompt_scores is None else [Score(*score) for score in prompt_scores]
-    return Output(request_id, token_ids, finish_reason, error, [Score(*score) for score in scores], prompt, queued_s)

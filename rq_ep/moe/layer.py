@@ -15,7 +15,7 @@ from rq_ep.formats import get_format
 from rq_ep.moe.borrowing import BorrowBuffers
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
-from rq_ep.moe.telemetry import LayerCall, Telemetry
+from rq_ep.moe.telemetry import CallRecorder, LayerCall, Telemetry
 from rq_ep.parallel import Combine, EPGroup, Exchange, RankFailure, RoutingCounts, SoleHolders
 
 
@@ -38,7 +38,7 @@ class EPExperts(nn.Module):
         group: EPGroup,
         *,
         exchange: Exchange | None = None,
-        telemetry: Telemetry | None = None,
+        telemetry: CallRecorder | None = None,
         borrow_buffers: BorrowBuffers | None = None,
     ) -> None:
         """Allocate this rank's replicas; fill `bank` before the first call.
@@ -62,7 +62,7 @@ class EPExperts(nn.Module):
         self.bank = ExpertBank(
             family.layout, placement.replicas, group.rank, group.device, borrow_buffers, placement.index
         )
-        self.telemetry = Telemetry(max_records=0) if telemetry is None else telemetry
+        self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
 
     @torch.no_grad()
     def forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from rq_ep.moe.borrowing import BorrowBuffers
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.moe.layer import EPExperts
-from rq_ep.moe.telemetry import Telemetry
+from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import Exchange, ExchangeSettings, LocalWorld
 
 
@@ -27,7 +27,7 @@ class LocalExperts(nn.Module):
         *,
         device: torch.device | str = "cpu",
         exchange_settings: ExchangeSettings | None = None,
-        telemetry: Telemetry | None = None,
+        telemetry: CallRecorder | None = None,
         borrow_buffers: Sequence[BorrowBuffers] | None = None,
     ) -> None:
         """Allocate all ranks' replicas; fill `banks` before the first call. Arguments as of `EPExperts`.

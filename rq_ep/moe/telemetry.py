@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,16 @@ class LayerCall(NamedTuple):
     timer: PhaseTimer
     received_bytes: Mapping[str, int]  # of rows (dispatch) and sums (combine) from other ranks
     transfer_bytes_R: Callable[[], IntArray]  # of borrowed experts, received by each rank
+
+
+class CallRecorder(Protocol):
+    """Times and records the calls of a layer."""
+
+    def timer(self, group: EPGroup) -> PhaseTimer:
+        """Start to time one layer call."""
+
+    def record(self, call: LayerCall) -> None:
+        """Take a call that has ended."""
 
 
 class Telemetry:

@@ -6,26 +6,24 @@ from typing import NoReturn
 
 from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
-from rq_ep.serve.leave import leave
-from rq_ep.serve.logs import set_up_logging
-from rq_ep.serve.rank.http_parent import Front
-from rq_ep.serve.rank.startup import attempt, refuse
+from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
+from rq_ep.serve.rank.http_parent import HttpProcess
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells mistakes as every other error is told: in one line, by rank 0."""
+class ServeParser(argparse.ArgumentParser):
+    """Raises mistakes as user errors, which rank 0 prints in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until told to stop. Every rank calls this; returns its exit status.
+    """Serve until asked to stop. Every rank calls this; returns its exit status.
 
     Args:
         argv: the command line without the program's name.
     """
-    parser = Parser(prog="rq_ep.serve", description=__doc__, allow_abbrev=False)
+    parser = ServeParser(prog="rq_ep.serve", description=__doc__, allow_abbrev=False)
     add_flags(parser, ServeConfig)
     parser.add_argument("--dry-run", action="store_true", help="print settings, placement and bytes per rank; exit")
     # The deepspeed launcher passes it; the environment says it as well.
@@ -44,17 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         set_up_logging(config.log_level if rank == 0 else "warning")
         # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
-        front, problem = attempt(lambda: Front(config, environment)) if rank == 0 else (None, None)
+        http, problem = None, None
+        if rank == 0:
+            try:
+                http = HttpProcess(config, environment)
+            except UserError as error:
+                problem = str(error)  # raised once the ranks have met, on all of them
         try:
             from rq_ep.serve.rank.rank_server import serve
 
-            return serve(config, front, problem)
+            return serve(config, http, problem)
         finally:
-            if front is not None:
-                front.close()
+            if http is not None:
+                http.close()
     except UserError as error:
-        return refuse(error, rank)
+        return print_user_error(error) if rank == 0 else EXIT_USER_ERROR
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_quickly(main())

@@ -1,43 +1,51 @@
-"""The control plane between the HTTP process and the ranks: one TCP connection for each rank, a JSON object a line.
+"""The control plane between the HTTP process and the ranks: one TCP connection for each rank.
 
 Plain sockets, because a closed connection is the one notice of a rank's death that is prompt and says whose it was.
 """
 
 import asyncio
-import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
 
-Message = dict[str, Any]
-MAX_LINE_BYTES = 64 << 20
+from rq_ep.serve.messages import (
+    MAX_LINE_BYTES,
+    Bye,
+    FromRank,
+    Hello,
+    MessageError,
+    ToRank,
+    decode_from_rank,
+    decode_to_rank,
+    encode,
+)
 
 
-def encode(message: Message) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+async def read_messages(reader: asyncio.StreamReader) -> AsyncIterator[FromRank]:
+    """The messages of a rank, until it closes the connection or dies.
 
-
-async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
-    """What the other side sends, until it closes the connection or dies."""
+    Raises:
+        MessageError: it sent something else.
+    """
     while True:
         try:
             line = await reader.readline()
-            message = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError):  # reset, or no line of ours
+        except OSError:  # the connection was reset
             return
-        if not isinstance(message, dict):
+        except ValueError:
+            raise MessageError(f"a line of more than {MAX_LINE_BYTES} bytes") from None
+        if not line.endswith(b"\n"):  # cut short, as the rank died
             return
-        yield message
+        yield decode_from_rank(line)
 
 
-class Link:
-    """A rank's end: messages are sent from any thread, and read on a thread of their own.
+class ControlClient:
+    """A rank's end of its connection: any thread may send; messages are read on a thread of their own.
 
     Args:
-        address: host and port of the HTTP process's hub.
-        rank: who we are.
+        address: host and port of the HTTP process's `RankRouter`.
+        rank: the rank in this process.
         token: the secret of this group; a stranger who found the port does not know it.
     """
 
@@ -49,37 +57,52 @@ class Link:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._lock = threading.Lock()
         self._is_closing = False
-        self.send({"kind": "hello", "rank": rank, "token": token})
+        self.send(Hello(rank, token))
 
-    def send(self, message: Message) -> None:
-        """Send a message; if the HTTP process is gone, the reading thread says so."""
+    def send(self, message: FromRank) -> None:
+        """Send a message. If the HTTP process is gone, the reading thread notices it."""
         with self._lock:
             try:
                 self._socket.sendall(encode(message))
             except OSError:
                 return
 
-    def listen(self, on_message: Callable[[Message], None], on_close: Callable[[], None]) -> None:
-        """Read messages on a thread from now on; `on_close` is called when the HTTP process has gone."""
+    def listen(
+        self,
+        on_message: Callable[[ToRank], None],
+        on_close: Callable[[], None],
+        on_malformed: Callable[[MessageError], None],
+    ) -> None:
+        """Read messages on a thread from now on.
+
+        Args:
+            on_message: called with each message.
+            on_close: called when the HTTP process has gone.
+            on_malformed: called with what is wrong with a line; no more are read.
+        """
 
         def read() -> None:
             try:
                 with self._socket.makefile("rb") as file:
                     for line in file:
-                        on_message(json.loads(line))
+                        if line.endswith(b"\n"):
+                            on_message(decode_to_rank(line))
+            except MessageError as error:
+                on_malformed(error)
+                return
             except (OSError, ValueError):  # ValueError: closed here, meanwhile
                 pass
             if not self._is_closing:
                 on_close()
 
-        threading.Thread(target=read, name="rq_ep link", daemon=True).start()
+        threading.Thread(target=read, name="rq_ep control", daemon=True).start()
 
     def close(self) -> None:
         """Say good-bye, so that the end of the connection is not taken for a death. A second call does nothing."""
         if self._is_closing:
             return
         self._is_closing = True
-        self.send({"kind": "bye"})
+        self.send(Bye())
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # also ends the reading thread
         self._socket.close()

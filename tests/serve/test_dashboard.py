@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.skipif(BROWSER is None, reason="no Chromium here"), py
 def url() -> Iterator[str]:
     bench, port = Bench(), free_port()
     bench.service.placement = PLACEMENT
-    bench.service.balance.add(LOADS)
+    bench.service.load_view.add(LOADS)
     for num_unfinished in (1, 4):
         bench.complete()
         bench.service.metrics.loads(LOADS)

@@ -24,12 +24,12 @@ from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.calibration.output_error import output_errors_EQ
 from rq_ep.model.calibration.trace_builder import RoutingTraceBuilder
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
-from rq_ep.model.load.ranks import together
 from rq_ep.model.progress_callback import ProgressCallback, item_counter, no_progress
 from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.model.settings import IMPORTANCES, CalibrationSettings
 from rq_ep.model.text.windows import Texts
 from rq_ep.parallel import EPGroup
+from rq_ep.parallel.agreement import run_on_all_ranks
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def calibrate(
     loaded = LoadedModel.open(model, settings.dtype, settings.device, group)
     _check_supported(loaded, settings, trace_path)
     formats = _formats_to_measure(loaded, settings.formats)
-    packed = together(loaded.group, lambda: _open_files(loaded, trace_path, packed_experts))
+    packed = run_on_all_ranks(loaded.group, lambda: _open_files(loaded, trace_path, packed_experts))
 
     trace_builder = RoutingTraceBuilder() if trace_path is not None and loaded.is_rank_zero else None
     forward_stats = collect_forward_stats(
@@ -85,7 +85,7 @@ def calibrate(
         trace_builder.build(loaded.experts[0].num_experts, _layers(loaded), loaded.identity).save(trace_path)
 
     records = forward_stats.records
-    error_LEQ = together(loaded.group, lambda: _output_errors_LEQ(loaded, records, formats, packed, progress))
+    error_LEQ = run_on_all_ranks(loaded.group, lambda: _output_errors_LEQ(loaded, records, formats, packed, progress))
     divergence = _divergence(loaded, forward_stats, settings) if _needs_divergence(settings, formats) else None
     kl_LEQ = None
     if settings.measure_kl and divergence is not None:

@@ -18,13 +18,13 @@ from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.calibration.resume import SAVE_EVERY_S, ResumeFile
 from rq_ep.model.calibration.trace_builder import RoutingTraceBuilder
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.load.ranks import together
 from rq_ep.model.progress_callback import ProgressCallback, no_progress
 from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.model.settings import WindowSettings
 from rq_ep.model.text.teacher_forcing import teacher_forcing_inputs
 from rq_ep.model.text.windows import Texts, WindowBatch, Windows, check_sequence_length, make_windows
 from rq_ep.parallel import EPGroup
+from rq_ep.parallel.agreement import run_on_all_ranks
 
 DECODE_STEPS = 8  # taken from every second batch of a domain
 MAX_ROWS = 256  # inputs kept of each expert, to measure formats on
@@ -115,7 +115,7 @@ def _make_windows(
 ) -> Windows:
     config = loaded.model.config
     check_sequence_length(settings.sequence_length, config, low=2 if loaded.is_encoder_decoder else 1)
-    windows = together(loaded.group, lambda: make_windows(texts, tokenizer or _tokenizer_of(loaded), settings))
+    windows = run_on_all_ranks(loaded.group, lambda: make_windows(texts, tokenizer or _tokenizer_of(loaded), settings))
     if loaded.is_rank_zero:
         _warn_if_small(windows)
     return windows

@@ -18,13 +18,13 @@ from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.calibration.rounding import ROUNDINGS, Rounding
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.load.attach import check_layers
-from rq_ep.model.load.ranks import together
 from rq_ep.model.load.sharded_model import ShardedExperts
 from rq_ep.model.progress_callback import ProgressCallback, no_progress
 from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.model.settings import QuantizeSettings
 from rq_ep.model.text.windows import Texts
 from rq_ep.parallel import EPGroup
+from rq_ep.parallel.agreement import run_on_all_ranks
 
 MAX_ROWS = 2048  # inputs kept of each expert: GPTQ wants some for each of a matrix' inputs
 
@@ -137,7 +137,7 @@ def _missing_layers(
             if wanted_L[i] and not packed.has(experts.layer_index, provenance)
         ]
 
-    missing = together(loaded.group, read_files)
+    missing = run_on_all_ranks(loaded.group, read_files)
     return missing if loaded.group is None else list(loaded.group.all_gather_object(missing)[0])
 
 
@@ -157,7 +157,7 @@ def _quantize_layer(
             if expert in experts.local_experts
         }
 
-    local = together(group, quantize_local)
+    local = run_on_all_ranks(group, quantize_local)
     return local | _gather_on_rank_zero(experts, wanted, local) if isinstance(experts, ShardedExperts) else local
 
 

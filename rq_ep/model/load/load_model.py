@@ -30,8 +30,10 @@ from rq_ep.model.load.memory import RankBytes, check_fits, expert_bytes, rank_by
 from rq_ep.model.load.ranks import LoadRanks
 from rq_ep.model.load.whole_model import empty_model, fill
 from rq_ep.model.seam.expert_modules import ExpertsModule, family_of, find_expert_modules
-from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts, Telemetry
+from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts
+from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import EPGroup, Exchange, ExchangeSettings
+from rq_ep.parallel.agreement import run_on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def load(
     attn_implementation: str | None = None,
     packed_experts: str | Path | None = None,
     machine: CostModel | str | None = None,
-    telemetry: Telemetry | None = None,
+    telemetry: CallRecorder | None = None,
     max_tokens: int | None = None,
     max_dispatch_bytes: int | None = None,
 ) -> PreTrainedModel:
@@ -93,7 +95,7 @@ def load(
         path, placement, strategy, dtype, attn_implementation, packed_experts, machine, telemetry, max_tokens,
         max_dispatch_bytes,
     )  # fmt: skip
-    return ranks.together(lambda: _Loader(arguments, ranks).load())
+    return run_on_all_ranks(ranks.group, lambda: _Loader(arguments, ranks).load())
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class _Arguments:
     attn_implementation: str | None
     packed_experts: str | Path | None
     machine: CostModel | str | None
-    telemetry: Telemetry | None
+    telemetry: CallRecorder | None
     max_tokens: int | None
     max_dispatch_bytes: int | None
 

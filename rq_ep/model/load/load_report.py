@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.model.load.memory import RankBytes
-from rq_ep.moe import EPExperts, LocalExperts, Telemetry
+from rq_ep.moe import EPExperts, LocalExperts
+from rq_ep.moe.telemetry import CallRecorder
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class LoadReport:
     placement: Placement
     strategy: Strategy
     layers: tuple[EPExperts | LocalExperts, ...]  # in the order in which a forward pass enters them
-    telemetry: Telemetry | None
+    telemetry: CallRecorder | None
     bytes_read: int  # from the checkpoint, by this process
     expert_bytes: Mapping[str, int]  # resident in this process, by weight format
     rank_bytes: RankBytes  # all that a rank needs of its device

@@ -1,8 +1,6 @@
 """The ranks a model is loaded onto, and which of them live in this process."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -10,8 +8,6 @@ from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.topology import MAX_RANKS
 from rq_ep.parallel import EPGroup
 from rq_ep.parallel.default_group import default_group, own_device
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,28 +40,3 @@ class LoadRanks:
     def are_processes(self) -> bool:
         """Whether the other ranks are processes of their own."""
         return self.group is not None and self.group.backend != "local" and self.num_ranks > 1
-
-    def together(self, work: Callable[[], T]) -> T:
-        """`together` of these ranks."""
-        return together(self.group, work)
-
-
-def together(group: EPGroup | None, work: Callable[[], T]) -> T:
-    """Do the work; what a user has to put right on one rank is raised on all, so that none waits for another.
-
-    Args:
-        group: the ranks, all of which call this; None: this process alone.
-        work: what to do; no collectives.
-    """
-    if group is None:
-        return work()
-    result, problem = None, None
-    try:
-        result = work()
-    except UserError as error:
-        problem = str(error)
-    problems = group.all_gather_object(problem)
-    for rank, text in enumerate(problems):
-        if text is not None:
-            raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
-    return result  # type: ignore[return-value]  # without a problem, it is there

@@ -1,4 +1,4 @@
-"""The routes."""
+"""The ASGI application: OpenAI's routes, health, metrics, and the errors of all."""
 
 import asyncio
 import time
@@ -18,9 +18,9 @@ from rq_ep.serve.http.ep_routes import ep_routes
 from rq_ep.serve.http.guards import BodyLimit, KeyGuard
 from rq_ep.serve.http.metrics import RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.chunks import Piece
+from rq_ep.serve.http.openai.chunks import Chunk
 from rq_ep.serve.http.openai.openapi import describe
-from rq_ep.serve.http.openai.responses import Answer
+from rq_ep.serve.http.openai.responses import ResponseBuilder
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
 from rq_ep.serve.http.service import Service
 
@@ -32,9 +32,9 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
     """The ASGI application in front of a service.
 
     Args:
-        service: what answers.
+        service: answers the requests.
         max_body_bytes: longest request body.
-        api_key: what requests under /v1 must bring; None: nothing.
+        api_key: the key that requests under /v1 must carry; None: they need none.
     """
     app = FastAPI(title="rq_ep", version=version("rq_ep"), docs_url=None, redoc_url=None)
     created = int(time.time())
@@ -53,13 +53,13 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
 
     async def respond(http: Request, body: GenerationBody, prompt_ids: list[int], times: RequestMetrics) -> Response:
         request = service.request(prompt_ids, body)
-        answer = Answer(request, service.model_name, isinstance(body, ChatBody), service.token_text)
-        pieces = service.pieces(request, body, times)
+        response = ResponseBuilder(request, service.model_name, isinstance(body, ChatBody), service.token_text)
+        chunks = service.chunks(request, body, times)
         if not body.stream:
-            return JSONResponse(await unless_left(http, answer.whole(pieces)))
-        # The first piece is awaited before the status is sent, so that a refusal is a status and not an event.
-        first: Piece = await unless_left(http, anext(pieces))  # type: ignore[arg-type]
-        events = answer.stream(_chain(first, pieces), body.include_usage)
+            return JSONResponse(await unless_disconnected(http, response.whole(chunks)))
+        # The first chunk is awaited before the status is sent, so that a refusal is a status and not an event.
+        first: Chunk = await unless_disconnected(http, anext(chunks))  # type: ignore[arg-type]
+        events = response.stream(_chain(first, chunks), body.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     @app.get("/v1/models")
@@ -73,7 +73,7 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
         return card()
 
     def card() -> dict[str, Any]:
-        limit = None if service.served is None else service.served.max_model_len
+        limit = None if service.limits is None else service.limits.max_model_len
         about = {"id": service.model_name, "object": "model", "created": created, "owned_by": "rq_ep"}
         return {**about, "max_model_len": limit}
 
@@ -129,38 +129,38 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
     return guarded if api_key is None else KeyGuard(guarded, api_key)
 
 
-async def _chain(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def _chain(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
     async with aclosing(rest):  # type: ignore[type-var]
         yield first
-        async for piece in rest:
-            yield piece
+        async for chunk in rest:
+            yield chunk
 
 
-async def unless_left(http: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:
     """Do the work unless the client hangs up first; then it is cancelled, and with it the request on its rank."""
     task = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(_left(http))
+    disconnected = asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ApiError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
     finally:
-        left.cancel()
+        disconnected.cancel()
         task.cancel()
 
 
-async def _left(http: Request) -> None:
+async def _disconnected(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
 def _describe(error: RequestValidationError) -> ApiError:
-    """What is wrong with a body, in one sentence.
+    """The first error of a body, in one sentence.
 
-    A value that may have several types is compared with each; the type it has is the one whose complaint is another.
+    A value that may have several types is compared with each: the errors of the types that it does not have come last.
     """
-    first = min(error.errors(), key=lambda found: found["type"].endswith("_type"))
+    first = min(error.errors(), key=lambda item: item["type"].endswith("_type"))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     param, *inside = first["loc"][1:] or (None,)

@@ -1,4 +1,4 @@
-"""Routes that show the balance: where experts are, what they and the ranks get, and a page that draws it."""
+"""Routes of expert parallelism: placement, load of experts and ranks, recordings, and the dashboard."""
 
 from importlib.resources import files
 from typing import Any
@@ -25,19 +25,19 @@ def ep_routes(service: Service) -> APIRouter:
     @router.get("/v1/ep/load")
     async def load() -> dict[str, Any]:
         """Routed pairs of ranks and experts, since the start and lately; speed and latency over the last minutes."""
-        balance = service.balance.view()
-        return {"model": service.model_name, **balance, "history": service.history.view()}
+        load = service.load_view.view()
+        return {"model": service.model_name, **load, "history": service.history.view()}
 
     @router.post("/v1/ep/record/start")
     async def start() -> dict[str, Any]:
-        """Record what the router chooses for every token, on every rank, until told to stop.
+        """Record the router's choice for every token, on every rank, until the recording is stopped.
 
         At most `max_tokens` (--record-max-tokens) are kept, the first ones. A recording that is under way when the
         server ends is lost.
         """
         if (reason := service.why_unavailable()) is not None:
             raise ApiError(503, f"not serving: {reason}")
-        return {"recording": True, **service.recorder.start()}
+        return {"recording": True, **service.recording.start()}
 
     @router.post("/v1/ep/record/stop")
     async def stop() -> dict[str, Any]:
@@ -45,7 +45,7 @@ def ep_routes(service: Service) -> APIRouter:
 
         `is_full`: there was more to record than --record-max-tokens.
         """
-        return {"recording": False, **await service.recorder.stop()}
+        return {"recording": False, **await service.recording.stop()}
 
     @router.get("/dashboard", include_in_schema=False)
     async def dashboard() -> HTMLResponse:

@@ -1,4 +1,4 @@
-"""What stands before the routes: who may ask, and how long a body may be."""
+"""ASGI middleware before the routes: the API key, and the size of bodies."""
 
 import hmac
 
@@ -8,7 +8,7 @@ from rq_ep.serve.http.openai.api_errors import ApiError
 
 
 class KeyGuard:
-    """Lets requests under /v1 through that bring the key as OpenAI's clients do: `Authorization: Bearer KEY`.
+    """Lets requests under /v1 through that carry the key as OpenAI's clients do: `Authorization: Bearer KEY`.
 
     Health, metrics and version stay open, for probes and scrapers.
     """
@@ -29,7 +29,7 @@ class KeyGuard:
 
 
 class BodyLimit:
-    """Refuses bodies beyond a size, told by their header or found out while reading."""
+    """Refuses bodies beyond a size, by their header or, without one, while they are read."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
@@ -40,8 +40,8 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         too_large = ApiError(413, f"the body is longer than {self.max_bytes} bytes (--max-body-bytes)")
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self.max_bytes:
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.max_bytes:
             await too_large.response()(scope, receive, send)
             return
         num_bytes = 0

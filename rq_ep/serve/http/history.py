@@ -15,7 +15,7 @@ MAX_SAMPLES = 600
 
 @dataclass(frozen=True)
 class Sample:
-    """What happened since the sample before; latencies in ms, None where nothing was observed."""
+    """Rates and latencies since the sample before; latencies in ms, None where nothing was observed."""
 
     time: float  # seconds since the epoch
     prompt_tokens_per_s: float
@@ -33,14 +33,14 @@ class History:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
-        self._told = (time.monotonic(), metrics.num_prompt_tokens, metrics.num_generated_tokens)
+        self._before = (time.monotonic(), metrics.num_prompt_tokens, metrics.num_generated_tokens)
 
     def sample(self, num_unfinished: int) -> None:
         """Take a sample."""
         metrics = self._metrics
         now = (time.monotonic(), metrics.num_prompt_tokens, metrics.num_generated_tokens)
-        seconds, num_prompt, num_generated = (new - old for new, old in zip(now, self._told, strict=True))
-        self._told = now
+        seconds, num_prompt, num_generated = (new - old for new, old in zip(now, self._before, strict=True))
+        self._before = now
         observed = metrics.take_observed()
         self._samples.append(
             Sample(

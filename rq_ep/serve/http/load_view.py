@@ -1,4 +1,4 @@
-"""The load of the experts and ranks as the HTTP process knows it: since the start, and lately."""
+"""The load of experts and ranks in the HTTP process: since the start, and over the last seconds."""
 
 import time
 from collections import deque
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rq_ep.core.arrays import IntArray
+from rq_ep.serve.messages import LoadSums
 
 RECENT_S = 10.0
 
@@ -27,8 +28,8 @@ class LayerSums:
         return self.imbalance_sum / self.num_calls if self.num_calls else 1.0
 
 
-class Balance:
-    """What `/v1/ep/load` tells.
+class LoadView:
+    """Sums the load for `/v1/ep/load`.
 
     Args:
         clock: seconds.
@@ -37,10 +38,10 @@ class Balance:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._total: dict[int, LayerSums] = {}
-        self._recent: deque[tuple[float, Mapping[str, Any]]] = deque()
+        self._recent: deque[tuple[float, LoadSums]] = deque()
 
-    def add(self, loads: Mapping[str, Any]) -> None:
-        """Add what `LoadTotals.take` gave; it need not know of every layer."""
+    def add(self, loads: LoadSums) -> None:
+        """Add the load of some steps, which need not have every layer."""
         _add(self._total, [loads])
         self._recent.append((self._clock(), loads))
 
@@ -58,12 +59,12 @@ class Balance:
             return None
         sums = {layer: LayerSums(len(old.pairs_R), len(old.counts_E)) for layer, old in self._total.items()}
         _add(sums, [loads for _, loads in self._recent])
-        seen = _view(sums, layers)
-        balancedness = float(np.mean([1 / imbalance for imbalance in seen["imbalance_L"]]))
-        return {"window_s": RECENT_S, **seen, "balancedness": balancedness}
+        recent = _view(sums, layers)
+        balancedness = float(np.mean([1 / imbalance for imbalance in recent["imbalance_L"]]))
+        return {"window_s": RECENT_S, **recent, "balancedness": balancedness}
 
 
-def _add(sums: dict[int, LayerSums], parts: Iterable[Mapping[str, Any]]) -> None:
+def _add(sums: dict[int, LayerSums], parts: Iterable[LoadSums]) -> None:
     for loads in parts:
         for at, layer in enumerate(loads["layers"]):
             pairs_R, counts_E = loads["pairs_LR"][at], loads["counts_LE"][at]

@@ -1,12 +1,12 @@
-"""What the server counts, for Prometheus. Times are taken on one clock, that of the HTTP process, from arrival on."""
+"""The server's metrics for Prometheus. Times are taken on one clock, that of the HTTP process, from arrival on."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rq_ep.core.cost import LAYER_PHASES
+from rq_ep.serve.messages import LoadSums, RankStats
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SLOW_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -102,18 +102,18 @@ class Metrics:
             for name, size in by_format.items():
                 self._weights.labels(self._model, str(rank), name).set(size)
 
-    def rank(self, rank: int, stats: Mapping[str, Any]) -> None:
-        """Take what a rank says of itself."""
+    def rank(self, rank: int, stats: RankStats) -> None:
+        """Take the figures of a rank."""
         labels = self._model, str(rank)
-        self._running.labels(*labels).set(stats["num_running"])
-        self._waiting.labels(*labels).set(stats["num_waiting"])
-        self._kv_usage.labels(*labels).set(stats["kv_cache_usage"])
-        self.kv_usage_R[rank] = stats["kv_cache_usage"]
-        self._steps.labels(*labels).inc(stats["num_steps"])
-        self._step_s.labels(*labels).inc(stats["steps_s"])
+        self._running.labels(*labels).set(stats.num_running)
+        self._waiting.labels(*labels).set(stats.num_waiting)
+        self._kv_usage.labels(*labels).set(stats.kv_cache_usage)
+        self.kv_usage_R[rank] = stats.kv_cache_usage
+        self._steps.labels(*labels).inc(stats.num_steps)
+        self._step_s.labels(*labels).inc(stats.steps_s)
 
-    def loads(self, loads: Mapping[str, Any]) -> None:
-        """Add what `LoadTotals.take` gave: the routed pairs of recent steps, and each layer's mean imbalance."""
+    def loads(self, loads: LoadSums) -> None:
+        """Add the load of recent steps, and set each layer's mean imbalance."""
         for at, layer in enumerate(loads["layers"]):
             for rank, pairs in enumerate(loads["pairs_LR"][at]):
                 self._routed.labels(self._model, str(layer), str(rank)).inc(pairs)

@@ -1,259 +1,371 @@
-"""The HTTP process's view of the ranks: where requests go, tokens come from, and deaths are noticed."""
+"""The HTTP process's view of the ranks: routes requests to them, brings their tokens back, and notices their deaths.
+
+A group goes through these states; it may fail in each of the first four:
+
+    LOADING -> SERVING -> DRAINING -> STOPPING -> ENDED
+                                      FAILING  -> FAILED
+"""
 
 import asyncio
 import logging
+import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, Protocol, assert_never
 
-from rq_ep.engine.least_loaded import least_loaded
-from rq_ep.engine.progress import Progress
-from rq_ep.engine.requests import Output, Request, output_from
-from rq_ep.serve.control import MAX_LINE_BYTES, Message, encode, messages
-from rq_ep.serve.http.blame import Report, verdict
+from rq_ep.engine.requests import Output, Request
+from rq_ep.serve.control import read_messages
+from rq_ep.serve.http.blame import FailureReport, blame
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.watchdog import TICK_S, Watchdog
+from rq_ep.serve.messages import (
+    MAX_LINE_BYTES,
+    Abort,
+    Aborted,
+    AddRequest,
+    Bye,
+    Cancel,
+    Checked,
+    DrainRequest,
+    Failed,
+    FromRank,
+    Hello,
+    Mark,
+    MessageError,
+    Outputs,
+    RankStats,
+    Ready,
+    Recorded,
+    RecordingFailed,
+    Stop,
+    ToRank,
+    Wake,
+    encode,
+)
 
 log = logging.getLogger("rq_ep.serve")
 
-GRACE_S = 0.3  # how long to listen for other ranks' words before one is blamed
+GRACE_S = 0.3  # how long the other ranks may report their errors before one is blamed
+
+
+class GroupState(Enum):
+    """State of the ranks together."""
+
+    LOADING = auto()  # until rank 0 says that every rank can serve
+    SERVING = auto()
+    DRAINING = auto()  # no new requests; the unfinished ones may finish
+    STOPPING = auto()  # no request is left, and every rank was sent `Stop`
+    ENDED = auto()  # every rank has left
+    FAILING = auto()  # a rank has failed, and the reports of the others are awaited
+    FAILED = auto()  # the clients and the ranks know the reason
+
+
+class RankState(Enum):
+    """State of the connection to a rank."""
+
+    CONNECTING = auto()
+    CONNECTED = auto()
+    LEAVING = auto()  # it has said good-bye
+    GONE = auto()  # its connection ended after a good-bye
+    LOST = auto()  # its connection ended without one
+
+
+OPEN = (RankState.CONNECTED, RankState.LEAVING)
+UNAVAILABLE = {
+    GroupState.LOADING: "the model is loading",
+    GroupState.DRAINING: "draining",
+    GroupState.STOPPING: "draining",
+    GroupState.ENDED: "draining",
+    GroupState.FAILING: "a rank failed",
+}
+
+
+class GroupObserver(Protocol):
+    """Receives what the ranks report."""
+
+    def on_checked(self) -> None:
+        """Rank 0 begins to load a checkpoint that is in order."""
+
+    def on_ready(self, ready: Ready) -> None:
+        """Every rank can serve."""
+
+    def on_stats(self, rank: int, stats: RankStats) -> None:
+        """Figures of a rank have come."""
+
+    def on_recorded(self, result: Recorded | RecordingFailed) -> None:
+        """A recording has ended."""
+
+    def on_end(self) -> None:
+        """Serving is over, in whatever way; called once."""
 
 
 @dataclass
-class Running:
+class RankConnection:
+    """A rank as this process sees it."""
+
+    state: RankState = RankState.CONNECTING
+    writer: asyncio.StreamWriter | None = None
+
+
+@dataclass
+class RoutedRequest:
     """A request between its arrival and its end."""
 
     request: Request
     rank: int
-    news: asyncio.Queue[Output | ApiError] = field(default_factory=asyncio.Queue)
+    outputs: asyncio.Queue[Output | ApiError] = field(default_factory=asyncio.Queue)
 
 
-class Hub:
-    """Spreads requests over the ranks and brings their tokens back.
+def least_loaded(loads_R: Sequence[int]) -> int:
+    """The rank whose unfinished requests may come to the fewest tokens; the lowest number among equals.
+
+    Args:
+        loads_R: [R] tokens (prompt and allowed answer) of the unfinished requests of each rank.
+    """
+    return min(range(len(loads_R)), key=lambda rank: loads_R[rank])
+
+
+class RankRouter:
+    """Routes requests to the ranks and brings their tokens back.
 
     Args:
         num_ranks: size of the group.
         token: the secret that ranks show when they connect.
+        observer: receives what the ranks report.
         max_queue_size: requests that may be unfinished at once.
-        stall_s: seconds after which a rank that is silent, or does not get on, ends the group.
-        on_checked: called when rank 0 has found the checkpoint in order and begins to load it.
-        on_ready: told what rank 0 says of the model, once every rank can serve.
-        on_stats: told what the ranks count.
-        on_recorded: told what rank 0 says of a recording that has ended.
-        on_end: called once when serving is over, in whatever way.
+        stall_s: seconds after which a rank that is silent, or makes no progress, ends the group.
     """
 
     def __init__(
-        self,
-        num_ranks: int,
-        token: str,
-        *,
-        max_queue_size: int,
-        stall_s: float,
-        on_checked: Callable[[], None],
-        on_ready: Callable[[Message], None],
-        on_stats: Callable[[int, Message], None],
-        on_recorded: Callable[[Message], None],
-        on_end: Callable[[], None],
+        self, num_ranks: int, token: str, observer: GroupObserver, *, max_queue_size: int, stall_s: float
     ) -> None:
-        self.num_ranks = num_ranks
         self._token = token
+        self._observer = observer
         self._max_queue_size = max_queue_size
-        self._on_checked = on_checked
-        self._on_ready = on_ready
-        self._on_stats = on_stats
-        self._on_recorded = on_recorded
-        self._on_end = on_end
-        self._writers: dict[int, asyncio.StreamWriter] = {}
-        self._running: dict[str, Running] = {}
-        self._reports: dict[int, Report] = {}
-        self._gone: set[int] = set()
-        self._bye: set[int] = set()
-        self._unavailable: str | None = "the model is loading"
-        self._dead = False
-        self._is_stopping = False
-        self._aborted: str | None = None
-        self._stalled: str | None = None
-        self.watchdog = Watchdog(stall_s)
+        self._watchdog = Watchdog(stall_s)
+        self.state = GroupState.LOADING
+        self._ranks = [RankConnection() for _ in range(num_ranks)]
+        self._requests: dict[str, RoutedRequest] = {}
         self._num_announced = 0
+        self._reports: dict[int, FailureReport] = {}
+        self._cause: ApiError | None = None  # of the failure, where it is not a rank that is to blame
+        self._failure = ""  # why the group has failed
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # What the app asks
+    # For the routes
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._running)
+        return len(self._requests)
+
+    @property
+    def num_connected(self) -> int:
+        """Ranks whose connection is open."""
+        return sum(connection.state in OPEN for connection in self._ranks)
 
     def why_unavailable(self) -> str | None:
         """Why no request can be taken now; None if one can."""
-        return self._unavailable
+        if self.state is GroupState.SERVING:
+            return None
+        return UNAVAILABLE.get(self.state, self._failure)
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Send a request to the rank with the least to do, and yield its news until it ends or nobody listens.
+        """Send a request to the least loaded rank, and yield its outputs until it ends; leaving early cancels it.
 
         Raises:
             ApiError: the server is not taking requests, or the group failed.
         """
         if (reason := self.why_unavailable()) is not None:
             raise ApiError(503, f"not serving: {reason}")
-        if len(self._running) >= self._max_queue_size:
-            raise ApiError(429, f"{len(self._running)} requests are waiting or running (--max-queue-size): try later")
-        loads_R = [0] * self.num_ranks
-        for other in self._running.values():
+        if len(self._requests) >= self._max_queue_size:
+            raise ApiError(429, f"{len(self._requests)} requests are waiting or running (--max-queue-size): try later")
+        loads_R = [0] * len(self._ranks)
+        for other in self._requests.values():
             loads_R[other.rank] += other.request.num_tokens
-        running = Running(request, least_loaded(loads_R))
-        self._running[request.id] = running
-        self._announce(running)
+        routed = RoutedRequest(request, least_loaded(loads_R))
+        self._requests[request.id] = routed
+        self._announce(routed)
         try:
             while True:
-                output = await running.news.get()
+                output = await routed.outputs.get()
                 if isinstance(output, ApiError):
                     raise output
                 yield output
                 if output.finish_reason is not None:
                     return
         finally:
-            if self._running.pop(request.id, None) is not None:
-                self._send(running.rank, {"kind": "cancel", "id": request.id})
+            if self._requests.pop(request.id, None) is not None:
+                self._send(routed.rank, Cancel(request.id))
 
     def mark(self, number: int) -> None:
-        """Have every rank told a number between the same two steps, asleep or not."""
-        self._send(0, {"kind": "mark", "number": number})
-        for rank in self._writers:
-            self._send(rank, {"kind": "wake", "num_announced": self._num_announced})
+        """Have every rank receive a number between the same two steps, asleep or not."""
+        self._send(0, Mark(number))
+        self._send_all(Wake(self._num_announced))
 
-    def _announce(self, running: Running) -> None:
-        """Hand over a request, and rouse the other ranks: they may all be asleep."""
+    def _announce(self, routed: RoutedRequest) -> None:
+        """Hand over a request, and wake the other ranks: they may all be asleep."""
         self._num_announced += 1
-        for rank in self._writers:
-            message: Message = {"kind": "wake"}
-            if rank == running.rank:
-                message = {"kind": "add", "request": asdict(running.request)}
-            self._send(rank, {**message, "num_announced": self._num_announced})
+        for rank in range(len(self._ranks)):
+            is_its_rank = rank == routed.rank
+            self._send(
+                rank, AddRequest(routed.request, self._num_announced) if is_its_rank else Wake(self._num_announced)
+            )
 
-    # What the ranks say
+    # The connections of the ranks
 
     async def serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Listen to one connection, from a rank's greeting to its end."""
+        """Read one connection, from its greeting to its end."""
         with suppress(asyncio.CancelledError):  # this process ends; asyncio would log it as an error
-            await self._listen(reader, writer)
+            try:
+                await self._read_connection(reader, writer)
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
 
-    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = messages(reader)
-        hello: Message = await anext(stream, {})
-        if hello.get("token") != self._token:
-            writer.close()
+    async def _read_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        messages = read_messages(reader)
+        try:
+            hello = await anext(messages, None)
+        except MessageError:
             return
-        rank = int(hello["rank"])
-        self._writers[rank] = writer
-        if self._dead:  # a rank that arrives at the funeral
-            self._send(rank, {"kind": "abort", "reason": self._unavailable})
-        async for message in stream:
-            self._hear(rank, message)
-        self._writers.pop(rank, None)
-        writer.close()
-        self._gone.add(rank)
-        if rank not in self._bye:
-            self._fail_soon()
-        elif 0 in self._gone and not self._writers:  # rank 0 is the first to come: nobody is left, nobody will come
-            self._on_end()
+        if not isinstance(hello, Hello) or hello.token != self._token or not 0 <= hello.rank < len(self._ranks):
+            return
+        rank = hello.rank
+        connection = self._ranks[rank]
+        connection.state, connection.writer = RankState.CONNECTED, writer
+        if self.state in (GroupState.FAILING, GroupState.FAILED):  # it comes late
+            self._send(rank, Abort(self.why_unavailable() or ""))
+        try:
+            async for message in messages:
+                self._handle(rank, message)
+        except MessageError as error:
+            self._reports[rank] = FailureReport(f"sent {error}", is_consequence=False)
+        connection.state = RankState.GONE if connection.state is RankState.LEAVING else RankState.LOST
+        if connection.state is RankState.LOST:
+            self._start_failing()
+        elif self._have_all_left() and self.state is not GroupState.FAILING:  # which ends once the clients know of it
+            self._end(GroupState.ENDED)
 
-    def _hear(self, rank: int, message: Message) -> None:
-        match message["kind"]:
-            case "outputs":
-                for fields in message["outputs"]:
-                    self._pass_on(output_from(*fields))
-            case "stats":
-                self.watchdog.hear(rank, Progress(**message["place"]))
-                self._on_stats(rank, message)
-            case "recorded":
-                self._on_recorded(message)
-            case "checked":
-                self._on_checked()
-            case "ready":
-                self._unavailable = None
-                self._on_ready(message)
-            case "drain":
-                self._start(self._drain(message["timeout_s"]))
-            case "failed":
-                self._reports[rank] = Report(message["text"], message["is_consequence"])
-                self._fail_soon()
-            case "aborted":
-                self._aborted = f"the server was shut down by a second {message['signal']}"
-                self._fail_soon()
-            case "bye":
-                self._bye.add(rank)
-                self.watchdog.forget(rank)
+    def _have_all_left(self) -> bool:
+        """Whether no rank is connected, and none will be: rank 0 is the first to connect."""
+        return self._ranks[0].state is RankState.GONE and self.num_connected == 0
 
-    def _pass_on(self, output: Output) -> None:
-        running = self._running.get(output.request_id)
-        if running is None:  # cancelled meanwhile
+    def _handle(self, rank: int, message: FromRank) -> None:
+        match message:
+            case Outputs():
+                for output in message.outputs:
+                    self._deliver(output)
+            case RankStats():
+                self._watchdog.report(rank, message.progress)
+                self._observer.on_stats(rank, message)
+            case Recorded() | RecordingFailed():
+                self._observer.on_recorded(message)
+            case Checked():
+                self._observer.on_checked()
+            case Ready():
+                if self.state is GroupState.LOADING:
+                    self.state = GroupState.SERVING
+                self._observer.on_ready(message)
+            case DrainRequest():
+                self._start_draining(message.timeout_s)
+            case Failed():
+                self._reports[rank] = FailureReport(message.text, message.is_consequence)
+                self._start_failing()
+            case Aborted():
+                self._cause = ApiError(503, f"the server was shut down by a second {message.signal}")
+                self._start_failing()
+            case Bye():
+                self._ranks[rank].state = RankState.LEAVING
+                self._watchdog.forget(rank)
+            case Hello():
+                raise MessageError("a second message 'hello'")
+            case _:
+                assert_never(message)
+
+    def _deliver(self, output: Output) -> None:
+        routed = self._requests.get(output.request_id)
+        if routed is None:  # cancelled meanwhile
             return
         if output.finish_reason is not None:
-            del self._running[output.request_id]
-        error = output.finish_reason == "error"
-        running.news.put_nowait(ApiError(500, f"rank {running.rank}: {output.error}") if error else output)
+            del self._requests[output.request_id]
+        is_error = output.finish_reason == "error"
+        routed.outputs.put_nowait(ApiError(500, f"rank {routed.rank}: {output.error}") if is_error else output)
+
+    def _send(self, rank: int, message: ToRank) -> None:
+        connection = self._ranks[rank]
+        if connection.state in OPEN and connection.writer is not None and not connection.writer.is_closing():
+            connection.writer.write(encode(message))
+
+    def _send_all(self, message: ToRank) -> None:
+        for rank in range(len(self._ranks)):
+            self._send(rank, message)
+
+    # The end
 
     async def watch(self) -> None:
-        """End the group when a rank is silent or does not get on."""
-        while not self._dead:
+        """End the group when a rank is silent or makes no progress."""
+        while self.state not in (GroupState.FAILING, GroupState.FAILED):
             await asyncio.sleep(TICK_S)
-            if not self._is_stopping and (found := self.watchdog.look()) is not None:
-                self._stalled = found
-                self._fail_soon()
+            if self.state is not GroupState.STOPPING and (stall := self._watchdog.check()) is not None:
+                self._cause = self._cause or ApiError(500, stall)
+                self._start_failing()
 
-    # How it ends
+    def _start_draining(self, timeout_s: float) -> None:
+        if self.state in (GroupState.LOADING, GroupState.SERVING):  # every rank may get the signal
+            self.state = GroupState.DRAINING
+            self._start(self._drain(timeout_s))
 
     async def _drain(self, timeout_s: float) -> None:
-        """Take no more requests, let the running ones finish, then stop every rank."""
-        if self._unavailable == "draining" or self._dead:
-            return
-        self._unavailable = "draining"
-        log.info("draining: %d unfinished requests get %g s", len(self._running), timeout_s)
+        """Let the unfinished requests finish, then stop every rank."""
+        log.info("draining: %d unfinished requests get %g s", len(self._requests), timeout_s)
         end_s = time.monotonic() + timeout_s
-        while self._running and time.monotonic() < end_s:
+        while self._requests and time.monotonic() < end_s:
             await asyncio.sleep(0.02)
-        for running in list(self._running.values()):
-            self._send(running.rank, {"kind": "cancel", "id": running.request.id})
-            running.news.put_nowait(ApiError(503, "the server was shut down before this request had finished"))
-        self._running.clear()
-        self._is_stopping = True
-        for rank in list(self._writers):
-            self._send(rank, {"kind": "stop"})
+        if self.state is not GroupState.DRAINING:  # a rank has failed meanwhile
+            return
+        for routed in self._requests.values():
+            self._send(routed.rank, Cancel(routed.request.id))
+        self._end_requests(ApiError(503, "the server was shut down before this request had finished"))
+        self.state = GroupState.STOPPING
+        self._send_all(Stop())
 
-    def _fail_soon(self) -> None:
-        if not self._dead:
-            self._dead = True
+    def _start_failing(self) -> None:
+        if self.state not in (GroupState.FAILING, GroupState.FAILED, GroupState.ENDED):
+            self.state = GroupState.FAILING
             self._start(self._fail())
 
     async def _fail(self) -> None:
-        """Find out who is to blame; tell the clients and every rank that is left."""
-        self._unavailable = "a rank failed"
+        """Establish who is to blame; inform the clients and every rank that is left."""
         await asyncio.sleep(GRACE_S)
-        reason = self._aborted or self._stalled or verdict(self.num_ranks, self._reports, self._gone - self._bye)
-        error = ApiError(503, reason) if self._aborted else ApiError(500, f"the server failed: {reason}")
-        self._unavailable = reason
-        log.error("the group has failed: %s", reason)
-        for running in list(self._running.values()):
-            running.news.put_nowait(error)
-        self._running.clear()
-        for rank in list(self._writers):
-            self._send(rank, {"kind": "abort", "reason": reason})
-        self._on_end()
+        lost = [rank for rank, connection in enumerate(self._ranks) if connection.state is RankState.LOST]
+        cause = self._cause or ApiError(500, blame(len(self._ranks), self._reports, lost))
+        self._failure = cause.message
+        log.error("the group has failed: %s", self._failure)
+        prefix = "" if cause.status == 503 else "the server failed: "
+        self._end_requests(ApiError(cause.status, prefix + self._failure))
+        self._send_all(Abort(self._failure))
+        self._end(GroupState.FAILED)
 
-    def _send(self, rank: int, message: Message) -> None:
-        writer = self._writers.get(rank)
-        if writer is not None and not writer.is_closing():
-            writer.write(encode(message))
+    def _end_requests(self, error: ApiError) -> None:
+        for routed in self._requests.values():
+            routed.outputs.put_nowait(error)
+        self._requests.clear()
 
-    def _start(self, coroutine: Any) -> None:
+    def _end(self, state: GroupState) -> None:
+        if self.state not in (GroupState.ENDED, GroupState.FAILED):
+            self.state = state
+            self._observer.on_end()
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-async def listen(hub: Hub, sock: Any) -> asyncio.Server:
+async def listen(router: RankRouter, sock: socket.socket) -> asyncio.Server:
     """Accept the ranks' connections on a bound socket."""
-    return await asyncio.start_server(hub.serve_rank, sock=sock, limit=MAX_LINE_BYTES)
+    return await asyncio.start_server(router.serve_rank, sock=sock, limit=MAX_LINE_BYTES)

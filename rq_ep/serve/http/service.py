@@ -1,4 +1,4 @@
-"""Answering one request: prompt to token ids, token ids to text, within the model's limits."""
+"""Answers one request: prompt to token ids, token ids to text, within the model's limits."""
 
 import asyncio
 import secrets
@@ -9,18 +9,18 @@ from typing import Any, Protocol
 
 from rq_ep.engine.requests import Output, Request, Sampling
 from rq_ep.serve.http.history import History
-from rq_ep.serve.http.load_view import Balance
+from rq_ep.serve.http.load_view import LoadView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.chunks import AnswerText, Piece
+from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
-from rq_ep.serve.http.record_routes import Recorder
+from rq_ep.serve.http.recording_controller import RecordingController
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 
 
 class Ranks(Protocol):
-    """What is needed of the hub."""
+    """The part of a `RankRouter` that is needed here."""
 
     @property
     def num_unfinished(self) -> int: ...
@@ -31,26 +31,28 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True)
-class Served:
-    """The model, as far as requests can hit its limits."""
+class ModelLimits:
+    """The limits of the model that requests can exceed."""
 
     max_model_len: int
     vocab_size: int
 
 
 class Service:
-    """The model behind the routes. Tokenizer and limits arrive while the ranks load."""
+    """The model behind the routes. Its tokenizer and limits arrive while the ranks load."""
 
-    def __init__(self, model_name: str, seed: int, ranks: Ranks, metrics: Metrics, recorder: Recorder) -> None:
+    def __init__(
+        self, model_name: str, seed: int, ranks: Ranks, metrics: Metrics, recording: RecordingController
+    ) -> None:
         self.model_name = model_name
         self.metrics = metrics
-        self.served: Served | None = None
+        self.limits: ModelLimits | None = None
         self.tokenizer: Any = None
         self.info: dict[str, Any] = {}
         self.placement: dict[str, Any] | None = None
-        self.balance = Balance()
+        self.load_view = LoadView()
         self.history = History(metrics)
-        self.recorder = recorder
+        self.recording = recording
         self._ranks = ranks
         self._seed = seed
         self._num_unseeded = 0
@@ -59,11 +61,11 @@ class Service:
     def why_unavailable(self) -> str | None:
         """Why nothing can be answered now; None if it can."""
         reason = self._ranks.why_unavailable()
-        loading = self.tokenizer is None or self.served is None
+        loading = self.tokenizer is None or self.limits is None
         return reason or ("the model is loading" if loading else None)
 
     def check(self, body: GenerationBody) -> None:
-        """Refuse what is for another model, or comes when none can answer."""
+        """Refuse a request for another model, or one that comes when none can be answered."""
         if body.model != self.model_name:
             raise ApiError(
                 404, f"there is no model {body.model!r} here: this server serves {self.model_name!r}", "model"
@@ -87,7 +89,8 @@ class Service:
 
         def encode() -> list[int]:
             text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            token_ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+            return token_ids
 
         async with self._encoding:
             try:
@@ -97,17 +100,17 @@ class Service:
 
     def request(self, prompt_ids: list[int], body: GenerationBody) -> Request:
         """Fit a request into the model's limits, or refuse it with the limit and the count."""
-        assert self.served is not None
-        limit, num_prompt = self.served.max_model_len, len(prompt_ids)
+        assert self.limits is not None
+        limit, num_prompt = self.limits.max_model_len, len(prompt_ids)
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         if num_prompt == 0:
             raise ApiError(400, "the prompt is empty: give at least one token", param)
-        if (largest := max(prompt_ids)) >= self.served.vocab_size:
-            raise ApiError(400, f"token id {largest} lies outside the vocabulary of {self.served.vocab_size}", param)
+        if (highest := max(prompt_ids)) >= self.limits.vocab_size:
+            raise ApiError(400, f"token id {highest} lies outside the vocabulary of {self.limits.vocab_size}", param)
         max_tokens = body.max_completion_tokens or body.max_tokens
         if max_tokens is None:
-            room = max(limit - num_prompt, 1)
-            max_tokens = room if isinstance(body, ChatBody) else min(DEFAULT_COMPLETION_TOKENS, room)
+            largest = max(limit - num_prompt, 1)
+            max_tokens = largest if isinstance(body, ChatBody) else min(DEFAULT_COMPLETION_TOKENS, largest)
         if num_prompt + max_tokens > limit:
             raise ApiError(
                 400,
@@ -131,14 +134,14 @@ class Service:
         )
 
     def _next_seed(self) -> int:
-        """A stream of its own for each request that names none, the same in every run with the same --seed."""
+        """A random stream of its own for each request without a seed, the same in every run with the same --seed."""
         self._num_unseeded += 1
         return (self._seed << 32) + self._num_unseeded
 
-    async def pieces(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Piece]:
+    async def chunks(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Chunk]:
         """Generate an answer, cut at the first stop string; leaving early cancels it."""
         times.prompt(len(request.prompt_ids))
-        text = AnswerText(self.tokenizer, body.stops)
+        text = TextChunker(self.tokenizer, body.stops)
         prompt_ids = request.prompt_ids
         if body.echoes and not request.scores_prompt:
             reason = None if request.max_tokens else "length"
@@ -149,14 +152,14 @@ class Service:
         async with aclosing(self._ranks.generate(request)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 if output.prompt_scores is not None:
-                    piece = await asyncio.to_thread(text.echo, prompt_ids, output.prompt_scores, output.finish_reason)
+                    chunk = await asyncio.to_thread(text.echo, prompt_ids, output.prompt_scores, output.finish_reason)
                 else:
                     times.tokens(len(output.token_ids), output.queued_s)
-                    piece = text.piece(output)
-                if piece.finish_reason is not None:
-                    times.finished(piece.finish_reason)
-                yield piece
-                if piece.finish_reason is not None:
+                    chunk = text.chunk(output)
+                if chunk.finish_reason is not None:
+                    times.finished(chunk.finish_reason)
+                yield chunk
+                if chunk.finish_reason is not None:
                     return
 
     def token_text(self, token_id: int) -> str:

@@ -1,9 +1,8 @@
-"""Everything that can be wrong with a checkpoint and its settings, looked at before anything large is read."""
+"""Checks of a checkpoint and its settings, before anything large is read."""
 
 from collections import Counter
 from pathlib import Path
 
-import torch
 from transformers import PretrainedConfig
 
 from rq_ep.config import ServeConfig
@@ -17,6 +16,7 @@ from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
+from rq_ep.model.dtypes import stored_dtype
 from rq_ep.strategies import make_strategy
 
 
@@ -54,7 +54,7 @@ def read_in_advance(config: ServeConfig) -> Counter[str]:
     identity = model_identity(config.model)
     placement = Placement.load(config.placement)
     placement.check_serves(identity, placement.topology.num_ranks, config.placement)
-    stored_format = expert_format(open_checkpoint(config.model), read_config(config.model).dtype or torch.bfloat16)
+    stored_format = expert_format(open_checkpoint(config.model), stored_dtype(read_config(config.model)))
     return PackedExperts.open(config.experts, identity).check_holds(placement, stored_format)
 
 
@@ -64,21 +64,21 @@ def chosen_strategy(config: ServeConfig) -> Strategy | None:
     return None if chosen is None else make_strategy(chosen.name, **chosen.settings)
 
 
-def choose_max_model_len(config: ServeConfig, model_config: PretrainedConfig, room: int) -> int:
-    """The longest prompt and answer: what the model was made for, what was asked for, what the cache holds.
+def choose_max_model_len(config: ServeConfig, model_config: PretrainedConfig, cache_tokens: int) -> int:
+    """The longest prompt and answer: by the model's own limit, the setting, and the KV cache.
 
     Args:
-        room: tokens that one request can have in the smallest KV cache of the group.
+        cache_tokens: tokens that one request can have in the smallest KV cache of the group.
     """
     model_limit = int(model_config.get_text_config().max_position_embeddings)
     wanted = config.max_model_len
     if wanted is None:
-        return min(model_limit, room)
+        return min(model_limit, cache_tokens)
     if wanted > model_limit:
         raise UserError(f"--max-model-len {wanted}: the model was made for {model_limit} tokens")
-    if wanted > room:
+    if wanted > cache_tokens:
         raise UserError(
-            f"--max-model-len {wanted}: the KV cache holds {room} tokens of one request; "
+            f"--max-model-len {wanted}: the KV cache holds {cache_tokens} tokens of one request; "
             f"lower it, or raise --kv-cache-tokens to {wanted}"
         )
     return wanted

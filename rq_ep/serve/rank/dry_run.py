@@ -1,4 +1,4 @@
-"""What a server would be: settings, placement, the bytes of each rank and what they leave. No weights are read."""
+"""The preview of a server: settings, placement, the bytes of each rank and what they leave. No weights are read."""
 
 import torch
 from accelerate import init_empty_weights
@@ -11,6 +11,7 @@ from rq_ep.engine.kv_cache import kv_bytes_per_token
 from rq_ep.formats import native_format_name
 from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.model_identity import model_identity
+from rq_ep.model.dtypes import stored_dtype, torch_dtype
 from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniformly
 from rq_ep.model.load.memory import available_bytes, expert_bytes
 from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
@@ -26,14 +27,14 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
         num_ranks_here: how many of them share this machine, and without GPUs its memory.
 
     Raises:
-        UserError: whatever a real start would refuse before it reads weights.
+        UserError: what a real start would refuse before it reads weights.
     """
     check_inputs(config)
     placement = None if config.placement is None else Placement.load(config.placement)
     strategy = choose_strategy(chosen_strategy(config), placement)
     model_config = read_config(config.model)
     identity = model_identity(config.model)
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.bfloat16
+    dtype = stored_dtype(model_config) if config.dtype == "auto" else torch_dtype(config.dtype)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     experts = find_expert_modules(model)
@@ -70,8 +71,8 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
                 f"        leaves {left:,} bytes for rows on their way and the KV cache: {left // token_bytes:,} tokens"
             )
     tokens = config.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if device.type == "cpu" else None)
-    room = "what is left" if tokens is None else f"{tokens:,} tokens, {tokens * token_bytes:,} bytes a rank"
-    lines.append(f"KV cache: {token_bytes:,} bytes a token; {room} (--kv-cache-tokens)")
+    capacity = "what is left" if tokens is None else f"{tokens:,} tokens, {tokens * token_bytes:,} bytes a rank"
+    lines.append(f"KV cache: {token_bytes:,} bytes a token; {capacity} (--kv-cache-tokens)")
     if memory is not None:
         lines.append(f"memory: {memory:,} bytes of {device.type}, for {sharers} rank{'s' * (sharers > 1)}")
     return "\n".join(lines)

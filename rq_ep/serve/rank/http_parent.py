@@ -2,63 +2,89 @@
 
 import json
 import logging
+import os
 import secrets
+import socket
 import subprocess
 import sys
 
 from rq_ep.config import Environment, ServeConfig, as_mapping, child_environment
-from rq_ep.serve.control import Link
-from rq_ep.serve.rank.sockets import bind_http, bind_hub
+from rq_ep.core.errors import UserError
+from rq_ep.serve.control import ControlClient
 
 log = logging.getLogger("rq_ep.serve")
 
 END_TIMEOUT_S = 10.0
 
 
-class Front:
+class HttpProcess:
     """The HTTP process and how the ranks reach it.
 
     Args:
         config: what to serve, and where.
-        environment: rank 0's; its address is where the other ranks find the hub.
+        environment: rank 0's; its address is where the other ranks reach the HTTP process.
 
     Raises:
         UserError: the port or the host cannot be had.
     """
 
     def __init__(self, config: ServeConfig, environment: Environment) -> None:
-        with bind_http(config.host, config.port) as http, bind_hub(environment.master_addr) as hub:
-            self.address: tuple[str, int] = hub.getsockname()[:2]
+        with bind_http(config.host, config.port) as http, bind_control(environment.master_addr) as control:
+            self.address: tuple[str, int] = control.getsockname()[:2]
             if self.address[0] == "0.0.0.0":
                 self.address = (environment.master_addr, self.address[1])
             self.token = secrets.token_hex(16)
             # Connected before the process exists: should this rank die now, the process will read the end of it.
-            self.link = Link(hub.getsockname()[:2], 0, self.token)
+            self.client = ControlClient(control.getsockname()[:2], 0, self.token)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rq_ep.serve.http.http_process"],
                 stdin=subprocess.PIPE,
-                pass_fds=(http.fileno(), hub.fileno()),
+                pass_fds=(http.fileno(), control.fileno()),
                 env=child_environment(),
-                process_group=0,  # Ray ends a dead worker's group: this process has yet to tell the clients
+                process_group=0,  # Ray ends a dead worker's group: this process has yet to answer the clients
             )
-            told = {
+            settings = {
                 "config": as_mapping(config),
                 "num_ranks": environment.world_size,
                 "token": self.token,
                 "http_fd": http.fileno(),
-                "hub_fd": hub.fileno(),
+                "control_fd": control.fileno(),
             }
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(told).encode())
+            self._process.stdin.write(json.dumps(settings).encode())
             self._process.stdin.close()
             self.url = f"http://{config.host}:{http.getsockname()[1]}"
         log.info("listening on %s; the model is loading", self.url)
 
     def close(self) -> None:
         """Part from the HTTP process and wait for its end, which comes with that of the last connection."""
-        self.link.close()
+        self.client.close()
         try:
             self._process.wait(timeout=END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def bind_http(host: str, port: int) -> socket.socket:
+    """Bind and listen; connections wait until the HTTP process accepts them.
+
+    Raises:
+        UserError: the port is taken or not allowed, or the host is no address of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        # The resolver's errors are numbered below zero, and only their text says something.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise UserError(f"cannot listen on {host}:{port} ({reason}): choose another --port or --host") from None
+
+
+def bind_control(master_addr: str) -> socket.socket:
+    """Bind a free port that the other ranks can reach: on the address under which they meet rank 0."""
+    try:
+        address = socket.gethostbyname(master_addr)
+        return socket.create_server((address, 0), backlog=1024)
+    except OSError:  # a name that only other machines resolve to this one
+        return socket.create_server(("", 0), backlog=1024)

@@ -1,7 +1,6 @@
 """Counting the load of every layer and rank while serving, at the price of a few additions."""
 
 import threading
-from typing import Any
 
 import numpy as np
 
@@ -9,7 +8,9 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LAYER_PHASES
 from rq_ep.core.plan import DispatchPlan, imbalance
 from rq_ep.core.replicas import Replicas
-from rq_ep.moe.telemetry import LayerCall, Telemetry
+from rq_ep.moe.telemetry import LayerCall, PhaseTimer
+from rq_ep.parallel import EPGroup
+from rq_ep.serve.messages import LoadSums
 
 
 class LayerLoad:
@@ -21,7 +22,7 @@ class LayerLoad:
         self.pairs_by_format: dict[str, int] = {}
         self.imbalances: list[float] = []
 
-    def add(self, counts_RE: IntArray, plan: DispatchPlan, formats: "FormatsOf") -> None:
+    def add(self, counts_RE: IntArray, plan: DispatchPlan, formats: "FormatCodes") -> None:
         self.pairs_R += plan.loads_R
         self.counts_E += counts_RE.sum(axis=0)
         self.imbalances.append(imbalance(plan.loads_R))
@@ -31,31 +32,30 @@ class LayerLoad:
             self.pairs_by_format[name] = self.pairs_by_format.get(name, 0) + int(number)
 
 
-class FormatsOf:
-    """Weight formats of replicas as numbers; a layer's replicas are mostly those of its last step."""
+class FormatCodes:
+    """Cache of a layer's weight formats as numbers: its replicas are mostly those of its last step."""
 
     def __init__(self) -> None:
         self._replicas: Replicas | None = None
-        self._found: tuple[list[str], IntArray] = ([], np.zeros(0, np.int64))
+        self._codes: tuple[list[str], IntArray] = ([], np.zeros(0, np.int64))
 
     def of(self, replicas: Replicas) -> tuple[list[str], IntArray]:
         """Names of the formats, and for each replica the number of its own."""
         if replicas is not self._replicas:
             names, codes_P = np.unique(replicas.formats_P, return_inverse=True)
-            self._replicas, self._found = replicas, (names.tolist(), codes_P)
-        return self._found
+            self._replicas, self._codes = replicas, (names.tolist(), codes_P)
+        return self._codes
 
 
-class LoadTotals(Telemetry):
-    """Telemetry that keeps sums instead of steps. Every rank plans the same, so rank 0's sums speak for all.
+class LoadTotals:
+    """Records layer calls as sums instead of steps. Every rank plans the same, so rank 0's sums hold for all.
 
     Steps in which no rank has a token are not counted.
     """
 
     def __init__(self) -> None:
-        super().__init__(max_records=0)
         self._lock = threading.Lock()
-        self._formats: dict[int, FormatsOf] = {}
+        self._formats: dict[int, FormatCodes] = {}
         self._reset()
 
     def _reset(self) -> None:
@@ -64,6 +64,10 @@ class LoadTotals(Telemetry):
         self._borrowed_experts = 0
         self._borrowed_bytes = 0
 
+    def timer(self, group: EPGroup) -> PhaseTimer:
+        """Start to time one layer call, on the host's clock: events on a GPU would be waited for."""
+        return PhaseTimer(group.clock, None)
+
     def record(self, call: LayerCall) -> None:
         plan = call.plan
         if not plan.loads_R.any():
@@ -71,17 +75,17 @@ class LoadTotals(Telemetry):
         with self._lock:
             if call.layer not in self._layers:
                 self._layers[call.layer] = LayerLoad(*call.counts_RE.shape)
-            self._layers[call.layer].add(call.counts_RE, plan, self._formats.setdefault(call.layer, FormatsOf()))
+            self._layers[call.layer].add(call.counts_RE, plan, self._formats.setdefault(call.layer, FormatCodes()))
             for phase in LAYER_PHASES:
                 self._seconds[phase] += call.timer.seconds(phase)
             if plan.transfers:
                 self._borrowed_experts += len(plan.transfers)
                 self._borrowed_bytes += int(call.transfer_bytes_R().sum())
 
-    def take(self) -> dict[str, Any] | None:
+    def take(self) -> LoadSums | None:
         """The sums since the last call, and each layer's mean imbalance; None if there was no step.
 
-        A call in the middle of a step finds it in some of the layers only: they may differ in calls, and be missing.
+        A call in the middle of a step counts it in some of the layers only: they may differ in calls, and be missing.
         `seconds` are rank 0's, on its host's clock, over all layers and steps.
         """
         with self._lock:

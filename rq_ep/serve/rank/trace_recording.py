@@ -1,4 +1,4 @@
-"""Recording what the router chooses while serving, on every rank in the same steps."""
+"""Recording of the router's choices while serving, on every rank in the same steps."""
 
 import logging
 import threading
@@ -11,52 +11,55 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.stats import PHASES
+from rq_ep.core.stats import PHASES, ModelIdentity
 from rq_ep.engine.requests import Batch
 from rq_ep.moe import RoutingRecorder, StepInfo
 from rq_ep.parallel import EPGroup
-from rq_ep.serve.control import Message
+from rq_ep.serve.messages import Recorded, RecordingFailed
 from rq_ep.sim.traces import RoutingTrace
 
 log = logging.getLogger("rq_ep.serve")
 
 NOTHING = "no step was made while recording, or the first had more tokens than --record-max-tokens allows a rank"
 
-Part = tuple[RoutingTrace, bool]  # what a rank recorded, and whether there was more
+Part = tuple[RoutingTrace, bool]  # the trace of a rank, and whether there was more
 
 
 class TraceRecording:
     """This rank's part of a recording. Odd marks start one, even marks end it; rank 0 writes the file.
 
-    Of marks that come between the same two steps only the last is heard.
+    Of marks that come between the same two steps only the last one counts.
 
     Each rank keeps an equal part of the tokens, and all of it in memory. Where one is full before the others the
     trace ends.
 
     Args:
-        model: what is served.
+        identity: of the model, which the trace names; None: unknown.
+        model: it is recorded.
         group: its ranks; marks reach them between the same two steps.
-        batch: what this rank's step is made of.
+        batch: returns the requests in this rank's step.
         directory: where rank 0 writes traces; None: nowhere, and no mark comes.
         max_tokens: of a trace, all ranks together.
-        tell: takes the message that a recording has ended, on rank 0.
+        on_result: called with the result of a recording that has ended, on rank 0.
     """
 
     def __init__(
         self,
+        identity: ModelIdentity | None,
         model: PreTrainedModel,
         group: EPGroup,
         batch: Callable[[], Batch],
         directory: str | None,
         max_tokens: int,
-        tell: Callable[[Message], None],
+        on_result: Callable[[Recorded | RecordingFailed], None],
     ) -> None:
+        self._identity = identity
         self._model = model
         self._group = group
         self._batch = batch
         self._directory = directory
         self._max_tokens = -(-max_tokens // group.size)
-        self._tell = tell
+        self._on_result = on_result
         self._recorder: RoutingRecorder | None = None
         self._sequences: dict[str, int] = {}  # number of each request that was seen
 
@@ -80,23 +83,23 @@ class TraceRecording:
         return StepInfo(PHASES.index("prefill" if batch.is_prefill else "decode"), sequence_T)
 
     def _write(self, parts: list[Part | None]) -> None:
-        self._tell({"kind": "recorded", **self._written([part for part in parts if part is not None])})
+        self._on_result(self._result([part for part in parts if part is not None]))
 
-    def _written(self, parts: list[Part]) -> Message:
+    def _result(self, parts: list[Part]) -> Recorded | RecordingFailed:
         if len(parts) < self._group.size:
-            return {"error": NOTHING}
+            return RecordingFailed(NOTHING)
         traces, are_full = zip(*parts, strict=True)
         num_steps = min(len(trace.tokens_S) for trace in traces)
         name = f"trace-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.safetensors"
         path = Path(self._directory or ".") / name
         try:
             joined = RoutingTrace.joined([trace.head(num_steps) for trace in traces])
-            replace(joined, model=self._model.rq_ep.placement.model).save(path)
+            replace(joined, model=self._identity).save(path)
         except (OSError, UserError) as error:
-            return {"error": f"{path}: {error}"}
+            return RecordingFailed(f"{path}: {error}")
         num_tokens = len(joined.ids_NLK)
         log.info("recorded %d steps of %d tokens to %s%s", num_steps, num_tokens, path, ", its limit" * any(are_full))
-        return {"path": str(path), "num_steps": num_steps, "num_tokens": num_tokens, "is_full": any(are_full)}
+        return Recorded(str(path), num_steps, num_tokens, any(are_full))
 
 
 def _end(recorder: RoutingRecorder) -> Part | None:

@@ -9,12 +9,14 @@ from typing import Any
 import httpx
 import pytest
 
+from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, Score
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.openai.api_errors import TYPES, ApiError
-from rq_ep.serve.http.record_routes import Recorder
-from rq_ep.serve.http.service import Served, Service
+from rq_ep.serve.http.recording_controller import RecordingController
+from rq_ep.serve.http.service import ModelLimits, Service
+from rq_ep.serve.messages import LoadSums, RankStats, Recorded, RecordingFailed
 
 MODEL = "org/tiny"
 EOS = 0
@@ -44,7 +46,7 @@ def score(token_id: int) -> Score:
     return Score(-token_id / 64, [33, token_id], [-0.25, -token_id / 64])
 
 
-LOADS = {  # as LoadTotals.take gives them
+LOADS: LoadSums = {  # as LoadTotals.take gives them
     "layers": [3, 4], "num_calls_L": [3, 3], "pairs_LR": [[30, 10], [20, 20]], "counts_LE": [[25, 10, 5], [20, 0, 20]],
     "formats_L": [{"bf16": 25, "int8": 15}, {"bf16": 40}], "imbalance_L": [1.5, 1.0],
     "seconds": {"gather": 0.1, "plan": 0.2, "dispatch": 0.5, "compute": 1.0, "combine": 0.3},
@@ -104,8 +106,8 @@ class Bench:
     def __init__(self) -> None:
         self.ranks = ScriptedRanks()
         metrics = Metrics(MODEL, lambda: self.ranks.num_unfinished)
-        self.service = Service(MODEL, 7, self.ranks, metrics, Recorder(self.ranks.mark, None, 50))
-        self.service.served = Served(max_model_len=64, vocab_size=256)
+        self.service = Service(MODEL, 7, self.ranks, metrics, RecordingController(self.ranks.mark, None, 50))
+        self.service.limits = ModelLimits(max_model_len=64, vocab_size=256)
         self.service.tokenizer = ByteTokenizer()
         self.app = make_app(self.service, max_body_bytes=2000)
 
@@ -443,7 +445,7 @@ def test_metrics_count(bench: Bench) -> None:
     metrics = bench.service.metrics
     metrics.weights([{"bf16": 10, "int8": 5}, {"bf16": 20}])
     metrics.loads(LOADS)
-    metrics.rank(1, {"num_running": 2, "num_waiting": 3, "kv_cache_usage": 0.25, "num_steps": 5, "steps_s": 0.5})
+    metrics.rank(1, RankStats(2, 3, 0.25, Progress(5, None, None, 0.0), num_steps=5, steps_s=0.5))
     text = bench.call("GET", "/metrics").text
     for line in (
         'rq_ep_request_success_total{finished_reason="length",model_name="org/tiny"} 1.0',
@@ -470,8 +472,8 @@ def test_metrics_count(bench: Bench) -> None:
 
 def test_load_is_told_since_the_start_and_lately(bench: Bench) -> None:
     assert bench.call("GET", "/v1/ep/load").json()["total"] is None
-    bench.service.balance.add(LOADS)
-    bench.service.balance.add(LOADS)
+    bench.service.load_view.add(LOADS)
+    bench.service.load_view.add(LOADS)
     bench.complete()
     bench.service.history.sample(3)
     body = bench.call("GET", "/v1/ep/load").json()
@@ -492,19 +494,22 @@ def test_the_placement_is_the_file(bench: Bench) -> None:
 
 def test_recording_starts_stops_and_names_its_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--record-dir" in error(bench.call("POST", "/v1/ep/record/start"), 400)["message"]
-    bench.service.recorder = recorder = Recorder(bench.ranks.mark, "traces", 50)
+    bench.service.recording = controller = RecordingController(bench.ranks.mark, "traces", 50)
     error(bench.call("POST", "/v1/ep/record/stop"), 409)
     assert bench.call("POST", "/v1/ep/record/start").json() == {"recording": True, "max_tokens": 50}
     assert "under way" in error(bench.call("POST", "/v1/ep/record/start"), 409)["message"]
 
     def answer(number: int) -> None:
         bench.ranks.marks.append(number)
-        recorder.hear({"kind": "recorded", "path": "traces/t", "num_steps": 3, "num_tokens": 9})
+        controller.end(Recorded("traces/t", 3, 9, is_full=False))
 
-    monkeypatch.setattr(recorder, "_mark", answer)
+    monkeypatch.setattr(controller, "_mark", answer)
     stopped = bench.call("POST", "/v1/ep/record/stop").json()
-    assert stopped == {"recording": False, "path": "traces/t", "num_steps": 3, "num_tokens": 9}
+    assert stopped == {"recording": False, "path": "traces/t", "num_steps": 3, "num_tokens": 9, "is_full": False}
     assert bench.ranks.marks == [1, 2]
+    bench.call("POST", "/v1/ep/record/start")
+    monkeypatch.setattr(controller, "_mark", lambda _: controller.end(RecordingFailed("the disk is full")))
+    assert error(bench.call("POST", "/v1/ep/record/stop"), 409)["message"] == "the disk is full"
 
 
 def test_the_openapi_document_names_every_error(bench: Bench) -> None:

@@ -2,14 +2,14 @@
 
 import pytest
 
-from rq_ep.serve.http.blame import Report, verdict
+from rq_ep.serve.http.blame import FailureReport, blame
 
-LOST = Report("connection closed", is_consequence=True)
-BUG = Report("KeyError: 3", is_consequence=False)
+LOST = FailureReport("connection closed", is_consequence=True)
+BUG = FailureReport("KeyError: 3", is_consequence=False)
 
 
 @pytest.mark.parametrize(
-    ("reports", "gone", "expected"),
+    ("reports", "lost", "expected"),
     [
         ({1: BUG}, [], "rank 1: KeyError: 3"),
         ({0: LOST, 1: BUG, 2: LOST}, [0, 1, 2], "rank 1: KeyError: 3"),
@@ -19,5 +19,5 @@ BUG = Report("KeyError: 3", is_consequence=False)
         ({0: LOST, 1: LOST, 2: LOST}, [], "; ".join(f"rank {rank}: connection closed" for rank in range(3))),
     ],
 )
-def test_the_first_cause_is_blamed(reports: dict[int, Report], gone: list[int], expected: str) -> None:
-    assert verdict(3, reports, gone) == expected
+def test_the_first_cause_is_blamed(reports: dict[int, FailureReport], lost: list[int], expected: str) -> None:
+    assert blame(3, reports, lost) == expected

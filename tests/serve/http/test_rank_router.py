@@ -1,94 +1,138 @@
-"""The hub and the ranks' links, over real sockets: who gets what, and who hears of an end."""
+"""The router and the connections of ranks, over real sockets: where requests go, and who learns of an end."""
 
 import asyncio
 import queue
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import astuple
-from typing import Any
+from typing import TypeVar
 
 import pytest
 
+from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, Score
-from rq_ep.serve.control import Link, Message
+from rq_ep.serve.control import ControlClient
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.rank_router import Hub, listen
+from rq_ep.serve.http.rank_router import GroupState, RankRouter, listen
+from rq_ep.serve.messages import (
+    Abort,
+    Aborted,
+    AddRequest,
+    Cancel,
+    DrainRequest,
+    Failed,
+    FromRank,
+    Mark,
+    MessageError,
+    Outputs,
+    RankStats,
+    Ready,
+    Recorded,
+    RecordingFailed,
+    Stop,
+    ToRank,
+    Wake,
+    encode,
+)
 
 TOKEN = "secret"
 NUM_RANKS = 3
+TIMEOUT_S = 60
+READY = Ready(100, 256, [{}] * NUM_RANKS, {}, {})
+
+T = TypeVar("T")
 
 
 class FakeRank:
-    """A rank that writes down what it hears."""
+    """A rank that keeps the messages it gets."""
 
     def __init__(self, address: tuple[str, int], rank: int, token: str = TOKEN) -> None:
-        self.heard: queue.Queue[Message] = queue.Queue()
-        self.link = Link(address, rank, token)
-        self.link.listen(self.heard.put, lambda: self.heard.put({"kind": "closed"}))
+        self.received: queue.Queue[ToRank | MessageError | None] = queue.Queue()  # None: the connection was closed
+        self.client = ControlClient(address, rank, token)
+        self.client.listen(self.received.put, lambda: self.received.put(None), self.received.put)
 
-    async def hear(self, kind: str) -> Message:
-        """The next message, which is of this kind."""
-        message = await asyncio.to_thread(self.heard.get, timeout=5)
-        assert message["kind"] == kind, message
+    async def receive(self, message_type: type[T]) -> T:
+        """The next message, which is of this type."""
+        message = await asyncio.to_thread(self.received.get, timeout=TIMEOUT_S)
+        assert isinstance(message, message_type), message
         return message
 
-    def tell(self, *outputs: tuple[Any, ...]) -> None:
-        self.link.send({"kind": "outputs", "outputs": outputs})
+    async def is_turned_away(self) -> bool:
+        return await asyncio.to_thread(self.received.get, timeout=TIMEOUT_S) is None
+
+    def send(self, message: FromRank) -> None:
+        self.client.send(message)
+
+    def send_outputs(self, *outputs: Output) -> None:
+        self.send(Outputs(list(outputs)))
+
+    def send_line(self, line: bytes) -> None:
+        self.client._socket.sendall(line)
 
     def die(self) -> None:
         """End without a good-bye, as a killed process does."""
-        self.link._is_closing = True
-        self.link._socket.shutdown(socket.SHUT_RDWR)
+        self.client._socket.shutdown(socket.SHUT_RDWR)
 
 
 class Stage:
-    """A hub that serves, and its ranks."""
+    """A router that serves, and its ranks; the router's observer."""
 
-    def __init__(self) -> None:
+    def __init__(self, stall_s: float = 60.0) -> None:
         self.ended = asyncio.Event()
-        self.ready: list[Message] = []
-        self.hub = Hub(
-            NUM_RANKS, TOKEN, max_queue_size=4, stall_s=1.0,
-            on_checked=lambda: None, on_ready=self.ready.append, on_stats=lambda *_: None,
-            on_recorded=lambda _: None, on_end=self.ended.set,
-        )  # fmt: skip
+        self.ready: list[Ready] = []
+        self.num_ends = 0
+        self.router = RankRouter(NUM_RANKS, TOKEN, self, max_queue_size=4, stall_s=stall_s)
         self.address = ("", 0)
         self.ranks: list[FakeRank] = []
 
+    def on_checked(self) -> None: ...
+
+    def on_ready(self, ready: Ready) -> None:
+        self.ready.append(ready)
+
+    def on_stats(self, rank: int, stats: RankStats) -> None: ...
+
+    def on_recorded(self, result: Recorded | RecordingFailed) -> None: ...
+
+    def on_end(self) -> None:
+        self.num_ends += 1
+        self.ended.set()
+
     def ask(self, name: str, num_tokens: int = 10) -> asyncio.Task[list[Output]]:
         async def ask() -> list[Output]:
-            return [output async for output in self.hub.generate(Request(name, [1], num_tokens - 1))]
+            return [output async for output in self.router.generate(Request(name, [1], num_tokens - 1))]
 
         return asyncio.ensure_future(ask())
 
 
 @asynccontextmanager
-async def stage() -> AsyncIterator[Stage]:
-    it = Stage()
+async def stage(stall_s: float) -> AsyncIterator[Stage]:
+    it = Stage(stall_s)
     sock = socket.create_server(("127.0.0.1", 0))
     it.address = sock.getsockname()
-    server = await listen(it.hub, sock)
+    server = await listen(it.router, sock)
     it.ranks = [FakeRank(it.address, rank) for rank in range(NUM_RANKS)]
-    while len(it.hub._writers) < NUM_RANKS:
+    while it.router.num_connected < NUM_RANKS:
         await asyncio.sleep(0.01)
-    it.ranks[0].link.send({"kind": "ready"})
-    while it.hub.why_unavailable() is not None:
+    it.ranks[0].send(READY)
+    while it.router.why_unavailable() is not None:
         await asyncio.sleep(0.01)
     try:
         yield it
     finally:
         for rank in it.ranks:
-            rank.link.close()
+            rank.client.close()
         server.close()
+        while it.router.num_connected:
+            await asyncio.sleep(0.01)
 
 
-def play(scene: Callable[[Stage], Awaitable[None]]) -> None:
+def play(scene: Callable[[Stage], Awaitable[None]], stall_s: float = 60.0) -> None:
     async def run() -> None:
-        async with stage() as it:
+        async with stage(stall_s) as it:
             await scene(it)
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 2 * TIMEOUT_S))
 
 
 def test_requests_are_spread_and_everyone_is_woken() -> None:
@@ -96,11 +140,11 @@ def test_requests_are_spread_and_everyone_is_woken() -> None:
         tasks = []
         for number, rank in enumerate([0, 1, 2, 2]):  # the third is short, so its rank gets the fourth
             tasks.append(it.ask(f"{number}", 4 if number == 2 else 10))
-            added = await it.ranks[rank].hear("add")
-            assert (added["request"]["id"], added["num_announced"]) == (f"{number}", number + 1)
+            added = await it.ranks[rank].receive(AddRequest)
+            assert (added.request.id, added.num_announced) == (f"{number}", number + 1)
             for other in {0, 1, 2} - {rank}:
-                assert (await it.ranks[other].hear("wake"))["num_announced"] == number + 1
-        it.ranks[0].tell(("0", [5], None, None), ("0", [6, 7], "length", None))
+                assert await it.ranks[other].receive(Wake) == Wake(number + 1)
+        it.ranks[0].send_outputs(Output("0", [5]), Output("0", [6, 7], "length"))
         assert await tasks[0] == [Output("0", [5]), Output("0", [6, 7], "length")]
         for task in tasks[1:]:
             task.cancel()
@@ -111,9 +155,9 @@ def test_requests_are_spread_and_everyone_is_woken() -> None:
 def test_scores_arrive_as_they_were_sent() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
-        await it.ranks[0].hear("add")
+        await it.ranks[0].receive(AddRequest)
         scored = Output("0", [5], "length", None, [Score(-0.5, [5, 2], [-0.5, -1.5])], [Score(-1.0, [], [])])
-        it.ranks[0].tell(astuple(scored))
+        it.ranks[0].send_outputs(scored)
         assert await task == [scored]
 
     play(scene)
@@ -122,11 +166,11 @@ def test_scores_arrive_as_they_were_sent() -> None:
 def test_a_full_server_says_so_and_recovers() -> None:
     async def scene(it: Stage) -> None:
         tasks = [it.ask(f"{number}") for number in range(4)]
-        await it.ranks[0].hear("add")
+        await it.ranks[0].receive(AddRequest)
         with pytest.raises(ApiError, match="4 requests are waiting or running") as caught:
             await it.ask("one too many")
         assert caught.value.status == 429
-        it.ranks[0].tell(("0", [5], "stop", None))
+        it.ranks[0].send_outputs(Output("0", [5], "stop"))
         await tasks[0]
         late = it.ask("late")
         await asyncio.sleep(0.05)
@@ -137,13 +181,13 @@ def test_a_full_server_says_so_and_recovers() -> None:
     play(scene)
 
 
-def test_who_stops_listening_cancels() -> None:
+def test_a_client_that_leaves_cancels() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
-        await it.ranks[0].hear("add")
+        await it.ranks[0].receive(AddRequest)
         task.cancel()
-        assert (await it.ranks[0].hear("cancel"))["id"] == "0"
-        assert it.hub.num_unfinished == 0
+        assert await it.ranks[0].receive(Cancel) == Cancel("0")
+        assert it.router.num_unfinished == 0
 
     play(scene)
 
@@ -151,39 +195,39 @@ def test_who_stops_listening_cancels() -> None:
 def test_a_request_that_fails_on_its_rank_is_an_error() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
-        await it.ranks[0].hear("add")
-        it.ranks[0].tell(("0", [], "error", "no room"))
+        await it.ranks[0].receive(AddRequest)
+        it.ranks[0].send_outputs(Output("0", [], "error", "no room"))
         with pytest.raises(ApiError, match="rank 0: no room"):
             await task
 
     play(scene)
 
 
-PLACE = {"step": 7, "layer": 1, "operation": "gather of counts", "stuck_s": 0.0}
-STATS = {"kind": "stats", "num_running": 0, "num_waiting": 0, "place": PLACE}
+STATS = RankStats(0, 0, 0.0, Progress(7, 1, "gather of counts", 0.0), 0, 0.0)
 
 
 def test_a_silent_rank_ends_the_group_and_is_named() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
-        watching = asyncio.ensure_future(it.hub.watch())
-        for _ in range(16):
-            for rank in it.ranks[:2] if _ else it.ranks:
-                rank.link.send(STATS)
+        watching = asyncio.ensure_future(it.router.watch())
+        it.ranks[2].send(STATS)
+        while not task.done():
+            for rank in it.ranks[:2]:
+                rank.send(STATS)
             await asyncio.sleep(0.1)
         with pytest.raises(ApiError, match=r"rank 2 has not been heard .* rank 0 waits in step 7, MoE layer 1, gather"):
             await task
         await it.ended.wait()
         await watching
 
-    play(scene)
+    play(scene, stall_s=3.0)
 
 
 def test_an_abort_is_no_death() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
-        await it.ranks[0].hear("add")
-        it.ranks[1].link.send({"kind": "aborted", "signal": "SIGINT"})
+        await it.ranks[0].receive(AddRequest)
+        it.ranks[1].send(Aborted("SIGINT"))
         it.ranks[1].die()
         with pytest.raises(ApiError, match="shut down by a second SIGINT") as caught:
             await task
@@ -196,59 +240,60 @@ def test_an_abort_is_no_death() -> None:
 def test_draining_waits_for_what_runs_and_then_stops_all(in_time: bool) -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
-        await it.ranks[0].hear("add")
-        it.ranks[1].link.send({"kind": "drain", "timeout_s": 5 if in_time else 0.1})
-        it.ranks[2].link.send({"kind": "drain", "timeout_s": 5})  # every rank got the signal
-        await asyncio.sleep(0.05)
-        assert it.hub.why_unavailable() == "draining"
+        await it.ranks[0].receive(AddRequest)
+        it.ranks[1].send(DrainRequest(TIMEOUT_S if in_time else 0.5))
+        it.ranks[2].send(DrainRequest(TIMEOUT_S))  # every rank got the signal
+        while it.router.state is GroupState.SERVING:
+            await asyncio.sleep(0.01)
+        assert it.router.why_unavailable() == "draining"
         with pytest.raises(ApiError, match="draining") as refused:
             await it.ask("late")
         assert refused.value.status == 503
         if in_time:
-            it.ranks[0].tell(("0", [5], "length", None))
+            it.ranks[0].send_outputs(Output("0", [5], "length"))
             await task
         else:
             with pytest.raises(ApiError, match="shut down before this request had finished"):
                 await task
-            await it.ranks[0].hear("cancel")
-        await it.ranks[0].hear("stop")
+            await it.ranks[0].receive(Cancel)
+        await it.ranks[0].receive(Stop)
         for rank in it.ranks:
             assert not it.ended.is_set()
-            rank.link.close()
+            rank.client.close()
         await it.ended.wait()
 
     play(scene)
 
 
 @pytest.mark.parametrize("how", ["killed", "raised"])
-def test_a_failure_is_told_to_clients_and_ranks(how: str) -> None:
+def test_clients_and_ranks_learn_of_a_failure(how: str) -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
-        await it.ranks[2].hear("wake")
-        it.ranks[0].link.send({"kind": "failed", "text": "connection lost", "is_consequence": True})
+        await it.ranks[2].receive(Wake)
+        it.ranks[0].send(Failed("connection lost", is_consequence=True))
         if how == "raised":
-            it.ranks[1].link.send({"kind": "failed", "text": "KeyError: 3", "is_consequence": False})
+            it.ranks[1].send(Failed("KeyError: 3", is_consequence=False))
         it.ranks[1].die()
-        blame = "rank 1 died" if how == "killed" else "rank 1: KeyError: 3"
-        with pytest.raises(ApiError, match=blame) as caught:
+        culprit = "rank 1 died" if how == "killed" else "rank 1: KeyError: 3"
+        with pytest.raises(ApiError, match=culprit) as caught:
             await task
         assert caught.value.status == 500
-        assert blame in (await it.ranks[2].hear("abort"))["reason"]
+        assert culprit in (await it.ranks[2].receive(Abort)).reason
         await it.ended.wait()
-        assert blame in str(it.hub.why_unavailable())
+        assert culprit in str(it.router.why_unavailable())
 
     play(scene)
 
 
-@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"{}\n", b"\xff\n", b""])
-def test_what_is_no_rank_is_turned_away(words: bytes) -> None:
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"{}\n", b"\xff\n", b""])
+def test_a_connection_that_is_no_rank_is_turned_away(line: bytes) -> None:
     async def scene(it: Stage) -> None:
         reader, writer = await asyncio.open_connection(*it.address)
-        writer.write(words)
+        writer.write(line)
         writer.write_eof()
         assert await reader.read() == b""
         writer.close()
-        assert it.hub.why_unavailable() is None
+        assert it.router.why_unavailable() is None
 
     play(scene)
 
@@ -256,20 +301,60 @@ def test_what_is_no_rank_is_turned_away(words: bytes) -> None:
 def test_strangers_are_turned_away() -> None:
     async def scene(it: Stage) -> None:
         stranger = FakeRank(it.address, 1, token="guess")
-        await stranger.hear("closed")
-        assert it.hub.why_unavailable() is None
-        assert len(it.hub._writers) == NUM_RANKS
+        assert await stranger.is_turned_away()
+        assert it.router.why_unavailable() is None
+        assert it.router.num_connected == NUM_RANKS
+        stranger.client.close()
 
     play(scene)
 
 
 def test_rank_0_leaving_before_the_others_came_ends_the_wait() -> None:
     async def run() -> None:
-        it: Any = Stage()
+        it = Stage()
         sock = socket.create_server(("127.0.0.1", 0))
-        server = await listen(it.hub, sock)
-        FakeRank(sock.getsockname(), 0).link.close()
+        server = await listen(it.router, sock)
+        FakeRank(sock.getsockname(), 0).client.close()
         await it.ended.wait()
         server.close()
 
-    asyncio.run(asyncio.wait_for(run(), 10))
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b'{"kind": "gossip"}\n', "sent a message of unknown kind 'gossip'"),
+        (encode(Mark(1)), "sent a message of unknown kind 'mark'"),
+        (b'{"kind": "failed", "text": "it broke"}\n', "sent a malformed message 'failed': .*is_consequence"),
+        (b'{"kind": "stats"\n', "sent a line that is not JSON"),
+        (b'{"kind": "hello", "rank": 1, "token": "secret"}\n', "sent a second message 'hello'"),
+    ],
+)
+def test_a_rank_that_sends_nonsense_ends_the_group_by_name(line: bytes, what: str) -> None:
+    async def scene(it: Stage) -> None:
+        task = it.ask("0")
+        await it.ranks[0].receive(AddRequest)
+        it.ranks[1].send_line(line)
+        with pytest.raises(ApiError, match=f"the server failed: rank 1: {what}"):
+            await task
+        await it.ended.wait()
+        assert it.num_ends == 1
+
+    play(scene)
+
+
+def test_the_states_of_a_group_that_ends_well() -> None:
+    async def scene(it: Stage) -> None:
+        assert it.router.state is GroupState.SERVING
+        assert it.ready == [READY]
+        it.ranks[0].send(DrainRequest(TIMEOUT_S))
+        await it.ranks[2].receive(Stop)
+        assert it.router.state is GroupState.STOPPING
+        it.ranks[1].send(READY)  # late, and without effect
+        for rank in it.ranks:
+            rank.client.close()
+        await it.ended.wait()
+        assert (it.router.state, it.num_ends) == (GroupState.ENDED, 1)
+
+    play(scene)

@@ -1,4 +1,4 @@
-"""Finding the rank that keeps the others waiting."""
+"""Detecting the rank that keeps the others waiting."""
 
 from rq_ep.engine.progress import Progress
 from rq_ep.serve.http.watchdog import Watchdog
@@ -12,18 +12,18 @@ class Clock:
         return self.now_s
 
 
-def test_who_is_silent_is_named_with_where_the_others_wait() -> None:
+def test_a_silent_rank_is_named_with_where_the_others_wait() -> None:
     clock = Clock()
     watchdog = Watchdog(10, clock)
     for rank in range(3):
-        watchdog.hear(rank, Progress(4, None, None, 0.0))
+        watchdog.report(rank, Progress(4, None, None, 0.0))
     for _ in range(11):
         clock.now_s += 1
         for rank in (0, 2):
-            watchdog.hear(rank, Progress(5, 3, "all-to-all", clock.now_s))
-        found = watchdog.look()
-        assert (found is None) == (clock.now_s <= 10)
-    assert found == (
+            watchdog.report(rank, Progress(5, 3, "all-to-all", clock.now_s))
+        stall = watchdog.check()
+        assert (stall is None) == (clock.now_s <= 10)
+    assert stall == (
         "rank 1 has not been heard for 11 s (--stall-timeout); last seen in step 4, computing; "
         "rank 0 waits in step 5, MoE layer 3, all-to-all; rank 2 waits in step 5, MoE layer 3, all-to-all"
     )
@@ -31,20 +31,20 @@ def test_who_is_silent_is_named_with_where_the_others_wait() -> None:
 
 def test_of_ranks_that_all_stand_still_the_last_one_is_blamed() -> None:
     watchdog = Watchdog(10, Clock())
-    watchdog.hear(0, Progress(5, 3, "all-to-all", 12))
-    watchdog.hear(1, Progress(5, 3, None, 11))
-    watchdog.hear(2, Progress(5, 3, "all-to-all", 11))
-    assert "rank 1 has not gone on for 11 s" in (watchdog.look() or "")
-    watchdog.hear(2, Progress(6, None, None, 0.1))
-    assert watchdog.look() is None, "one of them still goes on"
+    watchdog.report(0, Progress(5, 3, "all-to-all", 12))
+    watchdog.report(1, Progress(5, 3, None, 11))
+    watchdog.report(2, Progress(5, 3, "all-to-all", 11))
+    assert "rank 1 has not gone on for 11 s" in (watchdog.check() or "")
+    watchdog.report(2, Progress(6, None, None, 0.1))
+    assert watchdog.check() is None, "one of them still goes on"
 
 
 def test_a_watchdog_that_slept_itself_blames_nobody() -> None:
     clock = Clock()
     watchdog = Watchdog(10, clock)
-    watchdog.hear(0, Progress(1, None, None, 0.0))
+    watchdog.report(0, Progress(1, None, None, 0.0))
     clock.now_s = 100
-    assert watchdog.look() is None
+    assert watchdog.check() is None
     watchdog.forget(0)
     clock.now_s = 105
-    assert watchdog.look() is None
+    assert watchdog.check() is None

@@ -9,7 +9,7 @@ from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.moe.telemetry import LayerCall, PhaseTimer
 from rq_ep.serve.http.history import _percentile_ms
-from rq_ep.serve.http.load_view import Balance
+from rq_ep.serve.http.load_view import LoadView
 from rq_ep.serve.rank.load_totals import LoadTotals
 
 REPLICAS = Replicas.of([Replica(0, 0, "bf16"), Replica(1, 0, "bf16"), Replica(1, 1, "int8")])
@@ -57,16 +57,16 @@ def loads_of(layers: dict[int, tuple[list[int], float, int]]) -> dict[str, Any]:
 
 def test_a_step_may_be_cut_between_its_layers() -> None:
     now_s = [0.0]
-    balance = Balance(lambda: now_s[0])
-    balance.add(loads_of({3: ([3, 1], 1.5, 1)}))
-    balance.add(loads_of({3: ([2, 2], 1.0, 3), 5: ([6, 2], 1.5, 4)}))
-    view = balance.view()
+    view_of_loads = LoadView(lambda: now_s[0])
+    view_of_loads.add(loads_of({3: ([3, 1], 1.5, 1)}))
+    view_of_loads.add(loads_of({3: ([2, 2], 1.0, 3), 5: ([6, 2], 1.5, 4)}))
+    view = view_of_loads.view()
     assert (view["layers"], view["total"]["pairs_LR"]) == ([3, 5], [[5, 3], [6, 2]])
     assert view["recent"]["counts_LE"] == [[8, 0], [8, 0]]
     assert view["recent"]["imbalance_L"] == [(1.5 + 3 * 1.0) / 4, 1.5]
     now_s[0] = 100.0
-    balance.add(loads_of({5: ([1, 0], 2.0, 1)}))
-    view = balance.view()
+    view_of_loads.add(loads_of({5: ([1, 0], 2.0, 1)}))
+    view = view_of_loads.view()
     assert view["recent"]["pairs_LR"] == [[0, 0], [1, 0]]
     assert view["recent"]["balancedness"] == (1 + 0.5) / 2
     assert view["total"]["pairs_LR"] == [[5, 3], [7, 2]]

@@ -1,4 +1,4 @@
-"""The parts in which an answer is shown: text cut at stop strings, and the tokens behind it with their scores."""
+"""Chunks of an answer: text cut at stop strings, and the tokens behind it with their scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class ScoredToken:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of an answer; the last one carries the reason of the end. `tokens` are there if scores were asked for."""
+class Chunk:
+    """A part of an answer; the last one has the reason of the end. `tokens` are given if scores were asked for."""
 
     text: str
     num_tokens: int  # generated
@@ -26,8 +26,8 @@ class Piece:
     tokens: tuple[ScoredToken, ...] = ()
 
 
-class AnswerText:
-    """Turns the tokens of one answer into pieces, the prompt before them if it is to be shown too."""
+class TextChunker:
+    """Turns the tokens of one answer into chunks, the prompt before them if it is to be shown too."""
 
     def __init__(self, tokenizer: Decoder, stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
@@ -36,21 +36,22 @@ class AnswerText:
         self._num_shown = 0  # of which these were handed out
         self._waiting: list[ScoredToken] = []
 
-    def echo(self, prompt_ids: Sequence[int], scores: Sequence[Score] | None, finish_reason: str | None) -> Piece:
+    def echo(self, prompt_ids: Sequence[int], scores: Sequence[Score] | None, finish_reason: str | None) -> Chunk:
         """The prompt, which no stop string cuts. Takes time for a long one.
 
         Args:
             scores: one for each token but the first; None: they were not asked for.
         """
         text, tokens = "", []
-        for token_id, score in zip(prompt_ids, [None, *(scores or [None] * (len(prompt_ids) - 1))], strict=True):
+        later: Sequence[Score | None] = [None] * (len(prompt_ids) - 1) if scores is None else scores
+        for token_id, score in zip(prompt_ids, (None, *later), strict=True):
             tokens.append(ScoredToken(token_id, self._num_read, score))
             text += self._read(token_id)
         self._num_shown += len(text)
-        return Piece(text, 0, finish_reason, () if scores is None else tuple(tokens))
+        return Chunk(text, 0, finish_reason, () if scores is None else tuple(tokens))
 
-    def piece(self, output: Output) -> Piece:
-        """What there is to show of the news of a request."""
+    def chunk(self, output: Output) -> Chunk:
+        """The text that new tokens of the request let be shown."""
         text = ""
         last = len(output.token_ids) - 1
         for at, token_id in enumerate(output.token_ids):
@@ -64,7 +65,7 @@ class AnswerText:
             shown += rest if is_stopped else rest + self._stop_strings.flush()
         self._num_shown += len(shown)
         reason = "stop" if is_stopped else output.finish_reason
-        return Piece(shown, last + 1, reason, self._tokens(is_all=reason is not None and not is_stopped))
+        return Chunk(shown, last + 1, reason, self._tokens(is_all=reason is not None and not is_stopped))
 
     def _tokens(self, is_all: bool) -> tuple[ScoredToken, ...]:
         """The tokens whose text has begun to be shown; those beyond a stop string never come."""

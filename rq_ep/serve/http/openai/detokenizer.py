@@ -1,4 +1,4 @@
-"""From token ids to text, piece by piece: whole characters only, and never beyond a stop string."""
+"""Incremental detokenization: whole characters only, and never beyond a stop string."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,7 +13,7 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    """Turns a growing list of token ids into text; what it has handed out never changes afterwards.
+    """Turns a growing list of token ids into text; text that it has returned never changes afterwards.
 
     A token's text may depend on the token before it (spaces), and a character may be spread over several tokens. So a
     window of tokens is decoded with and without the new ones, and a character that is not complete waits for the rest.
@@ -25,26 +25,26 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._token_ids: list[int] = []
         self._start = 0  # the window starts here,
-        self._told = 0  # and its text is known up to here
+        self._known = 0  # and its text is known up to here
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens; return the text that has become certain."""
-        pieces = []
+        parts = []
         for token_id in token_ids:
             self._token_ids.append(token_id)
-            pieces.append(self._advance(len(self._token_ids) - self._told >= self.MAX_WAITING))
-        return "".join(pieces)
+            parts.append(self._advance(len(self._token_ids) - self._known >= self.MAX_WAITING))
+        return "".join(parts)
 
     def flush(self) -> str:
         """The rest, complete or not: no more tokens will come."""
-        return self._advance(whatever=True)
+        return self._advance(is_final=True)
 
-    def _advance(self, whatever: bool) -> str:
-        known = self._decode(self._token_ids[self._start : self._told])
+    def _advance(self, is_final: bool) -> str:
+        known = self._decode(self._token_ids[self._start : self._known])
         text = self._decode(self._token_ids[self._start :])
-        if len(text) <= len(known) or (text.endswith(INCOMPLETE) and not whatever):
+        if len(text) <= len(known) or (text.endswith(INCOMPLETE) and not is_final):
             return ""
-        self._start, self._told = self._told, len(self._token_ids)
+        self._start, self._known = self._known, len(self._token_ids)
         return text[len(known) :]
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -61,10 +61,10 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; return what may be shown, and whether a stop string has ended it."""
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        matches = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if matches:
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(matches)], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -9,7 +9,7 @@ TokenText = Callable[[int], str]
 
 
 def completion_logprobs(tokens: Sequence[ScoredToken], token_text: TokenText) -> dict[str, Any]:
-    """As completions have them: lists side by side. The token itself is always among its alternatives."""
+    """Log-probabilities of a completion: lists side by side. The token itself is always among its alternatives."""
     return {
         "tokens": [token_text(token.id) for token in tokens],
         "token_logprobs": [None if token.score is None else token.score.logprob for token in tokens],
@@ -19,7 +19,7 @@ def completion_logprobs(tokens: Sequence[ScoredToken], token_text: TokenText) ->
 
 
 def chat_logprobs(tokens: Sequence[ScoredToken], token_text: TokenText) -> dict[str, Any]:
-    """As chat completions have them: one entry a token."""
+    """Log-probabilities of a chat completion: one entry a token."""
     content = []
     for token in tokens:
         assert token.score is not None, "a chat does not show its prompt"
@@ -32,11 +32,11 @@ def chat_logprobs(tokens: Sequence[ScoredToken], token_text: TokenText) -> dict[
 def _alternatives(token: ScoredToken, token_text: TokenText) -> dict[str, float] | None:
     if token.score is None:
         return None
-    found: dict[str, float] = {}
+    alternatives: dict[str, float] = {}
     for token_id, logprob in zip(token.score.top_ids, token.score.top_logprobs, strict=True):
-        found.setdefault(token_text(token_id), logprob)  # different bytes may read alike: the likeliest stands
-    found.setdefault(token_text(token.id), token.score.logprob)
-    return found
+        alternatives.setdefault(token_text(token_id), logprob)  # different bytes may read alike: the likeliest stands
+    alternatives.setdefault(token_text(token.id), token.score.logprob)
+    return alternatives
 
 
 def _entry(text: str, logprob: float) -> dict[str, Any]:

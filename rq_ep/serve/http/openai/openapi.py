@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI derives from the routes, with the answers that we give in its place."""
+"""The OpenAPI document: the one that FastAPI derives from the routes, with our responses in place of its own."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def describe(app: FastAPI, model_name: str) -> dict[str, Any]:
     for name in ("CompletionBody", "ChatBody"):
         schemas[name]["properties"]["model"]["enum"] = [model_name]
     for path, operations in document["paths"].items():
-        statuses = next((found for start, found in STATUSES.items() if path.startswith(start)), ())
+        statuses = next((codes for start, codes in STATUSES.items() if path.startswith(start)), ())
         for operation in operations.values():
             answers = operation["responses"]
             answers.pop("422", None)

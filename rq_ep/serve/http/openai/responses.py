@@ -1,4 +1,4 @@
-"""Bodies of answers, whole and streamed, as OpenAI's clients read them."""
+"""Response bodies, whole and streamed, in the form of OpenAI's API."""
 
 import json
 import time
@@ -8,13 +8,13 @@ from typing import Any
 
 from rq_ep.engine.requests import Request
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.chunks import Piece, ScoredToken
+from rq_ep.serve.http.openai.chunks import Chunk, ScoredToken
 from rq_ep.serve.http.openai.logprobs import TokenText, chat_logprobs, completion_logprobs
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The frame of one answer: a chat completion, or a plain one."""
+class ResponseBuilder:
+    """Builds the response to one request: a chat completion, or a plain one."""
 
     request: Request
     model: str
@@ -39,21 +39,21 @@ class Answer:
             "total_tokens": num_prompt + num_tokens,
         }
 
-    async def whole(self, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
-        """The body of an answer that is sent at once."""
-        all_ = [piece async for piece in pieces]
-        text = "".join(piece.text for piece in all_)
-        logprobs = self._logprobs([token for piece in all_ for token in piece.tokens])
+    async def whole(self, chunks: AsyncIterator[Chunk]) -> dict[str, Any]:
+        """The body of a response that is sent at once."""
+        all_ = [chunk async for chunk in chunks]
+        text = "".join(chunk.text for chunk in all_)
+        logprobs = self._logprobs([token for chunk in all_ for token in chunk.tokens])
         choice: dict[str, Any] = {"index": 0, "finish_reason": all_[-1].finish_reason, "logprobs": logprobs}
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             choice["text"] = text
         kind = "chat.completion" if self.is_chat else "text_completion"
-        return self._frame(kind, [choice], usage=self._usage(sum(piece.num_tokens for piece in all_)))
+        return self._frame(kind, [choice], usage=self._usage(sum(chunk.num_tokens for chunk in all_)))
 
-    async def stream(self, pieces: AsyncIterator[Piece], include_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events of an answer: its pieces, its usage if asked for, and the end mark.
+    async def stream(self, chunks: AsyncIterator[Chunk], include_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events of a response: its chunks, its usage if asked for, and the end mark.
 
         An error on the way becomes an event of its own, and the end mark is left out.
         """
@@ -61,13 +61,13 @@ class Answer:
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
         num_tokens = 0
         if self.is_chat:
-            yield _event(self._frame(kind, [self._chunk("", None, (), is_first=True)], **usage))
+            yield _event(self._frame(kind, [self._choice("", None, (), is_first=True)], **usage))
         try:
-            async for piece in pieces:
-                num_tokens += piece.num_tokens
-                if piece.text or piece.finish_reason is not None:
-                    chunk = self._chunk(piece.text, piece.finish_reason, piece.tokens)
-                    yield _event(self._frame(kind, [chunk], **usage))
+            async for chunk in chunks:
+                num_tokens += chunk.num_tokens
+                if chunk.text or chunk.finish_reason is not None:
+                    choice = self._choice(chunk.text, chunk.finish_reason, chunk.tokens)
+                    yield _event(self._frame(kind, [choice], **usage))
         except ApiError as error:
             yield _event(error.body())
             return
@@ -75,7 +75,7 @@ class Answer:
             yield _event(self._frame(kind, [], usage=self._usage(num_tokens)))
         yield "data: [DONE]\n\n"
 
-    def _chunk(
+    def _choice(
         self, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken], *, is_first: bool = False
     ) -> dict[str, Any]:
         logprobs = self._logprobs(tokens) if tokens else None

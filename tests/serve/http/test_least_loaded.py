@@ -2,7 +2,7 @@
 
 import pytest
 
-from rq_ep.engine.least_loaded import least_loaded
+from rq_ep.serve.http.rank_router import least_loaded
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,21 @@
-"""The HTTP side of a recording: one at a time, and its result."""
+"""The HTTP side of a recording of routing decisions: one at a time, and its result."""
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
-from rq_ep.serve.control import Message
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.messages import Recorded, RecordingFailed
 
 TIMEOUT_S = 60.0
 
 
-class Recorder:
+class RecordingController:
     """Starts and ends recordings by marks, which rise by one each time.
 
     Args:
-        mark: has every rank told a number between the same two steps.
+        mark: sends a number to every rank, which reaches all of them between the same two steps.
         directory: where traces go; None: recording was not allowed.
         max_tokens: of a trace.
     """
@@ -23,50 +25,50 @@ class Recorder:
         self._directory = directory
         self._max_tokens = max_tokens
         self._number = 0
-        self._ended: asyncio.Future[Message] | None = None
+        self._result: asyncio.Future[Recorded | RecordingFailed] | None = None  # while a recording is being ended
 
     @property
     def is_recording(self) -> bool:
         return self._number % 2 == 1
 
-    def start(self) -> Message:
-        """Start recording; how many tokens it can come to.
+    def start(self) -> dict[str, Any]:
+        """Start recording. Returns how many tokens it can come to.
 
         Raises:
             ApiError: the server was started without a directory for traces, or records already.
         """
         if self._directory is None:
             raise ApiError(400, "this server records nothing: start it with --record-dir DIR")
-        if self.is_recording or self._ended is not None:
+        if self.is_recording or self._result is not None:
             raise ApiError(409, "a recording is under way: stop it first")
-        self._next()
+        self._send_next()
         return {"max_tokens": self._max_tokens}
 
-    async def stop(self) -> Message:
-        """End the recording; where its trace is, how long it has become, and whether it had reached its limit.
+    async def stop(self) -> dict[str, Any]:
+        """End the recording. Returns where its trace is, its length, and whether it had reached its limit.
 
         Raises:
             ApiError: there is no recording, nothing was recorded, or it could not be written.
         """
         if not self.is_recording:
             raise ApiError(409, "nothing is being recorded: start first")
-        self._ended = asyncio.get_running_loop().create_future()
-        self._next()
+        self._result = asyncio.get_running_loop().create_future()
+        self._send_next()
         try:
-            found = await asyncio.wait_for(self._ended, TIMEOUT_S)
+            result = await asyncio.wait_for(self._result, TIMEOUT_S)
         except TimeoutError:
             raise ApiError(500, f"the ranks have not written the trace within {TIMEOUT_S:g} s") from None
         finally:
-            self._ended = None
-        if "error" in found:
-            raise ApiError(409, found["error"])
-        return found
+            self._result = None
+        if isinstance(result, RecordingFailed):
+            raise ApiError(409, result.reason)
+        return asdict(result)
 
-    def hear(self, found: Message) -> None:
-        """Take what rank 0 says of a recording that has ended."""
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result({key: value for key, value in found.items() if key != "kind"})
+    def end(self, result: Recorded | RecordingFailed) -> None:
+        """Take the result of a recording that has ended, from rank 0."""
+        if self._result is not None and not self._result.done():
+            self._result.set_result(result)
 
-    def _next(self) -> None:
+    def _send_next(self) -> None:
         self._number += 1
         self._mark(self._number)

@@ -1,0 +1,46 @@
+"""Errors that a user must put right, raised on all ranks of a group together, so that none waits for another."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from rq_ep.core.errors import UserError
+from rq_ep.parallel.ep_group import EPGroup
+
+T = TypeVar("T")
+EXIT_USER_ERROR = 2
+
+
+def run_on_all_ranks(group: EPGroup | None, work: Callable[[], T]) -> T:
+    """Do the work on every rank, each its own.
+
+    Args:
+        group: the ranks, all of which call this; None: this process alone.
+        work: what to do here; it may raise a `UserError` on some ranks only if it has no collectives.
+
+    Raises:
+        UserError: on every rank, if the work raised one on any.
+    """
+    if group is None:
+        return work()
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems = group.all_gather_object(problem)
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
+    return result  # type: ignore[return-value]  # without a problem, it is there
+
+
+def report_user_error(group: EPGroup, program: str, error: UserError) -> int:
+    """Print an error that was raised on every rank once, and wait for the other ranks. Returns the exit status.
+
+    Launchers end the other ranks once one has left: all leave together, rank 0 having printed.
+    """
+    if group.rank == 0:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    group.barrier()
+    return EXIT_USER_ERROR

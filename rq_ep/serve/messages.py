@@ -1,0 +1,299 @@
+"""Every message between the HTTP process and the ranks. On the wire a message is a JSON object on a line.
+
+The object has the fields of a dataclass below, and its `kind` as the tables `FROM_RANK` and `TO_RANK` name it.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeAlias, TypedDict, get_args, get_origin, get_type_hints
+
+from rq_ep.engine.progress import Progress
+from rq_ep.engine.requests import Output, Request, Sampling, Score
+
+MAX_LINE_BYTES = 64 << 20
+
+
+class MessageError(ValueError):
+    """A line that is no message of its direction, or whose fields are not those of its kind."""
+
+
+# From a rank
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message of a connection. `token` is the secret of this group."""
+
+    rank: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Rank 0: the checkpoint is in order, and is about to be loaded."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Rank 0: every rank can serve."""
+
+    max_model_len: int
+    vocab_size: int
+    expert_bytes: list[dict[str, int]]  # of each rank, by weight format
+    placement: dict[str, Any]  # as `placement.json` holds it
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """New tokens of requests."""
+
+    outputs: list[Output]
+
+
+class LoadSums(TypedDict):
+    """The load of the MoE layers over some steps; every list has an entry for each of `layers`."""
+
+    layers: list[int]
+    num_calls_L: list[int]
+    pairs_LR: list[list[int]]
+    counts_LE: list[list[int]]
+    formats_L: list[dict[str, int]]  # routed pairs by weight format
+    imbalance_L: list[float]  # max/mean over ranks, mean of the calls
+    seconds: dict[str, float]  # by phase of a layer call, over all layers and calls
+    borrowed_experts: int
+    borrowed_bytes: int
+
+
+@dataclass(frozen=True)
+class RankStats:
+    """Figures of a rank: requests and cache now, steps and load since the last message."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    progress: Progress
+    num_steps: int
+    steps_s: float
+    loads: LoadSums | None = None  # from rank 0 alone: every rank plans the same
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Rank 0: a recording has ended, and was written."""
+
+    path: str
+    num_steps: int
+    num_tokens: int
+    is_full: bool
+
+
+@dataclass(frozen=True)
+class RecordingFailed:
+    """Rank 0: a recording has ended, and was not written."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class DrainRequest:
+    """The rank got a signal to shut down: unfinished requests have `timeout_s` left."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The rank is about to end with an error. `is_consequence`: the error is that another rank has failed."""
+
+    text: str
+    is_consequence: bool
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """The rank got a second signal, and ends now."""
+
+    signal: str
+
+
+@dataclass(frozen=True)
+class Bye:
+    """The last message of a connection that is closed on purpose."""
+
+
+FromRank: TypeAlias = (
+    Hello | Checked | Ready | Outputs | RankStats | Recorded | RecordingFailed | DrainRequest | Failed | Aborted | Bye
+)
+
+
+# To a rank
+
+
+@dataclass(frozen=True)
+class AddRequest:
+    """A request for this rank; with it the group has been given `num_announced`."""
+
+    request: Request
+    num_announced: int
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody waits for this request any more."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Wake:
+    """The group has been given `num_announced` requests so far."""
+
+    num_announced: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A number that is to reach every rank between the same two steps."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End well: the requests have ended."""
+
+
+@dataclass(frozen=True)
+class Abort:
+    """End at once: the group has failed."""
+
+    reason: str
+
+
+ToRank: TypeAlias = AddRequest | Cancel | Wake | Mark | Stop | Abort
+
+FROM_RANK: Mapping[str, type] = {
+    "hello": Hello,
+    "checked": Checked,
+    "ready": Ready,
+    "outputs": Outputs,
+    "stats": RankStats,
+    "recorded": Recorded,
+    "recording_failed": RecordingFailed,
+    "drain": DrainRequest,
+    "failed": Failed,
+    "aborted": Aborted,
+    "bye": Bye,
+}
+TO_RANK: Mapping[str, type] = {
+    "add": AddRequest,
+    "cancel": Cancel,
+    "wake": Wake,
+    "mark": Mark,
+    "stop": Stop,
+    "abort": Abort,
+}
+KINDS = {message_type: kind for table in (FROM_RANK, TO_RANK) for kind, message_type in table.items()}
+
+
+def encode(message: FromRank | ToRank) -> bytes:
+    """The line of a message."""
+    document = {"kind": KINDS[type(message)], **vars(message)}
+    return json.dumps(document, separators=(",", ":"), default=_as_json).encode() + b"\n"
+
+
+def decode_from_rank(line: bytes) -> FromRank:
+    """The message that a rank sent as a line.
+
+    Raises:
+        MessageError: it is none.
+    """
+    message: FromRank = _decode(line, FROM_RANK)
+    return message
+
+
+def decode_to_rank(line: bytes) -> ToRank:
+    """The message that the HTTP process sent as a line.
+
+    Raises:
+        MessageError: it is none.
+    """
+    message: ToRank = _decode(line, TO_RANK)
+    return message
+
+
+def _decode(line: bytes, kinds: Mapping[str, type]) -> Any:
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        raise MessageError(f"a line that is not JSON: {line[:60]!r}") from None
+    kind = fields.pop("kind", None) if isinstance(fields, dict) else None
+    if not isinstance(kind, str):
+        raise MessageError(f"a line that is not a message: {line[:60]!r}")
+    message_type = kinds.get(kind)
+    if message_type is None:
+        raise MessageError(f"a message of unknown kind {kind!r}")
+    try:
+        for name, read in READERS.get(message_type, {}).items():
+            fields[name] = read(fields[name])
+        message = message_type(**fields)
+    except (TypeError, ValueError, KeyError) as error:
+        raise MessageError(f"a malformed message {kind!r}: {error}") from None
+    for name, allowed in FIELD_TYPES[message_type].items():
+        if not isinstance(value := getattr(message, name), allowed):
+            raise MessageError(f"a malformed message {kind!r}: {name} is {value!r:.60}")
+    return message
+
+
+def _as_json(value: Any) -> Any:
+    """A part of a message as JSON holds it. There is an output for every token: its fields come without names."""
+    return list(vars(value).values()) if isinstance(value, Output) else vars(value)
+
+
+def _read_request(fields: Mapping[str, Any]) -> Request:
+    return Request(**{**fields, "sampling": Sampling(**fields["sampling"])})
+
+
+def _read_outputs(rows: Sequence[Sequence[Any]]) -> list[Output]:
+    return [_read_output(*row) for row in rows]
+
+
+def _read_output(
+    request_id: str,
+    token_ids: list[int],
+    finish_reason: str | None,
+    error: str | None,
+    scores: Sequence[Any],
+    prompt_scores: Sequence[Any] | None,
+    queued_s: float | None,
+) -> Output:
+    prompt = None if prompt_scores is None else [Score(*score) for score in prompt_scores]
+    return Output(request_id, token_ids, finish_reason, error, [Score(*score) for score in scores], prompt, queued_s)
+
+
+# How the fields are read that are not plain JSON values
+READERS: Mapping[type, Mapping[str, Callable[[Any], Any]]] = {
+    Outputs: {"outputs": _read_outputs},
+    RankStats: {"progress": lambda fields: Progress(**fields)},
+    AddRequest: {"request": _read_request},
+}
+
+
+def _classes_of(hint: Any) -> tuple[type, ...]:
+    """The classes whose instances a field of this type may hold."""
+    if isinstance(hint, UnionType):
+        return tuple(class_ for part in get_args(hint) for class_ in _classes_of(part))
+    if hint is float:
+        return (float, int)
+    if hint is LoadSums:
+        return (dict,)
+    return (get_origin(hint) or hint or NoneType,)
+
+
+FIELD_TYPES = {
+    message_type: {name: _classes_of(hint) for name, hint in get_type_hints(message_type).items()}
+    for message_type in KINDS
+}

@@ -1,0 +1,81 @@
+"""Loading a rank's model for serving, and what the HTTP process and the log learn of it."""
+
+import logging
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rq_ep.config import ServeConfig
+from rq_ep.engine.servable import set_attention
+from rq_ep.model.load.load_model import load
+from rq_ep.model.load.load_report import LoadReport, report_of
+from rq_ep.model.load.memory import expert_bytes
+from rq_ep.moe import EPExperts
+from rq_ep.parallel import TorchGroup
+from rq_ep.parallel.host import keep_freed_memory
+from rq_ep.serve.messages import Ready
+from rq_ep.serve.rank.check_inputs import chosen_strategy
+from rq_ep.serve.rank.load_totals import LoadTotals
+
+log = logging.getLogger("rq_ep.serve")
+
+
+def load_served_model(config: ServeConfig, group: TorchGroup, loads: LoadTotals | None) -> PreTrainedModel:
+    """Load the model onto this rank; every rank calls this.
+
+    Args:
+        config: what to serve.
+        group: the ranks.
+        loads: counts the load of every MoE layer; None: it is not counted here.
+
+    Raises:
+        UserError: it cannot be loaded or served, on every rank where the model itself is at fault.
+    """
+    if group.device.type == "cpu":
+        keep_freed_memory()
+    model = load(
+        config.model,
+        config.placement,
+        chosen_strategy(config),
+        group=group,
+        dtype=config.dtype,
+        packed_experts=config.experts,
+        machine=config.machine,
+        telemetry=loads,
+        max_tokens=config.max_num_batched_tokens,
+        max_dispatch_bytes=config.max_dispatch_bytes,
+    )
+    set_attention(model, config.attn_implementation)
+    return model
+
+
+def ep_layers(report: LoadReport) -> list[EPExperts]:
+    """The expert-parallel layers of a model that was loaded onto a group."""
+    return [layer for layer in report.layers if isinstance(layer, EPExperts)]
+
+
+def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int) -> Ready:
+    """The description of a model that every rank can serve, for the HTTP process."""
+    report = report_of(model)
+    layout = ep_layers(report)[0].family.layout
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return Ready(
+        max_model_len=max_model_len,
+        vocab_size=embedding.weight.shape[0],
+        expert_bytes=[expert_bytes(report.placement, layout, [rank]) for rank in range(group.size)],
+        placement=report.placement.to_dict(),
+        info={"backend": group.backend, "device": str(group.device), "dtype": str(model.dtype)},
+    )
+
+
+def log_ready(ready: Ready, model: PreTrainedModel, group: TorchGroup, load_s: float) -> None:
+    """Log what was started, and how long it took."""
+    log.info(
+        "%d ranks on %s (%s), %d threads each, computing in %s; at most %d tokens a request; loaded in %.1f s",
+        group.size, group.device.type, group.backend, torch.get_num_threads(), model.dtype, ready.max_model_len, load_s,
+    )  # fmt: skip
+    for rank, by_format in enumerate(ready.expert_bytes):
+        sizes = ", ".join(f"{size / 2**20:.2f} MiB {name}" for name, size in sorted(by_format.items()))
+        log.info("rank %d: experts %s", rank, sizes or "none")

@@ -1,0 +1,33 @@
+"""The figures that a rank reports once a second."""
+
+from rq_ep.engine.engine import Engine
+from rq_ep.serve.messages import RankStats
+from rq_ep.serve.rank.load_totals import LoadTotals
+
+
+class StatsSampler:
+    """Samples an engine, and the steps and the load since the last sample.
+
+    Args:
+        engine: the rank's.
+        loads: the load of all ranks, on rank 0; None elsewhere.
+    """
+
+    def __init__(self, engine: Engine, loads: LoadTotals | None) -> None:
+        self._engine = engine
+        self._loads = loads
+        self._reported_steps = (0, 0.0)
+
+    def sample(self) -> RankStats:
+        engine = self._engine
+        (num_steps, steps_s), (num_reported, reported_s) = engine.steps, self._reported_steps
+        self._reported_steps = (num_steps, steps_s)
+        return RankStats(
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            kv_cache_usage=engine.kv_cache_usage,
+            progress=engine.progress,
+            num_steps=num_steps - num_reported,
+            steps_s=steps_s - reported_s,
+            loads=None if self._loads is None else self._loads.take(),
+        )
