@@ -26,7 +26,7 @@ class EPExperts(nn.Module):
     of the rows. The host waits for a GPU once, for the counts, and once more in a step so uneven that rows come in
     parts, for the pairs in each. Checksums of borrowed experts are computed beside the compute and looked at by the
     next layer, after its counts; the last layer of a forward pass waits for its own. To wait for none, the planner
-    would have to run on the GPU and tell the kernels their sizes there; every message already has the size of a bound
+    would have to run on the GPU and give the kernels their sizes there; every message already has the size of a bound
     that the plan gives.
     """
 

@@ -1,4 +1,4 @@
-"""Small layers and awkward routings that the tests of this room, of the groups and of the GPU share."""
+"""Small layers and awkward routings that the tests of layers, groups and the GPU share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

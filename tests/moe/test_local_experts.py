@@ -45,7 +45,7 @@ def test_telemetry_has_loads_times_and_bytes_of_every_rank() -> None:
     assert telemetry.counts().sum() == 28
     assert telemetry.transfer_bytes().tolist() == [[[0, 0, 0]]] * 2
     sent, returned = (telemetry.received_bytes(phase)[:, 0] for phase in ("dispatch", "combine"))
-    row, pairs = cases.D * 4, 4  # ranks 1 and 2 hold two tokens of two pairs each, whose rows have room for each pair
+    row, pairs = cases.D * 4, 4  # ranks 1 and 2 hold two tokens of two pairs each, with a row for each pair
     assert sent.tolist() == [[2 * pairs * (row + 8), 0, 0]] * 2
     assert returned.tolist() == [[0, pairs * row, pairs * row]] * 2
     compute_s = telemetry.seconds("compute")
