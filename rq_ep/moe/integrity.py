@@ -42,7 +42,7 @@ class StreamVerifier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
 
     def start(self, packed: Sequence[Tensor]) -> Callable[[], list[bool]]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # on which they have arrived
@@ -50,7 +50,7 @@ class StreamVerifier:
             on_device_N = torch.stack([is_intact(expert) for expert in packed])
             is_intact_N = torch.empty(len(packed), dtype=torch.bool, pin_memory=True)
             is_intact_N.copy_(on_device_N, non_blocking=True)
-            is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            is_done = torch.cuda.Event()
             is_done.record()
 
         def wait() -> list[bool]:

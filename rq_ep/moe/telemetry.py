@@ -30,7 +30,7 @@ class PhaseTimer:
         """End a phase: the time since the last mark belongs to `phase`."""
         event = None
         if self.gpu is not None:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.gpu))  # another device may be this thread's current one
         self._marks.append((phase, self.clock(), event))
 
