@@ -17,18 +17,20 @@ from typing import Any
 
 import torch
 
-from bench.layer.case import Case, Contestant
+from bench.layer.case import NUM_BATCHES, Case, Contestant
 from bench.layer.figure import draw
 from bench.layer.measure import measure
 from bench.layer.peers import LOGGED, PEERS
 from bench.layer.published import SHAPES, Shape, shape_name
-from bench.layer.tables import show
+from bench.layer.rank_figure import draw_ranks
+from bench.layer.tables import show, show_brief
 from bench.layer.workloads import GRAMMAR, PAPER_SCENARIOS, parse
 from bench.result import result_document
 from rq_ep.commands.common import DTYPES, parse_dtype, parse_names, parse_strategies
 from rq_ep.config import Environment
 from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.placement import Placement
 from rq_ep.core.topology import Topology
 from rq_ep.costs import MACHINES, Profile, cost_model
 from rq_ep.formats import get_format, native_format_name
@@ -63,6 +65,14 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         default="standard,eplb,llep,rq,rq_llep",
         help="the first is what ratios refer to; NAME+N: N replicas on top",
     )
+    add(
+        "--placement",
+        action="append",
+        default=[],
+        metavar="[LABEL=]FILE",
+        help="placement.json for the strategy that made it, which then places nothing itself; of its layers the one "
+        "that the scenario was recorded in; repeatable",
+    )
     add("--set", action="append", default=[], metavar="NAME.SETTING=VALUE", help="a strategy's setting, repeatable")
     add("--peers", default="", help=f"other layers in the same run, under a launcher: {', '.join(PEERS)}")
     add("--comm-log", action="store_true", help=f"have DeepSpeed log communication of its peers: {', '.join(LOGGED)}")
@@ -70,12 +80,15 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add("--machine", help=f"add modelled links and layers: {', '.join(MACHINES)}, or a file, as in `rq-ep simulate`")
     add("--dtype", choices=DTYPES, default="bfloat16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--batches", dest="num_batches", type=int, default=NUM_BATCHES, help="different steps, which take turns")
     add("--steps", "--pairs", dest="num_rounds", type=int, default=20, help="rounds; each runs every strategy once")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="threads of each rank on a CPU")
     add("--pin", action="store_true", help="bind each rank to a core of its own")
     add("--json", type=Path, metavar="OUT", help="write the result here, from rank 0")
     add("--png", type=Path, metavar="OUT", help="draw speed-up and rows received by scenario")
+    add("--ranks-png", type=Path, metavar="OUT", help="draw load and expert compute of every rank by strategy")
+    add("--brief", action="store_true", help="print one table of load and expert compute")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
@@ -83,7 +96,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Check the options and put together what is measured, scenario by scenario."""
     sizes = ("hidden_size", "intermediate_size", "num_experts", "top_k")
-    for name in (*sizes, "num_rounds", "local_ranks", "ranks_per_node", "threads"):
+    for name in (*sizes, "num_rounds", "num_batches", "local_ranks", "ranks_per_node", "threads"):
         if (value := getattr(args, name)) is not None:
             check_integer(f"--{name.replace('_', '-')}", value, 1)
     if args.tokens_per_rank is None:
@@ -92,7 +105,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     check_integer("--seed", args.seed)
     if args.local_ranks and args.pin:
         raise UserError("--pin: ranks in one process share its cores; drop it, or start processes with torchrun")
-    for path in filter(None, (args.json, args.png)):
+    for path in filter(None, (args.json, args.png, args.ranks_png)):
         check_writable(path)
     for name in parse_names(args.peers):
         check_choice("peer", name, PEERS)
@@ -131,6 +144,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         machine=machine,
         num_rounds=args.num_rounds,
         seed=args.seed,
+        num_batches=args.num_batches,
     )
     return [replace(case, workload=workload, calibration=calibration or workload) for workload in workloads]
 
@@ -158,7 +172,20 @@ def _contestants(args: argparse.Namespace) -> dict[str, Contestant]:
             raise UserError(f"--strategies {label}: write NAME+N, with N replicas beyond standard EP's")
         extras[label] = int(number or 0)
     strategies = parse_strategies([label.partition("+")[0] for label in extras], args.set)
-    return {label: Contestant(strategies[label.partition("+")[0]], extra) for label, extra in extras.items()}
+    files: dict[str, dict[str, Placement]] = {label: {} for label in extras}  # strategy -> label -> placement
+    for text in args.placement:
+        label, _, path = text.rpartition("=")
+        placement = Placement.load(path)
+        of_strategy = files[check_choice(f"strategy of --placement {path}", placement.strategy, files)]
+        if (label := label or placement.strategy) in of_strategy:
+            raise UserError(f"--placement {text}: {label} is there already; write another LABEL=FILE")
+        of_strategy[label] = placement
+    contestants: dict[str, Contestant] = {}
+    for label, extra in extras.items():
+        strategy = strategies[label.partition("+")[0]]
+        given = {name: Contestant(strategy, placement=placement) for name, placement in files[label].items()}
+        contestants |= given or {label: Contestant(strategy, extra)}
+    return contestants
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -205,11 +232,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         rows=rows,
     )
     if rank == 0:
-        show(result)
+        if args.brief:
+            show_brief(result)
+        else:
+            show(result)
         if args.json:
             write_json(args.json, result)
         if args.png:
             draw(result, args.png)
+        if args.ranks_png:
+            draw_ranks(result, args.ranks_png)
     return result
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.layer.case import NUM_BATCHES, Batch, Case
+from bench.layer.case import Batch, Case
 from bench.layer.peers import Peer
 from bench.layer.peers.comm_log import communication
 from bench.layer.plan_figures import Planned
@@ -25,7 +25,7 @@ from rq_ep.parallel.host import short_collections
 from rq_ep.parallel.reference import dense_moe
 
 NUM_REFERENCE_ROWS = 32  # rows of each rank that are compared with the dense layer
-WARM_UP_ROUNDS = {"cpu": 2, "cuda": NUM_BATCHES}  # on a GPU room and kernels are found for every batch
+NUM_CPU_WARM_UP_ROUNDS = 2  # on a GPU one for every batch: memory is allocated and kernels are chosen for its sizes
 
 
 class Timing(NamedTuple):
@@ -73,10 +73,11 @@ def measure(
         name: _layer(case, name, placement, group, topology) for name, placement in placements.items()
     }
     layers |= {name: peer(case, group) for name, peer in peers.items()}
-    batches = [case.batch(step, group.rank, group.size, group.device) for step in range(NUM_BATCHES)]
+    batches = [case.batch(step, group.rank, group.size, group.device) for step in range(case.num_batches)]
     with short_collections():
         timings = _time_rounds(case, layers, batches, group)
-    mine = {name: _own_figures(case, layer, np.array(timings[name]), batches[0]) for name, layer in layers.items()}
+    exact_TD = _dense_output(case, batches[0])
+    mine = {name: _own_figures(layer, np.array(timings[name]), batches[0], exact_TD) for name, layer in layers.items()}
     logs = {name: communication(layers[name], batches[0]) for name in logged}
     gathered = group.all_gather_object(mine)
     if group.rank:
@@ -134,14 +135,15 @@ def _time_rounds(
 ) -> dict[str, list[Timing]]:
     timings: dict[str, list[Timing]] = {name: [] for name in layers}
     names = list(layers)
-    for number in range(-WARM_UP_ROUNDS[group.device.type], case.num_rounds):
+    num_warm_up = NUM_CPU_WARM_UP_ROUNDS if group.device.type == "cpu" else case.num_batches
+    for number in range(-num_warm_up, case.num_rounds):
         if number == 0:
             for name, layer in layers.items():
                 timings[name].clear()
                 if isinstance(layer, EPExperts):
                     layer.telemetry.clear()
         for name in names[:: -1 if number % 2 else 1]:
-            timings[name].append(_time_call(layers[name], batches[number % NUM_BATCHES], group))
+            timings[name].append(_time_call(layers[name], batches[number % case.num_batches], group))
     return timings
 
 
@@ -160,9 +162,9 @@ def _time_call(layer: nn.Module, batch: Batch, group: EPGroup) -> Timing:
     return Timing(time.perf_counter() - wall_s, time.thread_time() - cpu_s, working_bytes)
 
 
-def _own_figures(case: Case, layer: nn.Module, timings_S3: FloatArray, batch: Batch) -> OwnFigures:
+def _own_figures(layer: nn.Module, timings_S3: FloatArray, batch: Batch, exact_TD: Tensor) -> OwnFigures:
     if not isinstance(layer, EPExperts):
-        return OwnFigures(timings_S3, None, None, layer.resident_bytes, 0, None, _output_error(case, layer, batch))
+        return OwnFigures(timings_S3, None, None, layer.resident_bytes, 0, None, _output_error(layer, batch, exact_TD))
     assert isinstance(layer.exchange, RecordingExchange)
     rank = layer.group.rank
     return OwnFigures(
@@ -172,12 +174,12 @@ def _own_figures(case: Case, layer: nn.Module, timings_S3: FloatArray, batch: Ba
         resident_bytes=layer.bank.nbytes,
         borrowed_bytes=layer.bank.borrow_buffers.nbytes,
         held_rows=layer.exchange.held_rows,
-        error=_output_error(case, layer, batch),  # last: it is one more call
+        error=_output_error(layer, batch, exact_TD),  # last: it is one more call
     )
 
 
-def _output_error(case: Case, layer: nn.Module, batch: Batch) -> tuple[float, float]:
-    """Squared norms of the difference from the dense layer in full precision, and of the dense layer's output."""
+def _dense_output(case: Case, batch: Batch) -> Tensor:
+    """The first rows' output of the dense layer, in full precision."""
     format_ = get_format(native_format_name(torch.float32))
 
     def expert(number: int, x_ND: Tensor) -> Tensor:
@@ -185,6 +187,10 @@ def _output_error(case: Case, layer: nn.Module, batch: Batch) -> tuple[float, fl
         return case.family.forward(x_ND, format_, weights)
 
     rows = slice(NUM_REFERENCE_ROWS)
-    out_TD = layer(batch.hidden_TD, batch.ids_TK, batch.weights_TK)[rows].float()
-    exact_TD = dense_moe(batch.hidden_TD[rows].float(), batch.ids_TK[rows], batch.weights_TK[rows], expert)
+    return dense_moe(batch.hidden_TD[rows].float(), batch.ids_TK[rows], batch.weights_TK[rows], expert)
+
+
+def _output_error(layer: nn.Module, batch: Batch, exact_TD: Tensor) -> tuple[float, float]:
+    """Squared norms of the difference from the dense layer's output, and of that."""
+    out_TD = layer(batch.hidden_TD, batch.ids_TK, batch.weights_TK)[:NUM_REFERENCE_ROWS].float()
     return float((out_TD - exact_TD).square().sum()), float(exact_TD.square().sum())

@@ -36,6 +36,7 @@ class RecordedCounts:
     name: str
     steps: tuple[CountStep, ...]
     top_k: int
+    layer: int  # its number in the model
     repeats_experts = False
 
     def ids(self, seed: int, stage: str, step: int, rank: int, num_ranks: int) -> IntArray:
@@ -55,6 +56,11 @@ class RecordedRoutes:
     at: int  # place of the layer in the trace
     steps: tuple[slice, ...]  # tokens of each step
     repeats_experts = False
+
+    @property
+    def layer(self) -> int:
+        """Its number in the model."""
+        return self.trace.layers[self.at]
 
     def ids(self, seed: int, stage: str, step: int, rank: int, num_ranks: int) -> IntArray:
         """[T, K] experts of one rank's tokens."""
@@ -112,7 +118,7 @@ def read_recorded(text: str, shape: Shape) -> Recorded:
         num_tokens, remainder = divmod(int(counts_E.sum()), top_k)
         if remainder or counts_E.max() > num_tokens:
             raise refused(text, f"the counts of step {i} are not {top_k} distinct experts of each token")
-    return RecordedCounts(text, found_steps, top_k)
+    return RecordedCounts(text, found_steps, top_k, source.layers[at])
 
 
 def _in_phase(text: str, phase_S: IntArray | None, phase: str | None, num_steps: int) -> BoolArray:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.layer.case import NUM_BATCHES, Case
+from bench.layer.case import Case
 from bench.layer.plan_figures import Planned
 from rq_ep.core.arrays import FloatArray
 from rq_ep.moe.layer import transfer_bytes
@@ -75,7 +75,7 @@ def _row(case: Case, name: str, planned: Planned | None, ranks: list[OwnFigures]
         if planned.costs:
             moved_SR = [
                 cost.exchange_s_R + cost.transfer_s_R
-                for cost in (planned.costs[number % NUM_BATCHES] for number in range(compute_RS.shape[1]))
+                for cost in (planned.costs[number % case.num_batches] for number in range(compute_RS.shape[1]))
             ]
             figures["total_s"] = figures["plan_s"] + (compute_RS.T + np.stack(moved_SR)).max(axis=1)
         contestant = case.contestants[name]

@@ -27,6 +27,45 @@ def show(result: Mapping[str, Any]) -> None:
         console.print(f"* modelled for {result['machine']}, not measured; nothing is taken to overlap.")
 
 
+def show_brief(result: Mapping[str, Any]) -> None:
+    """Print one table of what a strategy is chosen by: load and compute of the slowest rank, bytes and output error."""
+    first, shape, options = result["rows"][0], result["shape"], result["options"]
+    sizes = (
+        f"{shape['num_experts']} experts of {shape['hidden_size']} x {shape['intermediate_size']} in {options['dtype']}"
+    )
+    table = Table(
+        title=f"{result['num_ranks']} ranks, {first['tokens_per_rank']:.0f} tokens a rank; {sizes}",
+        caption=f"experts: compute of the slowest rank, p50 and p99 of {options['num_rounds']} rounds; ratio: to "
+        f"{first['label']} in the same round; perfect: the ratio if all ranks had the same load and time were "
+        "proportional to it; MiB: this layer's experts on the fullest rank",
+    )
+    columns = ["scenario", "strategy", "load\nmax/mean", "experts, ms\np50 / p99", "\nratio", "\nperfect"]
+    for name in [*columns, "MiB\na rank", "borrowed\nMiB a step", "output\nerror"]:
+        table.add_column(name, justify="left" if name in columns[:2] else "right", no_wrap=True)
+    for scenario in dict.fromkeys(row["scenario"] for row in result["rows"]):
+        table.add_section()
+        rows = [row for row in result["rows"] if row["scenario"] == scenario]
+        for row in rows:
+            table.add_row(
+                scenario_title(scenario) if row is rows[0] else "",
+                row["label"],
+                _number(row.get("imbalance_mean"), ".3f"),
+                _times(row["compute_s"]),
+                _number(row["compute_s_ratio"], ".3f"),
+                f"{1 / rows[0]['ideal_speed_up']:.3f}",
+                f"{max(row['resident_bytes_by_rank']) / 2**20:.0f}",
+                _number(row.get("transfer_bytes_per_step"), ".1f", 2**-20),
+                f"{row['output_error']:.1e}",
+            )
+    wide_console(120).print(table)
+
+
+def scenario_title(scenario: str) -> str:
+    """A scenario for a reader: `layer 3, prefill` of a recorded one, others as they are written."""
+    _, _, layer = scenario.removeprefix("trace:").partition(":")
+    return f"layer {layer.replace('+', ', ')}" if scenario.startswith("trace:") and layer else scenario
+
+
 def speed_up(row: Row, figure: str, first: Row) -> float | None:
     """How much faster a row is than the first of its scenario."""
     if figure == "full_size":

@@ -84,6 +84,7 @@ class Workload:
     top_k: int
     tokens_per_rank: int
     modifiers: frozenset[str] = frozenset()
+    layer: int | None = None  # of a model: recorded workloads have one
 
     @property
     def repeats_experts(self) -> bool:
