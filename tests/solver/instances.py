@@ -1,4 +1,4 @@
-"""Small random layers for the solver's tests, and the linear programme that says what is best."""
+"""Small random layers for the solver's tests, and the linear program whose solution is optimal."""
 
 import numpy as np
 from scipy.optimize import linprog

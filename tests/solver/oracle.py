@@ -41,7 +41,7 @@ def best_placement(
         pairs_E: what the cap on low experts counts.
         max_low_share: of all pairs that may be on low experts.
         may_be_low_E: experts that may be stored low; None: all.
-        time_limit_s: `value` is the best found until then; `bound` is valid anyway.
+        time_limit_s: `value` is the best incumbent until then; `bound` is valid anyway.
 
     Raises:
         ValueError: no placement fits.
@@ -92,14 +92,14 @@ def best_placement(
     upper[top_at:] = np.inf
     if may_be_low_E is not None:
         upper[is_low_at:share_at] = may_be_low_E
-    found = milp(
+    solution = milp(
         cost,
         constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
         integrality=np.arange(top_at + num_steps) < share_at,
         bounds=Bounds(np.zeros(top_at + num_steps), upper),
         options={"time_limit": time_limit_s},
     )
-    if found.x is None:
-        raise ValueError(f"no placement fits ({found.message})")
-    held = (found.x[:low_at] + found.x[low_at:is_low_at]).reshape(num_experts, num_ranks) > 0.5
-    return Oracle(held, found.x[is_low_at:share_at] > 0.5, float(found.fun), float(found.mip_dual_bound))
+    if solution.x is None:
+        raise ValueError(f"no placement fits ({solution.message})")
+    held = (solution.x[:low_at] + solution.x[low_at:is_low_at]).reshape(num_experts, num_ranks) > 0.5
+    return Oracle(held, solution.x[is_low_at:share_at] > 0.5, float(solution.fun), float(solution.mip_dual_bound))

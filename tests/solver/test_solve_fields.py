@@ -1,4 +1,4 @@
-"""The solver's further wishes: loads, tails, error, rules, candidates, time, processes, a current placement."""
+"""The solver's further settings: loads, tails, error, rules, candidates, time, processes, a current placement."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,40 +36,40 @@ def held_LER(placement: Placement) -> np.ndarray:
 
 def test_a_load_is_pairs_or_bytes_or_seconds_or_by_phase() -> None:
     counts_SE = np.array([[6, 0, 2], [4, 2, 2]])
-    asked = problem(counts_SE[:, None], 2)
-    formats, low_E = Formats.of(asked), np.array([False, False, True])
+    instance = problem(counts_SE[:, None], 2)
+    formats, low_E = Formats.of(instance), np.array([False, False, True])
     steps = LayerSteps(counts_SE, 2, np.array([0, 1]))
 
-    def loads(**wish: object) -> list[list[float]]:
-        wished = replace(asked, **wish)  # type: ignore[arg-type]
-        load_SE = loads_SE(wished, formats, steps, low_E)
+    def loads(**settings: object) -> list[list[float]]:
+        changed = replace(instance, **settings)  # type: ignore[arg-type]
+        load_SE = loads_SE(changed, formats, steps, low_E)
         np.testing.assert_allclose(load_SE.sum(axis=1), 2)
         return (load_SE / load_SE.max(axis=1, keepdims=True)).round(3).tolist()
 
     by_pairs, by_bytes = [[1, 0, 0.333], [1, 0.5, 0.5]], [[1, 0, 0.504], [1, 1, 0.504]]
     assert loads() == by_pairs
     assert loads(objective="decode") == by_bytes
-    stats = replace(asked.stats, phase=np.array([0, 1]))
+    stats = replace(instance.stats, phase=np.array([0, 1]))
     assert loads(objective="mixed", stats=stats) == [by_pairs[0], by_bytes[1]]
     cost = LayerCost({"bf16": 1.0, "int8": 0.75}, {"bf16": 8.0, "int8": 3.0}, {}, 0.0, {"int8": 1.0})
     assert loads(cost=cost) == [[1, 0, 0.25], [1, 0.5, 0.375]]
     assert loads(cost=cost, objective="decode") == [[1, 0, 0.5], [1, 1, 0.5]]
 
 
-def test_what_is_asked_for_is_what_gets_better(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chosen_objective_is_what_gets_better(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(denoise_module, "NOISY", 2.0)  # to judge on the very steps that were placed for
-    asked = problem(recorded(16, num_layers=1, pairs=24), 4, formats=("bf16",))  # few pairs: experts stay idle
-    (steps,) = calibration_steps(asked, 64)
-    wishes = [replace(asked, objective=name) for name in ("prefill", "decode")]  # type: ignore[arg-type]
-    found = [held_LER(solve(wish, RQ, 64, 600))[0] for wish in wishes]
-    for wish, other in ((0, 1), (1, 0)):
-        load_SE = loads_SE(wishes[wish], Formats.of(asked), steps, np.zeros(16, bool))
-        assert LayerSplit.of(load_SE, found[wish]).value < LayerSplit.of(load_SE, found[other]).value
+    instance = problem(recorded(16, num_layers=1, pairs=24), 4, formats=("bf16",))  # few pairs: experts stay idle
+    (steps,) = calibration_steps(instance, 64)
+    variants = [replace(instance, objective=name) for name in ("prefill", "decode")]  # type: ignore[arg-type]
+    held = [held_LER(solve(variant, RQ, 64, 600))[0] for variant in variants]
+    for own, other in ((0, 1), (1, 0)):
+        load_SE = loads_SE(variants[own], Formats.of(instance), steps, np.zeros(16, bool))
+        assert LayerSplit.of(load_SE, held[own]).value < LayerSplit.of(load_SE, held[other]).value
 
 
 def test_the_tail_is_lowered_where_it_counts() -> None:
-    asked = problem(recorded(16, num_steps=24), 4, formats=("bf16",))
-    worst = {weight: solve(replace(asked, tail_weight=weight), RQ, 64, 900).certificate for weight in (0.0, 1.0)}
+    instance = problem(recorded(16, num_steps=24), 4, formats=("bf16",))
+    worst = {weight: solve(replace(instance, tail_weight=weight), RQ, 64, 900).certificate for weight in (0.0, 1.0)}
     assert worst[1.0]["cvar90"] <= worst[0.0]["cvar90"]
 
 
@@ -77,16 +77,16 @@ def test_the_cap_on_error_is_kept() -> None:
     counts_SLE = recorded(16)
     error = np.zeros((2, 16, 2))
     error[:, :, 1] = np.linspace(0.01, 0.2, 16)
-    asked = problem(counts_SLE, 4, notes={"error": error}, max_low_precision_share=0.5)
-    loose, tight = (replace(asked, max_error=cap) for cap in (1.0, 0.002))
+    instance = problem(counts_SLE, 4, notes={"error": error}, max_low_precision_share=0.5)
+    loose, tight = (replace(instance, max_error=cap) for cap in (1.0, 0.002))
     low = {}
-    for wished in (loose, tight):
-        placement = solve(wished, RQ, 64, 60)
+    for changed in (loose, tight):
+        placement = solve(changed, RQ, 64, 60)
         low_LE = np.zeros((2, 16), bool)
         for at, layer in enumerate(placement.layers):
             low_LE[at, [one.expert for one in layer.replicas if one.format == "int8"]] = True
-        assert error_LE(wished.stats, "int8")[low_LE].sum() <= wished.max_error
-        low[wished.max_error] = int(low_LE.sum())
+        assert error_LE(changed.stats, "int8")[low_LE].sum() <= changed.max_error
+        low[changed.max_error] = int(low_LE.sum())
     assert 0 < low[0.002] < low[1.0]
 
 
@@ -94,16 +94,16 @@ def test_the_cap_on_error_is_kept() -> None:
 def test_never_worse_than_eplb_in_as_many_bytes(room: int) -> None:
     for seed in range(3):
         counts_SLE = np.stack([skewed(12, 3000, seed + layer, 8) for layer in range(2)], axis=1)
-        asked = problem(counts_SLE, 4, budget=(2 * 3000 + 2 * room,) * 4, formats=("bf16",))
-        steps = calibration_steps(asked, 64)
-        found = ReplicateQuantize(max_moves=30).place(asked)
+        instance = problem(counts_SLE, 4, budget=(2 * 3000 + 2 * room,) * 4, formats=("bf16",))
+        steps = calibration_steps(instance, 64)
+        placement = ReplicateQuantize(max_moves=30).place(instance)
         values = []
-        for layers in eplb_candidates(asked):
+        for layers in eplb_candidates(instance):
             held = np.zeros((2, 12, 4), bool)
             for held_ER, layer in zip(held, layers, strict=True):
                 held_ER[layer.replicas.experts_P, layer.replicas.ranks_P] = True
             values.append(np.mean([LayerSplit.of(of.loads_SE, held_ER).value for of, held_ER in zip(steps, held)]))
-        mine = np.mean([LayerSplit.of(of.loads_SE, held_ER).value for of, held_ER in zip(steps, held_LER(found))])
+        mine = np.mean([LayerSplit.of(of.loads_SE, held_ER).value for of, held_ER in zip(steps, held_LER(placement))])
         assert mine <= max(min(values), 1.0005) + 1e-4
 
 
@@ -112,39 +112,39 @@ def test_rules_are_kept() -> None:
         fixed=(Selection(experts=(0,), ranks=(1, 2)),), forbidden=(Selection(experts=tuple(range(8)), ranks=(3,)),),
         spread_nodes=True,
     )  # fmt: skip
-    asked = replace(problem(recorded(16), 4, budget=(11_000,) * 4, rules=rules), topology=Topology(4, 2))
-    found = solve(asked, RQ, 64, 400)
-    rules.check(held_LER(found), asked.stats, asked.topology, "what was found")
-    assert found.certificate["predicted"] < found.certificate["standard"]
+    instance = replace(problem(recorded(16), 4, budget=(11_000,) * 4, rules=rules), topology=Topology(4, 2))
+    placement = solve(instance, RQ, 64, 400)
+    rules.check(held_LER(placement), instance.stats, instance.topology, "the placement")
+    assert placement.certificate["predicted"] < placement.certificate["standard"]
 
 
 def test_fixed_replicas_that_do_not_fit_are_refused_with_what_would() -> None:
     rules = Rules(fixed=(Selection(ranks=(0,)),))
-    asked = problem(recorded(8), 2, formats=("bf16",), rules=rules)
+    instance = problem(recorded(8), 2, formats=("bf16",), rules=rules)
     with pytest.raises(UserError, match="raise it to 16000 bytes per rank"):
-        solve(asked, RQ, 64, 10)
+        solve(instance, RQ, 64, 10)
 
 
 def test_out_of_time_there_is_a_placement_all_the_same() -> None:
-    asked = replace(problem(recorded(16), 4), time_limit_s=0.0)
-    hurried = solve(asked, RQ, 64, 10**9)
+    instance = replace(problem(recorded(16), 4), time_limit_s=0.0)
+    hurried = solve(instance, RQ, 64, 10**9)
     assert hurried.certificate["predicted"] <= hurried.certificate["standard"]
 
 
 def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
-    asked = problem(recorded(20, num_layers=3, pairs=60), 10)
+    instance = problem(recorded(20, num_layers=3, pairs=60), 10)
     for number in (1, 2):
-        solve(replace(asked, num_workers=number), RQ, 64, 300).save(tmp_path / f"{number}.json")
+        solve(replace(instance, num_workers=number), RQ, 64, 300).save(tmp_path / f"{number}.json")
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
 
 
 def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
-    before = solve(problem(recorded(16), 4), RQ, 64, 300)
-    asked = problem(recorded(16)[:, ::-1].copy(), 4)  # the layers change places: much is wrong now
+    before = solve(problem(recorded(16), 4), "rq", 64, 300)
+    instance = problem(recorded(16)[:, ::-1].copy(), 4)  # the layers change places: much is wrong now
     held = held_LER(before)
 
-    def again(**wish: float) -> tuple[Placement, int]:
-        placement = solve(replace(asked, **wish), RQ, 64, 300, before)  # type: ignore[arg-type]
+    def again(**settings: float) -> tuple[Placement, int]:
+        placement = solve(replace(instance, **settings), RQ, 64, 300, before)  # type: ignore[arg-type]
         sizes = {"bf16": 1000, "int8": 504}
         moved = sum(
             sizes[one.format]
@@ -164,11 +164,11 @@ def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
     assert values[0] < values[2]
 
 
-def test_what_a_lost_rank_held_is_found_a_place() -> None:
-    before = solve(problem(recorded(16), 4), RQ, 64, 300)
-    asked = problem(recorded(16), 4, budget=(12_000, 12_000, 12_000, 0))
-    after = solve(asked, RQ, 64, 300, before)
+def test_experts_of_a_lost_rank_are_placed_again() -> None:
+    before = solve(problem(recorded(16), 4), "rq", 64, 300)
+    instance = problem(recorded(16), 4, budget=(12_000, 12_000, 12_000, 0))
+    after = solve(instance, RQ, 64, 300, before)
     assert after.bytes_R[3] == 0
     assert held_LER(after).any(axis=2).all()
     with pytest.raises(UserError, match="--formats bf16: the current placement uses bf16,int8"):
-        solve(replace(asked, formats=("bf16",)), RQ, 64, 300, before)
+        solve(replace(instance, formats=("bf16",)), "rq", 64, 300, before)

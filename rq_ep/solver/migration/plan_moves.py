@@ -31,19 +31,19 @@ def plan_moves(before: Held, after: Placement, expert_bytes: Mapping[str, int], 
     deltas_LR = np.stack([replica_bytes(layer.replicas, num_ranks, expert_bytes) for layer in after.layers]) - bytes_LR
     bytes_R = bytes_LR.sum(axis=0)
     limit_R = byte_limits(bytes_R, after)
-    room, layers = 0, []
+    room_bytes, layers = 0, []
     pending = list(range(len(before)))
     while pending:
-        at = min(pending, key=lambda at: (int((bytes_R + deltas_LR[at] - limit_R).max()), at))
-        pending.remove(at)
-        stored = {(one.rank, one.expert): one.format for one in before[at]}
-        target = {(one.rank, one.expert): one.format for one in after.layers[at].replicas}
+        i = min(pending, key=lambda i: (int((bytes_R + deltas_LR[i] - limit_R).max()), i))
+        pending.remove(i)
+        stored = {(replica.rank, replica.expert): replica.format for replica in before[i]}
+        target = {(replica.rank, replica.expert): replica.format for replica in after.layers[i].replicas}
         receives = _receives(stored, target, nodes_R, native_format)
-        moves, peak = _ordered(receives, stored, target, bytes_R, limit_R, expert_bytes)
-        room = max(room, peak)
+        moves, excess = _ordered(receives, stored, target, bytes_R, limit_R, expert_bytes)
+        room_bytes = max(room_bytes, excess)
         if moves:
-            layers.append(LayerMoves(after.layers[at].index, tuple(moves)))
-    return Moves(num_ranks, room, tuple(layers), after.model)
+            layers.append(LayerMoves(after.layers[i].index, tuple(moves)))
+    return Moves(num_ranks, room_bytes, tuple(layers), after.model)
 
 
 def _receives(stored: Stored, target: Stored, nodes_R: IntArray, native_format: str) -> list[Move]:

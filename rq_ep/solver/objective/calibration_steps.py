@@ -92,9 +92,9 @@ def _thin(counts_SLE: IntArray, tokens_S: IntArray, tokens_per_step: int, seed: 
     for step, tokens in enumerate(tokens_S.tolist()):
         for layer, counts_E in enumerate(counts_SLE[step]):
             pairs = int(counts_E.sum())
-            wanted = round(pairs * tokens_per_step / max(tokens, 1))
-            if wanted < pairs:
-                thinned[step, layer] = generator.multinomial(wanted, counts_E / pairs)
+            num_draws = round(pairs * tokens_per_step / max(tokens, 1))
+            if num_draws < pairs:
+                thinned[step, layer] = generator.multinomial(num_draws, counts_E / pairs)
     return thinned
 
 

@@ -44,11 +44,16 @@ class Changes(NamedTuple):
 
 def empty_cuts(num_ranks: int, num_experts: int, num_steps: int) -> Cuts:
     """An empty list with room for single ranks and `MAX_CUTS` more."""
-    room = num_ranks + MAX_CUTS
+    capacity = num_ranks + MAX_CUTS
     return Cuts(
-        np.zeros((num_ranks, room), np.int16), np.ones(room), np.zeros((num_experts, room), np.int16),
-        np.zeros((num_steps, room)), np.zeros(num_steps), np.zeros(num_steps, np.int64), np.zeros(1, np.int64),
-    )  # fmt: skip
+        outside_RG=np.zeros((num_ranks, capacity), np.int16),
+        sizes_G=np.ones(capacity),
+        missing_EG=np.zeros((num_experts, capacity), np.int16),
+        means_SG=np.zeros((num_steps, capacity)),
+        tops_S=np.zeros(num_steps),
+        top_sets_S=np.zeros(num_steps, np.int64),
+        num=np.zeros(1, np.int64),
+    )
 
 
 def initial_cuts(index: ReplicaIndex, loads_SE: FloatArray, num_ranks: int, proofs_SR: BoolArray) -> Cuts:

@@ -36,7 +36,7 @@ from rq_ep.solver.search.search_state import UNLIMITED, Solution, solution_of
 
 PARTS = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the cap on low pairs, for whole experts
 EXCHANGED = (1.0, 0.5, 0.25, 0.12, 0.06, 0.0)  # of the extra replicas
-STEPS_TO_PRICE = 16  # calibration steps that tell what an exchange costs
+STEPS_TO_PRICE = 16  # calibration steps on which exchanges are priced
 LEAST_GAIN = 5e-4  # of max/mean
 
 
@@ -54,7 +54,7 @@ def place_mixed(
     max_steps: int,
     solve_uniform: Callable[[PlacementProblem], Placement],
 ) -> Placement:
-    """The best placement found in which experts may have replicas in two formats.
+    """The best placement of the search in which experts may have replicas in two formats.
 
     Args:
         problem: its caps hold for low replicas, too.

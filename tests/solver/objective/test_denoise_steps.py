@@ -1,11 +1,11 @@
-"""Steps drawn anew: rates are found behind the chance, and placements made for them hold on steps nobody saw."""
+"""Denoised steps: rates are estimated through the noise, and placements made for them hold on unseen steps."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-import rq_ep.solver.objective.denoise_steps as redraw_module
+import rq_ep.solver.objective.denoise_steps as denoise_module
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import Placement
 from rq_ep.solver.certificate.generalization import mean_of
@@ -63,35 +63,35 @@ def test_steps_that_differ_by_chance_alone_become_one() -> None:
 )
 def test_what_is_not_chance_is_left_as_recorded(counts_SE: IntArray) -> None:
     layer = LayerSteps(counts_SE, 4)
-    asked = problem(np.ones((1, 1, NUM_EXPERTS)), 4)
-    assert denoise_steps(asked, [layer]) == [layer]
+    instance = problem(np.ones((1, 1, NUM_EXPERTS)), 4)
+    assert denoise_steps(instance, [layer]) == [layer]
 
 
 def test_reading_is_placed_for_as_recorded() -> None:
     counts_SLE = drawn(true_rates(0))[:, None]
-    asked = problem(counts_SLE, 4)
-    steps = calibration_steps(asked, NUM_STEPS)
-    assert denoise_steps(replace(asked, objective="decode"), steps)[0] is steps[0]
-    assert denoise_steps(asked, steps)[0] is not steps[0]
+    instance = problem(counts_SLE, 4)
+    steps = calibration_steps(instance, NUM_STEPS)
+    assert denoise_steps(replace(instance, objective="decode"), steps)[0] is steps[0]
+    assert denoise_steps(instance, steps)[0] is not steps[0]
 
 
 def test_as_many_pairs_from_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     counts_SLE = drawn(true_rates(0))[:, None]
-    asked = problem(counts_SLE, 4)
-    steps = calibration_steps(asked, NUM_STEPS)
-    one, again, other = (denoise_steps(replace(asked, seed=seed), steps)[0].counts_SE for seed in (0, 0, 1))
+    instance = problem(counts_SLE, 4)
+    steps = calibration_steps(instance, NUM_STEPS)
+    one, again, other = (denoise_steps(replace(instance, seed=seed), steps)[0].counts_SE for seed in (0, 0, 1))
     assert one.shape == (MAX_DRAWS * NUM_STEPS, NUM_EXPERTS)
     assert (one.sum(axis=1) == NUM_PAIRS).all()
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
-    monkeypatch.setattr(redraw_module, "MAX_WORK", 1)
-    assert len(denoise_steps(asked, steps)[0].counts_SE) == MIN_DRAWS * NUM_STEPS
+    monkeypatch.setattr(denoise_module, "MAX_WORK", 1)
+    assert len(denoise_steps(instance, steps)[0].counts_SE) == MIN_DRAWS * NUM_STEPS
 
 
 def test_thinned_steps_have_the_rates_of_the_large_ones() -> None:
     rate_SE = true_rates(0)
-    asked = replace(problem(drawn(rate_SE, 10**5)[:, None], 4), tokens_per_step=NUM_PAIRS // 2)  # top-2
-    (layer,) = denoise_steps(asked, calibration_steps(asked, NUM_STEPS))
+    instance = replace(problem(drawn(rate_SE, 10**5)[:, None], 4), tokens_per_step=NUM_PAIRS // 2)  # top-2
+    (layer,) = denoise_steps(instance, calibration_steps(instance, NUM_STEPS))
     assert (layer.counts_SE.sum(axis=1) == NUM_PAIRS).all()
     assert layer.counts_SE.shape == (MAX_DRAWS * NUM_STEPS, NUM_EXPERTS)
     off_E = layer.counts_SE.mean(axis=0) - NUM_PAIRS * rate_SE.mean(axis=0)
@@ -102,18 +102,18 @@ def test_holds_better_on_steps_nobody_saw(monkeypatch: pytest.MonkeyPatch) -> No
     num_ranks = 4
     recorded_SLE = np.stack([drawn(true_rates(seed), 64) for seed in range(6)], axis=1)
     unseen_SLE = np.stack([drawn(true_rates(seed, 100), 64) for seed in range(6)], axis=1)
-    asked = problem(recorded_SLE, num_ranks)
+    instance = problem(recorded_SLE, num_ranks)
 
     def attained(placement: Placement, counts_SLE: IntArray) -> float:
         layers = [LayerSteps(counts_SLE[:, at], num_ranks) for at in range(counts_SLE.shape[1])]
         pairs = zip(placement.layers, layers, strict=True)
         return mean_of(
-            [step_balance(asked, layer, of_layer, ExactSplit(num_ranks)).ratio_S for layer, of_layer in pairs]
+            [step_balance(instance, layer, of_layer, ExactSplit(num_ranks)).ratio_S for layer, of_layer in pairs]
         )
 
-    anew = solve(asked, RQ, NUM_STEPS, 1000)
-    monkeypatch.setattr(redraw_module, "NOISY", 2.0)
-    as_recorded = solve(asked, RQ, NUM_STEPS, 1000)
+    anew = solve(instance, RQ, NUM_STEPS, 1000)
+    monkeypatch.setattr(denoise_module, "NOISY", 2.0)
+    as_recorded = solve(instance, RQ, NUM_STEPS, 1000)
     parts = 1024  # of a pair: whole ones would hide what is gained
     assert attained(anew, parts * unseen_SLE) < attained(as_recorded, parts * unseen_SLE) - 0.001
     for placement in (anew, as_recorded):  # what is promised is what was recorded, whatever was placed for

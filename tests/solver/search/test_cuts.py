@@ -22,11 +22,11 @@ def layer_of(num_experts: int, num_ranks: int, num_extra: int, seed: int) -> Lay
     return LayerSplit.of(steps.loads_SE, random_held(num_experts, num_ranks, num_extra, seed))
 
 
-def cuts_of(layer: LayerSplit, found_NR: np.ndarray | None = None) -> Cuts:
+def cuts_of(layer: LayerSplit, proofs_SR: np.ndarray | None = None) -> Cuts:
     num_ranks = layer.loads_SR.shape[1]
-    if found_NR is None:
-        found_NR = np.zeros((0, num_ranks), bool)
-    return initial_cuts(layer.index, layer.loads_SE, num_ranks, found_NR)
+    if proofs_SR is None:
+        proofs_SR = np.zeros((0, num_ranks), bool)
+    return initial_cuts(layer.index, layer.loads_SE, num_ranks, proofs_SR)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 7])

@@ -1,4 +1,4 @@
-"""The split kept up to date: as good as the linear programme, from wherever it starts."""
+"""The split kept up to date: as good as the linear program, from any split before."""
 
 import itertools
 

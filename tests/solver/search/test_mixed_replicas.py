@@ -18,8 +18,8 @@ def recorded(num_experts: int = 16, num_layers: int = 2, seed: int = 0) -> np.nd
     return np.stack([skewed(num_experts, 4000, seed + layer, 20) for layer in range(num_layers)], axis=1)
 
 
-def placed(asked: PlacementProblem) -> Placement:
-    return make_strategy("rq", max_moves=300).place(asked)
+def placed(instance: PlacementProblem) -> Placement:
+    return make_strategy("rq", max_moves=300).place(instance)
 
 
 def mixing(placement: Placement) -> int:
@@ -40,19 +40,19 @@ def test_mixing_pays_here_and_keeps_to_bytes_and_cap() -> None:
     mixed, uniform = placed(MIXES), placed(replace(MIXES, mixed_replicas=False))
     assert mixing(mixed) > 0
     assert not mixing(uniform)
-    found = mixed.certificate
-    assert found["predicted"] < uniform.certificate["predicted"] == found["predicted_unmixed"]
-    assert found["mixed_replicas"]["experts"] == mixing(mixed)
+    certificate = mixed.certificate
+    assert certificate["predicted"] < uniform.certificate["predicted"] == certificate["predicted_unmixed"]
+    assert certificate["mixed_replicas"]["experts"] == mixing(mixed)
     assert mixed.low_precision_planned <= mixed.low_precision_cap == 0.055
-    assert mixed.low_precision_planned <= found["mixed_replicas"]["low_share_at_most"]
+    assert mixed.low_precision_planned <= certificate["mixed_replicas"]["low_share_at_most"]
     assert max(mixed.bytes_R) <= MIXES.budget_bytes_R[0]
-    assert found["bound"] <= found["predicted"]
+    assert certificate["bound"] <= certificate["predicted"]
     pairs_LE = MIXES.stats.counts.sum(axis=0)
     of_mixing = sum(
         int(pairs_E[list(layer.replicas.mixing_experts)].sum())
         for layer, pairs_E in zip(mixed.layers, pairs_LE, strict=True)
     )
-    assert found["mixed_replicas"]["low_share_at_most"] == pytest.approx(of_mixing / 2 / pairs_LE.sum())
+    assert certificate["mixed_replicas"]["low_share_at_most"] == pytest.approx(of_mixing / 2 / pairs_LE.sum())
 
 
 def test_the_certificate_is_what_the_planner_does() -> None:
@@ -89,11 +89,11 @@ def test_the_same_twice(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(("seed", "share"), [(0, 0.05), (1, 0.1), (2, 0.25)])
 def test_never_worse_than_without(seed: int, share: float) -> None:
-    asked = problem(recorded(seed=seed), 4, max_low_precision_share=share, mixed_replicas=True)
-    mixed, uniform = placed(asked), placed(replace(asked, mixed_replicas=False))
+    instance = problem(recorded(seed=seed), 4, max_low_precision_share=share, mixed_replicas=True)
+    mixed, uniform = placed(instance), placed(replace(instance, mixed_replicas=False))
     assert mixed.certificate["predicted"] <= uniform.certificate["predicted"]
     assert mixed.low_precision_planned <= share
-    assert max(mixed.bytes_R) <= asked.budget_bytes_R[0]
+    assert max(mixed.bytes_R) <= instance.budget_bytes_R[0]
 
 
 def test_the_cap_on_errors_counts_low_replicas_by_what_they_compute() -> None:

@@ -42,14 +42,14 @@ def recorded(num_experts: int, num_layers: int = 2, num_steps: int = 24, pairs: 
 def test_balances_a_skewed_model_in_the_bytes_of_standard_ep() -> None:
     counts_SLE = recorded(16, num_layers=4)
     placement = place(problem(counts_SLE, 4))
-    found = placement.certificate
-    assert found["standard"] > 1.4
-    assert found["predicted"] < 1.03
-    assert found["predicted"] == pytest.approx(replayed(placement, counts_SLE), abs=1e-9)
-    assert found["bound"] <= found["predicted"]
-    assert found["gap"] == pytest.approx(found["predicted"] / found["bound"] - 1)
-    assert found["binding"] in {"mean", "bytes", "hot expert"}
-    assert found["steps"] == 24
+    certificate = placement.certificate
+    assert certificate["standard"] > 1.4
+    assert certificate["predicted"] < 1.03
+    assert certificate["predicted"] == pytest.approx(replayed(placement, counts_SLE), abs=1e-9)
+    assert certificate["bound"] <= certificate["predicted"]
+    assert certificate["gap"] == pytest.approx(certificate["predicted"] / certificate["bound"] - 1)
+    assert certificate["binding"] in {"mean", "bytes", "hot expert"}
+    assert certificate["steps"] == 24
     for layer in placement.layers:
         assert layer.bound <= layer.predicted + 1e-9
     assert 0 < placement.low_precision_planned <= 0.25
