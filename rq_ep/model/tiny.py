@@ -1,8 +1,10 @@
-"""A tiny Mixture-of-Experts language model, trained on the spot: something real to try everything else on.
+"""A tiny Mixture-of-Experts language model, trained in a minute on a CPU, for tests and demonstrations.
 
-A minute of training on text at hand gives what random weights cannot: experts that specialise by domain, a perplexity
-that low bits could harm, and answers that look like words. The recipe was found by search on one core: many small
-steps, large initial weights, and a balance loss for each layer by itself.
+Unlike random weights it has experts that specialise by domain, a perplexity that low bits could harm, and answers that
+look like words. The training recipe was tuned on one core: many small steps, large initial weights, and a balance loss
+for each layer.
+
+Axes: B sequences, T tokens of a sequence, V vocabulary.
 """
 
 import json
@@ -30,13 +32,13 @@ RECIPE_FILE = "tiny_model.json"
 TEXT_DIRECTORY = "text"
 MAX_LENGTH = 512
 
-# Called after every step: steps done, steps in all, this step's loss in nats a byte, bytes seen so far.
-Progress = Callable[[int, int, float, int], None]
+# Called after every step: steps done, steps in all, this step's loss in nats per byte, bytes of text so far.
+TrainingCallback = Callable[[int, int, float, int], None]
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Everything that decides what comes out of training, so that a finished model can be recognised and kept."""
+    """The hyperparameters of training and of the model; a checkpoint keeps them, so that it is not trained twice."""
 
     family: str = "qwen3_moe"
     steps: int = 1000
@@ -58,18 +60,20 @@ class TrainingRecipe:
         check_integer("--seed", self.seed)
 
 
-def tiny_model(directory: str | Path, recipe: TrainingRecipe | None = None, progress: Progress | None = None) -> bool:
+def tiny_model(
+    directory: str | Path, recipe: TrainingRecipe | None = None, progress: TrainingCallback | None = None
+) -> bool:
     """Train the model of `recipe` and save it, with its tokenizer and its text, as an ordinary checkpoint.
 
-    A directory that already holds this very model is left as it is. The finished checkpoint appears all at once: an
-    interrupted run leaves the directory as it was.
+    A directory that already holds this model is left unchanged. The checkpoint is written atomically: an interrupted
+    run leaves the directory as it was.
 
     Args:
         directory: where the checkpoint goes; the text goes to `directory`/text/{train,held-out}/DOMAIN.
         progress: called after every step.
 
     Returns:
-        True if a model was trained, False if one was found.
+        True if a model was trained, False if the directory held it already.
 
     Raises:
         UserError: the directory holds something that this function did not write, or cannot be written.
@@ -82,13 +86,13 @@ def tiny_model(directory: str | Path, recipe: TrainingRecipe | None = None, prog
         raise UserError(f"--out {target}: exists and holds something else; name another directory")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+        temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
         raise UserError(f"--out {target}: cannot be written ({error.strerror}); name another place") from None
-    with beside as scratch:
+    with temporary as scratch:
         finished = Path(scratch, "model")
         save(train(recipe, progress), recipe, finished)
-        if _recipe_of(target) == asdict(recipe):  # somebody else was faster
+        if _recipe_of(target) == asdict(recipe):  # another process was faster
             return False
         if target.exists():
             target.rename(Path(scratch, "old"))
@@ -96,20 +100,21 @@ def tiny_model(directory: str | Path, recipe: TrainingRecipe | None = None, prog
     return True
 
 
-def train(recipe: TrainingRecipe, progress: Progress | None = None) -> PreTrainedModel:
+def train(recipe: TrainingRecipe, progress: TrainingCallback | None = None) -> PreTrainedModel:
     """Train in fp32 on the CPU; the same recipe on the same machine and number of threads gives the same bits."""
     with _training_settings(recipe.seed):
-        model = _new_model(recipe).train()
+        model = _new_model(recipe)
+        model.train()
         optimizer = torch.optim.AdamW(_parameter_groups(model), lr=recipe.peak_lr, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe.steps))
-        is_seq2seq = model.config.is_encoder_decoder  # reads one sequence, writes the next
-        batches = _batches(recipe, recipe.sequence_length * 2 if is_seq2seq else recipe.sequence_length + 1)
+        is_encoder_decoder = model.config.is_encoder_decoder  # reads one sequence, writes the next
+        batches = _batches(recipe, recipe.sequence_length * 2 if is_encoder_decoder else recipe.sequence_length + 1)
         with _balance_losses(model) as balance_losses:
             for step in range(1, recipe.steps + 1):
-                arguments, tokens_BS = teacher_forcing_inputs(model.config, next(batches), include_last=False)
+                arguments, tokens_BT = teacher_forcing_inputs(model.config, next(batches), include_last=False)
                 balance_losses.clear()
-                logits_BSV = model(**arguments, use_cache=False).logits
-                loss = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
+                logits_BTV = model(**arguments, use_cache=False).logits
+                loss = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
                 (loss + recipe.aux_coefficient * torch.stack(balance_losses).mean()).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -122,7 +127,7 @@ def train(recipe: TrainingRecipe, progress: Progress | None = None) -> PreTraine
 
 
 def save(model: PreTrainedModel, recipe: TrainingRecipe, directory: Path) -> None:
-    """Write checkpoint (bf16), tokenizer, generation settings, text, and last the recipe that vouches for the rest."""
+    """Write checkpoint (bf16), tokenizer, generation settings and text; then the recipe, as a mark of completion."""
     model.bfloat16()
     start = getattr(model.config, "decoder_start_token_id", None)
     model.generation_config = GenerationConfig(
@@ -134,7 +139,7 @@ def save(model: PreTrainedModel, recipe: TrainingRecipe, directory: Path) -> Non
     (directory / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 
 
-def config_for(recipe: TrainingRecipe) -> Any:
+def transformers_config(recipe: TrainingRecipe) -> Any:
     """The transformers configuration of `recipe`."""
     return AutoConfig.for_model(
         recipe.family, vocab_size=VOCAB_SIZE, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
@@ -143,7 +148,7 @@ def config_for(recipe: TrainingRecipe) -> Any:
 
 
 def _decoder(recipe: TrainingRecipe) -> dict[str, Any]:
-    """What decoder-only families call by the same names."""
+    """Settings that have the same names in all decoder-only families."""
     return {
         "hidden_size": recipe.hidden_size, "num_hidden_layers": recipe.num_layers,
         "num_attention_heads": recipe.num_heads, "num_key_value_heads": recipe.num_heads,
@@ -201,7 +206,7 @@ def _gpt_oss(recipe: TrainingRecipe) -> dict[str, Any]:
 
 
 def _switch_transformers(recipe: TrainingRecipe) -> dict[str, Any]:
-    """Top-1 whatever `top_k`; as many layers in the encoder as in the decoder, every second one sparse."""
+    """Top-1, `top_k` is ignored; as many layers in the encoder as in the decoder, every second one sparse."""
     return {
         "num_experts": recipe.num_experts, "d_model": recipe.hidden_size, "d_ff": recipe.intermediate_size,
         "num_heads": recipe.num_heads, "d_kv": recipe.hidden_size // recipe.num_heads,
@@ -224,24 +229,25 @@ FAMILIES: dict[str, Callable[[TrainingRecipe], dict[str, Any]]] = {
 
 
 def _new_model(recipe: TrainingRecipe) -> PreTrainedModel:
-    # Attention sinks and learned position biases have no sdpa form.
+    """A model of random weights, in fp32."""
+    # sdpa supports neither attention sinks nor learned position biases.
     attention = "eager" if recipe.family in ("gpt_oss", "switch_transformers") else "sdpa"
     experts = {} if recipe.family in ADAPTERS else {"experts_implementation": "grouped_mm"}
     model: PreTrainedModel = adapter_for(recipe.family).auto_class.from_config(
-        config_for(recipe), dtype=torch.float32, attn_implementation=attention, **experts
+        transformers_config(recipe), dtype=torch.float32, attn_implementation=attention, **experts
     )
     return model
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices are decayed; norms and biases are not."""
+    """AdamW's parameter groups: weight decay for matrices, none for norms and biases."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def _lr_factor(step: int, num_steps: int, num_warmup: int = 20, floor: float = 0.02) -> float:
-    """Linear warm-up, then a cosine down to `floor`."""
+    """Learning-rate schedule: linear warm-up, then a cosine down to `floor`."""
     if step < num_warmup:
         return (step + 1) / num_warmup
     progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
@@ -249,7 +255,7 @@ def _lr_factor(step: int, num_steps: int, num_warmup: int = 20, floor: float = 0
 
 
 def _batches(recipe: TrainingRecipe, length: int) -> Iterator[Tensor]:
-    """Endless [B, length] batches; row i is a random excerpt from domain i mod 4."""
+    """Generate [B, length] batches without end; row i is a random excerpt from domain i mod 4."""
     train = corpus.texts("train")
     streams = [np.frombuffer("".join(train[domain]).encode(), np.uint8) for domain in corpus.DOMAINS]
     generator = np.random.default_rng(recipe.seed)
@@ -264,11 +270,11 @@ def _batches(recipe: TrainingRecipe, length: int) -> Iterator[Tensor]:
 
 @contextmanager
 def _balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect each MoE layer's balance loss during forward passes (Switch Transformers, arXiv 2101.03961, eq. 4).
+    """While open, the load-balancing loss of each MoE layer in forward passes (arXiv 2101.03961, eq. 4).
 
-    1.0 is perfect balance. transformers' own loss averages the routers of all layers before it looks, which leaves
-    single layers skewed with dead experts. Every family's router returns (logits, weights, ids) and ends in "Router";
-    that of Switch Transformers returns a mask and the logits last, and chooses whom they favour.
+    1.0 is perfect balance. transformers' own loss averages the routers of all layers, which leaves single layers skewed
+    with dead experts. Every family's router class is called `...Router` and returns (logits, weights, ids); that of
+    Switch Transformers returns the logits last, and their maximum is its choice.
     """
     losses: list[Tensor] = []
 
@@ -293,7 +299,7 @@ def _balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _training_settings(seed: int) -> Iterator[None]:
-    """One thread (more gain nothing here), no denormals, random numbers of our own; afterwards all is as before."""
+    """While open, one thread (more gain nothing here), no denormals, and a random generator with this seed."""
     num_threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Bringing a model, a placement and a strategy together, and refusing what does not belong together."""
+"""Matching a model, a placement and a strategy: defaults, and checks that they belong together."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ from rq_ep.strategies import make_strategy
 
 
 def choose_strategy(strategy: str | Strategy | None, placement: Placement | None) -> Strategy:
-    """The strategy asked for; by default the one that made the placement, or standard EP."""
+    """The strategy that is named or given; by default the one that made the placement, or standard EP."""
     if strategy is None:
         strategy = "standard" if placement is None else placement.strategy
     return make_strategy(strategy) if isinstance(strategy, str) else strategy
@@ -32,7 +32,7 @@ def place_uniformly(
     num_ranks: int,
     model: ModelIdentity,
 ) -> Placement:
-    """What a strategy makes of a model nobody has calibrated, in the expert bytes of standard EP."""
+    """The placement of a strategy for uniform load, without calibration, in the expert bytes of standard EP."""
     topology = Topology(num_ranks)
     stats = ExpertStats.uniform(
         layers=tuple(module.layer_index for module in experts),
@@ -47,7 +47,7 @@ def place_uniformly(
 def layer_cost(
     machine: CostModel | None, family: ExpertFamily, placement: Placement, strategy: Strategy
 ) -> LayerCost | None:
-    """What a layer costs on a machine, in every format the placement stores or the strategy may send."""
+    """The cost of a layer on a machine, in every format that the placement stores or the strategy may send."""
     if machine is None:
         return None
     return machine.layer(family.shape(travelling_formats(strategy, placement)))

@@ -1,4 +1,4 @@
-"""Refusing in advance what would not fit: all that a rank needs at worst against the memory of its device."""
+"""Memory check before loading: the most that a rank will need, against the memory of its device."""
 
 import os
 from collections import Counter
@@ -22,9 +22,9 @@ from rq_ep.parallel.receive_buffers import dispatch_limit, worst_dispatch_bytes
 
 @dataclass(frozen=True)
 class RankBytes:
-    """What one rank needs of its device, by purpose; None where it is not known in advance."""
+    """The memory that one rank needs of its device, by purpose; None if it is not known in advance."""
 
-    others: int  # weights that are no routed experts
+    others: int  # weights that are not routed experts
     experts: int  # resident ones
     borrowed: int  # room for experts borrowed for a step, which the layers share
     repacked: int  # experts kept in the format they are lent in
@@ -100,7 +100,7 @@ def rank_bytes(
     layout: ExpertLayout,
     step: int | None,
 ) -> RankBytes:
-    """Add up what a rank will need.
+    """The memory that a rank will need.
 
     Args:
         model: on the meta device, with all of its experts.

@@ -1,4 +1,4 @@
-"""The ranks a model is loaded onto, and which of them live in this process."""
+"""The ranks onto which a model is loaded, and those of them in this process."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from rq_ep.parallel.default_group import default_group, own_device
 
 @dataclass(frozen=True)
 class LoadRanks:
-    """All ranks of the model; `local` is one of them where they share a group, or all of them without one."""
+    """All ranks of the model. `local` are those in this process: one of a group, or all of them without a group."""
 
     num_ranks: int
     local: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Model families whose MoE layers transformers builds in a form of their own, and what brings them to the seam's."""
+"""Adapters of model families whose MoE layers do not have the form that `expert_modules` knows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from rq_ep.model.seam import switch_transformers as switch
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is special about a family."""
+    """How the models of a family are built, and brought into that form."""
 
-    auto_class: Any  # of transformers, which builds and loads its models
+    auto_class: Any  # of transformers, to build and load its models
     adapt: Callable[[PreTrainedModel], None]  # rebuilds the MoE layers of a model in place
     converters: Callable[[], list[WeightConverter]]  # from tensors of a checkpoint to those of a rebuilt layer
 
 
-NOTHING_SPECIAL = Adapter(AutoModelForCausalLM, adapt=lambda model: None, converters=list)
+DEFAULT_ADAPTER = Adapter(AutoModelForCausalLM, adapt=lambda model: None, converters=list)
 
 ADAPTERS: dict[str, Adapter] = {
     "switch_transformers": Adapter(AutoModelForSeq2SeqLM, switch.adapt, switch.converters),
@@ -28,4 +28,4 @@ ADAPTERS: dict[str, Adapter] = {
 
 def adapter_for(model_type: str) -> Adapter:
     """The adapter of a family; most need none."""
-    return ADAPTERS.get(model_type, NOTHING_SPECIAL)
+    return ADAPTERS.get(model_type, DEFAULT_ADAPTER)

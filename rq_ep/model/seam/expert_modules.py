@@ -1,8 +1,8 @@
-"""The seam into transformers: where the routed experts of a model are, and what one expert looks like.
+"""The seam into transformers: the modules that hold a model's routed experts, and the layout of one expert.
 
 More than 60 model families decorate their experts class with `use_experts_implementation`, and call it with
-(hidden_TD, topk_ids_TK, topk_weights_TK). The decorator leaves behind how the weights lie, so one seam serves them all.
-Families that do otherwise have an adapter, which rebuilds their MoE layers in that form before they come here.
+(hidden_TD, topk_ids_TK, topk_weights_TK). The decorator sets attributes that describe the layout of the weights, so one
+seam serves all of them. Other families have an adapter, which first rebuilds their MoE layers in that form.
 """
 
 import copy
@@ -18,7 +18,8 @@ from rq_ep.formats import ExpertLayout
 from rq_ep.model.seam.adapters import ADAPTERS
 from rq_ep.moe.expert_family import ExpertFamily
 
-DECORATED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by `use_experts_implementation`
+# Set by `use_experts_implementation`.
+DECORATOR_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 class ExpertsModule(NamedTuple):
@@ -51,46 +52,46 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
     """The routed experts modules of a model, in the order of its layers.
 
     Raises:
-        UserError: the model has none, or its experts do not fit the seam; the message names the module and why.
+        UserError: the model has none, or its experts are not supported; the message names the module and why.
     """
-    found = [
+    modules = [
         ExpertsModule(getattr(module, "layer_index", _layer_index(name)), name, module)
         for name, module in model.named_modules()
-        if all(hasattr(module, attribute) for attribute in DECORATED)
+        if all(hasattr(module, attribute) for attribute in DECORATOR_ATTRIBUTES)
     ]
     model_type = model.config.model_type
-    if not found:
+    if not modules:
         if model_type in ADAPTERS:
             raise UserError(
                 f"model_type {model_type!r}: this model was built without rq_ep; give its checkpoint directory"
             )
-        if strangers := [f"{name} ({type(module).__name__})" for name, module in _look_like_experts(model)]:
+        if unknown := [f"{name} ({type(module).__name__})" for name, module in _look_like_experts(model)]:
             raise UserError(
-                f"model_type {model_type!r} cannot be served: its experts, such as {strangers[0]}, do not use "
+                f"model_type {model_type!r} cannot be served: its experts, such as {unknown[0]}, do not use "
                 "transformers' `use_experts_implementation` (their router may weight inputs instead of outputs)"
             )
         raise UserError(f"model_type {model_type!r} cannot be served: this model is dense, it has no MoE layers")
-    for experts in found:
-        if why := _misfit(experts.module):
+    for experts in modules:
+        if why := _unsupported(experts.module):
             raise UserError(f"model_type {model_type!r} cannot be served: {experts.name} {why}")
-    first = found[0]
-    for experts in found[1:]:
+    first = modules[0]
+    for experts in modules[1:]:
         if _shapes(experts.module) != _shapes(first.module):
             raise UserError(
                 f"model_type {model_type!r} cannot be served: its MoE layers differ, {first.name} has "
                 f"{_shapes(first.module)} and {experts.name} has {_shapes(experts.module)}"
             )
-    if len({experts.layer_index for experts in found}) < len(found):
+    if len({experts.layer_index for experts in modules}) < len(modules):
         raise UserError(f"model_type {model_type!r} cannot be served: a layer has more than one set of routed experts")
     top_k = getattr(model.config, "num_experts_per_tok", None) or 1
     if top_k > first.num_experts:
         raise UserError(f"num_experts_per_tok {top_k}: this model has {first.num_experts} experts in a layer")
-    return tuple(sorted(found))
+    return tuple(sorted(modules))
 
 
 def family_of(experts: nn.Module) -> ExpertFamily:
-    """Layout and activation of one expert; the result keeps no weights alive."""
-    shell: Any = copy.copy(experts)  # the gate is a method: it needs the module's settings, not its weights
+    """Layout and activation of one expert; the result holds no reference to weights."""
+    shell: Any = copy.copy(experts)  # the gate is a method, which needs the module's settings, but no weights
     shell._parameters = {}
     return ExpertFamily(
         layout=ExpertLayout(
@@ -101,13 +102,13 @@ def family_of(experts: nn.Module) -> ExpertFamily:
     )
 
 
-def _misfit(experts: nn.Module) -> str | None:
-    """Why an experts module does not fit the seam, or None if it does."""
+def _unsupported(experts: nn.Module) -> str | None:
+    """Why an experts module is not supported, or None if it is."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     expected = {up, "down_proj"} | ({f"{up}_bias", "down_proj_bias"} if experts.has_bias else set())
-    found = {name for name, _ in experts.named_parameters()}
-    if found != expected:
-        return f"has parameters {sorted(found)} where {sorted(expected)} are expected"
+    names = {name for name, _ in experts.named_parameters()}
+    if names != expected:
+        return f"has parameters {sorted(names)} where {sorted(expected)} are expected"
     if getattr(experts, "has_post_expert_norm", False):
         return "normalizes the output of every expert, which is not supported"
     return None

@@ -1,8 +1,10 @@
-"""Switch Transformers (arXiv 2101.03961): its MoE layers, rebuilt in the form that the seam knows.
+"""Adapter of Switch Transformers (arXiv 2101.03961): its MoE layers, rebuilt in the form of `expert_modules`.
 
-In transformers its experts are modules of their own, which are handed all tokens and a one-hot mask; a token beyond the
-capacity of its expert, counted in each sequence, has an empty mask and passes the layer by. Here the experts are
-stacked, and are called with the tokens that they compute and no others.
+In transformers each expert is a module, which gets all tokens and a one-hot mask. A token beyond the capacity of its
+expert, counted in each sequence, has an empty mask and skips the layer. Here the experts are stacked, and called only
+with the tokens that they compute.
+
+Axes: B sequences, S tokens of a sequence, N tokens that an expert, or the layer, computes.
 """
 
 from collections.abc import Iterator
@@ -45,7 +47,7 @@ class SwitchExperts(nn.Module):
 
 
 class SwitchLayer(nn.Module):
-    """A router and the experts it chooses; what the loader puts in the experts' place is called in the same way."""
+    """A router and its experts, which `rq_ep.load` replaces by an expert-parallel layer with the same call."""
 
     def __init__(self, router: nn.Module, experts: nn.Module) -> None:
         super().__init__()
@@ -64,9 +66,9 @@ class SwitchLayer(nn.Module):
 
 
 def adapt(model: PreTrainedModel) -> None:
-    """Rebuild the MoE layers of a model in place, weights and all; it computes what it computed before.
+    """Rebuild the MoE layers of a model in place, with their weights; its outputs do not change.
 
-    Layers are numbered through, the decoder's after the encoder's.
+    The decoder's layers are numbered after the encoder's.
     """
     for number, feed_forward in enumerate(_feed_forwards(model)):
         if isinstance(feed_forward.mlp, SwitchTransformersSparseMLP):
@@ -78,7 +80,7 @@ def _feed_forwards(model: Any) -> Iterator[Any]:
 
 
 def converters() -> list[WeightConverter]:
-    """How the tensors of a checkpoint, one expert each, are made into those of `SwitchExperts`."""
+    """Conversions of a checkpoint's tensors, one for each expert, to those of `SwitchExperts`."""
     return [
         WeightConverter(f"mlp.experts.expert_*.{stored}.weight", f"mlp.experts.{name}", [MergeModulelist(dim=0)])
         for stored, name in (("wi", "up_proj"), ("wo", "down_proj"))

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are the 256 bytes: no training, no vocabulary to ship, no text it cannot spell."""
+"""A byte-level tokenizer, whose tokens are the 256 bytes: it needs no training and encodes every text."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -12,12 +12,12 @@ CHAT_TEMPLATE = """\
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """Build the tokenizer: token i is byte i, then come pad, bos and eos, which no text can spell.
+    """Build the tokenizer: token i is byte i; pad, bos and eos follow, which no text is encoded to.
 
     Args:
-        max_length: tokens the model was made for.
+        max_length: longest sequence of the model, in tokens.
     """
-    # BPE without merges over the printable stand-ins that ByteLevel uses for bytes.
+    # BPE without merges, over the printable characters by which ByteLevel represents bytes.
     tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

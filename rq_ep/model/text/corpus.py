@@ -1,7 +1,7 @@
-"""Text that every Python installation brings along, in four domains, with whole documents held out.
+"""A text corpus from any Python installation, in four domains, with whole documents held out.
 
-The domains differ enough for a router to treat them differently: `code` is the standard library's modules, `prose` the
-language reference behind `help()`, `c` the interpreter's C headers, `table` generated lines of Unicode and HTML data.
+The domains differ enough for a router to distinguish them: `code` is the standard library's modules, `prose` the
+language reference of `help()`, `c` the interpreter's C headers, `table` generated lines of Unicode and HTML data.
 """
 
 import html.entities
@@ -31,19 +31,20 @@ class Document:
 
     @property
     def split(self) -> str:
-        """A tenth of all documents, chosen by name and so on every machine alike, is kept out of training."""
+        """The split of a document by a hash of its name, the same on every machine; a tenth is held out."""
         return SPLITS[md5(self.name.encode()).digest()[0] < 26]
 
 
 def documents(domain: str) -> list[Document]:
     """All documents of a domain in the order of their names, up to `MAX_DOMAIN_BYTES`."""
-    found, num_bytes = [], 0
+    result: list[Document] = []
+    num_bytes = 0
     for name, text in _SOURCES[domain]():
         num_bytes += len(text.encode())
         if num_bytes > MAX_DOMAIN_BYTES:
             break
-        found.append(Document(name, domain, text))
-    return found
+        result.append(Document(name, domain, text))
+    return result
 
 
 def texts(split: str) -> dict[str, list[str]]:
@@ -52,7 +53,7 @@ def texts(split: str) -> dict[str, list[str]]:
 
 
 def write_corpus(directory: str | Path) -> None:
-    """Write every document to `directory`/SPLIT/DOMAIN/NAME.txt, which is how calibrate and eval like to read text."""
+    """Write every document to `directory`/SPLIT/DOMAIN/NAME.txt, from which calibrate and eval read it by domain."""
     for domain in DOMAINS:
         for document in documents(domain):
             path = Path(directory, document.split, domain, document.name.replace("/", "-") + ".txt")
@@ -74,7 +75,7 @@ def _prose() -> Iterator[tuple[str, str]]:
 def _c() -> Iterator[tuple[str, str]]:
     include = Path(sysconfig.get_path("include"))
     files = list(include.rglob("*.h"))
-    if not files:  # a Python without its development headers; torch's wheel ships its own
+    if not files:  # Python without its development headers; torch's wheel has some
         include = Path(torch.__file__).parent / "include"
         files = list(include.rglob("*.h"))
     return _read(include, files)
