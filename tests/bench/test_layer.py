@@ -281,5 +281,9 @@ def test_placements_of_another_run_are_refused(tmp_path: Path, change: dict[str,
     options = ["--local-ranks", "2", *SMALL, "--scenarios", f"{text}:3", "--strategies", "standard,rq", "--steps", "1"]
     with pytest.raises((UserError, RankFailure), match=message):
         layer.main([*options, "--placement", path])
-    with pytest.raises(UserError, match="is there already"):
-        layer.main([*options, "--placement", str(tmp_path / "a.json"), "--placement", str(tmp_path / "a.json")])
+
+
+def test_two_placements_of_a_strategy_need_labels(tmp_path: Path) -> None:
+    path = write_placement(tmp_path / "a.json", "rq", [Replica(expert // 4, expert, "bf16") for expert in range(8)])
+    with pytest.raises(UserError, match="rq is there already; write another LABEL=FILE"):
+        layer.main(["--local-ranks", "2", *SMALL, "--strategies", "rq", "--placement", path, "--placement", path])
