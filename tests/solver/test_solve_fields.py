@@ -139,7 +139,7 @@ def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
 
 
 def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
-    before = solve(problem(recorded(16), 4), "rq", 64, 300)
+    before = solve(problem(recorded(16), 4), RQ, 64, 300)
     instance = problem(recorded(16)[:, ::-1].copy(), 4)  # the layers change places: much is wrong now
     held = held_LER(before)
 
@@ -165,10 +165,10 @@ def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
 
 
 def test_experts_of_a_lost_rank_are_placed_again() -> None:
-    before = solve(problem(recorded(16), 4), "rq", 64, 300)
+    before = solve(problem(recorded(16), 4), RQ, 64, 300)
     instance = problem(recorded(16), 4, budget=(12_000, 12_000, 12_000, 0))
     after = solve(instance, RQ, 64, 300, before)
     assert after.bytes_R[3] == 0
     assert held_LER(after).any(axis=2).all()
     with pytest.raises(UserError, match="--formats bf16: the current placement uses bf16,int8"):
-        solve(replace(instance, formats=("bf16",)), "rq", 64, 300, before)
+        solve(replace(instance, formats=("bf16",)), RQ, 64, 300, before)
