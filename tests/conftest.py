@@ -9,14 +9,34 @@ import pytest
 from rq_ep.model import tiny
 from rq_ep.model.text import byte_tokenizer as tokenizer
 from rq_ep.model.text import corpus
+from rq_ep.strategies import STRATEGIES
+from tests.moe.cases import variants
 
 TINY_RECIPE = tiny.TrainingRecipe(
     steps=200, num_experts=8, top_k=2, num_layers=2, hidden_size=64, intermediate_size=32, peak_lr=6e-3
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--strategy", action="append", metavar="NAME", help="check this strategy, package.module:Class; may be repeated"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what holds for every strategy over the table, or over those that `--strategy` names."""
+    names = metafunc.config.getoption("--strategy") or list(STRATEGIES)
+    if "variant_of" in metafunc.fixturenames:
+        metafunc.parametrize("variant_of", variants(names), ids=str)
+    if "strategy_name" in metafunc.fixturenames:
+        metafunc.parametrize("strategy_name", names)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that read the trained checkpoint: `launch/test.sh --fast` leaves them out."""
+    if config.getoption("--strategy"):
+        names = {"strategy_name", "variant_of"}
+        items[:] = [item for item in items if names & set(getattr(item, "fixturenames", ()))]
     for item in items:
         if "tiny_checkpoint" in getattr(item, "fixturenames", ()):
             item.add_marker("trains")

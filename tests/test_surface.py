@@ -59,11 +59,33 @@ def test_command_keeps_its_options(name: str) -> None:
     assert not undocumented
 
 
-def test_tables_and_readme_agree() -> None:
+def test_the_readme_has_a_row_for_every_strategy_of_the_table() -> None:
+    readme = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", (ROOT / "README.md").read_text())  # links by their text
+    section = readme.partition("\n## Strategies\n")[2].partition("\n## ")[0]
+    assert section, "README.md has no section `## Strategies`"
+    table = section[section.index("| `--strategy` |") :].partition("\n\n")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| `") and not row.startswith("| `--strategy`")]
+    for name, kind in STRATEGIES.items():
+        assert all(kind.summary), f"strategy {name!r}: its `summary` is not filled in"
+        row = f"| `{name}` | {' | '.join(kind.summary)} |"
+        assert row in rows, f"README.md, ## Strategies: no row for {name!r}; write\n{row}"
+    assert len(rows) == len(STRATEGIES), "README.md, ## Strategies: a row without a strategy in the table"
+
+
+def test_the_readme_mentions_every_format() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert list(STRATEGIES) == ["standard", "eplb", "llep", "rq", "rq_paper", "rq_llep"]
-    for name in [*STRATEGIES, *FORMATS]:
+    for name in FORMATS:
         assert f"`{name}`" in readme, f"README.md does not mention {name}"
+
+
+def test_help_names_every_strategy_of_the_table() -> None:
+    for command in ("place", "simulate"):
+        parser = argparse.ArgumentParser()
+        import_module(f"rq_ep.commands.{command}").configure(parser)
+        text = " ".join(
+            str(action.help) for action in parser._actions if "--strateg" in " ".join(action.option_strings)
+        )
+        assert not [name for name in (*STRATEGIES, "package.module:Class") if name not in text]
 
 
 # File stems that the field itself has twice: a verb with its command, EPLB as a strategy and as a file format.

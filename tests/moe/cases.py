@@ -1,6 +1,6 @@
 """Small layers and awkward routings that the tests of layers, groups and the GPU share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,9 +128,9 @@ MIXING: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Every strategy of the table, in each of its ways that keep to the native format if asked to."""
-    return [(name, variant) for name in STRATEGIES for variant in VARIANTS.get(name, [{}])]
+def variants(names: Iterable[str] = STRATEGIES) -> list[tuple[str, dict[str, Any]]]:
+    """Strategies, by default those of the table, in each of their ways that keep to the native format if asked to."""
+    return [(name, variant) for name in names for variant in VARIANTS.get(name, [{}])]
 
 
 def planned(

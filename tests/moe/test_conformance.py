@@ -40,10 +40,12 @@ def run(
     return list(map(list, zip(*run_local(len(ranks), rank_main), strict=True)))
 
 
-@pytest.mark.parametrize(("name", "variant"), cases.variants(), ids=str)
 @pytest.mark.parametrize("routing", cases.ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strategy_equals_the_dense_layer(name: str, variant: dict[str, Any], routing: str, dtype: torch.dtype) -> None:
+def test_strategy_equals_the_dense_layer(
+    variant_of: tuple[str, dict[str, Any]], routing: str, dtype: torch.dtype
+) -> None:
+    name, variant = variant_of
     num_experts = cases.ROUTINGS[routing][0]
     ranks = cases.batches(routing, dtype)
     native = "fp32" if dtype == torch.float32 else "bf16"
@@ -58,6 +60,25 @@ def test_strategy_equals_the_dense_layer(name: str, variant: dict[str, Any], rou
             assert torch.equal(out_TD, again_TD), "the same step twice gave different bits"
         assert np.array_equal(telemetry.counts()[:, 0], np.stack([counts_RE.sum(axis=0)] * 2))
         assert telemetry.loads().sum() == 2 * counts_RE.sum()
+
+
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+def test_strategy_equals_the_dense_layer_on_replicas_that_another_placed(
+    variant_of: tuple[str, dict[str, Any]], routing: str
+) -> None:
+    name, variant = variant_of
+    strategy = make_strategy(name, **variant.get("knobs", {}))
+    if not strategy.serves_replicas:
+        pytest.skip(f"{name} serves one replica of each expert")
+    num_experts, ranks, family = cases.ROUTINGS[routing][0], cases.batches(routing), cases.FAMILIES["gated"]
+    replicas = [
+        Replica((expert + n) % 3, expert, "fp32") for expert in range(num_experts) for n in range(1 + expert % 3)
+    ]
+    layer = LayerPlacement.even(0, num_experts, replicas)
+    weights = cases.expert_weights(family, num_experts)
+    outputs = run(layer, strategy.planner(layer, Topology(3)), family, weights, ranks)[0]
+    for out_TD, batch in zip(outputs, ranks, strict=True):
+        cases.check_close(out_TD, cases.expected(family, weights, batch))
 
 
 def test_variants_replicate_and_borrow() -> None:

@@ -1,4 +1,9 @@
-"""What holds for every strategy, on every load."""
+"""What holds for every strategy, on every load; `pytest --strategy package.module:Class` checks another one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,54 +11,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rq_ep.core.placement import LayerPlacement, Placement
-from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replica
+from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
-from rq_ep.strategies import STRATEGIES, make_strategy
+from rq_ep.strategies import make_strategy, setting_names, strategy_class
 from tests.strategies.cases import CASES, EXPERT_BYTES, Case
+from tests.strategies.conformance import check_planners
 
-KNOBS = {
-    "llep": {"min_tokens_per_gemm": 4, "fallback_ratio": 1.0},
-    "rq_llep": {"min_tokens_per_gemm": 4, "fallback_ratio": 1.0},
-}
-
-
-def strategy_of(name: str):  # type: ignore[no-untyped-def]
-    return make_strategy(name, **KNOBS.get(name, {}))
+# Settings that make small cases lend, of the strategies that have them.
+EAGER = {"min_tokens_per_gemm": 4, "fallback_ratio": 1.0}
 
 
-def computed_RE(plan: DispatchPlan, num_experts: int) -> np.ndarray:
-    """[R, E] pairs of each source and expert, summed over the replicas they go to."""
-    sums_RE = np.zeros((len(plan.pairs_RP), num_experts), np.int64)
-    for p, expert in enumerate(plan.replicas.experts_P.tolist()):
-        sums_RE[:, expert] += plan.pairs_RP[:, p]
-    return sums_RE
-
-
-def check_plan(plan: DispatchPlan, layer: LayerPlacement, counts_RE: np.ndarray) -> None:
-    assert plan.pairs_RP.dtype == np.int64
-    assert (plan.pairs_RP >= 0).all()
-    np.testing.assert_array_equal(computed_RE(plan, layer.num_experts), counts_RE)
-    keys = list(zip(plan.replicas.ranks_P.tolist(), plan.replicas.experts_P.tolist(), strict=True))
-    assert keys == sorted(set(keys))
-    resident = set(layer.replicas)
-    borrowed = {Replica(transfer.dst, transfer.expert, transfer.format) for transfer in plan.transfers}
-    assert len(borrowed) == len(plan.transfers)
-    assert resident | borrowed == set(plan.replicas)
-    assert not resident & borrowed
-    holders = {(replica.rank, replica.expert) for replica in resident}
-    for transfer in sorted(plan.transfers, key=lambda transfer: transfer.round):
-        earlier = {(each.dst, each.expert, each.format) for each in plan.transfers if each.round < transfer.round}
-        assert (transfer.src, transfer.expert) in holders or (transfer.src, transfer.expert, transfer.format) in earlier
+def strategy_of(name: str) -> Strategy:
+    known = setting_names(strategy_class(name))
+    return make_strategy(name, **{setting: value for setting, value in EAGER.items() if setting in known})
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_places_within_the_bytes_of_standard_ep_and_plans_every_pair_once(name: str, case: Case) -> None:
-    strategy = strategy_of(name)
+def test_places_within_the_bytes_of_standard_ep_and_plans_every_pair_once(strategy_name: str, case: Case) -> None:
+    strategy = strategy_of(strategy_name)
     problem = case.problem()
     placement = strategy.place(problem)
-    assert placement.strategy == name
+    assert placement.strategy == strategy_name
     assert max(placement.bytes_R) <= problem.budget_bytes_R[0]
     assert placement.low_precision_planned <= problem.max_low_precision_share
     sizes_R = np.zeros(case.num_ranks, np.int64)
@@ -61,37 +40,34 @@ def test_places_within_the_bytes_of_standard_ep_and_plans_every_pair_once(name: 
         assert set(layer.replicas.experts_P.tolist()) == set(range(layer.num_experts))
         for replica in layer.replicas:
             sizes_R[replica.rank] += EXPERT_BYTES[replica.format]
-        planner = strategy.planner(layer, problem.topology)
-        counts_RE = case.counts_RE.copy()
-        plan = planner(counts_RE)
-        check_plan(plan, layer, case.counts_RE)
-        np.testing.assert_array_equal(counts_RE, case.counts_RE)
-        again = planner(counts_RE)
-        np.testing.assert_array_equal(plan.pairs_RP, again.pairs_RP)
-        assert plan.transfers == again.transfers
+        check_planners(strategy, layer, problem.topology, case.counts_RE)
     assert placement.bytes_R == tuple(sizes_R.tolist())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", ["eplb", "rq", "rq_llep"])
-def test_places_redundant_experts_where_bytes_are_not_limited(name: str, case: Case) -> None:
-    strategy = strategy_of(name)
-    problem = case.problem(unlimited=True, num_redundant_experts=case.num_ranks)
-    for layer in strategy.place(problem).layers:
-        check_plan(strategy.planner(layer, problem.topology)(case.counts_RE), layer, case.counts_RE)
+def test_places_redundant_experts_where_bytes_are_not_limited(strategy_name: str, case: Case) -> None:
+    strategy = strategy_of(strategy_name)
+    redundant = case.num_ranks if strategy.counts_replicas else 0
+    problem = case.problem(unlimited=True, num_redundant_experts=redundant)
+    placement = strategy.place(problem)
+    if strategy.counts_replicas:
+        num_experts = problem.stats.num_experts
+        expected = min(num_experts + redundant, num_experts * case.num_ranks)
+        assert [len(layer.replicas) for layer in placement.layers] == [expected] * len(placement.layers)
+    for layer in placement.layers:
+        check_planners(strategy, layer, problem.topology, case.counts_RE)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_places_the_same_twice_and_leaves_statistics_alone(name: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_places_the_same_twice_and_leaves_statistics_alone(strategy_name: str, tmp_path: Path) -> None:
     case = CASES[1]
     before = case.counts_SLE.copy()
     texts = []
     for number in range(2):
-        strategy_of(name).place(case.problem()).save(tmp_path / f"{number}.json")
+        strategy_of(strategy_name).place(case.problem()).save(tmp_path / f"{number}.json")
         texts.append((tmp_path / f"{number}.json").read_text())
     assert texts[0] == texts[1]
     np.testing.assert_array_equal(case.counts_SLE, before)
-    assert Placement.load(tmp_path / "0.json").strategy == name
+    assert Placement.load(tmp_path / "0.json").strategy == strategy_name
 
 
 @st.composite
@@ -107,11 +83,47 @@ def layers_and_counts(draw: st.DrawFn) -> tuple[LayerPlacement, Topology, np.nda
     return layer, topology, np.array(counts, np.int64).reshape(num_ranks, num_experts)
 
 
-@pytest.mark.parametrize("name", ["eplb", "llep", "rq", "rq_paper", "rq_llep"])
 @given(layers_and_counts())
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_every_pair_is_computed_once_whatever_the_placement(
-    name: str, drawn: tuple[LayerPlacement, Topology, np.ndarray]
+    strategy_name: str, drawn: tuple[LayerPlacement, Topology, np.ndarray]
 ) -> None:
     layer, topology, counts_RE = drawn
-    check_plan(strategy_of(name).planner(layer, topology)(counts_RE), layer, counts_RE)
+    strategy = strategy_of(strategy_name)
+    if not strategy.serves_replicas:
+        first = {replica.expert: replica for replica in reversed(list(layer.replicas))}
+        layer = LayerPlacement.even(0, layer.num_experts, first.values())
+    check_planners(strategy, layer, topology, counts_RE)
+
+
+PROGRAM = """
+import sys
+import numpy as np
+from rq_ep.core.placement import LayerPlacement
+from rq_ep.core.replicas import Replica
+from rq_ep.core.topology import Topology
+from tests.strategies.test_conformance import strategy_of
+counts_RE = np.random.default_rng(0).integers(0, 200, (3, 7)) ** 2
+for name in sys.argv[1:]:
+    strategy = strategy_of(name)
+    copies = 2 if strategy.serves_replicas else 1
+    replicas = [Replica((e + n) % 3, e, "bf16") for e in range(7) for n in range(copies if e % 2 else 1)]
+    plan = strategy.planner(LayerPlacement.even(0, 7, replicas), Topology(3))(counts_RE)
+    print(name, plan.pairs_RP.tolist(), plan.transfers)
+"""
+
+
+def test_processes_with_other_hash_seeds_derive_the_same_plans(request: pytest.FixtureRequest) -> None:
+    from rq_ep.strategies import STRATEGIES
+
+    names = request.config.getoption("--strategy") or list(STRATEGIES)
+    plans = [plans_of_a_process(names, seed) for seed in ("1", "2")]
+    assert plans[0] == plans[1]
+    assert plans[0].count("\n") == len(names)
+
+
+def plans_of_a_process(names: list[str], hash_seed: str) -> str:
+    """The plans of a fixed step by a process of its own, as text."""
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", PROGRAM, *names]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -16,7 +16,8 @@ from rq_ep.core.topology import Topology
 from rq_ep.placing.place import place
 from rq_ep.strategies import make_strategy
 from tests.strategies.cases import CASES, EXPERT_BYTES, zipf
-from tests.strategies.test_conformance import check_plan, layers_and_counts
+from tests.strategies.conformance import check_plan
+from tests.strategies.test_conformance import layers_and_counts
 
 # One pair takes 1 s anywhere; a bf16 expert travels in 100 s, an int8 one in 50 s.
 COST = LayerCost(
