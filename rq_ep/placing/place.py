@@ -17,7 +17,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.placing.engine_slots import EqualSlotsEplb
 from rq_ep.placing.placement_settings import PlacementSettings
 from rq_ep.solver.certificate.what_if import what_if as place_with_changes
-from rq_ep.solver.migration.warm_start import left_of, place_again
+from rq_ep.solver.migration.warm_start import place_again, survivors_of
 from rq_ep.strategies import make_strategy, names_where
 from rq_ep.strategies.eplb import Eplb
 
@@ -75,11 +75,15 @@ def place(
         **selected(SolverOptions, settings),
     )
     current = settings.current
-    left = None if current is None else left_of(current, stats, num_ranks, settings.lost_ranks)
-    if left is None and (settings.lost_ranks or settings.max_moved_bytes is not None or settings.move_price):
+    survivors = None if current is None else survivors_of(current, stats, num_ranks, settings.lost_ranks)
+    if survivors is None and (settings.lost_ranks or settings.max_moved_bytes is not None or settings.move_price):
         raise UserError("--lost-ranks, --max-moved-bytes and --move-price speak of the way from --current: name that")
     try:
-        placement = strategy.place(problem) if left is None else place_again(strategy, problem, left, settings.min_gain)
+        placement = (
+            strategy.place(problem)
+            if survivors is None
+            else place_again(strategy, problem, survivors, settings.min_gain)
+        )
     except UserError as error:
         if settings.num_redundant_experts and budget == "ep":
             raise UserError(

@@ -30,9 +30,9 @@ def certified(
     held_LER: BoolArray,
     low_LE: BoolArray,
 ) -> Placement:
-    """The certified placement in which rank r holds expert e where `held_LER` says so, low where `low_LE` does.
+    """The certified placement in which rank r holds expert e where `held_LER` is true, low where `low_LE` is.
 
-    `max_steps` as the solver looked at.
+    `max_steps` is the number of calibration steps that the solver looked at.
     """
     stats = problem.stats
     layers = [
@@ -101,7 +101,7 @@ def certify(
 
 
 def _oddities(problem: PlacementProblem, placement: Placement) -> list[str]:
-    """What is legal and rarely meant."""
+    """Warnings of what is legal and rarely meant."""
     warnings = []
     pairs_L = problem.stats.counts.sum(axis=(0, 2))
     idle = [str(number) for number, pairs in zip(problem.stats.layers, pairs_L.tolist(), strict=True) if not pairs]
@@ -135,7 +135,7 @@ def _mixing(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> dict
 
 
 def with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:
-    """The layer with the shares that its replicas computed; an expert that nobody used keeps its own."""
+    """The layer with the shares that its replicas computed; an unused expert keeps its own."""
     totals_E = np.bincount(layer.replicas.experts_P, pairs_P, minlength=layer.num_experts)
     totals_P = totals_E[layer.replicas.experts_P]
     shares_P = np.divide(pairs_P, totals_P, out=layer.shares_P.copy(), where=totals_P > 0)
@@ -143,7 +143,7 @@ def with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:
 
 
 def _tail(ratios: Sequence[FloatArray]) -> dict[str, float]:
-    """How the worst steps are: p90, mean of the worst tenth, and worst, each taken in every layer and averaged."""
+    """The tail of the steps: p90 and CVaR (mean of the worst tenth), both mean over layers, and the worst of all."""
     used = [np.sort(ratio_S) for ratio_S in ratios if len(ratio_S)]
     if not used:
         return {"p90": 1.0, "cvar90": 1.0, "worst": 1.0}
@@ -160,7 +160,7 @@ def _beside_standard(
     steps: Sequence[LayerSteps],
     ratios: Sequence[FloatArray],
 ) -> dict[str, float]:
-    """`standard`: what standard EP makes of the same steps. `of_standard`: what the busiest rank carries beside its."""
+    """`standard`: max/mean of standard EP. `of_standard`: load of the busiest rank as a share of standard EP's."""
     plain = contiguous(problem)
     home = EvenSplit(problem.topology.num_ranks, "home")
     standard = [step_balance(problem, one, of_layer, home).ratio_S for one, of_layer in zip(plain, steps, strict=True)]

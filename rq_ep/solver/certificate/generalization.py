@@ -16,7 +16,7 @@ from rq_ep.solver.objective.step_balance import SplitEvaluator
 FEWEST_STEPS = 16  # with fewer, held-out balance is clearly worse (measured: twice the excess at 8 steps)
 ALIKE = 1.5  # steps are compared whose pairs differ by no larger a factor
 NOTABLE = 0.03  # of max/mean: smaller differences are not worth a warning
-STANDARD_ERRORS = 3.0  # a difference is taken for real beyond so many
+STANDARD_ERRORS = 3.0  # beyond so many of them, a difference is taken to be real
 
 
 def generalization(
@@ -28,8 +28,8 @@ def generalization(
 ) -> dict[str, Any]:
     """Entries of a certificate: `halves`, `unseen` and `warnings`. Nothing is solved anew.
 
-    Unseen steps are of the same record and about as large (small ones are never as even): they tell about over-fitting
-    alone; traffic of another kind is not in them.
+    Unseen steps are of the same record and of similar size, as small steps are never as even. They show over-fitting
+    alone, not how the placement serves traffic of another kind.
 
     Args:
         problem: statistics, ranks and limits.
@@ -70,12 +70,12 @@ def generalization(
 
 
 def mean_of(ratios: Sequence[FloatArray]) -> float:
-    """max/mean, mean over the steps of each layer and then over layers; a layer nobody used is balanced."""
+    """max/mean, mean over the steps of each layer and then over layers; a layer without pairs is balanced."""
     return float(np.mean([ratio_S.mean() if len(ratio_S) else 1.0 for ratio_S in ratios]))
 
 
 def _differ(one: Sequence[FloatArray], other: Sequence[FloatArray]) -> bool:
-    """Whether two means differ by more than is notable and than steps scatter."""
+    """Whether two means differ notably, and by more than the scatter of their steps explains."""
     variance = sum(part.var(ddof=1) / len(part) for part in (*one, *other) if len(part) > 1)
     difference = abs(mean_of(one) - mean_of(other))
     return bool(difference > max(NOTABLE * mean_of(one), STANDARD_ERRORS * sqrt(variance) / len(one)))

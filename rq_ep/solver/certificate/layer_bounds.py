@@ -17,7 +17,7 @@ from rq_ep.solver.objective.objective import is_plain, least_ratio_S
 
 
 def holds_for(problem: PlacementProblem) -> str:
-    """The placements that the bound holds for, for whoever reads the certificate."""
+    """The placements that the bound holds for, in the words of the certificate."""
     return "any placement, any split" if is_plain(problem) else "any placement with the same experts low"
 
 
@@ -26,7 +26,7 @@ def bounds_of(
 ) -> tuple[Bound, list[Bound]]:
     """The bound of every placement inside the problem's limits, and that of each layer in the bytes it takes here.
 
-    Where a pair is not a pair alike, both hold for placements that store the same experts low. Where experts are lent,
+    Where pairs weigh differently, both hold for placements that store the same experts low. Where experts are lent,
     which takes room beside the placement's bytes, no number of bytes bounds.
     """
     if is_plain(problem):
@@ -42,11 +42,11 @@ def _inside_limits(
     native = stats.expert_bytes[stats.native_format]
     low = min(stats.expert_bytes[name] for name in problem.formats) if problem.max_low_precision_share else native
     pairs_LE = stats.counts.sum(axis=0)
-    least_LE, most_LE = None, None
+    fewest_LE, most_LE = None, None
     usable_R: BoolArray = np.ones(num_ranks, bool)
     if problem.rules != Rules() and not is_lending:
         allowed_LER = problem.rules.allowed_LER(stats, problem.topology)
-        least_LE = problem.rules.fixed_LER(stats, problem.topology).sum(axis=2)
+        fewest_LE = problem.rules.fixed_LER(stats, problem.topology).sum(axis=2)
         most_LE = allowed_LER.sum(axis=2)
         usable_R[~allowed_LER.any(axis=(0, 1))] = False
     budget_R = None if is_lending else problem.budget_bytes_R
@@ -61,16 +61,16 @@ def _inside_limits(
         max_low_pairs=problem.max_low_precision_share * float(pairs_LE.sum()),
         mixes=problem.mixed_replicas or any(layer.replicas.mixed_formats for layer in placement.layers),
     )
-    overall = lower_bound(steps, pairs_LE, limits, least_LE, most_LE)
+    overall = lower_bound(steps, pairs_LE, limits, fewest_LE, most_LE)
     bounds = []
-    for at, layer in enumerate(placement.layers):
+    for i, layer in enumerate(placement.layers):
         inside = replace(
             limits,
             max_bytes=None if is_lending else sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
-            max_low_pairs=layer.low_pairs(pairs_LE[at], stats.native_format),
+            max_low_pairs=layer.low_pairs(pairs_LE[i], stats.native_format),
         )
-        of_layer = [None if array is None else array[[at]] for array in (least_LE, most_LE)]
-        bounds.append(lower_bound([steps[at]], pairs_LE[[at]], inside, *of_layer))
+        of_layer = [None if array is None else array[[i]] for array in (fewest_LE, most_LE)]
+        bounds.append(lower_bound([steps[i]], pairs_LE[[i]], inside, *of_layer))
     return overall, bounds
 
 

@@ -22,7 +22,7 @@ class Survivors(NamedTuple):
     num_missing: int  # experts, over all layers, of which no rank holds a replica any more
 
 
-def survivors(current: Placement, num_ranks: int, lost_ranks: Collection[int] = ()) -> Survivors:
+def remaining_ranks(current: Placement, num_ranks: int, lost_ranks: Collection[int] = ()) -> Survivors:
     """The ranks that are not lost, renumbered in order; of more than `num_ranks`, the last ones leave.
 
     Ranks that join come after them and hold nothing.

@@ -1,4 +1,4 @@
-"""Placing where a placement serves already: on the same ranks, on more or fewer, or after some are lost."""
+"""Warm start: a placement where one serves already, on the same ranks, on more or fewer, or after some are lost."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,21 +15,21 @@ from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.migration.choose_migration import choose_migration, moved_bytes_LR
 from rq_ep.solver.migration.fit_formats import enforce_low_cap
 from rq_ep.solver.migration.plan_moves import plan_moves
-from rq_ep.solver.migration.survivors import Survivors, completed, survivors
+from rq_ep.solver.migration.survivors import Survivors, completed, remaining_ranks
 
 MIN_GAIN = 0.01  # of max/mean: for less a placement that serves is not changed
 LOW_SLACK = 0.01  # of all pairs, by which one that serves may exceed the cap on new statistics
 
 
 def place_again(
-    strategy: Strategy, problem: PlacementProblem, left: Survivors, min_gain: float = MIN_GAIN
+    strategy: Strategy, problem: PlacementProblem, survivors: Survivors, min_gain: float = MIN_GAIN
 ) -> Placement:
     """The best of staying, moving in part and moving all, at the price of what has to move.
 
     Args:
         strategy: places.
-        problem: what is asked now; its `max_moved_bytes` and `move_price` hold.
-        left: what its ranks hold.
+        problem: its `max_moved_bytes` and `move_price` hold.
+        survivors: what the ranks hold.
         min_gain: max/mean by which a placement must be better than staying.
 
     Raises:
@@ -43,35 +43,35 @@ def place_again(
     def certified(layers: Sequence[LayerPlacement]) -> Placement:
         return certify(problem, strategy, layers)
 
-    layers, stay = completed(problem, left), None
+    layers, stay = completed(problem, survivors), None
     if layers is None:
         return choose_migration(
-            problem, left.held, None, fresh, certified, min_gain, "it uses a format that --formats leaves out"
+            problem, survivors.held, None, fresh, certified, min_gain, "it uses a format that --formats leaves out"
         )
     refused = _refused(layers, problem, strategy)
     if not refused:
         stay = certified(layers)
-    suited = enforce_low_cap(problem, layers)
-    with suppress(UserError):  # the budget may be exceeded, or the search find no way from there; what is new remains
-        found = strategy.place(_within(second, left, suited), _as_it_is(problem, strategy.name, suited))
-        # Formats stay in that search, so its low pairs may be too many; a strategy may not look at what serves at all.
-        if found.low_precision_planned <= problem.max_low_precision_share + LOW_SLACK and not _same(found, fresh[0]):
-            fresh.append(found)
-        if suited is not layers:
-            fresh.append(certified(suited))
-    return choose_migration(problem, left.held, stay, fresh, certified, min_gain, refused)
+    capped = enforce_low_cap(problem, layers)
+    with suppress(UserError):  # from there, the search may not get inside the budget
+        warm = strategy.place(_within(second, survivors, capped), _as_placement(problem, strategy.name, capped))
+        # Formats stay in that search, so its low pairs may be too many; a strategy may ignore what serves.
+        if warm.low_precision_planned <= problem.max_low_precision_share + LOW_SLACK and not _same(warm, fresh[0]):
+            fresh.append(warm)
+        if capped is not layers:
+            fresh.append(certified(capped))
+    return choose_migration(problem, survivors.held, stay, fresh, certified, min_gain, refused)
 
 
-def _within(problem: PlacementProblem, left: Survivors, layers: Sequence[LayerPlacement]) -> PlacementProblem:
-    """The problem with that part of its cap on moved bytes that finding missing experts again leaves."""
+def _within(problem: PlacementProblem, survivors: Survivors, layers: Sequence[LayerPlacement]) -> PlacementProblem:
+    """The problem with the part of its cap on moved bytes that fetching missing experts leaves."""
     if problem.max_moved_bytes is None:
         return problem
-    found = int(moved_bytes_LR(left.held, layers, problem).sum())
-    return replace(problem, max_moved_bytes=max(problem.max_moved_bytes - found, 0))
+    fetched = int(moved_bytes_LR(survivors.held, layers, problem).sum())
+    return replace(problem, max_moved_bytes=max(problem.max_moved_bytes - fetched, 0))
 
 
-def _as_it_is(problem: PlacementProblem, strategy: str, layers: Sequence[LayerPlacement]) -> Placement:
-    """What serves now, within the limits or not, for a search to begin from."""
+def _as_placement(problem: PlacementProblem, strategy: str, layers: Sequence[LayerPlacement]) -> Placement:
+    """What serves now as a placement, within the limits or not: the initial solution of a search."""
     bytes_R = bytes_by_rank(layers, problem.topology.num_ranks, problem.stats.expert_bytes)
     return Placement(tuple(layers), strategy, problem.topology, tuple(bytes_R.tolist()), model=problem.stats.model)
 
@@ -79,20 +79,22 @@ def _as_it_is(problem: PlacementProblem, strategy: str, layers: Sequence[LayerPl
 def moves_to(
     placement: Placement, current: Placement | str | Path, stats: ExpertStats, lost_ranks: Sequence[int] = ()
 ) -> Moves:
-    """How the ranks get from `current` to `placement`; replayed and checked."""
-    left = left_of(current, stats, placement.topology.num_ranks, lost_ranks)
+    """The moves of the ranks from `current` to `placement`, replayed and checked."""
+    survivors = survivors_of(current, stats, placement.topology.num_ranks, lost_ranks)
     num_ranks = placement.topology.num_ranks
-    moves = plan_moves(left.held, placement, stats.expert_bytes, stats.native_format)
-    if left.ranks != tuple(range(num_ranks)):
-        moves = replace(moves, previous_ranks=(*left.ranks, *[None] * (num_ranks - len(left.ranks))))
-    moves.check(dict(zip(stats.layers, left.held, strict=True)), placement, stats.expert_bytes, stats.native_format)
+    moves = plan_moves(survivors.held, placement, stats.expert_bytes, stats.native_format)
+    if survivors.ranks != tuple(range(num_ranks)):
+        moves = replace(moves, previous_ranks=(*survivors.ranks, *[None] * (num_ranks - len(survivors.ranks))))
+    moves.check(
+        dict(zip(stats.layers, survivors.held, strict=True)), placement, stats.expert_bytes, stats.native_format
+    )
     return moves
 
 
-def left_of(
+def survivors_of(
     current: Placement | str | Path, stats: ExpertStats, num_ranks: int, lost_ranks: Sequence[int] = ()
 ) -> Survivors:
-    """What `num_ranks` ranks hold of the placement that serves now; refuses one of another model."""
+    """What `num_ranks` ranks hold of the placement that serves now; a `UserError` if that is of another model."""
     what = "the current placement" if isinstance(current, Placement) else str(current)
     if not isinstance(current, Placement):
         current = Placement.load(current)
@@ -105,7 +107,7 @@ def left_of(
             f"{stats.num_layers} layers"
         )
     current.check_bytes(stats.expert_bytes, what)
-    return survivors(current, num_ranks, lost_ranks)
+    return remaining_ranks(current, num_ranks, lost_ranks)
 
 
 def _same(one: Placement, other: Placement) -> bool:

@@ -1,4 +1,4 @@
-"""What is balanced, as a problem asks for it: pairs, their seconds, or the reading of activated experts."""
+"""The objective of a problem: to balance pairs, their seconds, or the reading of activated experts."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def described(problem: PlacementProblem) -> str:
 
 
 def is_plain(problem: PlacementProblem) -> bool:
-    """Whether a pair is a pair, in every step."""
+    """Whether every pair of every step weighs the same."""
     return problem.objective == "prefill" and problem.cost is None
 
 
@@ -43,7 +43,7 @@ def evaluator_of(problem: PlacementProblem, strategy: Strategy) -> SplitEvaluato
 def step_balance(
     problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, split: SplitEvaluator
 ) -> StepBalance:
-    """How even the layer makes the steps, in what the problem balances."""
+    """The balance of the steps over the layer, in the unit of the objective."""
     if is_plain(problem):
         return split.by_pairs(layer, steps.counts_SE)
     weight_SE, reads_S = _weights(problem, layer, steps)
@@ -56,14 +56,14 @@ def step_balance(
 
 
 def busiest_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, ratio_S: FloatArray) -> FloatArray:
-    """[S] what the busiest rank carries, in pairs, bytes or seconds: comparable where formats, and so means, differ."""
+    """[S] load of the busiest rank in pairs, bytes or seconds, which is comparable between formats of unlike means."""
     weight_SE = steps.counts_SE if is_plain(problem) else _weights(problem, layer, steps)[0]
     carried_S: FloatArray = ratio_S * weight_SE.sum(axis=1) / steps.num_ranks
     return carried_S
 
 
 def least_ratio_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps) -> FloatArray:
-    """[S] what no placement that stores the same experts low can be below, step by step, whatever its bytes.
+    """[S] lower bound on max/mean of every placement that stores the same experts low, whatever its bytes.
 
     An active expert is read whole by some rank; and of m active ones some rank reads at least ceil(m / ranks), no less
     than the smallest of them.
@@ -78,7 +78,7 @@ def least_ratio_S(problem: PlacementProblem, layer: LayerPlacement, steps: Layer
 
 
 def _weights(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps) -> tuple[FloatArray, BoolArray]:
-    """[S, E] what each expert weighs in each step, and [S] whether it is read, or computes pairs, for as long."""
+    """[S, E] weight of each expert in each step, and [S] whether the weights are those of reading, not of pairs."""
     native = problem.stats.native_format
     low_E = np.zeros(layer.num_experts, bool)
     for replica in layer.replicas:

@@ -1,7 +1,9 @@
-"""How even a layer's replicas make recorded steps, under the split that a strategy serves them with.
+"""The balance of recorded steps over a layer's replicas, under the split that a strategy serves them with.
 
 A split is evaluated in two ways: by what ranks compute, and by the experts whose weights they read. Closed rules are
 evaluated here, for many steps at once; a strategy without one by `planner_replay`.
+
+Axes: C replicas sorted by expert.
 """
 
 from abc import ABC, abstractmethod
@@ -15,8 +17,7 @@ import numpy as np
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.replicas import Replicas
-from rq_ep.solver.compiled import compiled
-from rq_ep.solver.split.min_max_split import ByExpert, split_step
+from rq_ep.solver.split.min_max_split import ByExpert, split_steps
 from rq_ep.solver.split.one_rank_per_expert import route_to_one_rank
 from rq_ep.solver.split.two_format_split import TwoFormatSplit, split_steps_in_two_formats
 
@@ -31,7 +32,7 @@ SCALE = 2**20  # whole parts that a step's mean expert is cut into, where pairs 
 
 
 class StepBalance(NamedTuple):
-    """S steps through one layer."""
+    """The balance of S steps of one layer."""
 
     ratio_S: FloatArray  # max/mean load over ranks
     pairs_P: IntArray  # that each resident replica computes, all steps together
@@ -54,7 +55,7 @@ class SplitEvaluator(Protocol):
         """
 
     def by_reading(self, layer: LayerPlacement, counts_SE: IntArray, read_SE: FloatArray) -> StepBalance:
-        """Balance of steps that wait for weights: a rank reads the whole of each replica that computes a pair.
+        """Balance of memory-bound steps: a rank reads the whole of each replica that computes a pair.
 
         Args:
             layer: the replicas.
@@ -75,7 +76,7 @@ class _ClosedSplit(ABC):
 
     @abstractmethod
     def _quotas_to_read(self, replicas: Replicas) -> Callable[[IntArray, FloatArray], IntArray]:
-        """([E] pairs, [E] weights to read) -> [C] pairs of each replica in a step that waits for weights."""
+        """([E] pairs, [E] weights to read) -> [C] pairs of each replica in a memory-bound step."""
 
     def by_pairs(self, layer: LayerPlacement, counts_SE: IntArray, weight_SE: FloatArray | None = None) -> StepBalance:
         balance = self.balance(layer.replicas, counts_SE)
@@ -120,7 +121,7 @@ class EvenSplit(_ClosedSplit):
 
 @dataclass(frozen=True)
 class ExactSplit(_ClosedSplit):
-    """The min-max split of each step; where a step waits for weights, each active expert on one rank."""
+    """The min-max split of each step; in a memory-bound step, each active expert on one rank."""
 
     rule: str = "exact"
 
@@ -128,10 +129,10 @@ class ExactSplit(_ClosedSplit):
         num_ranks, by_expert = self.num_ranks, ByExpert.of(replicas, self.num_ranks)
         counts_SE = np.ascontiguousarray(counts_SE)
         if replicas.mixing_experts:
-            tables = TwoFormatSplit.of(replicas, num_ranks).virtual
-            fullest_S, pairs_C = split_steps_in_two_formats(counts_SE, tables, num_ranks, len(replicas))
+            virtual = TwoFormatSplit.of(replicas, num_ranks).virtual
+            fullest_S, pairs_C = split_steps_in_two_formats(counts_SE, virtual, num_ranks, len(replicas))
         elif len(replicas) > by_expert.num_experts:
-            fullest_S, pairs_C = _split_exactly(counts_SE, by_expert.first_E, by_expert.ranks_C, num_ranks)
+            fullest_S, pairs_C, _ = split_steps(counts_SE, by_expert.first_E, by_expert.ranks_C, num_ranks)
         else:
             return EvenSplit(num_ranks).balance(replicas, counts_SE)
         return StepBalance(fullest_S * num_ranks / counts_SE.sum(axis=1), _in_replica_order(by_expert, pairs_C))
@@ -153,30 +154,14 @@ def _even_quotas(by_expert: ByExpert, counts_E: IntArray) -> IntArray:
 
 
 def _in_replica_order(by_expert: ByExpert, pairs_C: IntArray) -> IntArray:
+    """[P] the pairs of replicas sorted by expert, in the order of the layer's replicas."""
     pairs_P = np.zeros_like(pairs_C)
     pairs_P[by_expert.replicas_C] = pairs_C
     return pairs_P
 
 
 def _whole(weight_SE: FloatArray) -> IntArray:
-    """Weights in whole parts, fine enough that splits of parts are as good as of fractions."""
+    """[S, E] weights in whole parts, fine enough that splits of parts are as good as splits of fractions."""
     mean_S1 = weight_SE.mean(axis=1, keepdims=True)
     whole_SE: IntArray = np.rint(weight_SE / mean_S1 * SCALE).astype(np.int64)
     return whole_SE
-
-
-@compiled
-def _split_exactly(
-    counts_SE: IntArray, first_E: IntArray, ranks_C: IntArray, num_ranks: int
-) -> tuple[IntArray, IntArray]:
-    """[S] pairs of each step's fullest rank, and [C] pairs of each replica."""
-    fullest_S = np.zeros(len(counts_SE), np.int64)
-    pairs_C = np.zeros(len(ranks_C), np.int64)
-    quotas_C = np.zeros(len(ranks_C), np.int64)
-    loads_R = np.zeros(num_ranks, np.int64)
-    cut_R = np.zeros(num_ranks, np.bool_)
-    for step in range(len(counts_SE)):
-        loads_R[:] = 0
-        fullest_S[step] = split_step(counts_SE[step], first_E, ranks_C, quotas_C, loads_R, cut_R)
-        pairs_C += quotas_C
-    return fullest_S, pairs_C
