@@ -33,8 +33,8 @@ def check(name: str, matrix: str, dtype: torch.dtype, device: str = "cpu") -> fl
     ]
     assert can_multiply(x_ND, format_)
     packed = operand(format_, format_.parts(format_.views(stack.to(device), LAYOUT), matrix, LAYOUT))
-    found = grouped_product(x_ND.to(device), packed, SLOTS, ENDS).cpu().float()
-    error = float((found - torch.cat(expected)).norm() / torch.cat(expected).norm())
+    actual = grouped_product(x_ND.to(device), packed, SLOTS, ENDS).cpu().float()
+    error = float((actual - torch.cat(expected)).norm() / torch.cat(expected).norm())
     assert error < TOLERANCE[dtype], (name, matrix, dtype, error)
     return error
 
@@ -55,8 +55,8 @@ def check_unpacked(name: str, matrix: str, device: str = "cpu") -> None:
         if isinstance(format_, Int4)
         else ("mxfp4", parts["blocks"], parts["scales"])
     )
-    found = pairs_to_bf16(kind, codes.view(*scale.shape, -1).to(device), scale.to(device))
-    assert torch.equal(found.cpu(), expected.bfloat16()), (name, matrix)
+    actual = pairs_to_bf16(kind, codes.view(*scale.shape, -1).to(device), scale.to(device))
+    assert torch.equal(actual.cpu(), expected.bfloat16()), (name, matrix)
 
 
 if __name__ == "__main__":

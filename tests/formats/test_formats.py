@@ -38,13 +38,13 @@ def test_round_trip_stays_within_the_declared_error(name: str, layout: ExpertLay
     weights[layout.matrices[0]][0] = 0  # a row of zeros must not divide by its largest weight
     views = format_.views(format_.pack(weights, layout), layout)
     for tensor, weight in weights.items():
-        found = format_.dequantize(views, tensor, layout, torch.float32)
-        assert found.shape == weight.shape
+        actual = format_.dequantize(views, tensor, layout, torch.float32)
+        assert actual.shape == weight.shape
         if tensor in layout.matrices:
             largest = weight.abs().amax(1 - layout.out_axis(tensor), keepdim=True)
-            assert ((found - weight).abs() <= format_.max_error * largest).all()
+            assert ((actual - weight).abs() <= format_.max_error * largest).all()
         else:
-            assert ((found - weight).abs() <= torch.finfo(torch.bfloat16).eps * weight.abs()).all()
+            assert ((actual - weight).abs() <= torch.finfo(torch.bfloat16).eps * weight.abs()).all()
 
 
 @EVERY
@@ -76,10 +76,10 @@ def test_linear_is_the_product_with_the_dequantized_matrix(
         expected = x.float() @ weight
         if f"{matrix}_bias" in layout.shapes:
             expected += format_.dequantize(views, f"{matrix}_bias", layout, torch.float32)
-        found = format_.linear(x, views, matrix, layout)
-        assert found.dtype == dtype
+        actual = format_.linear(x, views, matrix, layout)
+        assert actual.dtype == dtype
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
-        torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance * len(weight) ** 0.5)
+        torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance * len(weight) ** 0.5)
 
 
 @EVERY
@@ -144,14 +144,14 @@ def test_blocks_of_channels_give_the_whole_product(name: str, monkeypatch: pytes
 @pytest.mark.parametrize("name", LOW_BIT)
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("where", ["down_proj", "gate_up_proj_bias"])
-def test_what_is_not_finite_is_refused(name: str, bad: float, where: str) -> None:
+def test_weights_that_are_not_finite_are_refused(name: str, bad: float, where: str) -> None:
     weights = weights_of(LAYOUTS["transposed"])
     weights[where].view(-1)[-1] = bad
     with pytest.raises(UserError, match=where):
         FORMATS[name].pack(weights, LAYOUTS["transposed"])
 
 
-def test_what_has_no_place_is_refused() -> None:
+def test_missing_tensors_and_unknown_formats_are_refused() -> None:
     layout = LAYOUTS["gated"]
     with pytest.raises(UserError, match="down_proj"):
         FORMATS["int8"].pack({"gate_up_proj": torch.zeros(24, 20)}, layout)

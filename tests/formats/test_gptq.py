@@ -35,10 +35,10 @@ def moments_of(layout: ExpertLayout) -> dict[str, Tensor]:
 
 def output_error(format_: Int4, packed: Tensor, weights: dict[str, Tensor], layout: ExpertLayout, name: str) -> float:
     """On other rows of the same kind."""
-    found = format_.dequantize(format_.views(packed, layout), name, layout, torch.float32)
-    exact, found = (w.T if layout.is_transposed else w for w in (weights[name], found))
+    rounded = format_.dequantize(format_.views(packed, layout), name, layout, torch.float32)
+    exact, rounded = (w.T if layout.is_transposed else w for w in (weights[name], rounded))
     x_NI = outlier_rows(256, exact.shape[1], 2)
-    return float((x_NI @ (found - exact).T).norm() / (x_NI @ exact.T).norm())
+    return float((x_NI @ (rounded - exact).T).norm() / (x_NI @ exact.T).norm())
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, TRANSPOSED], ids=["plain", "transposed"])
@@ -62,16 +62,16 @@ def test_independent_inputs_are_rounded_to_nearest(moment: float) -> None:
         assert torch.equal(pack_gptq(format_, weights, moments, LAYOUT), format_.pack(weights, LAYOUT))
 
 
-def test_inputs_never_seen_do_no_harm() -> None:
+def test_inputs_that_are_always_zero_give_finite_weights() -> None:
     """Fewer rows than inputs, and inputs that are always zero: the moments have no inverse of their own."""
     weights, rows = random_weights(LAYOUT), outlier_rows(8, 128, 1)
     rows[:, 5] = 0
     moments = moments_of(LAYOUT) | {"gate_up_proj": second_moments(rows)}
-    found = INT4[0].views(pack_gptq(INT4[0], weights, moments, LAYOUT), LAYOUT)
-    assert INT4[0].dequantize(found, "gate_up_proj", LAYOUT, torch.float32).isfinite().all()
+    views = INT4[0].views(pack_gptq(INT4[0], weights, moments, LAYOUT), LAYOUT)
+    assert INT4[0].dequantize(views, "gate_up_proj", LAYOUT, torch.float32).isfinite().all()
 
 
-def test_what_says_nothing_is_refused() -> None:
+def test_moments_without_information_are_refused() -> None:
     weights, moments = random_weights(LAYOUT), moments_of(LAYOUT)
     for bad, message in (
         (torch.zeros(72, 72), "no calibration row reached 'down_proj'"),

@@ -54,7 +54,7 @@ def test_compiled_loops_give_the_bits_of_tensor_operations(name: str, shape: tup
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (5, 48), (33, 1)], ids=str)
-def test_channels_are_scaled_in_place_whichever_way_they_lie(shape: tuple[int, int]) -> None:
+def test_channels_are_scaled_in_place_in_either_memory_order(shape: tuple[int, int]) -> None:
     out = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     scale = torch.rand(shape[1], generator=torch.Generator().manual_seed(1))
     expected = (out.float() * scale).bfloat16()
@@ -71,9 +71,9 @@ def test_every_8_bit_number_comes_out_exactly() -> None:
     levels, _ = LOW_BIT["int8"].expand({"levels": every.view(torch.int8), "scale": ones}, 256, torch.bfloat16)
     assert torch.equal(levels, every.view(torch.int8).bfloat16())
     numbers = every.view(torch.float8_e4m3fn)
-    found, _ = LOW_BIT["fp8"].expand({"numbers": numbers, "scale": ones}, 256, torch.bfloat16)
+    actual, _ = LOW_BIT["fp8"].expand({"numbers": numbers, "scale": ones}, 256, torch.bfloat16)
     is_number = ~numbers.float().isnan()
-    assert torch.equal(found[is_number], numbers.bfloat16()[is_number])
+    assert torch.equal(actual[is_number], numbers.bfloat16()[is_number])
 
 
 def by_hand(format_: Quantized, parts: dict[str, Tensor], o: int, i: int) -> float:
@@ -174,8 +174,8 @@ def test_the_packed_kernel_runs_only_where_it_is_right(
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(1) or kernel(*args))
     random = torch.Generator().manual_seed(0)
     weight, x = torch.randn(37, num_in, generator=random), torch.randn(num_rows, num_in, generator=random).bfloat16()
-    found = Int8().product(x, Int8().quantize(weight))
+    actual = Int8().product(x, Int8().quantize(weight))
     assert bool(calls) == (num_in % 16 == 0 and num_rows <= 8) == can_multiply_packed(x)
     expected = x.float() @ dequantized(LOW_BIT["int8"], weight).T
-    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2 * num_in**0.5)
+    torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=2e-2 * num_in**0.5)
     assert not can_multiply_packed(x.float())

@@ -96,7 +96,7 @@ def test_every_family_is_recorded_without_changing_what_it_computes(family: str,
     recipe = tiny.TrainingRecipe(family, steps=2, num_experts=8, num_layers=2, hidden_size=32, intermediate_size=16)
     tiny.tiny_model(tmp_path / "model", recipe)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    modules = [found.module for found in find_expert_modules(model)]
+    modules = [experts.module for experts in find_expert_modules(model)]
     tokens_BT = torch.arange(96).view(3, 32)
     with torch.no_grad():
         plain = model(tokens_BT).logits
@@ -110,7 +110,7 @@ def test_every_family_is_recorded_without_changing_what_it_computes(family: str,
     assert (stats.hidden_size, stats.intermediate_size) == (32, 16)
 
 
-def test_small_sample_is_pointed_out(tiny_checkpoint, caplog) -> None:
+def test_a_small_sample_is_warned_about(tiny_checkpoint, caplog) -> None:
     seen = []
     calibrate(
         tiny_checkpoint, {"d": ["ab" * 999]}, formats=[], sequence_length=16, max_tokens=160,
@@ -123,7 +123,7 @@ def test_small_sample_is_pointed_out(tiny_checkpoint, caplog) -> None:
 def test_recording_changes_no_result_and_leaves_no_trace(tiny_checkpoint) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     tokens_BT = torch.arange(96).view(3, 32)
-    modules = [found.module for found in find_expert_modules(model)]
+    modules = [experts.module for experts in find_expert_modules(model)]
     with torch.no_grad():
         plain = model(tokens_BT).logits
         with recording(modules, 8, rows_per_batch=4) as records:
@@ -171,7 +171,7 @@ def test_an_expert_without_inputs_is_measured_on_those_of_the_others(tiny_checkp
     ("settings", "message"),
     [({"formats": ["bf16", "int9"]}, "did you mean 'int8'"), ({"sequence_length": 513}, "at most 512 tokens")],
 )
-def test_what_cannot_be_done_is_refused(tiny_checkpoint, settings, message: str) -> None:
+def test_unsupported_settings_are_refused(tiny_checkpoint, settings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         calibrate(tiny_checkpoint, {"d": ["text " * 1000]}, **settings)
 

@@ -46,12 +46,12 @@ def test_dropping_any_expert_costs_something_and_leaves_the_model_whole(network,
 
 def test_fewer_bits_cost_more_and_the_weights_come_back(network, batches) -> None:
     experts = find_expert_modules(network)
-    before = [parameter.clone() for found in experts for parameter in found.module.parameters()]
+    before = [parameter.clone() for layer in experts for parameter in layer.module.parameters()]
     formats = [get_format(name) for name in ("fp32", "bf16", "int8")]
     lost_LEQ = kl_when_quantized_LEQ(
         KLDivergence(network, batches), experts, family_of(experts[0].module).layout, formats
     )
-    after = [parameter for found in experts for parameter in found.module.parameters()]
+    after = [parameter for layer in experts for parameter in layer.module.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert np.allclose(lost_LEQ[..., 0], 0, atol=1e-9)
     assert lost_LEQ[..., 2].mean() > 1e-8

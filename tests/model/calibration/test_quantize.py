@@ -63,7 +63,7 @@ def test_the_bytes_written_are_the_bytes_served(
                     assert torch.equal(bank.packed(expert), stored)
 
 
-def test_what_is_written_already_is_kept_and_what_differs_is_written_anew(
+def test_written_layers_are_kept_and_other_settings_write_them_anew(
     written: PackedExperts, tiny_checkpoint: Path, text: Path, placement: Placement, tmp_path: Path
 ) -> None:
     settings = {"placement": placement, "rounding": "nearest"}
@@ -80,7 +80,7 @@ def test_what_is_written_already_is_kept_and_what_differs_is_written_anew(
 
 
 @pytest.mark.parametrize("rounding", list(ROUNDINGS))
-def test_ranks_write_what_one_process_writes(
+def test_ranks_write_the_same_experts_as_one_process(
     rounding: str, tiny_checkpoint: Path, text: Path, placement: Placement, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"placement": placement, "rounding": rounding, "texts": text, **SAMPLE}
@@ -89,11 +89,11 @@ def test_ranks_write_what_one_process_writes(
         3, lambda group: quantize(tiny_checkpoint, tmp_path / "two", dtype=torch.float32, group=group, **settings)
     )
     for layer in range(2):
-        expected, found = load_file(one.file(layer)), load_file(two.file(layer))
-        assert found.keys() == expected.keys() != set()
+        expected, actual = load_file(one.file(layer)), load_file(two.file(layer))
+        assert actual.keys() == expected.keys() != set()
         for key, packed in expected.items():
-            assert is_intact(found[key])
-            differing = float((found[key] != packed).double().mean())
+            assert is_intact(actual[key])
+            differing = float((actual[key] != packed).double().mean())
             assert differing == 0 if rounding == "nearest" else differing < 0.01  # inputs differ in their last bits
     stages: list[str] = []
     settings["progress"] = lambda stage, done, total: stages.append(f"{stage} {done}/{total}")
@@ -101,7 +101,7 @@ def test_ranks_write_what_one_process_writes(
     assert set(stages) == {"quantizing 0/0"}, "all of it is there"
 
 
-def test_error_is_measured_on_the_written_bytes(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_error_is_measured_on_the_packed_experts(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     identity = model_identity(tiny_checkpoint)
     quantize(tiny_checkpoint, tmp_path / "experts", formats=["int8"], rounding="nearest")
     plain = calibrate(tiny_checkpoint, text, formats=["int8"], **SAMPLE)
@@ -112,8 +112,8 @@ def test_error_is_measured_on_the_written_bytes(tiny_checkpoint: Path, text: Pat
     layout = network.rq_ep.layers[0].banks[0].layout
     wrong = get_format("int8").pack({name: torch.ones(shape) for name, shape in layout.shapes.items()}, layout)
     worse.write(0, {}, {(5, "int8"): wrong})
-    found = calibrate(tiny_checkpoint, text, formats=["int8"], packed_experts=worse.path, **SAMPLE)
-    changed = np.argwhere(found.error[..., 1] != plain.error[..., 1])
+    measured = calibrate(tiny_checkpoint, text, formats=["int8"], packed_experts=worse.path, **SAMPLE)
+    changed = np.argwhere(measured.error[..., 1] != plain.error[..., 1])
     assert changed.tolist() == [[0, 5]]
 
 
@@ -122,8 +122,10 @@ def test_calibrated_rounding_is_better_than_nearest(tiny_checkpoint: Path, text:
     for rounding in ROUNDINGS:
         quantize(tiny_checkpoint, tmp_path / rounding, formats=["int4_g64"], rounding=rounding, texts=text)
         held_out = tiny_checkpoint / "text" / "held-out"
-        found = calibrate(tiny_checkpoint, held_out, formats=["int4_g64"], packed_experts=tmp_path / rounding, **SAMPLE)
-        errors[rounding] = found.error[..., 1].mean()
+        measured = calibrate(
+            tiny_checkpoint, held_out, formats=["int4_g64"], packed_experts=tmp_path / rounding, **SAMPLE
+        )
+        errors[rounding] = measured.error[..., 1].mean()
     assert errors["calibrated"] < 0.9 * errors["nearest"]
 
 

@@ -47,8 +47,8 @@ def test_recorder_sees_what_the_routers_of_a_loaded_model_choose(tiny_checkpoint
     tokens_BT = torch.arange(30).reshape(2, 15)
     dense = load_whole_model(tiny_checkpoint, torch.float32, torch.device("cpu"))
     seen = []
-    for found in find_expert_modules(dense):
-        found.module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1:]))
+    for experts in find_expert_modules(dense):
+        experts.module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1:]))
     with torch.no_grad():
         dense(tokens_BT)
     model = rq_ep.load(tiny_checkpoint, dtype=torch.float32, device="cpu")

@@ -120,7 +120,7 @@ def test_fused_experts_of_another_number_are_refused(checkpoints: dict[str, Path
         reader(copy)
 
 
-def test_what_transformers_ignores_is_ignored(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_tensors_that_transformers_ignores_are_ignored(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoints["deepseek_v3"], tmp_path / "copy")
     edit(copy, lambda t: t.update({"model.layers.61.eh_proj.weight": torch.ones(3)}))  # multi-token prediction
     edit(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
@@ -165,9 +165,9 @@ def test_configurations_that_cannot_be_served_are_refused(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_dense_model_is_read_whole(family: str, checkpoints: dict[str, Path]) -> None:
-    found = load_whole_model(checkpoints[family], torch.float32, torch.device("cpu")).state_dict()
+    actual = load_whole_model(checkpoints[family], torch.float32, torch.device("cpu")).state_dict()
     expected = random_model(FAMILIES[family]).state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(

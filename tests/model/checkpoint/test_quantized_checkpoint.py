@@ -137,7 +137,7 @@ FORMAT_OF = {name: written[3] for name, written in WRITTEN.items()} | {"mxfp4": 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_spread_over_ranks_it_equals_the_whole_model(name: str, written: Callable[[str], Path]) -> None:
+def test_sharded_over_ranks_it_equals_the_whole_model(name: str, written: Callable[[str], Path]) -> None:
     path = written(name)
     tokens = prompt(2, 9)
     whole = load_whole_model(path, torch.float32, torch.device("cpu"))

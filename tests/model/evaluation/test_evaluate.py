@@ -52,8 +52,8 @@ def rows(tiny_checkpoint: Path, placements: dict[str, Placement]) -> dict[str, E
         Candidate("all int8", make_strategy("standard"), placements["all int8"]),
     ]
     text = tiny_checkpoint / "text" / "held-out"
-    found = compare(tiny_checkpoint, text, candidates, num_ranks=NUM_RANKS, max_tokens=8192)
-    return {row.label: row for row in found}
+    evaluations = compare(tiny_checkpoint, text, candidates, num_ranks=NUM_RANKS, max_tokens=8192)
+    return {row.label: row for row in evaluations}
 
 
 def test_rows_come_in_order_and_count_predicted_tokens(rows: dict[str, Evaluation]) -> None:
@@ -84,7 +84,7 @@ def test_perplexity_is_that_of_a_trained_byte_model(rows: dict[str, Evaluation])
     assert 0 < dense.error < 0.2 * dense.mean
 
 
-def test_loads_and_times_make_sense(rows: dict[str, Evaluation]) -> None:
+def test_loads_and_times_are_consistent(rows: dict[str, Evaluation]) -> None:
     for row in rows.values():
         assert 1 <= row.imbalance_mean <= row.imbalance_worst <= NUM_RANKS
         assert row.sorted_loads_R.mean() == pytest.approx(1)
@@ -98,7 +98,7 @@ def test_bytes_are_those_of_the_placement(rows: dict[str, Evaluation], placement
     assert max(rows["rq"].bytes_R) <= max(rows["standard"].bytes_R)
 
 
-def test_only_llep_moves_experts_and_needs_room_for_them(rows: dict[str, Evaluation]) -> None:
+def test_only_llep_moves_experts_and_needs_buffers_for_them(rows: dict[str, Evaluation]) -> None:
     assert max(rows["llep"].bytes_R) > max(rows["standard"].bytes_R)
     assert [label for label, row in rows.items() if row.transfer_bytes > 0] == ["llep"]
 
@@ -109,7 +109,7 @@ def test_plain_values_for_json(rows: dict[str, Evaluation]) -> None:
     assert len(values["sorted_loads_R"]) == len(values["bytes_R"]) == NUM_RANKS
 
 
-def test_one_contender_alone_finds_the_same(tiny_checkpoint: Path, rows: dict[str, Evaluation]) -> None:
+def test_one_candidate_alone_gets_the_same_figures(tiny_checkpoint: Path, rows: dict[str, Evaluation]) -> None:
     (row,) = compare(
         tiny_checkpoint, tiny_checkpoint / "text" / "held-out", [Candidate("standard", STRATEGIES["standard"]())],
         num_ranks=NUM_RANKS, max_tokens=8192, noise_floor=False, greedy_tokens=0,
@@ -149,8 +149,8 @@ def test_standard_error_is_that_of_the_mean_over_windows() -> None:
 
 def test_routing_shift_counts_choices_that_are_missing() -> None:
     dense = [torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])]
-    found = [torch.tensor([[1, 0], [2, 9], [4, 5], [8, 9]])]
-    assert routing_shift(dense, found, 2) == [[0.25, 0.5]]
+    shifted = [torch.tensor([[1, 0], [2, 9], [4, 5], [8, 9]])]
+    assert routing_shift(dense, shifted, 2) == [[0.25, 0.5]]
     assert routing_shift(dense, dense, 4) == [[0, 0, 0, 0]]
 
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the three processes found, under names of checks."""
+    """What each of the three processes measured, under names of checks."""
     directory = tmp_path_factory.mktemp("dist")
     for name, config in MODELS.items():
         save(random_model(config), directory / name)
@@ -55,8 +55,8 @@ def work(rank: int, directory: Path) -> None:
                 findings[f"error/{name}/{group.size}"] = run_strategies(directory / name, MODELS[name], group)
     for name in GENERATING:
         findings[f"tokens/{name}"] = generate(directory / name, GENERATING[name], world)
-    found = load(directory / "olmoe", device="cpu").rq_ep.layers[0].group
-    findings["found group"] = [found.rank, found.size]
+    default = load(directory / "olmoe", device="cpu").rq_ep.layers[0].group
+    findings["default group"] = [default.rank, default.size]
     findings["bytes"] = bytes_of(directory / "olmoe", world)
     findings["problem"] = problem(lambda: load(directory / ("olmoe" if rank != 1 else "nothing"), group=world))
     world.barrier()
@@ -123,22 +123,22 @@ def test_every_strategy_equals_the_dense_model(findings: list[dict[str, Any]], n
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_generate_survives_ranks_that_finish_apart(findings: list[dict[str, Any]], name: str) -> None:
-    for rank, found in enumerate(findings):
-        loaded, dense = found[f"tokens/{name}"]
+    for rank, finding in enumerate(findings):
+        loaded, dense = finding[f"tokens/{name}"]
         assert loaded == dense, f"rank {rank}"
         prompt_length = 1 if GENERATING[name].is_encoder_decoder else 4 + rank
         assert len(loaded) == prompt_length + (3, 11, 6)[rank]
 
 
-def test_the_group_is_found_where_none_is_named(findings: list[dict[str, Any]]) -> None:
-    assert [found["found group"] for found in findings] == [[0, 3], [1, 3], [2, 3]]
+def test_the_default_group_is_the_launchers(findings: list[dict[str, Any]]) -> None:
+    assert [finding["default group"] for finding in findings] == [[0, 3], [1, 3], [2, 3]]
 
 
 def test_each_process_reads_its_own_experts(findings: list[dict[str, Any]]) -> None:
     dense = random_model(MODELS["olmoe"]).state_dict()
     experts = sum(tensor.nbytes for name, tensor in dense.items() if ".mlp.experts." in name)
     others = sum(tensor.nbytes for tensor in dense.values()) - experts
-    sizes = [found["bytes"] for found in findings]
+    sizes = [finding["bytes"] for finding in findings]
     assert all(size["resident"] == size["placed"] for size in sizes)
     assert all(size["read"] - others == pytest.approx(size["placed"], rel=0.01) for size in sizes)
     assert all(size["read"] - others <= experts * 3 / 8 for size in sizes)
@@ -146,6 +146,6 @@ def test_each_process_reads_its_own_experts(findings: list[dict[str, Any]]) -> N
 
 
 def test_one_rank_with_a_problem_stops_all(findings: list[dict[str, Any]]) -> None:
-    (problem,) = {found["problem"] for found in findings}
+    (problem,) = {finding["problem"] for finding in findings}
     assert problem.startswith("rank 1: ")
     assert "no such directory" in problem

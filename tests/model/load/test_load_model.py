@@ -90,8 +90,8 @@ def test_a_machine_lets_strategies_weigh_transfers(checkpoints: dict[str, Path])
         load(path, strategy=auto, num_local_ranks=2)
     expected = logits(AutoModelForCausalLM.from_pretrained(path))
     for strategy in (auto, make_strategy("rq_llep"), make_strategy("rq")):
-        found = logits(load(path, strategy=strategy, num_local_ranks=2, machine="h200"))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        actual = logits(load(path, strategy=strategy, num_local_ranks=2, machine="h200"))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     with pytest.raises(UserError, match="did you mean 'h200'"):
         load(path, num_local_ranks=2, machine="h2000")
 
@@ -242,17 +242,17 @@ def test_rows_and_borrowed_experts_are_counted_before_loading(
     layout = family_of(find_expert_modules(random_model(FAMILIES["mixtral"]))[0].module).layout
     size, low = (get_format(name).nbytes(layout) for name in ("fp32", "int8"))
     path, settings = checkpoints["mixtral"], {"num_local_ranks": 2, "device": "cpu"}
-    found = load(path, strategy=lend, max_tokens=64, **settings).rq_ep
-    assert (found.rank_bytes.borrowed, found.rank_bytes.repacked) == (size, 4 * low * len(found.layers))
-    assert found.layers[0].banks[0].borrow_buffers.max_bytes == size
-    assert found.layers[0].banks[1].borrow_buffers is found.layers[1].banks[1].borrow_buffers
-    assert [found.layers[0].banks[0].borrow_buffers.is_last(number) for number in range(2)] == [False, True]
+    report = load(path, strategy=lend, max_tokens=64, **settings).rq_ep
+    assert (report.rank_bytes.borrowed, report.rank_bytes.repacked) == (size, 4 * low * len(report.layers))
+    assert report.layers[0].banks[0].borrow_buffers.max_bytes == size
+    assert report.layers[0].banks[1].borrow_buffers is report.layers[1].banks[1].borrow_buffers
+    assert [report.layers[0].banks[0].borrow_buffers.is_last(number) for number in range(2)] == [False, True]
     few = load(path, strategy=lend, max_tokens=64, max_dispatch_bytes=1024, **settings).rq_ep
-    assert 0 < few.rank_bytes.step < found.rank_bytes.step
+    assert 0 < few.rank_bytes.step < report.rank_bytes.step
     assert load(path, strategy="llep", **settings).rq_ep.rank_bytes.borrowed == 3 * size, "all of rank 0"
     assert load(path, strategy=make_strategy("llep", max_borrowed=1), **settings).rq_ep.rank_bytes.borrowed == size
     assert str(load(path, **settings).rq_ep.rank_bytes).endswith("0 GiB to borrow, steps of unknown size")
-    monkeypatch.setattr(memory, "available_bytes", lambda device: found.rank_bytes.total - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: report.rank_bytes.total - 1)
     with pytest.raises(UserError, match=r"for the largest step; but cpu has .*--max-num-batched-tokens or --max-dis"):
         load(path, strategy=lend, max_tokens=64, **settings)
     with pytest.raises(UserError, match="max_tokens 0"):

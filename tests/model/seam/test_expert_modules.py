@@ -45,10 +45,10 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 )
 def test_routed_experts_are_found_on_the_meta_device(family: str, layers: tuple[int, ...]) -> None:
     config = FAMILIES[family]
-    found = find_expert_modules(meta_model(config))
-    assert [(layer, name) for layer, name, _ in found] == [(i, f"model.layers.{i}.mlp.experts") for i in layers]
-    assert {experts.num_experts for experts in found} == {5 if family in ("mixtral", "gpt_oss") else 8}
-    assert {tensor.device.type for experts in found for tensor in experts.module.parameters()} == {"meta"}
+    modules = find_expert_modules(meta_model(config))
+    assert [(layer, name) for layer, name, _ in modules] == [(i, f"model.layers.{i}.mlp.experts") for i in layers]
+    assert {experts.num_experts for experts in modules} == {5 if family in ("mixtral", "gpt_oss") else 8}
+    assert {tensor.device.type for experts in modules for tensor in experts.module.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +67,7 @@ def test_a_family_computes_what_its_experts_compute(family: str) -> None:
         torch.testing.assert_close(out_TD, expected_TD, atol=1e-6, rtol=1e-5)
 
 
-def test_a_family_keeps_no_weights_alive() -> None:
+def test_a_family_holds_no_reference_to_weights() -> None:
     model = random_model(FAMILIES["gpt_oss"])
     experts = find_expert_modules(model)[0].module
     description = family_of(experts)
@@ -79,7 +79,7 @@ def test_a_family_keeps_no_weights_alive() -> None:
     assert description.apply_gate(torch.ones(2, 8)).shape == (2, 4)
 
 
-def test_experts_without_a_gate_fit() -> None:
+def test_experts_without_a_gate_are_supported() -> None:
     config = NemotronHConfig(
         **SMALL, layers_block_type=["moe", "attention"], n_routed_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=24, moe_shared_expert_intermediate_size=24, n_group=1, topk_group=1,
@@ -135,7 +135,7 @@ def add_norm(model: PreTrainedModel) -> None:
         (add_norm, r"layers\.1\.mlp\.experts normalizes the output"),
     ],
 )
-def test_layers_that_do_not_fit_are_named(change: object, message: str) -> None:
+def test_unsupported_layers_are_named(change: object, message: str) -> None:
     model = meta_model(FAMILIES["mixtral"])
     change(model)
     with pytest.raises(UserError, match=message):

@@ -59,10 +59,10 @@ def test_rebuilt_layers_compute_the_same() -> None:
     switch.adapt(model)
     torch.testing.assert_close(logits(model, TOKENS), expected, atol=1e-6, rtol=1e-6)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    found = find_expert_modules(model)
-    assert tuple(experts.layer_index for experts in found) == LAYERS
-    assert found[1].name == "decoder.block.0.layer.2.mlp.experts"
-    family = family_of(found[0].module)
+    modules = find_expert_modules(model)
+    assert tuple(experts.layer_index for experts in modules) == LAYERS
+    assert modules[1].name == "decoder.block.0.layer.2.mlp.experts"
+    family = family_of(modules[0].module)
     assert dict(family.layout.shapes) == {"up_proj": (48, 64), "down_proj": (64, 48)}
     assert torch.equal(family.apply_gate(torch.tensor([-1.0, 3.0])), torch.tensor([0.0, 3.0]))
 

@@ -22,13 +22,13 @@ def sample(texts: windows.Texts, **settings: int) -> windows.Windows:
 
 
 def test_domains_share_the_tokens_and_take_turns() -> None:
-    found = sample({"a": ["a" * 1000], "b": ["b" * 400, "b" * 600], "c": ["c" * 1000]})
-    assert found.domains == ("a", "b", "c")
-    assert [batch.domain for batch in found.batches] == [0, 1, 2, 0, 1, 2]
-    assert (found.num_windows, found.num_tokens) == (12, 96)
-    for batch in found.batches:
+    sampled = sample({"a": ["a" * 1000], "b": ["b" * 400, "b" * 600], "c": ["c" * 1000]})
+    assert sampled.domains == ("a", "b", "c")
+    assert [batch.domain for batch in sampled.batches] == [0, 1, 2, 0, 1, 2]
+    assert (sampled.num_windows, sampled.num_tokens) == (12, 96)
+    for batch in sampled.batches:
         assert batch.tokens_BT.shape == (2, 8)
-        assert bytes(batch.tokens_BT.flatten().tolist()).decode() == found.domains[batch.domain] * 16
+        assert bytes(batch.tokens_BT.flatten().tolist()).decode() == sampled.domains[batch.domain] * 16
 
 
 def test_windows_come_from_all_over_the_text() -> None:
@@ -53,17 +53,17 @@ def test_short_documents_are_joined_and_nothing_is_repeated(documents: list[str]
         with pytest.raises(UserError, match="does not fill one window"):
             sample({"d": documents}, max_tokens=10_000)
         return
-    found = sample({"d": documents}, max_tokens=10_000)
-    assert found.num_windows == total // 8
-    used = torch.cat([batch.tokens_BT.flatten() for batch in found.batches]).bincount(minlength=256)
+    sampled = sample({"d": documents}, max_tokens=10_000)
+    assert sampled.num_windows == total // 8
+    used = torch.cat([batch.tokens_BT.flatten() for batch in sampled.batches]).bincount(minlength=256)
     there = torch.tensor(list("".join(documents).encode())).bincount(minlength=256)
     assert (used <= there).all()
 
 
 def test_a_domain_too_short_for_a_window_is_left_out_and_named(caplog) -> None:
-    found = sample({"long": ["x" * 100], "short": ["y"]})
-    assert found.domains == ("long",)
-    assert {batch.domain for batch in found.batches} == {0}
+    sampled = sample({"long": ["x" * 100], "short": ["y"]})
+    assert sampled.domains == ("long",)
+    assert {batch.domain for batch in sampled.batches} == {0}
     assert "short" in caplog.text
 
 
@@ -110,7 +110,7 @@ def test_files_given_by_themselves_are_domains_and_strings_are_text(library: Pat
 
 
 @pytest.mark.parametrize("texts", [[1], ["a", None], {"x": [b"bytes"]}, {"x": [Path("here")]}])
-def test_what_is_no_text_is_refused(texts) -> None:
+def test_files_that_are_not_text_are_refused(texts) -> None:
     with pytest.raises(UserError, match="must be a text"):
         read_texts(texts)
 
