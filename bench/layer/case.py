@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.layer.published import Shape
@@ -20,7 +19,7 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner, Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.costs import Profile
-from rq_ep.formats import FORMATS, ExpertLayout, get_format, native_format_name
+from rq_ep.formats import FORMATS, get_format, native_format_name
 from rq_ep.moe import ExpertFamily
 
 NUM_CALIBRATION_STEPS = 16
@@ -185,13 +184,7 @@ class Case:
 
 
 def _family(shape: Shape) -> ExpertFamily:
-    D, F_ = shape.hidden_size, shape.intermediate_size
-    return ExpertFamily(ExpertLayout({"gate_up_proj": (2 * F_, D), "down_proj": (D, F_)}), silu_gate)
-
-
-def silu_gate(up_NF: Tensor) -> Tensor:
-    gate, up = up_NF.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return ExpertFamily.gated(shape.hidden_size, shape.intermediate_size)
 
 
 def _count(ids_TK: IntArray, shape: Shape) -> IntArray:

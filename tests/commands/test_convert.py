@@ -71,8 +71,8 @@ def test_there_and_back_and_judged(
         assert list(one.replicas) == list(other.replicas)
         np.testing.assert_allclose(one.shares_P, other.shares_P)
     assert after.bytes_R == before.bytes_R
-    judge = ["simulate", f"--stats={stats}", f"--placement={back}", "--strategies=eplb", "--num-ranks=4"]
-    assert main([*judge, f"--json={tmp_path / 'rows.json'}"]) == 0
+    simulate = ["simulate", f"--stats={stats}", f"--placement={back}", "--strategies=eplb", "--num-ranks=4"]
+    assert main([*simulate, f"--json={tmp_path / 'rows.json'}"]) == 0
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["placement"] == "back.json"
     assert row["imbalance_mean"] == pytest.approx(before.certificate["predicted"], rel=0.02)
