@@ -1,6 +1,6 @@
 """The strategy contract: two pure decisions at two speeds, and everything that others ask of a strategy.
 
-Whoever needs to know what a strategy does reads an attribute declared here; nobody compares names or classes.
+What a strategy does is read from the attributes declared here; no code compares names or classes of strategies.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ class Summary(NamedTuple):
     """A strategy in one clause each: its row in the README's table."""
 
     experts: str = ""  # where experts live
-    pairs: str = ""  # who computes a step's tokens
+    pairs: str = ""  # which rank computes a step's tokens
     source: str = ""  # paper or code
 
 
@@ -45,9 +45,9 @@ class Strategy(ABC):
     split: ClassVar[SplitRule | None] = None
     lends: ClassVar[bool] = False  # whether its plans may transfer experts for a step
     serves_replicas: ClassVar[bool] = True  # whether its planner takes layers with several replicas of an expert
-    counts_replicas: ClassVar[bool] = False  # whether `num_redundant_experts` may be asked of `place`
-    may_mix_formats: ClassVar[bool] = False  # whether `mixed_replicas` may be asked of `place`
-    needs_low_format: ClassVar[bool] = False  # whether `place` needs a format below the native one, calibrated
+    counts_replicas: ClassVar[bool] = False  # whether its `place` takes `num_redundant_experts`
+    may_mix_formats: ClassVar[bool] = False  # whether its `place` takes `mixed_replicas`
+    needs_low_format: ClassVar[bool] = False  # whether its `place` needs a format below the native one, calibrated
 
     # These may be settings: a field of a subclass takes the place of the default.
     max_borrowed: int | None = None  # experts that a rank borrows in a step; None: all that it does not hold

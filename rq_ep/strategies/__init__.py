@@ -26,7 +26,7 @@ def names_where(trait: Callable[[type[Strategy]], bool]) -> tuple[str, ...]:
     return tuple(name for name, kind in STRATEGIES.items() if trait(kind))
 
 
-# Those that place in the native format alone, and so a model that nobody has calibrated.
+# Those that place in the native format alone, and so a model that was not calibrated.
 NATIVE_STRATEGIES = names_where(lambda kind: not kind.needs_low_format)
 
 
@@ -79,7 +79,7 @@ def _imported(name: str) -> object:
     if not all(part.isidentifier() for part in (*module_name.split("."), *class_name.split("."))):
         raise UserError(f"strategy {name!r}: expected package.module:Class")
     try:
-        found: object = import_module(module_name)
+        target: object = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"strategy {name!r}: importing {module_name} failed: {error}") from error
@@ -91,8 +91,8 @@ def _imported(name: str) -> object:
             f"strategy {name!r}: importing {module_name} failed: {type(error).__name__}: {error}"
         ) from error
     for part in class_name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(target, part):
             where = getattr(sys.modules[module_name], "__file__", module_name)
             raise UserError(f"strategy {name!r}: no {class_name} in {where}")
-        found = getattr(found, part)
-    return found
+        target = getattr(target, part)
+    return target

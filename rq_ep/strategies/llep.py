@@ -34,14 +34,15 @@ class Llep(Strategy):
     """Algorithms 2 to 4 of the paper, on its defaults; what its prose leaves open follows the authors' code.
 
     The fallback compares loads of ranks, as the authors' code and figures do; `fallback_on="expert"` is the formula
-    that the paper prints. Segments of one expert on one rank are one borrowed replica, so no weight travels twice. The
-    paper sets no bound on what a rank borrows; where `max_borrowed` binds, pairs go to the next emptiest rank that may
-    still borrow, and what nobody may take stays at home.
+    that the paper prints. Segments of one expert on one rank are one borrowed replica, so no weight is transferred
+    twice. The paper does not limit what a rank borrows. Where `max_borrowed` does, pairs go to the next emptiest rank
+    that may still borrow, and what no rank may take stays on the home rank.
 
-    `auto` decides by the cost of the layer. m: an expert is worth moving for transfer_s / pair_s pairs, which take as
-    long to compute as it does to travel; the default m is tried as well, and the shorter step is taken. lambda: a step
-    is balanced if that is modelled to be shorter than standard expert parallelism; it is not tried unless the fullest
-    rank exceeds the mean by one expert's travel, (transfer_s + latency_s) / (pair_s + 2 row_s) pairs.
+    `auto` decides by the cost of the layer. m: an expert is worth lending for transfer_s / pair_s pairs, which take as
+    long to compute as its transfer takes. The default m is planned as well, and the plan of the shorter step is taken.
+    lambda: a step is balanced where that is modelled to be shorter than standard expert parallelism; it is considered
+    only if the fullest rank exceeds the mean by (transfer_s + latency_s) / (pair_s + 2 row_s) pairs, which take as long
+    as the transfer of one expert.
     """
 
     name: ClassVar[str] = "llep"
@@ -209,7 +210,7 @@ def _spill(
         for rank, (load, number) in enumerate(zip(effective_R, num_borrowed_R))
     ]
     while start < end:
-        # The emptiest helper has the most room: if it cannot take a chunk, nobody can, and it is given everything.
+        # The least loaded helper has the most room: if a chunk does not fit there, it fits nowhere, and all goes there.
         least = min(offered_R)
         helper, rest = offered_R.index(least), end - start
         chunk = min(rest, capacity - least)

@@ -77,7 +77,7 @@ def lend_undeclared(plan: DispatchPlan) -> DispatchPlan:
 
 
 def differ_between_ranks() -> Wreck:
-    """The second planner asked, as of another rank, plans otherwise; each plan by itself is sound."""
+    """The second call, of another rank's planner, plans otherwise; each plan by itself is sound."""
     calls = count()
 
     def wreck(plan: DispatchPlan) -> DispatchPlan:

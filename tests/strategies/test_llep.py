@@ -62,7 +62,7 @@ def test_a_balanced_step_is_standard_ep() -> None:
     np.testing.assert_array_equal(plan.pairs_RP, counts_RE)
 
 
-def test_the_fallback_looks_at_ranks_or_if_asked_at_experts() -> None:
+def test_the_fallback_compares_ranks_or_where_set_experts() -> None:
     counts_RE = np.full((2, 4), 1000)
     counts_RE[:, 0], counts_RE[:, 1] = 2000, 0  # experts 2.0, ranks 1.0
     assert not planned(Llep(min_tokens_per_gemm=1), counts_RE).transfers
@@ -95,7 +95,7 @@ def test_a_small_excess_is_spilled_all_the_same() -> None:
     assert assign([53, 47], [0, 1], 2, 50, 1024) == {0: [Segment(0, 0, 50), Segment(1, 50, 53)]}
 
 
-def test_a_small_excess_stays_home_if_asked() -> None:
+def test_a_small_excess_stays_home_where_set() -> None:
     assert assign([53, 47], [0, 1], 2, 50, 4, keep_small_excess=True) == {}
     moved = {0: [Segment(0, 0, 50), Segment(1, 50, 53)]}
     assert assign([53, 47], [0, 1], 2, 50, 3, keep_small_excess=True) == moved
@@ -141,7 +141,7 @@ def test_auto_breaks_even() -> None:
 
 
 def test_auto_tries_the_break_even_chunk_and_the_default_one() -> None:
-    # Three small chunks balance perfectly; nobody has room for 1024, so each expert that spills moves to one rank.
+    # Three small chunks balance perfectly; no rank has room for 1024, so each expert that spills moves to one rank.
     layer = contiguous(4, 4).layers[0]
     counts_RE = np.zeros((4, 4), np.int64)
     counts_RE[0] = [600, 240, 240, 120]
@@ -190,7 +190,7 @@ def test_a_replica_that_is_there_is_not_sent() -> None:
     assert plan.pairs_RP.tolist() == [[10, 0, 0], [0, 10, 0]]
 
 
-def test_one_rank_has_nobody_to_lend_to() -> None:
+def test_one_rank_lends_to_none() -> None:
     plan = planned(Llep(max_tokens_factor=0.5, fallback_ratio=0.0), np.array([[7, 3]]))
     assert not plan.transfers
     assert plan.pairs_RP.tolist() == [[7, 3]]

@@ -81,7 +81,7 @@ def test_a_cap_on_error_holds() -> None:
     assert shares[0] == 0
 
 
-def test_rules_nobody_can_keep_are_refused() -> None:
+def test_rules_that_cannot_be_kept_are_refused() -> None:
     rules = Rules(fixed=(Selection(None, None, (0,)),))
     with pytest.raises(UserError, match=r"--budget .*too small|exceed its budget"):
         place(recorded(), 4, rules=rules)

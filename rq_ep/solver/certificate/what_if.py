@@ -13,7 +13,7 @@ from rq_ep.solver.objective.objective import evaluator_of, step_balance
 
 GIB = 2**30
 MORE_BUDGET = 0.1  # of the budget
-SMALLEST_SHARE, LARGEST_SHARE = 0.01, 10  # of the budget that a GiB is, where it is asked about as well
+SMALLEST_SHARE, LARGEST_SHARE = 0.01, 10  # of the budget that a GiB is, for a row about one GiB more
 MORE_LOW = 0.05  # of all pairs
 
 

@@ -1,1 +1,1 @@
-"""What placements are judged by: calibration steps, weights of experts, formats, and the balance of a split."""
+"""What placements are evaluated by: calibration steps, weights of experts, formats, and the balance of a split."""
