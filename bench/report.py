@@ -1,10 +1,286 @@
-"""Renew the tables of bench/results/*.md."""
+"""Tables of the pages in bench/results, from the JSON beside them; `python -m bench report` renews them.
 
-from collections.abc import Sequence
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is around it is written by hand.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.formats.formats_table import markdown
+from bench.serving.serve import medians
+from rq_ep.core.files import read_json, replacing
+
+RESULTS = Path(__file__).with_name("results")
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the tables."""
-    import argparse
+    """Renew the tables of all pages."""
+    argparse.ArgumentParser(prog="python -m bench report", description=__doc__).parse_args(argv)
+    for page in sorted(RESULTS.glob("*.md")):
+        with replacing(page) as temporary:
+            temporary.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(page)
 
-    argparse.ArgumentParser(prog="python -m bench report").parse_args(argv)
+
+def renewed(text: str) -> str:
+    """A page with its tables as the results have them."""
+    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", text)
+
+
+def _load(name: str) -> Row:
+    document: Row = read_json(RESULTS / f"{name}.json", "result", "bench/README.md has its command")
+    return document
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _key(rows: Iterable[Row], *names: str) -> dict[Any, Row]:
+    """Rows by some of their figures."""
+    return {tuple(row[name] for name in names): row for row in rows}
+
+
+def _near_ideal() -> str:
+    calibrated = _key(_load("layer_local8_gpt-oss-120b_32k")["rows"], "scenario", "label")
+    uncalibrated = _key(_load("layer_local8_gpt-oss-120b_32k_uncalibrated")["rows"], "scenario", "label")
+
+    def cell(rows: dict[Any, Row], scenario: str, label: str) -> str:
+        row = rows[scenario, label]
+        held = row["held_rows_peak"] / rows["balanced", label]["held_rows_peak"]
+        return f"{row['of_ideal']:.2f}; {held:.2f}"
+
+    scenarios = list(dict.fromkeys(scenario for scenario, _ in calibrated))
+    columns = {"standard": calibrated, "llep": calibrated, "rq": calibrated, "rq_llep": uncalibrated}
+    rows = [[scenario, *(cell(rows, scenario, label) for label, rows in columns.items())] for scenario in scenarios]
+    header = ["scenario", "`standard`", "`llep`", "`rq`, calibrated", "`rq_llep`, not calibrated"]
+    return _table(header, rows)
+
+
+def _plan() -> str:
+    calibrated, uncalibrated = (
+        _key(_load(name)["rows"], "num_experts", "num_ranks", "strategy")
+        for name in ("plan_cpu2", "plan_cpu2_uncalibrated")
+    )
+
+    def cell(row: Row) -> str:
+        moved = f" ({row['transfers']:.1f})" if row["strategy"] in ("llep", "rq_llep") else ""
+        return f"{1e6 * row['plan_p50_s']:.0f}{moved}"
+
+    sizes = list(dict.fromkeys(key[:2] for key in calibrated))
+    rows = [
+        [
+            f"{experts} x {ranks}",
+            *(cell(calibrated[experts, ranks, name]) for name in ("llep", "rq", "rq_llep")),
+            *(cell(uncalibrated[experts, ranks, name]) for name in ("rq", "rq_llep")),
+        ]
+        for experts, ranks in sizes
+    ]
+    return _table(["experts x ranks", "`llep`", "`rq`", "`rq_llep`", "uncalibrated: `rq`", "`rq_llep`"], rows)
+
+
+def _solver() -> str:
+    rows = _load("solver_cpu")["rows"]
+    by_case = _key(rows, "num_experts", "num_ranks", "cap", "tokens", "low")
+    lines = []
+    for experts, ranks, cap, tokens in dict.fromkeys(key[:4] for key in by_case):
+        of_case = {low: by_case[experts, ranks, cap, tokens, low] for low in ("int8", "int8:504", "int4")}
+        first = of_case["int8"]
+        lines.append(
+            [
+                f"{experts}, {ranks}", f"{cap:.0%}", f"{tokens:,}",
+                *(f"{row['fractional']:.3f} ({row['integer']:.3f})" for row in of_case.values()),
+                f"{first['eplb_even']:.3f}", f"{first['eplb_plus_1_even']:.3f}", f"{first['eplb_plus_1']:.3f}",
+                f"{first['bound']:.3f}", f"{max(row['cpu_s'] for row in of_case.values()):.1f}",
+            ]
+        )  # fmt: skip
+    header = ["experts, ranks", "cap", "tokens", "int8", "int8:504", "int4", "EPLB, same bytes"]
+    return _table([*header, "EPLB, +1 slot per rank", "+1, exact split", "bound", "CPU s"], lines)
+
+
+def _solver_58_layers() -> str:
+    rows = [
+        [
+            f"{row['num_experts']}, {row['num_ranks']}", f"{row['cap']:.0%}", f"{row['tokens']:,}",
+            f"{row['fractional']:.3f}", f"{row['bytes_used']:.1%}", f"{row['cpu_s']:.1f}",
+        ]
+        for row in _load("solver_cpu_58_layers")["rows"]
+    ]  # fmt: skip
+    return _table(["experts, ranks", "cap", "tokens", "max/mean", "bytes used", "CPU s"], rows)
+
+
+def _solver_more() -> str:
+    rows = [*_load("solver_cpu_many_ranks")["rows"], *_load("solver_cpu_laws")["rows"]]
+    lines = [
+        [
+            row["law"], f"{row['num_experts']}, {row['num_ranks']}", f"{row['tokens']:,}", row["low"],
+            f"{row['fractional']:.3f}", f"{row['eplb']:.3f}", f"{row['cpu_s']:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = ["popularity", "experts, ranks", "tokens", "low", "max/mean", "EPLB, same bytes, exact split", "CPU s"]
+    return _table(header, lines)
+
+
+def _drift() -> str:
+    rows = _key(_load("drift_h200_gpt-oss-120b")["rows"], "tokens_per_rank", "drift", "row")
+    columns = ("standard", "llep", "llep auto", "rq", "rq_llep")
+
+    def cell(row: Row) -> str:
+        return f"{1e6 * row['layer_s']:,.0f}" + (f" ({row['transfers']:.1f})" if row["transfers"] else "")
+
+    lines = [
+        [f"{tokens:,}", f"{drift:g}", *(cell(rows[tokens, drift, name]) for name in columns)]
+        for tokens, drift in dict.fromkeys(key[:2] for key in rows)
+    ]
+    return _table(["tokens per rank", "drift", *(f"`{name}`" for name in columns)], lines)
+
+
+def _breakeven() -> str:
+    rows = _key(_load("breakeven_h200_llep")["break_even"], "tokens_per_rank", "row")
+    columns = ("llep", "llep auto", "rq_llep", "rq_llep int8")
+    lines = [
+        [f"{tokens:,}", *(f"{row['excess']:.2f} ({row['excess_with_planning']:.2f})" for row in of_size)]
+        for tokens in dict.fromkeys(key[0] for key in rows)
+        for of_size in [[rows[tokens, name] for name in columns]]
+    ]
+    return _table(["tokens per rank", *(f"`{name}`" for name in columns)], lines)
+
+
+def _breakeven_speed_up() -> str:
+    rows = _key(_load("breakeven_h200_gpt-oss-120b")["rows"], "scenario", "tokens_per_rank", "row")
+    columns = ("llep", "rq_llep uncalibrated", "rq calibrated")
+    lines = []
+    for scenario, tokens in dict.fromkeys(key[:2] for key in rows):
+        ideal = rows[scenario, tokens, "standard"]["ideal_speed_up"]
+        speed_ups = [rows[scenario, tokens, name]["speed_up"] for name in columns]
+        lines.append([scenario, f"{tokens:,}", f"{ideal:.2f}", *(f"{x:.2f} ({x / ideal:.2f})" for x in speed_ups)])
+    return _table(["scenario", "tokens per rank", "max/mean", *(f"`{name}`" for name in columns)], lines)
+
+
+FORMATS = ("int8", "fp8", "int4_g32", "int4_g32:calibrated", "mxfp4")
+
+
+def _format_titles(names: Iterable[str]) -> list[str]:
+    return [f"`{name.removesuffix(':calibrated')}`" + ", GPTQ" * name.endswith(":calibrated") for name in names]
+
+
+def _kl(row: Row) -> str:
+    return f"{1e6 * row['kl']['mean']:,.0f} ({row['agreement']['mean']:.2%})"
+
+
+def _estimate(estimate: Row) -> str:
+    return f"{estimate['mean']:.2f} +- {estimate['error']:.2f}"
+
+
+def _fidelity() -> str:
+    document = _load("fidelity_demo")
+    rows = _key(document["rows"], "format", "chosen", "share")
+    halves = _key(document["mixed_replicas"], "format", "low_half")
+    lines = [
+        [f"{chosen}, {share:.0%}", *(_kl(rows[name, chosen, share]) for name in FORMATS)]
+        for share in (0.25, 0.5)
+        for chosen in ("least important", "coldest", "by chance")
+    ]
+    every = [rows[name, "all", 1.0] for name in FORMATS]
+    lines.append(["all", *map(_kl, every)])
+    lines.append(["all: routers' choices that change", *(f"{row['routing_shift']['mean']:.2%}" for row in every)])
+    lines += [
+        [f"half of every expert's pairs: {half}", *(_kl(halves[name, half]) for name in FORMATS)]
+        for half in ("lowest gates", "by chance")
+    ]
+    return _table(["experts of each layer in low bits", *_format_titles(FORMATS)], lines)
+
+
+def _ratios(document: Row, names: Sequence[str]) -> str:
+    ratios = _key(document["ratios"], "format", "what", "share")
+    lines = [
+        [f"{what}, {share:.0%}", *(_estimate(ratios[name, what, share]["kl_ratio"]) for name in names)]
+        for what, share in dict.fromkeys(key[1:] for key in ratios)
+    ]
+    return _table(["ratio of KL", *_format_titles(names)], lines)
+
+
+def _fidelity_routers() -> str:
+    names = ("int8", "int4_g32", "int4_g32:calibrated", "int4_g128", "int4_g128:calibrated")
+    rows = _key(_load("fidelity_demo")["routers"], "routers", "format")
+    lines = [
+        [
+            routers,
+            *(f"{_kl(rows[routers, name])}, {rows[routers, name]['routing_shift']['mean']:.2%}" for name in names),
+        ]
+        for routers in dict.fromkeys(key[0] for key in rows)
+    ]
+    return _table(["all experts low, routers", *_format_titles(names)], lines)
+
+
+def _placements(name: str) -> str:
+    lines = [
+        [
+            row["label"], f"{row['imbalance_mean']:.3f}", f"{row['imbalance_worst']:.2f}",
+            f"{1e6 * row['kl']['mean']:.1f} +- {1e6 * row['kl']['error']:.1f}",
+            f"{row['agreement']['mean']:.3%} +- {row['agreement']['error']:.3%}",
+        ]
+        for row in _load(name)["rows"]
+    ]  # fmt: skip
+    return _table(["placement", "load, max/mean", "worst step", "KL / 1e-6", "next token as dense"], lines)
+
+
+def _formats() -> str:
+    rows = _load("formats_cpu")["rows"]
+    by_key = _key(rows, "format", "rows_per_expert", "shape")
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    sizes = [size for size in dict.fromkeys(row["rows_per_expert"] for row in rows) if size != 64]
+    lines = []
+    for name in dict.fromkeys(row["format"] for row in rows):
+        first = [by_key[name, sizes[0], shape] for shape in shapes]
+        ratios = (" / ".join(f"{by_key[name, size, shape]['ratio']:.2f}" for shape in shapes) for size in sizes)
+        mebibytes = " / ".join(f"{row['bytes_per_full_expert'] / 2**20:.1f}" for row in first)
+        lines.append(
+            [f"`{name}`", mebibytes, f"{first[0]['weight_error']:.1%}", f"{first[0]['output_error']:.1%}", *ratios]
+        )
+    header = ["format", "MiB", "error of weights", "of output", *(f"{size:,} rows" for size in sizes)]
+    return _table(header, lines)
+
+
+def _formats_overview() -> str:
+    return markdown(str(RESULTS / "formats_cpu.json"), str(RESULTS / "fidelity_demo.json"))
+
+
+def _serve() -> str:
+    lines = []
+    for entry in medians(_load("serve_cpu2")):
+        cells = [
+            f"{entry[key]:.{digits}f} ({entry[f'{key}_ratio']:.2f})" if key in entry else ""
+            for key, digits in (("output_throughput", 0), ("p99_ttft_ms", 1), ("p99_itl_ms", 1))
+        ]
+        lines.append([str(entry["max_concurrency"]), entry["contestant"], *cells])
+    return _table(["at once", "contestant", "output tokens/s", "p99 TTFT, ms", "p99 ITL, ms"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "near_ideal": _near_ideal,
+    "plan": _plan,
+    "solver": _solver,
+    "solver_58_layers": _solver_58_layers,
+    "solver_more": _solver_more,
+    "drift": _drift,
+    "breakeven": _breakeven,
+    "breakeven_speed_up": _breakeven_speed_up,
+    "fidelity": _fidelity,
+    "fidelity_ratios": lambda: _ratios(_load("fidelity_demo"), FORMATS),
+    "fidelity_ratios_64k": lambda: _ratios(_load("fidelity_demo_64k"), ("int4_g32", "int4_g32:calibrated")),
+    "fidelity_routers": _fidelity_routers,
+    "placements_int8": lambda: _placements("eval_demo_int8"),
+    "placements_int4": lambda: _placements("eval_demo_8_ranks_int4"),
+    "formats": _formats,
+    "formats_overview": _formats_overview,
+    "serve": _serve,
+}
