@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rq_ep.config import StrategyConfig
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError
 from rq_ep.core.options import parse_bytes, selected, takes_options
@@ -102,7 +103,8 @@ def _strategy(settings: PlacementSettings, equal_slots: bool) -> Strategy:
     """The strategy of the settings; a `UserError` refuses one that cannot do what they ask for."""
     strategy = settings.strategy or (Eplb.name if equal_slots else DEFAULT_STRATEGY)
     if isinstance(strategy, str):
-        strategy = make_strategy(strategy)
+        config = StrategyConfig.parse(strategy)
+        strategy = make_strategy(config.name, **config.settings)
     if settings.num_redundant_experts and not strategy.counts_replicas:
         able = " and ".join(names_where(lambda kind: kind.counts_replicas))
         raise UserError(

@@ -30,8 +30,8 @@ class PlacementSettings(SolverOptions):
     )
     strategy: Strategy | str | None = option(
         None,
-        help=f"strategy that places: {', '.join(STRATEGIES)} or package.module:Class; default: rq, or eplb for "
-        "engines of equal slots",
+        help=f"strategy that places: {', '.join(STRATEGIES)} or package.module:Class; with settings "
+        "{name: llep, max_borrowed: 2}; default: rq, or eplb for engines of equal slots",
         group=SEARCH,
     )
     what_if: bool = option(

@@ -87,6 +87,10 @@ def test_commands_take_it_with_its_settings(example: str, tmp_path: Path) -> Non
     assert lending["imbalance_mean"] < standard["imbalance_mean"]
     assert main([*replay, f"--set={example}.min_pairs=1000000"]) == 0
     assert json.loads(rows.read_text())[1]["transfers_per_step"] == 0
+    with_setting = f"{{name: {example}, min_pairs: 1000000}}"
+    assert main(["place", *common, f"--strategy={with_setting}", f"--out={out}", "--no-plot"]) == 0
+    certificate = Placement.load(out).certificate
+    assert certificate["predicted"] == pytest.approx(certificate["standard"]), "nothing is lent for fewer pairs"
     config = StrategyConfig.parse(f"{{name: {example}, min_pairs: 7}}")
     assert make_strategy(config.name, **config.settings) == make_strategy(example, min_pairs=7)
 
