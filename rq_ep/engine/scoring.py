@@ -45,7 +45,7 @@ class PromptScorer:
         model: a causal language model.
         attn_implementation: attention for a plain forward pass; continuous batching may have set one of its own.
         chunk_size: tokens of one step, which bounds the logits held at once.
-        on_scored: told of each prompt, with one score for each of its tokens but the first.
+        on_scored: called with each prompt, and one score for each of its tokens but the first.
     """
 
     def __init__(

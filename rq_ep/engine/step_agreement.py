@@ -20,7 +20,7 @@ class StepFlags(NamedTuple):
     keeps_running: bool  # its engine was not asked to stop
     stops_now: bool  # its engine was asked to stop without finishing its requests
     has_requests: bool  # unfinished ones, in the batch or not
-    num_announced: int  # requests of the whole group that this rank has been told of
+    num_announced: int  # requests of the whole group that this rank knows of
     mark: int  # the last mark it was given (`Engine.mark`)
 
 

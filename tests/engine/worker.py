@@ -25,7 +25,7 @@ from rq_ep.model.load.load_report import report_of
 from rq_ep.parallel import TorchGroup
 from tests.engine.cases import CONFIG, FAMILIES, SCORED_FAMILIES, requests_of, strategies_of
 
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 
 class Answers:

@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 150
+START_TIMEOUT_S = 240
 
 
 def free_port() -> int:
@@ -64,9 +64,37 @@ SERVE: dict[Launcher, list[str]] = {
 
 
 def environment() -> dict[str, str]:
-    """Ours, and a Ray of our own."""
-    found = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return found | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    """Ours, and a Ray of our own that does not end its actors because of the memory of other processes."""
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    settings = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
+    return inherited | settings
+
+
+def num_killed_for_memory() -> int:
+    """Processes that the kernel's out-of-memory killer has ended so far, on this machine or in this container."""
+    counts = [0]
+    for path in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")):
+        if path.exists():
+            rows = (line.split() for line in path.read_text().splitlines())
+            counts += [int(row[1]) for row in rows if row[0] == "oom_kill"]
+    return max(counts)
+
+
+@contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Name the cause of a failure inside where it is that memory ran out, whoever used it."""
+    before = num_killed_for_memory()
+    try:
+        yield
+    except Exception as error:
+        num_killed = num_killed_for_memory() - before
+        if num_killed or "OutOfMemoryError" in str(error):
+            left_gib = psutil.virtual_memory().available / 2**30
+            raise AssertionError(
+                f"memory ran out: the out-of-memory killer ended {num_killed} processes during this test, "
+                f"{left_gib:.1f} GiB are available now; run it again when other processes have ended"
+            ) from error
+        raise
 
 
 class Server:
@@ -113,7 +141,7 @@ class Server:
         return status
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     """Wait until it holds."""
     end_s = time.monotonic() + timeout_s
     while not condition():

@@ -65,11 +65,11 @@ def test_it_draws_ranks_experts_and_times(url: str, tmp_path: Path) -> None:
         f"--user-data-dir={tmp_path}",
         "--virtual-time-budget=1500",
     ]
-    dumped = subprocess.run([BROWSER, *options, "--dump-dom", url], capture_output=True, text=True, timeout=60).stdout
+    dumped = subprocess.run([BROWSER, *options, "--dump-dom", url], capture_output=True, text=True, timeout=120).stdout
     assert 'data-ready="yes"' in dumped
     for shown in ("org/tiny", "layer 3", "layer 4", "1.50", "live", "int8", "rank 1: 10 pairs"):
         assert shown in dumped, dumped[-3000:]
     assert dumped.count('<path d="M') == 7, "four charts, seven lines"
     draw = [BROWSER, *options, f"--screenshot={picture}", "--window-size=1200,900", url]
-    subprocess.run(draw, capture_output=True, timeout=60)
+    subprocess.run(draw, capture_output=True, timeout=120)
     assert picture.stat().st_size > 20_000

@@ -48,13 +48,13 @@ def test_a_served_answer_is_that_of_the_same_bytes(files: dict[str, Path], tmp_p
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1, "ignore_eos": True}
     more = ["--served-model-name", "tiny", "--dtype", "float32", "--device", "cpu"]
     with running(tmp_path / "log", NUM_RANKS, *flags, *more) as server:
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()["choices"][0]
         told = httpx.get(f"{server.url}/server_info").json()
     assert str(files["experts"]) in str(told)
 
     tokenizer = read_tokenizer(files["model"])
     prompt_BT = torch.tensor([tokenizer.encode(PROMPT)])
-    found = {}
+    by_experts = {}
     for experts in (files["experts"], None):
         model = load(
             files["model"], files["placement"], num_local_ranks=NUM_RANKS, dtype="float32", packed_experts=experts
@@ -63,12 +63,12 @@ def test_a_served_answer_is_that_of_the_same_bytes(files: dict[str, Path], tmp_p
         logprobs_TV = model(written_BT).logits[0].log_softmax(-1)
         start = prompt_BT.shape[1]
         chosen_T = logprobs_TV[start - 1 : -1].gather(1, written_BT[0, start:, None])[:, 0]
-        found[experts] = (tokenizer.decode(written_BT[0, start:]), chosen_T)
-    text, logprobs_T = found[files["experts"]]
+        by_experts[experts] = (tokenizer.decode(written_BT[0, start:]), chosen_T)
+    text, logprobs_T = by_experts[files["experts"]]
     served_T = torch.tensor(answer["logprobs"]["token_logprobs"])
     assert answer["text"] == text
     assert torch.allclose(served_T, logprobs_T, atol=1e-4)
-    off, off_nearest = ((served_T - logprobs_T).abs().max() for _, logprobs_T in found.values())
+    off, off_nearest = ((served_T - logprobs_T).abs().max() for _, logprobs_T in by_experts.values())
     assert off_nearest > 10 * off, "experts rounded to the nearest answer otherwise"
 
 

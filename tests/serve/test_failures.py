@@ -39,14 +39,14 @@ def write_placement(path: Path, num_ranks: int, model: ModelIdentity | None = No
 )
 def test_mistakes_on_the_command_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("rq_ep.serve: error: ")
-    assert message in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("rq_ep.serve: error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("case", ["model", "strategy", "setting", "ranks", "foreign", "records", "length", "tokenizer"])
-def test_what_a_user_can_put_right_is_told_in_one_line(
+def test_what_a_user_can_put_right_is_printed_in_one_line(
     case: str, tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = str(tiny_checkpoint)
@@ -70,34 +70,34 @@ def test_what_a_user_can_put_right_is_told_in_one_line(
     if case == "tokenizer":
         shutil.copytree(tiny_checkpoint, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*", "text"))
     assert main([*arguments, "--port", "0", "--device", "cpu", "--log-level", "error"]) == 2
-    told = [line for line in capfd.readouterr().err.splitlines() if line and "WARNING" not in line]
-    assert len(told) == 1, told
-    assert told[0].startswith("rq_ep.serve: error: ")
-    assert message in told[0]
+    printed = [line for line in capfd.readouterr().err.splitlines() if line and "WARNING" not in line]
+    assert len(printed) == 1, printed
+    assert printed[0].startswith("rq_ep.serve: error: ")
+    assert message in printed[0]
 
 
 def test_a_dry_run_prints_settings_placement_and_bytes(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--model", str(tiny_checkpoint), "--dry-run", "--max-num-seqs", "5", "--local_rank=0"]) == 0
-    told = capsys.readouterr().out
-    assert "max_num_seqs: 5" in told
-    assert "2 MoE layers of 8 experts on 1 ranks" in told
+    printed = capsys.readouterr().out
+    assert "max_num_seqs: 5" in printed
+    assert "2 MoE layers of 8 experts on 1 ranks" in printed
     layout = ExpertLayout({"gate_up_proj": (2 * 32, 64), "down_proj": (64, 32)})
-    assert f"experts {2 * 8 * get_format('bf16').nbytes(layout):,} (" in told
+    assert f"experts {2 * 8 * get_format('bf16').nbytes(layout):,} (" in printed
     token_bytes = 2 * 2 * 64 * 2  # keys and values, layers, all heads, bf16
-    assert f"KV cache: {token_bytes:,} bytes a token; 16,384 tokens, {16384 * token_bytes:,} bytes a rank" in told
-    assert "bytes for rows on their way and the KV cache" in told
+    assert f"KV cache: {token_bytes:,} bytes a token; 16,384 tokens, {16384 * token_bytes:,} bytes a rank" in printed
+    assert "bytes for rows on their way and the KV cache" in printed
 
 
 def test_mistakes_end_every_rank_with_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
     placement = write_placement(tmp_path / "placement.json", 4)
     arguments = ["--model", str(tiny_checkpoint), "--placement", placement, "--port", "0", "--device", "cpu"]
-    done = subprocess.run([*torchrun(2), *SERVE[torchrun], *arguments], capture_output=True, text=True, timeout=90)
+    done = subprocess.run([*torchrun(2), *SERVE[torchrun], *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("rq_ep.serve: error: ")]
-    assert len(told) == 1, done.stderr
-    assert "is for 4 ranks, but 2 were started" in told[0]
+    printed = [line for line in done.stderr.splitlines() if line.startswith("rq_ep.serve: error: ")]
+    assert len(printed) == 1, done.stderr
+    assert "is for 4 ranks, but 2 were started" in printed[0]
     assert done.stderr.count("exitcode  : 2") == 2
     assert "rq_ep/serve" not in done.stderr, "no traceback"
 
@@ -116,15 +116,15 @@ def test_a_killed_rank_ends_the_group_and_is_named(
             capfd.readouterr().err
         )
 
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.signal(1, signal.SIGKILL)
             killed_s = time.monotonic()
             last = [line for line in lines if line][-1]
-        assert time.monotonic() - killed_s < 10
+        assert time.monotonic() - killed_s < 60, "long before the collectives of the other ranks time out"
         assert "the server failed: rank 1 died" in last
-        assert server.wait(processes, 60) != 0
+        assert server.wait(processes, 120) != 0
     assert "the group has failed: rank 1 died" in log.read_text()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")

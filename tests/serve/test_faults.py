@@ -1,4 +1,4 @@
-"""Ranks that die or stop: clients hear of it soon and by name, and a launcher that may restart brings all back.
+"""Ranks that die or stop: clients learn of it soon and by name, and a launcher that may restart brings all back.
 
 One launcher for all: every fault ends a group, and the next test finds a new one.
 """
@@ -18,8 +18,8 @@ from tests.serve.running import Server, restarting, running, until
 
 MODEL = "tiny"
 NUM_RANKS = 2
-ERROR_WITHIN_S = 10
-CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+ERROR_WITHIN_S = 60  # long before the collectives of the other ranks time out
+CLIENT = httpx.Client(timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("faults") / "log"
     arguments = ["--model", str(tiny_checkpoint), "--served-model-name", MODEL, "--device", "cpu"]
-    arguments += ["--max-num-batched-tokens", "4", "--max-body-bytes", "100000", "--stall-timeout", "5"]
+    arguments += ["--max-num-batched-tokens", "4", "--max-body-bytes", "100000", "--stall-timeout", "15"]
     with running(log, NUM_RANKS, *arguments, launcher=restarting) as server:
         yield server
 
@@ -50,7 +50,7 @@ def unfinished(server: Server) -> float:
 
 
 def fault(server: Server, rank: int, number: signal.Signals, bodies: list[dict[str, Any]]) -> list[str]:
-    """What clients were told when a rank got a signal; afterwards the old group is gone and a new one serves."""
+    """The errors of clients after a rank got a signal; afterwards the old group is gone and a new one serves."""
     server.wait_until_ready()
     old = server.rank(rank)
     with ThreadPoolExecutor(8) as pool:
@@ -58,15 +58,15 @@ def fault(server: Server, rank: int, number: signal.Signals, bodies: list[dict[s
         until(lambda: unfinished(server) == len(bodies))
         old.send_signal(number)
         hit_s = time.monotonic()
-        told = [answer.result().json()["error"] for answer in answers]
+        errors = [answer.result().json()["error"] for answer in answers]
         assert time.monotonic() - hit_s < ERROR_WITHIN_S
-        assert {error["code"] for error in told} <= {500}
+        assert {error["code"] for error in errors} <= {500}
     if number == signal.SIGSTOP:
         old.kill()  # the launcher would do so itself, after half a minute
     until(lambda: not healthy(server), ERROR_WITHIN_S)
-    until(lambda: healthy(server), 60)
+    until(lambda: healthy(server), 240)
     answered(server)
-    return [error["message"] for error in told]
+    return [error["message"] for error in errors]
 
 
 def healthy(server: Server) -> bool:
@@ -111,17 +111,17 @@ def test_a_rank_killed_while_idle(server: Server) -> None:
 
 
 def test_a_rank_killed_in_prefill(server: Server) -> None:
-    told = fault(server, 1, signal.SIGKILL, [{"prompt": [5] * 500, "max_tokens": 12}] * 6)
-    assert all("rank 1 died" in message for message in told)
+    messages = fault(server, 1, signal.SIGKILL, [{"prompt": [5] * 500, "max_tokens": 12}] * 6)
+    assert all("rank 1 died" in message for message in messages)
 
 
 def test_rank_0_killed_in_decode(server: Server) -> None:
-    told = fault(server, 0, signal.SIGKILL, [{"max_tokens": 500}] * 4)
-    assert all("rank 0 died" in message for message in told)
+    messages = fault(server, 0, signal.SIGKILL, [{"max_tokens": 500}] * 4)
+    assert all("rank 0 died" in message for message in messages)
 
 
-def test_a_stalled_rank_is_found(server: Server) -> None:
-    told = fault(server, 1, signal.SIGSTOP, [{"max_tokens": 500}] * 4)
-    for message in told:
+def test_a_stalled_rank_is_named(server: Server) -> None:
+    messages = fault(server, 1, signal.SIGSTOP, [{"max_tokens": 500}] * 4)
+    for message in messages:
         assert "rank 1 has not been heard for" in message
         assert "rank 0 waits in step" in message

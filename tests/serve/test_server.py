@@ -43,8 +43,9 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -129,22 +130,22 @@ def test_a_prompt_is_scored_as_the_dense_model_scores_it(client: openai.OpenAI, 
     model, tokenizer = dense
     prompt_ids = tokenizer.encode("def main(argv):\n    return " * 4)  # several chunks
     body: dict[str, Any] = {"model": MODEL, "prompt": prompt_ids, "max_tokens": 1, "temperature": 0, "echo": True}
-    found = client.completions.create(**body, logprobs=1).choices[0]
-    assert found.logprobs is not None
+    choice = client.completions.create(**body, logprobs=1).choices[0]
+    assert choice.logprobs is not None
     with torch.no_grad():
         expected_TV = model(input_ids=torch.tensor([prompt_ids])).logits[0].log_softmax(-1)
     expected = expected_TV[:-1].gather(1, torch.tensor(prompt_ids[1:])[:, None]).flatten().tolist()
-    scores = found.logprobs.token_logprobs or []
+    scores = choice.logprobs.token_logprobs or []
     assert scores[0] is None
     assert scores[1:-1] == pytest.approx(expected, abs=1e-4)
-    assert found.text.startswith(tokenizer.decode(prompt_ids))
-    best = [None if top is None else max(top.values()) for top in found.logprobs.top_logprobs or []]
+    assert choice.text.startswith(tokenizer.decode(prompt_ids))
+    best = [None if top is None else max(top.values()) for top in choice.logprobs.top_logprobs or []]
     assert best[-1] == scores[-1], "the answer is greedy"
     assert best[1:-1] == pytest.approx(expected_TV[:-1].amax(-1).tolist(), abs=1e-4)
 
 
 def record(server: Server, action: str) -> Any:
-    return httpx.post(f"{server.url}/v1/ep/record/{action}", timeout=30).json()
+    return httpx.post(f"{server.url}/v1/ep/record/{action}", timeout=120).json()
 
 
 def complete_three(client: openai.OpenAI, max_tokens: int) -> list[int]:
@@ -209,10 +210,10 @@ def test_clients_that_come_and_go_lose_nothing(
     expected = {job: soak.dense_answer(model, job) for job in kinds}
     jobs = soak.jobs_of(kinds, 48, seed=1)
     process = psutil.Process(server.process.pid)
-    found = soak.soak(server.url, MODEL, process, jobs, expected, tokenizer, max_concurrency=12)
-    assert (found["num_lost"], found["num_wrong"], found["num_unfinished"]) == (0, 0, 0), found
-    assert found["num_left"] > 5
-    assert found["num_processes"] == [NUM_RANKS + 1] * 2
+    report = soak.soak(server.url, MODEL, process, jobs, expected, tokenizer, max_concurrency=12)
+    assert (report["num_lost"], report["num_wrong"], report["num_unfinished"]) == (0, 0, 0), report
+    assert report["num_left"] > 5
+    assert report["num_processes"] == [NUM_RANKS + 1] * 2
 
 
 def test_errors_are_those_of_openai(client: openai.OpenAI, server: Server) -> None:
@@ -260,7 +261,7 @@ def test_sigterm_lets_streams_finish_and_leaves_nothing_behind(server: Server) -
     body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "temperature": 0, "stream": True, "ignore_eos": True}
     processes = server.tree()
     assert len(processes) == 1 + NUM_RANKS + 1
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
         lines = answer.iter_lines()
         next(lines)
         server.signal(0, signal.SIGTERM)

@@ -142,11 +142,11 @@ def events(response: httpx.Response) -> list[Any]:
 
 def error(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
-    found = response.json()["error"]
-    assert set(found) == {"message", "type", "param", "code"}
-    assert (found["code"], found["type"]) == (status, TYPES[status])
-    assert "\n" not in found["message"]
-    return found
+    body = response.json()["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert (body["code"], body["type"]) == (status, TYPES[status])
+    assert "\n" not in body["message"]
+    return body
 
 
 def test_a_completion(bench: Bench) -> None:
@@ -169,7 +169,7 @@ def test_a_chat_completion(bench: Bench) -> None:
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "hello", "refusal": None}
     request = bench.ranks.taken[0]
     assert bytes(request.prompt_ids) == b"<user>hi"
-    assert request.max_tokens == 64 - 8, "a chat may use what room there is"
+    assert request.max_tokens == 64 - 8, "a chat may use what is left"
 
 
 def test_text_parts_are_joined(bench: Bench) -> None:
@@ -292,9 +292,9 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
     ],
 )
 def test_what_cannot_be_served_is_refused(bench: Bench, body: dict[str, Any], param: str, message: str) -> None:
-    found = error(bench.complete(**body), 400)
-    assert found["param"] == param
-    assert re.search(message, found["message"]), found["message"]
+    refusal = error(bench.complete(**body), 400)
+    assert refusal["param"] == param
+    assert re.search(message, refusal["message"]), refusal["message"]
     assert bench.ranks.taken == []
 
 
@@ -331,31 +331,31 @@ def test_chat_errors(bench: Bench) -> None:
 
 
 def test_logprobs_of_a_completion(bench: Bench) -> None:
-    found = bench.complete(logprobs=2).json()["choices"][0]["logprobs"]
-    assert found["tokens"] == list("hello")
-    assert found["token_logprobs"] == [-byte / 64 for byte in b"hello"]
-    assert found["text_offset"] == [0, 1, 2, 3, 4]
-    assert found["top_logprobs"][0] == {"!": -0.25, "h": -104 / 64}
+    logprobs = bench.complete(logprobs=2).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == list("hello")
+    assert logprobs["token_logprobs"] == [-byte / 64 for byte in b"hello"]
+    assert logprobs["text_offset"] == [0, 1, 2, 3, 4]
+    assert logprobs["top_logprobs"][0] == {"!": -0.25, "h": -104 / 64}
     assert bench.ranks.taken[0].num_logprobs == 2
 
 
 def test_logprobs_of_a_chat(bench: Bench) -> None:
-    found = bench.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
-    assert [entry["token"] for entry in found["content"]] == list("hello")
+    logprobs = bench.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
+    assert [entry["token"] for entry in logprobs["content"]] == list("hello")
     top = [{"token": "!", "logprob": -0.25, "bytes": [33]}, {"token": "h", "logprob": -104 / 64, "bytes": [104]}]
-    assert found["content"][0] == {**top[1], "top_logprobs": top}
+    assert logprobs["content"][0] == {**top[1], "top_logprobs": top}
     assert error(bench.chat(top_logprobs=2), 400)["param"] == "top_logprobs"
 
 
 @pytest.mark.parametrize("call", ["complete", "chat"])
 def test_a_stream_loses_no_logprobs(bench: Bench, call: str) -> None:
     bench.ranks.answer = "h\u00e9llo"  # the first half of the second character has no text yet
-    asked = {"logprobs": 1} if call == "complete" else {"logprobs": True, "top_logprobs": 1}
-    whole = getattr(bench, call)(**asked).json()["choices"][0]["logprobs"]
-    chunks = events(getattr(bench, call)(**asked, stream=True))[:-1]
-    found = [logprobs for chunk in chunks if (logprobs := chunk["choices"][0]["logprobs"])]
+    options = {"logprobs": 1} if call == "complete" else {"logprobs": True, "top_logprobs": 1}
+    whole = getattr(bench, call)(**options).json()["choices"][0]["logprobs"]
+    chunks = events(getattr(bench, call)(**options, stream=True))[:-1]
+    streamed = [logprobs for chunk in chunks if (logprobs := chunk["choices"][0]["logprobs"])]
     key = "token_logprobs" if call == "complete" else "content"
-    assert [entry for logprobs in found for entry in logprobs[key]] == whole[key]
+    assert [entry for logprobs in streamed for entry in logprobs[key]] == whole[key]
     assert len(whole[key]) == 6
 
 
@@ -374,12 +374,12 @@ def test_echo_shows_the_prompt(bench: Bench, stream: bool) -> None:
 
 def test_echo_with_logprobs_scores_the_prompt(bench: Bench) -> None:
     body = bench.complete(echo=True, logprobs=1, max_tokens=1).json()
-    found = body["choices"][0]["logprobs"]
+    logprobs = body["choices"][0]["logprobs"]
     assert bench.ranks.taken[0].scores_prompt
-    assert found["tokens"] == list("abchello")
-    assert found["token_logprobs"][:3] == [None, -98 / 64, -99 / 64]
-    assert found["top_logprobs"][:2] == [None, {"!": -0.25, "b": -98 / 64}]
-    assert found["text_offset"] == list(range(8))
+    assert logprobs["tokens"] == list("abchello")
+    assert logprobs["token_logprobs"][:3] == [None, -98 / 64, -99 / 64]
+    assert logprobs["top_logprobs"][:2] == [None, {"!": -0.25, "b": -98 / 64}]
+    assert logprobs["text_offset"] == list(range(8))
     assert body["usage"]["completion_tokens"] == 5
 
 
@@ -413,14 +413,14 @@ def test_unknown_things_are_not_found(bench: Bench) -> None:
 def test_a_body_that_is_too_large_is_refused(bench: Bench, declared: bool) -> None:
     content = json.dumps({"model": MODEL, "prompt": "x" * 3000}).encode()
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def parts() -> AsyncIterator[bytes]:
         yield content[:100]
         yield content[100:]
 
     headers = {"Content-Type": "application/json"}
-    sent = content if declared else pieces()
-    found = error(bench.call("POST", "/v1/completions", content=sent, headers=headers), 413)
-    assert "2000 bytes" in found["message"]
+    sent = content if declared else parts()
+    refusal = error(bench.call("POST", "/v1/completions", content=sent, headers=headers), 413)
+    assert "2000 bytes" in refusal["message"]
 
 
 @pytest.mark.parametrize("reason", ["the model is loading", "draining", "rank 1 died"])

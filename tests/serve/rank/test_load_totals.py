@@ -32,15 +32,15 @@ def test_sums_are_those_of_the_steps_and_start_anew() -> None:
         totals.record(LayerCall(layer, 0, counts_RE, plan, timer(), {}, lambda: np.array([0, 70])))
     nothing = DispatchPlan(REPLICAS, np.zeros((2, 3), np.int64))
     totals.record(LayerCall(2, 0, np.zeros((2, 2), np.int64), nothing, timer(), {}, lambda: np.zeros(2, np.int64)))
-    found = totals.take()
-    assert found is not None
-    assert (found["layers"], found["num_calls_L"]) == ([2, 5], [1, 2])
-    assert found["pairs_LR"] == [[3, 5], [6, 10]]
-    assert found["counts_LE"] == [[6, 2], [12, 4]]
-    assert found["formats_L"] == [{"bf16": 6, "int8": 2}, {"bf16": 12, "int8": 4}]
-    assert found["imbalance_L"] == [pytest.approx(1.25), pytest.approx(1.25)]
-    assert (found["seconds"]["plan"], found["seconds"]["dispatch"]) == (3.0, 6.0)
-    assert (found["borrowed_experts"], found["borrowed_bytes"]) == (3, 210)
+    sums = totals.take()
+    assert sums is not None
+    assert (sums["layers"], sums["num_calls_L"]) == ([2, 5], [1, 2])
+    assert sums["pairs_LR"] == [[3, 5], [6, 10]]
+    assert sums["counts_LE"] == [[6, 2], [12, 4]]
+    assert sums["formats_L"] == [{"bf16": 6, "int8": 2}, {"bf16": 12, "int8": 4}]
+    assert sums["imbalance_L"] == [pytest.approx(1.25), pytest.approx(1.25)]
+    assert (sums["seconds"]["plan"], sums["seconds"]["dispatch"]) == (3.0, 6.0)
+    assert (sums["borrowed_experts"], sums["borrowed_bytes"]) == (3, 210)
     assert totals.take() is None
 
 

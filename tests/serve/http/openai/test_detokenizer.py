@@ -1,4 +1,4 @@
-"""Text in pieces: whole characters, cut before stop strings, the same whatever the pieces."""
+"""Text in parts: whole characters, cut before stop strings, the same however it is divided."""
 
 import pytest
 from hypothesis import given
@@ -24,10 +24,10 @@ class Words:
 @given(st.text(max_size=40))
 def test_whole_characters_only(text: str) -> None:
     detokenizer = Detokenizer(Bytes())
-    pieces = [detokenizer.push([byte]) for byte in text.encode()]
-    assert "".join(pieces) + detokenizer.flush() == text
+    parts = [detokenizer.push([byte]) for byte in text.encode()]
+    assert "".join(parts) + detokenizer.flush() == text
     if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
+        assert not any("\ufffd" in part for part in parts)
 
 
 @given(st.lists(st.integers(0, 255), max_size=60), st.integers(1, 7))
@@ -45,7 +45,7 @@ def test_what_stands_between_tokens_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "stops", "shown", "ended"),
+    ("parts", "stops", "shown", "ended"),
     [
         (["abc", "def"], [], "abcdef", False),
         (["abc", "def"], ["cd"], "ab", True),
@@ -55,19 +55,19 @@ def test_what_stands_between_tokens_is_kept() -> None:
         (["stop"], ["stop"], "", True),
     ],
 )
-def test_text_ends_before_a_stop_string(pieces: list[str], stops: list[str], shown: str, ended: bool) -> None:
+def test_text_ends_before_a_stop_string(parts: list[str], stops: list[str], shown: str, ended: bool) -> None:
     stop_strings, text = StopStrings(stops), ""
-    for piece in pieces:
-        part, is_stopped = stop_strings.push(piece)
-        text += part
+    for part in parts:
+        shown_part, is_stopped = stop_strings.push(part)
+        text += shown_part
         if is_stopped:
             break
     assert (text + stop_strings.flush(), is_stopped) == (shown, ended)
 
 
 @given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
-def test_pieces_do_not_matter(text: str, stops: list[str], size: int) -> None:
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+def test_the_division_into_parts_does_not_matter(text: str, stops: list[str], size: int) -> None:
+    matches = [at for stop in stops if (at := text.find(stop)) >= 0]
     stop_strings, shown, is_stopped = StopStrings(stops), "", False
     for at in range(0, len(text), size):
         part, is_stopped = stop_strings.push(text[at : at + size])
@@ -75,7 +75,7 @@ def test_pieces_do_not_matter(text: str, stops: list[str], size: int) -> None:
         if is_stopped:
             break
     shown += stop_strings.flush()
-    assert is_stopped == bool(found)
-    # A longer piece may end several stop strings at once and shows the earliest; shorter ones meet the first to end.
+    assert is_stopped == bool(matches)
+    # A longer part may end several stop strings at once and shows the earliest; shorter ones meet the first to end.
     assert text.startswith(shown)
     assert not any(stop in shown for stop in stops)
