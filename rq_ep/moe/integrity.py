@@ -11,7 +11,7 @@ from rq_ep.formats import is_intact
 
 
 class DamagedExpert(RuntimeError):
-    """The bytes of an expert are not those it was sealed with; the message names it."""
+    """The bytes of an expert no longer match its checksum; the message names it."""
 
 
 class ChecksumVerifier(Protocol):

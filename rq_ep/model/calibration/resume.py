@@ -16,7 +16,7 @@ from rq_ep.core.files import replacing
 from rq_ep.model.calibration.layer_records import LayerRecord, Step
 from rq_ep.model.text.windows import Windows
 
-FORMAT = "rq_ep.halfway/1"
+FORMAT = "rq_ep.halfway/1"  # the name of the first version stays, so that old files can be resumed
 SAVE_EVERY_S = 60.0
 
 log = logging.getLogger(__name__)

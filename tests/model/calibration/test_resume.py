@@ -47,7 +47,7 @@ def assert_same(a: ForwardStats, b: ForwardStats) -> None:
 
 def test_a_stopped_run_resumes_where_it_was(loaded: LoadedModel, tiny_checkpoint: Path, tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO")
-    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
+    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.resume"
     whole = collect_forward_stats(loaded, text, SETTINGS)
     for stop in (3, 6):
         with pytest.raises(Stopped):
@@ -63,7 +63,7 @@ def test_a_stopped_run_resumes_where_it_was(loaded: LoadedModel, tiny_checkpoint
 
 
 def test_ranks_resume_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
+    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.resume"
     seen: list[int] = []
 
     def collect(group: EPGroup, **options: Any) -> ForwardStats:
@@ -85,7 +85,7 @@ def test_ranks_resume_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_another_run_or_a_damaged_file_starts_anew(
     loaded: LoadedModel, tiny_checkpoint: Path, tmp_path: Path, caplog
 ) -> None:
-    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.halfway"
+    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.resume"
     with pytest.raises(Stopped):
         collect_forward_stats(loaded, text, SETTINGS, resume_path=path, save_every_s=0, progress=until(3))
     other_settings = replace(SETTINGS, seed=1)
