@@ -12,6 +12,7 @@ from typing import Any
 from bench.formats.formats_table import markdown
 from bench.serving.serve import medians
 from rq_ep.core.files import read_json, replacing
+from rq_ep.strategies import strategy_class
 
 RESULTS = Path(__file__).with_name("results")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -71,7 +72,7 @@ def _plan() -> str:
     )
 
     def cell(row: Row) -> str:
-        moved = f" ({row['transfers']:.1f})" if row["strategy"] in ("llep", "rq_llep") else ""
+        moved = f" ({row['transfers']:.1f})" if strategy_class(row["strategy"]).lends else ""
         return f"{1e6 * row['plan_p50_s']:.0f}{moved}"
 
     sizes = list(dict.fromkeys(key[:2] for key in calibrated))

@@ -155,15 +155,15 @@ def _kinds(stats: Mapping[str, ExpertStats], name: str) -> dict[str, Order]:
     """Definition of importance -> order; `own KL` was measured in the format itself."""
     kl = stats["drop"].kl
     assert kl is not None
-    by_kind = {kind: _damage(found, name) for kind, found in stats.items()}
+    by_kind = {kind: _damage(kind_stats, name) for kind, kind_stats in stats.items()}
     return by_kind | {"own KL": kl[..., stats["drop"].formats.index(_base(name))]}
 
 
 def _errors(stats: ExpertStats) -> dict[str, float]:
     """Format -> output error of an expert, rounded to the nearest, on average: what `rq-ep calibrate` prints."""
     assert stats.error is not None
-    found: list[float] = stats.error.mean(axis=(0, 1)).tolist()
-    return dict(zip(stats.formats, found, strict=True))
+    errors: list[float] = stats.error.mean(axis=(0, 1)).tolist()
+    return dict(zip(stats.formats, errors, strict=True))
 
 
 def _base(name: str) -> str:
@@ -183,12 +183,12 @@ def _row(
 ) -> tuple[Row, FloatArray]:
     """What a choice of experts costs, or several on average, and its KL window by window."""
     pairs_LE = stats.counts.sum(axis=0)
-    found: list[Answers] = []
+    draws: list[Answers] = []
     low_pairs = 0.0
     for order_LE in orders:
         ranking_LE = np.argsort(np.argsort(order_LE, axis=1, kind="stable"), axis=1)
         low_LE = ranking_LE < round(share * order_LE.shape[1])
-        found.append(model.low(name, low_LE))
+        draws.append(model.low(name, low_LE))
         low_pairs += float(pairs_LE[low_LE].sum() / pairs_LE.sum()) / len(orders)
     low_bytes, native_bytes = stats.expert_bytes[_base(name)], stats.expert_bytes[stats.native_format]
     row = Row(
@@ -197,12 +197,12 @@ def _row(
         share=share,
         expert_bytes=int(np.where(low_LE, low_bytes, native_bytes).sum()),
         low_pairs=low_pairs,
-        kl=_estimate([answers.kl for answers in found]),
-        agreement=_estimate([answers.agreement for answers in found]),
-        routing_shift=_estimate([answers.shift for answers in found]),
-        perplexity_change=float(np.exp(np.mean([answers.nll for answers in found]) - model.dense_nll) - 1),
+        kl=_estimate([answers.kl for answers in draws]),
+        agreement=_estimate([answers.agreement for answers in draws]),
+        routing_shift=_estimate([answers.shift for answers in draws]),
+        perplexity_change=float(np.exp(np.mean([answers.nll for answers in draws]) - model.dense_nll) - 1),
     )
-    return row, np.mean([answers.kl for answers in found], axis=0)
+    return row, np.mean([answers.kl for answers in draws], axis=0)
 
 
 def _estimate(by_draw: Sequence[Sequence[float]]) -> Estimate:
@@ -219,16 +219,16 @@ def _ratio(above_W: FloatArray, below_W: FloatArray) -> Estimate:
 def _rerouted(model: RoundedModel, name: str, batches: Sequence[WindowBatch]) -> list[Rerouted]:
     """All experts in a format: with the routers as they are, fitted anew, and with the dense model's choices."""
     every = np.ones((len(model.experts), model.experts[0].num_experts), bool)
-    found = {"as they are": model.low(name, every)}
+    by_routers = {"as they are": model.low(name, every)}
     routers = routers_of(model.network, model.experts)
     with fitted_anew(model.network, routers, partial(model.while_low, name, every), batches):
-        found["fitted anew"] = model.low(name, every)
-    found["dense model's choices"] = model.all_low_on_dense_routes(name)
-    before_W = np.array(found["as they are"].kl)
+        by_routers["fitted anew"] = model.low(name, every)
+    by_routers["dense model's choices"] = model.all_low_on_dense_routes(name)
+    before_W = np.array(by_routers["as they are"].kl)
     return [
         Rerouted(
             name, routers, Estimate.of(answers.kl), Estimate.of(answers.agreement), Estimate.of(answers.shift),
             _ratio(np.array(answers.kl), before_W),
         )
-        for routers, answers in found.items()
+        for routers, answers in by_routers.items()
     ]  # fmt: skip

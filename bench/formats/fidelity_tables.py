@@ -1,4 +1,4 @@
-"""What the fidelity bench found, as rows, tables and a picture."""
+"""Results of the fidelity bench as rows, tables and a picture."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -95,10 +95,10 @@ def show(
     console.print(table)
     table = Table("all experts in", "routers", "KL / 1e-6", "of as they are", "next token as dense", "routing shift")
     table.title = "Routers"
-    for found in rerouted:
+    for row in rerouted:
         table.add_row(
-            found.format, found.routers, _millionths(found.kl), _ratio(found.kl_ratio), _percent(found.agreement),
-            _percent(found.routing_shift),
+            row.format, row.routers, _millionths(row.kl), _ratio(row.kl_ratio), _percent(row.agreement),
+            _percent(row.routing_shift),
         )  # fmt: skip
     console.print(table)
 

@@ -27,11 +27,11 @@ def routers_of(network: PreTrainedModel, experts: Sequence[ExpertsModule]) -> li
         UserError: a layer has no such module beside its experts.
     """
     routers = []
-    for found in experts:
-        block = network.get_submodule(found.name.rpartition(".")[0])
+    for layer in experts:
+        block = network.get_submodule(layer.name.rpartition(".")[0])
         router = getattr(block, "gate", getattr(block, "router", None))
         if not isinstance(getattr(router, "weight", None), nn.Parameter):
-            raise UserError(f"{found.name}: no router with a matrix of weights beside it")
+            raise UserError(f"{layer.name}: no router with a matrix of weights beside it")
         routers.append(router)
     return routers
 

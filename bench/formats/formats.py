@@ -88,13 +88,13 @@ def relative_errors(family: ExpertFamily, stacks: dict[str, Stack], args: argpar
     errors = {}
     for name, stack in stacks.items():
         views = stack.experts[0]
-        found = {n: stack.format.dequantize(views, n, family.layout, torch.float32) for n in weights}
-        differences = torch.stack([(found[n] - weight).norm() for n, weight in weights.items()]).norm()
+        unpacked = {n: stack.format.dequantize(views, n, family.layout, torch.float32) for n in weights}
+        differences = torch.stack([(unpacked[n] - weight).norm() for n, weight in weights.items()]).norm()
         size = torch.stack([weight.norm() for weight in weights.values()]).norm()
-        found_ND = family.forward(x_ND.bfloat16(), stack.format, views).float()
+        output_ND = family.forward(x_ND.bfloat16(), stack.format, views).float()
         errors[name] = {
             "weight_error": float(differences / size),
-            "output_error": float((found_ND - exact_ND).norm() / exact_ND.norm()),
+            "output_error": float((output_ND - exact_ND).norm() / exact_ND.norm()),
         }
     return errors
 
@@ -140,7 +140,7 @@ def measure(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def tables(rows: list[dict[str, Any]], device: str) -> list[Table]:
     """For every shape: what each format is, and its time against bf16."""
-    found = []
+    by_shape = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         of_shape = [row for row in rows if row["shape"] == shape]
         sizes = tuple(dict.fromkeys(row["rows_per_expert"] for row in of_shape))
@@ -161,8 +161,8 @@ def tables(rows: list[dict[str, Any]], device: str) -> list[Table]:
                 f"{row['weight_error']:.2%}", f"{row['output_error']:.2%}",
                 *(f"{by_size[size]['ratio']:.2f}" for size in sizes), f"{speed:,.0f}",
             )  # fmt: skip
-        found.append(table)
-    return found
+        by_shape.append(table)
+    return by_shape
 
 
 def check(args: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ class RoundedModel:
         """
         Args:
             loaded: the model, in fp32.
-            batches: the text that it is asked about.
+            batches: the text that it is evaluated on.
             rows_LE: inputs of each expert, where formats are named with `:calibrated`.
         """
         network = loaded.model
@@ -65,7 +65,7 @@ class RoundedModel:
 
             return forward
 
-        with _changed([found.module for found in loaded.experts], remember):
+        with _changed([layer.module for layer in loaded.experts], remember):
             dense = [_logits(network, batch) for batch in batches]
         losses = [loss for logits, batch in zip(dense, batches, strict=True) for loss in nll(logits, batch.tokens_BT)]
         return cls(
@@ -89,7 +89,7 @@ class RoundedModel:
             }
             return lambda *arguments: _called(module, mixed, arguments)
 
-        return _changed([found.module for found in self.experts], change)
+        return _changed([layer.module for layer in self.experts], change)
 
     def all_low_on_dense_routes(self, name: str) -> Answers:
         """All experts in format `name`, but what they get is what the dense model's routers chose."""
@@ -99,7 +99,7 @@ class RoundedModel:
             routes = iter(self.dense_routes[layer])
             return lambda hidden_TD, *chosen: _called(module, rounded, (hidden_TD, *next(routes)))
 
-        with _changed([found.module for found in self.experts], change):
+        with _changed([layer.module for layer in self.experts], change):
             return self._answers()
 
     def half_low(self, name: str, by_gate: bool) -> Answers:
@@ -107,7 +107,7 @@ class RoundedModel:
         generator = torch.Generator().manual_seed(0)
 
         def change(layer: int, plain: Forward) -> Forward:
-            found, rounded = self.experts[layer], self._rounded(name)[layer]
+            experts, rounded = self.experts[layer], self._rounded(name)[layer]
 
             def forward(hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
                 order_TK = topk_weights_TK if by_gate else torch.rand(topk_ids_TK.shape, generator=generator)
@@ -116,18 +116,18 @@ class RoundedModel:
                     of_expert = topk_ids_TK == expert
                     is_low_TK |= of_expert & (order_TK < order_TK[of_expert].median())
                 low_TK, high_TK = (topk_weights_TK.masked_fill(mask, 0) for mask in (~is_low_TK, is_low_TK))
-                out_TD = _called(found.module, rounded, (hidden_TD, topk_ids_TK, low_TK))
+                out_TD = _called(experts.module, rounded, (hidden_TD, topk_ids_TK, low_TK))
                 return out_TD + plain(hidden_TD, topk_ids_TK, high_TK)
 
             return forward
 
-        with _changed([found.module for found in self.experts], change):
+        with _changed([layer.module for layer in self.experts], change):
             return self._answers()
 
     def _answers(self) -> Answers:
         """The model as it is now."""
         answers = Answers()
-        with recording_topk_ids([found.module for found in self.experts]) as choices:
+        with recording_topk_ids([layer.module for layer in self.experts]) as choices:
             for number, (expected, batch) in enumerate(zip(self.dense_BTV, self.batches, strict=True)):
                 answers.add(expected, _logits(self.network, batch), batch.tokens_BT)
                 dense = [routes[number][0] for routes in self.dense_routes]
@@ -144,10 +144,10 @@ class RoundedModel:
         """The tensors of a layer's experts, packed in a format and unpacked."""
         base, _, rounding = name.partition(":")
         format_, layout = get_format(base), self.family.layout
-        found = self.experts[layer]
-        parameters = dict(found.module.named_parameters())
+        experts = self.experts[layer]
+        parameters = dict(experts.module.named_parameters())
         rounded = {tensor: torch.empty_like(parameter) for tensor, parameter in parameters.items()}
-        for expert in range(found.num_experts):
+        for expert in range(experts.num_experts):
             weights = {tensor: parameter[expert] for tensor, parameter in parameters.items()}
             rows_ND = self.rows_LE[layer][expert] if rounding else torch.empty(0, self.family.hidden_size)
             packed = ROUNDINGS[rounding or "nearest"](format_, weights, rows_ND, self.family)

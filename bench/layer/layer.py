@@ -252,11 +252,11 @@ def _run(args: argparse.Namespace, cases: list[Case], group: EPGroup, topology: 
     for case in cases:
         name = case.workload.name
         logged = [key for key in peers if key in LOGGED] if args.comm_log else []
-        found = measure(case, group, topology, {key: build for key, (_, build) in peers.items()}, logged)
-        for row in found:
+        scenario_rows = measure(case, group, topology, {key: build for key, (_, build) in peers.items()}, logged)
+        for row in scenario_rows:
             label = peers[row["strategy"]][0] if row["strategy"] in peers else row["strategy"]
             rows.append({"scenario": name, "repeats_experts": case.workload.repeats_experts, "label": label, **row})
-        if found and len(cases) > 1:
+        if scenario_rows and len(cases) > 1:
             log.info("%s done", name)
     return rows
 

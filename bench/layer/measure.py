@@ -67,8 +67,8 @@ def measure(
         logged: those peers whose communication is logged afterwards, in calls that are not timed.
     """
     # Rank 0 places for all: ranks of one process would do it one after another.
-    mine_to_tell = None if group.rank else _place(case, group, topology)
-    placements: dict[str, LayerPlacement] = group.all_gather_object(mine_to_tell)[0]
+    own_placements = None if group.rank else _place(case, group, topology)
+    placements: dict[str, LayerPlacement] = group.all_gather_object(own_placements)[0]
     layers: dict[str, nn.Module] = {
         name: _layer(case, name, placement, group, topology) for name, placement in placements.items()
     }

@@ -175,12 +175,12 @@ def transfer_times(case: Case, group: TorchGroup) -> dict[str, float]:
             ends[move.__name__] = np.array(move()) - start
         rounds.append(np.concatenate([ends["plain"], ends["borrow"]]))
     times_RN32 = np.array(group.all_gather_object(rounds[WARM_UP_ROUNDS:]))
-    found = {"expert_bytes": num_bytes}
+    times = {"expert_bytes": num_bytes}
     for clock, times_N3 in (("wall", times_RN32[1, ..., 0]), ("cpu", times_RN32[:2, ..., 1].sum(axis=0))):
         medians = np.median(times_N3, axis=0).tolist()
-        found |= {f"{name}_{clock}_s": value for name, value in zip(MOVES, medians, strict=True)}
-        found[f"borrow_{clock}_ratio"] = float(np.median(times_N3[:, 1] / times_N3[:, 0]))
-    return found
+        times |= {f"{name}_{clock}_s": value for name, value in zip(MOVES, medians, strict=True)}
+        times[f"borrow_{clock}_ratio"] = float(np.median(times_N3[:, 1] / times_N3[:, 0]))
+    return times
 
 
 def main(argv: Sequence[str]) -> None:
@@ -220,8 +220,8 @@ def main(argv: Sequence[str]) -> None:
         keep_freed_memory()
     group = TorchGroup.from_environment("cpu")
     try:
-        found = {"layer": layer_times(case, group), "transfer": transfer_times(case, group) if group.size > 1 else {}}
-        ranks = group.all_gather_object(found)
+        transfer = transfer_times(case, group) if group.size > 1 else {}
+        ranks = group.all_gather_object({"layer": layer_times(case, group), "transfer": transfer})
     finally:
         group.close()
     if group.rank == 0:
@@ -232,8 +232,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _show(ranks: list[dict[str, dict[str, float]]]) -> None:
     table = Table("rank", "layer", "products", "collectives", "around", "of the layer", "telemetry")
-    for rank, found in enumerate(ranks):
-        times = found["layer"]
+    for rank, rank_times in enumerate(ranks):
+        times = rank_times["layer"]
         shares = [times["around_s"] / times["layer_s"], times["telemetry_s"] / times["layer_s"]]
         cells = [f"{times[key] * 1e3:.1f} ms" for key in ("layer_s", "products_s", "collectives_s", "around_s")]
         table.add_row(str(rank), *cells, f"{shares[0]:.1%}", f"{times['telemetry_s'] * 1e6:.1f} us ({shares[1]:.4%})")

@@ -52,10 +52,10 @@ def measure(name: str, num_experts: int, num_ranks: int, args: argparse.Namespac
     started = time.perf_counter()
     placement = place(stats, num_ranks, strategy=name)
     place_s = time.perf_counter() - started
-    knobs = {"min_tokens_per_gemm": args.min_tokens_per_gemm}
-    knobs = {knob: value for knob, value in knobs.items() if knob in setting_names(strategy_class(name))}
+    settings = {"min_tokens_per_gemm": args.min_tokens_per_gemm}
+    settings = {setting: value for setting, value in settings.items() if setting in setting_names(strategy_class(name))}
     started = time.perf_counter()
-    planner = make_strategy(name, **knobs).planner(placement.layers[0], placement.topology)
+    planner = make_strategy(name, **settings).planner(placement.layers[0], placement.topology)
     build_s = time.perf_counter() - started
     steps = draw_counts(popularity_E, args.steps, num_ranks, args.pairs_per_rank, args.seed + 2)
     plans = [planner(counts_RE) for counts_RE in steps]
@@ -125,14 +125,14 @@ def main(argv: Sequence[str]) -> None:
     table = Table(*columns.split(), box=None)
     rows = []
     for size in args.sizes:
-        found = [measure(name, *size, args) for name in args.strategies]
-        for row in found:
+        of_size = [measure(name, *size, args) for name in args.strategies]
+        for row in of_size:
             table.add_row(
                 str(row["num_experts"]), str(row["num_ranks"]), row["strategy"], f"{1e6 * row['plan_p50_s']:.0f}",
                 f"{1e6 * row['plan_p99_s']:.0f}", f"{row['imbalance']:.3f}", str(row["replicas"]),
                 f"{row['transfers']:.1f}", f"{1e3 * row['build_s']:.0f}", f"{row['place_s']:.2f}",
             )  # fmt: skip
-        rows += found
+        rows += of_size
     console = wide_console()
     console.width = max(console.width, 100)
     console.print(table)

@@ -31,11 +31,11 @@ def draw_ranks(result: Mapping[str, Any], path: str | Path) -> None:
             load.bar(x_R, pairs_R / pairs_R.mean(), 0.9 * width, color=colour)
             latency.bar(x_R, p50_R, 0.9 * width, color=colour)
             latency.vlines(x_R, p50_R, p99_R, color="#222222", linewidth=1)
-            load.text(at, 0.04, f"max/mean\n{row['imbalance_mean']:.3f}", ha="center", fontsize=8)
+            load.text(at, 0.04, f"max/mean\nof steps\n{row['imbalance_mean']:.3f}", ha="center", fontsize=8)
             slowest = f"slowest\n{1e3 * row['compute_s']['p50']:.0f} ms"
             latency.text(at, 0, slowest, ha="center", va="bottom", fontsize=8)
         load.axhline(1, color="#222222", linewidth=0.8, linestyle=":")
-        load.set_ylabel(f"{scenario_title(scenario)}\nload of each rank, mean = 1")
+        load.set_ylabel(f"{scenario_title(scenario)}\nload of each rank, all steps; mean = 1")
         latency.set_ylabel("expert compute, ms\n(bar p50, line to p99)")
         for panel in (load, latency):
             panel.set_xticks(range(len(of_scenario)), [row["label"] for row in of_scenario])

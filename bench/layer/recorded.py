@@ -97,9 +97,9 @@ def read_recorded(text: str, shape: Shape) -> Recorded:
     source = RoutingTrace.load(path) if is_trace(path) else ExpertStats.load(path)
     top_k = source.ids_NLK.shape[2] if isinstance(source, RoutingTrace) else source.top_k or shape.top_k
     if (source.num_experts, top_k) != (shape.num_experts, shape.top_k):
-        found = f"{source.num_experts} experts, {top_k} a token"
+        sizes = f"{source.num_experts} experts, {top_k} a token"
         raise refused(
-            text, f"it has {found}, the shape {shape.num_experts} and {shape.top_k}; set --num-experts, --top-k"
+            text, f"it has {sizes}, the shape {shape.num_experts} and {shape.top_k}; set --num-experts, --top-k"
         )
     try:
         at = source.layers.index(int(number)) if number else 0
@@ -113,12 +113,12 @@ def read_recorded(text: str, shape: Shape) -> Recorded:
         return RecordedRoutes(text, source, at, _enough(text, steps))
     in_phase_S = _in_phase(text, source.phase, phase, source.num_steps)
     counts = enumerate(source.counts[:, at])
-    found_steps = tuple(CountStep(i, counts_E) for i, counts_E in counts if in_phase_S[i] and counts_E.any())
-    for i, counts_E in _enough(text, found_steps):
+    recorded_steps = tuple(CountStep(i, counts_E) for i, counts_E in counts if in_phase_S[i] and counts_E.any())
+    for i, counts_E in _enough(text, recorded_steps):
         num_tokens, remainder = divmod(int(counts_E.sum()), top_k)
         if remainder or counts_E.max() > num_tokens:
             raise refused(text, f"the counts of step {i} are not {top_k} distinct experts of each token")
-    return RecordedCounts(text, found_steps, top_k, source.layers[at])
+    return RecordedCounts(text, recorded_steps, top_k, source.layers[at])
 
 
 def _in_phase(text: str, phase_S: IntArray | None, phase: str | None, num_steps: int) -> BoolArray:

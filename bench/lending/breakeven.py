@@ -50,7 +50,7 @@ class Row(NamedTuple):
     label: str
     strategy: str
     knobs: dict[str, Any]
-    has_cost: bool  # whether its planner is told the cost of the layer
+    has_cost: bool  # whether its planner gets the cost of the layer
     placed_for: Literal["nothing", "balanced", "served"] = "nothing"  # load it knows; nothing: standard EP's replicas
 
 
@@ -161,13 +161,13 @@ def _cpu_s(planner: Planner, counts_RE: IntArray) -> float:
 def speed_ups(layer: Layer, scenario: str, sizes: list[int]) -> list[dict[str, Any]]:
     """Every strategy of one scenario, at all sizes of a step."""
     planners = [layer.planner(row, scenario) for row in SERVING]
-    found = []
+    rows = []
     for tokens_per_rank in sizes:
         counts_RE = layer.counts(scenario, tokens_per_rank, "measure", 0)
         plans = [planner(counts_RE) for planner in planners]
         costs = [layer.cost.step(plan) for plan in plans]
         for row, plan, cost in zip(SERVING, plans, costs, strict=True):
-            found.append(
+            rows.append(
                 {
                     "row": row.label,
                     "scenario": scenario,
@@ -181,7 +181,7 @@ def speed_ups(layer: Layer, scenario: str, sizes: list[int]) -> list[dict[str, A
                     "ideal_speed_up": imbalance(plans[0].loads_R),
                 }
             )
-    return found
+    return rows
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:

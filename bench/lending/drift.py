@@ -26,7 +26,7 @@ from rq_ep.costs import cost_model
 from rq_ep.placing.place import place
 from rq_ep.strategies import make_strategy
 
-# Each row: a name, the strategy, its settings, and whether it is told the cost of the layer.
+# Each row: a name, the strategy, its settings, and whether its planner gets the cost of the layer.
 ROWS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
     ("standard", "standard", {}, False),
     ("eplb", "eplb", {}, False),
@@ -58,13 +58,13 @@ def measure(args: argparse.Namespace, drift: float, tokens_per_rank: int) -> lis
     recorded_SLE = draw(calibrated_E, 32, pairs, generator)
     served_SLE = draw((1 - drift) * calibrated_E + drift * other_E, args.steps, pairs, generator)
     stats = ExpertStats(recorded_SLE, tuple(sizes), "bf16", sizes)
-    found = []
+    rows = []
     for label, name, knobs, has_cost in ROWS:
         strategy = make_strategy(name, **knobs)
         placement = place(stats, args.num_ranks, strategy=strategy)
         planner = strategy.planner(placement.layers[0], placement.topology, cost if has_cost else None)
         plans = [planner(counts_RE) for counts_RE in spread_over_sources(served_SLE, args.num_ranks)[:, 0]]
-        found.append(
+        rows.append(
             {
                 "row": label,
                 "drift": drift,
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, drift: float, tokens_per_rank: int) -> lis
                 "bound_by_bytes": float(np.mean([_activates_once(plan) for plan in plans])),
             }
         )
-    return found
+    return rows
 
 
 def _activates_once(plan: DispatchPlan) -> bool:
@@ -106,10 +106,10 @@ def main(argv: Sequence[str]) -> None:
     rows = []
     for tokens_per_rank in args.tokens_per_rank:
         for drift in args.drifts:
-            found = measure(args, drift, tokens_per_rank)
-            cells = [f"{1e6 * row['layer_s']:.0f} ({row['transfers']:.1f})" for row in found]
+            of_step = measure(args, drift, tokens_per_rank)
+            cells = [f"{1e6 * row['layer_s']:.0f} ({row['transfers']:.1f})" for row in of_step]
             table.add_row(str(tokens_per_rank), f"{drift:g}", *cells)
-            rows += found
+            rows += of_step
     console = wide_console(140)
     console.width = max(console.width, 140)
     console.print(table)

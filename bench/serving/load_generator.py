@@ -61,17 +61,17 @@ async def drive(
     Args:
         url: of the server, without `/v1`.
         model: its name there.
-        jobs: what to ask for.
+        jobs: the requests.
         max_concurrency: requests under way at once.
         rate: mean requests per second, with exponential gaps; None: as fast as the concurrency allows.
         seed: of the gaps.
-        on_answer: told of each answer when it ends.
+        on_answer: called with each answer when it ends.
     """
     gate = asyncio.Semaphore(max_concurrency)
     gaps = random.Random(seed)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=max_concurrency)
 
-    async def one(job: Job) -> Answer:
+    async def send(job: Job) -> Answer:
         async with gate:
             answer = await _ask(client, model, job)
             on_answer(answer)
@@ -80,7 +80,7 @@ async def drive(
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False) as client:
         tasks = []
         for job in jobs:
-            tasks.append(asyncio.ensure_future(one(job)))
+            tasks.append(asyncio.ensure_future(send(job)))
             if rate is not None:
                 await asyncio.sleep(gaps.expovariate(rate))
         return await asyncio.gather(*tasks)
@@ -139,7 +139,7 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
         "itl": [1e3 * gap for answer in done for gap in np.diff(answer.token_s)],
         "e2el": [1e3 * (answer.end_s - answer.sent_s) for answer in done],
     }
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "duration": duration_s,
         "completed": len(done),
         "failed": sum(answer.error is not None for answer in answers),
@@ -151,10 +151,10 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
     }
     for name, values in times_ms.items():
         if values:
-            found |= {f"mean_{name}_ms": float(np.mean(values)), f"std_{name}_ms": float(np.std(values))}
-            found[f"median_{name}_ms"] = float(np.median(values))
-            found |= {f"p{at}_{name}_ms": float(np.percentile(values, at)) for at in PERCENTILES}
-    return found
+            results |= {f"mean_{name}_ms": float(np.mean(values)), f"std_{name}_ms": float(np.std(values))}
+            results[f"median_{name}_ms"] = float(np.median(values))
+            results |= {f"p{at}_{name}_ms": float(np.percentile(values, at)) for at in PERCENTILES}
+    return results
 
 
 def random_jobs(texts: Sequence[Sequence[int]], num_jobs: int, input_len: int, output_len: int, seed: int) -> list[Job]:

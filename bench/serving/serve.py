@@ -120,13 +120,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             order = list(contestants) if number % 2 else list(reversed(contestants))
             for rate, concurrency in loads:
                 for name in order:
-                    found = measure(contestants[name], jobs, rate, concurrency, options.seed)
-                    if found is None:
+                    run_figures = measure(contestants[name], jobs, rate, concurrency, options.seed)
+                    if run_figures is None:
                         continue
-                    console.print(f"run {number}: {name}, rate {rate:g}, concurrency {concurrency}: {_brief(found)}")
+                    console.print(
+                        f"run {number}: {name}, rate {rate:g}, concurrency {concurrency}: {_brief(run_figures)}"
+                    )
                     if number:
                         load = {"request_rate": rate, "max_concurrency": concurrency}
-                        rows.append({"contestant": name, "run": number, **load, **found})
+                        rows.append({"contestant": name, "run": number, **load, **run_figures})
     return {"contestants": list(contestants), "rows": rows}
 
 
@@ -163,7 +165,7 @@ def medians(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     first = result["contestants"][0]
     rows = result["rows"]
     loads = list(dict.fromkeys((row["request_rate"], row["max_concurrency"]) for row in rows))
-    found = []
+    entries = []
     for load in loads:
         of_load = [row for row in rows if (row["request_rate"], row["max_concurrency"]) == load]
         base = {row["run"]: row for row in of_load if row["contestant"] == first}
@@ -173,8 +175,8 @@ def medians(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             for key in (key for key in SHOWN if key in mine[0]):
                 entry[key] = statistics.median(row[key] for row in mine)
                 entry[f"{key}_ratio"] = statistics.median(row[key] / base[row["run"]][key] for row in mine)
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -214,6 +216,6 @@ def _number(flag: str, text: str) -> float:
     return value if math.isinf(value) else check_number(flag, value, 1e-3)
 
 
-def _brief(found: Mapping[str, Any]) -> str:
-    tails = f", ITL p99 {found['p99_itl_ms']:.1f} ms" if "p99_itl_ms" in found else ""
-    return f"{found['output_throughput']:.0f} output tokens/s{tails}"
+def _brief(run_figures: Mapping[str, Any]) -> str:
+    tails = f", ITL p99 {run_figures['p99_itl_ms']:.1f} ms" if "p99_itl_ms" in run_figures else ""
+    return f"{run_figures['output_throughput']:.0f} output tokens/s{tails}"

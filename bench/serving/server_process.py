@@ -63,8 +63,8 @@ def _wait_until_well(process: psutil.Process, url: str, log: Path) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    told = [line for line in log.read_text().splitlines() if "error" in line]
-    raise UserError(f"the server does not start, see {log}: {told[0] if told else 'it says nothing'}")
+    errors = [line for line in log.read_text().splitlines() if "error" in line]
+    raise UserError(f"the server does not start, see {log}: {errors[0] if errors else 'its log has no error'}")
 
 
 def _free_port() -> int:

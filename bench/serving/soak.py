@@ -4,8 +4,8 @@
     python -m bench soak --model DIR --placement FILE --num-requests 2000 --max-concurrency 64 --json OUT.json
 
 Requests of mixed lengths in fp32, greedy; a third of the clients leave in the middle of their answer. Every answer is
-compared with the dense model's `generate`, those of clients that left as far as they were heard. A difference is wrong
-where the dense model prefers its own token by more than 1e-3; after a smaller margin the answers may part. Memory is
+compared with the dense model's `generate`, those of clients that left as far as they were received. A difference is
+wrong where the dense model prefers its own token by more than 1e-3; after a smaller margin answers may part. Memory is
 the resident size of all of the server's processes, as medians over a tenth of the requests: after the first three
 tenths, when allocators have grown to what mixed batches take, and at the end.
 """
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Start a server, soak it, and say what was found."""
+    """Start a server, send all requests, and return the findings."""
     tokenizer = read_tokenizer(options.model)
     model = load_whole_model(options.model, torch.float32, torch.device("cpu"))
     model.generation_config.eos_token_id = None  # clients ask to go on after end tokens
@@ -102,14 +102,14 @@ def soak(
     tokenizer: PreTrainedTokenizerBase,
     max_concurrency: int,
 ) -> dict[str, Any]:
-    """Drive a server and say what was found.
+    """Send all requests to a server and return the findings.
 
     Args:
         url: of the server, which computes in fp32.
         name: of its model.
         process: its launcher, whose children are counted.
         jobs: what to ask.
-        expected: the dense model's answer to each job that nobody leaves: tokens, and how clearly it prefers each.
+        expected: the dense model's answer to each job whose client stays: tokens, and how clearly it prefers each.
         tokenizer: of the model.
         max_concurrency: requests under way at once.
     """
@@ -129,7 +129,7 @@ def soak(
     tenth = max(len(jobs) // 10, 1)
     warm = int(WARM_UP * len(jobs))
     before, after = statistics.median(sizes[warm : warm + tenth]), statistics.median(sizes[-tenth:])
-    found = {
+    findings = {
         "num_requests": len(jobs),
         "num_left": sum(answer.left for answer in answers),
         "num_lost": len(lost),
@@ -142,7 +142,10 @@ def soak(
         "num_unfinished": _unfinished(url),
     }
     is_well = not lost and not wrong and after / before - 1 <= MAX_GROWTH
-    return {**found, "is_well": is_well and num_processes == found["num_processes"][1] and not found["num_unfinished"]}
+    return {
+        **findings,
+        "is_well": is_well and num_processes == findings["num_processes"][1] and not findings["num_unfinished"],
+    }
 
 
 def kinds_of(
@@ -177,7 +180,7 @@ def dense_answer(model: PreTrainedModel, job: Job) -> list[tuple[int, float]]:
 
 
 def _is_right(answer: Answer, expected: dict[Job, list[tuple[int, float]]], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether an answer, as far as it was heard, is the dense model's up to the first token of doubtful margin."""
+    """Whether an answer, as far as it was received, is the dense model's up to the first token of doubtful margin."""
     dense = expected[replace(answer.job, leaves_after=None)]
     if answer.is_complete and answer.num_tokens != len(dense):
         return False

@@ -1,6 +1,6 @@
 """Transformers' own continuous batching over its own tensor and expert parallelism, as a peer of the server.
 
-It has no HTTP server that spans ranks: it is given lists of requests and asked for its throughput. Each rank of its
+It has no HTTP server that spans ranks: it gets lists of requests and returns its throughput. Each rank of its
 group holds a part of every layer's attention heads and experts, and all of them step through one batch.
 """
 
@@ -82,8 +82,8 @@ class TransformersServing:
         Raises:
             UserError: the group has ended.
         """
-        told = [[list(job.prompt_ids), job.max_tokens] for job in jobs]
-        self._file.write(json.dumps([max_concurrency, told]) + "\n")
+        requests = [[list(job.prompt_ids), job.max_tokens] for job in jobs]
+        self._file.write(json.dumps([max_concurrency, requests]) + "\n")
         self._file.flush()
         line = self._file.readline()
         if not line:
@@ -137,15 +137,15 @@ def main() -> None:
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", options.port)))
             file = stack.enter_context(connection.makefile("rw"))
         while True:
-            told = [file.readline() if file else None]
-            dist.broadcast_object_list(told, group=control)
-            if not told[0]:
+            message = [file.readline() if file else None]
+            dist.broadcast_object_list(message, group=control)
+            if not message[0]:
                 break
             # A new manager for each list: left idle, one was seen to hang on its next request.
             manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
             manager.start()
             if file:
-                file.write(json.dumps(answer(manager, *json.loads(told[0]))) + "\n")
+                file.write(json.dumps(answer(manager, *json.loads(message[0]))) + "\n")
                 file.flush()
             dist.barrier(group=control)
             manager.stop(block=True)

@@ -1,4 +1,4 @@
-"""How even a placement makes held-out steps: max/mean of pairs over ranks, by an even split and by the exact one."""
+"""Balance of held-out steps under a placement: max/mean of pairs over ranks, by an even split and by the exact one."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Score(NamedTuple):
 
 
 def score(placement: Placement, counts_SLE: IntArray) -> Score:
-    """Judge `placement` on these steps."""
+    """Score `placement` on these steps."""
     num_ranks = placement.topology.num_ranks
     even, fractional, integer, worst = [], [], [], []
     for at, layer in enumerate(placement.layers):

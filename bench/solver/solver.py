@@ -5,7 +5,7 @@
     python -m bench solver --layers 58 --tokens 4096 --formats int8:504 --cases 64x8:0.1 256x32:0.1 256x64:0.25
     python -m bench solver --cases 256x256:0.25:2 512x1024:0.25:2 --layers 2 --seeds 1   # bytes of 2 experts per rank
 
-Every placement has standard EP's bytes, pooled over the layers, and is judged on steps that the solver never saw:
+Every placement has standard EP's bytes, pooled over the layers, and is scored on steps that the solver never saw:
 max/mean of pairs over ranks under the exact split, mean over steps and layers. EPLB is given the same bytes, and then
 one more slot on every rank; its even split is its own, the exact one is ours.
 """
@@ -88,19 +88,19 @@ def baselines(problem: PlacementProblem, case: Case, trace: Trace) -> dict[str, 
     """Contiguous blocks; EPLB in `slots` native experts a rank, and with one slot more; held-out figures."""
     free = replace(problem, budget_bytes_R=None, formats=("bf16",))
     blocks = free.placement("standard", contiguous(free))
-    found = {"contiguous": score(blocks, trace.held_out_SLE).even}
+    figures = {"contiguous": score(blocks, trace.held_out_SLE).even}
     for name, more in (("eplb", 0), ("eplb_plus_1", 1)):
         extras = (case.slots_per_rank + more) * case.num_ranks - case.num_experts
         placed = Eplb().place(replace(free, num_redundant_experts=extras))
         held_out = score(placed, trace.held_out_SLE)
-        found |= {f"{name}_even": held_out.even, name: held_out.fractional}
+        figures |= {f"{name}_even": held_out.even, name: held_out.fractional}
         if name == "eplb":
-            found["eplb_calibration"] = score(placed, trace.calibration_SLE).fractional
-    return found
+            figures["eplb_calibration"] = score(placed, trace.calibration_SLE).fractional
+    return figures
 
 
 def measure(problem: PlacementProblem, trace: Trace, args: argparse.Namespace) -> dict[str, float]:
-    """Place, and judge on both parts of the trace."""
+    """Place, and score on both parts of the trace."""
     started, started_cpu = time.perf_counter(), time.process_time()
     placement = ReplicateQuantize(max_moves=args.max_moves).place(problem)
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
@@ -127,16 +127,16 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with progress_bar() as progress:
         task = progress.add_task("placing", total=len(sizes) * args.seeds * len(args.formats))
         for law, case, tokens in sizes:
-            found: dict[str, list[dict[str, Any]]] = {low: [] for low in args.formats}
+            runs_by_format: dict[str, list[dict[str, Any]]] = {low: [] for low in args.formats}
             for seed in range(args.seeds):
                 steps = (args.calibration_steps, args.held_out_steps)
                 trace = draw_trace(law, case.num_experts, case.top_k, tokens, args.layers, steps, seed)
                 beside = baselines(case.problem(trace, args.formats[0], seed), case, trace)
                 for low in args.formats:
                     progress.update(task, description=f"{law} {case.name} {tokens} {low}")
-                    found[low].append(beside | measure(case.problem(trace, low, seed), trace, args))
+                    runs_by_format[low].append(beside | measure(case.problem(trace, low, seed), trace, args))
                     progress.advance(task)
-            rows += [_row(law, case, tokens, low, runs) for low, runs in found.items()]
+            rows += [_row(law, case, tokens, low, runs) for low, runs in runs_by_format.items()]
     return rows
 
 
@@ -189,7 +189,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="layers that share the bytes")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="traces to average over")
     parser.add_argument("--calibration-steps", type=int, default=64, metavar="N", help="steps the solver sees")
-    parser.add_argument("--held-out-steps", type=int, default=96, metavar="N", help="steps that judge it")
+    parser.add_argument("--held-out-steps", type=int, default=96, metavar="N", help="steps that score it")
     parser.add_argument("--max-moves", type=int, default=moves, metavar="N", help="the solver tries in each layer")
     parser.add_argument("--quick", action="store_true", help="one small case, to see that all of it runs")
     parser.add_argument("--json", metavar="FILE", help="write the figures with command, commit and versions")
@@ -202,7 +202,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Place and judge all cases; print the table."""
+    """Place and score all cases; print the table."""
     args = parse_options(argv)
     rows = run(args)
     wide_console(180).print(table_of(rows))
