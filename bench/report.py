@@ -1,4 +1,4 @@
-"""Tables of the pages in bench/results, from the JSON beside them; `python -m bench report` renews them.
+"""Tables of the README and of the pages in bench/results, from the JSON there; `python -m bench report` renews them.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is around it is written by hand.
 """
@@ -15,6 +15,7 @@ from rq_ep.core.files import read_json, replacing
 from rq_ep.strategies import strategy_class
 
 RESULTS = Path(__file__).with_name("results")
+PAGES = (Path(__file__).parents[1] / "README.md", *sorted(RESULTS.glob("*.md")))
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -23,7 +24,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str]) -> None:
     """Renew the tables of all pages."""
     argparse.ArgumentParser(prog="python -m bench report", description=__doc__).parse_args(argv)
-    for page in sorted(RESULTS.glob("*.md")):
+    for page in PAGES:
         with replacing(page) as temporary:
             temporary.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
         print(page)
@@ -63,6 +64,89 @@ def _near_ideal() -> str:
     rows = [[scenario, *(cell(rows, scenario, label) for label, rows in columns.items())] for scenario in scenarios]
     header = ["scenario", "`standard`", "`llep`", "`rq`, calibrated", "`rq_llep`, not calibrated"]
     return _table(header, rows)
+
+
+def _gain() -> str:
+    """One column for each measurement, as a multiple of `standard`; the figures of the README."""
+    evaluated = _key(_load("demo_cpu2")["rows"], "label")
+    replayed = _load("demo_latency_cpu2")["rows"]
+    two_ranks = _key(_load("layer_cpu2_mixtral")["rows"], "label")
+    published = _key(_load("layer_local8_gpt-oss-120b_llep")["rows"], "scenario", "label")
+
+    def replay(label: str, figure: str) -> float:
+        values = [row[figure] for row in replayed if row["label"] == label]
+        return sum(values) / len(values)
+
+    rows = [
+        [
+            f"**`{label}`**" if label == "rq" else f"`{label}`",
+            f"{evaluated[label,]['imbalance_mean']:.2f}",
+            f"{replay(label, 'compute_s_ratio'):.2f}",
+            f"{two_ranks[label,]['wall_s_ratio']:.2f}",
+            *(f"{published[scenario, label]['compute_s_ratio']:.2f}" for scenario in ("80:4", "95:1")),
+        ]
+        for label in ("standard", "eplb", "llep", "rq")
+    ]
+    ideals = [
+        1 / replay("standard", "ideal_speed_up"),
+        1 / two_ranks["standard",]["ideal_speed_up"],
+        *(1 / published[scenario, "standard"]["ideal_speed_up"] for scenario in ("80:4", "95:1")),
+    ]
+    header = ["strategy", "held-out text: max/mean load", "the same: slowest rank", "2 ranks, 80:4: whole layer"]
+    header += ["8 ranks, 80:4: slowest rank", "8 ranks, 95:1: slowest rank"]
+    return _table(header, [*rows, ["perfect balance", "1.00", *(f"{ideal:.2f}" for ideal in ideals)]])
+
+
+def _demo_latency() -> str:
+    rows = [
+        [
+            re.sub(r".*:(\d+).*", r"\1", row["scenario"]),
+            f"`{row['label']}`",
+            f"{row['imbalance_mean']:.2f}",
+            *(f"{1000 * row['compute_s'][figure]:.1f}" for figure in ("p50", "p99")),
+            f"{row['compute_s_ratio']:.2f}",
+        ]
+        for row in _load("demo_latency_cpu2")["rows"]
+    ]
+    header = ["layer", "strategy", "max/mean load", "slowest rank, p50 ms", "p99 ms", "ratio to `standard`"]
+    return _table(header, rows)
+
+
+def _two_ranks() -> str:
+    def cell(value: float | None, digits: int = 3) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        [
+            f"`{row['label']}`",
+            cell(row.get("imbalance_mean")),
+            cell(row["compute_s_ratio"]),
+            cell(row["wall_s_ratio"]),
+            f"{row['transfer_bytes_per_step'] / 2**20:.0f} MiB" if row.get("transfer_bytes_per_step") else "",
+        ]
+        for row in _load("layer_cpu2_mixtral")["rows"]
+    ]
+    header = ["strategy", "max/mean load", "expert compute, CPU time", "whole layer, wall clock", "borrowed in a step"]
+    return _table(header, rows)
+
+
+def _published_scenarios() -> str:
+    rows = _key(_load("layer_local8_gpt-oss-120b_llep")["rows"], "scenario", "label")
+    scenarios = [name for name in dict.fromkeys(scenario for scenario, _ in rows) if name != "balanced"]
+
+    def modelled(scenario: str, label: str) -> float:
+        layer_s: float = rows[scenario, label]["modelled_full_size"]["layer_s"]
+        return layer_s
+
+    ideal = ["perfect balance", *(f"{rows[scenario, 'standard']['ideal_speed_up']:.2f}" for scenario in scenarios)]
+    lines = [ideal]
+    for label in ("eplb", "llep", "rq"):
+        measured = (1 / rows[scenario, label]["compute_s_ratio"] for scenario in scenarios)
+        lines.append([f"`{label}`, measured", *(f"{speed_up:.2f}" for speed_up in measured)])
+    for label in ("eplb", "llep", "rq"):
+        speed_ups = (modelled(scenario, "standard") / modelled(scenario, label) for scenario in scenarios)
+        lines.append([f"`{label}`, modelled", *(f"{speed_up:.2f}" for speed_up in speed_ups)])
+    return _table(["", *scenarios], lines)
 
 
 def _plan() -> str:
@@ -267,6 +351,10 @@ def _serve() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "gain": _gain,
+    "demo_latency": _demo_latency,
+    "two_ranks": _two_ranks,
+    "published_scenarios": _published_scenarios,
     "near_ideal": _near_ideal,
     "plan": _plan,
     "solver": _solver,

@@ -57,18 +57,18 @@ OMP_NUM_THREADS=1 step rq-ep eval --model "$run/model" --text "$run/model/text/h
     --placement "$run/placement.eplb.json" --placement "$run/placement.rq.json" --json "$run/eval.json" --plot "$run/load.png"
 
 # The demo's experts are so small that their latency shows nothing. So the routing of the held-out text is replayed
-# through experts of Qwen3-30B-A3B's size, with the placements above; ranks take turns, so that each has both cores to itself.
+# through experts of Qwen3-30B-A3B's size, with the placements above; ranks take turns, so that each has a core to itself.
 step rq-ep calibrate --model "$run/model" --text "$run/model/text/held-out" --formats bf16 --batch-size 16 \
     --out "$run/held-out.stats.safetensors" --trace "$run/held-out.trace.safetensors"
 step rq-ep place --stats "$run/stats.safetensors" --num-ranks $ranks --budget ep --formats bf16 \
     --strategy rq --no-plot --out "$run/placement.rq_native.json"
 trace=trace:$run/held-out.trace.safetensors
-step python -m bench layer --local-ranks $ranks --threads 2 --device cpu --dtype float32 \
+step python -m bench layer --local-ranks $ranks --device cpu --dtype float32 \
     --shape qwen3-moe --num-experts 16 --top-k 2 --hidden-size 2048 --intermediate-size 768 \
     --scenarios "$trace:0+prefill,$trace:3+prefill" --strategies standard,eplb,llep,rq --set llep.min_tokens_per_gemm=16 \
     --placement "$run/placement.eplb.json" --placement "$run/placement.rq.json" \
     --placement "rq, native only=$run/placement.rq_native.json" \
-    --batches 8 --steps 8 --brief --json "$run/latency.json" --ranks-png "$run/latency.png"
+    --batches 4 --steps 8 --brief --json "$run/latency.json" --ranks-png "$run/latency.png"
 
 cat <<END
 

@@ -116,6 +116,14 @@ def test_folders_are_small() -> None:
     assert {str(folder) for folder, number in numbers.items() if number > MAX_MODULES} == set()
 
 
+def test_the_glossary_covers_every_file_name() -> None:
+    package = ROOT / "rq_ep"
+    page = (package / "README.md").read_text()
+    terms = {path.stem for path in package.glob("*/**/*.py") if path.parent.name != "commands"}
+    missing = sorted(term for term in terms - {"__init__", "__main__"} if f"`{term}`" not in page)
+    assert not missing, f"rq_ep/README.md says nothing of {', '.join(missing)}"
+
+
 def test_only_the_group_and_the_engine_import_torch_distributed() -> None:
     pattern = re.compile(r"^\s*(import|from) torch\.distributed", re.MULTILINE)
     rooms = {path.parent.name for path in (ROOT / "rq_ep").rglob("*.py") if pattern.search(path.read_text())}
