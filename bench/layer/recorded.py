@@ -28,7 +28,7 @@ class CountStep(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordedCounts:
-    """Recorded counts dealt to tokens and ranks.
+    """Recorded counts divided among tokens and ranks.
 
     Which experts met in a token was not recorded: an expert's pairs go to consecutive tokens, so none meets it twice.
     """
@@ -49,7 +49,7 @@ class RecordedCounts:
 
 @dataclass(frozen=True)
 class RecordedRoutes:
-    """One layer of a routing trace: every token as it was routed, on the rank that its sequence was dealt to."""
+    """One layer of a routing trace: every token as it was routed, on the rank that its sequence was given to."""
 
     name: str
     trace: RoutingTrace

@@ -103,7 +103,7 @@ class Workload:
         return ids_TK
 
     def _tokens(self, random: np.random.Generator, rank: int, num_ranks: int) -> int:
-        """As many as everywhere; ragged: the same sum dealt 0 : 1 : 2 : ..., in an order that changes by step."""
+        """As many as everywhere; ragged: the same sum divided 0 : 1 : 2 : ..., in an order that changes by step."""
         if "ragged" not in self.modifiers or num_ranks == 1:
             return self.tokens_per_rank
         ends = np.cumsum(random.permutation(num_ranks)) * 2 * self.tokens_per_rank // (num_ranks - 1)

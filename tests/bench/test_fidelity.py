@@ -43,7 +43,7 @@ def test_fewer_bits_on_more_experts_cost_more(model: RoundedModel) -> None:
     assert min(kl[:2]) > 1e-8
     assert 5 * max(kl[:2]) < kl[2] < kl[3]
     assert kl[3] > np.mean(model.half_low("int4_g32", by_gate=True).kl) > 0
-    assert all("forward" not in found.module.__dict__ for found in model.experts)
+    assert all("forward" not in experts.module.__dict__ for experts in model.experts)
 
 
 def test_choices_of_the_dense_model_bound_what_routers_can_give(model: RoundedModel) -> None:

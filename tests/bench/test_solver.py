@@ -52,8 +52,8 @@ def test_traces_have_distinct_experts_and_steps_that_are_held_out(law: str, toke
 def test_scores() -> None:
     replicas = [Replica(0, 0, "a"), Replica(0, 1, "a"), Replica(1, 1, "a")]
     placement = Placement((LayerPlacement.even(0, 2, replicas),), "test", Topology(2), (2, 1))
-    found = score(placement, np.array([[[1, 4]], [[4, 1]]]))
-    assert found.even == pytest.approx((3 / 2.5 + 4.5 / 2.5) / 2)
-    assert found.fractional == pytest.approx((1 + 4 / 2.5) / 2, abs=1e-3)
-    assert found.integer == pytest.approx((3 / 2.5 + 4 / 2.5) / 2)
-    assert found.cvar90 == pytest.approx(4 / 2.5)
+    scored = score(placement, np.array([[[1, 4]], [[4, 1]]]))
+    assert scored.even == pytest.approx((3 / 2.5 + 4.5 / 2.5) / 2)
+    assert scored.fractional == pytest.approx((1 + 4 / 2.5) / 2, abs=1e-3)
+    assert scored.integer == pytest.approx((3 / 2.5 + 4 / 2.5) / 2)
+    assert scored.cvar90 == pytest.approx(4 / 2.5)

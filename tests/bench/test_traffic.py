@@ -12,7 +12,7 @@ def answer(sent_s: float, token_s: list[float], *, error: str | None = None, lef
 
 
 def test_figures_are_those_of_a_hand_made_case() -> None:
-    found = figures(
+    summary = figures(
         [
             answer(0.0, [1.0, 1.5, 2.5]),
             answer(1.0, [2.0, 3.0]),
@@ -20,13 +20,13 @@ def test_figures_are_those_of_a_hand_made_case() -> None:
             answer(0.5, [0.7, 0.8], left=True),
         ]
     )
-    assert (found["completed"], found["failed"], found["duration"]) == (2, 1, 3.0)
-    assert (found["total_input"], found["total_output"]) == (6, 5)
-    assert found["output_throughput"] == pytest.approx(5 / 3)
-    assert found["median_ttft_ms"] == pytest.approx(1000)
-    assert found["mean_itl_ms"] == pytest.approx(1e3 * (0.5 + 1.0 + 1.0) / 3)
-    assert found["mean_tpot_ms"] == pytest.approx(1e3 * (1.5 / 2 + 1.0) / 2)
-    assert found["p99_e2el_ms"] == pytest.approx(2000 + 0.99 * 500)
+    assert (summary["completed"], summary["failed"], summary["duration"]) == (2, 1, 3.0)
+    assert (summary["total_input"], summary["total_output"]) == (6, 5)
+    assert summary["output_throughput"] == pytest.approx(5 / 3)
+    assert summary["median_ttft_ms"] == pytest.approx(1000)
+    assert summary["mean_itl_ms"] == pytest.approx(1e3 * (0.5 + 1.0 + 1.0) / 3)
+    assert summary["mean_tpot_ms"] == pytest.approx(1e3 * (1.5 / 2 + 1.0) / 2)
+    assert summary["p99_e2el_ms"] == pytest.approx(2000 + 0.99 * 500)
 
 
 def test_jobs_are_cut_out_of_texts_and_the_same_for_a_seed() -> None:

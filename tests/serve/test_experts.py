@@ -49,8 +49,8 @@ def test_a_served_answer_is_that_of_the_same_bytes(files: dict[str, Path], tmp_p
     more = ["--served-model-name", "tiny", "--dtype", "float32", "--device", "cpu"]
     with running(tmp_path / "log", NUM_RANKS, *flags, *more) as server:
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()["choices"][0]
-        told = httpx.get(f"{server.url}/server_info").json()
-    assert str(files["experts"]) in str(told)
+        info = httpx.get(f"{server.url}/server_info").json()
+    assert str(files["experts"]) in str(info)
 
     tokenizer = read_tokenizer(files["model"])
     prompt_BT = torch.tensor([tokenizer.encode(PROMPT)])
@@ -78,9 +78,9 @@ def test_the_preview_counts_them(files: dict[str, Path]) -> None:
         for layer in Placement.load(files["placement"]).layers
     )
     assert low > 0
-    told = preview(config(files), NUM_RANKS, NUM_RANKS)
-    assert f"read from {files['experts']}: {low} in int4_g32" in told
-    assert f"experts: {files['experts']}" in told
+    lines = preview(config(files), NUM_RANKS, NUM_RANKS)
+    assert f"read from {files['experts']}: {low} in int4_g32" in lines
+    assert f"experts: {files['experts']}" in lines
 
 
 def test_what_does_not_fit_is_named(files: dict[str, Path], tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def same(one: Placement, other: Placement) -> bool:
     return [list(layer.replicas) for layer in one.layers] == [list(layer.replicas) for layer in other.layers]
 
 
-def told(placement: Placement) -> dict[str, Any]:
-    found: dict[str, Any] = placement.certificate["replaced"]
-    return found
+def migration(placement: Placement) -> dict[str, Any]:
+    choice: dict[str, Any] = placement.certificate["replaced"]
+    return choice
 
 
 def test_the_same_load_moves_nothing(tmp_path: Path) -> None:
@@ -44,17 +44,17 @@ def test_the_same_load_moves_nothing(tmp_path: Path) -> None:
     current.save(tmp_path / "current.json")
     again = placed(stats, current=tmp_path / "current.json")
     assert same(again, current)
-    assert (told(again)["choice"], told(again)["moved_bytes"]) == ("stayed", 0)
+    assert (migration(again)["choice"], migration(again)["moved_bytes"]) == ("stayed", 0)
     assert moves_to(again, current, stats).layers == ()
 
 
 def test_a_new_load_is_worth_moving_for_and_what_moves_is_counted() -> None:
     current, stats = placed(recorded(0)), recorded(1)
     new = placed(stats, current=current)
-    assert told(new)["choice"] != "stayed"
-    assert new.certificate["predicted"] <= told(new)["staying"] - 0.01
+    assert migration(new)["choice"] != "stayed"
+    assert new.certificate["predicted"] <= migration(new)["staying"] - 0.01
     moves = moves_to(new, current, stats)
-    assert moves.received_bytes_R(SIZES).sum() == told(new)["moved_bytes"] > 0
+    assert moves.received_bytes_R(SIZES).sum() == migration(new)["moved_bytes"] > 0
 
 
 def test_formats_stay_mixed_only_where_that_is_asked_for() -> None:
@@ -66,14 +66,14 @@ def test_formats_stay_mixed_only_where_that_is_asked_for() -> None:
     assert same(place(stats, 4, **limits, mixed_replicas=True, current=current), current)
     without = place(stats, 4, **limits, current=current)
     assert not any(layer.replicas.mixing_experts for layer in without.layers)
-    assert told(without)["refused"] == "it stores experts in two formats, which takes --mixed-replicas"
+    assert migration(without)["refused"] == "it stores experts in two formats, which takes --mixed-replicas"
 
 
 def test_staying_is_preferred_where_the_gain_or_the_price_says_so() -> None:
     current, stats = placed(recorded(0)), recorded(1)
     for options in ({"min_gain": 10.0}, {"move_price": 1000.0, "min_gain": 0.0}):
         again = placed(stats, current=current, **options)
-        assert told(again)["choice"] == "stayed"
+        assert migration(again)["choice"] == "stayed"
         assert same(again, current)
 
 
@@ -98,11 +98,11 @@ def test_the_cap_on_low_pairs_holds_on_the_new_load_for_few_bytes() -> None:
     whole = place(stats, 4, current=current, min_gain=0.0)
     cheap = place(stats, 4, current=current, move_price=2.0)
     for new in (whole, cheap):
-        assert "in low precision" in told(new)["refused"]
+        assert "in low precision" in migration(new)["refused"]
         assert _low_share(new, stats) == pytest.approx(new.low_precision_planned)
         assert new.low_precision_planned <= 0.25 + LOW_SLACK
         moves_to(new, current, stats)
-    assert told(cheap)["moved_bytes"] < told(whole)["moved_bytes"] / 2
+    assert migration(cheap)["moved_bytes"] < migration(whole)["moved_bytes"] / 2
     assert cheap.certificate["predicted"] >= whole.certificate["predicted"]
 
 
@@ -143,15 +143,15 @@ def test_a_budget_too_small_for_the_current_placement_moves() -> None:
     stats = recorded()
     current = placed(stats, budget=8000)
     new = placed(stats, budget=4200, current=current)
-    assert told(new)["staying"] is None
-    assert "exceed its budget of 4200" in told(new)["refused"]
+    assert migration(new)["staying"] is None
+    assert "exceed its budget of 4200" in migration(new)["refused"]
 
 
 def test_rules_are_kept_and_a_current_placement_that_breaks_them_goes() -> None:
     stats = recorded()
     current = place(stats, 4, strategy="standard")
     rules = Rules(fixed=(Selection((3,), (0,), (0,)),))
-    assert told(place(stats, 4, strategy="standard", current=current, rules=rules))["choice"] == "stayed"
+    assert migration(place(stats, 4, strategy="standard", current=current, rules=rules))["choice"] == "stayed"
     with pytest.raises(UserError, match="expert 0 of layer 3 on rank 0 is not allowed"):
         place(stats, 4, strategy="standard", current=current, rules=Rules(forbidden=(Selection((3,), (0,), (0,)),)))
 
@@ -160,9 +160,12 @@ def test_a_strategy_without_replicas_does_not_keep_those_of_another() -> None:
     stats = recorded()
     current = place(stats, 4, 6000, strategy="eplb", num_redundant_experts=4)
     again = place(stats, 4, 6000, strategy="standard", current=current)
-    assert told(again)["staying"] is None
-    assert "standard serves one replica of each expert" in told(again)["refused"]
-    assert told(place(stats, 4, 6000, strategy="eplb", num_redundant_experts=4, current=current))["choice"] == "stayed"
+    assert migration(again)["staying"] is None
+    assert "standard serves one replica of each expert" in migration(again)["refused"]
+    assert (
+        migration(place(stats, 4, 6000, strategy="eplb", num_redundant_experts=4, current=current))["choice"]
+        == "stayed"
+    )
 
 
 @pytest.mark.parametrize(
