@@ -101,6 +101,7 @@ def repeated(names: Iterable[str]) -> set[str]:
     return {name for name, number in Counter(names).items() if number > 1}
 
 
+@pytest.mark.slow
 def test_no_class_name_is_used_twice() -> None:
     trees = [ast.parse(path.read_text()) for path in modules()]
     names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]

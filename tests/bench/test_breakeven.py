@@ -8,6 +8,8 @@ import pytest
 from bench.lending.breakeven import main
 from rq_ep.core.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_breaks_even_at_half_the_excess_of_llep(tmp_path: Path) -> None:
     out = tmp_path / "breakeven.json"

@@ -11,6 +11,8 @@ from bench.formats.formats import main
 from rq_ep.core.errors import UserError
 from rq_ep.formats import FORMATS
 
+pytestmark = pytest.mark.slow
+
 BENCH = (sys.executable, "-m", "bench", "formats")
 LOW_BIT = [name for name, format_ in FORMATS.items() if not format_.is_native]
 

@@ -23,6 +23,8 @@ from rq_ep.parallel import RankFailure
 from rq_ep.parallel.reference import assign
 from tests.bench.test_workloads import write_routes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("standard", "eplb", "llep", "rq")
 SMALL = ["--hidden-size", "32", "--intermediate-size", "16", "--dtype", "float32", "--device", "cpu"]

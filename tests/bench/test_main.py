@@ -10,6 +10,8 @@ import pytest
 from bench.__main__ import BENCHES, main, parse_arguments
 from rq_ep.core.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def ranks_of(out: Path, *launcher: str) -> list[dict[str, Any]]:
     options = ["--shape", "tiny", "--tokens-per-rank", "64", "--steps", "1", "--dtype", "float32", "--json", str(out)]

@@ -11,6 +11,8 @@ from bench.layer.plan import main
 from rq_ep.core.errors import UserError
 from rq_ep.strategies import STRATEGIES
 
+pytestmark = pytest.mark.slow
+
 BENCH = (sys.executable, "-m", "bench", "plan")
 
 

@@ -14,6 +14,8 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 BENCH = (sys.executable, "-m", "bench", "solver")
 
 

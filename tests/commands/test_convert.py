@@ -54,6 +54,7 @@ def test_what_was_recorded_can_be_placed(capsys: pytest.CaptureFixture[str], tmp
     assert Placement.load(out).topology.num_ranks == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "file"),
     [("sglang", "init.json"), ("trtllm", "moe.yaml"), ("ascend", "map.json"), ("eplb", "three.npz")],

@@ -12,6 +12,8 @@ from rq_ep.costs import Profile
 from rq_ep.costs.shapes import SHAPES
 from tests.serve.running import torchrun
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--hidden-size", "16", "--intermediate-size", "24", "--num-experts", "4", "--repeat-seconds", "0"]
 
 

@@ -124,6 +124,7 @@ def test_mixing_ways_mix(name: str, variant: dict[str, Any]) -> None:
     assert plan.pairs_RP[:, low_P & (plan.replicas.experts_P == 2)].sum() >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", cases.ROUTINGS)
 def test_an_expert_split_over_two_formats_computes_its_lowest_gates_in_few_bits(routing: str) -> None:
     num_experts = cases.ROUTINGS[routing][0]

@@ -9,6 +9,7 @@ import pytest
 from rq_ep.parallel.host import short_collections
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc has these settings")
 def test_freed_memory_is_used_again() -> None:
     """In a process of its own: forty blocks, one after another, soon get pages that are mapped already."""

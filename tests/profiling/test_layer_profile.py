@@ -14,6 +14,8 @@ from rq_ep.profiling.link_times import named_link
 from rq_ep.profiling.timing import MIN_REPEATS, own_seconds, typical
 from tests.moe.cases import F_, FAMILIES, D
 
+pytestmark = pytest.mark.slow
+
 
 def timed(group: EPGroup, family: str = "gated", num_experts: int = 5, top_k: int = 1) -> Profile:
     layer = ProfiledLayer(FAMILIES[family], num_experts, top_k, ("fp32", "int8"), torch.float32)

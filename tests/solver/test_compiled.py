@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import rq_ep
 
 PLANS = """
@@ -34,6 +36,7 @@ for seed in range(12):
 """
 
 
+@pytest.mark.slow
 def test_compiled_and_plain_python_give_the_same_bits() -> None:
     outputs = {
         subprocess.run(
@@ -87,6 +90,7 @@ def call(folder: Path, **environment: str) -> list[int]:
     return [int(word) for word in result.stdout.split()]
 
 
+@pytest.mark.slow
 def test_machine_code_is_kept_until_a_callee_or_a_constant_of_another_file_changes(tmp_path: Path) -> None:
     (tmp_path / "caller.py").write_text(CALLER)
     for step, operator, value in ((1, "+", 7), (10, "+", 25), (10, "*", 500)):
@@ -95,6 +99,7 @@ def test_machine_code_is_kept_until_a_callee_or_a_constant_of_another_file_chang
         assert call(tmp_path) == [value, 1]
 
 
+@pytest.mark.slow
 def test_without_a_folder_for_machine_code_every_process_compiles(tmp_path: Path) -> None:
     (tmp_path / "caller.py").write_text(CALLER)
     (tmp_path / "callee.py").write_text(CALLEE.format(step=1, operator="+"))

@@ -110,6 +110,7 @@ def test_a_broken_planner_is_caught(wreck: Wreck, message: str) -> None:
         check_planners(Broken(wreck), LAYER, Topology(3), COUNTS_RE)
 
 
+@pytest.mark.slow
 def test_a_planner_that_follows_hashes_is_caught_between_processes() -> None:
     name = f"{__name__}:HashOrdered"
     assert len({plans_of_a_process([name], seed) for seed in ("1", "2", "3", "4")}) > 1

@@ -113,6 +113,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_processes_with_other_hash_seeds_derive_the_same_plans(request: pytest.FixtureRequest) -> None:
     from rq_ep.strategies import STRATEGIES
 

@@ -175,6 +175,7 @@ def test_its_modelled_step_is_never_longer_than_that_of_rq(num_pairs: int) -> No
         assert not plans["rq_llep"].transfers
 
 
+@pytest.mark.slow
 @given(layers_and_counts(), st.booleans(), st.sampled_from([None, "int8"]), st.floats(0, 1), st.integers(0, 3))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_layer_any_load(

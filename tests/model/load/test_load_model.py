@@ -55,6 +55,7 @@ def skewed_placement(
     return place(stats, num_ranks, budget, strategy="rq", max_low_precision_share=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_strategy_equals_the_dense_model(family: str, checkpoints: dict[str, Path]) -> None:
     expected = logits(random_model(FAMILIES[family]))

@@ -146,6 +146,7 @@ def test_calibration_counts_what_is_computed(complete: Path) -> None:
         assert np.allclose(spread.error, stats.error)
 
 
+@pytest.mark.slow
 def test_placements_are_evaluated_against_the_dense_model(complete: Path) -> None:
     settings = {"sequence_length": 24, "max_tokens": 24 * 16}
     stats = calibrate(complete, TEXT, **settings)

@@ -206,6 +206,7 @@ def test_a_request_that_fails_on_its_rank_is_an_error() -> None:
 STATS = RankStats(0, 0, 0.0, Progress(7, 1, "gather of counts", 0.0), 0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_silent_rank_ends_the_group_and_is_named() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")

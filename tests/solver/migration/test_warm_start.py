@@ -57,6 +57,7 @@ def test_a_new_load_is_worth_moving_for_and_what_moves_is_counted() -> None:
     assert moves.received_bytes_R(SIZES).sum() == migration(new)["moved_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_formats_stay_mixed_only_where_that_is_asked_for() -> None:
     counts = np.random.default_rng(0).multinomial(4000, [0.16, *[0.12] * 7], (20, 2))
     stats = ExpertStats(counts, ("bf16", "int8"), "bf16", SIZES, top_k=2)
@@ -77,6 +78,7 @@ def test_staying_is_preferred_where_the_gain_or_the_price_says_so() -> None:
         assert same(again, current)
 
 
+@pytest.mark.slow
 def test_no_more_moves_than_allowed_and_more_bytes_never_hurt() -> None:
     current, stats = placed(recorded(0)), recorded(1)
     predicted = []

@@ -102,6 +102,7 @@ for num_ranks in (4, 10):
 """
 
 
+@pytest.mark.slow
 def test_without_numba_the_same() -> None:
     runs = [
         subprocess.run([sys.executable, "-c", PLAIN, how], capture_output=True, text=True, timeout=120, check=True)

@@ -197,6 +197,7 @@ def test_progress_rises_to_one() -> None:
     assert len(seen) > 2
 
 
+@pytest.mark.slow
 @given(
     num_experts=st.integers(1, 9),
     num_ranks=st.integers(1, 10),
