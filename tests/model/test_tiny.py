@@ -12,6 +12,8 @@ from rq_ep.model import tiny
 from rq_ep.model.seam.adapters import adapter_for
 from rq_ep.model.text import corpus
 
+pytestmark = pytest.mark.trains
+
 SMALL = tiny.TrainingRecipe(steps=6, num_experts=4, num_layers=2, hidden_size=32, intermediate_size=16, num_heads=2)
 
 

@@ -26,6 +26,8 @@ from rq_ep.placing.place import place
 from rq_ep.strategies import NATIVE_STRATEGIES, make_strategy
 from tests.model.families import SWITCH, logits, prompt, random_model, save
 
+pytestmark = pytest.mark.slow
+
 TOKENS = prompt(3, 24)
 LAYERS = (1, 3, 4, 5)  # one of three in the encoder; in the decoder, counted on, all
 
@@ -146,7 +148,6 @@ def test_calibration_counts_what_is_computed(complete: Path) -> None:
         assert np.allclose(spread.error, stats.error)
 
 
-@pytest.mark.slow
 def test_placements_are_evaluated_against_the_dense_model(complete: Path) -> None:
     settings = {"sequence_length": 24, "max_tokens": 24 * 16}
     stats = calibrate(complete, TEXT, **settings)

@@ -13,6 +13,8 @@ from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.strategies import make_strategy
 from tests.solver.instances import problem, skewed
 
+pytestmark = pytest.mark.slow
+
 
 def recorded(num_experts: int = 16, num_layers: int = 2, seed: int = 0) -> np.ndarray:
     return np.stack([skewed(num_experts, 4000, seed + layer, 20) for layer in range(num_layers)], axis=1)
