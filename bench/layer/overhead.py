@@ -26,13 +26,14 @@ from bench.layer.case import Case, Contestant
 from bench.layer.published import SHAPES, shape_name
 from bench.layer.workloads import parse
 from bench.result import result_document
-from rq_ep.commands.common import DTYPES, parse_dtype
+from rq_ep.commands.common import parse_dtype
 from rq_ep.commands.console import wide_console
 from rq_ep.core.files import write_json
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.formats import native_format_name
+from rq_ep.model.settings import DTYPES
 from rq_ep.moe import EPExperts, ExpertBank, Telemetry
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.host import keep_freed_memory

@@ -11,6 +11,7 @@ import yaml
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.core.options import option
 from rq_ep.core.strategy import Strategy
+from rq_ep.model.settings import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from rq_ep.core.cost import LayerCost
     from rq_ep.core.stats import ExpertStats
     from rq_ep.parallel import EPGroup
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_names(text: str) -> list[str]:
