@@ -14,7 +14,7 @@ def test_kernels_multiply_dequantized_weights() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when Triton is imported
     command = [sys.executable, "-m", "tests.formats.interpreted"]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert "int4_g32 down_proj" in done.stdout
