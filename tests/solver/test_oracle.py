@@ -11,7 +11,7 @@ from tests.solver.instances import RQ, problem, skewed
 from tests.solver.oracle import best_placement
 
 NUM_INSTANCES = 100
-WORSE_BY = 0.05  # of the optimum, in 98 of 100 instances at most; mostly the search attains it
+WORSE_BY = 0.05  # of the optimum, at most; mostly the search attains it
 
 
 def test_knows_the_best_where_it_is_known() -> None:
@@ -30,26 +30,40 @@ def test_knows_the_best_where_it_is_known() -> None:
 
 
 @pytest.mark.slow
+def check_against_the_optimum(
+    num_experts: int, num_ranks: int, num_steps: int, room: int, share: float, seed: int
+) -> None:
+    """The search is at most `WORSE_BY` above the optimum, and not below its bound."""
+    counts_SE = skewed(num_experts, 4000, seed, num_steps)
+    budget = (-(-num_experts // num_ranks) * 1000 + room,) * num_ranks
+    instance = problem(counts_SE[:, None], num_ranks, budget=budget, max_low_precision_share=share)
+    (steps,) = calibration_steps(instance, 64)
+    predicted = solve(instance, RQ, 64, 1000).layers[0].predicted
+    pairs_E = instance.stats.counts.sum(axis=(0, 1))
+    may_be_low_E = low_experts(instance, Formats.of(instance))[0]
+    limits = steps.loads_SE, np.array(budget), 1000, 504, pairs_E, share
+    best = best_placement(*limits, may_be_low_E, time_limit_s=10)
+    assert LayerSplit.of(steps.loads_SE, best.held_ER).value == pytest.approx(best.value, abs=1e-3)
+    assert predicted <= best.value * (1 + WORSE_BY) + 1e-3  # whole pairs
+    assert predicted >= best_placement(*limits, time_limit_s=10).bound - 1e-6
+
+
 def test_the_search_comes_close_to_the_best_placement() -> None:
-    """Of 1,672 instances drawn like these, 11 exceeded the optimum by more than 5 %, one of them by 29 %."""
-    generator = np.random.default_rng(0)
-    worse = []
+    generator = np.random.default_rng(0)  # not hypothesis, whose examples change with the source of a test
     for _ in range(NUM_INSTANCES):
-        num_experts, num_ranks, num_steps = (
-            int(generator.integers(low, high)) for low, high in ((3, 7), (2, 4), (1, 4))
+        num_experts, num_ranks, num_steps = generator.integers((3, 2, 1), (7, 4, 4)).tolist()
+        seed, room = generator.integers((0, 0), (1000, 1501)).tolist()
+        check_against_the_optimum(
+            num_experts, num_ranks, num_steps, room, float(generator.choice([0.0, 0.2, 0.5])), seed
         )
-        counts_SE = skewed(num_experts, 4000, int(generator.integers(0, 1000)), num_steps)
-        budget = (-(-num_experts // num_ranks) * 1000 + int(generator.integers(0, 1501)),) * num_ranks
-        share = float(generator.choice([0.0, 0.2, 0.5]))
-        instance = problem(counts_SE[:, None], num_ranks, budget=budget, max_low_precision_share=share)
-        (steps,) = calibration_steps(instance, 64)
-        predicted = solve(instance, RQ, 64, 1000).layers[0].predicted
-        pairs_E = instance.stats.counts.sum(axis=(0, 1))
-        may_be_low_E = low_experts(instance, Formats.of(instance))[0]
-        limits = steps.loads_SE, np.array(budget), 1000, 504, pairs_E, share
-        best = best_placement(*limits, may_be_low_E, time_limit_s=10)
-        assert LayerSplit.of(steps.loads_SE, best.held_ER).value == pytest.approx(best.value, abs=1e-3)
-        assert predicted >= best_placement(*limits, time_limit_s=10).bound - 1e-6
-        if predicted > best.value * (1 + WORSE_BY) + 1e-3:  # whole pairs
-            worse.append((predicted, best.value))
-    assert len(worse) <= 0.02 * NUM_INSTANCES, worse
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the search misses the optimum by more")
+@pytest.mark.parametrize(
+    "instance",
+    [(6, 3, 1, 8, 0.2, 0), (6, 3, 2, 98, 0.2, 166), (5, 3, 1, 440, 0.2, 963), (3, 3, 2, 219, 0.5, 831)],
+    ids=str,
+)
+def test_instances_that_the_search_is_known_to_miss(instance: tuple[int, int, int, int, float, int]) -> None:
+    """Of 1,672 instances drawn like those above, 11 are missed by more than 5 %, one of them by 29 %."""
+    check_against_the_optimum(*instance)
