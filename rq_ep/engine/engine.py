@@ -65,6 +65,7 @@ class Engine:
             model.config._attn_implementation,
             min(SCORING_CHUNK, config.max_num_batched_tokens),
             self._prompt_scored,
+            lambda request: self._outputs.prompt_broken(request),
         )
         self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
         # Prepared before the manager gives the model an attention that only its own batches can use.

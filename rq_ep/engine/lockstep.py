@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 from rq_ep.engine.latent_attention import cache_head_size, pad_cache
+from rq_ep.engine.nonfinite import NonFiniteTokens, is_finite
 from rq_ep.engine.output_processor import RequestState
 from rq_ep.engine.requests import Batch, Sampling
 from rq_ep.engine.sampling import next_tokens
@@ -75,7 +76,10 @@ class LockstepManager(ContinuousBatchingManager):
             pad_cache(processor.cache, config)
             ios = processor.inputs_and_outputs
             assert isinstance(ios, ContinuousBatchingIOs)
-            processor.model_runner._sample = Sampler(ios, self._requests)  # type: ignore[method-assign,assignment]
+            nonfinite = NonFiniteTokens()
+            nonfinite.watch(processor.cache)
+            sampler = Sampler(ios, self._requests, nonfinite)
+            processor.model_runner._sample = sampler  # type: ignore[method-assign,assignment]
         return processor
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
@@ -131,9 +135,12 @@ def batch_of(futures: Sequence[Any]) -> Batch:
 class Sampler:
     """Stands in for `ModelRunner._sample`: each request has a temperature and a random stream of its own."""
 
-    def __init__(self, ios: ContinuousBatchingIOs, requests: Mapping[str, RequestState]) -> None:
+    def __init__(
+        self, ios: ContinuousBatchingIOs, requests: Mapping[str, RequestState], nonfinite: NonFiniteTokens
+    ) -> None:
         self._ios = ios
         self._requests = requests
+        self._nonfinite = nonfinite
 
     def __call__(self, scores_1NV: torch.Tensor, output_ids: torch.Tensor) -> None:
         rows = [future.state for future in self._ios.requests_in_batch if future.has_new_token]
@@ -142,13 +149,23 @@ class Sampler:
         samplings = [GREEDY if state is None else state.request.sampling for state in states]
         tokens_N = next_tokens(scores_NV, samplings, [row.position_offset for row in rows])
         output_ids[0, : len(rows)].copy_(tokens_N)
-        is_finite = scores_NV.amax(dim=-1).isfinite().tolist()  # not where any logit is NaN
-        for row, state in enumerate(states):
+        for row, (state, has_finite_logits) in enumerate(zip(states, is_finite(scores_NV).tolist(), strict=True)):
             if state is None:
                 continue
-            state.is_broken |= not is_finite[row]
+            state.is_broken |= not has_finite_logits
             if (num_top := state.request.num_logprobs) is not None:
                 state.scores += score_tokens(scores_NV[row : row + 1], tokens_N[row : row + 1], num_top)
+        self._break_nonfinite()
+
+    def _break_nonfinite(self) -> None:
+        """Mark the requests that have tokens in this step whose keys or values are not finite."""
+        is_finite_T = self._nonfinite.take()
+        if is_finite_T is None:
+            return
+        parts = batch_of(self._ios.requests_in_batch).parts
+        for (request_id, _), is_finite_t in zip(parts, is_finite_T.split([size for _, size in parts]), strict=True):
+            if (state := self._requests.get(request_id)) is not None:
+                state.is_broken |= not is_finite_t.all()
 
 
 def batching_config(

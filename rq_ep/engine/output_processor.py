@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from rq_ep.engine.nonfinite import NOT_FINITE
 from rq_ep.engine.requests import Output, Request, Score
 
 
@@ -59,6 +60,11 @@ class OutputProcessor(OutputRouter):
             self._requests.pop(request.id, None)
         self._on_outputs([Output(request.id, [], "length" if is_all else None, prompt_scores=scores)])
 
+    def prompt_broken(self, request: Request) -> None:
+        """End a request whose prompt has no scores, as the model's logits are not finite."""
+        if self._requests.pop(request.id, None) is not None:
+            self._on_outputs([Output(request.id, [], "error", NOT_FINITE)])
+
     def _new_output(self, output: GenerationOutput, state: RequestState) -> Output:
         token_ids = output.generated_tokens[state.num_delivered :]
         queued_s = None if state.num_delivered else output.lifespan[0] - output.created_time
@@ -67,7 +73,7 @@ class OutputProcessor(OutputRouter):
         if state.is_broken:
             self._requests.pop(output.request_id, None)
             self._on_broken(output.request_id)
-            return Output(output.request_id, [], "error", "the model's logits are not finite")
+            return Output(output.request_id, [], "error", NOT_FINITE)
         if not output.is_finished():
             return Output(output.request_id, token_ids, scores=scores, queued_s=queued_s)
         self._requests.pop(output.request_id, None)

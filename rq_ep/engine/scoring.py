@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from rq_ep.engine.nonfinite import is_finite
 from rq_ep.engine.requests import Request, Score
 
 LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
@@ -46,6 +47,7 @@ class PromptScorer:
         attn_implementation: attention for a plain forward pass; continuous batching may have set one of its own.
         chunk_size: tokens of one step, which bounds the logits held at once.
         on_scored: called with each prompt, and one score for each of its tokens but the first.
+        on_broken: called with a prompt for which the model's logits are not finite, instead.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class PromptScorer:
         attn_implementation: str,
         chunk_size: int,
         on_scored: Callable[[Request, list[Score]], None],
+        on_broken: Callable[[Request], None],
     ) -> None:
         self._model = model
         self._attn_implementation = attn_implementation
         self._chunk_size = chunk_size
         self._on_scored = on_scored
+        self._on_broken = on_broken
         self._arrived: deque[Request] = deque()
         self._job: _Job | None = None
         self.under_way: list[tuple[str, int]] = []  # the request of this step, and how many of its tokens
@@ -95,6 +99,10 @@ class PromptScorer:
         job.num_done += len(chunk)
         self.under_way = [(job.request.id, len(chunk))]
         logits_TV = self._logits(chunk, job.cache)
+        if not bool(is_finite(logits_TV).all()):
+            self._job = None
+            self._on_broken(job.request)
+            return
         following = prompt_ids[start + 1 : start + 1 + len(chunk)]
         targets_N = torch.tensor(following, dtype=torch.int64, device=logits_TV.device)
         job.scores += score_tokens(logits_TV[: len(following)], targets_N, job.request.num_logprobs or 0)

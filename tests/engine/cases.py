@@ -1,5 +1,7 @@
 """Models and requests of the engine tests."""
 
+from typing import Any
+
 from rq_ep.engine.engine import EngineConfig
 from rq_ep.engine.requests import Request
 from rq_ep.strategies import NATIVE_STRATEGIES
@@ -31,3 +33,10 @@ def requests_of(rank: int) -> list[Request]:
 
 
 SERVED = [(family, strategy) for family in FAMILIES for strategy in strategies_of(family)]
+
+
+def check_only_broken_end(findings: dict[str, Any]) -> None:
+    """Check what `worker.broken_among_others` found."""
+    assert findings["served"] == findings["dense"]
+    broken = ("nan", "inf", "scored", "scored, continued")
+    assert findings["errors"] == dict.fromkeys(broken, "the model's logits are not finite")

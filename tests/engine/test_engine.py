@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.cases import EOS, SCORED_FAMILIES, SERVED
+from tests.engine.cases import EOS, SCORED_FAMILIES, SERVED, check_only_broken_end
 from tests.engine.cases import FAMILIES as NAMES
 from tests.model.families import FAMILIES, random_model, save
 
@@ -71,6 +71,12 @@ def test_neighbours_do_not_change_a_sampled_answer(findings: list[dict[str, Any]
     together, alone = findings[rank]["sampled"]
     assert together == alone == findings[0]["sampled"][0]
     assert len(alone) == 8
+
+
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+@pytest.mark.parametrize("family", SCORED_FAMILIES)
+def test_only_requests_with_a_broken_token_end_by_it(findings: list[dict[str, Any]], family: str, rank: int) -> None:
+    check_only_broken_end(findings[rank]["broken"][family])
 
 
 @pytest.mark.parametrize("rank", range(NUM_RANKS))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rq_ep.engine.lockstep import Sampler
+from rq_ep.engine.nonfinite import NonFiniteTokens
 from rq_ep.engine.output_processor import OutputProcessor, RequestState
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.scoring import LOWEST, score_tokens
@@ -30,7 +31,7 @@ class Step:
         ios: Any = SimpleNamespace(
             requests_in_batch=[SimpleNamespace(state=state, has_new_token=True) for state in states]
         )
-        self.sampler = Sampler(ios, self.requests)
+        self.sampler = Sampler(ios, self.requests, NonFiniteTokens())
         self.outputs: list[Output] = []
         self.broken: list[str] = []
         self.processor = OutputProcessor(self.requests, frozenset({0}), self.outputs.extend, self.broken.append)

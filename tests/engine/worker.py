@@ -8,12 +8,12 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rq_ep.engine.engine import Engine
 from rq_ep.engine.requests import Output, Request, Sampling, Score
@@ -36,13 +36,15 @@ class Answers:
         self.reasons: dict[str, str] = {}
         self.scores: dict[str, list[Score]] = {}
         self.prompt_scores: dict[str, list[Score]] = {}
+        self.errors: dict[str, str] = {}
         self.some = threading.Event()
         self.all = threading.Event()
         self._num_expected = num_expected
 
     def add(self, outputs: list[Output]) -> None:
         for output in outputs:
-            assert output.error is None, output
+            if output.error is not None:
+                self.errors[output.request_id] = output.error
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
             self.scores.setdefault(output.request_id, []).extend(output.scores)
             self.prompt_scores.setdefault(output.request_id, []).extend(output.prompt_scores or [])
@@ -54,9 +56,17 @@ class Answers:
             self.all.set()
 
 
-def start(path: Path, strategy: str, group: TorchGroup, answers: Answers, on_failure: Any = None) -> Engine:
+def start(
+    path: Path,
+    strategy: str,
+    group: TorchGroup,
+    answers: Answers,
+    on_failure: Any = None,
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> Engine:
     model = load(path, strategy=strategy, group=group)
     set_attention(model, None)
+    prepare(model)
     engine = Engine(
         model, report_of(model).layers, group, CONFIG,
         on_outputs=answers.add, on_failure=on_failure or ending("unexpected"), heartbeat_s=0.05,
@@ -73,7 +83,7 @@ def answer(path: Path, strategy: str, group: TorchGroup, requests: Sequence[Requ
         engine.submit(request)
     assert not requests or answers.all.wait(TIMEOUT_S), answers.tokens
     engine.stop()
-    return {"tokens": answers.tokens, "reasons": answers.reasons}
+    return {"tokens": answers.tokens, "reasons": answers.reasons, "errors": answers.errors}
 
 
 def sampled_alike(path: Path, group: TorchGroup) -> list[list[int]]:
@@ -121,6 +131,43 @@ def scored(path: Path, group: TorchGroup) -> dict[str, Any]:
         "alone": answers.prompt_scores.get("prompt only", []),
         "dense": expected,
         "reasons": answers.reasons,
+    }
+
+
+def broken_among_others(path: Path, group: TorchGroup) -> dict[str, Any]:
+    """Requests under way beside ones with a token whose embedding is not finite: served, and of the dense model."""
+    well = [
+        Request(f"well {number}", [(7 * number + 3 * at) % 89 + 1 for at in range(3 + 4 * number)], 12, ignore_eos=True)
+        for number in range(3)
+    ]
+    dense = dense_answers(path, {request.id: request for request in well})
+    used = {token for request in well for token in request.prompt_ids + dense[request.id]}
+    nan, inf, *_ = set(range(1, 97)) - used
+    broken = [
+        Request("nan", [5, 6, nan, 7, 8], 6, ignore_eos=True),
+        Request("inf", [3] * 20 + [inf] + [4] * 9, 6, ignore_eos=True),
+        Request("scored", [5, nan, 7], 0, num_logprobs=2, scores_prompt=True),
+        Request("scored, continued", [5, inf, 7], 3, num_logprobs=2, scores_prompt=True),
+    ]
+
+    @torch.no_grad()
+    def damage(model: PreTrainedModel) -> None:
+        model.get_input_embeddings().weight[nan] = float("nan")
+        model.get_input_embeddings().weight[inf] = float("inf")
+
+    answers = Answers(len(well) + len(broken))
+    engine = start(path, "standard", group, answers, prepare=damage)
+    for request in well:
+        engine.submit(request)
+    assert answers.some.wait(TIMEOUT_S)
+    for request in broken:
+        engine.submit(request)
+    assert answers.all.wait(TIMEOUT_S), answers.reasons
+    engine.stop()
+    return {
+        "served": {request.id: answers.tokens[request.id] for request in well},
+        "dense": dense,
+        "errors": answers.errors,
     }
 
 
@@ -183,6 +230,7 @@ def main() -> None:
             findings["served"][f"{family}/{strategy}"] = answer(directory / family, strategy, group, requests)
     findings["sampled"] = sampled_alike(directory / "mixtral", group)
     findings["cancelled"] = cancelled(directory / "mixtral", group)
+    findings["broken"] = {family: broken_among_others(directory / family, group) for family in SCORED_FAMILIES}
     findings["scored"] = {family: scored(directory / family, group) for family in SCORED_FAMILIES}
     path = directory / f"findings-{group.rank}.json"
     fail_on_rank_1(directory / "mixtral", group, ending("expected", findings, path))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from rq_ep.formats import FORMATS, ExpertLayout, get_format
+from rq_ep.formats.native import Native
 from rq_ep.moe import ExpertFamily
 from rq_ep.moe.expert_compute import GroupedExperts, add_outputs
 from rq_ep.moe.grouped_gemm import Stack, can_group
@@ -113,3 +114,22 @@ def test_rows_that_repeat_are_added_in_a_fixed_order() -> None:
     received = received_of([200, 200, 100, 50, 50], 3, torch.bfloat16)
     first = outputs(stack, family, received)
     assert all(torch.equal(first, outputs(stack, family, received)) for _ in range(5))
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("num_rows", [3, 40])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_row_that_is_not_finite_changes_no_other(name: str, num_rows: int, value: str) -> None:
+    family = ExpertFamily(ExpertLayout({"gate_up_proj": (2 * 128, 128), "down_proj": (128, 128)}), silu_gate)
+    dtype = FORMATS[name].dtype if isinstance(FORMATS[name], Native) else torch.bfloat16
+    stack = stack_of(family, name)
+    received = replace(
+        received_of([num_rows, 0, num_rows, 1, 2], num_rows, dtype), rows_MD=torch.randn(num_rows, 128).to(dtype)
+    )
+    damaged_MD = received.rows_MD.clone()
+    damaged_MD[1] = float(value)
+    well = outputs(stack, family, received)
+    damaged = outputs(stack, family, replace(received, rows_MD=damaged_MD))
+    others = torch.arange(num_rows) != 1
+    assert torch.equal(damaged[others], well[others])
+    assert not damaged[1].isfinite().any()

@@ -33,3 +33,30 @@ def test_every_way_to_move_rows_equals_the_dense_layer(mode: str, routing: str) 
     for (first, again), batch in zip(run_local(len(ranks), main), ranks, strict=True):
         cases.check_close(first, cases.expected(family, weights, batch))
         assert torch.equal(first, again), "the same step twice gave different bits"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_row_that_is_not_finite_changes_no_other(mode: str, value: str) -> None:
+    family = cases.FAMILIES["transposed"]
+    ranks = cases.batches("one_hot_expert")
+    num_experts = cases.ROUTINGS["one_hot_expert"][0]
+    weights = cases.expert_weights(family, num_experts)
+    layer, planner, _ = cases.planned("llep", BORROWING, family, cases.counts_of(ranks, num_experts))
+    settings = MODES[mode] | ({"max_dispatch_bytes": 5 * cases.D * 4} if "max_dispatch_bytes" in MODES[mode] else {})
+
+    def main(group: EPGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        experts = EPExperts(family, layer, planner, group, exchange=exchange(group, **settings))
+        cases.fill(experts, weights)
+        batch = ranks[group.rank]
+        damaged_TD, damaged_TK = batch.hidden_TD.clone(), batch.weights_TK.clone()
+        damaged_TD[0], damaged_TK[1] = float(value), float(value)
+        before = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
+        damaged = experts(damaged_TD, batch.ids_TK, damaged_TK)
+        after = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
+        assert torch.equal(before, after), "what was received stays in no buffer"
+        return before, damaged
+
+    for well, damaged in run_local(len(ranks), main):
+        assert torch.equal(damaged[2:], well[2:])
+        assert not damaged[:2].isfinite().any()
