@@ -64,18 +64,22 @@ class Service:
         loading = self.tokenizer is None or self.limits is None
         return reason or ("the model is loading" if loading else None)
 
-    def check(self, body: GenerationBody) -> None:
-        """Refuse a request for another model, or one that comes when none can be answered."""
-        if body.model != self.model_name:
-            raise ApiError(
-                404, f"there is no model {body.model!r} here: this server serves {self.model_name!r}", "model"
-            )
+    def check_available(self) -> None:
+        """Refuse a request that comes when none can be answered."""
         if (reason := self.why_unavailable()) is not None:
             raise ApiError(503, f"not serving: {reason}")
 
+    def check_model(self, body: GenerationBody) -> None:
+        """Refuse a request for another model."""
+        if body.model != self.model_name:
+            raise self.no_such_model(body.model)
+
+    def no_such_model(self, name: str) -> ApiError:
+        return ApiError(404, f"there is no model {name!r:.200} here: this server serves {self.model_name!r}", "model")
+
     async def completion_prompt(self, body: CompletionBody) -> list[int]:
         """Token ids of a completion's prompt."""
-        prompt = body.single_prompt
+        prompt = body.prompt
         if isinstance(prompt, str):
             async with self._encoding:
                 return await asyncio.to_thread(self.tokenizer.encode, prompt)

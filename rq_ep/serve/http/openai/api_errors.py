@@ -12,10 +12,15 @@ TYPES = {
     405: "method_not_allowed_error",
     409: "conflict_error",
     413: "request_too_large_error",
+    415: "unsupported_media_type_error",
     429: "rate_limit_error",
     500: "internal_error",
     503: "service_unavailable_error",
 }
+
+
+MAX_MESSAGE = 1000  # characters
+MAX_PARAM = 100
 
 
 class ApiError(Exception):
@@ -27,9 +32,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = headers
-        # Both may quote what is no text.
-        self.message = message.encode(errors="replace").decode()
-        self.param = None if param is None else param.encode(errors="replace").decode()
+        self.message = _shown(message, MAX_MESSAGE)
+        self.param = None if param is None else _shown(param, MAX_PARAM)
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, TYPES[500])
@@ -37,3 +41,9 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _shown(text: str, max_length: int) -> str:
+    """A text that may quote what is no text, or what has no end."""
+    text = text if len(text) <= max_length else f"{text[: max_length - 3]}..."
+    return text.encode(errors="replace").decode()

@@ -4,8 +4,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 
 from rq_ep.serve.http.openai.api_errors import TYPES
+from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
+
+SCHEMA_REF = "#/components/schemas/{model}"
 
 ERROR = {
     "type": "object",
@@ -28,8 +32,8 @@ EVENTS = "where `stream` is true: events whose data is a chunk of the answer as 
 
 # Which errors a route can answer with, by the beginning of its path; 401 is the guard's.
 STATUSES = {
-    "/v1/completions": (400, 401, 404, 413, 429, 500, 503),
-    "/v1/chat/completions": (400, 401, 404, 413, 429, 500, 503),
+    "/v1/completions": (400, 401, 404, 413, 415, 429, 500, 503),
+    "/v1/chat/completions": (400, 401, 404, 413, 415, 429, 500, 503),
     "/v1/ep/record": (400, 401, 409, 500, 503),
     "/v1/ep": (401, 503),
     "/v1/models/": (401, 404),
@@ -38,13 +42,18 @@ STATUSES = {
 }
 
 
+def body_schema(kind: type[GenerationBody]) -> dict[str, Any]:
+    """What a route says of its body, which it reads itself."""
+    content = {"application/json": {"schema": {"$ref": SCHEMA_REF.format(model=kind.__name__)}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def describe(app: FastAPI, model_name: str) -> dict[str, Any]:
     """The OpenAPI document of the app, which names the one model there is."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schemas = document["components"]["schemas"]
-    schemas["Error"] = ERROR
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
+    _, bodies = models_json_schema([(CompletionBody, "validation"), (ChatBody, "validation")], ref_template=SCHEMA_REF)
+    schemas = {**bodies["$defs"], "Error": ERROR}
+    document["components"] = {"schemas": schemas}
     for name in ("CompletionBody", "ChatBody"):
         schemas[name]["properties"]["model"]["enum"] = [model_name]
     for path, operations in document["paths"].items():

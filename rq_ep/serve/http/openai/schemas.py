@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 
@@ -28,21 +29,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 MAX_LOGPROBS = 20
 
 
-def _check_text(text: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"half a surrogate pair at character {error.start} is no text") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_check_text)]
-StopString = Annotated[Text, Field(min_length=1)]
+Text = str  # the parser of bodies refuses halves of surrogate pairs
+StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unknown(cls, data: Any) -> Any:
+        """Name the first unknown key, and it alone: pydantic would make an error of each."""
+        if cls.model_config.get("extra") == "forbid" and isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError("extra_forbidden", "unknown parameter", {"key": key})
+        return data
 
 
 class StreamOptions(_Body):
@@ -73,7 +75,7 @@ class GenerationBody(_Body):
             return data
         for name, neutral in NEUTRAL.items():
             if name in data and not any(data[name] is value or _same(data[name], value) for value in neutral):
-                raise ApiError(400, f"{name}={data[name]!r} is not supported by this server: leave it out", name)
+                raise ApiError(400, f"{name}={data[name]!r:.60} is not supported by this server: leave it out", name)
         return {name: value for name, value in data.items() if name not in NEUTRAL}
 
     @model_validator(mode="after")
@@ -105,11 +107,32 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-TokenId = Annotated[int, Field(ge=0)]
+MAX_TOKEN_ID = 2**31 - 1
+
+
+def read_prompt(value: Any) -> str | list[int]:
+    """The prompt of a completion, which may come in a list of one. Takes one pass, and names the first wrong token."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise ValueError(f"{len(value)} prompts in one request: send a request for each")
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("Input should be text or a list of token ids")
+    for at, token_id in enumerate(value):
+        if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
+            raise ValueError(f"{token_id!r:.60} at place {at} is no token id")
+    return value
+
+
+Prompt = Annotated[
+    str | list[int], PlainValidator(read_prompt, json_schema_input_type=str | list[int] | list[str] | list[list[int]])
+]
 
 
 class CompletionBody(GenerationBody):
-    prompt: Text | list[TokenId] | list[Text] | list[list[TokenId]]
+    prompt: Prompt
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
@@ -128,16 +151,6 @@ class CompletionBody(GenerationBody):
     def echoes(self) -> bool:
         return bool(self.echo)
 
-    @property
-    def single_prompt(self) -> str | list[int]:
-        """The prompt, which may come in a list of one."""
-        prompt = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise ApiError(400, f"{len(prompt)} prompts in one request: send a request for each", "prompt")
-            return prompt[0]
-        return prompt  # type: ignore[return-value]
-
 
 class TextPart(_Body):
     type: Literal["text"]
@@ -146,7 +159,7 @@ class TextPart(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Text | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -158,7 +171,7 @@ class ChatMessage(_Body):
 
 
 class ChatBody(GenerationBody):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
