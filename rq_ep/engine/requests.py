@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+LOWEST_LOGPROB = -9999.0  # of a token whose probability is zero: JSON has no infinity; vLLM's stand-in
+
 
 @dataclass(frozen=True)
 class Sampling:

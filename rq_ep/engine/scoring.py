@@ -8,9 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from rq_ep.engine.nonfinite import is_finite
-from rq_ep.engine.requests import Request, Score
-
-LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
+from rq_ep.engine.requests import LOWEST_LOGPROB, Request, Score
 
 
 def score_tokens(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) -> list[Score]:
@@ -21,7 +19,7 @@ def score_tokens(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) 
         tokens_N: [N] int64 token ids.
         num_top: how many of the likeliest tokens to name; at most V of them are.
     """
-    logprobs_NV = logits_NV.float().log_softmax(dim=-1).clamp(min=LOWEST)
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1).clamp(min=LOWEST_LOGPROB)
     top = logprobs_NV.topk(min(num_top, logprobs_NV.shape[1]), dim=-1)
     chosen_N = logprobs_NV.gather(1, tokens_N[:, None]).squeeze(1)
     rows = zip(chosen_N.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)

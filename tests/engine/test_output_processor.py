@@ -9,8 +9,8 @@ import torch
 from rq_ep.engine.lockstep import Sampler
 from rq_ep.engine.nonfinite import NonFiniteTokens
 from rq_ep.engine.output_processor import OutputProcessor, RequestState
-from rq_ep.engine.requests import Output, Request, Sampling, Score
-from rq_ep.engine.scoring import LOWEST, score_tokens
+from rq_ep.engine.requests import LOWEST_LOGPROB, Output, Request, Sampling, Score
+from rq_ep.engine.scoring import score_tokens
 
 
 def test_scores_are_log_probabilities_and_name_the_likeliest() -> None:
@@ -18,7 +18,7 @@ def test_scores_are_log_probabilities_and_name_the_likeliest() -> None:
     first, second = score_tokens(logits_NV, torch.tensor([0, 1]), 2)
     assert first.logprob == pytest.approx(float(logits_NV[0].log_softmax(-1)[0]))
     assert first.top_ids == [1, 2]
-    assert second.logprob == LOWEST, "JSON has no infinity"
+    assert second.logprob == LOWEST_LOGPROB, "JSON has no infinity"
     assert score_tokens(logits_NV, torch.tensor([0, 2]), 9)[0].top_ids == [1, 2, 0]
 
 

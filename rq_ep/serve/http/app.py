@@ -55,7 +55,7 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
 
     async def answer(body: GenerationBody, prompt: Awaitable[list[int]], times: RequestMetrics) -> Response:
         request = service.request(await prompt, body)
-        response = ResponseBuilder(request, service.model_name, isinstance(body, ChatBody), service.token_text)
+        response = ResponseBuilder(request, service.model_name, isinstance(body, ChatBody))
         chunks = service.chunks(request, body, times)
         if not body.stream:
             return JSONResponse(await response.whole(chunks))

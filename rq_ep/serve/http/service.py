@@ -2,9 +2,10 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from rq_ep.engine.requests import Output, Request, Sampling
@@ -13,6 +14,7 @@ from rq_ep.serve.http.load_view import LoadView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
+from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
 from rq_ep.serve.http.recording_controller import RecordingController
 
@@ -57,6 +59,10 @@ class Service:
         self._seed = seed
         self._num_unseeded = 0
         self._encoding = asyncio.Lock()
+
+    @cached_property
+    def _new_detokenizer(self) -> Callable[[], Detokenizer]:
+        return detokenizers(self.tokenizer)
 
     def why_unavailable(self) -> str | None:
         """Why nothing can be answered now; None if it can."""
@@ -145,8 +151,10 @@ class Service:
     async def chunks(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Chunk]:
         """Generate an answer, cut at the first stop string; leaving early cancels it."""
         times.prompt(len(request.prompt_ids))
-        text = TextChunker(self.tokenizer, body.stops)
+        text = TextChunker(self._new_detokenizer(), body.stops)
         prompt_ids = request.prompt_ids
+        if not body.echoes:
+            text.skip(prompt_ids)
         if body.echoes and not request.scores_prompt:
             reason = None if request.max_tokens else "length"
             yield await asyncio.to_thread(text.echo, prompt_ids, None, reason)
@@ -165,8 +173,3 @@ class Service:
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
-
-    def token_text(self, token_id: int) -> str:
-        """A token's text by itself."""
-        text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
-        return text

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -17,6 +18,7 @@ from rq_ep.serve.http.openai.api_errors import TYPES, ApiError
 from rq_ep.serve.http.recording_controller import RecordingController
 from rq_ep.serve.http.service import ModelLimits, Service
 from rq_ep.serve.messages import LoadSums, RankStats, Recorded, RecordingFailed
+from tests.serve.http.openai.small_tokenizers import small_tokenizer
 
 MODEL = "org/tiny"
 EOS = 0
@@ -30,7 +32,7 @@ class ByteTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         return bytes(token_ids).decode(errors="replace")
 
     def apply_chat_template(
@@ -42,8 +44,9 @@ class ByteTokenizer:
 
 
 def score(token_id: int) -> Score:
-    """The likeliest token is always `!`."""
-    return Score(-token_id / 64, [33, token_id], [-0.25, -token_id / 64])
+    """The likeliest token is always `!`; a token 255 is no number."""
+    logprob = math.nan if token_id == 255 else -token_id / 64
+    return Score(logprob, [33, token_id], [-0.25, logprob])
 
 
 LOADS: LoadSums = {  # as LoadTotals.take gives them
@@ -55,9 +58,9 @@ LOADS: LoadSums = {  # as LoadTotals.take gives them
 
 
 class ScriptedRanks:
-    """Answers every request with `answer`, a byte at a time, then as `end` says."""
+    """Answers every request with `answer`, a byte or a token at a time, then as `end` says."""
 
-    def __init__(self, answer: str = "hello", end: str = "length") -> None:
+    def __init__(self, answer: str | list[int] = "hello", end: str = "length") -> None:
         self.answer, self.end = answer, end
         self.unavailable: str | None = None
         self.taken: list[Request] = []
@@ -78,7 +81,8 @@ class ScriptedRanks:
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         self.taken.append(request)
         is_done = False
-        token_ids = list(self.answer.encode()) + ([EOS] if self.end == "stop" else [])
+        answer = list(self.answer.encode()) if isinstance(self.answer, str) else self.answer
+        token_ids = answer + ([EOS] if self.end == "stop" else [])
         try:
             if request.scores_prompt:
                 is_done = request.max_tokens == 0
@@ -389,6 +393,45 @@ def test_a_prompt_may_be_scored_without_an_answer(bench: Bench, logprobs: int | 
     assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("abc", "length")
     assert len(bench.ranks.taken) == (logprobs is not None)
     assert body["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize("max_tokens", [0, 2])
+def test_echo_shows_an_end_within_a_character(bench: Bench, logprobs: int | None, max_tokens: int) -> None:
+    bench.ranks.answer = [*"\u4f60".encode()[1:]]
+    prompt = [97, *"\u4f60".encode()[:1]]
+    choice = bench.complete(prompt=prompt, echo=True, logprobs=logprobs, max_tokens=max_tokens).json()["choices"][0]
+    assert choice["text"] == ("a\u4f60" if max_tokens else "a\ufffd")
+    if logprobs is not None:
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_goes_on_where_the_prompt_ends(bench: Bench, stream: bool) -> None:
+    bench.service.tokenizer = tokenizer = small_tokenizer("llama")
+    bench.service.limits = ModelLimits(max_model_len=64, vocab_size=len(tokenizer))
+    bench.ranks.answer = tokenizer.convert_tokens_to_ids(["\u2581Lox", "\u2581cat"])
+    for options, text in (({}, " Lox cat"), ({"echo": True}, "the cat Lox cat"), ({"stop": " c"}, " Lox")):
+        response = bench.complete(prompt="the cat", logprobs=0, stream=stream, **options)
+        choices = [e["choices"][0] for e in events(response)[:-1]] if stream else response.json()["choices"]
+        assert "".join(choice["text"] for choice in choices) == text
+        tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
+        assert "".join(tokens).startswith(text)
+
+
+def test_scores_that_are_no_numbers_are_a_named_error(bench: Bench) -> None:
+    bench.ranks.answer = [97, 255]
+    for answer in (bench.complete(logprobs=1), bench.chat(logprobs=True, top_logprobs=1)):
+        assert "log-probabilities are not finite" in error(answer, 500)["message"]
+    *_, last = events(bench.complete(logprobs=1, stream=True))
+    assert "log-probabilities are not finite" in last["error"]["message"]
+
+
+def test_a_stream_has_only_its_own_ends_of_lines(bench: Bench) -> None:
+    bench.ranks.answer = "a\u2028b\u2029c\x85d"
+    lines = bench.complete(stream=True).text.splitlines()  # as httpx splits a stream
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == bench.ranks.answer
 
 
 def test_an_api_key_is_asked_for_under_v1(bench: Bench) -> None:

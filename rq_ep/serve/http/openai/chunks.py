@@ -1,19 +1,25 @@
 """Chunks of an answer: text cut at stop strings, and the tokens behind it with their scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rq_ep.engine.requests import Output, Score
-from rq_ep.serve.http.openai.detokenizer import Decoder, Detokenizer, StopStrings
+from rq_ep.serve.http.openai.detokenizer import Detokenizer, StopStrings
+from rq_ep.serve.http.openai.token_bytes import NO_TEXT, TokenText
 
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token, where its text begins in what is shown, and its score, which the first of a prompt does not have."""
+    """A token, what it adds to the text and where, and its score, which the first of a prompt does not have.
+
+    `top` is what the likeliest tokens at its place would have added, in the order of the score.
+    """
 
     id: int
+    added: TokenText
     offset: int
     score: Score | None
+    top: tuple[TokenText, ...]
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,22 @@ class Chunk:
 
 
 class TextChunker:
-    """Turns the tokens of one answer into chunks, the prompt before them if it is to be shown too."""
+    """Turns the tokens of one answer into chunks, the prompt before them if it is to be shown too.
 
-    def __init__(self, tokenizer: Decoder, stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    The texts of the tokens of all chunks, put together, are the text of all chunks; where a stop string cuts it, the
+    token that is cut is the last and is whole. An incomplete character at the end is U+FFFD, by the last token.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
         self._stop_strings = StopStrings(stops)
         self._num_read = 0  # characters the tokens so far have come to,
         self._num_shown = 0  # of which these were handed out
         self._waiting: list[ScoredToken] = []
+
+    def skip(self, prompt_ids: Sequence[int]) -> None:
+        """Start behind a prompt that is not shown."""
+        self._detokenizer.skip(prompt_ids)
 
     def echo(self, prompt_ids: Sequence[int], scores: Sequence[Score] | None, finish_reason: str | None) -> Chunk:
         """The prompt, which no stop string cuts. Takes time for a long one.
@@ -42,30 +56,31 @@ class TextChunker:
         Args:
             scores: one for each token but the first; None: they were not asked for.
         """
-        text, tokens = "", []
         later: Sequence[Score | None] = [None] * (len(prompt_ids) - 1) if scores is None else scores
-        for token_id, score in zip(prompt_ids, (None, *later), strict=True):
-            tokens.append(ScoredToken(token_id, self._num_read, score))
-            text += self._read(token_id)
+        tokens = [self._read(token_id, score) for token_id, score in zip(prompt_ids, (None, *later), strict=True)]
+        text = "".join(token.added.text for token in tokens)
+        if finish_reason is not None:
+            text += self._flush(tokens)
         self._num_shown += len(text)
         return Chunk(text, 0, finish_reason, () if scores is None else tuple(tokens))
 
     def chunk(self, output: Output) -> Chunk:
         """The text that new tokens of the request let be shown."""
-        text = ""
-        last = len(output.token_ids) - 1
+        tokens = []
         for at, token_id in enumerate(output.token_ids):
-            if output.scores:
-                self._waiting.append(ScoredToken(token_id, self._num_read, output.scores[at]))
-            if not (at == last and output.finish_reason == "stop"):  # an end token has no text
-                text += self._read(token_id)
+            is_end = output.finish_reason == "stop" and at == len(output.token_ids) - 1
+            tokens.append(self._read(token_id, output.scores[at] if output.scores else None, is_end))
+        text = "".join(token.added.text for token in tokens)
+        if output.finish_reason is not None:
+            text += self._flush(tokens)
         shown, is_stopped = self._stop_strings.push(text)
         if output.finish_reason is not None and not is_stopped:
-            rest, is_stopped = self._stop_strings.push(self._detokenizer.flush())
-            shown += rest if is_stopped else rest + self._stop_strings.flush()
+            shown += self._stop_strings.flush()
         self._num_shown += len(shown)
+        if output.scores:
+            self._waiting += tokens
         reason = "stop" if is_stopped else output.finish_reason
-        return Chunk(shown, last + 1, reason, self._tokens(is_all=reason is not None and not is_stopped))
+        return Chunk(shown, len(tokens), reason, self._tokens(is_all=reason is not None and not is_stopped))
 
     def _tokens(self, is_all: bool) -> tuple[ScoredToken, ...]:
         """The tokens whose text has begun to be shown; those beyond a stop string never come."""
@@ -73,7 +88,19 @@ class TextChunker:
         self._waiting = self._waiting[len(begun) :]
         return tuple(begun)
 
-    def _read(self, token_id: int) -> str:
-        text = self._detokenizer.push([token_id])
-        self._num_read += len(text)
-        return text
+    def _read(self, token_id: int, score: Score | None, is_end: bool = False) -> ScoredToken:
+        """Read a token; the one by which the model ends an answer is not shown."""
+        top = () if score is None else tuple(map(self._detokenizer.peek, score.top_ids))
+        added = NO_TEXT if is_end else self._detokenizer.push(token_id)
+        token = ScoredToken(token_id, added, self._num_read, score, top)
+        self._num_read += len(added.text)
+        return token
+
+    def _flush(self, tokens: list[ScoredToken]) -> str:
+        """What is left of the text; the last token gets it."""
+        rest = self._detokenizer.flush()
+        self._num_read += len(rest.text)
+        if tokens:
+            text, bytes_ = tokens[-1].added
+            tokens[-1] = replace(tokens[-1], added=TokenText(text + rest.text, bytes_ + rest.bytes_))
+        return rest.text

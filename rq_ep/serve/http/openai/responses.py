@@ -9,7 +9,7 @@ from typing import Any
 from rq_ep.engine.requests import Request
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chunks import Chunk, ScoredToken
-from rq_ep.serve.http.openai.logprobs import TokenText, chat_logprobs, completion_logprobs
+from rq_ep.serve.http.openai.logprobs import chat_logprobs, completion_logprobs
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,6 @@ class ResponseBuilder:
     request: Request
     model: str
     is_chat: bool
-    token_text: TokenText
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -29,7 +28,7 @@ class ResponseBuilder:
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if self.request.num_logprobs is None:
             return None
-        return (chat_logprobs if self.is_chat else completion_logprobs)(tokens, self.token_text)
+        return (chat_logprobs if self.is_chat else completion_logprobs)(tokens)
 
     def _usage(self, num_tokens: int) -> dict[str, int]:
         num_prompt = len(self.request.prompt_ids)
@@ -86,5 +85,10 @@ class ResponseBuilder:
         return {**choice, "delta": {**role, "content": text} if text or is_first else {}}
 
 
+# Clients that split a stream by `str.splitlines` (httpx) would take these for ends of lines.
+LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
+
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"data: {text.translate(LINE_ENDS)}\n\n"
