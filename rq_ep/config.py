@@ -113,6 +113,11 @@ class ServeConfig:
         None, help="what strategies weigh transfers with: a known machine, FILE.yaml or the .json of `rq-ep profile`"
     )
     dtype: str = option("auto", help="dtype to compute in; auto: the checkpoint's", choices=DTYPES)
+    generation_config: str = option(
+        "auto",
+        help="whose generation_config.json gives requests their temperature and top_p: auto, the model's; vllm: none, "
+        "both are 1; or a directory that has one",
+    )
     device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)
     attn_implementation: str | None = option(None, help="attention of transformers; default: sdpa, or eager without it")
     seed: int = option(0, help="seed of sampled requests that bring none", minimum=0)

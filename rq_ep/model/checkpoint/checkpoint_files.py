@@ -1,7 +1,6 @@
 """The files of a Hugging Face checkpoint: its configuration, and its tensors, read whole or row by row."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rq_ep.core.errors import UserError
+from rq_ep.model.checkpoint.config_limits import check_sizes
+from rq_ep.model.checkpoint.json_files import MAX_INDEX_BYTES, read_json_object
 from rq_ep.model.checkpoint.quantization_schemes import quantization_scheme
 from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
 from rq_ep.model.seam.adapters import ADAPTERS
@@ -25,18 +26,19 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
     Raises:
         UserError: the directory is no checkpoint, or one that cannot be served: an unknown `model_type`, no causal
-            language model, or weights quantized in a way we cannot read.
+            language model, sizes that no model has, or weights quantized in a way we cannot read.
     """
     raw = read_config_json(path)
     model_type = raw.get("model_type")
     if str(model_type) not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *ADAPTERS}:
         raise UserError(
-            f"{path}: model_type {model_type!r} is not a causal language model that transformers knows: "
+            f"{path}: model_type {model_type!r:.60} is not a causal language model that transformers knows: "
             "give a checkpoint such as qwen3_moe, mixtral, olmoe, deepseek_v3 or gpt_oss"
         )
+    check_sizes(raw, f"{path}/config.json")
     is_quantized = quantization_scheme(raw, str(path)) is not None
     with transformers_errors(f"{path}/config.json"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if is_quantized:
         del config.quantization_config  # transformers builds a plain model; we read its weights
     return config
@@ -47,31 +49,54 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{path}: no such directory; expected a checkpoint with config.json and safetensors files")
+    if not (directory / "config.json").exists():
+        raise UserError(f"{path}: no config.json; expected a Hugging Face checkpoint directory")
+    return read_json_object(directory / "config.json")
+
+
+def read_index(path: str | Path) -> dict[str, str] | None:
+    """Tensor -> the shard that holds it, by the index of the checkpoint directory `path`; None without an index.
+
+    Raises:
+        UserError: the index is damaged, or a name in it leads out of the directory.
+    """
+    index = Path(path, INDEX)
+    if not (index.exists() or index.is_symlink()):
+        return None
+    weight_map = read_json_object(index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: not a readable shard index (weight_map {weight_map!r:.40}: expected an object)")
+    for key, name in weight_map.items():
+        if not isinstance(name, str):
+            raise UserError(f"{index}: weight_map of {key!r:.80}: {name!r:.40} is no file name")
+    names = {name: _checked_name(index, name) for name in set(weight_map.values())}
+    return {key: names[name] for key, name in weight_map.items()}
+
+
+def _checked_name(index: Path, name: str) -> str:
+    """The name of a shard, if it leads to nothing outside the directory but the blobs of the hub's cache."""
+    home = index.parent.resolve()
     try:
-        raw = json.loads((directory / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no config.json; expected a Hugging Face checkpoint directory") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}/config.json: not readable ({error})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}/config.json: expected an object, found {type(raw).__name__}")
-    return raw
+        target = (home / name).resolve()
+        is_inside = Path(name).name != "" and ".." not in Path(name).parts and not Path(name).is_absolute()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, links in a circle
+        raise UserError(f"{index}: weight_map: {name!r:.80} is no file name") from None
+    is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if not is_inside or not (target.is_relative_to(home) or is_blob):
+        raise UserError(
+            f"{index}: weight_map: {name!r:.80} leads out of the model's directory, to {str(target)!r:.120}: put the "
+            "file there"
+        )
+    return str(Path(name))
 
 
 def weight_files(path: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint, sorted by name: the shards of its index, or the single file."""
     directory = Path(path)
-    index = directory / INDEX
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-            raise UserError(f"{index}: not a readable shard index ({type(error).__name__}: {error})") from None
-        files = [directory / name for name in sorted(names)]
-    else:
-        files = [directory / SINGLE]
-    if missing := [file.name for file in files if not file.exists()]:
-        wanted = "its index names" if index.exists() else f"expected {INDEX} or"
+    index = read_index(path)
+    files = [directory / name for name in ([SINGLE] if index is None else sorted(set(index.values())))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        wanted = f"expected {INDEX} or" if index is None else "its index names"
         raise UserError(f"{path}: {wanted} {missing[0]}, which is not there ({len(missing)} of {len(files)} missing)")
     return files
 
@@ -79,17 +104,37 @@ def weight_files(path: str | Path) -> list[Path]:
 class Checkpoint:
     """The tensors of a checkpoint. Files are memory-mapped, so that reading a slice touches no other bytes.
 
-    `bytes_read` is the size of all tensors and slices that were read.
+    Where there is an index, it says which shard a tensor is read from. `bytes_read` is the size of all tensors and
+    slices that were read; `notes` says what lies in the directory and is not read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.bytes_read = 0
+        self.notes: list[str] = []
         self._files: dict[str, Any] = {}
+        index = read_index(path) or {}
+        holders: dict[str, dict[str, Any]] = {}  # tensor -> name of a file that has it -> the open file
         for file in weight_files(path):
             with self._readable(file):
                 handle: Any = safe_open(file, framework="pt")
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+            for key in handle.keys():  # noqa: SIM118
+                holders.setdefault(key, {})[str(file.relative_to(self.path))] = handle
+        for key, name in index.items():
+            if name not in holders.get(key, {}):
+                raise UserError(f"{self.path}: {INDEX} names {name!r:.80} for {key!r:.80}, which is not in it")
+        for key, by_name in holders.items():
+            if len(by_name) > 1 and key not in index:
+                raise UserError(f"{self.path}: {key!r:.80} is in {' and in '.join(by_name)}: name one in {INDEX}")
+            self._files[key] = by_name[index.get(key, next(iter(by_name)))]
+        self._note_unread(index, [key for key, by_name in holders.items() if len(by_name) > 1])
+
+    def _note_unread(self, index: Mapping[str, str], repeated: Sequence[str]) -> None:
+        if index and (self.path / SINGLE).exists() and SINGLE not in index.values():
+            self.notes.append(f"{SINGLE} is not read: {INDEX} names other files")
+        if repeated:
+            others = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
+            self.notes.append(f"{repeated[0]!r:.80}{others} in several files: read from the one that {INDEX} names")
 
     @property
     def keys(self) -> list[str]:

@@ -5,9 +5,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.model.checkpoint.checkpoint_files import read_config_json, weight_files
 
+MAX_HEADER_BYTES = 100 << 20  # as safetensors itself
 NUM_SAMPLES = 64  # per file, evenly spaced; a file of up to 256 KiB is read whole
 SAMPLE_BYTES = 4096
 IRRELEVANT = frozenset({"transformers_version", "_name_or_path"})  # differ with every saving
@@ -40,8 +42,10 @@ def _add_file(digest: Any, path: Path) -> None:
     digest.update(size.to_bytes(8, "little"))
     with path.open("rb") as file:
         header_bytes = 8 + int.from_bytes(file.read(8), "little")  # a safetensors file begins with its header's length
+        if header_bytes > min(size, MAX_HEADER_BYTES):
+            raise UserError(f"{path}: cut short or damaged (a header of {header_bytes:,} bytes in a file of {size:,})")
         file.seek(0)
-        digest.update(file.read(min(header_bytes, size)))
+        digest.update(file.read(header_bytes))
         last = size - SAMPLE_BYTES
         for i in range(NUM_SAMPLES):
             file.seek(max(header_bytes, last * i // (NUM_SAMPLES - 1)))

@@ -7,8 +7,11 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rq_ep.core.errors import UserError
+from rq_ep.model.checkpoint.json_files import read_json_object
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
 def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -17,8 +20,11 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     # Without a file, transformers would build an empty tokenizer.
     if directory.is_dir() and not any((directory / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; copy {TOKENIZER_FILES[0]} and tokenizer_config.json of the model there")
+    for name in JSON_FILES:
+        if (directory / name).exists():
+            read_json_object(directory / name)
     with transformers_errors(f"the tokenizer of {path}"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer
 
 

@@ -69,11 +69,14 @@ class WeightReader:
 
     Raises:
         UserError: the checkpoint lacks a tensor of the model, or holds one that the model does not know.
+
+    Layers for multi-token prediction are not read; `notes` names them, and what else of the checkpoint is not read.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, experts: Iterable[str]) -> None:
         self._checkpoint = checkpoint
         self._config = model.config
+        self.notes = list(checkpoint.notes)
         self._state = model.state_dict()
         conversions = _conversions(model, checkpoint.keys, self._state)
         made = {target for conversion in conversions.values() for target in conversion.targets}
@@ -88,6 +91,7 @@ class WeightReader:
             for conversion in self._experts[name].values():
                 self._check_all_experts(conversion)
         self._others = list(conversions.values())  # outside the experts
+        self._check_shapes()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Read every stored tensor outside the routed experts, one after another, in the checkpoint's dtype.
@@ -160,11 +164,7 @@ class WeightReader:
         else:
             made = self._convert(conversion.target, conversion.converter, sources, _ShapeSource(shapes))
         for name, shape in shapes.items():
-            if made[name].shape != shape:
-                raise UserError(
-                    f"{self._checkpoint.path}: {name} comes out as {list(made[name].shape)}, but config.json asks for "
-                    f"{list(shape)}: the weights belong to another configuration"
-                )
+            self._check_shape(name, made[name].shape, shape)
         return {name: made[name] for name in shapes}
 
     def _convert(
@@ -187,8 +187,11 @@ class WeightReader:
         return made
 
     def _check_nothing_left_over(self, model: PreTrainedModel, made: set[str]) -> None:
+        if predicting := {name for name in made - set(self._state) if _predicts_more_tokens(model, name)}:
+            self.notes.append(f"{_some(predicting)}: tensors for multi-token prediction are not read")
         ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED_BUFFERS]
-        left = [name for name in made - set(self._state) if not any(re.search(pattern, name) for pattern in ignored)]
+        unknown = made - set(self._state) - predicting
+        left = [name for name in unknown if not any(re.search(pattern, name) for pattern in ignored)]
         if left:
             raise UserError(
                 f"{self._checkpoint.path}: no place for {_some(left)} in a {model.config.model_type} model with this "
@@ -207,6 +210,20 @@ class WeightReader:
             raise UserError(
                 f"{self._checkpoint.path}: the checkpoint lacks {_some(missing)}: it is incomplete, or belongs to "
                 "another configuration"
+            )
+
+    def _check_shapes(self) -> None:
+        """Raise a `UserError` for a tensor outside the experts, not converted, of another shape than the model's."""
+        for conversion in self._others:
+            if conversion.converter is None and conversion.target in self._state:
+                shape = self._checkpoint.shape(conversion.sources[0].key)
+                self._check_shape(conversion.target, shape, self._state[conversion.target].shape)
+
+    def _check_shape(self, name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(shape) != tuple(wanted):
+            raise UserError(
+                f"{self._checkpoint.path}: {name} comes out as {list(shape)}, but config.json asks for "
+                f"{list(wanted)}: the weights belong to another configuration"
             )
 
     def _check_all_experts(self, conversion: TensorConversion) -> None:
@@ -235,6 +252,14 @@ class _ShapeSource:
 
     def get_parameter(self, name: str) -> torch.Tensor:
         return torch.empty(self._shapes[name], device="meta")
+
+
+def _predicts_more_tokens(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor is of a layer for multi-token prediction: those come after the model's own."""
+    config = model.config.get_text_config()
+    number = getattr(config, "num_nextn_predict_layers", None) or 0
+    match = re.match(r"(\w+\.)*layers\.(?P<layer>\d+)\.", name)
+    return match is not None and 0 <= int(match["layer"]) - config.num_hidden_layers < number
 
 
 def _conversions(

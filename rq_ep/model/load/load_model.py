@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rq_ep.core.cost import CostModel
 from rq_ep.core.errors import check_integer
@@ -18,18 +18,15 @@ from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
 from rq_ep.formats import get_format
-from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
-from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
-from rq_ep.model.checkpoint.weight_conversion import WeightReader
-from rq_ep.model.dtypes import stored_dtype, torch_dtype
+from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
 from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly
 from rq_ep.model.load.load_report import LoadReport
 from rq_ep.model.load.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
+from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.ranks import LoadRanks
-from rq_ep.model.load.whole_model import empty_model, fill
-from rq_ep.model.seam.expert_modules import ExpertsModule, family_of, find_expert_modules
+from rq_ep.model.seam.expert_modules import ExpertsModule, family_of
 from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts
 from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import EPGroup, Exchange, ExchangeSettings
@@ -128,23 +125,18 @@ class _Loader:
         placement = Placement.load(placement) if isinstance(placement, str | Path) else placement
         self._machine = cost_model(machine) if isinstance(machine, str) else machine
         self._strategy = choose_strategy(arguments.strategy, placement)
-        config = read_config(path)
-        dtype = arguments.dtype
-        self._dtype = stored_dtype(config) if dtype is None or dtype == "auto" else torch_dtype(dtype)
+        self._opened = OpenedModel.open(path, arguments.dtype, arguments.attn_implementation)
+        self._model, self._experts = self._opened.model, self._opened.experts
+        self._family = family_of(self._experts[0].module)
         identity = model_identity(path)
         if placement is not None:
             placement.check_serves(identity, ranks.num_ranks)
         packed = arguments.packed_experts
         self._packed = None if packed is None else PackedExperts.open(packed, identity)
 
-        self._model = empty_model(path, config, self._dtype, arguments.attn_implementation)
-        self._experts = find_expert_modules(self._model)
-        self._family = family_of(self._experts[0].module)
-        self._checkpoint = open_checkpoint(path)
-        self._reader = WeightReader(self._checkpoint, self._model, [module.name for module in self._experts])
         layout = self._family.layout
         if placement is None:
-            native = expert_format(self._checkpoint, self._dtype)
+            native = expert_format(self._opened.checkpoint, self._opened.dtype)
             placement = place_uniformly(self._strategy, self._experts, layout, native, ranks.num_ranks, identity)
         check_layers(placement, self._experts)
         placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
@@ -157,14 +149,14 @@ class _Loader:
         check_fits(needed, self._ranks.local[0], self._ranks.device)
         layers = self._replace_experts(needed.borrowed)
         self._read_experts(layers)
-        fill(self._model, self._reader, self._dtype, self._ranks.device)
+        self._opened.fill(self._ranks.device)
         assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
         report = LoadReport(
             self._placement,
             self._strategy,
             layers,
             self._arguments.telemetry,
-            self._checkpoint.bytes_read,
+            self._opened.checkpoint.bytes_read,
             resident,
             needed,
         )
@@ -177,7 +169,7 @@ class _Loader:
         if arguments.max_tokens is not None:
             top_k = getattr(self._model.config.get_text_config(), "num_experts_per_tok", None) or 1
             step = step_bytes(
-                self._family, top_k, ranks.num_ranks, arguments.max_tokens, self._dtype, ranks.device.type,
+                self._family, top_k, ranks.num_ranks, arguments.max_tokens, self._opened.dtype, ranks.device.type,
                 arguments.max_dispatch_bytes,
             )  # fmt: skip
         return rank_bytes(
@@ -233,27 +225,27 @@ class _Loader:
         for module, expert, bank in track(replicas, "Loading experts", console=console, disable=not is_shown):
             packed = self._packed_expert(module, expert, bank.format_of(expert).name)
             if packed is None:
-                weights = self._reader.expert(module.name, expert)
+                weights = self._opened.reader.expert(module.name, expert)
                 bank.put(expert, {name: weight.to(self._ranks.device) for name, weight in weights.items()})
             else:
                 bank.put_packed(expert, packed.to(self._ranks.device))
 
     def _packed_expert(self, module: ExpertsModule, expert: int, format_name: str) -> torch.Tensor | None:
         """An expert as the checkpoint or `rq-ep quantize` stored it; None if neither has it in this format."""
-        packed = self._reader.stored_expert(module.name, expert, format_name)
+        packed = self._opened.reader.stored_expert(module.name, expert, format_name)
         if packed is None and self._packed is not None:
             packed = self._packed.packed(module.layer_index, expert, format_name)
         return packed
 
     def _finish(self, report: LoadReport) -> None:
         model: Any = self._model
-        if Path(self._arguments.path, "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(self._arguments.path)
         model.to(self._ranks.device).eval().requires_grad_(False)
         model.rq_ep = report
         if self._ranks.are_processes:
             # Ranks end their sequences apart: those that are done go on calling the model until all are.
             model.generate = partial(model.generate, synced_gpus=True)
+        if 0 in self._ranks.local:
+            self._opened.log_notes()
         rank, sizes = self._ranks.local[0], sorted(report.expert_bytes.items())
         shown = ", ".join(f"{size:,} in {name}" for name, size in sizes)
         log.info("rank %d: %s bytes read, bytes of experts: %s", rank, f"{report.bytes_read:,}", shown or 0)

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from rq_ep.config import ServeConfig, from_mapping, shown
+from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.history import EVERY_S
 from rq_ep.serve.http.metrics import Metrics
@@ -103,6 +104,8 @@ class ServingProcess:
         background = [asyncio.ensure_future(work) for work in (self._log(), self._sample(), self.router.watch())]
         await asyncio.wait({serving, ending, checking}, return_when=asyncio.FIRST_COMPLETED)
         if self.checked.is_set():
+            self.service.defaults = read_sampling_defaults(self.config.model, self.config.generation_config)
+            log.info("%s (--generation-config %s)", self.service.defaults, self.config.generation_config)
             self.service.tokenizer = await asyncio.to_thread(load_tokenizer, self.config.model)
             await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True

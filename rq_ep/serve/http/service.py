@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from rq_ep.engine.requests import Output, Request, Sampling
+from rq_ep.model.checkpoint.generation_defaults import SamplingDefaults
 from rq_ep.serve.http.history import History
 from rq_ep.serve.http.load_view import LoadView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
@@ -50,6 +51,7 @@ class Service:
         self.metrics = metrics
         self.limits: ModelLimits | None = None
         self.tokenizer: Any = None
+        self.defaults = SamplingDefaults()
         self.info: dict[str, Any] = {}
         self.placement: dict[str, Any] | None = None
         self.load_view = LoadView()
@@ -129,8 +131,8 @@ class Service:
                 param,
             )
         sampling = Sampling(
-            temperature=1.0 if body.temperature is None else float(body.temperature),
-            top_p=1.0 if body.top_p is None else float(body.top_p),
+            temperature=self.defaults.temperature if body.temperature is None else float(body.temperature),
+            top_p=self.defaults.top_p if body.top_p is None else float(body.top_p),
             seed=self._next_seed() if body.seed is None else body.seed,
         )
         return Request(

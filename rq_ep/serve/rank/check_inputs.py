@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -12,6 +13,7 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
 from rq_ep.engine.servable import check_servable
 from rq_ep.model.checkpoint.checkpoint_files import read_config
+from rq_ep.model.checkpoint.generation_defaults import end_token_ids, read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
@@ -20,8 +22,15 @@ from rq_ep.model.dtypes import stored_dtype
 from rq_ep.strategies import make_strategy
 
 
-def check_inputs(config: ServeConfig) -> PretrainedConfig:
-    """The model's configuration, if it and everything named beside it can be served.
+class CheckedInputs(NamedTuple):
+    """What the files of a model say, before it is loaded."""
+
+    model_config: PretrainedConfig
+    end_token_ids: list[int]  # with which an answer ends
+
+
+def check_inputs(config: ServeConfig) -> CheckedInputs:
+    """What the model's files say, if they and everything named beside them can be served.
 
     Raises:
         UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy
@@ -35,10 +44,12 @@ def check_inputs(config: ServeConfig) -> PretrainedConfig:
     read_in_advance(config)
     if config.machine is not None:
         cost_model(config.machine)
-    read_tokenizer(config.model)
+    tokenizer = read_tokenizer(config.model)
+    read_sampling_defaults(config.model, config.generation_config)
+    end_tokens = end_token_ids(config.model, model_config, tokenizer, config.generation_config)
     if config.record_dir is not None and not Path(config.record_dir).is_dir():
         raise UserError(f"--record-dir {config.record_dir}: no such directory")
-    return model_config
+    return CheckedInputs(model_config, end_tokens)
 
 
 def read_in_advance(config: ServeConfig) -> Counter[str]:

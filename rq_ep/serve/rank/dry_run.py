@@ -1,20 +1,18 @@
 """The preview of a server: settings, placement, the bytes of each rank and what they leave. No weights are read."""
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
 
 from rq_ep.config import ServeConfig, resolved
 from rq_ep.core.placement import Placement
 from rq_ep.engine.engine import CPU_KV_CACHE_TOKENS
 from rq_ep.engine.kv_cache import kv_bytes_per_token
-from rq_ep.formats import native_format_name
-from rq_ep.model.checkpoint.checkpoint_files import read_config
+from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
-from rq_ep.model.dtypes import stored_dtype, torch_dtype
+from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
 from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniformly
 from rq_ep.model.load.memory import available_bytes, expert_bytes
-from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
+from rq_ep.model.load.opened_model import OpenedModel
+from rq_ep.model.seam.expert_modules import family_of
 from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, read_in_advance
 
 
@@ -32,15 +30,13 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     check_inputs(config)
     placement = None if config.placement is None else Placement.load(config.placement)
     strategy = choose_strategy(chosen_strategy(config), placement)
-    model_config = read_config(config.model)
     identity = model_identity(config.model)
-    dtype = stored_dtype(model_config) if config.dtype == "auto" else torch_dtype(config.dtype)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    experts = find_expert_modules(model)
+    opened = OpenedModel.open(config.model, config.dtype)
+    model, experts, dtype = opened.model, opened.experts, opened.dtype
     layout = family_of(experts[0].module).layout
     if placement is None:
-        placement = place_uniformly(strategy, experts, layout, native_format_name(dtype), num_ranks, identity)
+        native = expert_format(opened.checkpoint, dtype)
+        placement = place_uniformly(strategy, experts, layout, native, num_ranks, identity)
     placement.check_serves(identity, num_ranks, config.placement or "the placement")
     check_layers(placement, experts)
     for layer in placement.layers:
@@ -53,13 +49,15 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
         f"placement: made by {placement.strategy}, served by {strategy.name}; {len(placement.layers)} MoE layers of "
         f"{placement.layers[0].num_experts} experts on {num_ranks} ranks",
     ]
+    lines.append(f"{read_sampling_defaults(config.model, config.generation_config)}")
+    lines += [f"{config.model}: {note}" for note in opened.reader.notes]
     if in_advance := read_in_advance(config):
         numbers = ", ".join(f"{number} in {name}" for name, number in sorted(in_advance.items()))
         lines.append(f"quantized in advance, read from {config.experts}: {numbers}")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     memory = available_bytes(device)
     sharers = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)
-    token_bytes = kv_bytes_per_token(model_config, dtype)
+    token_bytes = kv_bytes_per_token(model.config, dtype)
     for rank in range(num_ranks):
         held = expert_bytes(placement, layout, [rank])
         formats = ", ".join(f"{size:,} in {name}" for name, size in sorted(held.items())) or "none"

@@ -116,10 +116,12 @@ class RankServer:
     def _start_engine(self, loads: LoadTotals | None) -> Engine:
         config, group = self._config, self._group
         started_s = time.monotonic()
-        model_config = run_on_all_ranks(group, lambda: check_inputs(config))
+        model_config, end_token_ids = run_on_all_ranks(group, lambda: check_inputs(config))
         if group.rank == 0:
             self._client.send(Checked())
         model = run_on_all_ranks(group, lambda: load_served_model(config, group, loads))
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = end_token_ids
         report = report_of(model)
         recording = TraceRecording(
             report.placement.model, model, group, lambda: engine.batch, config.record_dir, config.record_max_tokens,

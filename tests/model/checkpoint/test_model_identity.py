@@ -59,7 +59,7 @@ def test_every_byte_of_a_small_file_counts(tmp_path: Path, checkpoint: Path) -> 
     [
         (lambda path: shutil.rmtree(path), "no such directory"),
         (lambda path: (path / "config.json").unlink(), "no config.json"),
-        (lambda path: (path / "config.json").write_text("{"), "not readable"),
+        (lambda path: (path / "config.json").write_text("{"), r"config\.json: not a readable JSON file"),
         (lambda path: (path / "config.json").write_text("[]"), "expected an object"),
         (lambda path: (path / "model.safetensors").unlink(), r"expected model\.safetensors\.index\.json or model"),
         (lambda path: (path / INDEX).write_text("{}"), "not a readable shard index"),

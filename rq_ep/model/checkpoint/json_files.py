@@ -1,0 +1,33 @@
+"""The JSON files of a model folder, which may come from a stranger: bounded before they are parsed."""
+
+from pathlib import Path
+from typing import Any
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.files import read_json
+
+MAX_JSON_BYTES = 16 << 20
+MAX_INDEX_BYTES = 64 << 20  # an index of 90,000 tensors has 9 MB
+
+
+def read_json_object(
+    path: Path, hint: str = "a link that leads nowhere?", max_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
+    """The JSON object in a file of a model folder.
+
+    Args:
+        path: the file.
+        hint: what to do if there is no such file.
+        max_bytes: the longest file that is read: a parsed one takes many times its size.
+
+    Raises:
+        UserError: there is no such file, it is too long, or it holds anything else.
+    """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise UserError(f"{path}: not readable (no regular file)")
+    if path.exists() and (size := path.stat().st_size) > max_bytes:
+        raise UserError(f"{path}: not readable ({size:,} bytes, more than the {max_bytes:,} that are parsed)")
+    document = read_json(path, "JSON", hint)
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected an object, found {type(document).__name__}")
+    return document
