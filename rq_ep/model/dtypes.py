@@ -5,16 +5,22 @@ from transformers import PretrainedConfig
 
 from rq_ep.core.errors import UserError
 
+COMPUTED = ("bfloat16", "float16", "float32", "float64")
+
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype, or the one of that name, such as "bfloat16"; a `UserError` if torch has none."""
+    """A dtype, or the one of that name, such as "bfloat16"; a `UserError` if no model computes in it."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    if isinstance(named := getattr(torch, dtype, None), torch.dtype):
-        return named
-    raise UserError(f"dtype {dtype!r}: choose from auto, bfloat16, float16, float32")
+    if dtype not in COMPUTED:
+        raise UserError(f"dtype {dtype!r:.60}: choose from auto, {', '.join(COMPUTED)}")
+    named: torch.dtype = getattr(torch, dtype)
+    return named
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     """The dtype in which a checkpoint was saved; bfloat16 where its configuration does not say."""
-    return torch_dtype(config.dtype) if config.dtype else torch.bfloat16
+    try:
+        return torch_dtype(config.dtype) if config.dtype else torch.bfloat16
+    except UserError as error:
+        raise UserError(f"{config.name_or_path}/config.json: {error}") from None

@@ -10,9 +10,7 @@ MAX_JSON_BYTES = 16 << 20
 MAX_INDEX_BYTES = 64 << 20  # an index of 90,000 tensors has 9 MB
 
 
-def read_json_object(
-    path: Path, hint: str = "a link that leads nowhere?", max_bytes: int = MAX_JSON_BYTES
-) -> dict[str, Any]:
+def read_json_object(path: Path, hint: str = "restore it", max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file of a model folder.
 
     Args:

@@ -34,5 +34,7 @@ def transformers_errors(what: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())
+        if not reason or isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError):
+            reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"{what}: transformers refuses it ({reason:.400})") from error

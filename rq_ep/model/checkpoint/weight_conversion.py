@@ -90,6 +90,7 @@ class WeightReader:
             self._experts[name] = {tensor: conversions.pop(f"{name}.{tensor}") for tensor in tensors}
             for conversion in self._experts[name].values():
                 self._check_all_experts(conversion)
+                self._expert_tensor(conversion, 0, is_read=False)
         self._others = list(conversions.values())  # outside the experts
         self._check_shapes()
 
@@ -142,13 +143,21 @@ class WeightReader:
             ][0]
         return merged
 
-    def _expert_tensor(self, conversion: TensorConversion, expert: int) -> torch.Tensor:
+    def _expert_tensor(self, conversion: TensorConversion, expert: int, is_read: bool = True) -> torch.Tensor:
+        """A tensor of one expert; if it is not to be read, its shape on the meta device, which is checked alike."""
+        checkpoint = self._checkpoint
         sources = []
         for source in conversion.sources:
-            if source.expert is None:
-                sources.append((source.pattern, self._checkpoint.rows(source.key, expert, expert + 1)))
-            elif source.expert == expert:
-                sources.append((source.pattern, self._checkpoint.tensor(source.key)))
+            if source.expert not in (None, expert):
+                continue
+            if not is_read:
+                shape = checkpoint.shape(source.key)
+                tensor = torch.empty((1, *shape[1:]) if source.expert is None else shape, device="meta")
+            elif source.expert is None:
+                tensor = checkpoint.rows(source.key, expert, expert + 1)
+            else:
+                tensor = checkpoint.tensor(source.key)
+            sources.append((source.pattern, tensor))
         shape = torch.Size((1, *self._state[conversion.target].shape[1:]))
         return self._make(conversion, sources, {conversion.target: shape})[conversion.target][0]
 

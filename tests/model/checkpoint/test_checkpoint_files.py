@@ -108,8 +108,7 @@ def test_shapes_of_another_configuration_are_refused(checkpoints: dict[str, Path
     copy = shutil.copytree(checkpoints["qwen3_moe"], tmp_path / "copy")
     edit(copy, lambda tensors: tensors.update({name: tensors[name][..., :-2].clone()}))
     with pytest.raises(UserError, match="another configuration"):
-        weights, _ = reader(copy)
-        [list(weights.tensors()), weights.expert("model.layers.1.mlp.experts", 3)]
+        reader(copy)[0].expert("model.layers.1.mlp.experts", 3)
 
 
 def test_fused_experts_of_another_number_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
