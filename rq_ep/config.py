@@ -33,6 +33,7 @@ class Environment:
     master_addr: str = "127.0.0.1"
     master_port: int = 0
     restart_count: int = 0
+    has_launcher: bool = False
 
     @classmethod
     def from_os(cls, environ: Mapping[str, str] | None = None) -> "Environment":
@@ -58,6 +59,7 @@ class Environment:
             master_addr=given["MASTER_ADDR"],
             master_port=_environment_int(given, "MASTER_PORT", 0),
             restart_count=_environment_int(given, "TORCHELASTIC_RESTART_COUNT", 0),
+            has_launcher=True,
         )
 
 

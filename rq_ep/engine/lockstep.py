@@ -51,6 +51,7 @@ class LockstepManager(ContinuousBatchingManager):
         super().__init__(model, generation_config, batching)  # type: ignore[arg-type]
         self._requests = requests
         self._on_failure = on_failure
+        self._has_failed = False
         self._step_loop: StepLoop | None = None
 
     @property
@@ -89,8 +90,15 @@ class LockstepManager(ContinuousBatchingManager):
             with torch.inference_mode():  # many small operations: a twelfth less CPU time than under `no_grad`
                 return self._step_loop.step(self)
         except BaseException as error:
+            self._has_failed = True
             self._on_failure(error)
             raise
+
+    def _handle_critical_error(self, error: Exception, batch_processor: ContinuousBatchProcessor | None) -> None:
+        """transformers' thread ends by an error, perhaps before its first step."""
+        if not self._has_failed:
+            self._on_failure(error)
+        super()._handle_critical_error(error, batch_processor)
 
     @property
     def processor(self) -> ContinuousBatchProcessor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from rq_ep.parallel.ep_group import RankFailure
+from rq_ep.parallel.ep_group import PeerLost
 
 
 class StepFlags(NamedTuple):
@@ -47,10 +47,6 @@ class Action(Enum):
 
 # Exchanges the flags of this rank for those of all ranks.
 GatherFlags = Callable[[StepFlags], Sequence[StepFlags]]
-
-
-class PeerLost(RankFailure):
-    """The ranks could not agree on a step: one of them is not there."""
 
 
 def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
@@ -109,4 +105,4 @@ def flags_exchange(control: dist.ProcessGroup | None) -> GatherFlags:
 
 def is_consequence(error: BaseException) -> bool:
     """Whether an error only says that another rank has failed: a collective that could not be finished."""
-    return isinstance(error, PeerLost) or (isinstance(error, RankFailure) and isinstance(error.__cause__, RankFailure))
+    return isinstance(error, PeerLost) or isinstance(error.__cause__, PeerLost)  # which a layer wraps

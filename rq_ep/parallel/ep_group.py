@@ -19,6 +19,10 @@ class RankFailure(RuntimeError):
     """A rank cannot go on, by its own fault or another's; the message names the rank and its operation."""
 
 
+class PeerLost(RankFailure):
+    """A collective could not be finished: another rank has ended or does not answer."""
+
+
 class Transfers(Protocol):
     """Point-to-point messages under way."""
 
@@ -38,7 +42,7 @@ class Arrival(Protocol):
 class EPGroup(Protocol):
     """One rank's side of the group that shares a model's experts. Every rank makes the same calls in the same order.
 
-    Collectives raise `RankFailure` when another rank has ended or does not answer in time.
+    Collectives raise `PeerLost` when another rank has ended or does not answer in time.
     """
 
     @property

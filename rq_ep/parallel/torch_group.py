@@ -17,7 +17,7 @@ from torch import Tensor
 from rq_ep.config import Environment
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice
-from rq_ep.parallel.ep_group import PeerTensor, RankFailure, check_splits
+from rq_ep.parallel.ep_group import PeerLost, PeerTensor, check_splits
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class TorchGroup:
             yield
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            raise RankFailure(f"rank {self.rank}: {operation} failed, another rank may have ended: {reason}") from error
+            raise PeerLost(f"rank {self.rank}: {operation} failed, another rank may have ended: {reason}") from error
         finally:
             self.operation = None
 

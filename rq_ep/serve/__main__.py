@@ -7,6 +7,7 @@ from typing import NoReturn
 from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
+from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.http_parent import HttpProcess
 
 
@@ -43,18 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(config.log_level if rank == 0 else "warning")
         # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
         http, problem = None, None
-        if rank == 0:
+        early_end = EarlyEnd(rank)
+        with early_end.watching(environment.has_launcher):
+            if rank == 0:
+                try:
+                    http = HttpProcess(config, environment)
+                    early_end.client = http.client
+                except UserError as error:
+                    problem = str(error)  # raised once the ranks have met, on all of them
             try:
-                http = HttpProcess(config, environment)
-            except UserError as error:
-                problem = str(error)  # raised once the ranks have met, on all of them
-        try:
-            from rq_ep.serve.rank.rank_server import serve
+                from rq_ep.serve.rank.rank_server import serve
 
-            return serve(config, http, problem)
-        finally:
-            if http is not None:
-                http.close()
+                return serve(config, http, problem, early_end)
+            finally:
+                if http is not None:
+                    http.close()
     except UserError as error:
         return print_user_error(error) if rank == 0 else EXIT_USER_ERROR
 

@@ -6,7 +6,7 @@ Plain sockets, because a closed connection is the one notice of a rank's death t
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 
 from rq_ep.serve.messages import (
@@ -73,7 +73,7 @@ class ControlClient:
         on_close: Callable[[], None],
         on_malformed: Callable[[MessageError], None],
     ) -> None:
-        """Read messages on a thread from now on.
+        """Read messages on a thread from now on. An error of a callback ends the thread (`process.thread_errors_to`).
 
         Args:
             on_message: called with each message.
@@ -83,19 +83,24 @@ class ControlClient:
 
         def read() -> None:
             try:
-                with self._socket.makefile("rb") as file:
-                    for line in file:
-                        if line.endswith(b"\n"):
-                            on_message(decode_to_rank(line))
+                for line in self._lines():
+                    on_message(decode_to_rank(line))
             except MessageError as error:
                 on_malformed(error)
                 return
-            except (OSError, ValueError):  # ValueError: closed here, meanwhile
-                pass
             if not self._is_closing:
                 on_close()
 
         threading.Thread(target=read, name="rq_ep control", daemon=True).start()
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            with self._socket.makefile("rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):
+                        yield line
+        except (OSError, ValueError):  # the connection was reset; ValueError: closed here, meanwhile
+            return
 
     def close(self) -> None:
         """Say good-bye, so that the end of the connection is not taken for a death. A second call does nothing."""

@@ -114,9 +114,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Aborted:
-    """The rank got a second signal, and ends now."""
+    """The rank got a signal, and ends now: a second one, or one while it loads."""
 
     signal: str
+    was_loading: bool
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""The start and end of a server process: its logging, and the ways in which it exits."""
+"""The start and end of a server process: its logging, the ways in which it exits, and errors that nobody awaits."""
 
+import asyncio
 import logging
 import os
 import sys
+import threading
 import warnings
-from typing import NoReturn
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from rq_ep.core.errors import UserError
 
@@ -35,5 +39,56 @@ def exit_quickly(status: int) -> NoReturn:
 def exit_failed(reason: str | None) -> NoReturn:
     """Exit from any thread at once, as the others may be stuck in a collective. None: another rank has the reason."""
     if reason is not None:
-        os.write(2, f"rq_ep.serve: error: {reason}\n".encode())
+        with suppress(OSError):  # whoever read the log has died as well
+            os.write(2, f"rq_ep.serve: error: {reason}\n".encode())
     os._exit(EXIT_FAILURE)
+
+
+@contextmanager
+def thread_errors_to(on_error: Callable[[BaseException], None]) -> Iterator[None]:
+    """Hand over every exception that ends a thread of this process, whoever started it.
+
+    Python would only print it, and the process would go on without the thread.
+
+    Args:
+        on_error: called with the exception, on the thread that it ends.
+    """
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if args.exc_type is SystemExit:  # a thread that ends itself, which Python does not report either
+            return
+        on_error(args.exc_value or RuntimeError(f"{args.exc_type.__name__} in thread {args.thread}"))
+
+    before = threading.excepthook
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+class BackgroundTasks:
+    """Tasks of the event loop that nobody awaits: an exception that ends one is handed over.
+
+    Args:
+        on_error: called with the exception.
+    """
+
+    def __init__(self, on_error: Callable[[BaseException], None]) -> None:
+        self._on_error = on_error
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+
+    def cancel(self) -> None:
+        """End those that are left."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_error(error)

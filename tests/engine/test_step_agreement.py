@@ -5,14 +5,13 @@ import pytest
 from rq_ep.engine.step_agreement import (
     Action,
     GroupFlags,
-    PeerLost,
     StepFlags,
     flags_exchange,
     is_consequence,
     merge,
     next_action,
 )
-from rq_ep.parallel.ep_group import RankFailure
+from rq_ep.parallel.ep_group import PeerLost, RankFailure
 
 # has_step, keeps_running, stops_now, has_requests, num_announced, mark
 IDLE = StepFlags(False, True, False, False, 3, 0)
@@ -70,6 +69,6 @@ def test_errors_that_follow_from_another_are_told_apart() -> None:
             return error
 
     assert is_consequence(PeerLost("gone"))
-    assert is_consequence(layer_error(RankFailure("rank 1: all-to-all failed")))
+    assert is_consequence(layer_error(PeerLost("rank 1: all-to-all failed")))
     assert not is_consequence(layer_error(KeyError(3)))
     assert not is_consequence(RuntimeError("out of memory"))

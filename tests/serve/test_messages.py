@@ -57,7 +57,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
     RecordingFailed("no step"),
     DrainRequest(5),
     Failed("KeyError: 3", False),
-    Aborted("SIGINT"),
+    Aborted("SIGINT", was_loading=True),
     Bye(),
 ]
 MESSAGES_TO_RANK: list[ToRank] = [

@@ -1,31 +1,37 @@
-"""Which rank brought the group down, from what is known when it falls."""
+"""Which rank or event brought the group down, from the reports of its fall."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The error of a rank. `is_consequence`: it lost its connection to another rank, which is the one to blame."""
+    """One report of a group that falls: the error of a rank, its death, or what ends all ranks together.
 
+    `rank` is None where the report is about no single rank. `is_consequence`: the rank lost its connection to another
+    one, which is to blame. `status` is what clients get.
+    """
+
+    rank: int | None
     text: str
-    is_consequence: bool
+    is_consequence: bool = False
+    status: int = 500
 
 
-def blame(num_ranks: int, reports: Mapping[int, FailureReport], lost: Collection[int]) -> str:
-    """Name the rank to blame and its error.
+def blame(num_ranks: int, reports: Sequence[FailureReport]) -> FailureReport:
+    """The report of what happened first, or one that names the rank that does not answer.
+
+    A launcher ends all ranks once one has died, within a tenth of a second: what comes later than the first report is
+    its work, or the other ranks'.
 
     Args:
         num_ranks: size of the group.
-        reports: errors by rank, in the order in which they came.
-        lost: ranks whose connection ended without a good-bye.
+        reports: in the order in which they came, at least one.
     """
-    for rank, report in reports.items():
+    for report in reports:
         if not report.is_consequence:
-            return f"rank {rank}: {report.text}"
-    if died := sorted(set(lost) - set(reports)):
-        return f"rank {died[0]} died (its process was killed or crashed)"
-    if silent := sorted(set(range(num_ranks)) - set(reports) - set(lost)):
-        first, report = next(iter(reports.items()))
-        return f"rank {silent[0]} does not answer (rank {first}: {report.text})"
-    return "; ".join(f"rank {rank}: {report.text}" for rank, report in reports.items())
+            return report
+    first = reports[0]
+    if silent := sorted(set(range(num_ranks)) - {report.rank for report in reports}):
+        return FailureReport(silent[0], f"rank {silent[0]} does not answer ({first.text})")
+    return FailureReport(first.rank, "; ".join(report.text for report in reports))

@@ -100,19 +100,21 @@ class ServingProcess:
         ranks_server = await listen(self.router, control)
         serving = asyncio.ensure_future(server.serve(sockets=[http]))
         ending = asyncio.ensure_future(self.ended.wait())
-        checking = asyncio.ensure_future(self.checked.wait())
-        background = [asyncio.ensure_future(work) for work in (self._log(), self._sample(), self.router.watch())]
-        await asyncio.wait({serving, ending, checking}, return_when=asyncio.FIRST_COMPLETED)
-        if self.checked.is_set():
-            self.service.defaults = read_sampling_defaults(self.config.model, self.config.generation_config)
-            log.info("%s (--generation-config %s)", self.service.defaults, self.config.generation_config)
-            self.service.tokenizer = await asyncio.to_thread(load_tokenizer, self.config.model)
-            await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        for work in (self._read_checkpoint(), self._log(), self._sample(), self.router.watch()):
+            self.router.tasks.start(work)
+        await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         await serving
-        for task in (checking, ending, *background):
-            task.cancel()
+        ending.cancel()
+        self.router.tasks.cancel()
         ranks_server.close()
+
+    async def _read_checkpoint(self) -> None:
+        """Read what requests need of a checkpoint that a rank has found in order."""
+        await self.checked.wait()
+        self.service.defaults = read_sampling_defaults(self.config.model, self.config.generation_config)
+        log.info("%s (--generation-config %s)", self.service.defaults, self.config.generation_config)
+        self.service.tokenizer = await asyncio.to_thread(load_tokenizer, self.config.model)
 
     async def _sample(self) -> None:
         """Keep the history that the dashboard draws."""
@@ -139,7 +141,7 @@ class ServingProcess:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a checkpoint that a rank has found in order."""
+    """The tokenizer of a checkpoint."""
     from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer  # slow: /health does not wait for it
 
     return read_tokenizer(path)

@@ -10,11 +10,11 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Protocol, assert_never
+from typing import Protocol, assert_never
 
 from rq_ep.engine.requests import Output, Request
 from rq_ep.serve.control import read_messages
@@ -45,6 +45,7 @@ from rq_ep.serve.messages import (
     Wake,
     encode,
 )
+from rq_ep.serve.process import BackgroundTasks
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -150,10 +151,10 @@ class RankRouter:
         self._ranks = [RankConnection() for _ in range(num_ranks)]
         self._requests: dict[str, RoutedRequest] = {}
         self._num_announced = 0
-        self._reports: dict[int, FailureReport] = {}
-        self._cause: ApiError | None = None  # of the failure, where it is not a rank that is to blame
+        self._reports: list[FailureReport] = []  # in the order in which they came
         self._failure = ""  # why the group has failed
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._has_ended = asyncio.Event()
+        self.tasks = BackgroundTasks(self._on_bug)
 
     # For the routes
 
@@ -243,10 +244,13 @@ class RankRouter:
             async for message in messages:
                 self._handle(rank, message)
         except MessageError as error:
-            self._reports[rank] = FailureReport(f"sent {error}", is_consequence=False)
+            self._report(FailureReport(rank, f"rank {rank}: sent {error}"))
+        except Exception as error:
+            self._on_bug(error)
+            await self._has_ended.wait()  # until this rank, too, has been sent the reason
         connection.state = RankState.GONE if connection.state is RankState.LEAVING else RankState.LOST
         if connection.state is RankState.LOST:
-            self._start_failing()
+            self._report(FailureReport(rank, f"rank {rank} died (its process was killed or crashed)"))
         elif self._have_all_left() and self.state is not GroupState.FAILING:  # which ends once the clients know of it
             self._end(GroupState.ENDED)
 
@@ -273,11 +277,9 @@ class RankRouter:
             case DrainRequest():
                 self._start_draining(message.timeout_s)
             case Failed():
-                self._reports[rank] = FailureReport(message.text, message.is_consequence)
-                self._start_failing()
+                self._report(FailureReport(rank, f"rank {rank}: {message.text}", message.is_consequence))
             case Aborted():
-                self._cause = ApiError(503, f"the server was shut down by a second {message.signal}")
-                self._start_failing()
+                self._report(FailureReport(rank, self._shutdown_text(rank, message), status=503))
             case Bye():
                 self._ranks[rank].state = RankState.LEAVING
                 self._watchdog.forget(rank)
@@ -311,13 +313,12 @@ class RankRouter:
         while self.state not in (GroupState.FAILING, GroupState.FAILED):
             await asyncio.sleep(TICK_S)
             if self.state is not GroupState.STOPPING and (stall := self._watchdog.check()) is not None:
-                self._cause = self._cause or ApiError(500, stall)
-                self._start_failing()
+                self._report(FailureReport(None, stall))
 
     def _start_draining(self, timeout_s: float) -> None:
         if self.state in (GroupState.LOADING, GroupState.SERVING):  # every rank may get the signal
             self.state = GroupState.DRAINING
-            self._start(self._drain(timeout_s))
+            self.tasks.start(self._drain(timeout_s))
 
     async def _drain(self, timeout_s: float) -> None:
         """Let the unfinished requests finish, then stop every rank."""
@@ -333,22 +334,40 @@ class RankRouter:
         self.state = GroupState.STOPPING
         self._send_all(Stop())
 
-    def _start_failing(self) -> None:
+    def _shutdown_text(self, rank: int, message: Aborted) -> str:
+        """Why the group ends when a signal has ended a rank at once."""
+        if not message.was_loading:
+            return f"the server was shut down by a second {message.signal}"
+        text = f"the server was shut down by {message.signal} to rank {rank} while the model was loading"
+        missing = [other for other, connection in enumerate(self._ranks) if connection.state is RankState.CONNECTING]
+        # Launchers end a rank by a signal when another one has died, be it before it could connect.
+        return f"{text}; rank {missing[0]} had not connected yet: it may have ended first" if missing else text
+
+    def _on_bug(self, error: BaseException) -> None:
+        """End the group for an error of this process: it must not go on half."""
+        log.error("an error of the HTTP process", exc_info=error)
+        self._report(FailureReport(None, f"the HTTP process: {type(error).__name__}: {error}"))
+
+    def _report(self, report: FailureReport) -> None:
+        """Take a report, the first one of each rank, and end the group."""
+        if report.rank is None or report.rank not in {other.rank for other in self._reports}:
+            self._reports.append(report)
         if self.state not in (GroupState.FAILING, GroupState.FAILED, GroupState.ENDED):
             self.state = GroupState.FAILING
-            self._start(self._fail())
+            self.tasks.start(self._fail())
 
     async def _fail(self) -> None:
         """Establish who is to blame; inform the clients and every rank that is left."""
-        await asyncio.sleep(GRACE_S)
-        lost = [rank for rank, connection in enumerate(self._ranks) if connection.state is RankState.LOST]
-        cause = self._cause or ApiError(500, blame(len(self._ranks), self._reports, lost))
-        self._failure = cause.message
-        log.error("the group has failed: %s", self._failure)
-        prefix = "" if cause.status == 503 else "the server failed: "
-        self._end_requests(ApiError(cause.status, prefix + self._failure))
-        self._send_all(Abort(self._failure))
-        self._end(GroupState.FAILED)
+        try:
+            await asyncio.sleep(GRACE_S)
+            cause = blame(len(self._ranks), self._reports)
+            self._failure = cause.text
+            log.error("the group has failed: %s", self._failure)
+            prefix = "" if cause.status == 503 else "the server failed: "
+            self._end_requests(ApiError(cause.status, prefix + self._failure))
+            self._send_all(Abort(self._failure))
+        finally:
+            self._end(GroupState.FAILED)
 
     def _end_requests(self, error: ApiError) -> None:
         for routed in self._requests.values():
@@ -358,12 +377,8 @@ class RankRouter:
     def _end(self, state: GroupState) -> None:
         if self.state not in (GroupState.ENDED, GroupState.FAILED):
             self.state = state
+            self._has_ended.set()
             self._observer.on_end()
-
-    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 async def listen(router: RankRouter, sock: socket.socket) -> asyncio.Server:

@@ -3,8 +3,9 @@
 import threading
 import time
 import traceback
+from contextlib import suppress
 from enum import Enum, auto
-from typing import assert_never
+from typing import NoReturn, assert_never
 
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
@@ -18,12 +19,10 @@ from rq_ep.parallel.host import short_collections
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.messages import (
     Abort,
-    Aborted,
     AddRequest,
     Cancel,
     Checked,
     DrainRequest,
-    Failed,
     Mark,
     MessageError,
     Outputs,
@@ -31,21 +30,20 @@ from rq_ep.serve.messages import (
     ToRank,
     Wake,
 )
-from rq_ep.serve.process import exit_failed
+from rq_ep.serve.process import exit_failed, thread_errors_to
 from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len
+from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.http_parent import HttpProcess
 from rq_ep.serve.rank.load_totals import LoadTotals
 from rq_ep.serve.rank.rank_loader import ep_layers, load_served_model, log_ready, ready_message
-from rq_ep.serve.rank.shutdown_signals import ShutdownSignals
 from rq_ep.serve.rank.stats_sampler import StatsSampler
 from rq_ep.serve.rank.trace_recording import TraceRecording
 
 TICK_S = 0.2
 STATS_EVERY_S = 1.0
-ABORT_TIMEOUT_S = 5.0
 
 
-def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None) -> int:
+def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None, early_end: EarlyEnd) -> int:
     """Serve until asked to stop; every rank calls this. Returns the exit status, the same on every rank.
 
     A failure while serving ends the process from within: other ranks must not be left waiting in a collective.
@@ -54,6 +52,7 @@ def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None) ->
         config: the same on every rank.
         http: the HTTP process, on rank 0.
         problem: why rank 0 could not start it.
+        early_end: ends this process.
     """
     group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
     status = 0
@@ -62,8 +61,10 @@ def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None) ->
         if problem is not None:
             raise UserError(problem)
         client = ControlClient(address, group.rank, token) if http is None else http.client
+        early_end.client = client
         try:
-            RankServer(config, group, client).run()
+            with thread_errors_to(lambda error: fail(early_end, error)):
+                RankServer(config, group, client, early_end).run()
         finally:
             client.close()
     except UserError as error:
@@ -73,6 +74,15 @@ def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None) ->
     finally:
         group.close()
     return status
+
+
+def fail(early_end: EarlyEnd, error: BaseException) -> NoReturn:
+    """End this process with an error, on whichever thread it was raised."""
+    consequence = is_consequence(error)
+    if not consequence:
+        with suppress(OSError):
+            traceback.print_exception(error)
+    early_end.fail(f"{type(error).__name__}: {error}", consequence)
 
 
 class ServerState(Enum):
@@ -86,10 +96,11 @@ class ServerState(Enum):
 class RankServer:
     """A rank whose group has met: its engine, and its connection to the HTTP process."""
 
-    def __init__(self, config: ServeConfig, group: TorchGroup, client: ControlClient) -> None:
+    def __init__(self, config: ServeConfig, group: TorchGroup, client: ControlClient, early_end: EarlyEnd) -> None:
         self._config = config
         self._group = group
         self._client = client
+        self._early_end = early_end
         self._state = ServerState.LOADING
         self._stop = threading.Event()  # set in the state STOPPING
         self._engine: Engine | None = None
@@ -102,16 +113,15 @@ class RankServer:
         """
         self._client.listen(self._handle, self._on_close, self._on_malformed)
         loads = LoadTotals() if self._group.rank == 0 else None
-        signals = ShutdownSignals(on_second=self._abort)
         try:
             engine = self._start_engine(loads)
-            with signals.installed(), short_collections():
-                self._wait(signals, StatsSampler(engine, loads))
+            with short_collections():
+                self._wait(StatsSampler(engine, loads))
                 engine.stop()
         except UserError:
             raise
         except BaseException as error:
-            self._fail(error)
+            fail(self._early_end, error)
 
     def _start_engine(self, loads: LoadTotals | None) -> Engine:
         config, group = self._config, self._group
@@ -133,7 +143,7 @@ class RankServer:
             group,
             EngineConfig(config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_tokens),
             on_outputs=self._send_outputs,
-            on_failure=self._fail,
+            on_failure=lambda error: fail(self._early_end, error),
             on_mark=recording.mark,
         )
         # Set before the ranks meet below: once rank 0 has said that all are ready, requests may come to any of them.
@@ -142,18 +152,19 @@ class RankServer:
         max_model_len = run_on_all_ranks(group, lambda: choose_max_model_len(config, model_config, min(max_tokens_R)))
         engine.start()
         self._state = ServerState.SERVING
+        self._early_end.signals.may_drain = True
         if group.rank == 0:
             ready = ready_message(model, group, max_model_len)
             log_ready(ready, model, group, time.monotonic() - started_s)
             self._client.send(ready)
         return engine
 
-    def _wait(self, signals: ShutdownSignals, sampler: StatsSampler) -> None:
+    def _wait(self, sampler: StatsSampler) -> None:
         """Wait for the end; meanwhile pass on a signal, and send statistics."""
         has_asked = False
         sampled_s = 0.0
         while not self._stop.wait(TICK_S):
-            if signals.are_received and not has_asked:
+            if self._early_end.signals.are_received and not has_asked:
                 has_asked = True
                 self._client.send(DrainRequest(self._config.shutdown_timeout))
             if time.monotonic() - sampled_s >= STATS_EVERY_S:
@@ -164,23 +175,6 @@ class RankServer:
 
     def _send_outputs(self, outputs: list[Output]) -> None:
         self._client.send(Outputs(outputs))
-
-    def _fail(self, error: BaseException) -> None:
-        """End this process, and with it the group. The HTTP process knows who is to blame, and answers with `Abort`."""
-        consequence = is_consequence(error)
-        if not consequence:
-            traceback.print_exception(error)
-        text = f"{type(error).__name__}: {error}"
-        self._client.send(Failed(text, consequence))
-        time.sleep(ABORT_TIMEOUT_S)
-        exit_failed(f"rank {self._group.rank}: {text}")
-
-    # On the thread of the second signal
-
-    def _abort(self, signal_name: str) -> None:
-        """End at once; clients learn that it was on purpose, and not that a rank died."""
-        self._client.send(Aborted(signal_name))
-        exit_failed(f"rank {self._group.rank}: aborted by a second {signal_name}")
 
     # On the control connection's thread
 

@@ -228,7 +228,7 @@ def test_an_abort_is_no_death() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
         await it.ranks[0].receive(AddRequest)
-        it.ranks[1].send(Aborted("SIGINT"))
+        it.ranks[1].send(Aborted("SIGINT", was_loading=False))
         it.ranks[1].die()
         with pytest.raises(ApiError, match="shut down by a second SIGINT") as caught:
             await task
@@ -357,5 +357,73 @@ def test_the_states_of_a_group_that_ends_well() -> None:
             rank.client.close()
         await it.ended.wait()
         assert (it.router.state, it.num_ends) == (GroupState.ENDED, 1)
+
+    play(scene)
+
+
+def test_a_rank_killed_in_a_drain_is_named_though_the_launcher_then_signals_the_others() -> None:
+    async def scene(it: Stage) -> None:
+        task = it.ask("0")
+        await it.ranks[0].receive(AddRequest)
+        it.ranks[0].send(DrainRequest(TIMEOUT_S))
+        while it.router.state is not GroupState.DRAINING:
+            await asyncio.sleep(0.01)
+        it.ranks[1].die()
+        while it.router.state is not GroupState.FAILING:
+            await asyncio.sleep(0.01)
+        it.ranks[0].send(Aborted("SIGTERM", was_loading=False))
+        with pytest.raises(ApiError, match="the server failed: rank 1 died") as caught:
+            await task
+        assert caught.value.status == 500
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("num_connected", "expected"),
+    [
+        (3, "the server was shut down by SIGTERM to rank 0 while the model was loading"),
+        (2, "while the model was loading; rank 2 had not connected yet: it may have ended first"),
+    ],
+)
+def test_a_signal_while_loading_is_named(num_connected: int, expected: str) -> None:
+    async def run() -> None:
+        it = Stage()
+        sock = socket.create_server(("127.0.0.1", 0))
+        server = await listen(it.router, sock)
+        ranks = [FakeRank(sock.getsockname(), rank) for rank in range(num_connected)]
+        while it.router.num_connected < num_connected:
+            await asyncio.sleep(0.01)
+        ranks[0].send(Aborted("SIGTERM", was_loading=True))
+        await it.ended.wait()
+        assert str(it.router.why_unavailable()).endswith(expected)
+        for rank in ranks:
+            rank.client.close()
+        server.close()
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
+
+
+@pytest.mark.parametrize("where", ["connection", "task"])
+def test_an_error_of_the_http_process_ends_the_group_by_name(where: str) -> None:
+    async def scene(it: Stage) -> None:
+        def fail(*_: object) -> None:
+            raise KeyError("metric")
+
+        async def fail_later() -> None:
+            fail()
+
+        task = it.ask("0")
+        await it.ranks[1].receive(Wake)
+        if where == "connection":
+            it.on_stats = fail  # type: ignore[method-assign]
+            it.ranks[1].send(RankStats(0, 0, 0.0, Progress(1, None, None, 0.0), 0, 0.0))
+        else:
+            it.router.tasks.start(fail_later())
+        with pytest.raises(ApiError, match="the server failed: the HTTP process: KeyError: 'metric'"):
+            await task
+        assert "KeyError" in (await it.ranks[1].receive(Abort)).reason
+        await it.ended.wait()
+        assert "KeyError" in str(it.router.why_unavailable())
 
     play(scene)
