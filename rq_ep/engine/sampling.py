@@ -32,25 +32,37 @@ def next_tokens(scores_NV: torch.Tensor, samplings: Sequence[Sampling], position
         return tokens_N
     device = scores_NV.device
     index_n = torch.tensor(rows, device=device)
-    temperature_n1 = torch.tensor([[samplings[row].temperature] for row in rows], device=device)
-    top_p_n1 = torch.tensor([[samplings[row].top_p] for row in rows], device=device)
+    temperature_n1 = _column([samplings[row].temperature for row in rows], device)
+    top_p_n1 = _column([samplings[row].top_p for row in rows], device)
     keys = [_signed(_mix(_mix(samplings[row].seed) + positions[row])) for row in rows]
-    scores_nV = scores_NV[index_n] / temperature_n1
+    chosen_nV = scores_NV[index_n]
+    # The largest becomes 0, so that no temperature, however small, makes an infinity of it.
+    scaled_nV = chosen_nV.double().sub_(chosen_nV.amax(dim=-1, keepdim=True)).div_(temperature_n1)
     if bool((top_p_n1 < 1).any()):
-        scores_nV = _keep_top_p(scores_nV, top_p_n1)
-    noise_nV = _gumbel(torch.tensor(keys, device=device), scores_nV.shape[1])
-    tokens_N[index_n] = (scores_nV + noise_nV).argmax(dim=-1)
+        scaled_nV = _keep_top_p(scaled_nV, chosen_nV.argsort(dim=-1, descending=True), top_p_n1)
+    noise_nV = _gumbel(torch.tensor(keys, device=device), scores_NV.shape[1])
+    tokens_N[index_n] = scaled_nV.add_(noise_nV).argmax(dim=-1)
     return tokens_N
 
 
-def _keep_top_p(scores_NV: torch.Tensor, top_p_N1: torch.Tensor) -> torch.Tensor:
-    """Rule out every token outside the smallest set of likeliest ones that holds a mass of `top_p`."""
-    sorted_NV, order_NV = scores_NV.sort(dim=-1, descending=True)
-    mass_NV = sorted_NV.softmax(dim=-1)
-    before_NV = mass_NV.cumsum(dim=-1) - mass_NV
-    outside_NV = before_NV >= top_p_N1
+def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """[N, 1] float64, which holds every temperature and top-p that a request can have."""
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def _keep_top_p(scaled_NV: torch.Tensor, order_NV: torch.Tensor, top_p_N1: torch.Tensor) -> torch.Tensor:
+    """Rule out every token outside the smallest set of likeliest ones that holds a mass of `top_p`, the first at least.
+
+    Args:
+        scaled_NV: logits divided by the temperature.
+        order_NV: tokens, likeliest first.
+        top_p_N1: a mass of 1 or more rules out none.
+    """
+    mass_NV = scaled_NV.gather(1, order_NV).softmax(dim=-1)
+    before_NV = mass_NV.cumsum(dim=-1).sub_(mass_NV)
+    outside_NV = (before_NV >= top_p_N1) & (top_p_N1 < 1)
     outside_NV[:, 0] = False
-    return scores_NV.masked_fill(outside_NV.scatter(1, order_NV, outside_NV), float("-inf"))
+    return scaled_NV.masked_fill_(outside_NV.scatter(1, order_NV, outside_NV), float("-inf"))
 
 
 def _gumbel(keys_N: torch.Tensor, num_tokens: int) -> torch.Tensor:

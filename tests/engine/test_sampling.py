@@ -1,5 +1,6 @@
 """Sampling: greedy by default, otherwise a function of logits, seed and position alone."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,3 +56,30 @@ def test_top_p_rules_out_the_tail() -> None:
     for top_p, allowed in [(0.4, {0}), (0.5, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})]:
         drawn_N = next_tokens(row_NV, [Sampling(1.0, top_p, seed=3)] * 2000, range(2000))
         assert set(drawn_N.tolist()) == allowed
+
+
+def likely_tokens(row_V: torch.Tensor, temperature: float, top_p: float) -> set[int]:
+    """Tokens that a draw may yield: more likely than 1 in 10,000, by the definitions in extended precision."""
+    scores_V = row_V.numpy().astype(np.longdouble)
+    mass_V = np.exp((scores_V - scores_V.max()) / np.longdouble(temperature))
+    mass_V /= mass_V.sum()
+    order_V = np.argsort(-scores_V, kind="stable")
+    num_kept = max(1, int((np.cumsum(mass_V[order_V]) - mass_V[order_V] < top_p).sum()))
+    return {int(token) for token in order_V[:num_kept] if mass_V[token] > 1e-4}
+
+
+@pytest.mark.parametrize("top_p", [0.0, 5e-324, 1e-50, 0.3, 1 - 1e-12, 1.0])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 3e-39, 1e-38, 1e-20, 1e-5, 1.0, 2.0, 1e300])
+def test_extreme_settings_draw_from_their_limits(temperature: float, top_p: float) -> None:
+    largest = torch.finfo(torch.float32).max
+    rows_RV = torch.tensor(
+        [
+            [1.0, 2.0, 3.0, 2.999999],
+            [-4.0, -2.0, -3.0, -2.0],  # the limit of temperature 0 is even between equals
+            [largest, -largest, 0.0, largest / 2],
+            [float("-inf"), 0.0, 1e-45, float("-inf")],
+        ]
+    )
+    for row_V in rows_RV:
+        drawn_N = next_tokens(row_V.expand(400, 4), [Sampling(temperature, top_p, seed=3)] * 400, range(400))
+        assert set(drawn_N.tolist()) == likely_tokens(row_V, temperature, top_p)
