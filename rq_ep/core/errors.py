@@ -9,7 +9,13 @@ MAX_INTEGER = 2**53  # what doubles count exactly; sums of sizes and counts stay
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct. Commands print it as one line, without a traceback, and exit with 2."""
+    """A mistake that the user can correct. Commands print it as one line, without a traceback, and exit with 2.
+
+    Names out of files may hold anything: characters that do not print are written as escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> str:

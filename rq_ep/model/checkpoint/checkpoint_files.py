@@ -78,6 +78,7 @@ def _checked_name(index: Path, name: str) -> str:
     home = index.parent.resolve()
     try:
         target = (home / name).resolve()
+        target.exists()
         is_inside = Path(name).name != "" and ".." not in Path(name).parts and not Path(name).is_absolute()
     except (OSError, ValueError, RuntimeError):  # too long, a zero byte, links in a circle
         raise UserError(f"{index}: weight_map: {name!r:.80} is no file name") from None
@@ -144,6 +145,10 @@ class Checkpoint:
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         return tuple(self._files[key].get_slice(key).get_shape())
+
+    def holds_floats(self, key: str) -> bool:
+        """Whether a tensor is of real floating-point numbers, or of low-bit ones with scales; it is not read."""
+        return key not in self._files or str(self._files[key].get_slice(key).get_dtype()).startswith(("F", "BF"))
 
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor, in the dtype in which it is stored."""

@@ -13,7 +13,8 @@ LIMITS = (
     (r"^(num|n)_(\w+_)?layers?$", 0, 1024),
     (r"^(hidden_size|num_attention_heads)$", 1, 2**20),
     (r"^(vocab_size|max_position_embeddings)$", 1, 2**31),
-    (r"(num|n)_\w*(experts?|heads|groups?|per_tok(en)?)$|top_?k$", 0, 2**16),
+    (r"^num_experts_per_tok(en)?$|^topk_group$", 1, 2**16),
+    (r"(num|n)_\w*(experts?|heads|groups?)$|top_?k$", 0, 2**16),
     (r"_dim$|_rank$|^(head_dim|d_kv|kv_channels)$", 0, 2**16),
     (r"(hidden|intermediate|ffn)_size$|^(d_model|d_ff)$", 0, 2**20),
 )
@@ -36,10 +37,20 @@ def check_sizes(config: dict[str, Any], where: str, depth: int = 0) -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} is {value}: must be a finite number")
         elif value is None or isinstance(value, list | bool):
-            continue
+            continue  # transformers checks the types of what it declares
         elif key.endswith(("_eps", "epsilon")):
             check_number(name, value, 0, 1)
         else:
             limits = ((least, largest) for pattern, least, largest in LIMITS if re.search(pattern, key))
             for least, largest in list(limits)[:1]:
                 check_integer(name, value, least, largest)
+    _check_groups(config, where)
+
+
+def _check_groups(config: dict[str, Any], where: str) -> None:
+    """Experts in groups, as of DeepSeek: the groups are equal, and no more are chosen than there are."""
+    num_experts, num_groups, chosen = (config.get(key) for key in ("n_routed_experts", "n_group", "topk_group"))
+    if num_experts and num_groups and num_experts % num_groups:
+        raise UserError(f"{where}: n_group {num_groups}: does not divide the {num_experts} experts")
+    if num_groups and chosen and chosen > num_groups:
+        raise UserError(f"{where}: topk_group {chosen}: there are {num_groups} groups")

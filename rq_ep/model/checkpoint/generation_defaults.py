@@ -106,7 +106,7 @@ def end_token_ids(
 def read_generation_config(model: str | Path, choice: str = MODEL) -> dict[str, Any]:
     """`generation_config.json` of a model, which need not have one, or of the directory that was chosen."""
     file = _file(model, choice)
-    if choice in (MODEL, VLLM) and not file.exists():
+    if choice in (MODEL, VLLM) and not (file.exists() or file.is_symlink()):
         return {}
     return read_json_object(file, f"--generation-config takes {MODEL}, {VLLM} or a directory that has one")
 

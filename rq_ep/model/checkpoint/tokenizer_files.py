@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.json_files import read_json_object
@@ -25,6 +26,11 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             read_json_object(directory / name)
     with transformers_errors(f"the tokenizer of {path}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.decode(tokenizer.encode("a"))  # settings of a wrong type show with the first text
+    templates = tokenizer.chat_template or {}
+    with transformers_errors(f"the chat template of {path}"):
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            _compile_jinja_template(template)
     return tokenizer
 
 

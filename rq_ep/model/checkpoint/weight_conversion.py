@@ -222,11 +222,13 @@ class WeightReader:
             )
 
     def _check_shapes(self) -> None:
-        """Raise a `UserError` for a tensor outside the experts, not converted, of another shape than the model's."""
+        """Raise a `UserError` for a tensor that is not the model's, outside the experts and not converted."""
         for conversion in self._others:
             if conversion.converter is None and conversion.target in self._state:
-                shape = self._checkpoint.shape(conversion.sources[0].key)
-                self._check_shape(conversion.target, shape, self._state[conversion.target].shape)
+                key, wanted = conversion.sources[0].key, self._state[conversion.target]
+                self._check_shape(conversion.target, self._checkpoint.shape(key), wanted.shape)
+                if wanted.is_floating_point() and not self._checkpoint.holds_floats(key):
+                    raise UserError(f"{self._checkpoint.path}: {key} holds integers: save a bf16 copy of the model")
 
     def _check_shape(self, name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
         if tuple(shape) != tuple(wanted):
@@ -268,7 +270,9 @@ def _predicts_more_tokens(model: PreTrainedModel, name: str) -> bool:
     config = model.config.get_text_config()
     number = getattr(config, "num_nextn_predict_layers", None) or 0
     match = re.match(r"(\w+\.)*layers\.(?P<layer>\d+)\.", name)
-    return match is not None and 0 <= int(match["layer"]) - config.num_hidden_layers < number
+    if match is None or not isinstance(number, int):
+        return False
+    return 0 <= int(match["layer"]) - int(config.num_hidden_layers) < number
 
 
 def _conversions(

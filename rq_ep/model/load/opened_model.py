@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
 from rq_ep.model.checkpoint.generation_defaults import FILE, end_token_ids, read_generation_config
 from rq_ep.model.checkpoint.quantized_checkpoint import open_checkpoint
@@ -63,9 +63,6 @@ class OpenedModel:
             with transformers_errors(Path(path, FILE)):
                 model.generation_config = GenerationConfig.from_pretrained(path)
         experts = find_expert_modules(model)
-        top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)
-        if top_k is not None:
-            check_integer(f"{path}/config.json: num_experts_per_tok", top_k, 1, experts[0].num_experts)
         reader = WeightReader(checkpoint, model, [] if whole else [module.name for module in experts])
         return cls(model, experts, chosen, checkpoint, reader)
 
@@ -83,10 +80,12 @@ class OpenedModel:
         for name, tensor in self.reader.tensors():
             is_fp32 = any(re.search(pattern, name) for pattern in kept_in_fp32)
             state[name] = tensor.to(device, torch.float32 if is_fp32 else expected[name].dtype)
-        for name in expected.keys() - state.keys():  # tied, or computed by the model
+        missing = set(expected.keys() - state.keys())  # tied, or computed by the model
+        for name in missing:
             state[name] = state[model.all_tied_weights_keys[name]] if expected[name].is_meta else expected[name]
         model.load_state_dict(state, strict=True, assign=True)
-        model.tie_weights()
+        # Weights that the configuration ties and the checkpoint holds apart stay apart, as transformers leaves them.
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
 def _empty_model(
