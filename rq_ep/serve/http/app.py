@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp
 
 from rq_ep.serve.http.ep_routes import ep_routes
@@ -58,7 +58,7 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
         response = ResponseBuilder(request, service.model_name, isinstance(body, ChatBody))
         chunks = service.chunks(request, body, times)
         if not body.stream:
-            return JSONResponse(await response.whole(chunks))
+            return await response.whole(chunks)
         # The first chunk is awaited before the status is sent, so that a refusal is a status and not an event.
         events = response.stream(_chain(await anext(chunks), chunks), body.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

@@ -20,6 +20,7 @@ from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, Generation
 from rq_ep.serve.http.recording_controller import RecordingController
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
+MAX_ECHOED_TOKENS = 512  # with their scores, in a chunk: the event loop writes it at once
 
 
 class Ranks(Protocol):
@@ -153,25 +154,34 @@ class Service:
     async def chunks(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Chunk]:
         """Generate an answer, cut at the first stop string; leaving early cancels it."""
         times.prompt(len(request.prompt_ids))
-        text = TextChunker(self._new_detokenizer(), body.stops)
-        prompt_ids = request.prompt_ids
-        if not body.echoes:
-            text.skip(prompt_ids)
-        if body.echoes and not request.scores_prompt:
-            reason = None if request.max_tokens else "length"
-            yield await asyncio.to_thread(text.echo, prompt_ids, None, reason)
-            if reason is not None:
-                times.finished(reason)
-                return
-        async with aclosing(self._ranks.generate(request)) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                if output.prompt_scores is not None:
-                    chunk = await asyncio.to_thread(text.echo, prompt_ids, output.prompt_scores, output.finish_reason)
-                else:
-                    times.tokens(len(output.token_ids), output.queued_s)
-                    chunk = text.chunk(output)
+        async with aclosing(self._chunks(request, body, times)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
                 if chunk.finish_reason is not None:
                     times.finished(chunk.finish_reason)
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
+
+    async def _chunks(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Chunk]:
+        text = TextChunker(self._new_detokenizer(), body.stops)
+        if not body.echoes:
+            text.skip(request.prompt_ids)
+        elif not request.scores_prompt:
+            reason = None if request.max_tokens else "length"
+            yield await asyncio.to_thread(text.echo, request.prompt_ids, None, reason)
+            if reason is not None:
+                return
+        num_echoed = 0
+        async with aclosing(self._ranks.generate(request)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                if output.prompt_scores is None:
+                    times.tokens(len(output.token_ids), output.queued_s)
+                    yield text.chunk(output)
+                    continue
+                scores = [*([] if num_echoed else [None]), *output.prompt_scores]
+                for start in range(0, len(scores), MAX_ECHOED_TOKENS):
+                    part = scores[start : start + MAX_ECHOED_TOKENS]
+                    token_ids = request.prompt_ids[num_echoed : num_echoed + len(part)]
+                    num_echoed += len(part)
+                    reason = output.finish_reason if start + len(part) == len(scores) else None
+                    yield await asyncio.to_thread(text.echo, token_ids, part, reason)

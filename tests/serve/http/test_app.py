@@ -395,6 +395,27 @@ def test_a_prompt_may_be_scored_without_an_answer(bench: Bench, logprobs: int | 
     assert body["usage"]["completion_tokens"] == 0
 
 
+def test_the_scores_of_a_long_prompt_are_written_in_parts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rq_ep.serve.http.service.MAX_ECHOED_TOKENS", 4)
+    prompt = "caf\u00e9 \u4f60\u597d"
+    options = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 1}
+    whole = bench.complete(**options).json()["choices"][0]
+    *chunks, _ = [event["choices"][0] for event in events(bench.complete(**options, stream=True))[:-1]]
+    assert whole["text"] == prompt + "hello"
+    assert len(chunks) == 3 + 4
+    for key, values in whole["logprobs"].items():
+        assert [value for chunk in chunks for value in chunk["logprobs"][key]] == values[:-1]
+
+
+def test_a_streamed_prompt_without_text_has_its_scores(bench: Bench) -> None:
+    bench.service.tokenizer = tokenizer = small_tokenizer("llama")
+    bench.service.limits = ModelLimits(max_model_len=64, vocab_size=len(tokenizer))
+    bench.ranks.answer = [tokenizer.convert_tokens_to_ids("\u2581Lox")]
+    stream = bench.complete(prompt=[1, 2], echo=True, logprobs=0, max_tokens=1, stream=True)
+    choices = [event["choices"][0] for event in events(stream)[:-1]]
+    assert [token for choice in choices for token in choice["logprobs"]["tokens"]] == ["", "", "Lox"]
+
+
 @pytest.mark.parametrize("logprobs", [None, 0])
 @pytest.mark.parametrize("max_tokens", [0, 2])
 def test_echo_shows_an_end_within_a_character(bench: Bench, logprobs: int | None, max_tokens: int) -> None:

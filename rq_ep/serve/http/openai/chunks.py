@@ -50,14 +50,18 @@ class TextChunker:
         """Start behind a prompt that is not shown."""
         self._detokenizer.skip(prompt_ids)
 
-    def echo(self, prompt_ids: Sequence[int], scores: Sequence[Score] | None, finish_reason: str | None) -> Chunk:
-        """The prompt, which no stop string cuts. Takes time for a long one.
+    def echo(
+        self, prompt_ids: Sequence[int], scores: Sequence[Score | None] | None, finish_reason: str | None
+    ) -> Chunk:
+        """A part of the prompt, which no stop string cuts. Takes time for a long one.
 
         Args:
-            scores: one for each token but the first; None: they were not asked for.
+            prompt_ids: of the part.
+            scores: one for each token; None: they were not asked for.
+            finish_reason: of an answer that ends with it.
         """
-        later: Sequence[Score | None] = [None] * (len(prompt_ids) - 1) if scores is None else scores
-        tokens = [self._read(token_id, score) for token_id, score in zip(prompt_ids, (None, *later), strict=True)]
+        each = [None] * len(prompt_ids) if scores is None else scores
+        tokens = [self._read(token_id, score) for token_id, score in zip(prompt_ids, each, strict=True)]
         text = "".join(token.added.text for token in tokens)
         if finish_reason is not None:
             text += self._flush(tokens)

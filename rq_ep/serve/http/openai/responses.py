@@ -1,15 +1,21 @@
 """Response bodies, whole and streamed, in the form of OpenAI's API."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
+
+from starlette.responses import JSONResponse, Response
 
 from rq_ep.engine.requests import Request
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chunks import Chunk, ScoredToken
 from rq_ep.serve.http.openai.logprobs import chat_logprobs, completion_logprobs
+
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,16 @@ class ResponseBuilder:
             "total_tokens": num_prompt + num_tokens,
         }
 
-    async def whole(self, chunks: AsyncIterator[Chunk]) -> dict[str, Any]:
-        """The body of a response that is sent at once."""
+    async def whole(self, chunks: AsyncIterator[Chunk]) -> Response:
+        """The response that is sent at once."""
         all_ = [chunk async for chunk in chunks]
+        if self.request.num_logprobs is None:
+            return JSONResponse(self._body(all_))
+        return await asyncio.to_thread(
+            lambda: Response(_json_in_parts(self._body(all_)), media_type="application/json")
+        )
+
+    def _body(self, all_: Sequence[Chunk]) -> dict[str, Any]:
         text = "".join(chunk.text for chunk in all_)
         logprobs = self._logprobs([token for chunk in all_ for token in chunk.tokens])
         choice: dict[str, Any] = {"index": 0, "finish_reason": all_[-1].finish_reason, "logprobs": logprobs}
@@ -64,7 +77,7 @@ class ResponseBuilder:
         try:
             async for chunk in chunks:
                 num_tokens += chunk.num_tokens
-                if chunk.text or chunk.finish_reason is not None:
+                if chunk.text or chunk.tokens or chunk.finish_reason is not None:
                     choice = self._choice(chunk.text, chunk.finish_reason, chunk.tokens)
                     yield _event(self._frame(kind, [choice], **usage))
         except ApiError as error:
@@ -85,10 +98,17 @@ class ResponseBuilder:
         return {**choice, "delta": {**role, "content": text} if text or is_first else {}}
 
 
+def _json_in_parts(body: dict[str, Any]) -> bytes:
+    """JSON, written a value at a time: the encoder would let no other thread run until the whole body is written."""
+    text = StringIO()
+    for part in ENCODER.iterencode(body):
+        text.write(part)
+    return text.getvalue().encode()
+
+
 # Clients that split a stream by `str.splitlines` (httpx) would take these for ends of lines.
 LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
 def _event(body: dict[str, Any]) -> str:
-    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data: {text.translate(LINE_ENDS)}\n\n"
+    return f"data: {ENCODER.encode(body).translate(LINE_ENDS)}\n\n"

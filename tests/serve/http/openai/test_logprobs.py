@@ -34,7 +34,7 @@ def answer_chunks(
     chunks = []
     if echo:
         ends = None if token_ids else reason
-        chunks.append(text.echo(prompt_ids, [score] * (len(prompt_ids) - 1), ends))
+        chunks.append(text.echo(prompt_ids, [None] + [score] * (len(prompt_ids) - 1), ends))
     else:
         text.skip(prompt_ids)
     for at in range(0, len(token_ids), size):
