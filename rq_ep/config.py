@@ -141,6 +141,9 @@ class ServeConfig:
     )
     max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
     max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)
+    http_timeout: float = option(
+        30.0, help="seconds a client may take to send a request, or to read on in its answer", minimum=1
+    )
     shutdown_timeout: float = option(30.0, help="seconds running requests get to finish after SIGTERM", minimum=0)
     rank_timeout: float = option(300.0, help="seconds a collective may take", minimum=1)
     stall_timeout: float = option(60.0, help="seconds a rank may be silent, or all ranks in one place", minimum=2)

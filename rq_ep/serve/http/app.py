@@ -70,9 +70,7 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name != service.model_name:
-            raise ApiError(
-                404, f"there is no model {name!r:.200} here: this server serves {service.model_name!r}", "model"
-            )
+            raise service.no_such_model(name)
         return card()
 
     def card() -> dict[str, Any]:

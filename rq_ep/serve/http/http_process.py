@@ -1,21 +1,19 @@
 """The HTTP process: started by rank 0, it ends with the ranks. Parsing and streaming never delay a step here."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
-
-import uvicorn
 
 from rq_ep.config import ServeConfig, from_mapping, shown
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.serve.http.app import make_app
+from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_connections
 from rq_ep.serve.http.history import EVERY_S
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.rank_router import RankRouter, listen
@@ -29,14 +27,6 @@ log = logging.getLogger("rq_ep.serve")
 LOG_EVERY_S = 10.0
 
 
-class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: rank 0 says when to end, and uvicorn would re-raise SIGTERM afterwards."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class ServingProcess:
     """The parts of the HTTP process, wired together; the observer of its ranks.
 
@@ -48,6 +38,7 @@ class ServingProcess:
 
     def __init__(self, config: ServeConfig, num_ranks: int, token: str) -> None:
         self.config = config
+        self.num_ranks = num_ranks
         self.checked, self.ended = asyncio.Event(), asyncio.Event()
         self.router = RankRouter(
             num_ranks, token, self, max_queue_size=config.max_queue_size, stall_s=config.stall_timeout
@@ -94,9 +85,8 @@ class ServingProcess:
             control: bound, for ranks.
         """
         app = make_app(self.service, self.config.max_body_bytes, self.config.api_key)
-        server = Server(
-            uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-        )
+        max_connections = choose_max_connections(self.config.max_queue_size, self.num_ranks)
+        server = Server(app, ConnectionLimits(max_connections, self.config.http_timeout))
         ranks_server = await listen(self.router, control)
         serving = asyncio.ensure_future(server.serve(sockets=[http]))
         ending = asyncio.ensure_future(self.ended.wait())
@@ -115,6 +105,7 @@ class ServingProcess:
         self.service.defaults = read_sampling_defaults(self.config.model, self.config.generation_config)
         log.info("%s (--generation-config %s)", self.service.defaults, self.config.generation_config)
         self.service.tokenizer = await asyncio.to_thread(load_tokenizer, self.config.model)
+        gc.freeze()  # a collection walks what requests have made, not all modules
 
     async def _sample(self) -> None:
         """Keep the history that the dashboard draws."""

@@ -1,18 +1,21 @@
 """What one client can do to the others: the app behind a real server, over ranks that answer from a script."""
 
 import asyncio
+import gc
 import http.client
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
-import uvicorn
 
 from rq_ep.serve.http.app import make_app
-from rq_ep.serve.http.http_process import Server
+from rq_ep.serve.http.connections import ConnectionLimits, Server
 from tests.serve.http.test_app import Bench
+from tests.serve.running import until
 
 MAX_BODY = 4 << 20
 HEALTH_S = 1.0  # within which /health must be answered, whatever others send
@@ -21,10 +24,10 @@ HEALTH_S = 1.0  # within which /health must be answered, whatever others send
 class Live:
     """A server on a port of its own, in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_connections: int = 100, timeout_s: float = 60) -> None:
         self.bench = Bench()
         app = make_app(self.bench.service, MAX_BODY)
-        self.server = Server(uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False))
+        self.server = Server(app, ConnectionLimits(max_connections, timeout_s))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.address = self.socket.getsockname()[:2]
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self.socket])))
@@ -50,13 +53,23 @@ class Live:
         return *answers[0], slowest_s
 
 
+@contextmanager
+def running(**limits: float) -> Iterator[Live]:
+    live = Live(**limits)
+    gc.freeze()  # as the HTTP process does
+    live.thread.start()
+    try:
+        yield live
+    finally:
+        live.server.should_exit = True
+        live.thread.join()
+        gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    live = Live()
-    live.thread.start()
-    yield live
-    live.server.should_exit = True
-    live.thread.join()
+    with running() as live:
+        yield live
 
 
 def fill(unit: bytes, num_bytes: int = MAX_BODY - 400) -> bytes:
@@ -123,3 +136,85 @@ def test_health_answers_at_once_whatever_body_is_read(live: Live, path: str, bod
     assert slowest_s < HEALTH_S
     assert status in (200, 400, 404)
     assert len(content) < 1200, "an error quotes no more than a few words"
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 80\r\n"
+
+
+def read_until_closed(connection: socket.socket) -> bytes:
+    parts = []
+    try:
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts)
+
+
+def test_clients_that_take_too_long_are_parted_from() -> None:
+    """Silent ones, ones that send half a request or a byte at a time, and ones that do not read their answer."""
+    with running(timeout_s=0.5) as live:
+        silent, half_a_head, half_a_body, by_bytes = (socket.create_connection(live.address, 10) for _ in range(4))
+        half_a_head.sendall(HEAD)
+        half_a_body.sendall(HEAD + b"\r\n{")
+        live.bench.ranks.answer = [120] * 1_000_000
+        no_reader = socket.socket()
+        no_reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        no_reader.connect(live.address)
+        body = b'{"model":"org/tiny","prompt":"a","stream":true}'
+        no_reader.sendall(HEAD.replace(b"80", b"%d" % len(body)) + b"\r\n" + body)
+        sent = iter(HEAD * 9)
+
+        def is_parted_from() -> bool:
+            try:
+                return by_bytes.send(bytes([next(sent)])) == 0
+            except OSError:
+                return True
+
+        until(is_parted_from, 8)
+        assert read_until_closed(silent) == read_until_closed(half_a_head) == b""
+        head, _, content = read_until_closed(half_a_body).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+        assert "--http-timeout" in json.loads(content)["error"]["message"]
+        until(lambda: len(live.bench.ranks.cancelled) == 1, 8)
+        until(lambda: not live.server.server_state.connections, 8)
+        for connection in (silent, half_a_head, half_a_body, by_bytes, no_reader):
+            connection.close()
+
+
+def test_idle_connections_give_way_to_new_ones() -> None:
+    with running(max_connections=4) as live:
+        idle = [socket.create_connection(live.address) for _ in range(4)]
+        time.sleep(2.2)  # two sweeps
+        for _ in range(8):
+            assert live.call("GET", "/health")[0] == 200
+        for connection in idle:
+            connection.close()
+
+
+def test_a_connection_too_many_is_answered_503(caplog: pytest.LogCaptureFixture) -> None:
+    with running(max_connections=2) as live:
+        live.bench.ranks.is_slow = True
+        body = b'{"model":"org/tiny","prompt":"a","stream":true}'
+        busy = [socket.create_connection(live.address) for _ in range(2)]
+        for connection in busy:
+            connection.sendall(HEAD.replace(b"80", b"%d" % len(body)) + b"\r\n" + body)
+            connection.recv(1)
+        for _ in range(5):
+            status, content = live.call("GET", "/health")
+            assert (status, json.loads(content)["error"]["type"]) == (503, "service_unavailable_error")
+        assert len([record for record in caplog.records if "connections of clients" in record.message]) == 1
+        for connection in busy:
+            connection.close()
+        until(lambda: live.call("GET", "/health")[0] == 200, 10)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x16\x03\x01 TLS?\r\n\r\n", b"GET / HTTP/1.1\r\nno header\r\n\r\n", b"G" * 70_000]
+)
+def test_what_is_no_http_is_answered_400(live: Live, garbage: bytes) -> None:
+    with socket.create_connection(live.address, 10) as connection:
+        connection.sendall(garbage)
+        head, _, body = read_until_closed(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"

@@ -27,6 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 MAX_LOGPROBS = 20
+MAX_MESSAGES = 10_000  # in a request, and parts in a message; OpenAI takes 2048
 
 
 Text = str  # the parser of bodies refuses halves of surrogate pairs
@@ -159,7 +160,7 @@ class TextPart(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
     name: Text | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -171,7 +172,7 @@ class ChatMessage(_Body):
 
 
 class ChatBody(GenerationBody):
-    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 

@@ -1,0 +1,175 @@
+"""Connections of clients: how many there may be, how long each may keep the server waiting, what is logged of it."""
+
+import asyncio
+import logging
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rq_ep.serve.http.openai.api_errors import ApiError
+
+log = logging.getLogger(__name__)
+
+EXTRA_CONNECTIONS = 1024  # beyond the requests that the server takes: probes, and clients between two requests
+RESERVED_DESCRIPTORS = 192  # for the ranks, for files and libraries,
+NUM_REFUSED = 64  # and for connections that wait for their 503; one more is closed without an answer
+TICKS_PER_S = 10  # of uvicorn
+REPEAT_S = 60.0
+
+
+class ConnectionLimits:
+    """What the connections of a server share.
+
+    Args:
+        max_connections: a connection beyond so many takes the place of an idle one or, where none is idle, gets 503.
+        timeout_s: how long a client may take to send the head of a request, to send its body, and to read a part of
+            the answer.
+    """
+
+    def __init__(self, max_connections: int, timeout_s: float) -> None:
+        self.max_connections = max_connections
+        self.timeout_s = timeout_s
+        self._idle: list[ClientConnection] = []  # since the last sweep or longer, the oldest at the end
+
+    def sweep(self, connections: Iterable["ClientConnection"]) -> None:
+        """End the connections that are beyond their time. Called about once a second."""
+        now_s = time.monotonic()
+        waits = {connection: connection.wait_s(now_s) for connection in connections}
+        for connection, wait_s in waits.items():
+            if wait_s > self.timeout_s:
+                connection.end()
+        self._idle = [connection for connection, wait_s in waits.items() if wait_s > 0 and connection.is_idle]
+        self._idle.sort(key=waits.__getitem__)
+
+    def close_an_idle_one(self) -> bool:
+        """Make room for another connection, if there is one that has had no request under way for a while."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_idle:
+                connection.transport.abort()
+                return True
+        return False
+
+
+class ClientConnection(H11Protocol):
+    """A connection of a client: uvicorn's, with deadlines, a limit, and a proper answer to what is no request."""
+
+    def __init__(self, *args: Any, limits: ConnectionLimits, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._limits = limits
+        self._phase: object = None
+        self._phase_start_s = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        num_others = len(self.connections)
+        super().connection_made(transport)
+        excess = num_others - self._limits.max_connections
+        if excess < 0 or self._limits.close_an_idle_one():
+            return
+        log.warning("%d connections of clients are open: one more is refused", num_others)
+        if excess < NUM_REFUSED:
+            self.app = _refuse_connection
+        else:
+            transport.abort()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        is_read = self.transport.get_write_buffer_size() == 0
+        return self.conn.their_state is h11.IDLE and is_read and not self.transport.is_closing()
+
+    def wait_s(self, now_s: float) -> float:
+        """How long the server has waited for this client since it first saw so; 0: it does not wait."""
+        num_unread = self.transport.get_write_buffer_size()
+        is_waiting = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) or num_unread > 0
+        phase = (self.cycle, self.conn.their_state, num_unread) if is_waiting else None
+        if phase is None or phase != self._phase:
+            self._phase, self._phase_start_s = phase, now_s
+        return now_s - self._phase_start_s
+
+    def end(self) -> None:
+        """End the connection of a client that has taken too long."""
+        if self.conn.their_state is h11.SEND_BODY:
+            self._answer(ApiError(408, f"the body has not come within {self._limits.timeout_s:g} s (--http-timeout)"))
+        else:
+            self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request at all. uvicorn's own raises if an answer is under way."""
+        self._answer(ApiError(400, "this is not a valid HTTP/1.1 request"))
+
+    def _answer(self, error: ApiError) -> None:
+        """Answer with an error, if no answer is under way, and close the connection."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()
+            return
+        response = error.response()
+        headers = b"".join(b"%s: %s\r\n" % header for header in (*response.raw_headers, (b"connection", b"close")))
+        status = f"{error.status} {HTTPStatus(error.status).phrase}".encode()
+        self.transport.write(b"HTTP/1.1 %s\r\n%s\r\n%s" % (status, headers, response.body))
+        self.transport.close()
+
+
+async def _refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
+    text = "too many connections of clients are open: try later"
+    await ApiError(503, text, headers={"Connection": "close"}).response()(scope, receive, send)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with limits for its connections, and without its signal handlers: rank 0 says when to end."""
+
+    def __init__(self, app: ASGIApp, limits: ConnectionLimits) -> None:
+        config = uvicorn.Config(
+            app, http=partial(ClientConnection, limits=limits), ws="none", lifespan="off",  # type: ignore[arg-type]
+            log_level="warning", access_log=False, timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        super().__init__(config)
+        self._limits = limits
+        for name in ("uvicorn.error", "asyncio", __name__):
+            logging.getLogger(name).addFilter(RepeatFilter())
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_PER_S == 0:
+            self._limits.sweep(self.server_state.connections)  # type: ignore[arg-type]
+        return await super().on_tick(counter)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def choose_max_connections(max_queue_size: int, num_ranks: int) -> int:
+    """How many clients may be connected: more than can have a request, within what this process may open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    wanted = max_queue_size + EXTRA_CONNECTIONS
+    possible = max(most - RESERVED_DESCRIPTORS - NUM_REFUSED - num_ranks, 16)
+    if most != resource.RLIM_INFINITY and possible < wanted:
+        log.warning("only %d clients can be connected at once, as `ulimit -n` is %d: raise it", possible, most)
+        return possible
+    return wanted
+
+
+class RepeatFilter(logging.Filter):
+    """Lets a message of a kind through once a minute: clients decide how often there is a reason for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_s: dict[object, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = (str(record.msg)[:40], record.exc_info and record.exc_info[0])
+        now_s = time.monotonic()
+        if now_s - self._last_s.get(kind, -REPEAT_S) < REPEAT_S:
+            return False
+        self._last_s[kind] = now_s
+        return True
