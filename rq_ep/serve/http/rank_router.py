@@ -49,6 +49,7 @@ from rq_ep.serve.process import BackgroundTasks
 
 log = logging.getLogger("rq_ep.serve")
 
+MAX_UNREAD_OUTPUTS = 4096  # of a request; some megabytes
 GRACE_S = 0.3  # how long the other ranks may report their errors before one is blamed
 
 
@@ -291,6 +292,12 @@ class RankRouter:
     def _deliver(self, output: Output) -> None:
         routed = self._requests.get(output.request_id)
         if routed is None:  # cancelled meanwhile
+            return
+        if routed.outputs.qsize() >= MAX_UNREAD_OUTPUTS:
+            del self._requests[output.request_id]
+            self._send(routed.rank, Cancel(output.request_id))
+            text = f"the client has left {MAX_UNREAD_OUTPUTS} parts of the answer unread: the request was cancelled"
+            routed.outputs.put_nowait(ApiError(408, text))
             return
         if output.finish_reason is not None:
             del self._requests[output.request_id]

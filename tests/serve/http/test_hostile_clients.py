@@ -97,6 +97,7 @@ PROMPTS = {
 }
 MESSAGES = {
     "messages": fill(b'{"role":"user","content":"a"}'),
+    "as many messages as are taken": b",".join([b'{"role":"user","content":"%s"}' % (b"x" * 300)] * 10_000),
     "wrong messages": fill(b"{}"),
     "null messages": fill(b"null"),
     "parts": b'{"role":"user","content":[' + fill(b'{"type":"text","text":"a"}') + b"]}",

@@ -13,7 +13,7 @@ from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, Score
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.rank_router import GroupState, RankRouter, listen
+from rq_ep.serve.http.rank_router import MAX_UNREAD_OUTPUTS, GroupState, RankRouter, listen
 from rq_ep.serve.messages import (
     Abort,
     Aborted,
@@ -190,6 +190,21 @@ def test_a_client_that_leaves_cancels() -> None:
         assert it.router.num_unfinished == 0
 
     play(scene)
+
+
+def test_a_client_that_reads_too_slowly_cancels() -> None:
+    async def scenario(it: Stage) -> None:
+        answer = it.router.generate(Request("a", [1], 10_000))
+        reading = asyncio.ensure_future(anext(answer))
+        await it.ranks[0].receive(AddRequest)
+        it.ranks[0].send_outputs(*(Output("a", [5], None) for _ in range(MAX_UNREAD_OUTPUTS + 2)))
+        await reading
+        assert await it.ranks[0].receive(Cancel) == Cancel("a")
+        assert it.router.num_unfinished == 0
+        with pytest.raises(ApiError, match="unread"):
+            _ = [output async for output in answer]
+
+    play(scenario)
 
 
 def test_a_request_that_fails_on_its_rank_is_an_error() -> None:
