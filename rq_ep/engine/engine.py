@@ -12,6 +12,7 @@ from rq_ep.engine.lockstep import LockstepManager, batching_config
 from rq_ep.engine.output_processor import OutputProcessor, RequestState
 from rq_ep.engine.progress import Progress, ProgressTracker
 from rq_ep.engine.requests import Batch, Output, Request, Score
+from rq_ep.engine.rotary import SequenceRotary
 from rq_ep.engine.scoring import PromptScorer
 from rq_ep.engine.step_agreement import flags_exchange
 from rq_ep.engine.step_loop import StepLoop
@@ -60,8 +61,10 @@ class Engine:
     ) -> None:
         self.eos_token_ids = _eos_token_ids(model)
         self._requests: dict[str, RequestState] = {}
+        rotary = SequenceRotary(model)
         self._scorer = PromptScorer(
             model,
+            rotary,
             model.config._attn_implementation,
             min(SCORING_CHUNK, config.max_num_batched_tokens),
             self._prompt_scored,
@@ -79,6 +82,7 @@ class Engine:
                 kv_cache_tokens=config.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if model.device.type == "cpu" else None),
                 seed=0,
             ),
+            rotary=rotary,
             requests=self._requests,
             on_failure=on_failure,
         )

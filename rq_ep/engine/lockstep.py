@@ -16,11 +16,13 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
 )
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.requests import RequestStatus
 
-from rq_ep.engine.latent_attention import cache_head_size, pad_cache
+from rq_ep.engine.kv_cache import cache_head_size, pad_cache
 from rq_ep.engine.nonfinite import NonFiniteTokens, is_finite
 from rq_ep.engine.output_processor import RequestState
 from rq_ep.engine.requests import Batch, Sampling
+from rq_ep.engine.rotary import SequenceRotary
 from rq_ep.engine.sampling import next_tokens
 from rq_ep.engine.scoring import score_tokens
 from rq_ep.engine.step_loop import StepLoop
@@ -35,6 +37,7 @@ class LockstepManager(ContinuousBatchingManager):
         model: a causal language model with expert-parallel layers.
         generation_config: end tokens; sampling is each request's own.
         batching: sizes of batches and cache.
+        rotary: the rotary embeddings of the model.
         requests: the requests of this rank that are still wanted, by id.
         on_failure: called with an error that ends the loop; the others wait for this rank, so it must end the process.
     """
@@ -45,10 +48,12 @@ class LockstepManager(ContinuousBatchingManager):
         generation_config: GenerationConfig,
         batching: ContinuousBatchingConfig,
         *,
+        rotary: SequenceRotary,
         requests: Mapping[str, RequestState],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         super().__init__(model, generation_config, batching)  # type: ignore[arg-type]
+        self._rotary = rotary
         self._requests = requests
         self._on_failure = on_failure
         self._has_failed = False
@@ -121,17 +126,39 @@ class LockstepManager(ContinuousBatchingManager):
         return bool(self.processor.has_pending_requests())
 
     def prepare(self) -> bool:
+        if self._rotary.recompute_after is not None:
+            self._restart_outgrown(self._rotary.recompute_after)
+        scheduler = self.processor.scheduler
+        if not scheduler.active_requests:  # blocked until one of them finishes, which a cancelled one does not
+            scheduler.block_new_requests = False
         return bool(self.processor.prepare_next_batch())
 
+    def _restart_outgrown(self, num_tokens: int) -> None:
+        """Have the cache of sequences that come to more than `num_tokens` computed anew, next and before all others."""
+        scheduler = self.processor.scheduler
+        for state in list(scheduler.active_requests.values()):
+            if state.status == RequestStatus.DECODING and state.position_offset == num_tokens:
+                scheduler.finish_request(state.request_id)
+                scheduler.add_waiting_request(state.create_equivalent_initial_request())
+                scheduler.waiting_requests_order.rotate(1)
+
     def run(self) -> None:
-        self._generation_step()
+        if self._rotary.follows_length:
+            with self._rotary.lengths(self._rotary.batch_lengths(self._ios.requests_in_batch)):
+                self._generation_step()
+        else:
+            self._generation_step()
         self.current_batch += 1
         self.processor.update_batch()
 
     def contents(self) -> Batch:
+        return batch_of(self._ios.requests_in_batch)
+
+    @property
+    def _ios(self) -> ContinuousBatchingIOs:
         ios = self.processor.inputs_and_outputs
         assert isinstance(ios, ContinuousBatchingIOs)
-        return batch_of(ios.requests_in_batch)
+        return ios
 
 
 def batch_of(futures: Sequence[Any]) -> Batch:

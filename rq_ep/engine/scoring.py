@@ -4,11 +4,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from rq_ep.engine.nonfinite import is_finite
 from rq_ep.engine.requests import LOWEST_LOGPROB, Request, Score
+from rq_ep.engine.rotary import SequenceRotary
 
 
 def score_tokens(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) -> list[Score]:
@@ -42,6 +44,7 @@ class PromptScorer:
 
     Args:
         model: a causal language model.
+        rotary: its rotary embeddings.
         attn_implementation: attention for a plain forward pass; continuous batching may have set one of its own.
         chunk_size: tokens of one step, which bounds the logits held at once.
         on_scored: called with each prompt, and one score for each of its tokens but the first.
@@ -51,12 +54,14 @@ class PromptScorer:
     def __init__(
         self,
         model: PreTrainedModel,
+        rotary: SequenceRotary,
         attn_implementation: str,
         chunk_size: int,
         on_scored: Callable[[Request, list[Score]], None],
         on_broken: Callable[[Request], None],
     ) -> None:
         self._model = model
+        self._rotary = rotary
         self._attn_implementation = attn_implementation
         self._chunk_size = chunk_size
         self._on_scored = on_scored
@@ -96,7 +101,8 @@ class PromptScorer:
         chunk = prompt_ids[start : start + self._chunk_size]
         job.num_done += len(chunk)
         self.under_way = [(job.request.id, len(chunk))]
-        logits_TV = self._logits(chunk, job.cache)
+        with self._rotary.lengths(np.full(len(chunk), len(prompt_ids))):
+            logits_TV = self._logits(chunk, job.cache)
         if not bool(is_finite(logits_TV).all()):
             self._job = None
             self._on_broken(job.request)

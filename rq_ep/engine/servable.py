@@ -3,7 +3,7 @@
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rq_ep.core.errors import UserError
-from rq_ep.engine.latent_attention import latent_widths
+from rq_ep.engine.kv_cache import latent_widths
 
 
 def check_servable(config: PretrainedConfig) -> None:

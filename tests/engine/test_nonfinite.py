@@ -1,6 +1,5 @@
 """Requests with tokens that are not finite: they end by the named error, and nobody else's answer changes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,20 +14,13 @@ from tests.engine.worker import broken_among_others
 from tests.model.families import FAMILIES, random_model, save
 
 
-@pytest.fixture(scope="module")
-def group() -> Iterator[TorchGroup]:
-    group = TorchGroup.from_environment("cpu", timeout_s=60)
-    yield group
-    group.close()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SCORED_FAMILIES)
 def test_only_requests_with_a_broken_token_end_by_it_on_one_rank(
-    group: TorchGroup, tmp_path: Path, family: str
+    gloo_of_one: TorchGroup, tmp_path: Path, family: str
 ) -> None:
     path = save(random_model(FAMILIES[family]), tmp_path)
-    check_only_broken_end(broken_among_others(path, group))
+    check_only_broken_end(broken_among_others(path, gloo_of_one))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

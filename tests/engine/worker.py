@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rq_ep.engine.engine import Engine
+from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.scoring import score_tokens
 from rq_ep.engine.servable import set_attention
@@ -63,12 +63,13 @@ def start(
     answers: Answers,
     on_failure: Any = None,
     prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+    config: EngineConfig = CONFIG,
 ) -> Engine:
     model = load(path, strategy=strategy, group=group)
     set_attention(model, None)
     prepare(model)
     engine = Engine(
-        model, report_of(model).layers, group, CONFIG,
+        model, report_of(model).layers, group, config,
         on_outputs=answers.add, on_failure=on_failure or ending("unexpected"), heartbeat_s=0.05,
     )  # fmt: skip
     engine.start()

@@ -12,6 +12,7 @@ from transformers import (
     GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
+    PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -68,6 +69,29 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "gpt_oss": GptOssConfig(
         **{**_SHAPE, "max_position_embeddings": 131072}, num_hidden_layers=2, num_key_value_heads=2, head_dim=16,
         intermediate_size=48, num_local_experts=5, num_experts_per_tok=2, sliding_window=8,
+    ),
+}  # fmt: skip
+
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 5.0, "original_max_position_embeddings": 24,
+    "short_factor": [1.0 + 0.1 * n for n in range(8)], "long_factor": [1.0 + 4.0 * n for n in range(8)],
+}  # fmt: skip
+_DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+# Frequencies that follow the length of a sequence, beyond 24 tokens; phimoe computes all keys anew there.
+LENGTH_ROPES: dict[str, PretrainedConfig] = {
+    "phimoe": PhimoeConfig(
+        **_SHAPE, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48, num_local_experts=5,
+        attention_bias=True, lm_head_bias=True,
+        rope_parameters={**_LONGROPE, "short_mscale": 1.0, "long_mscale": 1.9},
+    ),
+    "longrope": MixtralConfig(
+        **_SHAPE, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48, num_local_experts=5, head_dim=16,
+        rope_parameters=_LONGROPE,
+    ),
+    "dynamic": MixtralConfig(
+        **{**_SHAPE, "max_position_embeddings": 24}, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48,
+        num_local_experts=5, head_dim=16, rope_parameters=_DYNAMIC_ROPE,
     ),
 }  # fmt: skip
 
