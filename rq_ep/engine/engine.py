@@ -126,9 +126,9 @@ class Engine:
             eos_token_id=-1 if request.ignore_eos else None,
         )
 
-    def _prompt_scored(self, request: Request, scores: list[Score]) -> None:
-        self._outputs.prompt_scored(request, scores)
-        if request.id in self._requests:
+    def _prompt_scored(self, request: Request, scores: list[Score], is_last: bool) -> None:
+        self._outputs.prompt_scored(request, scores, is_last)
+        if is_last and request.id in self._requests:
             self._generate(request)
 
     def cancel(self, request_id: str) -> None:

@@ -51,11 +51,11 @@ class OutputProcessor(OutputRouter):
         if new := [self._new_output(output, state) for output, state in wanted]:
             self._on_outputs(new)
 
-    def prompt_scored(self, request: Request, scores: list[Score]) -> None:
-        """Deliver the scores of a prompt; where no answer is wanted, that is all."""
+    def prompt_scored(self, request: Request, scores: list[Score], is_last: bool) -> None:
+        """Deliver the scores of a part of a prompt; where no answer is wanted, the last part ends the request."""
         if request.id not in self._requests:
             return
-        is_all = request.max_tokens == 0
+        is_all = is_last and request.max_tokens == 0
         if is_all:
             self._requests.pop(request.id, None)
         self._on_outputs([Output(request.id, [], "length" if is_all else None, prompt_scores=scores)])

@@ -36,6 +36,11 @@ class Request:
         """Tokens it may come to: what it can take of a rank's KV cache."""
         return len(self.prompt_ids) + self.max_tokens
 
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """Log-probabilities that are wanted of its prompt."""
+        return len(self.prompt_ids) * (1 + (self.num_logprobs or 0)) if self.scores_prompt else 0
+
 
 class Batch(NamedTuple):
     """The content of a rank's step: each request and how many of its tokens, in their order in the step."""
@@ -57,9 +62,9 @@ class Output:
     """New tokens of a request since its last output, and whether it ended.
 
     `finish_reason` is `stop` (the model's end token, which is the last of `token_ids`), `length`, or `error`.
-    `scores` has one entry for each of `token_ids` where the request asks for them; `prompt_scores` comes once, with one
-    entry for each token of the prompt but its first. `queued_s`, with the first tokens, is the time from its arrival on
-    the rank to its first step.
+    `scores` has one entry for each of `token_ids` where the request asks for them. `prompt_scores` has one for each
+    token of the prompt but its first, and comes in parts, in outputs of their own before the first tokens. `queued_s`,
+    with the first tokens, is the time from its arrival on the rank to its first step.
     """
 
     request_id: str

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ def score_tokens(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) 
 class _Job:
     request: Request
     cache: DynamicCache
-    scores: list[Score] = field(default_factory=list)
     num_done: int = 0
 
 
@@ -47,7 +46,8 @@ class PromptScorer:
         rotary: its rotary embeddings.
         attn_implementation: attention for a plain forward pass; continuous batching may have set one of its own.
         chunk_size: tokens of one step, which bounds the logits held at once.
-        on_scored: called with each prompt, and one score for each of its tokens but the first.
+        on_scored: called after each chunk of a prompt, with the scores of the tokens that follow the chunk's, and
+            whether they are the last ones. The scores of a long prompt are many, and nothing keeps them here.
         on_broken: called with a prompt for which the model's logits are not finite, instead.
     """
 
@@ -57,7 +57,7 @@ class PromptScorer:
         rotary: SequenceRotary,
         attn_implementation: str,
         chunk_size: int,
-        on_scored: Callable[[Request, list[Score]], None],
+        on_scored: Callable[[Request, list[Score], bool], None],
         on_broken: Callable[[Request], None],
     ) -> None:
         self._model = model
@@ -109,10 +109,11 @@ class PromptScorer:
             return
         following = prompt_ids[start + 1 : start + 1 + len(chunk)]
         targets_N = torch.tensor(following, dtype=torch.int64, device=logits_TV.device)
-        job.scores += score_tokens(logits_TV[: len(following)], targets_N, job.request.num_logprobs or 0)
-        if job.num_done == len(prompt_ids):
+        scores = score_tokens(logits_TV[: len(following)], targets_N, job.request.num_logprobs or 0)
+        is_last = job.num_done >= len(prompt_ids) - 1  # nothing follows the last token
+        if is_last:
             self._job = None
-            self._on_scored(job.request, job.scores)
+        self._on_scored(job.request, scores, is_last)
 
     def _logits(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
         batching_attention = self._model.config._attn_implementation

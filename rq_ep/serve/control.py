@@ -9,20 +9,22 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 
+from rq_ep.serve.frames import HEADER, Frames, make_greeting
 from rq_ep.serve.messages import (
-    MAX_LINE_BYTES,
     Bye,
     FromRank,
-    Hello,
     MessageError,
+    MessageTooLong,
+    Outputs,
     ToRank,
     decode_from_rank,
     decode_to_rank,
     encode,
+    shorter_outputs,
 )
 
 
-async def read_messages(reader: asyncio.StreamReader) -> AsyncIterator[FromRank]:
+async def read_messages(reader: asyncio.StreamReader, frames: Frames) -> AsyncIterator[FromRank]:
     """The messages of a rank, until it closes the connection or dies.
 
     Raises:
@@ -30,14 +32,11 @@ async def read_messages(reader: asyncio.StreamReader) -> AsyncIterator[FromRank]
     """
     while True:
         try:
-            line = await reader.readline()
-        except OSError:  # the connection was reset
+            size, mac = frames.read_header(await reader.readexactly(HEADER.size))
+            body = await reader.readexactly(size)
+        except (OSError, asyncio.IncompleteReadError):  # the connection was reset, or the rank died
             return
-        except ValueError:
-            raise MessageError(f"a line of more than {MAX_LINE_BYTES} bytes") from None
-        if not line.endswith(b"\n"):  # cut short, as the rank died
-            return
-        yield decode_from_rank(line)
+        yield decode_from_rank(frames.verify(body, mac))
 
 
 class ControlClient:
@@ -46,7 +45,7 @@ class ControlClient:
     Args:
         address: host and port of the HTTP process's `RankRouter`.
         rank: the rank in this process.
-        token: the secret of this group; a stranger who found the port does not know it.
+        token: the secret of this run; a stranger who found the port does not know it.
     """
 
     def __init__(self, address: tuple[str, int], rank: int, token: str) -> None:
@@ -57,15 +56,31 @@ class ControlClient:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._lock = threading.Lock()
         self._is_closing = False
-        self.send(Hello(rank, token))
+        greeting, nonce = make_greeting(token, rank)
+        self._sent = Frames(token, nonce, is_to_rank=False)
+        self._received = Frames(token, nonce, is_to_rank=True)
+        with suppress(OSError):  # the reading thread notices it
+            self._socket.sendall(greeting)
 
     def send(self, message: FromRank) -> None:
-        """Send a message. If the HTTP process is gone, the reading thread notices it."""
-        with self._lock:
-            try:
-                self._socket.sendall(encode(message))
-            except OSError:
-                return
+        """Send a message. If the HTTP process is gone, the reading thread notices it.
+
+        Outputs that make too long a message are sent one by one, and one that is too long by itself as an error of
+        its request.
+        """
+        try:
+            body = encode(message)
+        except MessageTooLong as error:
+            if not isinstance(message, Outputs):
+                raise
+            for outputs in shorter_outputs(message, error):
+                self.send(outputs)
+            return
+        self._send(body)
+
+    def _send(self, body: bytes) -> None:
+        with self._lock, suppress(OSError):
+            self._socket.sendall(self._sent.pack(body))
 
     def listen(
         self,
@@ -78,13 +93,13 @@ class ControlClient:
         Args:
             on_message: called with each message.
             on_close: called when the HTTP process has gone.
-            on_malformed: called with what is wrong with a line; no more are read.
+            on_malformed: called with what is wrong with a message; no more are read.
         """
 
         def read() -> None:
             try:
-                for line in self._lines():
-                    on_message(decode_to_rank(line))
+                for body in self._bodies():
+                    on_message(decode_to_rank(body))
             except MessageError as error:
                 on_malformed(error)
                 return
@@ -93,12 +108,18 @@ class ControlClient:
 
         threading.Thread(target=read, name="rq_ep control", daemon=True).start()
 
-    def _lines(self) -> Iterator[bytes]:
+    def _bodies(self) -> Iterator[bytes]:
+        """The messages as JSON, until the connection ends."""
         try:
             with self._socket.makefile("rb") as file:
-                for line in file:
-                    if line.endswith(b"\n"):
-                        yield line
+                while len(header := file.read(HEADER.size)) == HEADER.size:
+                    size, mac = self._received.read_header(header)
+                    body = file.read(size)
+                    if len(body) < size:
+                        return
+                    yield self._received.verify(body, mac)
+        except MessageError:
+            raise
         except (OSError, ValueError):  # the connection was reset; ValueError: closed here, meanwhile
             return
 

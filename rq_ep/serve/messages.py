@@ -1,33 +1,30 @@
-"""Every message between the HTTP process and the ranks. On the wire a message is a JSON object on a line.
+"""Every message between the HTTP process and the ranks. On the wire a message is a JSON object in a frame.
 
 The object has the fields of a dataclass below, and its `kind` as the tables `FROM_RANK` and `TO_RANK` name it.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, TypeAlias, TypedDict, get_args, get_origin, get_type_hints
 
 from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 
-MAX_LINE_BYTES = 64 << 20
+MAX_MESSAGE_BYTES = 16 << 20  # the longest in practice is `Ready`, with the placement of a large model
+PROMPT_PART_TOKENS = 1 << 16  # in one message
 
 
 class MessageError(ValueError):
-    """A line that is no message of its direction, or whose fields are not those of its kind."""
+    """Something that is no message of its direction, or whose fields are not those of its kind."""
+
+
+class MessageTooLong(MessageError):
+    """A message of more than `MAX_MESSAGE_BYTES`."""
 
 
 # From a rank
-
-
-@dataclass(frozen=True)
-class Hello:
-    """The first message of a connection. `token` is the secret of this group."""
-
-    rank: int
-    token: str
 
 
 @dataclass(frozen=True)
@@ -126,11 +123,19 @@ class Bye:
 
 
 FromRank: TypeAlias = (
-    Hello | Checked | Ready | Outputs | RankStats | Recorded | RecordingFailed | DrainRequest | Failed | Aborted | Bye
+    Checked | Ready | Outputs | RankStats | Recorded | RecordingFailed | DrainRequest | Failed | Aborted | Bye
 )
 
 
 # To a rank
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """A part of the prompt of a request that will come, with the rest of its prompt, as an `AddRequest`."""
+
+    id: str
+    token_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -174,10 +179,9 @@ class Abort:
     reason: str
 
 
-ToRank: TypeAlias = AddRequest | Cancel | Wake | Mark | Stop | Abort
+ToRank: TypeAlias = PromptPart | AddRequest | Cancel | Wake | Mark | Stop | Abort
 
 FROM_RANK: Mapping[str, type] = {
-    "hello": Hello,
     "checked": Checked,
     "ready": Ready,
     "outputs": Outputs,
@@ -190,6 +194,7 @@ FROM_RANK: Mapping[str, type] = {
     "bye": Bye,
 }
 TO_RANK: Mapping[str, type] = {
+    "prompt_part": PromptPart,
     "add": AddRequest,
     "cancel": Cancel,
     "wake": Wake,
@@ -201,39 +206,63 @@ KINDS = {message_type: kind for table in (FROM_RANK, TO_RANK) for kind, message_
 
 
 def encode(message: FromRank | ToRank) -> bytes:
-    """The line of a message."""
-    document = {"kind": KINDS[type(message)], **vars(message)}
-    return json.dumps(document, separators=(",", ":"), default=_as_json).encode() + b"\n"
+    """The JSON of a message.
+
+    Raises:
+        MessageTooLong: no receiver would take it.
+    """
+    kind = KINDS[type(message)]
+    body = json.dumps({"kind": kind, **vars(message)}, separators=(",", ":"), default=_as_json).encode()
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise MessageTooLong(f"a message {kind!r} of {len(body)} bytes, more than {MAX_MESSAGE_BYTES}")
+    return body
 
 
-def decode_from_rank(line: bytes) -> FromRank:
-    """The message that a rank sent as a line.
+def shorter_outputs(message: Outputs, error: MessageTooLong) -> list[Outputs]:
+    """Messages in place of one that is too long: one for each output; of a single one, the error of its request."""
+    if len(message.outputs) > 1:
+        return [Outputs([output]) for output in message.outputs]
+    return [Outputs([Output(output.request_id, [], "error", str(error)) for output in message.outputs])]
+
+
+def request_in_parts(message: AddRequest) -> list[PromptPart | AddRequest]:
+    """A request and, before it, the parts of a prompt that is too long for one message."""
+    request, size = message.request, PROMPT_PART_TOKENS
+    if len(request.prompt_ids) <= size:
+        return [message]
+    parts = [request.prompt_ids[at : at + size] for at in range(0, len(request.prompt_ids), size)]
+    last = replace(message, request=replace(request, prompt_ids=parts[-1]))
+    return [*(PromptPart(request.id, part) for part in parts[:-1]), last]
+
+
+def decode_from_rank(body: bytes) -> FromRank:
+    """The message that a rank sent.
 
     Raises:
         MessageError: it is none.
     """
-    message: FromRank = _decode(line, FROM_RANK)
+    message: FromRank = _decode(body, FROM_RANK)
     return message
 
 
-def decode_to_rank(line: bytes) -> ToRank:
-    """The message that the HTTP process sent as a line.
+def decode_to_rank(body: bytes) -> ToRank:
+    """The message that the HTTP process sent.
 
     Raises:
         MessageError: it is none.
     """
-    message: ToRank = _decode(line, TO_RANK)
+    message: ToRank = _decode(body, TO_RANK)
     return message
 
 
-def _decode(line: bytes, kinds: Mapping[str, type]) -> Any:
+def _decode(body: bytes, kinds: Mapping[str, type]) -> Any:
     try:
-        fields = json.loads(line)
-    except ValueError:
-        raise MessageError(f"a line that is not JSON: {line[:60]!r}") from None
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        raise MessageError(f"something that is not JSON: {body[:60]!r}") from None
     kind = fields.pop("kind", None) if isinstance(fields, dict) else None
     if not isinstance(kind, str):
-        raise MessageError(f"a line that is not a message: {line[:60]!r}")
+        raise MessageError(f"JSON that is not a message: {body[:60]!r}")
     message_type = kinds.get(kind)
     if message_type is None:
         raise MessageError(f"a message of unknown kind {kind!r}")

@@ -75,5 +75,5 @@ def test_a_cancelled_request_has_no_outputs() -> None:
     step = Step([Request("gone", [1], 5)])
     step.requests.clear()
     assert step.run(torch.zeros(1, 3)) == []
-    step.processor.prompt_scored(Request("gone", [1], 0, scores_prompt=True), [])
+    step.processor.prompt_scored(Request("gone", [1], 0, scores_prompt=True), [], True)
     assert step.outputs == []

@@ -7,6 +7,7 @@ import pytest
 
 from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, Sampling, Score
+from rq_ep.serve import messages
 from rq_ep.serve.messages import (
     KINDS,
     Abort,
@@ -18,11 +19,12 @@ from rq_ep.serve.messages import (
     DrainRequest,
     Failed,
     FromRank,
-    Hello,
     LoadSums,
     Mark,
     MessageError,
+    MessageTooLong,
     Outputs,
+    PromptPart,
     RankStats,
     Ready,
     Recorded,
@@ -33,6 +35,8 @@ from rq_ep.serve.messages import (
     decode_from_rank,
     decode_to_rank,
     encode,
+    request_in_parts,
+    shorter_outputs,
 )
 
 SCORES = [Score(-0.5, [5, 2], [-0.5, -1.5])]
@@ -41,7 +45,6 @@ LOADS = LoadSums(
     seconds={"plan": 0.1}, borrowed_experts=0, borrowed_bytes=0,
 )  # fmt: skip
 MESSAGES_FROM_RANK: list[FromRank] = [
-    Hello(1, "secret"),
     Checked(),
     Ready(64, 256, [{"bf16": 100}], {"format": "rq_ep.placement/1"}, {"device": "cpu"}),
     Outputs(
@@ -62,6 +65,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
 ]
 MESSAGES_TO_RANK: list[ToRank] = [
     AddRequest(Request("a", [1, 2], 3, Sampling(0.5, 0.9, 7), True, 2, True), 4),
+    PromptPart("a", [1, 2]),
     Cancel("a"),
     Wake(4),
     Mark(1),
@@ -77,31 +81,54 @@ def test_every_message_survives_the_wire() -> None:
     assert {*get_args(FromRank), *get_args(ToRank)} == set(KINDS)
 
 
-def test_a_message_is_a_json_object_on_a_line() -> None:
+def test_a_message_is_a_json_object() -> None:
     for message in MESSAGES_FROM_RANK:
-        line = encode(message)
-        assert line.endswith(b"\n")
-        assert line.count(b"\n") == 1
-        assert json.loads(line)["kind"] == KINDS[type(message)]
+        assert json.loads(encode(message))["kind"] == KINDS[type(message)]
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("body", "what"),
     [
-        (b"\xff\n", "a line that is not JSON"),
-        (b"[1]\n", "a line that is not a message"),
-        (b"{}\n", "a line that is not a message"),
-        (b'{"kind": 3}\n', "a line that is not a message"),
-        (b'{"kind": "gossip"}\n', "a message of unknown kind 'gossip'"),
-        (b'{"kind": "stop"}\n', "a message of unknown kind 'stop'"),
-        (b'{"kind": "hello", "rank": 1}\n', "a malformed message 'hello': .*token"),
-        (b'{"kind": "bye", "why": "tired"}\n', "a malformed message 'bye': .*why"),
-        (b'{"kind": "hello", "rank": "1", "token": "x"}\n', "a malformed message 'hello': rank is '1'"),
-        (b'{"kind": "stats"}\n', "a malformed message 'stats': 'progress'"),
-        (b'{"kind": "outputs", "outputs": [["a"]]}\n', "a malformed message 'outputs': "),
-        (b'{"kind": "outputs", "outputs": 3}\n', "a malformed message 'outputs': "),
+        (b"\xff", "something that is not JSON"),
+        (b"[" * 100_000, "something that is not JSON"),
+        (b"[1]", "JSON that is not a message"),
+        (b"{}", "JSON that is not a message"),
+        (b'{"kind": 3}', "JSON that is not a message"),
+        (b'{"kind": "gossip"}', "a message of unknown kind 'gossip'"),
+        (b'{"kind": "stop"}', "a message of unknown kind 'stop'"),
+        (b'{"kind": "aborted"}', "a malformed message 'aborted': .*signal"),
+        (b'{"kind": "bye", "why": "tired"}', "a malformed message 'bye': .*why"),
+        (b'{"kind": "recording_failed", "reason": 2}', "a malformed message 'recording_failed': reason is 2"),
+        (b'{"kind": "stats"}', "a malformed message 'stats': 'progress'"),
+        (b'{"kind": "outputs", "outputs": [["a"]]}', "a malformed message 'outputs': "),
+        (b'{"kind": "outputs", "outputs": 3}', "a malformed message 'outputs': "),
     ],
 )
-def test_a_malformed_message_is_named(line: bytes, what: str) -> None:
+def test_a_malformed_message_is_named(body: bytes, what: str) -> None:
     with pytest.raises(MessageError, match=what):
-        decode_from_rank(line)
+        decode_from_rank(body)
+
+
+def test_outputs_that_are_too_long_for_a_message_are_sent_one_by_one_or_as_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", 2000)
+    long = Output("long", [5], scores=[Score(-0.5, [1], [-0.5])] * 200)
+    short = Output("short", [6])
+    with pytest.raises(MessageTooLong, match=r"a message 'outputs' of .* bytes, more than 2000") as caught:
+        encode(Outputs([long, short]))
+    assert shorter_outputs(Outputs([long, short]), caught.value) == [Outputs([long]), Outputs([short])]
+    (only,) = shorter_outputs(Outputs([long]), caught.value)
+    assert only == Outputs([Output("long", [], "error", str(caught.value))])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 5, 11])
+def test_a_long_prompt_travels_in_parts(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    monkeypatch.setattr(messages, "PROMPT_PART_TOKENS", 4)
+    prompt_ids = list(range(num_tokens))
+    *parts, last = request_in_parts(AddRequest(Request("a", prompt_ids, 3), 7))
+    assert isinstance(last, AddRequest)
+    assert (last.request.id, last.request.max_tokens, last.num_announced) == ("a", 3, 7)
+    token_ids = [part.token_ids for part in parts if isinstance(part, PromptPart)] + [last.request.prompt_ids]
+    assert [token_id for part in token_ids for token_id in part] == prompt_ids
+    assert max(map(len, token_ids)) <= 4

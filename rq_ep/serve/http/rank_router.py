@@ -18,11 +18,11 @@ from typing import Protocol, assert_never
 
 from rq_ep.engine.requests import Output, Request
 from rq_ep.serve.control import read_messages
+from rq_ep.serve.frames import GREETING, Frames, read_greeting
 from rq_ep.serve.http.blame import FailureReport, blame
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.watchdog import TICK_S, Watchdog
 from rq_ep.serve.messages import (
-    MAX_LINE_BYTES,
     Abort,
     Aborted,
     AddRequest,
@@ -32,7 +32,6 @@ from rq_ep.serve.messages import (
     DrainRequest,
     Failed,
     FromRank,
-    Hello,
     Mark,
     MessageError,
     Outputs,
@@ -44,6 +43,7 @@ from rq_ep.serve.messages import (
     ToRank,
     Wake,
     encode,
+    request_in_parts,
 )
 from rq_ep.serve.process import BackgroundTasks
 
@@ -51,6 +51,10 @@ log = logging.getLogger("rq_ep.serve")
 
 MAX_UNREAD_OUTPUTS = 4096  # of a request; some megabytes
 GRACE_S = 0.3  # how long the other ranks may report their errors before one is blamed
+GREETING_S = 5.0  # how long a connection may take to greet; a rank does it at once
+MAX_UNGREETED = 64  # connections that have not greeted; one more ends the oldest
+MAX_PROMPT_LOGPROBS = 1 << 23  # of the unfinished requests together; each takes some 70 bytes here until it is answered
+STRANGERS_LOG_S = 60.0
 
 
 class GroupState(Enum):
@@ -110,6 +114,7 @@ class RankConnection:
 
     state: RankState = RankState.CONNECTING
     writer: asyncio.StreamWriter | None = None
+    frames: Frames | None = None  # to the rank
 
 
 @dataclass
@@ -135,7 +140,7 @@ class RankRouter:
 
     Args:
         num_ranks: size of the group.
-        token: the secret that ranks show when they connect.
+        token: the secret of this run, which the ranks prove that they know.
         observer: receives what the ranks report.
         max_queue_size: requests that may be unfinished at once.
         stall_s: seconds after which a rank that is silent, or makes no progress, ends the group.
@@ -156,6 +161,9 @@ class RankRouter:
         self._failure = ""  # why the group has failed
         self._has_ended = asyncio.Event()
         self.tasks = BackgroundTasks(self._on_bug)
+        self._ungreeted: list[asyncio.Timeout] = []  # oldest first
+        self._num_strangers = 0
+        self._strangers_logged_s = -STRANGERS_LOG_S
 
     # For the routes
 
@@ -184,6 +192,7 @@ class RankRouter:
             raise ApiError(503, f"not serving: {reason}")
         if len(self._requests) >= self._max_queue_size:
             raise ApiError(429, f"{len(self._requests)} requests are waiting or running (--max-queue-size): try later")
+        self._check_prompt_logprobs(request)
         loads_R = [0] * len(self._ranks)
         for other in self._requests.values():
             loads_R[other.rank] += other.request.num_tokens
@@ -202,6 +211,18 @@ class RankRouter:
             if self._requests.pop(request.id, None) is not None:
                 self._send(routed.rank, Cancel(request.id))
 
+    def _check_prompt_logprobs(self, request: Request) -> None:
+        """Refuse a request that asks for more log-probabilities of prompts than this process should hold at once."""
+        if not (wanted := request.num_prompt_logprobs):
+            return
+        how = f"{len(request.prompt_ids)} prompt tokens with logprobs {request.num_logprobs}"
+        if wanted > MAX_PROMPT_LOGPROBS:
+            text = f"{how} are {wanted} log-probabilities, at most {MAX_PROMPT_LOGPROBS} can be had: score it in parts"
+            raise ApiError(400, text, "logprobs")
+        held = sum(routed.request.num_prompt_logprobs for routed in self._requests.values())
+        if held + wanted > MAX_PROMPT_LOGPROBS:
+            raise ApiError(429, f"{how}: other requests score {held} of {MAX_PROMPT_LOGPROBS} at once: try later")
+
     def mark(self, number: int) -> None:
         """Have every rank receive a number between the same two steps, asleep or not."""
         self._send(0, Mark(number))
@@ -211,10 +232,11 @@ class RankRouter:
         """Hand over a request, and wake the other ranks: they may all be asleep."""
         self._num_announced += 1
         for rank in range(len(self._ranks)):
-            is_its_rank = rank == routed.rank
-            self._send(
-                rank, AddRequest(routed.request, self._num_announced) if is_its_rank else Wake(self._num_announced)
-            )
+            if rank != routed.rank:
+                self._send(rank, Wake(self._num_announced))
+                continue
+            for message in request_in_parts(AddRequest(routed.request, self._num_announced)):
+                self._send(rank, message)
 
     # The connections of the ranks
 
@@ -229,16 +251,16 @@ class RankRouter:
                     await writer.wait_closed()
 
     async def _read_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        messages = read_messages(reader)
-        try:
-            hello = await anext(messages, None)
-        except MessageError:
+        greeted = await self._read_greeting(reader)
+        # A rank connects once, so that a greeting which was overheard is of no use.
+        if greeted is None or self._ranks[greeted[0]].state is not RankState.CONNECTING:
+            self._log_stranger(writer)
             return
-        if not isinstance(hello, Hello) or hello.token != self._token or not 0 <= hello.rank < len(self._ranks):
-            return
-        rank = hello.rank
+        rank, nonce = greeted
         connection = self._ranks[rank]
         connection.state, connection.writer = RankState.CONNECTED, writer
+        connection.frames = Frames(self._token, nonce, is_to_rank=True)
+        messages = read_messages(reader, Frames(self._token, nonce, is_to_rank=False))
         if self.state in (GroupState.FAILING, GroupState.FAILED):  # it comes late
             self._send(rank, Abort(self.why_unavailable() or ""))
         try:
@@ -254,6 +276,33 @@ class RankRouter:
             self._report(FailureReport(rank, f"rank {rank} died (its process was killed or crashed)"))
         elif self._have_all_left() and self.state is not GroupState.FAILING:  # which ends once the clients know of it
             self._end(GroupState.ENDED)
+
+    async def _read_greeting(self, reader: asyncio.StreamReader) -> tuple[int, bytes] | None:
+        """Rank and nonce of a connection; None: it is of a stranger, or of one who does not greet in time."""
+        if len(self._ungreeted) >= MAX_UNGREETED:
+            self._ungreeted.pop(0).reschedule(asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout(GREETING_S) as deadline:
+                self._ungreeted.append(deadline)
+                try:
+                    greeting = await reader.readexactly(GREETING.size)
+                finally:
+                    with suppress(ValueError):  # it was the oldest
+                        self._ungreeted.remove(deadline)
+        except (OSError, asyncio.IncompleteReadError):  # TimeoutError is an OSError
+            return None
+        greeted = read_greeting(self._token, greeting)
+        return greeted if greeted is not None and greeted[0] < len(self._ranks) else None
+
+    def _log_stranger(self, writer: asyncio.StreamWriter) -> None:
+        """Count a connection that is turned away; log one line a minute."""
+        self._num_strangers += 1
+        if time.monotonic() - self._strangers_logged_s >= STRANGERS_LOG_S:
+            self._strangers_logged_s = time.monotonic()
+            log.warning(
+                "turned away %d connections at the port of the ranks that came from none of them, the last one from %s",
+                self._num_strangers, writer.get_extra_info("peername"),
+            )  # fmt: skip
 
     def _have_all_left(self) -> bool:
         """Whether no rank is connected, and none will be: rank 0 is the first to connect."""
@@ -284,8 +333,6 @@ class RankRouter:
             case Bye():
                 self._ranks[rank].state = RankState.LEAVING
                 self._watchdog.forget(rank)
-            case Hello():
-                raise MessageError("a second message 'hello'")
             case _:
                 assert_never(message)
 
@@ -302,12 +349,15 @@ class RankRouter:
         if output.finish_reason is not None:
             del self._requests[output.request_id]
         is_error = output.finish_reason == "error"
+        if is_error:
+            self._send(routed.rank, Cancel(output.request_id))  # the rank may go on with it: if its output was too long
         routed.outputs.put_nowait(ApiError(500, f"rank {routed.rank}: {output.error}") if is_error else output)
 
     def _send(self, rank: int, message: ToRank) -> None:
         connection = self._ranks[rank]
         if connection.state in OPEN and connection.writer is not None and not connection.writer.is_closing():
-            connection.writer.write(encode(message))
+            assert connection.frames is not None
+            connection.writer.write(connection.frames.pack(encode(message)))
 
     def _send_all(self, message: ToRank) -> None:
         for rank in range(len(self._ranks)):
@@ -390,4 +440,4 @@ class RankRouter:
 
 async def listen(router: RankRouter, sock: socket.socket) -> asyncio.Server:
     """Accept the ranks' connections on a bound socket."""
-    return await asyncio.start_server(router.serve_rank, sock=sock, limit=MAX_LINE_BYTES)
+    return await asyncio.start_server(router.serve_rank, sock=sock)

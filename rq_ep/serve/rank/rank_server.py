@@ -4,6 +4,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from enum import Enum, auto
 from typing import NoReturn, assert_never
 
@@ -26,6 +27,7 @@ from rq_ep.serve.messages import (
     Mark,
     MessageError,
     Outputs,
+    PromptPart,
     Stop,
     ToRank,
     Wake,
@@ -104,6 +106,7 @@ class RankServer:
         self._state = ServerState.LOADING
         self._stop = threading.Event()  # set in the state STOPPING
         self._engine: Engine | None = None
+        self._prompt_parts: dict[str, list[int]] = {}  # of requests that are still to come
 
     def run(self) -> None:
         """Load and serve until asked to stop.
@@ -185,8 +188,12 @@ class RankServer:
             case Stop():
                 self._state = ServerState.STOPPING
                 self._stop.set()
+            case PromptPart():
+                self._prompt_parts.setdefault(message.id, []).extend(message.token_ids)
             case AddRequest():
-                self._loaded_engine().submit(message.request)
+                begun = self._prompt_parts.pop(message.request.id, [])
+                request = replace(message.request, prompt_ids=begun + message.request.prompt_ids)
+                self._loaded_engine().submit(request)
                 self._loaded_engine().wake(message.num_announced)
             case Mark():
                 self._loaded_engine().mark(message.number)

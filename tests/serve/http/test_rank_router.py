@@ -3,15 +3,18 @@
 import asyncio
 import queue
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import pytest
 
 from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, Score
+from rq_ep.serve import control, messages
 from rq_ep.serve.control import ControlClient
+from rq_ep.serve.frames import HEADER, Frames, make_greeting
+from rq_ep.serve.http import rank_router
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.rank_router import MAX_UNREAD_OUTPUTS, GroupState, RankRouter, listen
 from rq_ep.serve.messages import (
@@ -25,6 +28,7 @@ from rq_ep.serve.messages import (
     Mark,
     MessageError,
     Outputs,
+    PromptPart,
     RankStats,
     Ready,
     Recorded,
@@ -66,8 +70,11 @@ class FakeRank:
     def send_outputs(self, *outputs: Output) -> None:
         self.send(Outputs(list(outputs)))
 
-    def send_line(self, line: bytes) -> None:
-        self.client._socket.sendall(line)
+    def send_body(self, body: bytes) -> None:
+        self.client._send(body)
+
+    def send_bytes(self, raw: bytes) -> None:
+        self.client._socket.sendall(raw)
 
     def die(self) -> None:
         """End without a good-bye, as a killed process does."""
@@ -98,9 +105,12 @@ class Stage:
         self.num_ends += 1
         self.ended.set()
 
-    def ask(self, name: str, num_tokens: int = 10) -> asyncio.Task[list[Output]]:
+    def ask(self, name: str, num_tokens: int = 10, prompt_ids: Sequence[int] = (1,)) -> asyncio.Task[list[Output]]:
+        return self.ask_for(Request(name, list(prompt_ids), num_tokens - len(prompt_ids)))
+
+    def ask_for(self, request: Request) -> asyncio.Task[list[Output]]:
         async def ask() -> list[Output]:
-            return [output async for output in self.router.generate(Request(name, [1], num_tokens - 1))]
+            return [output async for output in self.router.generate(request)]
 
         return asyncio.ensure_future(ask())
 
@@ -314,6 +324,147 @@ def test_a_connection_that_is_no_rank_is_turned_away(line: bytes) -> None:
     play(scene)
 
 
+def test_a_greeting_in_another_runs_name_or_sent_again_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    greetings: list[bytes] = []
+
+    def overheard(secret: str, rank: int) -> tuple[bytes, bytes]:
+        greeting, nonce = make_greeting(secret, rank)
+        greetings.append(greeting)
+        return greeting, nonce
+
+    monkeypatch.setattr(control, "make_greeting", overheard)
+
+    async def scene(it: Stage) -> None:
+        other = make_greeting("another run's secret", 1)[0]
+        unknown = make_greeting(TOKEN, NUM_RANKS)[0]
+        for greeting in (*greetings, other, unknown, greetings[0][:-1] + b"?"):
+            reader, writer = await asyncio.open_connection(*it.address)
+            writer.write(greeting)
+            assert await reader.read() == b""
+            writer.close()
+        task = it.ask("0")
+        await it.ranks[0].receive(AddRequest)
+        it.ranks[0].send_outputs(Output("0", [5], "length"))
+        assert await task == [Output("0", [5], "length")], "the ranks' own connections go on"
+
+    play(scene)
+
+
+def test_silent_strangers_are_few_and_stay_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_router, "MAX_UNGREETED", 3)
+    monkeypatch.setattr(rank_router, "GREETING_S", 0.5)
+
+    async def scene(it: Stage) -> None:
+        strangers = [await asyncio.open_connection(*it.address) for _ in range(5)]
+        for reader, _ in strangers[:2]:  # the oldest make room for the newest
+            assert await asyncio.wait_for(reader.read(), 0.3) == b""
+        for reader, _ in strangers[2:]:
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+        for _, writer in strangers:
+            writer.close()
+        assert it.router.why_unavailable() is None
+
+    play(scene)
+
+
+def test_a_stranger_who_sends_without_end_is_cut_off_after_the_greeting() -> None:
+    async def scene(it: Stage) -> None:
+        reader, writer = await asyncio.open_connection(*it.address)
+        num_taken = 0
+        with suppress(OSError):
+            for _ in range(1000):  # 64 MB
+                writer.write(b"[" * (1 << 16))
+                await asyncio.wait_for(writer.drain(), TIMEOUT_S)
+                num_taken += 1 << 16
+            await reader.read()
+        assert num_taken < 16 << 20, "what the sockets' buffers hold"
+        writer.close()
+        assert it.router.why_unavailable() is None
+
+    play(scene)
+
+
+@pytest.mark.parametrize("change", ["changed", "sent twice", "of a stranger", "too long"])
+def test_a_frame_that_the_rank_did_not_send_ends_the_group_by_name(change: str) -> None:
+    async def scene(it: Stage) -> None:
+        task = it.ask("0")
+        await it.ranks[0].receive(AddRequest)
+        sender, what = it.ranks[1], "sent a message whose MAC is wrong"
+        if change == "changed":
+            sender.send_bytes(sender.client._sent.pack(encode(STATS))[:-1] + b"]")
+        elif change == "sent twice":
+            frame = sender.client._sent.pack(encode(STATS))
+            sender.send_bytes(frame)
+            sender.send_bytes(frame)
+        elif change == "of a stranger":
+            sender.send_bytes(Frames("guess", bytes(16), is_to_rank=False).pack(encode(STATS)))
+        else:
+            what = "sent a message of 4294967295 bytes, more than"
+            sender.send_bytes(b"\xff" * HEADER.size)
+        with pytest.raises(ApiError, match=f"the server failed: rank 1: {what}"):
+            await task
+
+    play(scene)
+
+
+def test_outputs_that_no_message_can_hold_are_the_error_of_their_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", 4000)
+
+    async def scene(it: Stage) -> None:
+        long, _ = it.ask("long"), await it.ranks[0].receive(AddRequest)
+        short, _ = it.ask("short"), await it.ranks[1].receive(Wake)
+        too_much = Output("long", [5], prompt_scores=[Score(-0.5, [1], [-0.5])] * 400)
+        it.ranks[0].send_outputs(too_much, Output("short", [6], "length"))
+        with pytest.raises(ApiError, match=r"rank 0: a message 'outputs' of .* bytes, more than 4000"):
+            await long
+        assert await short == [Output("short", [6], "length")]
+        assert await it.ranks[0].receive(Wake) == Wake(2)
+        assert await it.ranks[0].receive(Cancel) == Cancel("long"), "the rank need not go on with it"
+        assert it.router.why_unavailable() is None
+
+    play(scene)
+
+
+def test_a_long_prompt_and_its_scores_travel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", 4000)
+    monkeypatch.setattr(messages, "PROMPT_PART_TOKENS", 500)
+    prompt_ids, scores = [7] * 1100, [Score(-0.5, [1], [-0.5])] * 1099
+
+    async def scene(it: Stage) -> None:
+        task = it.ask("0", 1200, prompt_ids)
+        parts = [await it.ranks[0].receive(PromptPart) for _ in range(2)]
+        last = await it.ranks[0].receive(AddRequest)
+        assert [*parts[0].token_ids, *parts[1].token_ids, *last.request.prompt_ids] == prompt_ids
+        for at in range(0, len(scores), 100):
+            it.ranks[0].send_outputs(Output("0", [], prompt_scores=scores[at : at + 100]))
+        it.ranks[0].send_outputs(Output("0", [5], "length"))
+        *scored, end = await task
+        assert [score for output in scored for score in output.prompt_scores or []] == scores
+        assert end.finish_reason == "length"
+
+    play(scene)
+
+
+def test_more_log_probabilities_of_prompts_than_can_be_held_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_router, "MAX_PROMPT_LOGPROBS", 100)
+
+    async def scene(it: Stage) -> None:
+        def score(num_tokens: int) -> asyncio.Task[list[Output]]:
+            return it.ask_for(Request("0", [1] * num_tokens, 0, num_logprobs=4, scores_prompt=True))
+
+        with pytest.raises(ApiError, match="21 prompt tokens with logprobs 4 are 105 log-probabilities") as refused:
+            await score(21)
+        assert (refused.value.status, refused.value.param) == (400, "logprobs")
+        first = score(15)
+        await it.ranks[0].receive(AddRequest)
+        with pytest.raises(ApiError, match="other requests score 75 of 100 at once: try later") as full:
+            await score(6)
+        assert full.value.status == 429
+        first.cancel()
+
+    play(scene)
+
+
 def test_strangers_are_turned_away() -> None:
     async def scene(it: Stage) -> None:
         stranger = FakeRank(it.address, 1, token="guess")
@@ -338,20 +489,20 @@ def test_rank_0_leaving_before_the_others_came_ends_the_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("body", "what"),
     [
-        (b'{"kind": "gossip"}\n', "sent a message of unknown kind 'gossip'"),
+        (b'{"kind": "gossip"}', "sent a message of unknown kind 'gossip'"),
         (encode(Mark(1)), "sent a message of unknown kind 'mark'"),
-        (b'{"kind": "failed", "text": "it broke"}\n', "sent a malformed message 'failed': .*is_consequence"),
-        (b'{"kind": "stats"\n', "sent a line that is not JSON"),
-        (b'{"kind": "hello", "rank": 1, "token": "secret"}\n', "sent a second message 'hello'"),
+        (b'{"kind": "failed", "text": "it broke"}', "sent a malformed message 'failed': .*is_consequence"),
+        (b'{"kind": "stats"', "sent something that is not JSON"),
+        (b"[" * 100_000, "sent something that is not JSON"),
     ],
 )
-def test_a_rank_that_sends_nonsense_ends_the_group_by_name(line: bytes, what: str) -> None:
+def test_a_rank_that_sends_nonsense_ends_the_group_by_name(body: bytes, what: str) -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
         await it.ranks[0].receive(AddRequest)
-        it.ranks[1].send_line(line)
+        it.ranks[1].send_body(body)
         with pytest.raises(ApiError, match=f"the server failed: rank 1: {what}"):
             await task
         await it.ended.wait()
