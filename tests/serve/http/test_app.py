@@ -12,6 +12,7 @@ import pytest
 
 from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, Score
+from rq_ep.model.checkpoint.generation_defaults import SamplingDefaults
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.openai.api_errors import TYPES, ApiError
@@ -590,3 +591,12 @@ def test_version_and_server_info(bench: Bench) -> None:
     bench.service.info = {"num_ranks": 2}
     assert bench.call("GET", "/version").json()["version"]
     assert bench.call("GET", "/server_info").json() == {"num_ranks": 2}
+
+
+def test_a_request_that_does_not_say_is_sampled_as_the_model_says(bench: Bench) -> None:
+    bench.service.defaults = SamplingDefaults(temperature=0.6, top_p=0.9)
+    bench.complete()
+    bench.chat(temperature=0, top_p=1)
+    bench.complete(temperature=None, top_p=0.5)
+    drawn = [(request.sampling.temperature, request.sampling.top_p) for request in bench.ranks.taken]
+    assert drawn == [(0.6, 0.9), (0.0, 1.0), (0.6, 0.5)]
