@@ -16,10 +16,12 @@ from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
 from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
+from rq_ep.serve.http.openai.prompt_encoder import PromptEncoder
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
 from rq_ep.serve.http.recording_controller import RecordingController
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
+CHARS_PER_MESSAGE = 100  # that are encoded in the time in which a template writes a message
 MAX_ECHOED_TOKENS = 512  # with their scores, in a chunk: the event loop writes it at once
 
 
@@ -61,7 +63,6 @@ class Service:
         self._ranks = ranks
         self._seed = seed
         self._num_unseeded = 0
-        self._encoding = asyncio.Lock()
 
     @cached_property
     def _new_detokenizer(self) -> Callable[[], Detokenizer]:
@@ -86,30 +87,34 @@ class Service:
     def no_such_model(self, name: str) -> ApiError:
         return ApiError(404, f"there is no model {name!r:.200} here: this server serves {self.model_name!r}", "model")
 
+    @cached_property
+    def _encoder(self) -> PromptEncoder:
+        assert self.limits is not None
+        return PromptEncoder(self.tokenizer, self.limits.max_model_len)
+
     async def completion_prompt(self, body: CompletionBody) -> list[int]:
         """Token ids of a completion's prompt."""
-        prompt = body.prompt
-        if isinstance(prompt, str):
-            async with self._encoding:
-                return await asyncio.to_thread(self.tokenizer.encode, prompt)
-        return prompt
+        if isinstance(body.prompt, str):
+            return await self._encoder.encode(body.prompt, "prompt", add_special_tokens=True)
+        return body.prompt
 
     async def chat_prompt(self, body: ChatBody) -> list[int]:
         """Token ids of a conversation, as the model's chat template writes it."""
         if not self.tokenizer.chat_template:
             raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
-        conversation = [message.for_template() for message in body.messages]
 
-        def encode() -> list[int]:
-            text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-            token_ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-            return token_ids
+        def render() -> str:
+            conversation = [message.for_template() for message in body.messages]
+            text: str = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            return text
 
-        async with self._encoding:
-            try:
-                return await asyncio.to_thread(encode)
-            except Exception as error:  # templates raise what they like: roles in a wrong order, say
-                raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from None
+        try:
+            text = await self._encoder.run(CHARS_PER_MESSAGE * len(body.messages), render)
+        except ApiError:
+            raise
+        except Exception as error:  # templates raise what they like: roles in a wrong order, say
+            raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from None
+        return await self._encoder.encode(text, "messages", add_special_tokens=False)
 
     def request(self, prompt_ids: list[int], body: GenerationBody) -> Request:
         """Fit a request into the model's limits, or refuse it with the limit and the count."""
@@ -118,7 +123,7 @@ class Service:
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         if num_prompt == 0:
             raise ApiError(400, "the prompt is empty: give at least one token", param)
-        if (highest := max(prompt_ids)) >= self.limits.vocab_size:
+        if num_prompt <= limit and (highest := max(prompt_ids)) >= self.limits.vocab_size:
             raise ApiError(400, f"token id {highest} lies outside the vocabulary of {self.limits.vocab_size}", param)
         max_tokens = body.max_completion_tokens or body.max_tokens
         if max_tokens is None:

@@ -30,6 +30,9 @@ class ByteTokenizer:
 
     chat_template = "yes"
 
+    def get_vocab(self) -> dict[str, int]:
+        return {"<end>": EOS, **{chr(byte): byte for byte in range(1, 256)}}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
@@ -294,6 +297,7 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
         ({"prompt": [1, 999]}, "prompt", "token id 999 lies outside the vocabulary of 256"),
         ({"prompt": [1, -1]}, "prompt", "prompt: .*-1 at place 1 is no token id"),
         ({"prompt": "x" * 70}, "prompt", "the prompt has 70 tokens and max_tokens is 1, 71 in all, .*at most 64"),
+        ({"prompt": "x" * 321}, "prompt", "321 characters, .* at most 64 tokens, which are at most 320 characters"),
         ({"prompt": "abc", "max_tokens": 62}, "prompt", "65 in all, but this server takes at most 64"),
     ],
 )
@@ -302,6 +306,11 @@ def test_what_cannot_be_served_is_refused(bench: Bench, body: dict[str, Any], pa
     assert refusal["param"] == param
     assert re.search(message, refusal["message"]), refusal["message"]
     assert bench.ranks.taken == []
+
+
+def test_a_long_conversation_is_refused_before_it_is_tokenized(bench: Bench) -> None:
+    message = error(bench.chat(messages=[{"role": "user", "content": "x" * 400}]), 400)["message"]
+    assert "406 characters" in message
 
 
 def test_an_open_end_takes_what_room_there_is(bench: Bench) -> None:
