@@ -91,9 +91,10 @@ class ScriptedRanks:
             if request.scores_prompt:
                 is_done = request.max_tokens == 0
                 scores = [score(token_id) for token_id in request.prompt_ids[1:]]
-                if len(scores) > 1:  # they come in parts
-                    yield Output(request.id, [], prompt_scores=scores[:-1])
-                yield Output(request.id, [], "length" if is_done else None, prompt_scores=scores[-1:])
+                if len(scores) > 3:  # they come in parts
+                    yield Output(request.id, [], prompt_scores=scores[:3])
+                    scores = scores[3:]
+                yield Output(request.id, [], "length" if is_done else None, prompt_scores=scores)
                 if is_done:
                     return
             for at, token_id in enumerate(token_ids):
