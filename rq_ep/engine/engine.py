@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
 from rq_ep.engine.empty_step import empty_step
+from rq_ep.engine.kv_cache import cache_size
 from rq_ep.engine.lockstep import LockstepManager, batching_config
 from rq_ep.engine.output_processor import OutputProcessor, RequestState
 from rq_ep.engine.progress import Progress, ProgressTracker
@@ -19,7 +20,6 @@ from rq_ep.engine.step_loop import StepLoop
 from rq_ep.moe import EPExperts
 from rq_ep.parallel import TorchGroup
 
-CPU_KV_CACHE_TOKENS = 16384
 SCORING_CHUNK = 512
 
 
@@ -79,7 +79,7 @@ class Engine:
             batching_config(
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
-                kv_cache_tokens=config.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if model.device.type == "cpu" else None),
+                kv_cache_tokens=cache_size(config.kv_cache_tokens, model.device.type),
                 seed=0,
             ),
             rotary=rotary,

@@ -1,4 +1,4 @@
-"""The paged KV cache: what a token takes of it, and how keys and values of unequal widths (MLA) lie in it."""
+"""The paged KV cache: its size, what a token takes of it, and how keys and values of unequal widths (MLA) lie in it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,8 +7,29 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from transformers import PretrainedConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache, group_layers_by_attn_type
+from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
+PAGE_SIZE = 32  # tokens
+CPU_TOKENS = 16384
+
+
+def cache_size(num_tokens: int | None, device_type: str) -> int | None:
+    """Tokens of a rank's cache, whole pages; None: what a GPU has left.
+
+    Args:
+        num_tokens: as asked for; None: by default.
+        device_type: cpu or cuda.
+    """
+    if num_tokens is None and device_type != "cpu":
+        return None
+    return -(-(num_tokens or CPU_TOKENS) // PAGE_SIZE) * PAGE_SIZE
+
+
+def has_full_attention(config: PretrainedConfig) -> bool:
+    """Whether every layer keeps all tokens, so that no request can have more of them than the cache."""
+    return list(group_layers_by_attn_type(config.get_text_config())) == [FULL_ATTENTION]
 
 
 def latent_widths(config: PretrainedConfig) -> tuple[int, int] | None:

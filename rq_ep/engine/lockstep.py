@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import RequestStatus
 
-from rq_ep.engine.kv_cache import cache_head_size, pad_cache
+from rq_ep.engine.kv_cache import PAGE_SIZE, cache_head_size, pad_cache
 from rq_ep.engine.nonfinite import NonFiniteTokens, is_finite
 from rq_ep.engine.output_processor import RequestState
 from rq_ep.engine.requests import Batch, Sampling
@@ -207,10 +207,9 @@ def batching_config(
     *, max_num_seqs: int, max_num_batched_tokens: int, kv_cache_tokens: int | None, seed: int
 ) -> ContinuousBatchingConfig:
     """Sizes of a rank's batches and cache; `kv_cache_tokens` None: what the GPU has left."""
-    page_size = 32
-    settings: dict[str, Any] = {} if kv_cache_tokens is None else {"num_blocks": -(-kv_cache_tokens // page_size)}
+    settings: dict[str, Any] = {} if kv_cache_tokens is None else {"num_blocks": -(-kv_cache_tokens // PAGE_SIZE)}
     return ContinuousBatchingConfig(
-        page_size=page_size,
+        page_size=PAGE_SIZE,
         max_batch_tokens=max_num_batched_tokens,
         max_requests_per_batch=min(max_num_seqs, max_num_batched_tokens),
         # A step must be over when the group agrees on the next one, and captured graphs cannot hold the exchange.

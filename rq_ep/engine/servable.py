@@ -1,6 +1,7 @@
 """Which models continuous batching can serve, and with which attention."""
 
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
 from rq_ep.core.errors import UserError
 from rq_ep.engine.kv_cache import latent_widths
@@ -10,13 +11,17 @@ def check_servable(config: PretrainedConfig) -> None:
     """Refuse a model that continuous batching cannot run.
 
     Raises:
-        UserError: an encoder-decoder, which continues no prompt.
+        UserError: an encoder-decoder, which continues no prompt, or layers for which there is no paged cache.
     """
     if config.is_encoder_decoder:
         raise UserError(
             f"model type {config.model_type!r} is an encoder-decoder, which cannot be served over HTTP: use "
             "rq_ep.load(...).generate(...), or serve a decoder-only model"
         )
+    try:
+        group_layers_by_attn_type(config.get_text_config())
+    except ValueError as error:
+        raise UserError(f"model type {config.model_type!r} cannot be served over HTTP: {error}") from None
 
 
 def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rq_ep.core.errors import UserError, check_integer
+from rq_ep.model.max_positions import max_positions
 from rq_ep.model.settings import WindowSettings
 
 # Domain -> texts; or texts of one domain (str); or files and directories of them (Path).
@@ -91,7 +92,7 @@ def make_windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, settings: Win
 
 def check_sequence_length(length: int, config: PretrainedConfig, low: int = 1) -> None:
     """Raise a `UserError` unless a model reads sequences of `length` tokens, and no fewer than `low` are asked for."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = max_positions(config)
     check_integer("--sequence-length", length, low)
     if limit is not None and length > limit:
         raise UserError(f"--sequence-length {length}: this model reads at most {limit} tokens")

@@ -11,6 +11,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
+from rq_ep.engine.kv_cache import cache_size, has_full_attention
 from rq_ep.engine.servable import check_servable
 from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.generation_defaults import end_token_ids, read_sampling_defaults
@@ -19,6 +20,7 @@ from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.dtypes import stored_dtype
+from rq_ep.model.max_positions import max_positions
 from rq_ep.strategies import make_strategy
 
 
@@ -29,16 +31,21 @@ class CheckedInputs(NamedTuple):
     end_token_ids: list[int]  # with which an answer ends
 
 
-def check_inputs(config: ServeConfig) -> CheckedInputs:
+def check_inputs(config: ServeConfig, device_type: str) -> CheckedInputs:
     """What the model's files say, if they and everything named beside them can be served.
+
+    Args:
+        config: what to serve.
+        device_type: of the ranks: cpu or cuda.
 
     Raises:
         UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy
-            or machine, quantized experts that are not the placement's.
+            or machine, quantized experts that are not the placement's, requests longer than the model or the KV cache.
     """
     chosen_strategy(config)
     model_config = read_config(config.model)
     check_servable(model_config)
+    _check_max_model_len(config, model_config, device_type)
     if config.placement is not None:
         Placement.load(config.placement)
     read_in_advance(config)
@@ -75,21 +82,38 @@ def chosen_strategy(config: ServeConfig) -> Strategy | None:
     return None if chosen is None else make_strategy(chosen.name, **chosen.settings)
 
 
-def choose_max_model_len(config: ServeConfig, model_config: PretrainedConfig, cache_tokens: int) -> int:
-    """The longest prompt and answer: by the model's own limit, the setting, and the KV cache.
-
-    Args:
-        cache_tokens: tokens that one request can have in the smallest KV cache of the group.
-    """
-    model_limit = int(model_config.get_text_config().max_position_embeddings)
-    wanted = config.max_model_len
+def _check_max_model_len(config: ServeConfig, model_config: PretrainedConfig, device_type: str) -> None:
+    """Refuse a length of requests that is too large whatever memory there is."""
+    wanted, model_limit = config.max_model_len, max_positions(model_config)
     if wanted is None:
-        return min(model_limit, cache_tokens)
-    if wanted > model_limit:
-        raise UserError(f"--max-model-len {wanted}: the model was made for {model_limit} tokens")
+        return
+    if model_limit is not None and wanted > model_limit:
+        raise UserError(
+            f"--max-model-len {wanted}: the model was made for {model_limit} tokens, by max_position_embeddings and "
+            "the rope scaling in config.json"
+        )
+    cache_tokens = cache_size(config.kv_cache_tokens, device_type)
+    if cache_tokens is not None and has_full_attention(model_config):
+        _check_fits_cache(wanted, cache_tokens)
+
+
+def _check_fits_cache(wanted: int, cache_tokens: int) -> None:
     if wanted > cache_tokens:
         raise UserError(
             f"--max-model-len {wanted}: the KV cache holds {cache_tokens} tokens of one request; "
             f"lower it, or raise --kv-cache-tokens to {wanted}"
         )
-    return wanted
+
+
+def choose_max_model_len(config: ServeConfig, model_config: PretrainedConfig, cache_tokens: int) -> int:
+    """The longest prompt and answer: by the model's own limit, the setting, and the KV cache.
+
+    Args:
+        config: what to serve, checked by `check_inputs`.
+        model_config: of the model.
+        cache_tokens: tokens that one request can have in the smallest KV cache of the group.
+    """
+    if config.max_model_len is None:
+        return min(max_positions(model_config) or cache_tokens, cache_tokens)
+    _check_fits_cache(config.max_model_len, cache_tokens)
+    return config.max_model_len

@@ -4,8 +4,7 @@ import torch
 
 from rq_ep.config import ServeConfig, resolved
 from rq_ep.core.placement import Placement
-from rq_ep.engine.engine import CPU_KV_CACHE_TOKENS
-from rq_ep.engine.kv_cache import kv_bytes_per_token
+from rq_ep.engine.kv_cache import cache_size, kv_bytes_per_token
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
@@ -27,7 +26,8 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     Raises:
         UserError: what a real start would refuse before it reads weights.
     """
-    check_inputs(config)
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    check_inputs(config, device.type)
     placement = None if config.placement is None else Placement.load(config.placement)
     strategy = choose_strategy(chosen_strategy(config), placement)
     identity = model_identity(config.model)
@@ -54,7 +54,6 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     if in_advance := read_in_advance(config):
         numbers = ", ".join(f"{number} in {name}" for name, number in sorted(in_advance.items()))
         lines.append(f"quantized in advance, read from {config.experts}: {numbers}")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     memory = available_bytes(device)
     sharers = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)
     token_bytes = kv_bytes_per_token(model.config, dtype)
@@ -68,7 +67,7 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
             lines.append(
                 f"        leaves {left:,} bytes for rows on their way and the KV cache: {left // token_bytes:,} tokens"
             )
-    tokens = config.kv_cache_tokens or (CPU_KV_CACHE_TOKENS if device.type == "cpu" else None)
+    tokens = cache_size(config.kv_cache_tokens, device.type)
     capacity = "what is left" if tokens is None else f"{tokens:,} tokens, {tokens * token_bytes:,} bytes a rank"
     lines.append(f"KV cache: {token_bytes:,} bytes a token; {capacity} (--kv-cache-tokens)")
     if memory is not None:

@@ -129,7 +129,7 @@ class RankServer:
     def _start_engine(self, loads: LoadTotals | None) -> Engine:
         config, group = self._config, self._group
         started_s = time.monotonic()
-        model_config, end_token_ids = run_on_all_ranks(group, lambda: check_inputs(config))
+        model_config, end_token_ids = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
         if group.rank == 0:
             self._client.send(Checked())
         model = run_on_all_ranks(group, lambda: load_served_model(config, group, loads))
