@@ -56,7 +56,7 @@ class Environment:
             world_size=world_size,
             local_rank=_environment_int(given, "LOCAL_RANK", rank),
             local_world_size=_environment_int(given, "LOCAL_WORLD_SIZE", world_size),
-            master_addr=given["MASTER_ADDR"],
+            master_addr=given["MASTER_ADDR"].strip("[]"),  # around an IPv6 address
             master_port=_environment_int(given, "MASTER_PORT", 0),
             restart_count=_environment_int(given, "TORCHELASTIC_RESTART_COUNT", 0),
             has_launcher=True,

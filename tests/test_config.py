@@ -111,8 +111,9 @@ def test_a_process_started_by_hand_is_the_only_rank() -> None:
 
 def test_the_environment_is_read_as_torchrun_sets_it() -> None:
     given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "2950"}
-    expected = Environment(3, 4, local_rank=1, local_world_size=4, master_addr="node0", master_port=2950)
+    expected = Environment(3, 4, 1, local_world_size=4, master_addr="node0", master_port=2950, has_launcher=True)
     assert Environment.from_os(given) == expected
+    assert Environment.from_os({**given, "MASTER_ADDR": "[fe80::1]"}) == replace(expected, master_addr="fe80::1")
     assert Environment.from_os({**given, "LOCAL_WORLD_SIZE": "2"}) == replace(expected, local_world_size=2)
 
 

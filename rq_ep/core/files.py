@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,8 +32,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o644)  # mkstemp makes files private; results are for sharing
         temporary.replace(target)
+    except (OSError, SafetensorError) as error:  # the disk is full, say, or the folder was deleted
+        raise UserError(f"{target}: cannot be written ({_reason(error)}); name another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def write_json(path: str | Path, document: Any, default: Callable[[Any], Any] | None = None) -> None:
@@ -54,7 +61,7 @@ def _temporary_beside(target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); name another place") from None
+        raise UserError(f"{target}: cannot be written ({_reason(error)}); name another place") from None
     os.close(handle)
     return Path(name)
 

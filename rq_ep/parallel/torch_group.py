@@ -23,6 +23,10 @@ from rq_ep.parallel.receive_buffers import ReceiveBuffers
 log = logging.getLogger(__name__)
 
 
+class RendezvousError(UserError):
+    """The ranks cannot meet where the launcher says. It may be raised on some of them only."""
+
+
 class Transport(NamedTuple):
     """Where tensors live and which backend moves them, and why."""
 
@@ -111,6 +115,7 @@ class TorchGroup:
         torch.distributed is initialised here unless it is already.
 
         Raises:
+            RendezvousError: the ranks cannot meet.
             UserError: the launcher's variables are incomplete, or `device` is not there.
         """
         environment = Environment.from_os()
@@ -121,10 +126,7 @@ class TorchGroup:
                 store = dist.HashStore()  # type: ignore[attr-defined]
                 dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)
             else:
-                # torchrun may keep its store when it restarts ranks, with the addresses of the ones before.
-                shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-                own = dist.PrefixStore(f"attempt {environment.restart_count}", shared)  # type: ignore[attr-defined]
-                dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
+                _meet(environment, timeout)
         return cls(device, local_rank=environment.local_rank, timeout_s=timeout_s, owns_world=owns_world)
 
     def gather_counts(self, counts_V: Tensor) -> IntArray:
@@ -242,6 +244,24 @@ class TorchTransfers:
         for landing, target in self.landings:
             if landing is not target:
                 target.copy_(landing)
+
+
+def _meet(environment: Environment, timeout: timedelta) -> None:
+    """Initialise torch.distributed over the store at the launcher's address."""
+    addr, port = environment.master_addr, environment.master_port
+    host = f"[{addr}]" if ":" in addr else addr
+    url = f"tcp://{host}:{port}?rank={environment.rank}&world_size={environment.world_size}"
+    try:
+        shared, rank, size = next(dist.rendezvous(url, timeout=timeout))  # type: ignore[attr-defined]
+        # torchrun may keep its store when it restarts ranks, with the addresses of the ones before.
+        own = dist.PrefixStore(f"attempt {environment.restart_count}", shared)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
+        reason = str(error).partition("\n")[0]
+        raise RendezvousError(
+            f"rank {environment.rank} cannot meet the others at MASTER_ADDR={addr}, MASTER_PORT={port} ({reason}): "
+            "the address must be rank 0's, and the port free there"
+        ) from None
 
 
 def _gpu_name(local_rank: int) -> str | None:

@@ -20,6 +20,15 @@ NUM_RANKS = 2
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
+def loopback() -> str:
+    """The IPv6 address where there is one, as `tests/parallel` has the other."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return "127.0.0.1"
+    return "[::1]"
+
+
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank saw; both were ended by the failure that comes last."""
@@ -36,7 +45,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(NUM_RANKS):
             environment = os.environ | {
                 "RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": loopback(), "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             }  # fmt: skip
             with (directory / f"rank{rank}.log").open("w") as log:
                 command = [sys.executable, "-m", "tests.engine.worker", str(directory)]

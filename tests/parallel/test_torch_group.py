@@ -1,13 +1,14 @@
 """The choice of a backend; the group of a process that is alone."""
 
 import logging
+import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from rq_ep.core.errors import UserError
-from rq_ep.parallel.torch_group import TorchGroup, choose_transport
+from rq_ep.parallel.torch_group import RendezvousError, TorchGroup, choose_transport
 
 
 @pytest.mark.parametrize(
@@ -52,4 +53,15 @@ def test_a_process_started_by_hand_is_a_group_of_one(
     assert dist.is_initialized(), "a group ends torch.distributed only if it began it"
     group.barrier()
     group.close()
+    assert not dist.is_initialized()
+
+
+def test_a_taken_master_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RendezvousError, match=f"MASTER_ADDR=127.0.0.1, MASTER_PORT={port} .*EADDRINUSE") as caught:
+            TorchGroup.from_environment("cpu", timeout_s=5)
+    assert "\n" not in str(caught.value)
     assert not dist.is_initialized()

@@ -31,7 +31,7 @@ class HttpProcess:
     def __init__(self, config: ServeConfig, environment: Environment) -> None:
         with bind_http(config.host, config.port) as http, bind_control(environment.master_addr) as control:
             self.address: tuple[str, int] = control.getsockname()[:2]
-            if self.address[0] == "0.0.0.0":
+            if self.address[0] in ("0.0.0.0", "::"):
                 self.address = (environment.master_addr, self.address[1])
             self.token = secrets.token_hex(16)
             # Connected before the process exists: should this rank die now, the process will read the end of it.
@@ -84,7 +84,12 @@ def bind_http(host: str, port: int) -> socket.socket:
 def bind_control(master_addr: str) -> socket.socket:
     """Bind a free port that the other ranks can reach: on the address under which they meet rank 0."""
     try:
-        address = socket.gethostbyname(master_addr)
-        return socket.create_server((address, 0), backlog=1024)
+        found = [
+            (family, where[:2]) for family, *_, where in socket.getaddrinfo(master_addr, 0, type=socket.SOCK_STREAM)
+        ]
+        family, (host, _) = min(found, key=lambda pair: pair[0] != socket.AF_INET)  # IPv4 where there are both
+        return socket.create_server((host, 0), family=family, backlog=1024)
     except OSError:  # a name that only other machines resolve to this one
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("::", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
         return socket.create_server(("", 0), backlog=1024)

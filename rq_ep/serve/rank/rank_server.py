@@ -3,20 +3,22 @@
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum, auto
 from typing import NoReturn, assert_never
 
-from rq_ep.config import ServeConfig
+from rq_ep.config import Environment, ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.requests import Output
 from rq_ep.engine.step_agreement import is_consequence
 from rq_ep.model.load.load_report import report_of
-from rq_ep.parallel import TorchGroup
+from rq_ep.parallel import RankFailure, TorchGroup
 from rq_ep.parallel.agreement import report_user_error, run_on_all_ranks
 from rq_ep.parallel.host import short_collections
+from rq_ep.parallel.torch_group import RendezvousError
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.messages import (
     Abort,
@@ -32,7 +34,7 @@ from rq_ep.serve.messages import (
     ToRank,
     Wake,
 )
-from rq_ep.serve.process import exit_failed, thread_errors_to
+from rq_ep.serve.process import exit_failed, print_user_error, thread_errors_to
 from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.http_parent import HttpProcess
@@ -56,10 +58,16 @@ def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None, ea
         problem: why rank 0 could not start it.
         early_end: ends this process.
     """
-    group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
     status = 0
     try:
-        address, token, problem = group.all_gather_object((http and http.address, http and http.token, problem))[0]
+        with fails_after(early_end, config.rank_timeout):
+            group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
+            address, token, problem = group.all_gather_object((http and http.address, http and http.token, problem))[0]
+    except RendezvousError as error:
+        return print_user_error(error)
+    except RankFailure as error:
+        fail(early_end, error)
+    try:
         if problem is not None:
             raise UserError(problem)
         client = ControlClient(address, group.rank, token) if http is None else http.client
@@ -76,6 +84,21 @@ def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None, ea
     finally:
         group.close()
     return status
+
+
+@contextmanager
+def fails_after(early_end: EarlyEnd, timeout_s: float) -> Iterator[None]:
+    """End this process unless the ranks meet in time; torch waits for ever on a stranger who holds the port."""
+    environment = Environment.from_os()
+    where = f"MASTER_ADDR={environment.master_addr}, MASTER_PORT={environment.master_port}"
+    text = f"the ranks have not met at {where} within {timeout_s:g} s (--rank-timeout)"
+    timer = threading.Timer(timeout_s, early_end.fail, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def fail(early_end: EarlyEnd, error: BaseException) -> NoReturn:

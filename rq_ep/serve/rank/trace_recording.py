@@ -89,14 +89,17 @@ class TraceRecording:
         if len(parts) < self._group.size:
             return RecordingFailed(NOTHING)
         traces, are_full = zip(*parts, strict=True)
-        num_steps = min(len(trace.tokens_S) for trace in traces)
         name = f"trace-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.safetensors"
         path = Path(self._directory or ".") / name
         try:
+            num_steps = min(len(trace.tokens_S) for trace in traces)
             joined = RoutingTrace.joined([trace.head(num_steps) for trace in traces])
             replace(joined, model=self._identity).save(path)
-        except (OSError, UserError) as error:
-            return RecordingFailed(f"{path}: {error}")
+        except UserError as error:  # it names the path
+            return RecordingFailed(str(error))
+        except Exception as error:  # whatever it is, the server goes on without the trace
+            log.exception("a recording could not be written to %s", path)
+            return RecordingFailed(f"{path}: {type(error).__name__}: {error}")
         num_tokens = len(joined.ids_NLK)
         log.info("recorded %d steps of %d tokens to %s%s", num_steps, num_tokens, path, ", its limit" * any(are_full))
         return Recorded(str(path), num_steps, num_tokens, any(are_full))

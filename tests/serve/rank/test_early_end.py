@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from rq_ep.serve.messages import Aborted, Failed, FromRank
 from rq_ep.serve.rank import early_end
 from rq_ep.serve.rank.early_end import EarlyEnd
+from rq_ep.serve.rank.http_parent import bind_control
+from rq_ep.serve.rank.rank_server import fails_after
 from tests.serve.running import until
 
 
@@ -81,3 +84,24 @@ def test_a_rank_ends_when_its_launcher_has_died(rank: FakeConnection, monkeypatc
     with rank.end.watching(has_launcher=True):
         until(lambda: bool(rank.reasons))
     assert rank.sent == [Failed("its launcher (process 50) has died", is_consequence=False)]
+
+
+def test_ranks_that_do_not_meet_in_time_end_by_name(rank: FakeConnection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would wait for more than two minutes on a stranger who listens on MASTER_PORT."""
+    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "2950"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with rank.end.watching(has_launcher=False), fails_after(rank.end, 0.01):
+        until(lambda: bool(rank.reasons))
+    expected = "the ranks have not met at MASTER_ADDR=node0, MASTER_PORT=2950 within 0.01 s (--rank-timeout)"
+    assert rank.reasons == [f"rank 3: {expected}"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "localhost", "no such name"])
+def test_the_ranks_reach_the_port_on_rank_0(address: str) -> None:
+    try:
+        control = bind_control(address)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with control:
+        socket.create_connection(control.getsockname()[:2], timeout=5).close()
