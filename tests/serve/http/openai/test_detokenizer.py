@@ -105,12 +105,13 @@ def test_characters_that_are_u_fffd_spoil_none_behind_them(kind: str) -> None:
     assert text_of(PrefixDetokenizer(Bytes()), list(text.encode())) == text
 
 
-def test_a_character_that_the_prompt_begins_is_shown_when_it_is_complete() -> None:
+@pytest.mark.parametrize("num_begun", [1, 2, 3])
+def test_a_character_that_the_prompt_begins_is_shown_when_it_is_complete(num_begun: int) -> None:
     tokenizer = small_tokenizer("llama")
-    first, *rest = (tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "\u4f60".encode())
+    token_ids = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "\U0001f600".encode()]
     for detokenizer in (detokenizers(tokenizer)(), PrefixDetokenizer(tokenizer)):
-        detokenizer.skip([*tokenizer.encode("the cat"), first])
-        assert text_of(detokenizer, rest) == "\u4f60"
+        detokenizer.skip([*tokenizer.encode("the cat"), *token_ids[:num_begun]])
+        assert text_of(detokenizer, token_ids[num_begun:]) == "\U0001f600"
 
 
 def test_an_added_token_of_a_byte_level_vocabulary_is_its_own_text() -> None:
@@ -130,8 +131,11 @@ def test_whole_characters_only(text: str) -> None:
 
 @given(st.lists(st.integers(0, 255), max_size=60))
 def test_bytes_that_are_no_text_come_out_in_the_end(token_ids: list[int]) -> None:
-    text = text_of(PrefixDetokenizer(Bytes()), token_ids)
+    detokenizer = PrefixDetokenizer(Bytes())
+    pushed = [*map(detokenizer.push, token_ids), detokenizer.flush()]
+    text = "".join(part.text for part in pushed)
     assert (text == "") == (not token_ids)
+    assert b"".join(part.bytes_ for part in pushed).decode() == text
 
 
 def test_what_stands_between_tokens_is_kept() -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rq_ep.engine.requests import LOWEST_LOGPROB, Output, Score
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
-from rq_ep.serve.http.openai.detokenizer import detokenizers
+from rq_ep.serve.http.openai.detokenizer import PrefixDetokenizer, detokenizers
 from rq_ep.serve.http.openai.logprobs import chat_logprobs, completion_logprobs
 from tests.serve.http.openai.small_tokenizers import KINDS, small_tokenizer
 
@@ -127,6 +127,15 @@ def test_the_end_of_an_answer_within_a_character_belongs_to_its_last_token() -> 
     chunks = answer_chunks(tokenizer, prompt_ids, [second], echo=True)
     assert [chunk.text for chunk in chunks] == ["the", "\ufffd"]
     assert [token.added.bytes_ for chunk in chunks for token in chunk.tokens] == [b"the", b"\xe4", b"\xbd"]
+
+
+def test_tokens_of_a_tokenizer_whose_decoder_is_not_known_join_to_the_text() -> None:
+    text = TextChunker(PrefixDetokenizer(small_tokenizer("byte_level")), [])
+    token_ids = small_tokenizer("byte_level").encode("caf\u00e9 \U0001f601")[:-1]  # it ends within a character
+    score = Score(-1.0, [], [])
+    chunk = text.chunk(Output("r", token_ids, "length", scores=[score] * len(token_ids)))
+    assert chunk.text == "caf\u00e9 \ufffd"
+    assert b"".join(token.added.bytes_ for token in chunk.tokens).decode() == chunk.text
 
 
 @pytest.mark.parametrize("shape", [completion_logprobs, chat_logprobs])
