@@ -60,7 +60,7 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
         if not body.stream:
             return await response.whole(chunks)
         # The first chunk is awaited before the status is sent, so that a refusal is a status and not an event.
-        events = response.stream(_chain(await anext(chunks), chunks), body.include_usage)
+        events = response.stream(_chain(await anext(chunks), chunks), body.usage_options)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     @app.get("/v1/models")

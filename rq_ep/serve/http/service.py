@@ -14,6 +14,7 @@ from rq_ep.serve.http.history import History
 from rq_ep.serve.http.load_view import LoadView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.chat_template import render_chat
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
 from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
 from rq_ep.serve.http.openai.prompt_encoder import PromptEncoder
@@ -104,16 +105,16 @@ class Service:
             raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
 
         def render() -> str:
-            conversation = [message.for_template() for message in body.messages]
-            text: str = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-            return text
+            return render_chat(self.tokenizer, body.messages)
 
         try:
             text = await self._encoder.run(CHARS_PER_MESSAGE * len(body.messages), render)
         except ApiError:
             raise
         except Exception as error:  # templates raise what they like: roles in a wrong order, say
-            raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from None
+            reason = " ".join(str(error).split())
+            message = f"the model's chat template refuses the messages: {reason:.400}"
+            raise ApiError(400, message, "messages") from None
         return await self._encoder.encode(text, "messages", add_special_tokens=False)
 
     def request(self, prompt_ids: list[int], body: GenerationBody) -> Request:

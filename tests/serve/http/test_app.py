@@ -188,6 +188,44 @@ def test_text_parts_are_joined(bench: Bench) -> None:
     assert bytes(bench.ranks.taken[0].prompt_ids) == b"<system>be brief<user>ab"
 
 
+def test_what_an_answer_contains_is_accepted_as_input(bench: Bench) -> None:
+    nulls = {"audio": None, "function_call": None, "tool_calls": None, "name": None, "annotations": None}
+    answer = bench.chat().json()["choices"][0]["message"]
+    for sent in (
+        answer,
+        {**answer, **nulls},
+        {**answer, "annotations": [], "of_tomorrow": {"x": [1]}, "tool_calls": []},
+    ):
+        messages = [{"role": "user", "content": "hi"}, sent, {"role": "user", "content": "and?"}]
+        assert bench.chat(messages=messages).status_code == 200
+        assert bytes(bench.ranks.taken[-1].prompt_ids) == b"<user>hi<assistant>hello<user>and?"
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "assistant", "refusal": "no", "content": "x"}, "messages.1.refusal: Input should be None"),
+        ({"role": "assistant", "function_call": {"name": "f"}, "content": "x"}, "messages.1.function_call: "),
+        ({"role": "assistant", "content": None}, "messages.1.content: Input should be text"),
+        ({"role": "user"}, "messages.1.content: Input should be text"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages.1.content.0.type: "),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+            "tool_calls.0.function.arguments is required",
+        ),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+            "messages.1.tool_calls.0: this model's chat template leaves it out",
+        ),
+    ],
+)
+def test_what_a_message_says_beyond_text_is_refused_by_name(bench: Bench, message: dict[str, Any], text: str) -> None:
+    refusal = error(bench.chat(messages=[{"role": "user", "content": "hi"}, message]), 400)
+    assert text in refusal["message"]
+    assert refusal["param"] == "messages"
+    assert bench.ranks.taken == []
+
+
 @pytest.mark.parametrize("include_usage", [False, True])
 def test_a_streamed_completion(bench: Bench, include_usage: bool) -> None:
     options = {"stream_options": {"include_usage": True}} if include_usage else {}
@@ -199,6 +237,19 @@ def test_a_streamed_completion(bench: Bench, include_usage: bool) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello"
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["length"]
     assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("call", ["complete", "chat"])
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_usage_may_come_with_every_chunk(bench: Bench, call: str, include_usage: bool) -> None:
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    chunks = events(getattr(bench, call)(stream=True, stream_options=options))[:-1]
+    usages = [(chunk["usage"]["completion_tokens"], chunk["usage"]["total_tokens"]) for chunk in chunks]
+    num_prompt = 3 if call == "complete" else 8
+    first = [0] if call == "chat" else []  # the role
+    last = [5] if include_usage else []
+    assert usages == [(count, num_prompt + count) for count in [*first, 1, 2, 3, 4, 5, *last]]
+    assert [chunk["choices"] == [] for chunk in chunks].count(True) == include_usage
 
 
 def test_a_streamed_chat(bench: Bench) -> None:
@@ -273,12 +324,16 @@ def test_both_names_of_the_limit_are_known(bench: Bench) -> None:
 def test_neutral_parameters_are_accepted(bench: Bench) -> None:
     body = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}}
     assert bench.complete(**body, user="me").status_code == 200
+    options = {"include_usage": None, "of_tomorrow": None}
+    assert bench.complete(stream=True, stream_options=options, ignore_eos=None, of_tomorrow=None).status_code == 200
 
 
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
         ({"n": 2}, "n", "n: Input should be 1"),
+        ({"n": True}, "n", "n: Input should be a number"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "unknown parameter 'stream_options.x'"),
         ({"best_of": 2}, "best_of", "best_of=2 is not supported"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
@@ -287,7 +342,7 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
         ({"temprature": 1}, "temprature", "unknown parameter 'temprature'"),
         ({"temperature": "hot"}, "temperature", "temperature: Input should be a valid number"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"max_tokens": "5"}, "max_tokens", "valid integer"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),

@@ -14,6 +14,7 @@ from rq_ep.engine.requests import Request
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chunks import Chunk, ScoredToken
 from rq_ep.serve.http.openai.logprobs import chat_logprobs, completion_logprobs
+from rq_ep.serve.http.openai.schemas import StreamOptions
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -64,26 +65,31 @@ class ResponseBuilder:
         kind = "chat.completion" if self.is_chat else "text_completion"
         return self._frame(kind, [choice], usage=self._usage(sum(chunk.num_tokens for chunk in all_)))
 
-    async def stream(self, chunks: AsyncIterator[Chunk], include_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events of a response: its chunks, its usage if asked for, and the end mark.
+    async def stream(self, chunks: AsyncIterator[Chunk], options: StreamOptions) -> AsyncIterator[str]:
+        """Server-sent events of a response: its chunks, its usage as asked for, and the end mark.
 
         An error on the way becomes an event of its own, and the end mark is left out.
         """
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        usage: dict[str, Any] = {"usage": None} if include_usage else {}
         num_tokens = 0
+
+        def usage() -> dict[str, Any]:
+            if options.continuous_usage_stats:
+                return {"usage": self._usage(num_tokens)}
+            return {"usage": None} if options.include_usage else {}
+
         if self.is_chat:
-            yield _event(self._frame(kind, [self._choice("", None, (), is_first=True)], **usage))
+            yield _event(self._frame(kind, [self._choice("", None, (), is_first=True)], **usage()))
         try:
             async for chunk in chunks:
                 num_tokens += chunk.num_tokens
                 if chunk.text or chunk.tokens or chunk.finish_reason is not None:
                     choice = self._choice(chunk.text, chunk.finish_reason, chunk.tokens)
-                    yield _event(self._frame(kind, [choice], **usage))
+                    yield _event(self._frame(kind, [choice], **usage()))
         except ApiError as error:
             yield _event(error.body())
             return
-        if include_usage:
+        if options.include_usage:
             yield _event(self._frame(kind, [], usage=self._usage(num_tokens)))
         yield "data: [DONE]\n\n"
 

@@ -2,28 +2,37 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 
 # Parameters of OpenAI's reference that are not supported, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1, None),
-    "frequency_penalty": (0, None),
-    "function_call": ("none", None),
-    "functions": (None,),
-    "logit_bias": ({}, None),
-    "metadata": ({}, None),
-    "modalities": (["text"], None),
-    "parallel_tool_calls": (False, True, None),
-    "presence_penalty": (0, None),
-    "response_format": ({"type": "text"}, None),
-    "service_tier": ("auto", "default", None),
-    "store": (False, None),
-    "suffix": ("", None),
-    "tool_choice": ("none", "auto", None),
-    "tools": ([], None),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": (),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (False, True),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
 }
 
 MAX_LOGPROBS = 20
@@ -34,33 +43,43 @@ Text = str  # the parser of bodies refuses halves of surrogate pairs
 StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
+def refuse_bool(value: Any) -> Any:
+    """True equals 1 where literals are compared."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not true or false")
+    return value
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def refuse_unknown(cls, data: Any) -> Any:
-        """Name the first unknown key, and it alone: pydantic would make an error of each."""
-        if cls.model_config.get("extra") == "forbid" and isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise PydanticCustomError("extra_forbidden", "unknown parameter", {"key": key})
+    def drop_nulls_and_refuse_unknown(cls, data: Any) -> Any:
+        """Drop what is null, and name the first unknown key, and it alone: pydantic would make an error of each."""
+        if not isinstance(data, dict):
+            return data
+        data = {key: value for key, value in data.items() if value is not None}
+        for key in data:
+            if key not in cls.model_fields:
+                raise PydanticCustomError("extra_forbidden", "unknown parameter", {"key": key})
         return data
 
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # of vLLM's, which GuideLLM sends
 
 
 class GenerationBody(_Body):
     """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
 
     model: Text
-    n: Literal[1] | None = None
+    n: Annotated[Literal[1], BeforeValidator(refuse_bool)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)  # the newer name; GuideLLM sends both
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = None
@@ -75,7 +94,7 @@ class GenerationBody(_Body):
         if not isinstance(data, dict):
             return data
         for name, neutral in NEUTRAL.items():
-            if name in data and not any(data[name] is value or _same(data[name], value) for value in neutral):
+            if data.get(name) is not None and not any(_same(data[name], value) for value in neutral):
                 raise ApiError(400, f"{name}={data[name]!r:.60} is not supported by this server: leave it out", name)
         return {name: value for name, value in data.items() if name not in NEUTRAL}
 
@@ -100,8 +119,8 @@ class GenerationBody(_Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_options(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -153,22 +172,52 @@ class CompletionBody(GenerationBody):
         return bool(self.echo)
 
 
-class TextPart(_Body):
+class _MessagePart(BaseModel):
+    """A part of a message, whose fields beyond these are ignored, as OpenAI's servers do: answers have more of them."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class TextPart(_MessagePart):
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
-    name: Text | None = None
+class FunctionCall(_MessagePart):
+    name: Annotated[Text, Field(min_length=1)]
+    arguments: Text
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates read it."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text, **name}
+
+class ToolCall(_MessagePart):
+    id: Text | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class ChatMessage(_MessagePart):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tool_call_id: Text | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
+        None, validate_default=True
+    )
+    name: Text | None = None
+    reasoning_content: Text | None = None
+    # These would be lost.
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+
+    @field_validator("content")
+    @classmethod
+    def check_content(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and not info.data.get("tool_calls"):
+            raise ValueError("Input should be text, which only a message with tool_calls need not have")
+        return content
+
+    @property
+    def text(self) -> str | None:
+        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
 
 
 class ChatBody(GenerationBody):

@@ -1,0 +1,140 @@
+"""A conversation written as a prompt by the model's chat template, which must leave none of it out.
+
+Templates skip what they do not know without a word, and differ in the form in which they read it. So a template first
+writes the conversation with a marker in place of each text: the form is right in which it shows every marker. What a
+template cuts out of a text itself, as earlier thinking, is its own business.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Protocol
+
+from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.schemas import ChatMessage, FunctionCall, ToolCall
+
+MARKER = re.compile(r"qz(\d+)zq")
+IN_REPR = re.compile(r"[{,:] ?'qz(\d+)zq'")  # a list or dictionary that was taken for text
+
+
+class ChatTokenizer(Protocol):
+    """The part of a tokenizer that is needed here."""
+
+    chat_template: Any
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form in which templates read messages.
+
+    Args:
+        has_parts: contents are lists of parts, as templates of multimodal models read them.
+        no_content: the content of a message that only calls tools; None: transformers leaves the key out.
+        parses_arguments: the arguments of a call are an object instead of its JSON.
+    """
+
+    has_parts: bool
+    no_content: str | None
+    parses_arguments: bool
+
+    def message(self, message: ChatMessage) -> dict[str, Any]:
+        """A message as templates read it; fields without a value are left out."""
+        written: dict[str, Any] = {"role": message.role, "content": self._content(message.text)}
+        if message.tool_calls:
+            written["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        others = {name: getattr(message, name) for name in ("name", "tool_call_id", "reasoning_content")}
+        return written | {name: value for name, value in others.items() if value is not None}
+
+    def _content(self, text: str | None) -> str | list[dict[str, str]] | None:
+        text = self.no_content if text is None else text
+        return [{"type": "text", "text": text}] if self.has_parts and text else text
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        arguments: Any = call.function.arguments
+        if self.parses_arguments:
+            parsed = _parsed(arguments)
+            arguments = arguments if parsed is None else parsed
+        identity = {} if call.id is None else {"id": call.id}
+        return {**identity, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def render_chat(tokenizer: ChatTokenizer, messages: Sequence[ChatMessage]) -> str:
+    """The prompt that the template makes of a conversation.
+
+    Raises:
+        ApiError: the template leaves out a message, or a part of one.
+        Exception: whatever a template raises that refuses the messages.
+    """
+    system = "developer" if "developer" in str(tokenizer.chat_template) else "system"
+
+    def write(messages: Sequence[ChatMessage], form: Form) -> str:
+        conversation = [form.message(message) for message in messages]
+        for message in conversation:
+            message["role"] = system if message["role"] == "developer" else message["role"]
+        text: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        return text
+
+    marked, places = _mark(messages)
+    refusals: list[Exception] = []
+    left_out: list[str] = []
+    for form in _forms(messages):
+        try:
+            text = write(marked, form)
+        except Exception as error:
+            refusals.append(error)
+            continue
+        shown = set(MARKER.findall(text)) - set(IN_REPR.findall(text))
+        missing = [place for number, place in enumerate(places) if str(number) not in shown]
+        if not missing:
+            return write(messages, form)
+        left_out = min(left_out or missing, missing, key=len)
+    if refusals and not left_out:
+        raise refusals[0]
+    raise ApiError(400, f"{left_out[0]}: this model's chat template leaves it out of the prompt", "messages")
+
+
+def _forms(messages: Sequence[ChatMessage]) -> Iterator[Form]:
+    """The forms that differ for these messages, the commonest first."""
+    no_content = (None, "") if any(message.content is None for message in messages) else ("",)
+    parses_arguments = (True, False) if any(message.tool_calls for message in messages) else (True,)
+    return (Form(*settings) for settings in product((False, True), no_content, parses_arguments))
+
+
+def _mark(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[str]]:
+    """The messages with numbered markers in place of what must be shown; for each number, what it stands for."""
+    places: list[str] = []
+
+    def marker(place: str) -> str:
+        places.append(place)
+        return f"qz{len(places) - 1}zq"
+
+    marked = []
+    for at, message in enumerate(messages):
+        content, calls = message.text, []
+        if content:
+            content = marker(f"messages.{at}.role: the content of a message of role {message.role!r}")
+        for number, call in enumerate(message.tool_calls or ()):
+            place = f"messages.{at}.tool_calls.{number}"
+            function = FunctionCall(name=marker(place), arguments="{}")
+            if _parsed(call.function.arguments):
+                function.arguments = json.dumps({marker(place): marker(place)})
+            elif call.function.arguments.strip() not in ("", "{}"):
+                function.arguments = marker(place)
+            calls.append(call.model_copy(update={"function": function}))
+        marked.append(message.model_copy(update={"content": content, "tool_calls": calls}))
+    return marked, places
+
+
+def _parsed(arguments: str) -> dict[str, Any] | None:
+    """The object whose JSON the arguments of a call are; None: they are not, models write what they like."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
