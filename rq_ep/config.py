@@ -6,7 +6,7 @@ A settings class declares its fields with `option`; their names are the YAML key
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,7 +126,17 @@ class ServeConfig:
 
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, help="port to listen on; 0 picks a free one", minimum=0, maximum=65535)
-    api_key: str | None = option(None, help="key that requests under /v1 must bring; default: none", secret=True)
+    api_key: tuple[str, ...] | None = option(
+        None, help="keys, of which requests must bring one; default: none is needed", secret=True, several=True
+    )
+    api_key_file: str | None = option(
+        None, help="file of such keys, one a line; unlike a flag's, no list of processes shows them"
+    )
+    allowed_origins: tuple[str, ...] | None = option(
+        None,
+        help="origins of web pages that may send requests, such as https://example.org; default: none",
+        several=True,
+    )
     served_model_name: str | None = option(None, help="name of the model in requests; default: as given by --model")
     max_num_seqs: int = option(64, help="requests that run at once on a rank", minimum=1)
     max_num_batched_tokens: int = option(1024, help="tokens of one step on a rank", minimum=1)
@@ -153,10 +163,33 @@ class ServeConfig:
     )
     log_level: str = option("info", help="how much to log", choices=LOG_LEVELS)
 
+    def with_api_keys(self, environ: Mapping[str, str] | None = None) -> "ServeConfig":
+        """These settings with all keys in `api_key`: the given ones and the file's or, if there are none of either,
+
+        that of RQ_EP_API_KEY.
+
+        Raises:
+            UserError: the file is not readable or has no keys.
+        """
+        given = os.environ if environ is None else environ
+        keys = [*(self.api_key or ()), *(_read_keys(self.api_key_file) if self.api_key_file else ())]
+        keys = keys or [key for key in (given.get("RQ_EP_API_KEY"),) if key]
+        return replace(self, api_key=tuple(keys) or None)
+
     @property
     def model_name(self) -> str:
         """The model name in requests and answers."""
         return self.served_model_name or self.model
+
+
+def _read_keys(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api-key-file {path}: not readable ({error})") from None
+    if not (keys := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"--api-key-file {path}: has no key: write one on a line")
+    return keys
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
@@ -224,7 +257,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def as_mapping(settings: Any) -> dict[str, Any]:
     """The settings as a YAML file would give them."""
-    document = {item.key: getattr(settings, name) for name, item in options_of(type(settings)).items()}
+    values = {item.key: getattr(settings, name) for name, item in options_of(type(settings)).items()}
+    document = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     if isinstance(strategy := document.get("strategy"), StrategyConfig):
         document["strategy"] = {"name": strategy.name, **strategy.settings}
     return document

@@ -55,9 +55,36 @@ def test_a_strategy_is_a_name_or_a_mapping(write, text: str, expected: StrategyC
 
 def test_a_secret_is_not_shown() -> None:
     config = read("--model", "m", "--api-key", "hush")
-    assert config.api_key == "hush"
+    assert config.api_key == ("hush",)
     assert "hush" not in resolved(config)
     assert yaml.safe_load(resolved(read("--model", "m")))["api_key"] is None
+
+
+def test_api_keys_come_from_flags_a_file_or_the_environment(write, tmp_path: Path) -> None:
+    environ = {"RQ_EP_API_KEY": "c"}
+    keys = tmp_path / "keys"
+    keys.write_text("b\n\n b2 \n")
+
+    def keys_of(*flags: str) -> tuple[str, ...] | None:
+        return read("--model", "m", *flags).with_api_keys(environ).api_key
+
+    assert keys_of() == ("c",)
+    assert keys_of("--api-key", "a", "a2") == ("a", "a2")
+    assert keys_of("--api-key-file", str(keys)) == ("b", "b2")
+    assert keys_of("--api-key", "a", "--api-key-file", str(keys)) == ("a", "b", "b2")
+    assert read("--config", write("model: m\napi_key: a")).with_api_keys({}).api_key == ("a",)
+    assert read("--model", "m").with_api_keys({}).api_key is None
+    keys.write_text("\n")
+    for name in (str(keys), str(tmp_path / "none")):
+        with pytest.raises(UserError, match="--api-key-file"):
+            keys_of("--api-key-file", name)
+
+
+@pytest.mark.parametrize("value", ["12345", "[12345]", "{key: 12345}", "[[12345]]"])
+def test_a_secret_of_a_wrong_type_is_not_quoted(write, value: str) -> None:
+    with pytest.raises(UserError, match="--api-key: must be text") as caught:
+        read("--config", write(f"model: m\napi_key: {value}\n"))
+    assert "12345" not in str(caught.value)
 
 
 def test_resolved_settings_are_a_file_that_gives_them_again(write) -> None:

@@ -59,6 +59,8 @@ class Option:
         """
         if (value is None and self.takes_none) or (self.required and value == self.default):
             return value
+        if self.secret and not (isinstance(value, Sequence) and all(isinstance(item, str) and item for item in value)):
+            raise UserError(f"{self.flag}: must be text")  # which no error quotes
         if not self.is_sequence:
             return self._check_one(value)
         if isinstance(value, str) or not isinstance(value, Sequence):

@@ -1,7 +1,7 @@
 """The ASGI application: OpenAI's routes, health, metrics, and the errors of all."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp
 
 from rq_ep.serve.http.ep_routes import ep_routes
-from rq_ep.serve.http.guards import KeyGuard
+from rq_ep.serve.http.guards import HeadAsGet, KeyGuard, OriginGuard
 from rq_ep.serve.http.metrics import RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chunks import Chunk
@@ -26,13 +27,16 @@ from rq_ep.serve.http.service import Service
 Body = TypeVar("Body", bound=GenerationBody)
 
 
-def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) -> ASGIApp:
+def make_app(
+    service: Service, max_body_bytes: int, api_keys: Collection[str] = (), allowed_origins: Collection[str] = ()
+) -> ASGIApp:
     """The ASGI application in front of a service.
 
     Args:
         service: answers the requests.
         max_body_bytes: longest request body.
-        api_key: the key that requests under /v1 must carry; None: they need none.
+        api_keys: requests must carry one of them, if there are any.
+        allowed_origins: of pages of other sites that may send requests; `*`: all of them.
     """
     app = FastAPI(title="rq_ep", version=version("rq_ep"), docs_url=None, redoc_url=None)
     created = int(time.time())
@@ -111,14 +115,22 @@ def make_app(service: Service, max_body_bytes: int, api_key: str | None = None) 
     @app.exception_handler(HTTPException)
     async def on_http_error(http: Request, error: HTTPException) -> Response:
         text = f"{http.method} {http.url.path}: {error.detail}"
-        return await on_api_error(http, ApiError(error.status_code, text, headers=error.headers))
+        headers = error.headers
+        if headers is not None and headers.get("Allow") == "GET":
+            headers = {**headers, "Allow": "GET, HEAD"}
+        return await on_api_error(http, ApiError(error.status_code, text, headers=headers))
 
     @app.exception_handler(Exception)
     async def on_bug(http: Request, error: Exception) -> Response:
         return await on_api_error(http, ApiError(500, f"internal error: {type(error).__name__}"))
 
     app.openapi = lambda: describe(app, service.model_name)  # type: ignore[method-assign]
-    return app if api_key is None else KeyGuard(app, api_key)
+    guarded: ASGIApp = OriginGuard(HeadAsGet(app), allowed_origins)
+    if api_keys:
+        guarded = KeyGuard(guarded, api_keys)
+    if allowed_origins:
+        guarded = CORSMiddleware(guarded, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
+    return guarded
 
 
 async def _chain(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:

@@ -84,9 +84,10 @@ class ServingProcess:
             http: bound, for clients.
             control: bound, for ranks.
         """
-        app = make_app(self.service, self.config.max_body_bytes, self.config.api_key)
-        max_connections = choose_max_connections(self.config.max_queue_size, self.num_ranks)
-        server = Server(app, ConnectionLimits(max_connections, self.config.http_timeout))
+        config = self.config
+        app = make_app(self.service, config.max_body_bytes, config.api_key or (), config.allowed_origins or ())
+        max_connections = choose_max_connections(config.max_queue_size, self.num_ranks)
+        server = Server(app, ConnectionLimits(max_connections, config.http_timeout))
         ranks_server = await listen(self.router, control)
         serving = asyncio.ensure_future(server.serve(sockets=[http]))
         ending = asyncio.ensure_future(self.ended.wait())

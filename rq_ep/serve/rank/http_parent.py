@@ -25,10 +25,11 @@ class HttpProcess:
         environment: rank 0's; its address is where the other ranks reach the HTTP process.
 
     Raises:
-        UserError: the port or the host cannot be had.
+        UserError: the port or the host cannot be had, or the file of API keys.
     """
 
     def __init__(self, config: ServeConfig, environment: Environment) -> None:
+        config = config.with_api_keys()
         with bind_http(config.host, config.port) as http, bind_control(environment.master_addr) as control:
             self.address: tuple[str, int] = control.getsockname()[:2]
             if self.address[0] in ("0.0.0.0", "::"):

@@ -522,13 +522,64 @@ def test_a_stream_has_only_its_own_ends_of_lines(bench: Bench) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == bench.ranks.answer
 
 
-def test_an_api_key_is_asked_for_under_v1(bench: Bench) -> None:
-    bench.app = make_app(bench.service, max_body_bytes=2000, api_key="secret")
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-        assert "--api-key" in error(bench.call("GET", "/v1/models", headers=headers), 401)["message"]
-    assert bench.call("GET", "/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
-    for path in ("/health", "/livez", "/metrics", "/version"):
+def test_an_api_key_is_asked_for(bench: Bench) -> None:
+    bench.app = make_app(bench.service, max_body_bytes=2000, api_keys=("secret", "other"))
+    for path in ("/v1/models", "/v1/ep/load", "/server_info", "/nowhere"):
+        for given in (None, "Bearer wrong", "Bearer ", "secret", "Basic secret", "Bearer secretother"):
+            headers = {} if given is None else {"Authorization": given}
+            assert "--api-key" in error(bench.call("GET", path, headers=headers), 401)["message"]
+    for given in ("Bearer secret", "bearer secret", "BEARER  other"):
+        assert bench.call("GET", "/v1/models", headers={"Authorization": given}).status_code == 200
+    for path in ("/health", "/livez", "/metrics", "/version", "/dashboard"):
         assert bench.call("GET", path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        (None, "any.name", 200),
+        ("http://127.0.0.1:8000", "127.0.0.1:8000", 200),
+        ("http://[::1]:8000", "[::1]:8000", 200),
+        ("http://localhost:8000", "localhost:8000", 200),
+        ("http://evil.example", "127.0.0.1:8000", 403),
+        ("http://127.0.0.1:3000", "127.0.0.1:8000", 403),
+        ("http://evil.example:8000", "evil.example:8000", 403),  # a name that was made to point here
+        ("null", "127.0.0.1:8000", 403),
+        ("http://[", "[", 403),
+        ("https://good.example", "127.0.0.1:8000", 200),
+    ],
+)
+def test_a_page_of_another_site_may_not_post(bench: Bench, origin: str | None, host: str, status: int) -> None:
+    bench.app = make_app(bench.service, max_body_bytes=2000, allowed_origins=("https://good.example",))
+    headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
+    response = bench.call("POST", "/v1/completions", headers=headers, json={"model": MODEL, "prompt": "abc"})
+    assert response.status_code == status
+    assert bench.call("GET", "/health", headers=headers).status_code == 200
+    if status == 403:
+        assert "--allowed-origins" in error(response, 403)["message"]
+
+
+def test_a_browser_may_ask_first_for_an_allowed_origin(bench: Bench) -> None:
+    bench.app = make_app(bench.service, 2000, api_keys=("secret",), allowed_origins=("https://good.example",))
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    response = bench.call("OPTIONS", "/v1/completions", headers={"Origin": "https://good.example", **asked})
+    assert response.headers["Access-Control-Allow-Origin"] == "https://good.example"
+    refused = bench.call("OPTIONS", "/v1/completions", headers={"Origin": "https://evil.example", **asked})
+    assert "Access-Control-Allow-Origin" not in refused.headers
+
+
+def test_head_is_answered_where_get_is(bench: Bench) -> None:
+    for path in ("/health", "/livez", "/v1/models", "/metrics", "/version"):
+        response = bench.call("HEAD", path)
+        assert (response.status_code, response.content) == (200, b"")
+    assert bench.call("HEAD", "/v1/completions").headers["Allow"] == "POST"
+    assert bench.call("PUT", "/health").headers["Allow"] == "GET, HEAD"
+
+
+def test_an_encoded_body_is_refused_by_name(bench: Bench) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = bench.call("POST", "/v1/completions", content=b"x", headers=headers)
+    assert "'gzip'" in error(response, 415)["message"]
 
 
 def test_unknown_things_are_not_found(bench: Bench) -> None:
