@@ -36,6 +36,8 @@ def check_sizes(config: dict[str, Any], where: str, depth: int = 0) -> None:
             check_sizes(value, name, depth + 1)
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} is {value}: must be a finite number")
+        elif key == "num_experts_per_tok" and value is None:
+            raise UserError(f"{name} is null: must be a number")
         elif value is None or isinstance(value, list | bool):
             continue  # transformers checks the types of what it declares
         elif key.endswith(("_eps", "epsilon")):
@@ -49,7 +51,8 @@ def check_sizes(config: dict[str, Any], where: str, depth: int = 0) -> None:
 
 def _check_groups(config: dict[str, Any], where: str) -> None:
     """Experts in groups, as of DeepSeek: the groups are equal, and no more are chosen than there are."""
-    num_experts, num_groups, chosen = (config.get(key) for key in ("n_routed_experts", "n_group", "topk_group"))
+    sizes = [config.get(key) for key in ("n_routed_experts", "n_group", "topk_group")]
+    num_experts, num_groups, chosen = (size if isinstance(size, int) else 0 for size in sizes)
     if num_experts and num_groups and num_experts % num_groups:
         raise UserError(f"{where}: n_group {num_groups}: does not divide the {num_experts} experts")
     if num_groups and chosen and chosen > num_groups:
