@@ -5,6 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from rq_ep.core.errors import UserError
+
+# What a model raises that was built from settings of a wrong type or size, on every rank alike
+DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError)
+
 
 def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], None]:
     """Prepare the zero-row step of a model; every rank must call this together, as it runs the model once.
@@ -18,6 +23,9 @@ def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], No
 
     Returns:
         A function that enters every layer with zero rows.
+
+    Raises:
+        UserError: the model's settings are damaged.
     """
     inputs: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
 
@@ -26,8 +34,15 @@ def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], No
 
     hooks = [layer.register_forward_pre_hook(remember) for layer in layers]
     token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    with torch.no_grad():
-        model(input_ids=token, use_cache=False)
+    try:
+        with torch.no_grad():
+            model(input_ids=token, use_cache=False)
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise UserError(
+            f"the model fails in its first step ({type(error).__name__}: {error}): see its config.json"
+        ) from error
     for hook in hooks:
         hook.remove()
     assert list(inputs) == list(layers), "every expert-parallel layer must be entered once, in order"
