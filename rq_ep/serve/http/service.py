@@ -185,7 +185,7 @@ class Service:
                     yield text.chunk(output)
                     continue
                 scores = [*([] if num_echoed else [None]), *output.prompt_scores]
-                for start in range(0, len(scores), MAX_ECHOED_TOKENS):
+                for start in range(0, max(len(scores), 1), MAX_ECHOED_TOKENS):  # the last part may be empty
                     part = scores[start : start + MAX_ECHOED_TOKENS]
                     token_ids = request.prompt_ids[num_echoed : num_echoed + len(part)]
                     num_echoed += len(part)
