@@ -4,6 +4,8 @@ import torch
 from transformers import PretrainedConfig
 
 from rq_ep.core.errors import UserError
+from rq_ep.model.checkpoint.checkpoint_files import Checkpoint
+from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint
 
 COMPUTED = ("bfloat16", "float16", "float32", "float64")
 
@@ -18,9 +20,15 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return named
 
 
-def stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The dtype in which a checkpoint was saved; bfloat16 where its configuration does not say."""
+def stored_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype in which a checkpoint was saved: by its configuration or, where that does not say, by its tensors.
+
+    Of a quantized checkpoint, whose tensors do not show it, it is then bfloat16.
+    """
     try:
-        return torch_dtype(config.dtype) if config.dtype else torch.bfloat16
+        if config.dtype:
+            return torch_dtype(config.dtype)
+        shown = None if isinstance(checkpoint, QuantizedCheckpoint) else checkpoint.first_dtype
+        return shown or torch.bfloat16
     except UserError as error:
         raise UserError(f"{config.name_or_path}/config.json: {error}") from None

@@ -19,6 +19,7 @@ from rq_ep.model.seam.adapters import ADAPTERS
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -145,6 +146,12 @@ class Checkpoint:
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         return tuple(self._files[key].get_slice(key).get_shape())
+
+    @property
+    def first_dtype(self) -> torch.dtype | None:
+        """The dtype of the first tensor of real numbers, by which transformers too tells how a model was saved."""
+        dtypes = (str(self._files[key].get_slice(key).get_dtype()) for key in self._files)
+        return next((DTYPES[dtype] for dtype in dtypes if dtype in DTYPES), None)
 
     def holds_floats(self, key: str) -> bool:
         """Whether a tensor is of real floating-point numbers, or of low-bit ones with scales; it is not read."""

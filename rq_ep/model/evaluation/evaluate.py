@@ -118,7 +118,8 @@ class _CandidateLoader:
         family = family_of(experts[0].module)
         placement = candidate.placement
         if placement is None:
-            stored_format = expert_format(open_checkpoint(self.path), stored_dtype(read_config(self.path)))
+            checkpoint = open_checkpoint(self.path)
+            stored_format = expert_format(checkpoint, stored_dtype(read_config(self.path), checkpoint))
             placement = place_uniformly(
                 candidate.strategy, experts, family.layout, stored_format, self.num_ranks, self.identity
             )

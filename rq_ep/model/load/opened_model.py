@@ -54,10 +54,10 @@ class OpenedModel:
                 another model.
         """
         config = read_config(path)
-        chosen = stored_dtype(config) if dtype is None or dtype == "auto" else torch_dtype(dtype)
         end_token_ids(path, config)
         generation = read_generation_config(path)
         checkpoint = open_checkpoint(path)
+        chosen = stored_dtype(config, checkpoint) if dtype is None or dtype == "auto" else torch_dtype(dtype)
         model = _empty_model(path, config, chosen, attn_implementation)
         if generation:
             with transformers_errors(Path(path, FILE)):

@@ -72,7 +72,8 @@ def read_in_advance(config: ServeConfig) -> Counter[str]:
     identity = model_identity(config.model)
     placement = Placement.load(config.placement)
     placement.check_serves(identity, placement.topology.num_ranks, config.placement)
-    stored_format = expert_format(open_checkpoint(config.model), stored_dtype(read_config(config.model)))
+    checkpoint = open_checkpoint(config.model)
+    stored_format = expert_format(checkpoint, stored_dtype(read_config(config.model), checkpoint))
     return PackedExperts.open(config.experts, identity).check_holds(placement, stored_format)
 
 

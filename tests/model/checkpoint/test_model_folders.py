@@ -22,6 +22,7 @@ from rq_ep.model.load.load_model import load
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.model.text.byte_tokenizer import EOS, byte_tokenizer
+from rq_ep.serve.__main__ import main
 from rq_ep.serve.rank.dry_run import preview
 from tests.model.families import FAMILIES, logits, prompt, random_model, save
 
@@ -268,3 +269,17 @@ def test_weights_that_the_configuration_ties_but_that_differ_stay_apart(folder: 
     change(folder / "config.json", tie_word_embeddings=True)
     expected = logits(AutoModelForCausalLM.from_pretrained(folder), prompt(1, 5))
     torch.testing.assert_close(logits(load(folder, num_local_ranks=2, device="cpu"), prompt(1, 5)), expected)
+
+
+def test_weights_are_not_rounded_where_the_configuration_names_no_dtype(folder: Path) -> None:
+    change(folder / "config.json", dtype=None)
+    assert load(folder, num_local_ranks=2, device="cpu").dtype == torch.float32
+    assert load_whole_model(folder, "auto", torch.device("cpu")).dtype == torch.float32
+    assert "fp32" in dry_run(folder)
+
+
+def test_a_dry_run_of_a_damaged_folder_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder / "generation_config.json", {"eos_token_id": [EOS, None]})
+    assert main(["--model", str(folder), "--device", "cpu", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"rq_ep.serve: error: {folder}/generation_config.json: eos_token_id None: must be a whole number\n"
