@@ -100,6 +100,29 @@ def test_a_chat_equals_generate_on_its_template(client: openai.OpenAI, dense: tu
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
+@pytest.mark.parametrize("way", ["object", "model_dump", "to_dict", "raw JSON", "streamed"])
+def test_a_chat_loop_goes_on_with_its_own_answers(client: openai.OpenAI, dense: tuple[Any, Any], way: str) -> None:
+    sent: list[Any] = []  # as the client sends the answers back,
+    plain: list[Any] = []  # and as the template reads them
+    for question in ("What is a list?", "And a set?", "And a map?"):
+        sent.append({"role": "user", "content": question})
+        plain.append(sent[-1])
+        body: dict[str, Any] = {"model": MODEL, "messages": sent, "max_tokens": 8, "temperature": 0}
+        if way == "streamed":
+            with client.chat.completions.stream(**body) as stream:
+                for _ in stream:
+                    pass
+                message: Any = stream.current_completion_snapshot.choices[0].message
+        else:
+            message = client.chat.completions.create(**body).choices[0].message
+        prompt = dense[1].apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+        assert message.content == dense_text(dense, dense[1].encode(prompt, add_special_tokens=False), 8)
+        forms = {"model_dump": message.model_dump, "to_dict": message.to_dict}
+        forms["raw JSON"] = lambda message=message: json.loads(message.model_dump_json())
+        sent.append(forms[way]() if way in forms else message)
+        plain.append({"role": "assistant", "content": message.content})
+
+
 def test_token_ids_are_a_prompt_too(client: openai.OpenAI, dense: tuple[Any, Any]) -> None:
     prompt_ids = dense[1].encode(PROMPTS[3])
     body: dict[str, Any] = {"model": MODEL, "max_tokens": 8, "temperature": 0}

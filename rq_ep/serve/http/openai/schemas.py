@@ -36,6 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 MAX_LOGPROBS = 20
+MAX_INT = 2**31 - 1  # of tokens and their ids: enough, and short to quote
 MAX_MESSAGES = 10_000  # in a request, and parts in a message; OpenAI takes 2048
 
 
@@ -76,8 +77,8 @@ class GenerationBody(_Body):
 
     model: Text
     n: Annotated[Literal[1], BeforeValidator(refuse_bool)] | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)  # the newer name; GuideLLM sends both
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)  # the newer name; GuideLLM sends both
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -127,9 +128,6 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-MAX_TOKEN_ID = 2**31 - 1
-
-
 def read_prompt(value: Any) -> str | list[int]:
     """The prompt of a completion, which may come in a list of one. Takes one pass, and names the first wrong token."""
     if isinstance(value, list) and value and isinstance(value[0], str | list):
@@ -141,7 +139,7 @@ def read_prompt(value: Any) -> str | list[int]:
     if not isinstance(value, list):
         raise ValueError("Input should be text or a list of token ids")
     for at, token_id in enumerate(value):
-        if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
+        if type(token_id) is not int or not 0 <= token_id <= MAX_INT:
             raise ValueError(f"{token_id!r:.60} at place {at} is no token id")
     return value
 
@@ -153,7 +151,7 @@ Prompt = Annotated[
 
 class CompletionBody(GenerationBody):
     prompt: Prompt
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
 
