@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from rq_ep.core import files
 from rq_ep.core.errors import UserError, check_choice
-from rq_ep.core.options import Option, option, options_of
+from rq_ep.core.options import MAX_SECONDS, Option, option, options_of
 
 Settings = TypeVar("Settings")
 
@@ -89,12 +90,12 @@ class StrategyConfig:
     def parse(cls, value: Any) -> "StrategyConfig":
         """Read a plain name or a mapping; text that looks like a mapping is read as YAML."""
         if isinstance(value, str) and value.lstrip().startswith("{"):
-            value = _parse_yaml(value, "--strategy")
+            value = files.parse_yaml(value, "--strategy")
         if isinstance(value, str):
             return cls(value)
         if isinstance(value, Mapping) and isinstance(value.get("name"), str):
             return cls(value["name"], {str(key): setting for key, setting in value.items() if key != "name"})
-        raise UserError(f"strategy: expected a name or a mapping with a `name`, not {value!r}")
+        raise UserError(f"--strategy {value!r:.60}: expected a name or a mapping with a `name`")
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,18 @@ class ServeConfig:
     max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
     max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)
     http_timeout: float = option(
-        30.0, help="seconds a client may take to send a request, or to read on in its answer", minimum=1
+        30.0,
+        help="seconds a client may take to send a request, or to read on in its answer",
+        minimum=1,
+        maximum=MAX_SECONDS,
     )
-    shutdown_timeout: float = option(30.0, help="seconds running requests get to finish after SIGTERM", minimum=0)
-    rank_timeout: float = option(300.0, help="seconds a collective may take", minimum=1)
-    stall_timeout: float = option(60.0, help="seconds a rank may be silent, or all ranks in one place", minimum=2)
+    shutdown_timeout: float = option(
+        30.0, help="seconds running requests get to finish after SIGTERM", minimum=0, maximum=MAX_SECONDS
+    )
+    rank_timeout: float = option(300.0, help="seconds a collective may take", minimum=1, maximum=MAX_SECONDS)
+    stall_timeout: float = option(
+        60.0, help="seconds a rank may be silent, or all ranks in one place", minimum=2, maximum=MAX_SECONDS
+    )
     record_dir: str | None = option(None, help="directory for traces of /v1/ep/record; default: none are recorded")
     record_max_tokens: int = option(
         131072, help="tokens of a trace, 8 bytes a MoE layer and expert chosen: the first ones are kept", minimum=1
@@ -241,13 +249,7 @@ def read_settings(settings: type[Settings], args: argparse.Namespace) -> Setting
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; everything wrong with it is one line."""
-    try:
-        text = Path(path).read_text()
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not readable ({error})") from None
-    document = _parse_yaml(text, str(path))
+    document = files.read_yaml(path, "settings", "--config names a YAML file")
     if document is None:
         return {}
     if not isinstance(document, dict):
@@ -290,16 +292,6 @@ def _read_mapping(settings: type[Any], document: Mapping[str, Any], where: str) 
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return values
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: malformed YAML ({problem})") from None
 
 
 def _from_yaml(item: Option, value: Any) -> Any:

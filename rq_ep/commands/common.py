@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.files import parse_yaml
 from rq_ep.core.options import option
 from rq_ep.core.strategy import Strategy
 from rq_ep.model.settings import DTYPES
@@ -75,9 +74,9 @@ def parse_strategies(names: Iterable[str], settings: Iterable[str]) -> dict[str,
 
 def _read_value(text: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: {value!r} is not a value") from None
+        return parse_yaml(value, "")
+    except UserError:
+        raise UserError(f"--set {text:.80}: {value!r:.60} is not a value") from None
 
 
 def layer_cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":

@@ -41,7 +41,9 @@ def _parse_sizes(value: Any) -> dict[str, int]:
     for part in parse_names(text):
         name, _, size = (word.strip() for word in part.partition("="))
         if not name or not size.isdecimal() or len(size) > 18 or name in sizes:
-            raise UserError(f"--expert-bytes {text}: {part!r}: expected NAME=BYTES, each once, such as bf16=88080384")
+            raise UserError(
+                f"--expert-bytes {text!s:.80}: {part!r:.60}: expected NAME=BYTES once each, such as bf16=9437184"
+            )
         sizes[name] = int(size)
     return sizes
 
@@ -54,7 +56,7 @@ def _parse_layers(value: Any) -> tuple[int, ...]:
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
         if match is None or (layers and int(match[1]) <= layers[-1]) or int(match[2] or match[1]) < int(match[1]):
             raise UserError(
-                f"--layers {text}: {part!r}: expected numbers and ranges that ascend, such as 3-60 or 1,3,5"
+                f"--layers {text!s:.80}: {part!r:.60}: expected numbers and ranges that ascend, such as 3-60 or 1,3,5"
             )
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     if not layers:

@@ -6,6 +6,7 @@ from math import inf
 from numbers import Integral
 
 MAX_INTEGER = 2**53  # what doubles count exactly; sums of sizes and counts stay far from 64 bits
+MAX_TEXT = 4096  # characters of a name, a path or a key: PATH_MAX of Linux
 
 
 class UserError(ValueError):
@@ -18,14 +19,16 @@ class UserError(ValueError):
         super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
-def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
+def check_choice(what: str, value: object, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`; otherwise raise a `UserError` that suggests the nearest one."""
     known = list(choices)
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise UserError(f"{what} {value!r:.60}: must be one of {', '.join(sorted(known))}")
     if value in known:
         return value
     near = get_close_matches(value, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown {what} {value!r}: {hint}choose from {', '.join(sorted(known))}")
+    raise UserError(f"unknown {what} {value!r:.60}: {hint}choose from {', '.join(sorted(known))}")
 
 
 def check_integer(what: str, value: object, low: int = 0, high: int = MAX_INTEGER) -> int:
@@ -41,13 +44,20 @@ def check_number(what: str, value: object, low: float = -inf, high: float = inf)
     if isinstance(value, bool) or not isinstance(value, int | float) or not -inf < value < inf:
         raise UserError(f"{what} {value!r:.60}: must be a number")
     _check_range(what, value, low, high)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{what} {value!r:.60}: is too large") from None
 
 
 def check_text(what: str, value: object) -> str:
-    """Return `value` if it is text that is not empty; otherwise raise a `UserError`."""
+    """Return `value` if it is text of one line that is not empty; otherwise raise a `UserError`."""
     if not isinstance(value, str) or not value:
         raise UserError(f"{what} {value!r:.60}: must be text")
+    if len(value) > MAX_TEXT:
+        raise UserError(f"{what} {value!r:.60}: has {len(value)} characters, at most {MAX_TEXT} are taken")
+    if any(ord(character) < 32 or ord(character) == 127 for character in value):
+        raise UserError(f"{what} {value!r:.60}: must be without control characters")
     return value
 
 

@@ -1,7 +1,8 @@
-"""Our files: written atomically, and read with errors that a user understands; JSON documents and safetensors."""
+"""Files of ours and of users, JSON, YAML and safetensors: written atomically, read with errors of one line."""
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -17,6 +19,11 @@ from rq_ep.core.errors import UserError
 
 Document = TypeVar("Document")
 AnyArray = npt.NDArray[Any]
+
+MAX_JSON_BYTES = 256 << 20  # the placement of a large model has a few MB
+MAX_YAML_BYTES = 1 << 20  # a file written by hand is far smaller, and reading YAML is slow
+MAX_YAML_DEPTH = 50
+MAX_NUMBER_LENGTH = 100  # characters of a number in YAML; Python takes seconds for millions of digits
 
 
 @contextmanager
@@ -76,16 +83,112 @@ def read_json(path: str | Path, what: str, hint: str) -> Any:
     Raises:
         UserError: there is no such file, or it is not JSON.
     """
+    text = read_text(path, what, hint, MAX_JSON_BYTES)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError:
+        raise UserError(f"{path}: not a readable {what} file (nested too deeply)") from None
+    except ValueError as error:  # neither JSON, nor a number of decent length
+        raise UserError(f"{path}: not a readable {what} file ({error})") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} is given twice")
+    return mapping
+
+
+def read_yaml(path: str | Path, what: str, hint: str) -> Any:
+    """The YAML document in a file, as `parse_yaml` reads it; the arguments are those of `read_json`."""
+    return parse_yaml(read_text(path, what, hint, MAX_YAML_BYTES), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """A plain YAML document: without references, in which a few lines can stand for more values than fit into memory.
+
+    Args:
+        where: the text is from, for messages.
+
+    Raises:
+        UserError: it is not YAML, it names a key twice, or it is nested too deeply.
+    """
+    try:
+        return yaml.load(text, PlainYamlLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: malformed YAML ({problem:.200})") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a month 13; a text tagged as a number
+        raise UserError(f"{where}: malformed YAML ({type(error).__name__}: {error!s:.100})") from None
+
+
+class PlainYamlLoader(yaml.SafeLoader):
+    """PyYAML's loader of plain values, without what makes a small text costly or ambiguous."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "references (& and *) are not read", event.start_mark)
+        if self._depth == MAX_YAML_DEPTH:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            names = [str(key.value) for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), "a key")
+            raise yaml.constructor.ConstructorError(None, None, f"{twice:.60} is given twice", node.start_mark)
+        return mapping
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        if len(node.value) > MAX_NUMBER_LENGTH:  # left as text, for who asks for a number to refuse by name
+            return node.value
+        return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+
+
+for _kind in ("int", "float"):
+    PlainYamlLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", PlainYamlLoader.construct_number)
+
+
+def read_text(path: str | Path, what: str, hint: str, max_bytes: int) -> str:
+    """The text in a file.
+
+    Args:
+        path: the file.
+        what: it should be, such as "placement".
+        hint: what to do if there is no such file.
+        max_bytes: that it may have.
+
+    Raises:
+        UserError: there is no such file, it is too long, or it is not UTF-8.
+    """
+    try:
+        if (size := check_regular(path)) > max_bytes:
+            raise UserError(f"{path}: not a {what} file: it has {size} bytes, and at most {max_bytes} are read")
+        return Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {hint}") from None
     except OSError as error:
         raise UserError(f"{path}: not a readable {what} file ({error.strerror})") from None
-    except RecursionError:
-        raise UserError(f"{path}: not a readable {what} file (nested too deeply)") from None
-    except ValueError as error:  # neither JSON, nor UTF-8, nor a number of decent length
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a readable {what} file ({error})") from None
+
+
+def check_regular(path: str | Path) -> int:
+    """Return the size of a file; raise an `OSError` if it is a pipe, a device or a directory, which may never end."""
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(0, "it is a directory" if stat.S_ISDIR(status.st_mode) else "it is a pipe or a device")
+    return status.st_size
 
 
 def read_document(path: str | Path, what: str, version: str, hint: str, read: Callable[[Any], Document]) -> Document:
@@ -107,8 +210,9 @@ def read_document(path: str | Path, what: str, version: str, hint: str, read: Ca
         return read(document)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: incomplete {what} file ({type(error).__name__}: {error})") from None
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        text = f"{type(error).__name__}: {error!s:.100}"
+        raise UserError(f"{path}: incomplete {what} file ({text})") from None
 
 
 def check_version(path: str | Path, version: object, expected: str) -> None:
@@ -145,6 +249,7 @@ def read_tensors(path: str | Path, what: str, version: str, hint: str, names: Co
         UserError: the file is missing, damaged or foreign.
     """
     try:
+        check_regular(path)
         Path(path).open("rb").close()  # says why a file cannot be read; safetensors calls all of them missing
         with safe_open(path, framework="numpy") as file:
             metadata = {key: parse_metadata(text) for key, text in (file.metadata() or {}).items()}

@@ -4,8 +4,9 @@ Its help text, its default and the values it takes are written down at the field
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cache
 from inspect import Parameter, get_annotations, getdoc
 from inspect import signature as signature_of
 from types import UnionType
@@ -18,6 +19,7 @@ SIZE_UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+MAX_SECONDS = 10**6  # of an option: eleven days; clocks and timers take no number of any size
 MAX_SIZE_DIGITS = 40  # of a size; Python reads thousands, slowly
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -97,8 +99,13 @@ def same_option(settings: type[Any], name: str, **changes: Any) -> Any:
     return field(default=default, metadata={"option": replace(declared, **changes)})
 
 
-def options_of(settings: type[Any]) -> dict[str, Option]:
+def options_of(settings: type[Any]) -> Mapping[str, Option]:
     """Name -> option, for all fields of a settings class that are declared as such."""
+    return _options_of(settings)  # type: ignore[arg-type]  # classes are hashable
+
+
+@cache
+def _options_of(settings: type[Any]) -> Mapping[str, Option]:
     hints = get_type_hints(settings)
     result = {}
     for item in fields(settings):

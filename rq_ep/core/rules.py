@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer
+from rq_ep.core.files import read_yaml
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology, nodes_of_groups
-
-MAX_FILE_BYTES = 2**20  # a file written by hand is far smaller, and reading YAML is slow
 
 
 @dataclass(frozen=True)
@@ -109,18 +107,7 @@ class Rules:
     @classmethod
     def load(cls, path: str | Path) -> "Rules":
         """Read a YAML file of rules; a `UserError` names the entry that is wrong."""
-        try:
-            size = Path(path).stat().st_size
-            document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if size <= MAX_FILE_BYTES else None
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; --rules names a YAML file") from None
-        except OSError as error:
-            raise UserError(f"{path}: not a readable rules file ({error.strerror})") from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: not a readable rules file ({first:.100})") from None
-        if size > MAX_FILE_BYTES:
-            raise UserError(f"{path}: {size} bytes, more than {MAX_FILE_BYTES} of rules")
+        document = read_yaml(path, "rules", "--rules names a YAML file")
         try:
             return _read(document)
         except UserError as error:

@@ -210,8 +210,9 @@ class ExpertStats:
             )
         except UserError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: incomplete statistics file ({type(error).__name__}: {error})") from None
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            text = f"{type(error).__name__}: {error!s:.100}"
+            raise UserError(f"{path}: incomplete statistics file ({text})") from None
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -5,10 +5,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number, check_text
+from rq_ep.core.files import read_yaml
 
 MATRICES = 3  # of a gated expert: gate, up, down
 
@@ -82,12 +81,7 @@ def _number(value: Any) -> Any:
 
 
 def _read_mapping(path: str | Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name a machine or write its rates into one") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a readable machine file ({' '.join(str(error).split())})") from None
+    document = read_yaml(path, "machine", "name a machine or write its rates into one")
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected `field: value` lines of a machine, not {type(document).__name__}")
     return document

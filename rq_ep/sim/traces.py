@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.files import as_dtype, parse_metadata, read_tensors, write_tensors
+from rq_ep.core.files import as_dtype, check_regular, parse_metadata, read_tensors, write_tensors
 from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
 
 FORMAT = "rq_ep.trace/1"
@@ -174,13 +174,14 @@ class RoutingTrace:
             )
         except UserError:
             raise
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not a readable trace ({error}); {hint}") from None
+        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UserError(f"{path}: not a readable trace ({error!s:.100}); {hint}") from None
 
 
 def is_trace(path: str | Path) -> bool:
     """Whether a file says that it is a routing trace. What is wrong with it otherwise is for `load` to say."""
     try:
+        check_regular(path)
         with safe_open(path, framework="numpy") as file:
             return bool(parse_metadata((file.metadata() or {}).get("format", "")) == FORMAT)
     except (SafetensorError, OSError):

@@ -70,9 +70,9 @@ class Llep(Strategy):
         if self.max_borrowed is not None:
             check_integer("max_borrowed", self.max_borrowed)
         if not isinstance(self.keep_small_excess, bool):
-            raise UserError(f"keep_small_excess {self.keep_small_excess!r}: choose true or false")
+            raise UserError(f"keep_small_excess {self.keep_small_excess!r:.60}: choose true or false")
         if self.fallback_on not in ("rank", "expert"):
-            raise UserError(f"fallback_on {self.fallback_on!r}: choose rank or expert")
+            raise UserError(f"fallback_on {self.fallback_on!r:.60}: choose rank or expert")
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         return certify(problem, self, contiguous(problem))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from rq_ep.core.errors import UserError
+from rq_ep.core.files import MAX_YAML_BYTES
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.replicas import Replica
-from rq_ep.core.rules import MAX_FILE_BYTES, Rules, Selection
+from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology, nodes_of_groups
 
@@ -65,10 +66,10 @@ def test_no_rules_allow_everything() -> None:
         ("fixed: [{rank: -1}]", "rank -1: must be at least 0"),
         ("fixed: [{rank: 1.5}]", "must be a whole number"),
         ("fixed: [{rank: [[1]]}]", "must be a whole number"),
-        ("a: b: c", "not a readable rules file"),
-        ("!!python/object/apply:os.system [ls]", "not a readable rules file"),
-        ("[" * 20000, "not a readable rules file"),
-        ("#" * (MAX_FILE_BYTES + 1), "bytes, more than 1048576 of rules"),
+        ("a: b: c", "line 1: malformed YAML"),
+        ("!!python/object/apply:os.system [ls]", "malformed YAML"),
+        ("[" * 20000, "nested too deeply"),
+        ("#" * (MAX_YAML_BYTES + 1), "not a rules file: it has 1048577 bytes"),
     ],
 )
 def test_bad_files_are_refused_by_name(text: str, message: str, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_machines_by_name_and_file(tmp_path: Path) -> None:
         ("flop_per_s: 1", "did you mean 'flops_per_s'"),
         ("flops_per_s: fast\nmemory_bytes_per_s: 1\nlink_bytes_per_s: 1\nlatency_s: 0", "flops_per_s 'fast'"),
         ("- 1", "not list"),
-        ("a: [", "not a readable machine file"),
+        ("a: [", "malformed YAML"),
         ("", "not NoneType"),
     ],
 )
