@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import resource
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ from rq_ep.serve.http.openai.api_errors import ApiError
 log = logging.getLogger(__name__)
 
 EXTRA_CONNECTIONS = 1024  # beyond the requests that the server takes: probes, and clients between two requests
-RESERVED_DESCRIPTORS = 192  # for the ranks, for files and libraries,
-NUM_REFUSED = 64  # and for connections that wait for their 503; one more is closed without an answer
+RESERVED_DESCRIPTORS = 256  # for files and libraries, for connections that are accepted and about to be closed,
+NUM_REFUSED = 64  # and for those that wait for their 503; one more is closed without an answer
+ACCEPTED_AT_ONCE = 32  # before those accepted before them are looked at
+BACKLOG = 2048  # connections that wait to be accepted
 TICKS_PER_S = 10  # of uvicorn
+YOUNG_S = 0.1  # the first bytes of a new connection may be on their way
 REPEAT_S = 60.0
 
 
@@ -38,26 +42,30 @@ class ConnectionLimits:
     def __init__(self, max_connections: int, timeout_s: float) -> None:
         self.max_connections = max_connections
         self.timeout_s = timeout_s
-        self._idle: list[ClientConnection] = []  # since the last sweep or longer, the oldest at the end
+        self._idle_since_s: dict[ClientConnection, float] = {}  # the oldest first
 
     def sweep(self, connections: Iterable["ClientConnection"]) -> None:
         """End the connections that are beyond their time. Called about once a second."""
         now_s = time.monotonic()
-        waits = {connection: connection.wait_s(now_s) for connection in connections}
-        for connection, wait_s in waits.items():
-            if wait_s > self.timeout_s:
+        for connection in list(connections):
+            if connection.wait_s(now_s) > self.timeout_s:
                 connection.end()
-        self._idle = [connection for connection, wait_s in waits.items() if wait_s > 0 and connection.is_idle]
-        self._idle.sort(key=waits.__getitem__)
+
+    def note(self, connection: "ClientConnection") -> None:
+        """Something has happened to a connection that may have made it idle or busy."""
+        if connection.is_idle:
+            self._idle_since_s.setdefault(connection, time.monotonic())
+        else:
+            self._idle_since_s.pop(connection, None)
 
     def close_an_idle_one(self) -> bool:
         """Make room for another connection, if there is one that has had no request under way for a while."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.is_idle:
-                connection.transport.abort()
-                return True
-        return False
+        oldest = next(iter(self._idle_since_s.items()), None)
+        if oldest is None or time.monotonic() - oldest[1] < YOUNG_S:
+            return False
+        oldest[0].transport.abort()
+        self.note(oldest[0])
+        return True
 
 
 class ClientConnection(H11Protocol):
@@ -73,13 +81,27 @@ class ClientConnection(H11Protocol):
         num_others = len(self.connections)
         super().connection_made(transport)
         excess = num_others - self._limits.max_connections
-        if excess < 0 or self._limits.close_an_idle_one():
+        is_taken = excess < 0 or self._limits.close_an_idle_one()
+        self._limits.note(self)
+        if is_taken:
             return
         log.warning("%d connections of clients are open: one more is refused", num_others)
         if excess < NUM_REFUSED:
             self.app = _refuse_connection
         else:
             transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._limits.note(self)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._limits.note(self)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._limits.note(self)
 
     @property
     def is_idle(self) -> bool:
@@ -130,12 +152,17 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, limits: ConnectionLimits) -> None:
         config = uvicorn.Config(
             app, http=partial(ClientConnection, limits=limits), ws="none", lifespan="off",  # type: ignore[arg-type]
-            log_level="warning", access_log=False, timeout_graceful_shutdown=2,
+            log_level="warning", access_log=False, timeout_graceful_shutdown=2, backlog=ACCEPTED_AT_ONCE,
         )  # fmt: skip
         super().__init__(config)
         self._limits = limits
         for name in ("uvicorn.error", "asyncio", __name__):
             logging.getLogger(name).addFilter(RepeatFilter())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)  # asyncio has made it as short as the number that it accepts at once
 
     async def on_tick(self, counter: int) -> bool:
         if counter % TICKS_PER_S == 0:

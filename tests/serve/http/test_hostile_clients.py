@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from rq_ep.serve.http.app import make_app
-from rq_ep.serve.http.connections import ConnectionLimits, Server
+from rq_ep.serve.http.connections import NUM_REFUSED, ConnectionLimits, Server, choose_max_connections
 from tests.serve.http.test_app import Bench
 from tests.serve.running import until
 
@@ -186,11 +186,35 @@ def test_clients_that_take_too_long_are_parted_from() -> None:
 def test_idle_connections_give_way_to_new_ones() -> None:
     with running(max_connections=4) as live:
         idle = [socket.create_connection(live.address) for _ in range(4)]
-        time.sleep(2.2)  # two sweeps
+        idle[0].sendall(b"GET /hea")
+        time.sleep(0.3)
         for _ in range(8):
             assert live.call("GET", "/health")[0] == 200
         for connection in idle:
             connection.close()
+
+
+def test_silent_connections_by_the_hundred_leave_room_for_a_probe() -> None:
+    with running(max_connections=4) as live:
+        silent = [socket.create_connection(live.address, 10) for _ in range(400)]
+        time.sleep(0.2)
+        start_s = time.monotonic()
+        assert live.call("GET", "/health")[0] == 200
+        assert time.monotonic() - start_s < HEALTH_S
+        assert len(live.server.server_state.connections) <= 4 + NUM_REFUSED
+        for connection in silent:
+            connection.close()
+
+
+@pytest.mark.parametrize(("hard", "expected"), [(1024, 1024 - 256 - 64 - 2), (1 << 20, 1000 + 1024), (100, 16)])
+def test_the_limit_of_connections_is_within_the_open_files(
+    monkeypatch: pytest.MonkeyPatch, hard: int, expected: int
+) -> None:
+    raised = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, hard))
+    monkeypatch.setattr("resource.setrlimit", lambda _, limits: raised.append(limits))
+    assert choose_max_connections(max_queue_size=1000, num_ranks=2) == expected
+    assert raised == [(hard, hard)]
 
 
 def test_a_connection_too_many_is_answered_503(caplog: pytest.LogCaptureFixture) -> None:
