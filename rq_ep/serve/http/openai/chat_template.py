@@ -53,7 +53,7 @@ class Form:
 
     def _content(self, text: str | None) -> str | list[dict[str, str]] | None:
         text = self.no_content if text is None else text
-        return [{"type": "text", "text": text}] if self.has_parts and text else text
+        return [{"type": "text", "text": text}] if self.has_parts and text is not None else text
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
         arguments: Any = call.function.arguments
