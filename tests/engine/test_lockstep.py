@@ -4,10 +4,13 @@ import inspect
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
 import transformers
 from packaging.requirements import Requirement
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus, ContinuousBatchingManager
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from rq_ep.engine.lockstep import LockstepManager, batch_of
@@ -31,6 +34,23 @@ def test_the_overridden_methods_are_those_of_the_pinned_transformers() -> None:
     assert list(inspect.signature(ModelRunner._sample).parameters) == ["self", "scores", "output_ids"]
     assert "self._sample(scores, output_ids)" in inspect.getsource(ModelRunner._forward_process_and_sample)
     assert "self._wake_up_loop.set()" in inspect.getsource(ContinuousBatchingManager.add_request)
+
+
+def test_an_error_of_the_thread_before_its_first_step_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers logs it and ends the thread."""
+
+    def fail(_: object) -> None:
+        raise KeyError("cache")
+
+    errors: list[BaseException] = []
+    manager: Any = object.__new__(LockstepManager)
+    manager.model = SimpleNamespace(device=torch.device("cpu"))
+    manager.background_thread_status = BackgroundThreadStatus()
+    manager._on_failure, manager._has_failed = errors.append, False
+    monkeypatch.setattr(LockstepManager, "_create_batch_processor", fail)
+    monkeypatch.setattr(ContinuousBatchingManager, "_handle_critical_error", lambda *_: None)
+    manager._run_generation_loop()
+    assert [str(error) for error in errors] == ["'cache'"]
 
 
 def test_a_batch_with_a_prompt_is_prefill_and_one_of_answers_alone_is_not() -> None:

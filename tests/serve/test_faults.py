@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.serve.running import Server, restarting, running, until
@@ -125,3 +126,28 @@ def test_a_stalled_rank_is_named(server: Server) -> None:
     for message in messages:
         assert "rank 1 has not been heard for" in message
         assert "rank 0 waits in step" in message
+
+
+def test_a_rank_killed_in_a_drain_is_named(server: Server) -> None:
+    """The launcher then signals the other rank, for which this is the second SIGTERM."""
+    server.wait_until_ready()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, server, max_tokens=500)
+        until(lambda: unfinished(server) == 1)
+        rank_1 = server.rank(1)
+        server.signal(0, signal.SIGTERM)
+        until(lambda: "draining" in CLIENT.get(f"{server.url}/health").text)
+        rank_1.kill()
+        assert "the server failed: rank 1 died" in answer.result().json()["error"]["message"]
+
+
+def test_nobody_survives_the_launcher(server: Server) -> None:
+    """Nothing keeps the port or the memory when it was killed by force; the last test of this server."""
+    server.wait_until_ready()
+    launcher, *others = server.tree()
+    launcher.kill()
+    _, left = psutil.wait_procs(others, 15)
+    assert left == []
+    assert f"its launcher (process {launcher.pid}) has died" in server.log.read_text()
+    host, port = server.url.removeprefix("http://").split(":")
+    socket.create_server((host, int(port))).close()
