@@ -156,8 +156,6 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self._limits = limits
-        for name in ("uvicorn.error", "asyncio", __name__):
-            logging.getLogger(name).addFilter(RepeatFilter())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -184,6 +182,12 @@ def choose_max_connections(max_queue_size: int, num_ranks: int) -> int:
         log.warning("only %d clients can be connected at once, as `ulimit -n` is %d: raise it", possible, most)
         return possible
     return wanted
+
+
+def log_repeats_once_a_minute() -> None:
+    """Bound what clients can have logged."""
+    for name in ("uvicorn.error", "asyncio", __name__):
+        logging.getLogger(name).addFilter(RepeatFilter())
 
 
 class RepeatFilter(logging.Filter):

@@ -13,7 +13,7 @@ from typing import Any
 from rq_ep.config import ServeConfig, from_mapping, shown
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.serve.http.app import make_app
-from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_connections
+from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_connections, log_repeats_once_a_minute
 from rq_ep.serve.http.history import EVERY_S
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.rank_router import RankRouter, listen
@@ -151,6 +151,7 @@ def main() -> None:
     settings = json.load(sys.stdin)
     config = from_mapping(ServeConfig, settings["config"])
     set_up_logging(config.log_level)
+    log_repeats_once_a_minute()
     http = socket.socket(fileno=settings["http_fd"])
     control = socket.socket(fileno=settings["control_fd"])
     asyncio.run(serve(config, settings["num_ranks"], settings["token"], http, control))

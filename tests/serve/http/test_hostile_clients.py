@@ -4,6 +4,7 @@ import asyncio
 import gc
 import http.client
 import json
+import logging
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from rq_ep.serve.http.app import make_app
-from rq_ep.serve.http.connections import NUM_REFUSED, ConnectionLimits, Server, choose_max_connections
+from rq_ep.serve.http.connections import NUM_REFUSED, ConnectionLimits, RepeatFilter, Server, choose_max_connections
 from tests.serve.http.test_app import Bench
 from tests.serve.running import until
 
@@ -217,7 +218,7 @@ def test_the_limit_of_connections_is_within_the_open_files(
     assert raised == [(hard, hard)]
 
 
-def test_a_connection_too_many_is_answered_503(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_connection_too_many_is_answered_503() -> None:
     with running(max_connections=2) as live:
         live.bench.ranks.is_slow = True
         body = b'{"model":"org/tiny","prompt":"a","stream":true}'
@@ -228,7 +229,6 @@ def test_a_connection_too_many_is_answered_503(caplog: pytest.LogCaptureFixture)
         for _ in range(5):
             status, content = live.call("GET", "/health")
             assert (status, json.loads(content)["error"]["type"]) == (503, "service_unavailable_error")
-        assert len([record for record in caplog.records if "connections of clients" in record.message]) == 1
         for connection in busy:
             connection.close()
         until(lambda: live.call("GET", "/health")[0] == 200, 10)
@@ -243,3 +243,17 @@ def test_what_is_no_http_is_answered_400(live: Live, garbage: bytes) -> None:
         head, _, body = read_until_closed(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_message_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now_s[0])
+    repeats = RepeatFilter()
+
+    def is_logged(text: str, *arguments: object) -> bool:
+        return repeats.filter(logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, text, arguments, None))
+
+    assert [is_logged("%d connections", number) for number in range(3)] == [True, False, False]
+    assert is_logged("Invalid HTTP request received.")
+    now_s[0] += 60
+    assert is_logged("%d connections", 3)
