@@ -323,8 +323,8 @@ def test_both_names_of_the_limit_are_known(bench: Bench) -> None:
 
 def test_neutral_parameters_are_accepted(bench: Bench) -> None:
     body = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}}
-    assert bench.complete(**body, user="me").status_code == 200
-    options = {"include_usage": None, "of_tomorrow": None}
+    assert bench.complete(**body, user="me", safety_identifier="me", prompt_cache_key="a").status_code == 200
+    options = {"include_usage": None, "of_tomorrow": None, "include_obfuscation": False}
     assert bench.complete(stream=True, stream_options=options, ignore_eos=None, of_tomorrow=None).status_code == 200
 
 

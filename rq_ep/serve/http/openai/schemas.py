@@ -70,6 +70,7 @@ class _Body(BaseModel):
 class StreamOptions(_Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # of vLLM's, which GuideLLM sends
+    include_obfuscation: Literal[False] = False
 
 
 class GenerationBody(_Body):
@@ -85,7 +86,10 @@ class GenerationBody(_Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # Names of who asks and of what to cache, which change no answer.
     user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
     ignore_eos: bool = False
 
     @model_validator(mode="before")
