@@ -5,6 +5,7 @@ A settings class declares its fields with `option`; their names are the YAML key
 
 import argparse
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ class Environment:
     master_port: int = 0
     restart_count: int = 0
     has_launcher: bool = False
+    is_one_node: bool = True  # false where the launcher does not say so
 
     @classmethod
     def from_os(cls, environ: Mapping[str, str] | None = None) -> "Environment":
@@ -61,7 +63,14 @@ class Environment:
             master_port=_environment_int(given, "MASTER_PORT", 0),
             restart_count=_environment_int(given, "TORCHELASTIC_RESTART_COUNT", 0),
             has_launcher=True,
+            is_one_node=world_size in (1, _environment_int(given, "LOCAL_WORLD_SIZE", 0)),
         )
+
+
+def keep_gloo_on_loopback() -> None:
+    """Have gloo listen on the loopback interface alone, unless the environment names another one."""
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def child_environment() -> dict[str, str]:

@@ -138,10 +138,11 @@ def test_a_process_started_by_hand_is_the_only_rank() -> None:
 
 def test_the_environment_is_read_as_torchrun_sets_it() -> None:
     given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "2950"}
-    expected = Environment(3, 4, 1, local_world_size=4, master_addr="node0", master_port=2950, has_launcher=True)
+    expected = Environment(3, 4, 1, 4, "node0", 2950, has_launcher=True, is_one_node=False)
     assert Environment.from_os(given) == expected
     assert Environment.from_os({**given, "MASTER_ADDR": "[fe80::1]"}) == replace(expected, master_addr="fe80::1")
     assert Environment.from_os({**given, "LOCAL_WORLD_SIZE": "2"}) == replace(expected, local_world_size=2)
+    assert Environment.from_os({**given, "LOCAL_WORLD_SIZE": "4"}) == replace(expected, is_one_node=True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rq_ep.config import Environment
+from rq_ep.config import Environment, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.parallel.ep_group import PeerLost, PeerTensor, check_splits
@@ -122,6 +122,8 @@ class TorchGroup:
         owns_world = not dist.is_initialized()
         if owns_world:
             timeout = timedelta(seconds=timeout_s)
+            if environment.is_one_node:
+                keep_gloo_on_loopback()
             if environment.world_size == 1:
                 store = dist.HashStore()  # type: ignore[attr-defined]
                 dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)

@@ -30,13 +30,11 @@ class HttpProcess:
 
     def __init__(self, config: ServeConfig, environment: Environment) -> None:
         config = config.with_api_keys()
-        with bind_http(config.host, config.port) as http, bind_control(environment.master_addr) as control:
+        with bind_http(config.host, config.port) as http, bind_control(environment) as control:
             self.address: tuple[str, int] = control.getsockname()[:2]
-            if self.address[0] in ("0.0.0.0", "::"):
-                self.address = (environment.master_addr, self.address[1])
             self.token = secrets.token_hex(16)
             # Connected before the process exists: should this rank die now, the process will read the end of it.
-            self.client = ControlClient(control.getsockname()[:2], 0, self.token)
+            self.client = ControlClient(self.address, 0, self.token)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rq_ep.serve.http.http_process"],
                 stdin=subprocess.PIPE,
@@ -56,6 +54,8 @@ class HttpProcess:
             self._process.stdin.close()
             self.url = f"http://{config.host}:{http.getsockname()[1]}"
         log.info("listening on %s; the model is loading", self.url)
+        if not environment.is_one_node:
+            log.info("the ranks of all nodes connect to %s, port %d; nobody else needs to reach it", *self.address)
 
     def close(self) -> None:
         """Part from the HTTP process and wait for its end, which comes with that of the last connection."""
@@ -82,15 +82,29 @@ def bind_http(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port} ({reason}): choose another --port or --host") from None
 
 
-def bind_control(master_addr: str) -> socket.socket:
-    """Bind a free port that the other ranks can reach: on the address under which they meet rank 0."""
+def bind_control(environment: Environment) -> socket.socket:
+    """Bind a free port for the ranks, which as few others as possible can reach.
+
+    On one node it is at the loopback interface; on several, at the interface of this machine that leads to MASTER_ADDR.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = "127.0.0.1" if environment.is_one_node else environment.master_addr
     try:
-        found = [
-            (family, where[:2]) for family, *_, where in socket.getaddrinfo(master_addr, 0, type=socket.SOCK_STREAM)
-        ]
+        found = [(family, where[:2]) for family, *_, where in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
         family, (host, _) = min(found, key=lambda pair: pair[0] != socket.AF_INET)  # IPv4 where there are both
-        return socket.create_server((host, 0), family=family, backlog=1024)
-    except OSError:  # a name that only other machines resolve to this one
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("::", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-        return socket.create_server(("", 0), backlog=1024)
+        return socket.create_server((_own_address(family, str(host)), 0), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={name}: no interface of this machine leads there ({error.strerror or error}): set it to an "
+            "address of the machine of rank 0"
+        ) from None
+
+
+def _own_address(family: int, host: str) -> str:
+    """The address of this machine in packets to a host: the host itself, where it is this machine."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        address: str = probe.getsockname()[0]
+    return address

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from rq_ep.serve.messages import Aborted, Failed, FromRank
 from rq_ep.serve.rank import early_end
 from rq_ep.serve.rank.early_end import EarlyEnd
-from rq_ep.serve.rank.http_parent import bind_control
 from rq_ep.serve.rank.rank_server import fails_after
 from tests.serve.running import until
 
@@ -95,13 +93,3 @@ def test_ranks_that_do_not_meet_in_time_end_by_name(rank: FakeConnection, monkey
         until(lambda: bool(rank.reasons))
     expected = "the ranks have not met at MASTER_ADDR=node0, MASTER_PORT=2950 within 0.01 s (--rank-timeout)"
     assert rank.reasons == [f"rank 3: {expected}"]
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "localhost", "no such name"])
-def test_the_ranks_reach_the_port_on_rank_0(address: str) -> None:
-    try:
-        control = bind_control(address)
-    except OSError:
-        pytest.skip("this machine has no IPv6")
-    with control:
-        socket.create_connection(control.getsockname()[:2], timeout=5).close()
