@@ -68,6 +68,7 @@ FORMATS: dict[str, WeightFormat] = {
     "fp16": Native("fp16", torch.float16),
     "int8": Int8(),
     "fp8": Fp8(),
+    "fp8_g64": Fp8Groups(64),
     "fp8_g128": Fp8Groups(128),
     "int4_g32": Int4(32),
     "int4_g64": Int4(64),

@@ -17,7 +17,7 @@ from rq_ep.formats.quantized import Quantized
 LOW_BIT = {name: format_ for name, format_ in FORMATS.items() if isinstance(format_, Quantized)}
 BYTES_PER_WEIGHT = {  # without alignment and checksum
     "int8": 1, "fp8": 1, "int4_g32": 0.5 + 2 / 32, "int4_g64": 0.5 + 2 / 64, "int4_g128": 0.5 + 2 / 128,
-    "mxfp4": 0.5 + 1 / 32, "fp8_g128": 1 + 4 / 128,
+    "mxfp4": 0.5 + 1 / 32, "fp8_g64": 1 + 4 / 64, "fp8_g128": 1 + 4 / 128,
 }  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def _check_supported(loaded: LoadedModel, settings: CalibrationSettings, trace_p
 def _formats_to_measure(loaded: LoadedModel, names: Sequence[str] | None) -> tuple[WeightFormat, ...]:
     """The native format, and the others in the order in which they are named."""
     if names is None:
-        names = ("int8",) if get_format(loaded.native_format).is_native else ()
+        names = () if loaded.is_quantized else ("int8",)
     return tuple(get_format(name) for name in dict.fromkeys((loaded.native_format, *names)))
 
 

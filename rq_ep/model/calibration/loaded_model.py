@@ -11,7 +11,7 @@ from rq_ep.core.stats import ModelIdentity
 from rq_ep.formats import native_format_name
 from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.model_identity import model_identity
-from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
+from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, has_low_bit_experts, open_checkpoint
 from rq_ep.model.dtypes import torch_dtype
 from rq_ep.model.load.sharded_model import load_sharded_model
 from rq_ep.model.load.whole_model import load_whole_model
@@ -31,6 +31,7 @@ class LoadedModel:
     experts: tuple[ExpertsModule, ...]
     family: ExpertFamily
     group: EPGroup | None = None  # the ranks over which the experts are sharded; None: all are in this process
+    is_quantized: bool = False  # some of its experts are stored in low bits
 
     @classmethod
     def open(
@@ -64,8 +65,12 @@ class LoadedModel:
         else:
             network, experts = load_sharded_model(model, dtype, group)
             shards = group
-        native_format = expert_format(open_checkpoint(model), torch_dtype(read_config(model).dtype or network.dtype))
-        return cls(network, model_identity(model), native_format, experts, experts[0].family, shards)
+        checkpoint = open_checkpoint(model)
+        native_format = expert_format(checkpoint, torch_dtype(read_config(model).dtype or network.dtype))
+        return cls(
+            network, model_identity(model), native_format, experts, experts[0].family, shards,
+            has_low_bit_experts(checkpoint),
+        )  # fmt: skip
 
     @classmethod
     def _in_memory(cls, model: Any) -> "LoadedModel":

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.config_limits import check_sizes
 from rq_ep.model.checkpoint.json_files import MAX_INDEX_BYTES, read_json_object
-from rq_ep.model.checkpoint.quantization_schemes import quantization_scheme
+from rq_ep.model.checkpoint.quantization_schemes import CONFIG_KEYS, quantization_scheme
 from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
 from rq_ep.model.seam.adapters import ADAPTERS
 
@@ -41,7 +41,8 @@ def read_config(path: str | Path) -> PretrainedConfig:
     with transformers_errors(f"{path}/config.json"):
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if is_quantized:
-        del config.quantization_config  # transformers builds a plain model; we read its weights
+        for key in CONFIG_KEYS:  # transformers builds a plain model; we read its weights
+            config.__dict__.pop(key, None)
     return config
 
 
@@ -150,12 +151,16 @@ class Checkpoint:
     @property
     def first_dtype(self) -> torch.dtype | None:
         """The dtype of the first tensor of real numbers, by which transformers too tells how a model was saved."""
-        dtypes = (str(self._files[key].get_slice(key).get_dtype()) for key in self._files)
+        dtypes = (Checkpoint.dtype(self, key) for key in self._files)
         return next((DTYPES[dtype] for dtype in dtypes if dtype in DTYPES), None)
 
-    def holds_floats(self, key: str) -> bool:
-        """Whether a tensor is of real floating-point numbers, or of low-bit ones with scales; it is not read."""
-        return key not in self._files or str(self._files[key].get_slice(key).get_dtype()).startswith(("F", "BF"))
+    def dtype(self, key: str) -> str:
+        """The dtype of a tensor as safetensors names it, such as BF16, without reading it."""
+        return str(self._files[key].get_slice(key).get_dtype())
+
+    def format_of(self, key: str) -> str | None:
+        """The low-bit weight format that holds a matrix bit by bit; None: it is native, or scaled as none of ours."""
+        return None
 
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor, in the dtype in which it is stored."""

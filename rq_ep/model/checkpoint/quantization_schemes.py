@@ -1,157 +1,192 @@
-"""Quantization schemes of checkpoints: the names under which a matrix is stored, and the weight format of its bits."""
+"""The `quantization_config` of a checkpoint: by which method, and how a module's low-bit weights are scaled.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+It does not say which modules are quantized (`ignore`, `modules_to_not_convert`): what is stored does.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from rq_ep.core.errors import UserError
-from rq_ep.formats import FORMATS
-from rq_ep.formats.quantized import Parts
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How the numbers of a matrix [out, in] are meant, and which of them share a scale."""
+
+    kind: str  # int or float
+    num_bits: int
+    block: tuple[int, int] | None = None  # output channels and inputs that share a scale; None: a channel, or all
+
+    def __str__(self) -> str:
+        block = "channel or tensor" if self.block is None else f"{self.block[0]} x {self.block[1]} block"
+        return f"{self.kind} of {self.num_bits} bits with a scale for each {block}"
 
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """How a matrix [out, in], or a stack of them, is stored in several tensors."""
+    """The method of a checkpoint, and the weight schemes that its targets name."""
 
-    format: str  # name of the weight format
-    suffixes: Mapping[str, str]  # tensor -> the suffix of its name after the matrix's; the numbers come first
-    parts: Callable[[Mapping[str, Tensor]], Parts]  # of the format, from the tensors of one matrix
-    dtype: torch.dtype  # of the numbers
-    num_axes: int = 2  # of the numbers of one matrix: output channels, inputs, ...
-    inputs_per_element: int = 1  # along the second axis
-    is_transposed: bool = False  # the model keeps [in, out] in memory
-    unsupported: Mapping[str, str] = field(default_factory=dict)  # suffix of a tensor we cannot read -> its name
+    method: str  # fp8, mxfp4 or compressed-tensors
+    groups: Sequence[tuple[Sequence[str], WeightScheme]]  # targets, and what holds for the modules that they match
+
+    def of_module(self, module: str) -> WeightScheme:
+        """The weight scheme of a module that is stored in low bits.
+
+        As in compressed-tensors, names are matched before patterns, and these before classes of modules.
+
+        Raises:
+            UserError: no target matches, or several that differ.
+        """
+        if len(schemes := {scheme for _, scheme in self.groups}) == 1:
+            return schemes.pop()
+        matches = (_is_name, _is_pattern, _is_class)
+        for match in matches:
+            found = {scheme for targets, scheme in self.groups if any(match(target, module) for target in targets)}
+            if len(found) == 1:
+                return found.pop()
+            if found:
+                raise UserError(
+                    f"quantization_config.config_groups: targets of several groups match {module}: "
+                    f"{'; '.join(sorted(map(str, found)))}: save a bf16 copy of the model"
+                )
+        raise UserError(
+            f"quantization_config.config_groups: no group's targets match {module}, whose weights are stored in low "
+            "bits: save a bf16 copy of the model"
+        )
 
 
 def quantization_scheme(config: Mapping[str, Any], what: str) -> QuantizationScheme | None:
-    """The scheme of a checkpoint, by its `quantization_config`; None without one.
+    """The scheme of a checkpoint, by its `quantization_config`, or `compression_config` of old; None without one.
 
     Args:
         config: `config.json`.
         what: the checkpoint, for messages.
 
     Raises:
-        UserError: the scheme is not supported; the message names it.
+        UserError: the scheme is not supported; the message names the key and its value.
     """
-    settings = config.get("quantization_config")
-    if not settings:
+    key = next((key for key in CONFIG_KEYS if config.get(key)), None)
+    if key is None:
         return None
+    settings = config[key]
+    if key == "compression_config" and isinstance(settings, dict):
+        settings = {**settings, **(settings.get("quantization_config") or {})}
+        settings.setdefault("quant_method", "compressed-tensors")
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    reader = _METHODS.get(str(method))
-    if reader is None:
+    if not isinstance(settings, dict) or not isinstance(method, str) or method not in _METHODS:
         raise UserError(
             f"{what}: the weights are quantized by {method!r:.40}, which is not supported; supported are "
-            f"{', '.join(_METHODS)}: save a bf16 copy (from_pretrained with dequantization, then save_pretrained)"
+            f"{', '.join(_METHODS)}: {_INSTEAD}"
         )
     try:
-        return reader(settings)
-    except _Unsupported as reason:
-        raise UserError(
-            f"{what}: the weights are quantized by {method} in a way that is not supported ({reason}): save a bf16 "
-            "copy (from_pretrained with dequantization, then save_pretrained) and use that"
-        ) from None
+        return QuantizationScheme(method, _METHODS[method](settings))
+    except _UnsupportedError as reason:
+        raise UserError(f"{what}: config.json's {key}.{reason}, which is not supported: {_INSTEAD}") from None
 
 
-class _Unsupported(Exception):
-    """A setting that is not supported."""
+CONFIG_KEYS = ("quantization_config", "compression_config")  # of config.json
+_INSTEAD = "save a bf16 copy (from_pretrained with dequantization, then save_pretrained) and use that"
 
 
-def _mxfp4(settings: Mapping[str, Any]) -> QuantizationScheme:
-    """mxfp4 as of gpt-oss: all experts of a layer in one stack, [E, O, G, 16] blocks and [E, O, G] scales."""
-    return QuantizationScheme(
-        format="mxfp4",
-        suffixes={"blocks": "_blocks", "scales": "_scales"},
-        parts=lambda tensors: {"blocks": tensors["blocks"], "scales": tensors["scales"]},
-        dtype=torch.uint8,
-        num_axes=3,
-        inputs_per_element=32,
-        is_transposed=True,
-    )
+class _UnsupportedError(Exception):
+    """A setting that is not supported: its name and value."""
 
 
-def _fp8(settings: Mapping[str, Any]) -> QuantizationScheme:
-    """fp8 as of DeepSeek-V3: e4m3 numbers, and a factor for each block of them."""
+def _mxfp4(settings: Mapping[str, Any]) -> list[tuple[list[str], WeightScheme]]:
+    return [([], WeightScheme("float", 4, (1, 32)))]
+
+
+def _fp8(settings: Mapping[str, Any]) -> list[tuple[list[str], WeightScheme]]:
+    """e4m3 numbers: blocks as of DeepSeek-V3, else a scale for each tensor or channel, as stored."""
     if settings.get("fmt", "e4m3") != "e4m3":
-        raise _Unsupported(f"fmt {settings['fmt']!r:.40}")
-    return _blocks(settings.get("weight_block_size"), "_scale_inv")
+        raise _UnsupportedError(f"fmt is {settings['fmt']!r:.40}")
+    block = settings.get("weight_block_size")
+    return [([], WeightScheme("float", 8, None if block is None else _block_size("weight_block_size", block)))]
 
 
-def _compressed(settings: Mapping[str, Any]) -> QuantizationScheme:
-    """compressed-tensors: symmetric int8 or fp8 for each channel or tensor, fp8 blocks, and packed int4 groups."""
-    groups = [group.get("weights") for group in dict(settings.get("config_groups") or {}).values()]
-    kinds = {tuple(sorted((key, str((weights or {}).get(key))) for key in _DECIDING)) for weights in groups}
-    if len(kinds) != 1 or not isinstance(groups[0], dict):
-        raise _Unsupported(f"{len(kinds)} kinds of weights in config_groups")
-    weights = groups[0]
+def _compressed(settings: Mapping[str, Any]) -> list[tuple[list[str], WeightScheme]]:
+    """compressed-tensors: symmetric int of 8 and 4 bits and fp8, in groups of modules."""
+    for name, allowed in (("format", _FORMATS), ("sparsity_config.format", (None, "dense"))):
+        value: Any = settings
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value not in allowed:
+            raise _UnsupportedError(f"{name} is {value!r:.40}")
+    if settings.get("transform_config"):
+        raise _UnsupportedError(f"transform_config is {settings['transform_config']!r:.60}")
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise _UnsupportedError(f"config_groups is {groups!r:.60}")
+    schemes = []
+    for name, group in groups.items():
+        if group.get("weights") is None:
+            continue  # quantizes activations, or the KV cache
+        targets = group.get("targets") or []
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise _UnsupportedError(f"config_groups.{name}.targets is {targets!r:.60}")
+        for target in targets:
+            _check_pattern(target, f"config_groups.{name}.targets")
+        if group.get("format") not in _FORMATS:
+            raise _UnsupportedError(f"config_groups.{name}.format is {group['format']!r:.40}")
+        schemes.append((targets, _weights(f"config_groups.{name}.weights", group["weights"])))
+    if not schemes:
+        raise _UnsupportedError(f"config_groups is {groups!r:.60} and quantizes no weights")
+    return schemes
+
+
+def _weights(name: str, weights: Any) -> WeightScheme:
+    """A group's scheme, from its `weights`."""
+    if not isinstance(weights, dict):
+        raise _UnsupportedError(f"{name} is {weights!r:.60}")
+    kind, num_bits, strategy = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("strategy")
+    if (kind, num_bits) not in (("int", 4), ("int", 8), ("float", 8)):
+        raise _UnsupportedError(f"{name} is {kind} of {num_bits!r:.40} bits")
     if not weights.get("symmetric", True):
-        raise _Unsupported("weights that are not symmetric")
-    kind, strategy = (weights.get("type"), weights.get("num_bits")), weights.get("strategy")
-    if kind == ("int", 4) and strategy == "group" and f"int4_g{weights.get('group_size')}" in FORMATS:
-        return QuantizationScheme(
-            format=f"int4_g{weights['group_size']}",
-            suffixes={"packed": "_packed", "scale": "_scale"},
-            parts=_packed_int4,
-            dtype=torch.int32,
-            inputs_per_element=8,
-            unsupported=_COMPRESSED_UNSUPPORTED,
-        )
-    if kind == ("float", 8) and strategy == "block":
-        return _blocks(weights.get("block_structure"), "_scale", _COMPRESSED_UNSUPPORTED)
-    by_kind = {("int", 8): ("int8", "levels", torch.int8), ("float", 8): ("fp8", "numbers", torch.float8_e4m3fn)}
-    if kind not in by_kind or strategy not in ("channel", "tensor"):
-        raise _Unsupported(f"{weights.get('type')} of {weights.get('num_bits')} bits, scaled by {strategy}")
-    name, numbers, dtype = by_kind[kind]
-    return QuantizationScheme(
-        format=name,
-        suffixes={numbers: "", "scale": "_scale"},
-        parts=lambda tensors: {
-            numbers: tensors[numbers],
-            "scale": tensors["scale"].float().flatten().expand(len(tensors[numbers])).contiguous(),
-        },
-        dtype=dtype,
-        unsupported=_COMPRESSED_UNSUPPORTED,
-    )
+        raise _UnsupportedError(f"{name}.symmetric is {weights['symmetric']!r:.40}")
+    group_size = weights.get("group_size")
+    if strategy is None:  # as compressed-tensors infers it
+        strategy = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    match strategy:
+        case "tensor" | "channel":
+            return WeightScheme(kind, num_bits)
+        case "group" if type(group_size) is int and group_size > 0:
+            return WeightScheme(kind, num_bits, (1, group_size))
+        case "block":
+            return WeightScheme(kind, num_bits, _block_size(f"{name}.block_structure", weights.get("block_structure")))
+    size = f" and its group_size {group_size!r:.40}" if strategy == "group" else ""
+    raise _UnsupportedError(f"{name}.strategy is {strategy!r:.40}{size}")
 
 
-def _blocks(block: Any, suffix: str, unsupported: Mapping[str, str] | None = None) -> QuantizationScheme:
-    if not isinstance(block, list | tuple) or len(block) != 2 or f"fp8_g{block[1]}" not in FORMATS:
-        raise _Unsupported(f"fp8 in blocks of {block!r:.40}")
-    rows, group = int(block[0]), int(block[1])
-
-    def parts(tensors: Mapping[str, Tensor]) -> Parts:
-        numbers = tensors["numbers"]
-        scale = tensors["scale"].float().repeat_interleave(rows, dim=0)[: len(numbers)].contiguous()
-        return {"numbers": numbers, "scale": scale}
-
-    return QuantizationScheme(
-        format=f"fp8_g{group}",
-        suffixes={"numbers": "", "scale": suffix},
-        parts=parts,
-        dtype=torch.float8_e4m3fn,
-        unsupported=unsupported or {},
-    )
+def _block_size(name: str, block: Any) -> tuple[int, int]:
+    if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+        return block[0], block[1]
+    raise _UnsupportedError(f"{name} is {block!r:.40}")
 
 
-def _packed_int4(tensors: Mapping[str, Tensor]) -> Parts:
-    """int4 of compressed-tensors: eight levels plus 8 in an int32, lowest bits first, which are the bytes of `Int4`."""
-    scale = tensors["scale"]
-    rounded = scale.to(torch.bfloat16)
-    if not torch.equal(rounded.to(scale.dtype), scale):
-        raise UserError(
-            f"scales of int4 weights are {scale.dtype} numbers that bf16 cannot hold: save a bf16 copy of the model"
-        )
-    return {"codes": tensors["packed"].view(torch.uint8), "scale": rounded}
+def _check_pattern(target: str, name: str) -> None:
+    try:
+        re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+    except (re.error, RecursionError, OverflowError):
+        raise _UnsupportedError(f"{name} has {target!r:.60}") from None
 
 
-_DECIDING = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure")
-# Tensors that only matter where activations or the KV cache are quantized, and shapes, which are known.
-IGNORED_TENSORS = (r"\.(input|output|k|v)_(scale|zero_point)$", r"\.weight_shape$")
-_COMPRESSED_UNSUPPORTED = {"_zero_point": "zero points", "_g_idx": "reordered groups", "_global_scale": "global scales"}
-_METHODS: Mapping[str, Callable[[Mapping[str, Any]], QuantizationScheme]] = {
-    "mxfp4": _mxfp4,
-    "fp8": _fp8,
-    "compressed-tensors": _compressed,
-}
+def _is_name(target: str, module: str) -> bool:
+    return target == module
+
+
+def _is_pattern(target: str, module: str) -> bool:
+    return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
+
+
+def _is_class(target: str, module: str) -> bool:
+    """Whether a target may name the class of a module: checkpoints hold low-bit weights of linear layers only."""
+    return target == "Linear"
+
+
+# Compressors whose tensors we know; which of them wrote a tensor is seen by its name and dtype.
+_FORMATS = (
+    None, "dense", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision",
+)  # fmt: skip
+_METHODS = {"mxfp4": _mxfp4, "fp8": _fp8, "compressed-tensors": _compressed}

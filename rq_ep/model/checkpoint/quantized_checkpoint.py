@@ -4,17 +4,23 @@ By its parts an expert is packed without quantizing it again.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rq_ep.core.errors import UserError
-from rq_ep.formats import get_format, native_format_name
-from rq_ep.formats.quantized import Parts, Quantized
+from rq_ep.formats import native_format_name
+from rq_ep.formats.quantized import Parts
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config_json
-from rq_ep.model.checkpoint.quantization_schemes import IGNORED_TENSORS, QuantizationScheme, quantization_scheme
+from rq_ep.model.checkpoint.low_bit_matrices import (
+    IGNORED_TENSORS,
+    LowBitMatrix,
+    TensorHeader,
+    find_low_bit_matrices,
+)
+from rq_ep.model.checkpoint.quantization_schemes import QuantizationScheme, quantization_scheme
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -28,10 +34,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def expert_format(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
-    """Name of the weight format of a checkpoint's experts: the format of `dtype` if they are not quantized."""
-    if isinstance(checkpoint, QuantizedCheckpoint) and any("expert" in key for key in checkpoint.matrices):
-        return checkpoint.format.name
-    return native_format_name(dtype)
+    """The weight format that holds all experts of a checkpoint as they are stored.
+
+    It is the native format of `dtype` unless all of them are in one low-bit format: where some are not, nothing else
+    holds them without rounding.
+    """
+    formats = {checkpoint.format_of(key) for key in checkpoint.keys if _is_expert_matrix(key)}
+    stored = formats.pop() if len(formats) == 1 else None
+    return native_format_name(dtype) if stored is None else stored
+
+
+def has_low_bit_experts(checkpoint: Checkpoint) -> bool:
+    """Whether any matrix of an expert is stored in low bits."""
+    return isinstance(checkpoint, QuantizedCheckpoint) and any(map(_is_expert_matrix, checkpoint.matrices))
+
+
+def _is_expert_matrix(key: str) -> bool:
+    return ".experts." in key and not key.endswith("bias")
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -39,96 +58,66 @@ class QuantizedCheckpoint(Checkpoint):
 
     def __init__(self, path: str | Path, scheme: QuantizationScheme) -> None:
         super().__init__(path)
-        format_ = get_format(scheme.format)
-        assert isinstance(format_, Quantized), format_
-        self.format = format_
-        self._scheme = scheme
         keys = [key for key in super().keys if not any(re.search(pattern, key) for pattern in IGNORED_TENSORS)]
-        self._tensor_keys = _matrices(keys, scheme, str(path))  # matrix -> tensor of the scheme -> key
-        low_bit_keys = {key for tensor_keys in self._tensor_keys.values() for key in tensor_keys.values()}
+        headers = {key: TensorHeader(Checkpoint.dtype(self, key), Checkpoint.shape(self, key)) for key in keys}
+        self._matrices = find_low_bit_matrices(headers, scheme, str(path))
+        low_bit_keys = {key for matrix in self._matrices.values() for key in matrix.keys.values()}
         self._plain_keys = [key for key in keys if key not in low_bit_keys]
+        self._note_formats(scheme)
+
+    def _note_formats(self, scheme: QuantizationScheme) -> None:
+        if not self._matrices:
+            self.notes.append(f"config.json says that weights are quantized by {scheme.method}, but none is stored so")
+        unheld = [key for key, matrix in self._matrices.items() if matrix.format is None and _is_expert_matrix(key)]
+        if unheld:
+            self.notes.append(
+                f"{unheld[0]} and {len(unheld) - 1} more matrices of experts are scaled as no weight format of ours "
+                "holds them: without a placement, their experts are dequantized to the dtype to compute in"
+            )
 
     @property
     def keys(self) -> list[str]:
-        return [*self._tensor_keys, *self._plain_keys]
+        return [*self._matrices, *self._plain_keys]
 
     @property
     def matrices(self) -> Collection[str]:
         """The names of low-bit matrices, or of stacks of them."""
-        return self._tensor_keys.keys()
+        return self._matrices.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        if key not in self._tensor_keys:
-            return super().shape(key)
-        numbers = super().shape(next(iter(self._tensor_keys[key].values())))
-        axis = len(numbers) - self._scheme.num_axes
-        matrix = (numbers[axis], numbers[axis + 1] * self._scheme.inputs_per_element)
-        return (*numbers[:axis], *(reversed(matrix) if self._scheme.is_transposed else matrix))
+        return self._matrices[key].shape if key in self._matrices else super().shape(key)
+
+    def dtype(self, key: str) -> str:
+        return "F32" if key in self._matrices else super().dtype(key)
+
+    def format_of(self, key: str) -> str | None:
+        return self._matrices[key].format if key in self._matrices else None
 
     def tensor(self, key: str) -> Tensor:
-        if key in self._tensor_keys:
-            return self._matrices(key, None)
-        plain = super().tensor(key)
-        if plain.dtype == self._scheme.dtype:
-            raise UserError(
-                f"{self.path}: {key} holds {plain.dtype} numbers, but no scales: the checkpoint is incomplete"
-            )
-        return plain
+        if key not in self._matrices:
+            return super().tensor(key)
+        matrix = self._matrices[key]
+        if len(matrix.shape) > 2:
+            return self.rows(key, 0, matrix.shape[0])
+        return matrix.dequantize(*self._stored(matrix, None))
 
     def rows(self, key: str, first: int, last: int) -> Tensor:
-        return self._matrices(key, (first, last)) if key in self._tensor_keys else super().rows(key, first, last)
+        if key not in self._matrices:
+            return super().rows(key, first, last)
+        matrix = self._matrices[key]
+        return torch.stack([matrix.dequantize(*self._stored(matrix, expert)) for expert in range(first, last)])
 
     def parts(self, key: str, expert: int | None = None) -> Parts:
-        """The parts of a matrix, or of one matrix of a stack."""
-        tensors = {}
-        for name, tensor_key in self._tensor_keys[key].items():
-            if expert is None:
-                tensors[name] = super().tensor(tensor_key)
-            else:
-                tensors[name] = super().rows(tensor_key, expert, expert + 1)[0]
-        return self._scheme.parts(tensors)
+        """The parts of a matrix, or of one matrix of a stack, in the format that holds it."""
+        matrix = self._matrices[key]
+        return matrix.parts(*self._stored(matrix, expert))
 
-    def _matrices(self, key: str, experts: tuple[int, int] | None) -> Tensor:
-        """A matrix, or some of a stack of them."""
-        shape = self.shape(key)
-        if len(shape) == 2:
-            assert experts is None
-            return self._matrix(self.parts(key), shape)
-        first, last = experts or (0, shape[0])
-        return torch.stack([self._matrix(self.parts(key, expert), shape[1:]) for expert in range(first, last)])
-
-    def _matrix(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
-        num_in = shape[0 if self._scheme.is_transposed else 1]
-        weight, scale = self.format.expand(parts, num_in, torch.float32)
-        weight = weight if scale is None else weight * scale[:, None]
-        return weight.T if self._scheme.is_transposed else weight
-
-
-def _matrices(keys: Iterable[str], scheme: QuantizationScheme, what: str) -> dict[str, dict[str, str]]:
-    """Matrix -> tensor of the scheme -> key, for every matrix that has a scale.
-
-    Raises:
-        UserError: a scale without numbers, numbers without a scale, or a tensor that is not supported.
-    """
-    present = set(keys)
-    for suffix, name in scheme.unsupported.items():
-        if matches := sorted(key for key in present if key.endswith(f".weight{suffix}")):
-            raise UserError(
-                f"{what}: {matches[0]}: {name} are not supported: save a bf16 copy of the model and use that"
-            )
-    (numbers_suffix, *_), scales_suffix = scheme.suffixes.values(), list(scheme.suffixes.values())[-1]
-    matrices = {}
-    for key in sorted(present):
-        if key.endswith(scales_suffix):
-            matrix = key.removesuffix(scales_suffix)
-            tensor_keys = {name: f"{matrix}{suffix}" for name, suffix in scheme.suffixes.items()}
-            if missing := sorted(set(tensor_keys.values()) - present):
-                raise UserError(
-                    f"{what}: {key} belongs to {missing[0]}, which is not there: the checkpoint is incomplete"
-                )
-            matrices[matrix] = tensor_keys
-        elif numbers_suffix and key.endswith(numbers_suffix):
-            scales = f"{key.removesuffix(numbers_suffix)}{scales_suffix}"
-            if scales not in present:
-                raise UserError(f"{what}: {key} has no scales {scales}: the checkpoint is incomplete")
-    return matrices
+    def _stored(self, matrix: LowBitMatrix, expert: int | None) -> tuple[Tensor, Tensor]:
+        """Numbers and scales of a matrix, or of one of a stack."""
+        numbers, scale = (
+            Checkpoint.tensor(self, key) if expert is None else Checkpoint.rows(self, key, expert, expert + 1)[0]
+            for key in (matrix.keys["numbers"], matrix.keys["scale"])
+        )
+        if scale.is_floating_point() and not scale.float().isfinite().all():
+            raise UserError(f"{self.path}: {matrix.keys['scale']} is infinite or not a number: the file is damaged")
+        return numbers, scale

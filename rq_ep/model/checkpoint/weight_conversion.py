@@ -8,6 +8,7 @@ experts and no others.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ from transformers.core_model_loading import (
 )
 
 from rq_ep.core.errors import UserError
-from rq_ep.formats import ExpertLayout
-from rq_ep.formats.quantized import Parts
-from rq_ep.model.checkpoint.checkpoint_files import Checkpoint
+from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.formats.quantized import Parts, Quantized
+from rq_ep.model.checkpoint.checkpoint_files import DTYPES, Checkpoint
 from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from rq_ep.model.seam.adapters import adapter_for
 from rq_ep.model.seam.expert_modules import family_of
@@ -58,6 +59,17 @@ class TensorConversion:
         first = self.converter.target_patterns[0]
         return [self.target.replace(first, pattern) for pattern in self.converter.target_patterns]
 
+    def of_expert(self, expert: int) -> list[SourceTensor]:
+        """The sources of an expert's tensor."""
+        return self._by_expert.get(None) or self._by_expert.get(expert, [])
+
+    @cached_property
+    def _by_expert(self) -> dict[int | None, list[SourceTensor]]:
+        by_expert: dict[int | None, list[SourceTensor]] = {}
+        for source in self.sources:
+            by_expert.setdefault(source.expert, []).append(source)
+        return by_expert
+
 
 class WeightReader:
     """Reads the tensors of a model, named, shaped and fused as transformers keeps them in memory.
@@ -82,6 +94,7 @@ class WeightReader:
         made = {target for conversion in conversions.values() for target in conversion.targets}
         self._check_nothing_left_over(model, made)
         self._check_nothing_missing(model, made)
+        self._check_dtypes(conversions.values())
         self._experts: dict[str, dict[str, TensorConversion]] = {}
         self._layouts: dict[str, ExpertLayout] = {}
         for name in experts:
@@ -108,33 +121,41 @@ class WeightReader:
         """Read the tensors of one expert of the experts module `name`, in the checkpoint's dtype."""
         return {tensor: self._expert_tensor(conversion, expert) for tensor, conversion in self._experts[name].items()}
 
+    def stored_format(self, name: str, expert: int) -> str | None:
+        """The low-bit format that holds an expert as it is stored: that of all its matrices; None if there is none."""
+        formats: set[str | None] = set()
+        for conversion in self._matrices(name).values():
+            operations = [] if conversion.converter is None else conversion.converter.operations
+            if not all(isinstance(operation, MergeModulelist | Concatenate) for operation in operations):
+                return None
+            formats |= {self._checkpoint.format_of(source.key) for source in conversion.of_expert(expert)}
+        return formats.pop() if len(formats) == 1 else None
+
     def stored_expert(self, name: str, expert: int, format_name: str) -> torch.Tensor | None:
         """Read an expert packed as the checkpoint stores it: uint8 [nbytes]; None unless it is in this format.
 
         Its numbers and scales are merged as the weights would be, and are not rounded again.
         """
         checkpoint = self._checkpoint
-        if not isinstance(checkpoint, QuantizedCheckpoint) or checkpoint.format.name != format_name:
+        if not isinstance(checkpoint, QuantizedCheckpoint) or self.stored_format(name, expert) != format_name:
             return None
-        conversions = self._experts[name]
-        matrices = {tensor for tensor, conversion in conversions.items() if self._state[conversion.target].ndim == 3}
-        for tensor in matrices:
-            conversion = conversions[tensor]
-            operations = [] if conversion.converter is None else conversion.converter.operations
-            only_merges = all(isinstance(operation, MergeModulelist | Concatenate) for operation in operations)
-            if not only_merges or not all(source.key in checkpoint.matrices for source in conversion.sources):
-                return None
+        conversions, matrices = self._experts[name], self._matrices(name)
         biases = {tensor: self._expert_tensor(conversions[tensor], expert) for tensor in conversions.keys() - matrices}
-        parts = {tensor: self._expert_parts(checkpoint, conversions[tensor], expert) for tensor in matrices}
-        return checkpoint.format.pack_parts(parts, biases, self._layouts[name])
+        parts = {tensor: self._expert_parts(checkpoint, conversion, expert) for tensor, conversion in matrices.items()}
+        format_ = get_format(format_name)
+        assert isinstance(format_, Quantized), format_
+        return format_.pack_parts(parts, biases, self._layouts[name])
+
+    def _matrices(self, name: str) -> dict[str, TensorConversion]:
+        """The conversions of the matrices, without the biases, of an experts module."""
+        conversions = self._experts[name]
+        return {tensor: made for tensor, made in conversions.items() if self._state[made.target].ndim == 3}
 
     def _expert_parts(self, checkpoint: QuantizedCheckpoint, conversion: TensorConversion, expert: int) -> Parts:
         """The parts of one expert's matrix, each merged as the matrix would be."""
         if conversion.converter is None:
             return checkpoint.parts(conversion.sources[0].key, expert)
-        sources = [
-            (source.pattern, checkpoint.parts(source.key)) for source in conversion.sources if source.expert == expert
-        ]
+        sources = [(source.pattern, checkpoint.parts(source.key)) for source in conversion.of_expert(expert)]
         merged = {}
         for part in sources[0][1]:
             tensors = [(pattern, parts[part]) for pattern, parts in sources]
@@ -147,9 +168,7 @@ class WeightReader:
         """A tensor of one expert; if it is not to be read, its shape on the meta device, which is checked alike."""
         checkpoint = self._checkpoint
         sources = []
-        for source in conversion.sources:
-            if source.expert not in (None, expert):
-                continue
+        for source in conversion.of_expert(expert):
             if not is_read:
                 shape = checkpoint.shape(source.key)
                 tensor = torch.empty((1, *shape[1:]) if source.expert is None else shape, device="meta")
@@ -227,8 +246,18 @@ class WeightReader:
             if conversion.converter is None and conversion.target in self._state:
                 key, wanted = conversion.sources[0].key, self._state[conversion.target]
                 self._check_shape(conversion.target, self._checkpoint.shape(key), wanted.shape)
-                if wanted.is_floating_point() and not self._checkpoint.holds_floats(key):
-                    raise UserError(f"{self._checkpoint.path}: {key} holds integers: save a bf16 copy of the model")
+
+    def _check_dtypes(self, conversions: Iterable[TensorConversion]) -> None:
+        """Raise a `UserError` for numbers in the place of weights that are none without a scale, or are not real."""
+        for conversion in conversions:
+            if any(name in self._state and self._state[name].is_floating_point() for name in conversion.targets):
+                for source in conversion.sources:
+                    if (dtype := self._checkpoint.dtype(source.key)) not in DTYPES:
+                        raise UserError(
+                            f"{self._checkpoint.path}: {source.key} holds {dtype} numbers, which are no weights by "
+                            "themselves, and config.json does not say how they are quantized: save a bf16 copy of the "
+                            "model and use that"
+                        )
 
     def _check_shape(self, name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
         if tuple(shape) != tuple(wanted):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rq_ep.core.cost import CostModel, LayerCost
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement
+from rq_ep.core.placement import Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.core.strategy import Strategy
@@ -42,6 +42,27 @@ def place_uniformly(
     )
     budget_bytes_R = (standard_ep_bytes(stats, num_ranks),) * num_ranks
     return strategy.place(PlacementProblem(replace(stats, model=model), topology, budget_bytes_R))
+
+
+def keep_stored_formats(
+    placement: Placement, stored: Sequence[Sequence[str | None]], layout: ExpertLayout
+) -> Placement:
+    """A placement with each expert in the low-bit format that it is stored in, if it is in one.
+
+    Args:
+        placement: of all experts.
+        stored: for each layer, the format of each expert.
+        layout: of an expert.
+    """
+    layers = []
+    for layer, formats in zip(placement.layers, stored, strict=True):
+        table = layer.replicas
+        kept = tuple(formats[e] or own for e, own in zip(table.experts_P.tolist(), table.formats_P, strict=True))
+        layers.append(replace(layer, replicas=replace(table, formats_P=kept)))
+    names = {name for layer in layers for name in layer.replicas.formats_P}
+    expert_bytes = {name: get_format(name).nbytes(layout) for name in names}
+    bytes_R = bytes_by_rank(layers, placement.topology.num_ranks, expert_bytes)
+    return replace(placement, layers=tuple(layers), bytes_R=tuple(bytes_R.tolist()))
 
 
 def layer_cost(

@@ -166,7 +166,7 @@ def test_absurd_headers_are_refused_in_one_line(folder: Path, damage: dict[str, 
 def test_integers_in_the_place_of_weights_are_refused(folder: Path) -> None:
     tensors = load_file(folder / SINGLE)
     save_file(tensors | {NORM: tensors[NORM].int()}, folder / SINGLE)
-    with pytest.raises(UserError, match=rf"{NORM} holds integers"):
+    with pytest.raises(UserError, match=rf"{NORM} holds I32 numbers"):
         OpenedModel.open(folder)
 
 
