@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,17 +74,18 @@ def _temporary_beside(target: Path) -> Path:
     return Path(name)
 
 
-def read_json(path: str | Path, what: str, hint: str) -> Any:
+def read_json(path: str | Path, what: str, hint: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The JSON document in a file.
 
     Args:
         what: the file should be, such as "placement".
         hint: what to do if there is no such file.
+        max_bytes: that it may have.
 
     Raises:
         UserError: there is no such file, or it is not JSON.
     """
-    text = read_text(path, what, hint, MAX_JSON_BYTES)
+    text = read_text(path, what, hint, max_bytes)
     try:
         return json.loads(text, object_pairs_hook=_without_repetition)
     except RecursionError:
@@ -95,8 +97,8 @@ def read_json(path: str | Path, what: str, hint: str) -> Any:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} is given twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r:.60} is given twice")
     return mapping
 
 

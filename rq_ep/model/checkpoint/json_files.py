@@ -21,11 +21,7 @@ def read_json_object(path: Path, hint: str = "restore it", max_bytes: int = MAX_
     Raises:
         UserError: there is no such file, it is too long, or it holds anything else.
     """
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise UserError(f"{path}: not readable (no regular file)")
-    if path.exists() and (size := path.stat().st_size) > max_bytes:
-        raise UserError(f"{path}: not readable ({size:,} bytes, more than the {max_bytes:,} that are parsed)")
-    document = read_json(path, "JSON", hint)
+    document = read_json(path, "JSON", hint, max_bytes)
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected an object, found {type(document).__name__}")
     return document

@@ -210,12 +210,12 @@ def test_a_settings_file_that_is_no_object_is_refused_by_name(folder: Path, name
 def test_a_pipe_or_an_endless_file_is_not_waited_for(folder: Path, name: str) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(UserError, match=f"{name}: not readable"):
+    with pytest.raises(UserError, match=f"{name}: not a readable JSON file .it is a pipe"):
         dry_run(folder)
     (folder / name).unlink()
     with (folder / name).open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UserError, match=f"{name}: not readable"):
+    with pytest.raises(UserError, match=f"{name}: not a JSON file: it has {1 << 40} bytes"):
         dry_run(folder)
 
 
