@@ -132,7 +132,9 @@ class ServeConfig:
     )
     device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)
     attn_implementation: str | None = option(None, help="attention of transformers; default: sdpa, or eager without it")
-    seed: int = option(0, help="seed of sampled requests that bring none", minimum=0)
+    seed: int = option(
+        0, help="seed of sampled requests that bring none; in bf16 neighbours may change an answer", minimum=0
+    )
 
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, help="port to listen on; 0 picks a free one", minimum=0, maximum=65535)
