@@ -697,7 +697,7 @@ def test_recording_starts_stops_and_names_its_file(bench: Bench, monkeypatch: py
 def test_the_openapi_document_names_every_error(bench: Bench) -> None:
     document = bench.call("GET", "/openapi.json").json()
     answers = document["paths"]["/v1/completions"]["post"]["responses"]
-    assert {"200", "400", "401", "404", "413", "415", "429", "500", "503"} == set(answers)
+    assert {"200", "400", "401", "403", "404", "408", "413", "415", "429", "500", "503"} == set(answers)
     assert "422" not in json.dumps(document)
     fields = document["components"]["schemas"]["CompletionBody"]["properties"]
     assert {"echo", "logprobs", "ignore_eos", "seed", "stop", "n", "stream_options"} <= set(fields)

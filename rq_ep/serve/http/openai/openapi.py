@@ -32,12 +32,13 @@ EVENTS = "where `stream` is true: events whose data is a chunk of the answer as 
 
 # Which errors a route can answer with, by the beginning of its path; 401 is the guard's.
 STATUSES = {
-    "/v1/completions": (400, 401, 404, 413, 415, 429, 500, 503),
-    "/v1/chat/completions": (400, 401, 404, 413, 415, 429, 500, 503),
-    "/v1/ep/record": (400, 401, 409, 500, 503),
+    "/v1/completions": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
+    "/v1/chat/completions": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
+    "/v1/ep/record": (400, 401, 403, 409, 500, 503),
     "/v1/ep": (401, 503),
     "/v1/models/": (401, 404),
     "/v1/models": (401,),
+    "/server_info": (401,),
     "/health": (503,),
 }
 
