@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import MAX_INTEGER, UserError, check_choice
-from rq_ep.core.files import read_array
+from rq_ep.core.files import check_regular, read_array
 
 Array = npt.NDArray[Any]
 
@@ -70,6 +70,7 @@ def load_pt(path: Path) -> Any:
     import torch
 
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except FileNotFoundError:
@@ -124,7 +125,7 @@ def whole_numbers(source: Path, name: str, array: Array) -> IntArray:
 def check_text_size(path: Path) -> None:
     """Raise a `UserError` if a file to be parsed is missing, or larger than any placement is as text."""
     try:
-        size = path.stat().st_size
+        size = check_regular(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if size > MAX_TEXT_BYTES:
@@ -138,6 +139,7 @@ def first_line(error: Exception) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, Array]:
+    check_regular(path)
     path.open("rb").close()  # says why a file cannot be read; safetensors calls all of them missing
     with safe_open(path, framework="numpy") as file:
         names = list(file.keys())

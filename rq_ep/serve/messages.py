@@ -225,14 +225,13 @@ def shorter_outputs(message: Outputs, error: MessageTooLong) -> list[Outputs]:
     return [Outputs([Output(output.request_id, [], "error", str(error)) for output in message.outputs])]
 
 
-def request_in_parts(message: AddRequest) -> list[PromptPart | AddRequest]:
-    """A request and, before it, the parts of a prompt that is too long for one message."""
-    request, size = message.request, PROMPT_PART_TOKENS
+def request_in_parts(request: Request) -> tuple[list[PromptPart], Request]:
+    """The parts of a prompt that is too long for one message, and the request with the rest of it."""
+    size = PROMPT_PART_TOKENS
     if len(request.prompt_ids) <= size:
-        return [message]
-    parts = [request.prompt_ids[at : at + size] for at in range(0, len(request.prompt_ids), size)]
-    last = replace(message, request=replace(request, prompt_ids=parts[-1]))
-    return [*(PromptPart(request.id, part) for part in parts[:-1]), last]
+        return [], request
+    *parts, rest = (request.prompt_ids[at : at + size] for at in range(0, len(request.prompt_ids), size))
+    return [PromptPart(request.id, part) for part in parts], replace(request, prompt_ids=rest)
 
 
 def decode_from_rank(body: bytes) -> FromRank:

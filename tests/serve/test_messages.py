@@ -126,9 +126,8 @@ def test_outputs_that_are_too_long_for_a_message_are_sent_one_by_one_or_as_an_er
 def test_a_long_prompt_travels_in_parts(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
     monkeypatch.setattr(messages, "PROMPT_PART_TOKENS", 4)
     prompt_ids = list(range(num_tokens))
-    *parts, last = request_in_parts(AddRequest(Request("a", prompt_ids, 3), 7))
-    assert isinstance(last, AddRequest)
-    assert (last.request.id, last.request.max_tokens, last.num_announced) == ("a", 3, 7)
-    token_ids = [part.token_ids for part in parts if isinstance(part, PromptPart)] + [last.request.prompt_ids]
+    parts, last = request_in_parts(Request("a", prompt_ids, 3))
+    assert (last.id, last.max_tokens) == ("a", 3)
+    token_ids = [part.token_ids for part in parts] + [last.prompt_ids]
     assert [token_id for part in token_ids for token_id in part] == prompt_ids
     assert max(map(len, token_ids)) <= 4

@@ -198,8 +198,8 @@ class RankRouter:
             loads_R[other.rank] += other.request.num_tokens
         routed = RoutedRequest(request, least_loaded(loads_R))
         self._requests[request.id] = routed
-        self._announce(routed)
         try:
+            await self._announce(routed)
             while True:
                 output = await routed.outputs.get()
                 if isinstance(output, ApiError):
@@ -228,15 +228,18 @@ class RankRouter:
         self._send(0, Mark(number))
         self._send_all(Wake(self._num_announced))
 
-    def _announce(self, routed: RoutedRequest) -> None:
+    async def _announce(self, routed: RoutedRequest) -> None:
         """Hand over a request, and wake the other ranks: they may all be asleep."""
+        parts, last = request_in_parts(routed.request)
+        for part in parts:
+            self._send(routed.rank, part)
+            await asyncio.sleep(0)  # writing them down takes time, in which other requests go on
+        if routed.request.id not in self._requests:  # the group has failed meanwhile, or drains
+            return
         self._num_announced += 1
         for rank in range(len(self._ranks)):
-            if rank != routed.rank:
-                self._send(rank, Wake(self._num_announced))
-                continue
-            for message in request_in_parts(AddRequest(routed.request, self._num_announced)):
-                self._send(rank, message)
+            is_its_rank = rank == routed.rank
+            self._send(rank, AddRequest(last, self._num_announced) if is_its_rank else Wake(self._num_announced))
 
     # The connections of the ranks
 

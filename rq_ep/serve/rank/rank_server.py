@@ -221,6 +221,7 @@ class RankServer:
             case Mark():
                 self._loaded_engine().mark(message.number)
             case Cancel():
+                self._prompt_parts.pop(message.id, None)
                 self._loaded_engine().cancel(message.id)
             case Wake():
                 self._loaded_engine().wake(message.num_announced)
