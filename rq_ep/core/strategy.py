@@ -12,6 +12,7 @@ from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rebalance_rule import RebalanceRule
 from rq_ep.core.topology import Topology
 
 # counts_RE [R, E] int64, routed pairs from each source rank to each expert, known to every rank -> the step's plan.
@@ -48,6 +49,8 @@ class Strategy(ABC):
     counts_replicas: ClassVar[bool] = False  # whether its `place` takes `num_redundant_experts`
     may_mix_formats: ClassVar[bool] = False  # whether its `place` takes `mixed_replicas`
     needs_low_format: ClassVar[bool] = False  # whether its `place` needs a format below the native one, calibrated
+    begins_from_current: ClassVar[bool] = False  # whether its `place` makes few moves from the placement that serves
+    rebalance_rule: ClassVar[RebalanceRule | None] = None  # None: what serves is kept, whatever the load
 
     # These may be settings: a field of a subclass takes the place of the default.
     max_borrowed: int | None = None  # experts that a rank borrows in a step; None: all that it does not hold

@@ -11,6 +11,7 @@ from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rebalance_rule import RebalanceRule
 from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology, nodes_of_groups
@@ -37,6 +38,8 @@ class Eplb(Strategy):
     )
     split: ClassVar[SplitRule | None] = "even"
     counts_replicas: ClassVar[bool] = True
+    # As vLLM does by default: whatever is planned is taken.
+    rebalance_rule: ClassVar[RebalanceRule | None] = RebalanceRule(window=1000, interval=3000, min_gain=None, price=0.0)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         return certify(problem, self, self.layers(problem))

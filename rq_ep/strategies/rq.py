@@ -11,6 +11,7 @@ from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rebalance_rule import RebalanceRule
 from rq_ep.core.replicas import Replicas
 from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
@@ -116,6 +117,8 @@ class ReplicateQuantize(Strategy):
     )
     split: ClassVar[SplitRule | None] = "exact"
     may_mix_formats: ClassVar[bool] = True
+    begins_from_current: ClassVar[bool] = True
+    rebalance_rule: ClassVar[RebalanceRule | None] = RebalanceRule()
 
     max_steps: int = 64  # calibration steps the solver looks at, spread over the record
     max_moves: int = 6000  # moves it tries in each layer
@@ -126,7 +129,7 @@ class ReplicateQuantize(Strategy):
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
         def solve_uniform(part: PlacementProblem) -> Placement:
-            return solve(part, self, self.max_steps, self.max_moves, current, eplb_candidates(part))
+            return solve(part, self, self.max_steps, self.max_moves, current, [] if current else eplb_candidates(part))
 
         if problem.mixed_replicas and current is None:
             return place_mixed(problem, self, self.max_steps, solve_uniform)

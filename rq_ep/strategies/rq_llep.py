@@ -11,6 +11,7 @@ from rq_ep.core.errors import UserError, check_integer, check_number, check_text
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rebalance_rule import RebalanceRule
 from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
 from rq_ep.solver.search.solve import solve
@@ -39,6 +40,8 @@ class ReplicateLend(Strategy):
     )
     split: ClassVar[SplitRule | None] = "exact"  # certified as it places: what is lent depends on each step
     lends: ClassVar[bool] = True
+    begins_from_current: ClassVar[bool] = True
+    rebalance_rule: ClassVar[RebalanceRule | None] = RebalanceRule()
 
     fallback_ratio: float = 1.3  # without a cost: max/mean after the static split below which nothing moves
     min_tokens_per_gemm: int = 1024  # without a cost: pairs for which an expert is worth moving
@@ -59,7 +62,9 @@ class ReplicateLend(Strategy):
         check_integer("max_moves", self.max_moves)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        return solve(problem, self, self.max_steps, self.max_moves, current, eplb_candidates(problem))
+        return solve(
+            problem, self, self.max_steps, self.max_moves, current, [] if current else eplb_candidates(problem)
+        )
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         if cost is not None and self.transient_format is not None and self.transient_format not in cost.transfer_s:

@@ -34,12 +34,12 @@ def enforce_low_cap(problem: PlacementProblem, layers: Sequence[LayerPlacement])
     held: ReplicaSets = [set(layer.replicas) for layer in layers]
     _promote(held, share_LE, pairs_LE, excess, stats.native_format)
     if problem.budget_bytes_R is not None:
-        bytes_R = bytes_by_rank(_even(layers, held), problem.topology.num_ranks, stats.expert_bytes)
-        _drop_excess(problem, held, share_LE, copies_LE, bytes_R - np.array(problem.budget_bytes_R, np.int64))
-    return _even(layers, held)
+        bytes_R = bytes_by_rank(even_layers(layers, held), problem.topology.num_ranks, stats.expert_bytes)
+        drop_excess(problem, held, share_LE, copies_LE, bytes_R - np.array(problem.budget_bytes_R, np.int64))
+    return even_layers(layers, held)
 
 
-def _even(layers: Sequence[LayerPlacement], held: ReplicaSets) -> list[LayerPlacement]:
+def even_layers(layers: Sequence[LayerPlacement], held: ReplicaSets) -> list[LayerPlacement]:
     """The layers with these replicas, which share pairs evenly."""
     return [
         LayerPlacement.even(layer.index, layer.num_experts, replicas)
@@ -62,7 +62,7 @@ def _promote(held: ReplicaSets, share_LE: FloatArray, pairs_LE: IntArray, excess
         replicas |= {replica._replace(format=native) for replica in changed}
 
 
-def _drop_excess(
+def drop_excess(
     problem: PlacementProblem, held: ReplicaSets, share_LE: FloatArray, copies_LE: IntArray, over_R: IntArray
 ) -> None:
     """Drop replicas of experts that have others, from ranks that exceed their budgets by `over_R`."""

@@ -8,6 +8,8 @@ from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 
+STORED_DISCOUNT = 0.5  # to make an expert native again takes its weights from elsewhere; to make it low does not
+
 
 @dataclass(frozen=True)
 class Formats:
@@ -63,8 +65,11 @@ def contributions_LE(stats: ExpertStats) -> FloatArray:
     return next(array for array in measured if array is not None).astype(np.float64)
 
 
-def low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
-    """[L, E] experts to store low: those of least damage in all layers, up to the caps on pairs and on error."""
+def low_experts(problem: PlacementProblem, formats: Formats, stored_low_LE: BoolArray | None = None) -> BoolArray:
+    """[L, E] experts to store low: those of least damage in all layers, up to the caps on pairs and on error.
+
+    Experts that are stored low already are taken at `STORED_DISCOUNT` times their damage.
+    """
     stats = problem.stats
     if formats.low is None:
         return np.zeros((stats.num_layers, stats.num_experts), bool)
@@ -72,8 +77,15 @@ def low_experts(problem: PlacementProblem, formats: Formats) -> BoolArray:
     pairs_LE = stats.counts.sum(axis=0)
     errors_LE = error_LE(stats, formats.low) - error_LE(stats, formats.native)
     max_error = np.inf if problem.max_error is None else problem.max_error - error_LE(stats, formats.native).sum()
-    share = problem.max_low_precision_share
-    low = least_damage_first(damages_LE.ravel(), pairs_LE.ravel(), share, errors_LE.ravel(), max_error)
+    rank_LE = damages_LE if stored_low_LE is None else np.where(stored_low_LE, STORED_DISCOUNT, 1.0) * damages_LE
+    low = least_damage_first(
+        damages_LE.ravel(),
+        pairs_LE.ravel(),
+        problem.max_low_precision_share,
+        errors_LE.ravel(),
+        max_error,
+        rank_LE.ravel(),
+    )
     return low.reshape(pairs_LE.shape)
 
 
@@ -92,12 +104,13 @@ def least_damage_first(
     max_share: float,
     errors_E: FloatArray | None = None,
     max_error: float = np.inf,
+    order_E: FloatArray | None = None,
 ) -> BoolArray:
-    """[E] experts to store low, by rising damage, while both their pairs and their damage keep to `max_share` of all.
+    """[E] experts to store low, by rising `order_E` (default: damage), while their pairs and damage keep to a share.
 
-    Greedy knapsack: an expert that would exceed the share, or of infinite damage, is skipped. The cap on damage keeps
-    an expert of few pairs that matters from being taken only because its pairs fit. The `errors_E` of the experts taken
-    add up to `max_error` at most.
+    Neither their pairs nor their damage exceed `max_share` of all. Greedy knapsack: an expert that would exceed it, or
+    of infinite damage, is skipped. The cap on damage keeps an expert of few pairs that matters from being taken only
+    because its pairs fit. The `errors_E` of the experts taken add up to `max_error` at most.
     """
     low_E = np.zeros(len(damage_E), bool)
     allowed_pairs, allowed_damage = (
@@ -108,7 +121,7 @@ def least_damage_first(
     pairs, damage, error = 0, 0.0, 0.0
     if not allowed_pairs:
         return low_E
-    for expert in np.lexsort((pairs_E, damage_E)).tolist():
+    for expert in np.lexsort((pairs_E, damage_E if order_E is None else order_E)).tolist():
         more = (pairs + int(pairs_E[expert]), damage + float(damage_E[expert]), error + float(errors[expert]))
         if more[0] <= allowed_pairs and more[1] <= allowed_damage and more[2] <= max_error:
             low_E[expert] = True

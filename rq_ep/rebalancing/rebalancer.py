@@ -1,0 +1,152 @@
+"""The rebalancer: observes the loads of steps, and decides whether the placement that serves is to be replaced.
+
+It is a pure decision, at a third speed beside `place` and the planners: the simulator, the benches and the server call
+the same functions. Whoever observes need not be who plans: a request carries all that a decision depends on.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rebalance_rule import RebalanceRule
+from rq_ep.core.strategy import Strategy
+from rq_ep.rebalancing.gain import Gain, gain_of, planned_and_held_out
+from rq_ep.rebalancing.load_window import LoadWindow, ObservedLoads
+from rq_ep.rebalancing.replan import keeps_low_cap, low_share, moved_bytes, price_of, replan
+
+MIN_STEPS = 16  # sampled steps below which nothing is decided: a block of steps would be a single one
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to replace the placement that serves, and why."""
+
+    placement: Placement | None  # the new one; None: stay
+    reason: str
+    gain: Gain | None = None  # on steps that were not planned for
+    moved_bytes: int = 0  # that ranks receive
+    seconds: float = 0.0  # that the decision took
+
+    @property
+    def stays(self) -> bool:
+        return self.placement is None
+
+
+@dataclass(frozen=True)
+class RebalanceRequest:
+    """All that a decision depends on. It can be sent to another process."""
+
+    problem: PlacementProblem  # the limits; its statistics hold sizes and sensitivities, and no load that counts
+    strategy: Strategy
+    rule: RebalanceRule
+    current: Placement
+    loads: ObservedLoads
+
+
+class Rebalancer:
+    """Observes the steps of a group. One decision is asked for at a time, and a placement is committed when it serves.
+
+    Args:
+        problem: statistics with sizes and sensitivities, budgets and caps.
+        strategy: that serves.
+        placement: the one that serves at first.
+        rule: when to decide, and what to accept; default: the strategy's own.
+
+    Raises:
+        UserError: the strategy keeps the placement that it has.
+    """
+
+    def __init__(
+        self,
+        problem: PlacementProblem,
+        strategy: Strategy,
+        placement: Placement,
+        rule: RebalanceRule | None = None,
+    ) -> None:
+        rule = rule or strategy.rebalance_rule
+        if rule is None:
+            raise UserError(f"--rebalance auto: strategy {strategy.name!r} keeps the placement it has; choose rq")
+        if problem.budget_bytes_R is None:
+            problem = replace(problem, budget_bytes_R=placement.budget_bytes_R or placement.bytes_R)
+        self.current = placement
+        self._problem = replace(problem, move_price=rule.price)
+        self._strategy = strategy
+        self._rule = rule
+        self._window = LoadWindow(rule.window)
+        self._due_in = max(rule.interval, min(rule.window, MIN_STEPS))  # steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a decision is to be made now."""
+        return self._due_in <= 0
+
+    def observe(self, counts_LE: IntArray, phase: int = 0) -> None:
+        """Take the loads of a step.
+
+        Args:
+            counts_LE: [L, E] routed pairs, of all ranks together; a step that routes nothing does not count.
+            phase: index into PHASES.
+        """
+        if counts_LE.any():
+            self._window.observe(counts_LE, phase)
+            self._due_in -= 1
+
+    def request(self) -> RebalanceRequest:
+        """What to decide on now. The next decision is due an interval later."""
+        self._due_in = self._rule.interval
+        return RebalanceRequest(self._problem, self._strategy, self._rule, self.current, self._window.loads())
+
+    def commit(self, placement: Placement) -> None:
+        """The placement serves from now on. The next decision is due when a whole window has passed."""
+        self.current = placement
+        self._due_in = max(self._rule.window, self._rule.interval)
+
+
+def decide(request: RebalanceRequest) -> Decision:
+    """Plan for one half of the observed steps, and accept what is better on the other half by more than it costs."""
+    started_s = time.perf_counter()
+    return replace(_decide(request), seconds=time.perf_counter() - started_s)
+
+
+def _decide(request: RebalanceRequest) -> Decision:
+    problem, strategy, rule, current, loads = (
+        request.problem, request.strategy, request.rule, request.current, request.loads,
+    )  # fmt: skip
+    num_steps = len(loads.phase_S)
+    if num_steps < MIN_STEPS:
+        return Decision(None, f"{num_steps} steps were observed, fewer than {MIN_STEPS}")
+    if rule.min_gain is None:
+        placement = replan(_with_loads(problem, loads), strategy, current)
+        if placement is None:
+            return Decision(None, "no placement was found inside the limits")
+        return Decision(placement, "planned anew, as its rule says", None, moved_bytes(problem, current, placement))
+    planned_S, held_out_S = planned_and_held_out(num_steps)
+    held_out = _with_loads(problem, loads.take(held_out_S))
+    placement = replan(_with_loads(problem, loads.take(planned_S)), strategy, current)
+    if placement is None:
+        return Decision(None, "no placement was found inside the limits")
+    num_bytes = moved_bytes(problem, current, placement)
+    gain = gain_of(held_out, strategy, current.layers, placement.layers)
+    figures = f"max/mean {gain.before:.3f} -> {gain.after:.3f} on {len(held_out_S)} steps that were not planned for"
+    everything = _with_loads(problem, loads)
+    if not keeps_low_cap(everything, current.layers) and keeps_low_cap(everything, placement.layers):
+        shares = [low_share(everything, layers) for layers in (current.layers, placement.layers)]
+        return Decision(placement, f"low pairs {shares[0]:.1%} -> {shares[1]:.1%}; {figures}", gain, num_bytes)
+    least = rule.min_gain + price_of(problem, num_bytes)
+    if gain.mean < least:
+        return Decision(None, f"{figures}: gains less than {least:.3f}", gain, num_bytes)
+    if not gain.is_real:
+        return Decision(None, f"{figures}: not more than chance ({gain.noise:.3f})", gain, num_bytes)
+    return Decision(placement, figures, gain, num_bytes)
+
+
+def _with_loads(problem: PlacementProblem, loads: ObservedLoads) -> PlacementProblem:
+    """The problem with these loads in place of its statistics' own."""
+    stats = replace(
+        problem.stats, counts=loads.counts_SLE, phase=loads.phase_S, tokens=None, domain=None, domains=(),
+        source="the observed load",
+    )  # fmt: skip
+    return replace(problem, stats=stats)
