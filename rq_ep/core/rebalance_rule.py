@@ -25,6 +25,13 @@ class RebalanceRule:
         "planned for; null: whatever is planned is taken",
         minimum=0,
     )
+    min_share: float = option(
+        0.25,
+        flag="--rebalance-min-share",
+        help="share of what max/mean is above 1 that a new placement must remove: what stays is mostly chance",
+        minimum=0,
+        maximum=1,
+    )
     price: float = option(
         0.1,
         flag="--rebalance-price",

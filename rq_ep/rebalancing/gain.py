@@ -1,4 +1,7 @@
-"""What a new placement gains over the one that serves, on steps that it was not planned for."""
+"""What a new placement gains over the one that serves, on steps that it was not planned for.
+
+Axes: B blocks of consecutive steps.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,21 +16,41 @@ from rq_ep.solver.objective.calibration_steps import layer_steps, pairs_by_step
 from rq_ep.solver.objective.objective import evaluator_of, step_balance
 
 NUM_BLOCKS = 32  # of consecutive steps; those of one block resemble each other, as they run the same requests
-NOISES = 3.0  # standard errors that a gain must exceed: one decision in about 700 is wrong by chance
+NOISES = 3.0  # standard errors by which a mean must exceed a limit: by chance it does so in one of about 700 decisions
+
+
+class Estimate(NamedTuple):
+    """The mean of a figure over steps, by their pairs, and its standard error."""
+
+    mean: float
+    noise: float
+
+    def surely_exceeds(self, limit: float) -> bool:
+        """Whether the mean is above a limit by more than chance."""
+        return self.mean - limit > NOISES * self.noise
+
+    @classmethod
+    def of(cls, value_S: FloatArray, weight_S: FloatArray) -> "Estimate":
+        """The weighted mean; its error is taken from successive differences of blocks of steps (von Neumann, 1941).
+
+        So a load that changes within the window, once, is not taken for noise.
+        """
+        blocks = np.array_split(np.arange(len(value_S)), NUM_BLOCKS // 2)
+        blocks = [part for part in blocks if weight_S[part].any()]
+        if not blocks:
+            return cls(0.0, 0.0)
+        mean_B = np.array([np.average(value_S[part], weights=weight_S[part]) for part in blocks])
+        share_B = np.array([weight_S[part].sum() for part in blocks]) / weight_S.sum()
+        variance = float((np.diff(mean_B) ** 2).mean() / 2) if len(blocks) > 1 else np.inf
+        return cls(float(mean_B @ share_B), float(np.sqrt(variance * (share_B**2).sum())))
 
 
 class Gain(NamedTuple):
-    """The gain of one placement over another, in max/mean, mean over steps (by their pairs) and layers."""
+    """The gain of one placement over another, in max/mean, mean over layers."""
 
-    mean: float
-    noise: float  # standard error of the mean, from successive differences of blocks of steps
+    estimate: Estimate
     before: float
     after: float
-
-    @property
-    def is_real(self) -> bool:
-        """Whether the gain is more than chance."""
-        return self.mean > NOISES * self.noise
 
 
 def planned_and_held_out(num_steps: int) -> tuple[IntArray, IntArray]:
@@ -45,28 +68,28 @@ def gain_of(
     """The gain of the layers `after` over `before`, paired step by step.
 
     Args:
-        problem: its statistics are the held-out steps, in blocks of equal length.
+        problem: its statistics are the held-out steps, in their order.
         strategy: serves both; its split is evaluated.
         before: the layers that serve.
         after: those that might.
     """
     weight_S = pairs_by_step(problem)
     before_S, after_S = (_imbalance_S(problem, strategy, layers) for layers in (before, after))
-    blocks = [part for part in np.array_split(np.arange(len(weight_S)), NUM_BLOCKS // 2) if weight_S[part].any()]
-    if len(blocks) < 2:
-        return Gain(0.0, 0.0, 1.0, 1.0)
-    gain_B = np.array([np.average((before_S - after_S)[part], weights=weight_S[part]) for part in blocks])
-    share_B = np.array([weight_S[part].sum() for part in blocks]) / weight_S.sum()
-    # From successive differences (von Neumann 1941): a load that has changed within the window is no noise.
-    variance = float((np.diff(gain_B) ** 2).mean() / 2)
-    mean = float(gain_B @ share_B)
-    noise = float(np.sqrt(variance * (share_B**2).sum()))
-    return Gain(
-        mean,
-        noise,
-        float(np.average(before_S, weights=weight_S)),
-        float(np.average(after_S, weights=weight_S)),
-    )
+    means = [Estimate.of(value_S, weight_S).mean for value_S in (before_S, after_S)]
+    return Gain(Estimate.of(before_S - after_S, weight_S), *means)
+
+
+def low_share(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> Estimate:
+    """The share of the problem's pairs that these layers compute in another format than the native one."""
+    counts_SLE, native = problem.stats.counts, problem.stats.native_format
+    low_S = np.zeros(len(counts_SLE))
+    for i, layer in enumerate(layers):
+        table = layer.replicas
+        is_low_P = np.array([name != native for name in table.formats_P])
+        low_E = np.bincount(table.experts_P, layer.shares_P * is_low_P, minlength=layer.num_experts)
+        low_S += counts_SLE[:, i] @ low_E
+    pairs_S = counts_SLE.sum(axis=(1, 2))
+    return Estimate.of(low_S / np.maximum(pairs_S, 1), pairs_S.astype(np.float64))
 
 
 def _imbalance_S(problem: PlacementProblem, strategy: Strategy, layers: Sequence[LayerPlacement]) -> FloatArray:

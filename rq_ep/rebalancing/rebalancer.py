@@ -13,10 +13,11 @@ from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.rebalance_rule import RebalanceRule
 from rq_ep.core.strategy import Strategy
-from rq_ep.rebalancing.gain import Gain, gain_of, planned_and_held_out
+from rq_ep.rebalancing.gain import Gain, gain_of, low_share, planned_and_held_out
 from rq_ep.rebalancing.load_window import LoadWindow, ObservedLoads
-from rq_ep.rebalancing.replan import keeps_low_cap, low_share, moved_bytes, price_of, replan
+from rq_ep.rebalancing.replan import moved_bytes, price_of, replan
 
+LOW_SLACK = 0.01  # of all pairs, by which formats that serve may exceed the cap before they have to change
 MIN_STEPS = 16  # sampled steps below which nothing is decided: a block of steps would be a single one
 
 
@@ -112,34 +113,33 @@ def decide(request: RebalanceRequest) -> Decision:
 
 
 def _decide(request: RebalanceRequest) -> Decision:
-    problem, strategy, rule, current, loads = (
-        request.problem, request.strategy, request.rule, request.current, request.loads,
-    )  # fmt: skip
+    strategy, rule, current, loads = request.strategy, request.rule, request.current, request.loads
     num_steps = len(loads.phase_S)
     if num_steps < MIN_STEPS:
         return Decision(None, f"{num_steps} steps were observed, fewer than {MIN_STEPS}")
-    if rule.min_gain is None:
-        placement = replan(_with_loads(problem, loads), strategy, current)
-        if placement is None:
-            return Decision(None, "no placement was found inside the limits")
-        return Decision(placement, "planned anew, as its rule says", None, moved_bytes(problem, current, placement))
-    planned_S, held_out_S = planned_and_held_out(num_steps)
-    held_out = _with_loads(problem, loads.take(held_out_S))
-    placement = replan(_with_loads(problem, loads.take(planned_S)), strategy, current)
+    everything = _with_loads(request.problem, loads)
+    planned, held_out = everything, everything
+    if rule.min_gain is not None:
+        planned, held_out = (_with_loads(request.problem, loads.take(half)) for half in planned_and_held_out(num_steps))
+    placement = replan(planned, strategy, current)
     if placement is None:
         return Decision(None, "no placement was found inside the limits")
-    num_bytes = moved_bytes(problem, current, placement)
+    num_bytes = moved_bytes(planned, current, placement)
     gain = gain_of(held_out, strategy, current.layers, placement.layers)
-    figures = f"max/mean {gain.before:.3f} -> {gain.after:.3f} on {len(held_out_S)} steps that were not planned for"
-    everything = _with_loads(problem, loads)
-    if not keeps_low_cap(everything, current.layers) and keeps_low_cap(everything, placement.layers):
-        shares = [low_share(everything, layers) for layers in (current.layers, placement.layers)]
-        return Decision(placement, f"low pairs {shares[0]:.1%} -> {shares[1]:.1%}; {figures}", gain, num_bytes)
-    least = rule.min_gain + price_of(problem, num_bytes)
-    if gain.mean < least:
+    figures = f"max/mean {gain.before:.3f} -> {gain.after:.3f}"
+    if rule.min_gain is None:
+        return Decision(placement, f"{figures}, whatever it gains", gain, num_bytes)
+    figures += " on steps that were not planned for"
+    cap = request.problem.max_low_precision_share
+    low_before, low_after = (low_share(everything, layers) for layers in (current.layers, placement.layers))
+    if low_before.surely_exceeds(cap + LOW_SLACK) and low_after.mean < low_before.mean:
+        figures += f", low pairs {low_before.mean:.1%} -> {low_after.mean:.1%} (cap {cap:.1%})"
+        return Decision(placement, figures, gain, num_bytes)
+    least = max(rule.min_gain, rule.min_share * (gain.before - 1)) + price_of(planned, num_bytes)
+    if gain.estimate.mean < least:
         return Decision(None, f"{figures}: gains less than {least:.3f}", gain, num_bytes)
-    if not gain.is_real:
-        return Decision(None, f"{figures}: not more than chance ({gain.noise:.3f})", gain, num_bytes)
+    if not gain.estimate.surely_exceeds(0.0):
+        return Decision(None, f"{figures}: not more than chance ({gain.estimate.noise:.3f})", gain, num_bytes)
     return Decision(placement, figures, gain, num_bytes)
 
 

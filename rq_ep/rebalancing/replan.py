@@ -11,7 +11,6 @@ from rq_ep.solver.migration.choose_migration import moved_bytes_LR
 from rq_ep.solver.migration.fit_formats import enforce_low_cap
 from rq_ep.solver.migration.refit_formats import refit_formats
 
-LOW_SLACK = 0.01  # of all pairs, by which formats that serve may exceed the cap before they have to change
 WORTH_REFITTING = 1.1  # times as many experts in few bits, for which more than the least number changes its format
 
 
@@ -31,10 +30,9 @@ def replan(problem: PlacementProblem, strategy: Strategy, current: Placement) ->
         layers = _with_fitting_formats(problem, current.layers)
         bytes_R = bytes_by_rank(layers, problem.topology.num_ranks, problem.stats.expert_bytes)
         beginning = Placement(tuple(layers), strategy.name, problem.topology, tuple(bytes_R.tolist()))
-        placement = strategy.place(problem, beginning)
+        return strategy.place(problem, beginning)
     except UserError:  # from there, the search does not get inside the limits
         return None
-    return placement if keeps_low_cap(problem, placement.layers) else None
 
 
 def moved_bytes(problem: PlacementProblem, current: Placement, placement: Placement) -> int:
@@ -48,22 +46,9 @@ def price_of(problem: PlacementProblem, num_bytes: int) -> float:
     return problem.move_price * num_bytes / max(sum(problem.budget_bytes_R), 1)
 
 
-def low_share(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> float:
-    """The share of the problem's pairs that these layers compute in another format than the native one."""
-    pairs_LE = problem.stats.counts.sum(axis=0)
-    native = problem.stats.native_format
-    low = sum(layer.low_pairs(pairs_E, native) for layer, pairs_E in zip(layers, pairs_LE, strict=True))
-    return low / max(int(pairs_LE.sum()), 1)
-
-
-def keeps_low_cap(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> bool:
-    """Whether the low pairs of these layers keep to the cap on the problem's load, but for a little."""
-    return low_share(problem, layers) <= problem.max_low_precision_share + LOW_SLACK
-
-
 def _with_fitting_formats(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> Sequence[LayerPlacement]:
     """The layers with as few changes of format as the cap asks for or, where that frees more bytes, as many as fit."""
-    kept = layers if keeps_low_cap(problem, layers) else enforce_low_cap(problem, layers)
+    kept = enforce_low_cap(problem, layers)
     refitted = refit_formats(problem, layers)
     native = problem.stats.native_format
     return refitted if _num_low(refitted, native) > WORTH_REFITTING * _num_low(kept, native) else kept
