@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,12 +15,16 @@ from rq_ep.config import add_flags, read_settings
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.files import check_writable, write_json
-from rq_ep.core.options import option, same_option
+from rq_ep.core.options import option, options_of, same_option
 from rq_ep.core.placement import Placement
+from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rebalance_rule import REBALANCING, RebalanceOptions
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.placing.place import parse_budget, place
+from rq_ep.rebalancing.live_placement import LivePlacement
+from rq_ep.rebalancing.rebalancer import Rebalancer
 from rq_ep.sim.simulator import Simulation, simulate
 from rq_ep.sim.traces import RoutingTrace
 from rq_ep.strategies import STRATEGIES, names_where, strategy_class
@@ -33,7 +37,7 @@ PLACEMENTS = "placements: given, or made here"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimulateOptions(StrategyOptions):
+class SimulateOptions(StrategyOptions, RebalanceOptions):
     """What `rq-ep simulate` takes."""
 
     stats: str = option("", help="loads to replay, best held out from placing", required=True, metavar="FILE")
@@ -76,6 +80,22 @@ class SimulateOptions(StrategyOptions):
     time_limit_s: float | None = same_option(
         PlaceOptions, "time_limit_s", help="seconds of each search, as for `rq-ep place`", group=PLACEMENTS
     )
+    start: str | None = option(
+        None,
+        help="with --rebalance: statistics on which the placement is made that serves at first; default: standard EP's "
+        "blocks, from which strategies learn",
+        metavar="FILE",
+        group=REBALANCING,
+    )
+    rebalance_delay: int = option(
+        0, help="steps from a decision's request to its answer: how long planning takes", minimum=0, group=REBALANCING
+    )
+    formats: Sequence[str] | None = same_option(
+        PlaceOptions,
+        "formats",
+        help="weight formats that may be used, by commas; default: all that were measured",
+        group=PLACEMENTS,
+    )
 
 
 class Row(NamedTuple):
@@ -95,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.progress_bar import progress_bar
 
     options = read_settings(SimulateOptions, args)
+    _check_rebalancing(options)
     stats = ExpertStats.load(options.stats)
     trace = None if options.trace is None else RoutingTrace.load(options.trace)
     if trace is not None:
@@ -106,16 +127,73 @@ def run(args: argparse.Namespace) -> None:
     if options.json:
         check_writable(options.json)
     cost = layer_cost(options.machine, stats)
+    rebalances = options.rebalance == "auto"
     rows = []
     with progress_bar() as bar:
         for row in _rows(options, stats, partial(_placing_progress, bar)):
             on_step = partial(bar.advance, bar.add_task(f"replaying {row.name}", total=len(replayed_S)))
             steps = stats.counts[replayed_S] if trace is None else trace.steps(replayed_S, options.num_ranks)
-            result = simulate(row.strategy, row.placement, steps, stats.native_format, cost, on_step)
-            rows.append(_summary(row, result))
+            live = _live_placement(options, stats, row) if rebalances else None
+            result = simulate(row.strategy, row.placement, steps, stats.native_format, cost, on_step, live)
+            rows.append(_summary(row, result) | (_rebalanced(result, live) if rebalances else {}))
     _report(rows, len(replayed_S), stats.num_layers, options.machine)
     if options.json:
         write_json(options.json, rows)
+
+
+def _check_rebalancing(options: SimulateOptions) -> None:
+    """Raise a `UserError` where settings of rebalancing are given and it is off, or two files for the beginning."""
+    if options.rebalance == "off":
+        named = options_of(RebalanceOptions) | {
+            name: options_of(SimulateOptions)[name] for name in ("start", "rebalance_delay")
+        }
+        for name, item in named.items():
+            if getattr(options, name) != item.default:
+                raise UserError(f"{item.flag} {getattr(options, name)}: needs --rebalance auto")
+    if options.start is not None and options.calibration is not None:
+        raise UserError(f"--start {options.start} and --calibration {options.calibration} say the same: give one")
+
+
+def _live_placement(options: SimulateOptions, stats: ExpertStats, row: Row) -> LivePlacement | None:
+    """The row's placement as one that follows the load; None: its strategy keeps what it has."""
+    rule = row.strategy.rebalance_rule
+    if rule is None:
+        return None
+    known = stats if options.start is None else ExpertStats.load(options.start)
+    if options.start is None:  # the load is learnt; what a format does to an expert can be told from its weights
+        known = replace(stats, importance=None, visits=None, gate_mass=None, kl=None)
+    problem = PlacementProblem(
+        known,
+        row.placement.topology,
+        row.placement.budget_bytes_R or row.placement.bytes_R,
+        formats=tuple(dict.fromkeys(options.formats or known.formats)),
+        max_low_precision_share=options.max_low_precision_share,
+        time_limit_s=options.time_limit_s,
+        num_redundant_experts=_redundant_experts(_extra_slots(row.name), stats, options.num_ranks),
+    )
+    return LivePlacement(
+        Rebalancer(problem, row.strategy, row.placement, options.applied_to(rule)), options.rebalance_delay
+    )
+
+
+def _rebalanced(result: Simulation, live: LivePlacement | None) -> dict[str, Any]:
+    """The figures of a row over time, as plain values."""
+    used_SL = np.isfinite(result.imbalance_SL)
+    series_S = np.where(used_SL, result.imbalance_SL, 0.0).sum(axis=1) / np.maximum(used_SL.sum(axis=1), 1)
+    return {
+        "imbalance": {
+            "mean": float(result.imbalances.mean()),
+            "p90": float(np.percentile(result.imbalances, 90)),
+            "worst": float(result.imbalances.max()),
+        },
+        "series": np.maximum(series_S, 1.0).tolist(),
+        "rebalances": 0 if live is None else live.num_rebalances,
+        "moved_bytes": 0 if live is None else live.moved_bytes,
+        "low_share": result.low_precision_share,
+        "decisions": []
+        if live is None
+        else [{"step": step, "moves": not one.stays, "reason": one.reason} for step, one in live.decisions],
+    }
 
 
 def _placing_progress(bar: "Progress", name: str) -> Callable[[float], None]:
@@ -141,11 +219,11 @@ def _rows(
     extra = {name: _extra_slots(name) for name in names}
     strategies = parse_strategies([name.partition("+")[0] for name in names], options.strategy_settings)
     calibration, source = _uniform(stats), UNIFORM
-    if options.calibration is not None:
-        calibration, source = ExpertStats.load(options.calibration), Path(options.calibration).name
+    if (path := options.calibration or options.start) is not None:
+        calibration, source = ExpertStats.load(path), Path(path).name
         if (calibration.layers, calibration.num_experts) != (stats.layers, stats.num_experts):
             raise UserError(
-                f"{options.calibration}: {calibration.num_experts} experts in {calibration.num_layers} layers, but "
+                f"{path}: {calibration.num_experts} experts in {calibration.num_layers} layers, but "
                 f"{options.stats} has {stats.num_experts} in {stats.num_layers}: calibrate the model that is replayed"
             )
     for name in names:
@@ -160,6 +238,7 @@ def _rows(
             _budget(options.budget, extra[name], calibration, options.num_ranks),
             strategy=strategy,
             ranks_per_node=options.ranks_per_node,
+            formats=None if options.rebalance == "auto" and source == UNIFORM else options.formats,
             max_low_precision_share=options.max_low_precision_share,
             num_redundant_experts=_redundant_experts(extra[name], calibration, options.num_ranks),
             time_limit_s=options.time_limit_s,

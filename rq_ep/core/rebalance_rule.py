@@ -1,43 +1,83 @@
 """When a placement that serves is replaced by another: what is observed, how often, and what a change must gain."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
-from rq_ep.core.options import check_options, option
+from rq_ep.core.options import check_options, option, parse_bytes
+
+REBALANCING = "rebalancing, the placement follows the load"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RebalanceRule:
-    """The rule of a strategy; each field may be set by the user. Steps are those of the group that route tokens."""
+    """The rule of a strategy. Steps are those of the group that route tokens; gains are in max/mean over ranks."""
 
-    window: int = option(
-        256, flag="--rebalance-window", help="steps whose loads a new placement is planned for", minimum=16
+    window: int = 256  # steps whose loads a new placement is planned for
+    interval: int = 64  # steps between two decisions; after a change the next one waits for a whole window
+    min_gain: float | None = 0.02  # on steps that were not planned for; None: whatever is planned is taken
+    min_share: float = 0.25  # of what max/mean is above 1, that must go as well: what stays is mostly chance
+    price: float = 0.1  # what moving as many bytes as all experts take must gain besides
+    room_bytes: int | None = None  # of a rank, for what arrives; None: one expert of the largest format
+    bytes_per_step: int | None = None  # that reach a rank in a step at most; None: no bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebalanceOptions:
+    """What a user may say of rebalancing; what is left out is as the strategy's rule says."""
+
+    rebalance: Literal["off", "auto"] = option(
+        "off",
+        help="auto: replace the placement that serves, expert by expert, where a better one is found for the load of "
+        "the last steps",
+        group=REBALANCING,
     )
-    interval: int = option(
-        64,
+    window: int | None = option(
+        None,
+        flag="--rebalance-window",
+        help="steps whose loads a new placement is planned for; default: 256",
+        minimum=16,
+        group=REBALANCING,
+    )
+    interval: int | None = option(
+        None,
         flag="--rebalance-interval",
-        help="steps between two decisions; after a change the next decision waits for a whole window",
+        help="steps between two decisions; after a change the next one waits for a whole window; default: 64",
         minimum=1,
+        group=REBALANCING,
     )
     min_gain: float | None = option(
-        0.02,
+        None,
         flag="--rebalance-min-gain",
-        help="max/mean, mean over steps and layers, by which a new placement must be better on steps that it was not "
-        "planned for; null: whatever is planned is taken",
+        help="max/mean by which a new placement must be better on steps that it was not planned for, beside the price "
+        "of its bytes; default: 0.02",
         minimum=0,
+        group=REBALANCING,
     )
-    min_share: float = option(
-        0.25,
-        flag="--rebalance-min-share",
-        help="share of what max/mean is above 1 that a new placement must remove: what stays is mostly chance",
-        minimum=0,
-        maximum=1,
+    room_bytes: int | None = option(
+        None,
+        flag="--rebalance-room",
+        help="bytes of a rank, beside its budget, for what arrives, such as 64MiB; default: one expert of the largest "
+        "format",
+        minimum=1,
+        metavar="BYTES",
+        parse=lambda size: parse_bytes(str(size), "--rebalance-room"),
+        group=REBALANCING,
     )
-    price: float = option(
-        0.1,
-        flag="--rebalance-price",
-        help="max/mean that moving as many bytes as all experts take must gain besides",
-        minimum=0,
+    bytes_per_step: int | None = option(
+        None,
+        flag="--rebalance-bytes-per-step",
+        help="bytes that reach a rank in a step at most, such as 4MiB; default: no bound",
+        minimum=1,
+        metavar="BYTES",
+        parse=lambda size: parse_bytes(str(size), "--rebalance-bytes-per-step"),
+        group=REBALANCING,
     )
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def applied_to(self, rule: RebalanceRule) -> RebalanceRule:
+        """The rule with what the user has said."""
+        names = {field.name for field in fields(RebalanceRule)} & {field.name for field in fields(RebalanceOptions)}
+        said = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+        return replace(rule, **said)

@@ -16,6 +16,8 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.rebalancing.gain import Gain, gain_of, low_share, planned_and_held_out
 from rq_ep.rebalancing.load_window import LoadWindow, ObservedLoads
 from rq_ep.rebalancing.replan import moved_bytes, price_of, replan
+from rq_ep.rebalancing.staged_moves import StagedMoves
+from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
 
 LOW_SLACK = 0.01  # of all pairs, by which formats that serve may exceed the cap before they have to change
 MIN_STEPS = 16  # sampled steps below which nothing is decided: a block of steps would be a single one
@@ -29,6 +31,7 @@ class Decision:
     reason: str
     gain: Gain | None = None  # on steps that were not planned for
     moved_bytes: int = 0  # that ranks receive
+    rounds: tuple[MoveRound, ...] = ()  # that lead to the new placement
     seconds: float = 0.0  # that the decision took
 
     @property
@@ -100,6 +103,15 @@ class Rebalancer:
         self._due_in = self._rule.interval
         return RebalanceRequest(self._problem, self._strategy, self._rule, self.current, self._window.loads())
 
+    def staged(self, decision: Decision) -> StagedMoves:
+        """The moves of a decision, as they arrive step by step."""
+        return StagedMoves(
+            decision.rounds,
+            self.current.topology.num_ranks,
+            self._problem.stats.expert_bytes,
+            self._rule.bytes_per_step,
+        )
+
     def commit(self, placement: Placement) -> None:
         """The placement serves from now on. The next decision is due when a whole window has passed."""
         self.current = placement
@@ -109,7 +121,32 @@ class Rebalancer:
 def decide(request: RebalanceRequest) -> Decision:
     """Plan for one half of the observed steps, and accept what is better on the other half by more than it costs."""
     started_s = time.perf_counter()
-    return replace(_decide(request), seconds=time.perf_counter() - started_s)
+    decision = _decide(request)
+    if decision.placement is not None:
+        decision = _with_rounds(request, decision, decision.placement)
+    return replace(decision, seconds=time.perf_counter() - started_s)
+
+
+def _with_rounds(request: RebalanceRequest, decision: Decision, placement: Placement) -> Decision:
+    """The decision with the rounds of its moves, those first that relieve full ranks most for a byte."""
+    stats, current = request.problem.stats, request.current
+    room_bytes = request.rule.room_bytes or max(stats.expert_bytes.values())
+    pairs_LE = request.loads.counts_SLE.sum(axis=0)
+    relief_L = []
+    for old, new, pairs_E in zip(current.layers, placement.layers, pairs_LE, strict=True):
+        loads_R = old.loads_R(pairs_E, placement.topology.num_ranks)
+        excess = loads_R.max() / max(loads_R.mean(), 1.0) - 1
+        pairs_P = pairs_E[new.replicas.experts_P] * new.shares_P / max(int(pairs_E.sum()), 1)
+        relief_L.append(dict(zip(new.replicas, (excess * pairs_P).tolist(), strict=True)))
+    held = [list(layer.replicas) for layer in current.layers]
+    try:
+        rounds = move_rounds(
+            held, placement, stats.expert_bytes, stats.native_format, room_bytes,
+            lambda layer, replica: relief_L[layer][replica],
+        )  # fmt: skip
+    except UserError as error:
+        return replace(decision, placement=None, reason=f"{decision.reason}, but {error}")
+    return replace(decision, rounds=tuple(rounds))
 
 
 def _decide(request: RebalanceRequest) -> Decision:

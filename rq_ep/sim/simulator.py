@@ -10,6 +10,7 @@ from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import Placement
 from rq_ep.core.plan import imbalance, spread_over_sources
 from rq_ep.core.strategy import Strategy
+from rq_ep.rebalancing.live_placement import LivePlacement
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def simulate(
     native_format: str,
     cost: LayerCost | None = None,
     on_step: Callable[[], None] = lambda: None,
+    live: LivePlacement | None = None,
 ) -> Simulation:
     """Replay recorded steps under `strategy` as it serves `placement`.
 
@@ -48,6 +50,7 @@ def simulate(
         native_format: the format that does not count as low precision.
         cost: prices each plan; None: no seconds.
         on_step: called after each step.
+        live: follows the load, beginning from `placement`; None: the placement stays.
     """
     topology, num_layers = placement.topology, len(placement.layers)
     planners = [strategy.planner(layer, topology, cost) for layer in placement.layers]
@@ -72,6 +75,9 @@ def simulate(
         imbalances.append(imbalance_L)
         transfers.append(transfers_L)
         seconds.append(layer_s_L)
+        if live is not None:
+            for at, layer in live.step(counts.sum(axis=1) if counts.ndim == 3 else counts).items():
+                planners[at] = strategy.planner(layer, topology, cost)
         on_step()
     return Simulation(
         imbalance_SL=np.array(imbalances).reshape(-1, num_layers),
