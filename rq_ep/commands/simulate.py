@@ -326,6 +326,10 @@ def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine
         "strategy", "placement", "mean", "p90", "worst", "MiB/rank", "low", "moved", box=None, padding=(0, 2, 0, 0),
         title="max/mean over ranks, taken in every step and layer",
     )  # fmt: skip
+    rebalances = "rebalances" in rows[0]
+    if rebalances:
+        table.add_column("rebalances")
+        table.add_column("MiB moved")
     if machine:
         table.add_column("ms/step*")
     for row in rows:
@@ -336,12 +340,16 @@ def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine
             f"{row['low_precision_share']:.1%}",
             f"{row['transfers_per_step']:.1f}",
         ]
+        if rebalances:
+            cells += [str(row["rebalances"]), f"{row['moved_bytes'] / 2**20:,.2f}"]
         if machine:
             cells.append(f"{1000 * row['modelled_step_s']:.3g}")
         table.add_row(*cells)
     wide_console().print(table)
     print(f"{num_steps} steps of {num_layers} layers. MiB/rank: experts on the fullest rank.")
     print("low: share of pairs in low precision. moved: expert weights sent per step, all layers.")
+    if rebalances:
+        print("rebalances: placements that were replaced, expert by expert; MiB moved: what ranks received for that.")
     if any(row["placement"] == UNIFORM for row in rows):
         print(f"{UNIFORM}: no placement was given or calibrated for; the strategy placed by itself, on uniform load.")
     if machine:

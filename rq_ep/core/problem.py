@@ -100,6 +100,10 @@ class SolverOptions:
     )
 
 
+def ignore_progress(fraction: float) -> None:
+    """Take the fraction done, and do nothing with it."""
+
+
 @dataclass(frozen=True)
 class PlacementProblem(SolverOptions):
     """The input of a placement strategy: the statistics, the ranks, and the limits to keep.
@@ -113,7 +117,7 @@ class PlacementProblem(SolverOptions):
     formats: tuple[str, ...] = ()  # formats that may be used; default: the native one alone
     cost: LayerCost | None = None  # weighs pairs and bytes by format, in seconds; None: a pair is a pair, a byte a byte
     rules: Rules = field(default_factory=Rules)
-    on_progress: Callable[[float], None] = lambda fraction: None  # receives the fraction done, now and then
+    on_progress: Callable[[float], None] = ignore_progress  # receives the fraction done, now and then
 
     def __post_init__(self) -> None:
         if not self.formats:

@@ -55,7 +55,7 @@ class Gain(NamedTuple):
 
 def planned_and_held_out(num_steps: int) -> tuple[IntArray, IntArray]:
     """Indices of the steps to plan for, and of the others: alternate blocks of consecutive steps."""
-    block_S = np.arange(num_steps) * NUM_BLOCKS // max(num_steps, 1)
+    block_S = np.arange(num_steps) * min(NUM_BLOCKS, num_steps) // max(num_steps, 1)
     return np.flatnonzero(block_S % 2 == 0), np.flatnonzero(block_S % 2 == 1)
 
 

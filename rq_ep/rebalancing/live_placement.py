@@ -42,6 +42,11 @@ class LivePlacement:
         self.moved_bytes = 0
 
     @property
+    def placement(self) -> Placement:
+        """The last one whose moves have all been made."""
+        return self._rebalancer.current
+
+    @property
     def num_rebalances(self) -> int:
         """Migrations that have reached their goals."""
         return sum(commit.ends for commit in self.commits)
@@ -52,14 +57,12 @@ class LivePlacement:
         self._rebalancer.observe(counts_LE, phase)
         if self._moves is not None:
             return self._moved(self._moves)
-        if self._decision is not None:
-            known_at, decision = self._decision
-            if self._step >= known_at:
-                self._decision = None
-                self._begin(decision)
-        elif self._rebalancer.is_due:
-            decision = decide(self._rebalancer.request())
-            self._decision = (self._step + self._delay_steps, decision)
+        if self._decision is None and self._rebalancer.is_due:
+            self._decision = (self._step + self._delay_steps, decide(self._rebalancer.request()))
+        if self._decision is not None and self._step >= self._decision[0]:
+            _, decision = self._decision
+            self._decision = None
+            self._begin(decision)
         return {}
 
     def _begin(self, decision: Decision) -> None:

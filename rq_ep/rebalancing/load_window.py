@@ -4,7 +4,6 @@ from collections import deque
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.stats import PHASES
@@ -25,7 +24,7 @@ class ObservedLoads(NamedTuple):
 
 class _Kept(NamedTuple):
     step: int
-    counts_LE: npt.NDArray[np.uint32]
+    counts_LE: IntArray
 
 
 class LoadWindow:
@@ -55,22 +54,22 @@ class LoadWindow:
             phase: index into PHASES.
         """
         self._step += 1
-        for kept in self._kept:
+        for number, kept in enumerate(self._kept):
             while kept and kept[0].step <= self._step - self._num_steps:
                 kept.popleft()
+                if len(kept) < MAX_KEPT // 2:
+                    self._pairs_between[number] /= 2  # traffic has become thinner
         kept, pairs = self._kept[phase], float(counts_LE.sum())
         self._pairs_since[phase] += pairs
         if not pairs or self._pairs_since[phase] < self._pairs_between[phase]:
             return
-        kept.append(_Kept(self._step, counts_LE.astype(np.uint32)))
+        kept.append(_Kept(self._step, counts_LE.copy()))
         self._pairs_since[phase] = 0.0
         if len(kept) > MAX_KEPT:
             remaining = list(kept)[1::2]
             kept.clear()
             kept.extend(remaining)
             self._pairs_between[phase] = max(2 * self._pairs_between[phase], 2 * pairs)
-        elif len(kept) < MAX_KEPT // 4 and self._step > self._num_steps:
-            self._pairs_between[phase] /= 2  # traffic has become thinner
 
     def loads(self) -> ObservedLoads:
         """The steps that are kept."""
@@ -79,4 +78,4 @@ class LoadWindow:
         if not rows:
             return ObservedLoads(np.zeros((0, 0, 0), np.int64), np.zeros(0, np.int64))
         _, phases, counts = zip(*rows, strict=True)
-        return ObservedLoads(np.stack(counts).astype(np.int64), np.array(phases, np.int64))
+        return ObservedLoads(np.stack(counts), np.array(phases, np.int64))

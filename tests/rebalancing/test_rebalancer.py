@@ -1,0 +1,182 @@
+"""The rebalancer follows a load that changes, and moves nothing where it does not."""
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement, bytes_by_rank
+from rq_ep.core.problem import PlacementProblem, contiguous
+from rq_ep.core.rebalance_rule import RebalanceRule
+from rq_ep.core.strategy import Strategy
+from rq_ep.rebalancing.gain import gain_of
+from rq_ep.rebalancing.live_placement import LivePlacement
+from rq_ep.rebalancing.rebalancer import Rebalancer, decide
+from rq_ep.solver.certificate.certify import certify
+from rq_ep.strategies import make_strategy
+from rq_ep.strategies.eplb import Eplb
+from rq_ep.strategies.rq import ReplicateQuantize
+from tests.rebalancing.cases import NUM_RANKS, SIZES, problem_of, steps_SLE
+
+pytestmark = pytest.mark.slow
+RQ = ReplicateQuantize(max_moves=600, max_steps=32)
+
+
+def live(problem: PlacementProblem, placement: Placement, strategy: Strategy = RQ, **rule: float) -> LivePlacement:
+    return LivePlacement(Rebalancer(problem, strategy, placement, replace(RebalanceRule(), **rule)))
+
+
+def run(placement: LivePlacement, counts_SLE: IntArray) -> None:
+    for counts_LE in counts_SLE:
+        placement.step(counts_LE)
+
+
+def imbalance(problem: PlacementProblem, placement: Placement, counts_SLE: IntArray) -> float:
+    on_these = replace(problem, stats=replace(problem.stats, counts=counts_SLE))
+    return gain_of(on_these, RQ, placement.layers, placement.layers).before
+
+
+@pytest.mark.parametrize("pairs", [1024, 64])
+def test_nothing_moves_in_ten_thousand_steps_of_one_load(pairs: int) -> None:
+    problem = problem_of(steps_SLE(0, 64, 1, pairs))
+    following = live(problem, RQ.place(problem), interval=400)
+    run(following, steps_SLE(0, 10_000, 2, pairs))
+    assert following.commits == []
+    assert len(following.decisions) == 25
+    assert all(decision.stays for _, decision in following.decisions)
+
+
+def test_after_a_change_nearly_all_of_the_gain_is_had_for_few_bytes() -> None:
+    before, after = steps_SLE(0, 400, 0), steps_SLE(1, 700, 0)
+    problem = problem_of(before[:64], ("bf16",))
+    problem = replace(problem, budget_bytes_R=tuple(int(1.25 * size) for size in problem.budget_bytes_R or ()))
+    first = RQ.place(problem)
+    following = live(problem, first)
+    run(following, np.concatenate([before, after]))
+    held_out = steps_SLE(1, 64, 9)
+    stale = imbalance(problem, first, held_out)
+    fresh = imbalance(problem, RQ.place(replace(problem, stats=replace(problem.stats, counts=after[:64]))), held_out)
+    now = imbalance(problem, following.placement, held_out)
+    assert stale - now >= 0.9 * (stale - fresh)
+    assert 1 <= following.num_rebalances <= 2
+    eplb_problem = replace(problem, num_redundant_experts=4)
+    maps = [
+        Eplb().place(replace(eplb_problem, stats=replace(problem.stats, counts=part[:64]))) for part in (before, after)
+    ]
+    moved_by_eplb = SIZES["bf16"] * sum(
+        len({one[:2] for one in new.replicas} - {one[:2] for one in old.replicas})
+        for old, new in zip(maps[0].layers, maps[1].layers, strict=True)
+    )
+    assert following.moved_bytes <= 0.5 * moved_by_eplb
+
+
+def test_from_standard_ep_it_learns_without_calibration() -> None:
+    problem = problem_of(np.ones((1, 2, 16), np.int64))
+    following = live(problem, certify(problem, RQ, contiguous(problem)))
+    run(following, steps_SLE(0, 200, 0))
+    held_out = steps_SLE(0, 64, 9)
+    calibrated = RQ.place(replace(problem, stats=replace(problem.stats, counts=steps_SLE(0, 64, 1))))
+    assert imbalance(problem, following.placement, held_out) <= imbalance(problem, calibrated, held_out) + 0.02
+    assert "int8" in following.placement.formats
+    assert all(np.array(following.placement.bytes_R) <= np.array(problem.budget_bytes_R))
+
+
+def test_an_oscillation_faster_than_the_window_moves_nothing() -> None:
+    parts = [steps_SLE(number % 2, 32, number) for number in range(24)]
+    problem = problem_of(np.concatenate(parts[:8]))
+    following = live(problem, RQ.place(problem))
+    run(following, np.concatenate(parts))
+    assert following.commits == []
+
+
+def test_a_load_that_breaks_the_cap_on_low_pairs_changes_formats() -> None:
+    problem = problem_of(steps_SLE(0, 64, 0), cap=0.1)
+    low = {one.expert for one in RQ.place(problem).layers[0].replicas if one.format == "int8"}
+    busy = steps_SLE(0, 400, 1)
+    busy[:, 0, sorted(low)] *= 4
+    following = live(problem, RQ.place(problem), min_gain=10.0)
+    run(following, busy)
+    moved = [decision for _, decision in following.decisions if not decision.stays]
+    assert moved
+    assert "low pairs" in moved[0].reason
+    assert "(cap 10.0%)" in moved[0].reason
+
+
+def test_every_placement_on_the_way_keeps_to_the_bytes_and_holds_every_expert_in_one_format() -> None:
+    problem = problem_of(steps_SLE(0, 64, 0))
+    following = live(problem, RQ.place(problem))
+    layers = list(following.placement.layers)
+    for counts_LE in np.concatenate([steps_SLE(0, 128, 1), steps_SLE(1, 400, 1)]):
+        for position, layer in following.step(counts_LE).items():
+            layers[position] = layer  # a layer with an expert of none or of two formats cannot be made
+        bytes_R = bytes_by_rank(layers, NUM_RANKS, SIZES)
+        assert all(bytes_R <= np.array(problem.budget_bytes_R) + SIZES["bf16"])
+    assert len(following.commits) > 1
+    assert [list(one.replicas) for one in layers] == [list(one.replicas) for one in following.placement.layers]
+
+
+def test_bytes_per_step_and_planning_delay_when_it_serves() -> None:
+    problem = problem_of(steps_SLE(0, 64, 0))
+    first = RQ.place(problem)
+    load = np.concatenate([steps_SLE(0, 128, 1), steps_SLE(1, 600, 1)])
+    commits = []
+    for delay, bytes_per_step in ((0, None), (30, None), (0, 100)):
+        rebalancer = Rebalancer(problem, RQ, first, RebalanceRule(bytes_per_step=bytes_per_step))
+        following = LivePlacement(rebalancer, delay)
+        run(following, load)
+        commits.append([commit.step for commit in following.commits])
+    assert commits[1][0] == commits[0][0] + 30
+    assert commits[2][1] - commits[2][0] >= 5, "an expert takes at least 504 bytes, 100 of which arrive in a step"
+
+
+def test_a_request_and_a_decision_can_be_sent_to_another_process() -> None:
+    problem = problem_of(steps_SLE(0, 64, 0))
+    rebalancer = Rebalancer(problem, RQ, RQ.place(problem))
+    for counts_LE in steps_SLE(1, 100, 0):
+        rebalancer.observe(counts_LE)
+    assert rebalancer.is_due
+    request = pickle.loads(pickle.dumps(rebalancer.request()))
+    decision = pickle.loads(pickle.dumps(decide(request)))
+    assert not decision.stays
+    assert decision.rounds
+    assert not rebalancer.is_due
+
+
+def test_too_few_steps_decide_nothing_and_idle_steps_do_not_count() -> None:
+    problem = problem_of(steps_SLE(0, 64, 0))
+    rebalancer = Rebalancer(problem, RQ, RQ.place(problem))
+    for _ in range(1000):
+        rebalancer.observe(np.zeros((2, 16), np.int64))
+    assert not rebalancer.is_due
+    rebalancer.observe(steps_SLE(1, 1, 0)[0])
+    decision = decide(rebalancer.request())
+    assert decision.stays
+    assert decision.reason == "1 steps were observed, fewer than 16"
+
+
+def test_too_little_room_is_the_reason_to_stay() -> None:
+    problem = problem_of(steps_SLE(0, 64, 0))
+    following = live(problem, RQ.place(problem), room_bytes=10)
+    run(following, steps_SLE(1, 100, 0))
+    assert following.commits == []
+    assert "--rebalance-room 10: too little" in following.decisions[0][1].reason
+
+
+@pytest.mark.parametrize("name", ["standard", "llep", "rq_paper"])
+def test_a_strategy_that_keeps_what_it_has_is_refused_by_name(name: str) -> None:
+    problem = problem_of(steps_SLE(0, 64, 0))
+    strategy = make_strategy(name)
+    with pytest.raises(UserError, match=f"--rebalance auto: strategy '{name}' keeps the placement it has; choose rq"):
+        Rebalancer(problem, strategy, certify(problem, strategy, contiguous(problem)))
+
+
+def test_eplb_takes_whatever_it_plans_as_its_engines_do() -> None:
+    problem = problem_of(steps_SLE(0, 64, 0), ("bf16",))
+    rule = replace(Eplb.rebalance_rule or RebalanceRule(), window=100, interval=300)
+    following = LivePlacement(Rebalancer(problem, Eplb(), Eplb().place(problem), rule))
+    run(following, steps_SLE(1, 700, 0))
+    assert following.num_rebalances == 2
+    assert Eplb.rebalance_rule == RebalanceRule(window=1000, interval=3000, min_gain=None, price=0.0)
