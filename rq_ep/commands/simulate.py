@@ -18,12 +18,12 @@ from rq_ep.core.files import check_writable, write_json
 from rq_ep.core.options import option, options_of, same_option
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.rebalance_rule import REBALANCING, RebalanceOptions
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.placing.place import parse_budget, place
 from rq_ep.rebalancing.live_placement import LivePlacement
+from rq_ep.rebalancing.rebalance_options import REBALANCING, RebalanceOptions
 from rq_ep.rebalancing.rebalancer import Rebalancer
 from rq_ep.sim.simulator import Simulation, simulate
 from rq_ep.sim.traces import RoutingTrace
@@ -144,10 +144,9 @@ def run(args: argparse.Namespace) -> None:
 def _check_rebalancing(options: SimulateOptions) -> None:
     """Raise a `UserError` where settings of rebalancing are given and it is off, or two files for the beginning."""
     if options.rebalance == "off":
-        named = options_of(RebalanceOptions) | {
-            name: options_of(SimulateOptions)[name] for name in ("start", "rebalance_delay")
-        }
-        for name, item in named.items():
+        declared = options_of(SimulateOptions)
+        for name in (*options_of(RebalanceOptions), "start", "rebalance_delay"):
+            item = declared[name]
             if getattr(options, name) != item.default:
                 raise UserError(f"{item.flag} {getattr(options, name)}: needs --rebalance auto")
     if options.start is not None and options.calibration is not None:

@@ -5,6 +5,7 @@ What a strategy does is read from the attributes declared here; no code compares
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from rq_ep.core.arrays import IntArray
@@ -12,7 +13,6 @@ from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.rebalance_rule import RebalanceRule
 from rq_ep.core.topology import Topology
 
 # counts_RE [R, E] int64, routed pairs from each source rank to each expert, known to every rank -> the step's plan.
@@ -29,6 +29,22 @@ class Summary(NamedTuple):
     experts: str = ""  # where experts live
     pairs: str = ""  # which rank computes a step's tokens
     source: str = ""  # paper or code
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebalanceRule:
+    """When a placement that serves is replaced, and what a change must gain.
+
+    Steps are those of the group that route tokens; gains are in max/mean over ranks.
+    """
+
+    window: int = 256  # steps whose loads a new placement is planned for
+    interval: int = 64  # steps between two decisions; after a change the next one waits for a whole window
+    min_gain: float | None = 0.02  # on steps that were not planned for; None: whatever is planned is taken
+    min_share: float = 0.25  # of what max/mean is above 1, that must go as well: what stays is mostly chance
+    price: float = 0.1  # what moving as many bytes as all experts take must gain besides
+    room_bytes: int | None = None  # of a rank, for what arrives; None: one expert of the largest format
+    bytes_per_step: int | None = None  # that reach a rank in a step at most; None: no bound
 
 
 class Strategy(ABC):

@@ -19,7 +19,7 @@ NUM_BLOCKS = 32  # of consecutive steps; those of one block resemble each other,
 NOISES = 3.0  # standard errors by which a mean must exceed a limit: by chance it does so in one of about 700 decisions
 
 
-class Estimate(NamedTuple):
+class StepMean(NamedTuple):
     """The mean of a figure over steps, by their pairs, and its standard error."""
 
     mean: float
@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
         return self.mean - limit > NOISES * self.noise
 
     @classmethod
-    def of(cls, value_S: FloatArray, weight_S: FloatArray) -> "Estimate":
+    def of(cls, value_S: FloatArray, weight_S: FloatArray) -> "StepMean":
         """The weighted mean; its error is taken from successive differences of blocks of steps (von Neumann, 1941).
 
         So a load that changes within the window, once, is not taken for noise.
@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 class Gain(NamedTuple):
     """The gain of one placement over another, in max/mean, mean over layers."""
 
-    estimate: Estimate
+    estimate: StepMean
     before: float
     after: float
 
@@ -75,11 +75,11 @@ def gain_of(
     """
     weight_S = pairs_by_step(problem)
     before_S, after_S = (_imbalance_S(problem, strategy, layers) for layers in (before, after))
-    means = [Estimate.of(value_S, weight_S).mean for value_S in (before_S, after_S)]
-    return Gain(Estimate.of(before_S - after_S, weight_S), *means)
+    means = [StepMean.of(value_S, weight_S).mean for value_S in (before_S, after_S)]
+    return Gain(StepMean.of(before_S - after_S, weight_S), *means)
 
 
-def low_share(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> Estimate:
+def low_share(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> StepMean:
     """The share of the problem's pairs that these layers compute in another format than the native one."""
     counts_SLE, native = problem.stats.counts, problem.stats.native_format
     low_S = np.zeros(len(counts_SLE))
@@ -89,7 +89,7 @@ def low_share(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> Es
         low_E = np.bincount(table.experts_P, layer.shares_P * is_low_P, minlength=layer.num_experts)
         low_S += counts_SLE[:, i] @ low_E
     pairs_S = counts_SLE.sum(axis=(1, 2))
-    return Estimate.of(low_S / np.maximum(pairs_S, 1), pairs_S.astype(np.float64))
+    return StepMean.of(low_S / np.maximum(pairs_S, 1), pairs_S.astype(np.float64))
 
 
 def _imbalance_S(problem: PlacementProblem, strategy: Strategy, layers: Sequence[LayerPlacement]) -> FloatArray:

@@ -11,8 +11,7 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.rebalance_rule import RebalanceRule
-from rq_ep.core.strategy import Strategy
+from rq_ep.core.strategy import RebalanceRule, Strategy
 from rq_ep.rebalancing.gain import Gain, gain_of, low_share, planned_and_held_out
 from rq_ep.rebalancing.load_window import LoadWindow, ObservedLoads
 from rq_ep.rebalancing.replan import moved_bytes, price_of, replan

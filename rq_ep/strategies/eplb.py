@@ -11,9 +11,8 @@ from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.rebalance_rule import RebalanceRule
 from rq_ep.core.replicas import Replica
-from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
+from rq_ep.core.strategy import Planner, RebalanceRule, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology, nodes_of_groups
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.split.min_max_split import ByExpert

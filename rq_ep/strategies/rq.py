@@ -11,9 +11,8 @@ from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.rebalance_rule import RebalanceRule
 from rq_ep.core.replicas import Replicas
-from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
+from rq_ep.core.strategy import Planner, RebalanceRule, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
 from rq_ep.solver.search.mixed_replicas import place_mixed
 from rq_ep.solver.search.solve import solve

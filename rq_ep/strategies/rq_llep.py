@@ -11,8 +11,7 @@ from rq_ep.core.errors import UserError, check_integer, check_number, check_text
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.rebalance_rule import RebalanceRule
-from rq_ep.core.strategy import Planner, SplitRule, Strategy, Summary
+from rq_ep.core.strategy import Planner, RebalanceRule, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
 from rq_ep.solver.search.solve import solve
 from rq_ep.solver.split.lending import Lending

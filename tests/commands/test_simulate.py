@@ -164,3 +164,44 @@ def test_calibration_of_another_shape_is_refused(tmp_path: Path, capsys: pytest.
     other = write_stats(tmp_path / "other.safetensors", num_experts=8)
     assert main(["simulate", "--stats", held_out, "--num-ranks", "4", "--calibration", other]) == 2
     assert "8 experts in 2 layers, but" in capsys.readouterr().err
+
+
+def test_with_rebalancing_the_placement_follows_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    parts = [generator.multinomial(512, np.roll(np.linspace(1, 8, 16), 5 * part) / 72, (160, 2)) for part in range(2)]
+    sizes = {"bf16": 1000, "int8": 504}
+    for name, counts in (("start", parts[0][:32]), ("load", np.concatenate(parts))):
+        ExpertStats(counts.astype(np.int64), tuple(sizes), "bf16", sizes).save(tmp_path / f"{name}.safetensors")
+    arguments = ["simulate", "--stats", str(tmp_path / "load.safetensors"), "--num-ranks", "4"]
+    arguments += ["--strategies", "standard,eplb,rq", "--json", str(tmp_path / "rows.json")]
+    following = ["--rebalance", "auto", "--rebalance-window", "64", "--rebalance-delay", "3"]
+    main([*arguments, *following, "--start", str(tmp_path / "start.safetensors")])
+    rows = {row["strategy"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["standard"]["rebalances"] == rows["eplb"]["rebalances"] == 0
+    rq = rows["rq"]
+    assert rq["rebalances"] >= 1
+    assert rq["moved_bytes"] > 0
+    assert len(rq["series"]) == 320
+    assert np.mean(rq["series"][240:]) < np.mean(rq["series"][160:200])
+    assert rq["imbalance"]["mean"] == rq["imbalance_mean"]
+    assert 0 < rq["low_share"] < 0.3
+    assert [one["moves"] for one in rq["decisions"]].count(True) == rq["rebalances"]
+    assert "rebalances" in capsys.readouterr().out
+    main([*arguments, "--rebalance", "off"])
+    assert "rebalances" not in json.loads((tmp_path / "rows.json").read_text())[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--start", "FILE"], "--start FILE: needs --rebalance auto"),
+        (["--rebalance-window", "32"], "--rebalance-window 32: needs --rebalance auto"),
+        (["--rebalance", "auto", "--start", "A", "--calibration", "B"], "say the same: give one"),
+        (["--rebalance", "always"], "unknown --rebalance 'always'"),
+    ],
+)
+def test_settings_of_rebalancing_that_would_do_nothing_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", "--stats", "none.safetensors", "--num-ranks", "4", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -10,8 +10,7 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem, contiguous
-from rq_ep.core.rebalance_rule import RebalanceRule
-from rq_ep.core.strategy import Strategy
+from rq_ep.core.strategy import RebalanceRule, Strategy
 from rq_ep.rebalancing.gain import gain_of
 from rq_ep.rebalancing.live_placement import LivePlacement
 from rq_ep.rebalancing.rebalancer import Rebalancer, decide

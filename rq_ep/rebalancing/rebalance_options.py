@@ -1,29 +1,17 @@
-"""When a placement that serves is replaced by another: what is observed, how often, and what a change must gain."""
+"""What a user may say of rebalancing."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from rq_ep.core.options import check_options, option, parse_bytes
+from rq_ep.core.strategy import RebalanceRule
 
 REBALANCING = "rebalancing, the placement follows the load"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RebalanceRule:
-    """The rule of a strategy. Steps are those of the group that route tokens; gains are in max/mean over ranks."""
-
-    window: int = 256  # steps whose loads a new placement is planned for
-    interval: int = 64  # steps between two decisions; after a change the next one waits for a whole window
-    min_gain: float | None = 0.02  # on steps that were not planned for; None: whatever is planned is taken
-    min_share: float = 0.25  # of what max/mean is above 1, that must go as well: what stays is mostly chance
-    price: float = 0.1  # what moving as many bytes as all experts take must gain besides
-    room_bytes: int | None = None  # of a rank, for what arrives; None: one expert of the largest format
-    bytes_per_step: int | None = None  # that reach a rank in a step at most; None: no bound
-
-
-@dataclass(frozen=True, kw_only=True)
 class RebalanceOptions:
-    """What a user may say of rebalancing; what is left out is as the strategy's rule says."""
+    """Whether to rebalance, and how; what is left out is as the strategy's rule says."""
 
     rebalance: Literal["off", "auto"] = option(
         "off",
