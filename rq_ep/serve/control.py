@@ -43,7 +43,7 @@ class ControlClient:
     """A rank's end of its connection: any thread may send; messages are read on a thread of their own.
 
     Args:
-        address: host and port of the HTTP process's `RankRouter`.
+        address: host and port of the HTTP process's `RankConnections`.
         rank: the rank in this process.
         token: the secret of this run; a stranger who found the port does not know it.
     """

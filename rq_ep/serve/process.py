@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from rq_ep.core.errors import UserError
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+REPEAT_S = 60.0
 
 
 def set_up_logging(level: str) -> None:
@@ -21,6 +23,28 @@ def set_up_logging(level: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     warnings.simplefilter("ignore", FutureWarning)  # for developers of libraries
     logging.getLogger("rq_ep").setLevel(level.upper())
+
+
+def log_repeats_once_a_minute(*names: str) -> None:
+    """Bound what strangers can have logged by the loggers of these names."""
+    for name in names:
+        logging.getLogger(name).addFilter(RepeatFilter())
+
+
+class RepeatFilter(logging.Filter):
+    """Lets a message of a kind through once a minute: clients decide how often there is a reason for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_s: dict[object, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = (str(record.msg)[:40], record.exc_info and record.exc_info[0])
+        now_s = time.monotonic()
+        if now_s - self._last_s.get(kind, -REPEAT_S) < REPEAT_S:
+            return False
+        self._last_s[kind] = now_s
+        return True
 
 
 def print_user_error(error: UserError) -> int:

@@ -1,4 +1,4 @@
-"""Connections of clients: how many there may be, how long each may keep the server waiting, what is logged of it."""
+"""Connections of clients: how many there may be, and how long each may keep the server waiting."""
 
 import asyncio
 import logging
@@ -27,7 +27,6 @@ ACCEPTED_AT_ONCE = 32  # before those accepted before them are looked at
 BACKLOG = 2048  # connections that wait to be accepted
 TICKS_PER_S = 10  # of uvicorn
 YOUNG_S = 0.1  # the first bytes of a new connection may be on their way
-REPEAT_S = 60.0
 
 
 class ConnectionLimits:
@@ -182,25 +181,3 @@ def choose_max_connections(max_queue_size: int, num_ranks: int) -> int:
         log.warning("only %d clients can be connected at once, as `ulimit -n` is %d: raise it", possible, most)
         return possible
     return wanted
-
-
-def log_repeats_once_a_minute() -> None:
-    """Bound what clients can have logged."""
-    for name in ("uvicorn.error", "asyncio", __name__):
-        logging.getLogger(name).addFilter(RepeatFilter())
-
-
-class RepeatFilter(logging.Filter):
-    """Lets a message of a kind through once a minute: clients decide how often there is a reason for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last_s: dict[object, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        kind = (str(record.msg)[:40], record.exc_info and record.exc_info[0])
-        now_s = time.monotonic()
-        if now_s - self._last_s.get(kind, -REPEAT_S) < REPEAT_S:
-            return False
-        self._last_s[kind] = now_s
-        return True

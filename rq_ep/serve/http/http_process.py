@@ -12,15 +12,17 @@ from typing import Any
 
 from rq_ep.config import ServeConfig, from_mapping, shown
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
+from rq_ep.serve.http import connections
 from rq_ep.serve.http.app import make_app
-from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_connections, log_repeats_once_a_minute
+from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_connections
 from rq_ep.serve.http.history import EVERY_S
 from rq_ep.serve.http.metrics import Metrics
-from rq_ep.serve.http.rank_router import RankRouter, listen
+from rq_ep.serve.http.ranks import rank_connections
+from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.http.recording_controller import RecordingController
 from rq_ep.serve.http.service import ModelLimits, Service
 from rq_ep.serve.messages import RankStats, Ready, Recorded, RecordingFailed
-from rq_ep.serve.process import exit_quickly, set_up_logging
+from rq_ep.serve.process import exit_quickly, log_repeats_once_a_minute, set_up_logging
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -88,7 +90,7 @@ class ServingProcess:
         app = make_app(self.service, config.max_body_bytes, config.api_key or (), config.allowed_origins or ())
         max_connections = choose_max_connections(config.max_queue_size, self.num_ranks)
         server = Server(app, ConnectionLimits(max_connections, config.http_timeout))
-        ranks_server = await listen(self.router, control)
+        ranks_server = await self.router.listen(control)
         serving = asyncio.ensure_future(server.serve(sockets=[http]))
         ending = asyncio.ensure_future(self.ended.wait())
         for work in (self._read_checkpoint(), self._log(), self._sample(), self.router.watch()):
@@ -151,7 +153,7 @@ def main() -> None:
     settings = json.load(sys.stdin)
     config = from_mapping(ServeConfig, settings["config"])
     set_up_logging(config.log_level)
-    log_repeats_once_a_minute()
+    log_repeats_once_a_minute("uvicorn.error", "asyncio", connections.__name__, rank_connections.__name__)
     http = socket.socket(fileno=settings["http_fd"])
     control = socket.socket(fileno=settings["control_fd"])
     asyncio.run(serve(config, settings["num_ranks"], settings["token"], http, control))

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import pytest
 
 from rq_ep.serve.http.app import make_app
-from rq_ep.serve.http.connections import NUM_REFUSED, ConnectionLimits, RepeatFilter, Server, choose_max_connections
+from rq_ep.serve.http.connections import NUM_REFUSED, ConnectionLimits, Server, choose_max_connections
+from rq_ep.serve.process import RepeatFilter
 from tests.serve.http.test_app import Bench
 from tests.serve.running import until
 

@@ -11,7 +11,7 @@ from rq_ep.engine.requests import Request
 from rq_ep.parallel import single_group
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.rank_router import RankRouter, listen
+from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.messages import Ready
 from rq_ep.serve.process import thread_errors_to
 from rq_ep.serve.rank import early_end, rank_server
@@ -47,7 +47,7 @@ def test_an_error_on_the_thread_that_hears_requests_ends_the_server_by_name(
         observer: Any = Observer()
         router = RankRouter(1, "token", observer, max_queue_size=4, stall_s=60)
         sock = socket.create_server(("127.0.0.1", 0))
-        listening = await listen(router, sock)
+        listening = await router.listen(sock)
         end = EarlyEnd(0)
         client = end.client = await asyncio.to_thread(ControlClient, sock.getsockname(), 0, "token")
         group: Any = single_group()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rq_ep.serve.http.blame import FailureReport, blame
+from rq_ep.serve.http.ranks.blame import FailureReport, blame
 
 
 def lost(rank: int) -> FailureReport:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rq_ep.serve.http.rank_router import least_loaded
+from rq_ep.serve.http.ranks.routed_requests import least_loaded
 
 
 @pytest.mark.parametrize(

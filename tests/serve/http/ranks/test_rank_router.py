@@ -14,9 +14,10 @@ from rq_ep.engine.requests import Output, Request, Score
 from rq_ep.serve import control, messages
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.frames import HEADER, Frames, make_greeting
-from rq_ep.serve.http import rank_router
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.rank_router import MAX_UNREAD_OUTPUTS, GroupState, RankRouter, listen
+from rq_ep.serve.http.ranks import rank_connections, routed_requests
+from rq_ep.serve.http.ranks.rank_router import GroupState, RankRouter
+from rq_ep.serve.http.ranks.routed_requests import MAX_UNREAD_OUTPUTS
 from rq_ep.serve.messages import (
     Abort,
     Aborted,
@@ -120,7 +121,7 @@ async def stage(stall_s: float) -> AsyncIterator[Stage]:
     it = Stage(stall_s)
     sock = socket.create_server(("127.0.0.1", 0))
     it.address = sock.getsockname()
-    server = await listen(it.router, sock)
+    server = await it.router.listen(sock)
     it.ranks = [FakeRank(it.address, rank) for rank in range(NUM_RANKS)]
     while it.router.num_connected < NUM_RANKS:
         await asyncio.sleep(0.01)
@@ -351,8 +352,8 @@ def test_a_greeting_in_another_runs_name_or_sent_again_is_turned_away(monkeypatc
 
 
 def test_silent_strangers_are_few_and_stay_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_router, "MAX_UNGREETED", 3)
-    monkeypatch.setattr(rank_router, "GREETING_S", 0.5)
+    monkeypatch.setattr(rank_connections, "MAX_UNGREETED", 3)
+    monkeypatch.setattr(rank_connections, "GREETING_S", 0.5)
 
     async def scene(it: Stage) -> None:
         strangers = [await asyncio.open_connection(*it.address) for _ in range(5)]
@@ -446,7 +447,7 @@ def test_a_long_prompt_and_its_scores_travel_in_parts(monkeypatch: pytest.Monkey
 
 
 def test_more_log_probabilities_of_prompts_than_can_be_held_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_router, "MAX_PROMPT_LOGPROBS", 100)
+    monkeypatch.setattr(routed_requests, "MAX_PROMPT_LOGPROBS", 100)
 
     async def scene(it: Stage) -> None:
         def score(num_tokens: int) -> asyncio.Task[list[Output]]:
@@ -480,7 +481,7 @@ def test_rank_0_leaving_before_the_others_came_ends_the_wait() -> None:
     async def run() -> None:
         it = Stage()
         sock = socket.create_server(("127.0.0.1", 0))
-        server = await listen(it.router, sock)
+        server = await it.router.listen(sock)
         FakeRank(sock.getsockname(), 0).client.close()
         await it.ended.wait()
         server.close()
@@ -556,7 +557,7 @@ def test_a_signal_while_loading_is_named(num_connected: int, expected: str) -> N
     async def run() -> None:
         it = Stage()
         sock = socket.create_server(("127.0.0.1", 0))
-        server = await listen(it.router, sock)
+        server = await it.router.listen(sock)
         ranks = [FakeRank(sock.getsockname(), rank) for rank in range(num_connected)]
         while it.router.num_connected < num_connected:
             await asyncio.sleep(0.01)

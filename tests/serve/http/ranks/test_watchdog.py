@@ -1,7 +1,7 @@
 """Detecting the rank that keeps the others waiting."""
 
 from rq_ep.engine.progress import Progress
-from rq_ep.serve.http.watchdog import Watchdog
+from rq_ep.serve.http.ranks.watchdog import Watchdog
 
 
 class Clock:
