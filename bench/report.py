@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.formats.formats_table import markdown
 from bench.serving.serve import medians
-from rq_ep.core.files import read_json, replacing
+from rq_ep.core.files.documents import read_json, replacing
 from rq_ep.strategies import strategy_class
 
 RESULTS = Path(__file__).with_name("results")

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from rq_ep.core import files
 from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.files import yaml_files
 from rq_ep.core.options import MAX_SECONDS, Option, option, options_of
 
 Settings = TypeVar("Settings")
@@ -99,7 +99,7 @@ class StrategyConfig:
     def parse(cls, value: Any) -> "StrategyConfig":
         """Read a plain name or a mapping; text that looks like a mapping is read as YAML."""
         if isinstance(value, str) and value.lstrip().startswith("{"):
-            value = files.parse_yaml(value, "--strategy")
+            value = yaml_files.parse_yaml(value, "--strategy")
         if isinstance(value, str):
             return cls(value)
         if isinstance(value, Mapping) and isinstance(value.get("name"), str):
@@ -260,7 +260,7 @@ def read_settings(settings: type[Settings], args: argparse.Namespace) -> Setting
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; everything wrong with it is one line."""
-    document = files.read_yaml(path, "settings", "--config names a YAML file")
+    document = yaml_files.read_yaml(path, "settings", "--config names a YAML file")
     if document is None:
         return {}
     if not isinstance(document, dict):

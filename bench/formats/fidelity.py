@@ -24,7 +24,7 @@ from bench.result import result_document
 from rq_ep.commands.common import quiet_libraries
 from rq_ep.commands.progress_bar import progress_bar
 from rq_ep.core.arrays import FloatArray
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.calibration.forward_stats import collect_forward_stats

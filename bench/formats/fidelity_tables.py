@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from rq_ep.commands.console import wide_console
-from rq_ep.core.files import replacing
+from rq_ep.core.files.documents import replacing
 from rq_ep.model.evaluation.quality import Estimate
 
 MARKERS = {"least important": "o", "coldest": "s", "by chance": "x", "all": "*"}

@@ -27,7 +27,7 @@ from bench.layer.published import SHAPES, Shape, shape_name
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.formats import FORMATS, get_format
 from rq_ep.moe import ExpertFamily
 from rq_ep.moe.expert_compute import GroupedExperts, add_outputs

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rq_ep.core.files import read_json
+from rq_ep.core.files.documents import read_json
 
 NATIVE = "bf16"
 SHARE, CHOSEN = 0.25, "least important"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bench.layer.published import published
 from bench.layer.tables import labels_of
-from rq_ep.core.files import replacing
+from rq_ep.core.files.documents import replacing
 
 COLOURS = ("#bbbbbb", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 

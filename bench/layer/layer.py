@@ -29,7 +29,7 @@ from bench.result import result_document
 from rq_ep.commands.common import parse_dtype, parse_names, parse_strategies
 from rq_ep.config import Environment
 from rq_ep.core.errors import UserError, check_choice, check_integer
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.placement import Placement
 from rq_ep.core.topology import Topology
 from rq_ep.costs import MACHINES, Profile, cost_model

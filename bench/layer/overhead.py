@@ -28,7 +28,7 @@ from bench.layer.workloads import parse
 from bench.result import result_document
 from rq_ep.commands.common import parse_dtype
 from rq_ep.commands.console import wide_console
-from rq_ep.core.files import write_json
+from rq_ep.core.files.documents import write_json
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology

@@ -22,7 +22,7 @@ from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_integer, check_number
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.plan import imbalance
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bench.layer.figure import COLOURS
 from bench.layer.tables import scenario_title
-from rq_ep.core.files import replacing
+from rq_ep.core.files.documents import replacing
 
 
 def draw_ranks(result: Mapping[str, Any], path: str | Path) -> None:

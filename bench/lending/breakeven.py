@@ -26,7 +26,7 @@ from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.plan import imbalance
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.stats import ExpertStats

@@ -19,7 +19,7 @@ from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
-from rq_ep.core.files import write_json
+from rq_ep.core.files.documents import write_json
 from rq_ep.core.plan import DispatchPlan, imbalance, spread_over_sources
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs import cost_model

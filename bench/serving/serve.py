@@ -30,7 +30,7 @@ from bench.serving.server_process import NAME, server
 from bench.serving.transformers_serving import TransformersServing
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.strategies import strategy_class
 

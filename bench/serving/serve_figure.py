@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.layer.figure import COLOURS
-from rq_ep.core.files import replacing
+from rq_ep.core.files.documents import replacing
 
 PANELS = {"output_throughput": "output tokens/s", "p99_ttft_ms": "TTFT p99, ms", "p99_itl_ms": "ITL p99, ms"}
 

@@ -32,7 +32,7 @@ from bench.result import result_document
 from bench.serving.load_generator import Answer, Job, drive, random_jobs
 from bench.serving.server_process import NAME, server
 from rq_ep.core.errors import check_integer
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.whole_model import load_whole_model
 

@@ -28,7 +28,7 @@ from bench.solver.synthetic_traces import LAWS, Trace, draw_trace
 from rq_ep.commands.console import wide_console
 from rq_ep.commands.progress_bar import progress_bar
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology

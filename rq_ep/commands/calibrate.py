@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 def _calibrate(options: CalibrateOptions, group: "EPGroup") -> ExpertStats:
     """The statistics, the same on every rank; rank 0 shows how far it is."""
     from rq_ep.commands.progress_bar import showing
-    from rq_ep.core.files import check_writable
+    from rq_ep.core.files.documents import check_writable
     from rq_ep.model.calibration.calibrate import calibrate
     from rq_ep.parallel.agreement import run_on_all_ranks
 

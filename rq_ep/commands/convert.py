@@ -11,7 +11,7 @@ from typing import Any
 from rq_ep.commands.common import parse_names
 from rq_ep.config import add_flags, read_settings
 from rq_ep.core.errors import UserError, check_choice
-from rq_ep.core.files import check_writable
+from rq_ep.core.files.documents import check_writable
 from rq_ep.core.options import option
 from rq_ep.core.placement import Placement
 from rq_ep.core.stats import ExpertStats

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import quiet_libraries
     from rq_ep.commands.eval_report import draw, report
     from rq_ep.commands.progress_bar import showing
-    from rq_ep.core.files import check_writable, write_json
+    from rq_ep.core.files.documents import check_writable, write_json
     from rq_ep.costs import cost_model
     from rq_ep.model.evaluation.evaluate import compare
 

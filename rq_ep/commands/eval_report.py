@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from rq_ep.commands.console import wide_console
-from rq_ep.core.files import replacing
+from rq_ep.core.files.documents import replacing
 from rq_ep.model.evaluation.evaluation_result import Evaluation
 from rq_ep.model.evaluation.quality import Estimate
 

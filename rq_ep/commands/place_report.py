@@ -173,7 +173,7 @@ def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    from rq_ep.core.files import replacing
+    from rq_ep.core.files.documents import replacing
 
     num_ranks = placement.topology.num_ranks
     rows = []

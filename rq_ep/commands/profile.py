@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import parse_dtype, quiet_libraries
     from rq_ep.commands.progress_bar import showing
-    from rq_ep.core.files import check_writable
+    from rq_ep.core.files.documents import check_writable
     from rq_ep.parallel.default_group import default_group
     from rq_ep.profiling.layer_profile import profile_layer
 

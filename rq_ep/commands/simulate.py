@@ -14,7 +14,7 @@ from rq_ep.commands.place import PlaceOptions
 from rq_ep.config import add_flags, read_settings
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.files import check_writable, write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.options import option, options_of, same_option
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem

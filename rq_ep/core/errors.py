@@ -6,6 +6,7 @@ from math import inf
 from numbers import Integral
 
 MAX_INTEGER = 2**53  # what doubles count exactly; sums of sizes and counts stay far from 64 bits
+MAX_DIGITS = 100  # of a number in a text; Python takes seconds for millions
 MAX_TEXT = 4096  # characters of a name, a path or a key: PATH_MAX of Linux
 
 

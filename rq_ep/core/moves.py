@@ -9,7 +9,7 @@ import numpy as np
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_text
-from rq_ep.core.files import read_document, write_json
+from rq_ep.core.files.documents import read_document, write_json
 from rq_ep.core.placement import Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ModelIdentity

@@ -12,7 +12,7 @@ from inspect import signature as signature_of
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from rq_ep.core.errors import MAX_INTEGER, UserError, check_choice, check_integer, check_number, check_text
+from rq_ep.core.errors import MAX_DIGITS, MAX_INTEGER, UserError, check_choice, check_integer, check_number, check_text
 
 SIZE_UNITS = {
     "": 1, "b": 1,
@@ -20,7 +20,6 @@ SIZE_UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 MAX_SECONDS = 10**6  # of an option: eleven days; clocks and timers take no number of any size
-MAX_SIZE_DIGITS = 40  # of a size; Python reads thousands, slowly
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -183,7 +182,7 @@ def parse_bytes(part: str, flag: str, text: str | None = None, least: int = 0) -
     """
     text = part if text is None else text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", part, re.IGNORECASE | re.ASCII)
-    if match is None or match[2].lower() not in SIZE_UNITS or len(match[1]) > MAX_SIZE_DIGITS:
+    if match is None or match[2].lower() not in SIZE_UNITS or len(match[1]) > MAX_DIGITS:
         known = "write ep, bytes, or" if flag == "--budget" else "write bytes, or"
         raise UserError(
             f"{flag} {text:.80}: {part!r:.60} is not a size; {known} a number with KiB, MiB, GiB, KB, MB or GB"

@@ -9,7 +9,7 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_integer, check_number, check_text
-from rq_ep.core.files import read_document, write_json
+from rq_ep.core.files.documents import read_document, write_json
 from rq_ep.core.replicas import Replica, Replicas, replica_bytes
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.core.topology import Topology

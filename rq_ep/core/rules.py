@@ -22,7 +22,7 @@ import numpy as np
 
 from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError, check_choice, check_integer
-from rq_ep.core.files import read_yaml
+from rq_ep.core.files.yaml_files import read_yaml
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology, nodes_of_groups
 

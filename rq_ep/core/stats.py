@@ -9,7 +9,8 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import MAX_INTEGER, UserError, check_integer, check_text
-from rq_ep.core.files import as_dtype, read_tensors, write_tensors
+from rq_ep.core.files.documents import complete_file
+from rq_ep.core.files.tensor_files import as_dtype, read_tensors, write_tensors
 
 FORMAT = "rq_ep.stats/1"
 PHASES = ("prefill", "decode")
@@ -189,8 +190,8 @@ class ExpertStats:
         Arrays may be of any integer or float type that holds their values, metadata JSON or plain text.
         """
         hint = f"write it with `rq-ep calibrate --out {path}`"
-        arrays, metadata = read_tensors(path, "statistics file", FORMAT, hint, ARRAYS)
-        try:
+        arrays, metadata = read_tensors(path, "statistics", FORMAT, hint, ARRAYS)
+        with complete_file(path, "statistics"):
             model = metadata.get("model")
             return cls(
                 **{name: as_dtype(f"{path}: {name}", array, ARRAYS[name].dtype) for name, array in arrays.items()},
@@ -208,11 +209,6 @@ class ExpertStats:
                 domains=_names(metadata.get("domains") or ()),
                 source=str(path),
             )
-        except UserError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            text = f"{type(error).__name__}: {error!s:.100}"
-            raise UserError(f"{path}: incomplete statistics file ({text})") from None
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number, check_text
-from rq_ep.core.files import read_json, write_json
+from rq_ep.core.files.documents import read_json, write_json
 from rq_ep.costs.fit import ExpertFit, fit_experts, fit_line
 
 FORMAT = "rq_ep.profile/2"

@@ -7,7 +7,7 @@ from typing import Any
 
 from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number, check_text
-from rq_ep.core.files import read_yaml
+from rq_ep.core.files.yaml_files import read_yaml
 
 MATRICES = 3  # of a gated expert: gate, up, down
 

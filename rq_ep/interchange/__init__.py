@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rq_ep.core.errors import UserError, check_choice
-from rq_ep.core.files import replacing
+from rq_ep.core.files.documents import replacing
 from rq_ep.core.placement import Placement
 from rq_ep.interchange import ascend, eplb, plain, sglang, trtllm, vllm
 from rq_ep.interchange.recorded import ModelMetadata, RecordedLoads, to_stats

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.files import read_json
+from rq_ep.core.files.documents import read_json
 from rq_ep.interchange.recorded import RecordedLoads, counts_by_step
 from rq_ep.interchange.slot_map import SlotMap, read_slots
 from rq_ep.interchange.tensors import BARE, check_text_size, read_arrays

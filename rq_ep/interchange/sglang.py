@@ -24,7 +24,7 @@ import numpy as np
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.files import read_json
+from rq_ep.core.files.documents import read_json
 from rq_ep.interchange.recorded import RecordedLoads, counts_by_step, fold_slots
 from rq_ep.interchange.slot_map import SlotMap, read_slots
 from rq_ep.interchange.tensors import (

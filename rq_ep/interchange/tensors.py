@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import MAX_INTEGER, UserError, check_choice
-from rq_ep.core.files import check_regular, read_array
+from rq_ep.core.files.documents import check_regular
+from rq_ep.core.files.tensor_files import read_array
 
 Array = npt.NDArray[Any]
 

@@ -17,7 +17,7 @@ import yaml
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.files import read_json
+from rq_ep.core.files.documents import read_json
 from rq_ep.interchange.recorded import RecordedLoads
 from rq_ep.interchange.slot_map import SlotMap, read_slots
 from rq_ep.interchange.tensors import MAX_CELLS, check_text_size, first_line, read_arrays, whole_numbers

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_integer
-from rq_ep.core.files import as_dtype, check_regular, parse_metadata, read_tensors, write_tensors
+from rq_ep.core.files.documents import check_regular, complete_file
+from rq_ep.core.files.tensor_files import as_dtype, parse_metadata, read_tensors, write_tensors
 from rq_ep.core.stats import PHASES, ExpertStats, ModelIdentity
 
 FORMAT = "rq_ep.trace/1"
@@ -163,7 +164,7 @@ class RoutingTrace:
         hint = f"record one with `rq-ep calibrate --trace {path}`"
         dtypes = REQUIRED | OPTIONAL
         arrays, metadata = read_tensors(path, "trace", FORMAT, hint, dtypes)
-        try:
+        with complete_file(path, "trace"):
             model = metadata.get("model")
             return cls(
                 **{name: as_dtype(f"{path}: {name}", array, dtypes[name]) for name, array in arrays.items()},
@@ -172,10 +173,6 @@ class RoutingTrace:
                 model=None if model is None else ModelIdentity(**model),
                 source=str(path),
             )
-        except UserError:
-            raise
-        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable trace ({error!s:.100}); {hint}") from None
 
 
 def is_trace(path: str | Path) -> bool:

@@ -99,7 +99,7 @@ def test_statistics(
         (["--budget", "3999", "--max-low-precision-share", "0"], "raise it to 4000 bytes per rank"),
         (["--budget", "3600", "--max-low-precision-share", "0.001"], "too small for a replica of every expert"),
         (["--budget", "0,0,0,16000", "--strategy", "standard"], "exceed its budget of 0"),
-        (["--budget", "1" * 50], "is not a size"),
+        (["--budget", "1" * 50], "must be at most"),
         (["--num-ranks", "4097"], "--num-ranks 4097: must be at most 4096"),
         (["--num-ranks", "-1"], "--num-ranks -1: must be at least 1"),
         (["--ranks-per-node", "-2"], "--ranks-per-node -2"),

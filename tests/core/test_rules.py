@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.files import MAX_YAML_BYTES
+from rq_ep.core.files.yaml_files import MAX_YAML_BYTES
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.replicas import Replica

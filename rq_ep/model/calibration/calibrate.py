@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rq_ep.core.arrays import FloatArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.files import check_writable
+from rq_ep.core.files.documents import check_writable
 from rq_ep.core.stats import ExpertStats
 from rq_ep.formats import WeightFormat, get_format
 from rq_ep.model.calibration.divergence import KLDivergence, kl_when_dropped_LE, kl_when_quantized_LEQ

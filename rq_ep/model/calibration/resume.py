@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rq_ep.core.files import replacing
+from rq_ep.core.files.documents import replacing
 from rq_ep.model.calibration.layer_records import LayerRecord, Step
 from rq_ep.model.text.windows import Windows
 

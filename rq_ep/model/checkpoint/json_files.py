@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.files import read_json
+from rq_ep.core.files.documents import read_json
 
-MAX_JSON_BYTES = 16 << 20
+MAX_BYTES = 16 << 20
 MAX_INDEX_BYTES = 64 << 20  # an index of 90,000 tensors has 9 MB
 
 
-def read_json_object(path: Path, hint: str = "restore it", max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path, hint: str = "restore it", max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in a file of a model folder.
 
     Args:

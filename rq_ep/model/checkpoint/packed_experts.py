@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.files import check_version, parse_metadata, replacing
+from rq_ep.core.files.documents import check_version, replacing
+from rq_ep.core.files.tensor_files import parse_metadata
 from rq_ep.core.placement import Placement
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.formats import get_format
