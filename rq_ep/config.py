@@ -19,7 +19,7 @@ from rq_ep.core.options import MAX_SECONDS, Option, option, options_of
 
 Settings = TypeVar("Settings")
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -124,7 +124,7 @@ class ServeConfig:
     machine: str | None = option(
         None, help="what strategies weigh transfers with: a known machine, FILE.yaml or the .json of `rq-ep profile`"
     )
-    dtype: str = option("auto", help="dtype to compute in; auto: the checkpoint's", choices=DTYPES)
+    dtype: str = option("auto", help="dtype to compute in; auto: the checkpoint's", choices=("auto", *DTYPES))
     generation_config: str = option(
         "auto",
         help="whose generation_config.json gives requests their temperature and top_p: auto, the model's; vllm: none, "
@@ -133,21 +133,25 @@ class ServeConfig:
     device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)
     attn_implementation: str | None = option(None, help="attention of transformers; default: sdpa, or eager without it")
     seed: int = option(
-        0, help="seed of sampled requests that bring none; in bf16 neighbours may change an answer", minimum=0
+        0, help="seed of requests that bring none; in bf16 the other requests of a step may change an answer", minimum=0
     )
 
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, help="port to listen on; 0 picks a free one", minimum=0, maximum=65535)
     api_key: tuple[str, ...] | None = option(
-        None, help="keys, of which requests must bring one; default: none is needed", secret=True, several=True
+        None,
+        help="keys, of which requests must bring one; default: RQ_EP_API_KEY or, without it, none is needed",
+        secret=True,
+        several=True,
     )
     api_key_file: str | None = option(
         None, help="file of such keys, one a line; unlike a flag's, no list of processes shows them"
     )
     allowed_origins: tuple[str, ...] | None = option(
         None,
-        help="origins of web pages that may send requests, such as https://example.org; default: none",
+        help="origins of web pages that may send requests, such as https://example.org, or * for all; default: none",
         several=True,
+        metavar="ORIGIN",
     )
     served_model_name: str | None = option(None, help="name of the model in requests; default: as given by --model")
     max_num_seqs: int = option(64, help="requests that run at once on a rank", minimum=1)
@@ -183,9 +187,7 @@ class ServeConfig:
     log_level: str = option("info", help="how much to log", choices=LOG_LEVELS)
 
     def with_api_keys(self, environ: Mapping[str, str] | None = None) -> "ServeConfig":
-        """These settings with all keys in `api_key`: the given ones and the file's or, if there are none of either,
-
-        that of RQ_EP_API_KEY.
+        """These settings with all keys in `api_key`: the given ones and the file's, or else that of RQ_EP_API_KEY.
 
         Raises:
             UserError: the file is not readable or has no keys.

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rq_ep.config import DTYPES
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.core.files.yaml_files import parse_yaml
 from rq_ep.core.options import option
 from rq_ep.core.strategy import Strategy
-from rq_ep.model.settings import DTYPES
 
 if TYPE_CHECKING:
     import torch

@@ -1,13 +1,14 @@
-"""Dtypes of a model: by name, or of its configuration."""
+"""Dtypes of a model: by name, or as it is stored; and the format in which its experts are stored."""
 
 import torch
 from transformers import PretrainedConfig
 
+from rq_ep.config import DTYPES
 from rq_ep.core.errors import UserError
-from rq_ep.model.checkpoint.checkpoint_files import Checkpoint
-from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint
+from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
+from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint, expert_format
 
-COMPUTED = ("bfloat16", "float16", "float32", "float64")
+COMPUTED = (*DTYPES, "float64")
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -32,3 +33,8 @@ def stored_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtyp
         return shown or torch.bfloat16
     except UserError as error:
         raise UserError(f"{config.name_or_path}/config.json: {error}") from None
+
+
+def stored_expert_format(checkpoint: Checkpoint) -> str:
+    """The weight format that holds all experts of a checkpoint as they are stored."""
+    return expert_format(checkpoint, stored_dtype(read_config(checkpoint.path), checkpoint))

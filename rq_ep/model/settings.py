@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rq_ep.config import DEVICES
+from rq_ep.config import DEVICES, DTYPES
 from rq_ep.core.options import check_options, option
 
-DTYPES = ("float32", "bfloat16", "float16")
 DType = str | Any  # a name of DTYPES, or the torch.dtype itself, which is not imported here
 ROUNDING_NAMES = ("calibrated", "nearest")
 

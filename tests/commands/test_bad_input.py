@@ -217,5 +217,5 @@ def test_a_picture_that_cannot_be_drawn_leaves_no_half_of_it(
 
     monkeypatch.setattr(Figure, "savefig", half)
     out = tmp_path / "out" / "placement.json"
-    assert main(["place", "--stats", str(stats), "--num-ranks", "4", "--strategy", "standard", "--out", str(out)]) == 1
+    assert main(["place", "--stats", str(stats), "--num-ranks", "4", "--strategy", "standard", "--out", str(out)]) == 2
     assert [path.name for path in out.parent.iterdir()] == ["placement.json"]

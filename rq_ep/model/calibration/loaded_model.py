@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.formats import native_format_name
-from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.model_identity import model_identity
-from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, has_low_bit_experts, open_checkpoint
-from rq_ep.model.dtypes import torch_dtype
+from rq_ep.model.checkpoint.quantized_checkpoint import has_low_bit_experts, open_checkpoint
+from rq_ep.model.dtypes import stored_expert_format, torch_dtype
 from rq_ep.model.load.sharded_model import load_sharded_model
 from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.model.seam.expert_modules import ExpertsModule, find_expert_modules
@@ -66,7 +65,7 @@ class LoadedModel:
             network, experts = load_sharded_model(model, dtype, group)
             shards = group
         checkpoint = open_checkpoint(model)
-        native_format = expert_format(checkpoint, torch_dtype(read_config(model).dtype or network.dtype))
+        native_format = stored_expert_format(checkpoint)
         return cls(
             network, model_identity(model), native_format, experts, experts[0].family, shards,
             has_low_bit_experts(checkpoint),

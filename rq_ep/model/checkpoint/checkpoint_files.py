@@ -19,7 +19,7 @@ from rq_ep.model.seam.adapters import ADAPTERS
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+REAL_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -152,7 +152,7 @@ class Checkpoint:
     def first_dtype(self) -> torch.dtype | None:
         """The dtype of the first tensor of real numbers, by which transformers too tells how a model was saved."""
         dtypes = (Checkpoint.dtype(self, key) for key in self._files)
-        return next((DTYPES[dtype] for dtype in dtypes if dtype in DTYPES), None)
+        return next((REAL_DTYPES[dtype] for dtype in dtypes if dtype in REAL_DTYPES), None)
 
     def dtype(self, key: str) -> str:
         """The dtype of a tensor as safetensors names it, such as BF16, without reading it."""

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rq_ep.core.errors import UserError, check_integer, check_number
+from rq_ep.core.errors import check_integer, check_number
 from rq_ep.model.checkpoint.json_files import read_json_object
 
 if TYPE_CHECKING:  # slow to import: the HTTP process answers /health before
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-FILE = "generation_config.json"
-MODEL, VLLM = "auto", "vllm"  # choices of --generation-config, as vLLM names them; any other is a directory
+GENERATION_CONFIG = "generation_config.json"
+AUTO, VLLM = "auto", "vllm"  # choices of --generation-config, as vLLM names them; any other is a directory
 # Keys that do not change which tokens are chosen, and values that change nothing
 HARMLESS = r"_token_id$|^_|version$|^(output_|return_)|^use_cache$"
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -48,7 +48,7 @@ class SamplingDefaults:
         return text
 
 
-def read_sampling_defaults(model: str | Path, choice: str = MODEL) -> SamplingDefaults:
+def read_sampling_defaults(model: str | Path, choice: str = AUTO) -> SamplingDefaults:
     """The defaults of sampling, by `generation_config.json`.
 
     Args:
@@ -68,8 +68,6 @@ def read_sampling_defaults(model: str | Path, choice: str = MODEL) -> SamplingDe
         for name in limits
         if document.get(name) is not None
     }
-    if applied.get("top_p") == 0:
-        raise UserError(f"{file}: top_p 0: must be above 0")
     others = {name: value for name, value in document.items() if name not in limits and not re.search(HARMLESS, name)}
     others = {name: value for name, value in others.items() if value not in (None, *NEUTRAL.get(name, ()))}
     return SamplingDefaults(**applied, not_applied=others)
@@ -79,7 +77,7 @@ def end_token_ids(
     model: str | Path,
     config: "PretrainedConfig",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    choice: str = MODEL,
+    choice: str = AUTO,
 ) -> list[int]:
     """The tokens that end an answer: those of `generation_config.json`, of `config.json`, and the tokenizer's.
 
@@ -103,16 +101,16 @@ def end_token_ids(
     return list(found)
 
 
-def read_generation_config(model: str | Path, choice: str = MODEL) -> dict[str, Any]:
+def read_generation_config(model: str | Path, choice: str = AUTO) -> dict[str, Any]:
     """`generation_config.json` of a model, which need not have one, or of the directory that was chosen."""
     file = _file(model, choice)
-    if choice in (MODEL, VLLM) and not (file.exists() or file.is_symlink()):
+    if choice in (AUTO, VLLM) and not (file.exists() or file.is_symlink()):
         return {}
-    return read_json_object(file, f"--generation-config takes {MODEL}, {VLLM} or a directory that has one")
+    return read_json_object(file, f"--generation-config takes {AUTO}, {VLLM} or a directory that has one")
 
 
 def _file(model: str | Path, choice: str) -> Path:
-    return Path(model if choice in (MODEL, VLLM) else choice) / FILE
+    return Path(model if choice in (AUTO, VLLM) else choice) / GENERATION_CONFIG
 
 
 def _named_end_tokens(

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 from rq_ep.core.errors import UserError
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.formats.quantized import Parts, Quantized
-from rq_ep.model.checkpoint.checkpoint_files import DTYPES, Checkpoint
+from rq_ep.model.checkpoint.checkpoint_files import REAL_DTYPES, Checkpoint
 from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from rq_ep.model.seam.adapters import adapter_for
 from rq_ep.model.seam.expert_modules import family_of
@@ -252,7 +252,7 @@ class WeightReader:
         for conversion in conversions:
             if any(name in self._state and self._state[name].is_floating_point() for name in conversion.targets):
                 for source in conversion.sources:
-                    if (dtype := self._checkpoint.dtype(source.key)) not in DTYPES:
+                    if (dtype := self._checkpoint.dtype(source.key)) not in REAL_DTYPES:
                         raise UserError(
                             f"{self._checkpoint.path}: {source.key} holds {dtype} numbers, which are no weights by "
                             "themselves, and config.json does not say how they are quantized: save a bf16 copy of the "

@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 
 from rq_ep.core.cost import CostModel
 from rq_ep.core.stats import ModelIdentity
-from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.model_identity import model_identity
-from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
+from rq_ep.model.checkpoint.quantized_checkpoint import open_checkpoint
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.dtypes import stored_dtype, torch_dtype
+from rq_ep.model.dtypes import stored_expert_format, torch_dtype
 from rq_ep.model.evaluation.candidate import Candidate, CandidateRun
 from rq_ep.model.evaluation.evaluation_result import Evaluation, Reference
 from rq_ep.model.evaluation.quality import (
@@ -118,8 +117,7 @@ class _CandidateLoader:
         family = family_of(experts[0].module)
         placement = candidate.placement
         if placement is None:
-            checkpoint = open_checkpoint(self.path)
-            stored_format = expert_format(checkpoint, stored_dtype(read_config(self.path), checkpoint))
+            stored_format = stored_expert_format(open_checkpoint(self.path))
             placement = place_uniformly(
                 candidate.strategy, experts, family.layout, stored_format, self.num_ranks, self.identity
             )

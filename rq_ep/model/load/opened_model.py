@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
-from rq_ep.model.checkpoint.generation_defaults import FILE, end_token_ids, read_generation_config
+from rq_ep.model.checkpoint.generation_defaults import GENERATION_CONFIG, end_token_ids, read_generation_config
 from rq_ep.model.checkpoint.quantized_checkpoint import open_checkpoint
 from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
 from rq_ep.model.checkpoint.weight_conversion import WeightReader
@@ -60,7 +60,7 @@ class OpenedModel:
         chosen = stored_dtype(config, checkpoint) if dtype is None or dtype == "auto" else torch_dtype(dtype)
         model = _empty_model(path, config, chosen, attn_implementation)
         if generation:
-            with transformers_errors(Path(path, FILE)):
+            with transformers_errors(Path(path, GENERATION_CONFIG)):
                 model.generation_config = GenerationConfig.from_pretrained(path)
         experts = find_expert_modules(model)
         reader = WeightReader(checkpoint, model, [] if whole else [module.name for module in experts])

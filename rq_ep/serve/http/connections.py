@@ -21,9 +21,9 @@ from rq_ep.serve.http.openai.api_errors import ApiError
 log = logging.getLogger(__name__)
 
 EXTRA_CONNECTIONS = 1024  # beyond the requests that the server takes: probes, and clients between two requests
-RESERVED_DESCRIPTORS = 256  # for files and libraries, for connections that are accepted and about to be closed,
-NUM_REFUSED = 64  # and for those that wait for their 503; one more is closed without an answer
-ACCEPTED_AT_ONCE = 32  # before those accepted before them are looked at
+NUM_REFUSED = 64  # connections beyond the limit that are answered 503 at once; one more is closed without an answer
+RESERVED_DESCRIPTORS = 256  # for files, for libraries, and for connections that are about to be closed
+ACCEPTED_AT_ONCE = 32  # connections, before the server looks at those that it has
 BACKLOG = 2048  # connections that wait to be accepted
 TICKS_PER_S = 10  # of uvicorn
 YOUNG_S = 0.1  # the first bytes of a new connection may be on their way

@@ -35,8 +35,7 @@ def ep_routes(service: Service) -> APIRouter:
         At most `max_tokens` (--record-max-tokens) are kept, the first ones. A recording that is under way when the
         server ends is lost.
         """
-        if (reason := service.why_unavailable()) is not None:
-            raise ApiError(503, f"not serving: {reason}")
+        service.check_available()
         return {"recording": True, **service.recording.start()}
 
     @router.post("/v1/ep/record/stop")

@@ -17,9 +17,9 @@ from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.generation_defaults import end_token_ids, read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
-from rq_ep.model.checkpoint.quantized_checkpoint import expert_format, open_checkpoint
+from rq_ep.model.checkpoint.quantized_checkpoint import open_checkpoint
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.dtypes import stored_dtype
+from rq_ep.model.dtypes import stored_expert_format
 from rq_ep.model.max_positions import max_positions
 from rq_ep.strategies import make_strategy
 
@@ -72,8 +72,7 @@ def read_in_advance(config: ServeConfig) -> Counter[str]:
     identity = model_identity(config.model)
     placement = Placement.load(config.placement)
     placement.check_serves(identity, placement.topology.num_ranks, config.placement)
-    checkpoint = open_checkpoint(config.model)
-    stored_format = expert_format(checkpoint, stored_dtype(read_config(config.model), checkpoint))
+    stored_format = stored_expert_format(open_checkpoint(config.model))
     return PackedExperts.open(config.experts, identity).check_holds(placement, stored_format)
 
 

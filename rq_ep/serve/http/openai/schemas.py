@@ -39,9 +39,7 @@ MAX_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # of tokens and their ids: enough, and short to quote
 MAX_MESSAGES = 10_000  # in a request, and parts in a message; OpenAI takes 2048
 
-
-Text = str  # the parser of bodies refuses halves of surrogate pairs
-StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 def refuse_bool(value: Any) -> Any:
@@ -76,7 +74,7 @@ class StreamOptions(_Body):
 class GenerationBody(_Body):
     """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
 
-    model: Text
+    model: str
     n: Annotated[Literal[1], BeforeValidator(refuse_bool)] | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)  # the newer name; GuideLLM sends both
@@ -87,9 +85,9 @@ class GenerationBody(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Names of who asks and of what to cache, which change no answer.
-    user: Text | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -182,16 +180,16 @@ class _MessagePart(BaseModel):
 
 class TextPart(_MessagePart):
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class FunctionCall(_MessagePart):
-    name: Annotated[Text, Field(min_length=1)]
-    arguments: Text
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str
 
 
 class ToolCall(_MessagePart):
-    id: Text | None = None
+    id: str | None = None
     type: Literal["function"] | None = None
     function: FunctionCall
 
@@ -199,12 +197,12 @@ class ToolCall(_MessagePart):
 class ChatMessage(_MessagePart):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
-    tool_call_id: Text | None = None
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
+    tool_call_id: str | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
         None, validate_default=True
     )
-    name: Text | None = None
-    reasoning_content: Text | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
     # These would be lost.
     audio: None = None
     function_call: None = None

@@ -62,9 +62,6 @@ class FakeRank:
         assert isinstance(message, message_type), message
         return message
 
-    async def is_turned_away(self) -> bool:
-        return await asyncio.to_thread(self.received.get, timeout=TIMEOUT_S) is None
-
     def send(self, message: FromRank) -> None:
         self.client.send(message)
 
@@ -204,7 +201,7 @@ def test_a_client_that_leaves_cancels() -> None:
 
 
 def test_a_client_that_reads_too_slowly_cancels() -> None:
-    async def scenario(it: Stage) -> None:
+    async def scene(it: Stage) -> None:
         answer = it.router.generate(Request("a", [1], 10_000))
         reading = asyncio.ensure_future(anext(answer))
         await it.ranks[0].receive(AddRequest)
@@ -215,7 +212,7 @@ def test_a_client_that_reads_too_slowly_cancels() -> None:
         with pytest.raises(ApiError, match="unread"):
             _ = [output async for output in answer]
 
-    play(scenario)
+    play(scene)
 
 
 def test_a_request_that_fails_on_its_rank_is_an_error() -> None:
@@ -462,17 +459,6 @@ def test_more_log_probabilities_of_prompts_than_can_be_held_are_refused(monkeypa
             await score(6)
         assert full.value.status == 429
         first.cancel()
-
-    play(scene)
-
-
-def test_strangers_are_turned_away() -> None:
-    async def scene(it: Stage) -> None:
-        stranger = FakeRank(it.address, 1, token="guess")
-        assert await stranger.is_turned_away()
-        assert it.router.why_unavailable() is None
-        assert it.router.num_connected == NUM_RANKS
-        stranger.client.close()
 
     play(scene)
 
