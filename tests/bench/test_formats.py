@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 BENCH = (sys.executable, "-m", "bench", "formats")
 LOW_BIT = [name for name, format_ in FORMATS.items() if not format_.is_native]
+UNMEASURED = {"fp8_g64"}  # added after the measurement; `bench/results/formats.md` says so
 
 
 def test_measures_every_format(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_the_readmes_table_comes_out_of_two_results(capsys) -> None:
     files = [str(results / "formats_cpu.json"), str(results / "fidelity_demo.json")]
     main(["--table", *files])
     head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows] == [f"`{name}`" for name in ["bf16", *LOW_BIT]]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in ["bf16", *LOW_BIT] if name not in UNMEASURED]
     assert all(len(row) == len(head) for row in rows)
     assert rows[0][2:4] == ["-", "-"], "bf16 is what the others are compared with"
     size = {row[0].strip("`"): float(row[1]) for row in rows}

@@ -14,7 +14,7 @@ from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
 from rq_ep.model.checkpoint.generation_defaults import GENERATION_CONFIG, end_token_ids, read_generation_config
 from rq_ep.model.checkpoint.quantized_checkpoint import open_checkpoint
 from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
-from rq_ep.model.checkpoint.weight_conversion import WeightReader
+from rq_ep.model.checkpoint.weight_reader import WeightReader
 from rq_ep.model.dtypes import stored_dtype, torch_dtype
 from rq_ep.model.seam.adapters import adapter_for
 from rq_ep.model.seam.expert_modules import ExpertsModule, find_expert_modules

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.checkpoint.weight_conversion import WeightReader
+from rq_ep.model.checkpoint.weight_reader import WeightReader
 from rq_ep.model.load.whole_model import load_whole_model
 from tests.model.families import FAMILIES, random_model, save
 
