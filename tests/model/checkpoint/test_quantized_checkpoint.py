@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rq_ep.core.errors import UserError
-from rq_ep.formats import FORMATS, get_format
+from rq_ep.formats import get_format
 from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint, open_checkpoint
@@ -23,57 +23,23 @@ from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 from rq_ep.parallel import run_local
 from rq_ep.placing.place import place
+from tests.model.checkpoint.low_bit_ways import INTS, WAYS, compressed, weights
 from tests.model.families import FAMILIES, logits, prompt, random_model, save
 
 Tensors = dict[str, Tensor]
 
 
-def compressed(num_bits: int, kind: str, strategy: str, **more: object) -> dict[str, object]:
-    """A `quantization_config` as compressed-tensors writes it."""
-    weights = {"num_bits": num_bits, "type": kind, "symmetric": True, "strategy": strategy, **more}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
-    return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"]}
+# name -> family, and how its linear layers are stored
+WRITTEN = {
+    "int8": ("qwen3_moe", WAYS["W8A8 channels"]),
+    "int4": ("mixtral", WAYS["W4A16 groups of 32"]),
+    "fp8": ("olmoe", WAYS["fp8 channels"]),
+    "fp8 blocks": ("deepseek_v3", WAYS["fp8 128 x 128"]),
+}
 
 
-def int8_channels(weight: Tensor) -> Tensors:
-    scale = weight.abs().amax(1, keepdim=True) / 127.5
-    levels = (weight / scale).round().clamp(-128, 127).to(torch.int8)
-    return {"weight": levels, "weight_scale": scale.bfloat16()}
-
-
-def int4_groups(weight: Tensor) -> Tensors:
-    grouped = weight.view(len(weight), -1, 32)
-    scale = (grouped.abs().amax(2) / 7.5).bfloat16()
-    levels = (grouped / scale.float()[..., None]).round().clamp(-8, 7).view_as(weight).int() + 8
-    packed = sum(levels[:, i::8] << 4 * i for i in range(8))  # eight in an int32, the first in the lowest bits
-    shape = torch.tensor(weight.shape)
-    return {"weight_packed": packed.int(), "weight_scale": scale, "weight_shape": shape}
-
-
-def fp8_blocks(weight: Tensor, suffix: str = "_scale_inv") -> Tensors:
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
-    blocks = padded.view(padded.shape[0] // 128, 128, -1, 128)
-    factor = blocks.abs().amax((1, 3)) / 448
-    full = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[: len(weight), : weight.shape[1]]
-    return {"weight": (weight / full).to(torch.float8_e4m3fn), f"weight{suffix}": factor}
-
-
-def fp8_channels(weight: Tensor) -> Tensors:
-    scale = weight.abs().amax(1, keepdim=True) / 448
-    return {
-        "weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "input_scale": torch.ones(1),
-    }  # fmt: skip
-
-
-# name -> family, quantization_config, how a linear layer is stored, the format it is in
-WRITTEN: dict[str, tuple[str, dict[str, object], Callable[[Tensor], Tensors], str]] = {
-    "int8": ("qwen3_moe", compressed(8, "int", "channel"), int8_channels, "int8"),
-    "int4": ("mixtral", compressed(4, "int", "group", group_size=32), int4_groups, "int4_g32"),
-    "fp8": ("olmoe", compressed(8, "float", "channel"), fp8_channels, "fp8"),
-    "fp8 blocks": (
-        "deepseek_v3", {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, fp8_blocks, "fp8_g128",
-    ),
-}  # fmt: skip
+def scheme(num_bits: int, kind: str, strategy: str, **more: object) -> dict[str, object]:
+    return compressed(INTS, weights(num_bits, kind, strategy, **more))
 
 
 def wide(family: str) -> PretrainedConfig:
@@ -117,23 +83,24 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
             rewrite(path, {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn"]}, change)
             return path
-        family, quantization, store, _ = WRITTEN[name]
+        family, way = WRITTEN[name]
         save(random_model(wide(family)), path)
 
         def change(key: str, tensor: Tensor) -> Tensors:
             is_linear = key.endswith("_proj.weight") or ".experts." in key
             if not is_linear:
                 return {key: tensor}
-            return {f"{key.removesuffix('weight')}{part}": value for part, value in store(tensor).items()}
+            scale_of_inputs = {f"{key.removesuffix('weight')}input_scale": torch.ones(1)}  # is not read
+            return {f"{key}{part}": value for part, value in way.store(tensor)[0].items()} | scale_of_inputs
 
-        rewrite(path, quantization, change)
+        rewrite(path, way.config, change)
         return path
 
     return write
 
 
 CASES = [*WRITTEN, "mxfp4"]
-FORMAT_OF = {name: written[3] for name, written in WRITTEN.items()} | {"mxfp4": "mxfp4"}
+FORMAT_OF = {name: str(way.format) for name, (_, way) in WRITTEN.items()} | {"mxfp4": "mxfp4"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -194,15 +161,15 @@ def test_it_is_calibrated_and_placed_in_its_own_format(written: Callable[[str], 
         ("nonsense", "quantized by 'nonsense'"),
         ({"quant_method": "fp8", "weight_block_size": [64]}, r"quantization_config.weight_block_size is \[64\]"),
         ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}, "fmt is 'e5m2'"),
-        (compressed(8, "int", "tensor_group", group_size=32), "weights.strategy is 'tensor_group'"),
-        (compressed(8, "int", "group", group_size="32"), "weights.strategy is 'group' and its group_size '32'"),
-        (compressed(3, "int", "channel"), "int of 3 bits"),
-        (compressed(8, "int", "channel", symmetric=False), r"config_groups.group_0.weights.symmetric is False"),
+        (scheme(8, "int", "tensor_group", group_size=32), "weights.strategy is 'tensor_group'"),
+        (scheme(8, "int", "group", group_size="32"), "weights.strategy is 'group' and its group_size '32'"),
+        (scheme(3, "int", "channel"), "int of 3 bits"),
+        (scheme(8, "int", "channel", symmetric=False), r"config_groups.group_0.weights.symmetric is False"),
         ({"quant_method": "compressed-tensors"}, "config_groups is None"),
         ({"quant_method": ["fp8"]}, "quantized by"),
-        (compressed(8, "int", "channel") | {"format": "marlin-24"}, "format is 'marlin-24'"),
-        (compressed(8, "int", "channel") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-        (compressed(8, "int", "channel") | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config is"),
+        (scheme(8, "int", "channel") | {"format": "marlin-24"}, "format is 'marlin-24'"),
+        (scheme(8, "int", "channel") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        (scheme(8, "int", "channel") | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config is"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(settings, message, written: Callable[[str], Path], tmp_path) -> None:
@@ -242,7 +209,3 @@ def test_zero_points_are_refused(written: Callable[[str], Path], tmp_path) -> No
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     with pytest.raises(UserError, match="zero points are not supported"):
         open_checkpoint(tmp_path / "model")
-
-
-def test_every_scheme_ends_in_a_known_format() -> None:
-    assert set(FORMAT_OF.values()) <= FORMATS.keys()
