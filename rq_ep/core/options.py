@@ -79,10 +79,8 @@ class Option:
         if self.kind is float:
             limits = {"low": self.minimum, "high": self.maximum}
             return check_number(self.flag, value, **{end: limit for end, limit in limits.items() if limit is not None})
-        if self.kind is str and not (self.has_other_types and not isinstance(value, str)):
-            return (
-                check_text(self.flag, value) if self.choices is None else check_choice(self.flag, value, self.choices)
-            )
+        if self.kind is str and (isinstance(value, str) or not self.has_other_types):
+            return check_choice(self.flag, value, self.choices) if self.choices else check_text(self.flag, value)
         return value
 
 

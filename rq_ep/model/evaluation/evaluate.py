@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from rq_ep.core.cost import CostModel
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.model.checkpoint.model_identity import model_identity
-from rq_ep.model.checkpoint.quantized_checkpoint import open_checkpoint
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.dtypes import stored_expert_format, torch_dtype
+from rq_ep.model.dtypes import torch_dtype
 from rq_ep.model.evaluation.candidate import Candidate, CandidateRun
 from rq_ep.model.evaluation.evaluation_result import Evaluation, Reference
 from rq_ep.model.evaluation.quality import (
@@ -33,6 +32,7 @@ from rq_ep.model.evaluation.quality import (
 )
 from rq_ep.model.load.attach import layer_cost, place_uniformly
 from rq_ep.model.load.load_model import load
+from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.model.progress_callback import ProgressCallback, no_progress
 from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
@@ -113,14 +113,10 @@ class _CandidateLoader:
 
     def load(self, candidate: Candidate) -> CandidateRun:
         """Load a candidate; without a placement, its strategy places uniform load."""
-        experts = find_expert_modules(self.dense)
-        family = family_of(experts[0].module)
+        family = family_of(find_expert_modules(self.dense)[0].module)
         placement = candidate.placement
         if placement is None:
-            stored_format = stored_expert_format(open_checkpoint(self.path))
-            placement = place_uniformly(
-                candidate.strategy, experts, family.layout, stored_format, self.num_ranks, self.identity
-            )
+            placement = place_uniformly(candidate.strategy, OpenedModel.open(self.path), self.num_ranks, self.identity)
         cost = layer_cost(self.machine, family, placement, candidate.strategy)
         telemetry = Telemetry(clock=time.thread_time if self.dense.device.type == "cpu" else None)
         model = load(

@@ -11,8 +11,10 @@ from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
 from rq_ep.model.load.memory import travelling_formats
-from rq_ep.model.seam.expert_modules import ExpertsModule
+from rq_ep.model.load.opened_model import OpenedModel
+from rq_ep.model.seam.expert_modules import ExpertsModule, family_of
 from rq_ep.moe import ExpertFamily
 from rq_ep.strategies import make_strategy
 
@@ -24,24 +26,23 @@ def choose_strategy(strategy: str | Strategy | None, placement: Placement | None
     return make_strategy(strategy) if isinstance(strategy, str) else strategy
 
 
-def place_uniformly(
-    strategy: Strategy,
-    experts: Sequence[ExpertsModule],
-    layout: ExpertLayout,
-    native_format: str,
-    num_ranks: int,
-    model: ModelIdentity,
-) -> Placement:
-    """The placement of a strategy for uniform load, without calibration, in the expert bytes of standard EP."""
-    topology = Topology(num_ranks)
+def place_uniformly(strategy: Strategy, opened: OpenedModel, num_ranks: int, model: ModelIdentity) -> Placement:
+    """The placement of a strategy for uniform load, without calibration, in the expert bytes of standard EP.
+
+    Every expert is in the format that it is stored in or, if that is none of ours, in the dtype to compute in.
+    """
+    layout = family_of(opened.experts[0].module).layout
+    native_format = expert_format(opened.checkpoint, opened.dtype)
     stats = ExpertStats.uniform(
-        layers=tuple(module.layer_index for module in experts),
-        num_experts=experts[0].num_experts,
+        layers=tuple(module.layer_index for module in opened.experts),
+        num_experts=opened.experts[0].num_experts,
         expert_bytes={native_format: get_format(native_format).nbytes(layout)},
         native_format=native_format,
     )
     budget_bytes_R = (standard_ep_bytes(stats, num_ranks),) * num_ranks
-    return strategy.place(PlacementProblem(replace(stats, model=model), topology, budget_bytes_R))
+    problem = PlacementProblem(replace(stats, model=model), Topology(num_ranks), budget_bytes_R)
+    stored = [[opened.reader.stored_format(m.name, e) for e in range(m.num_experts)] for m in opened.experts]
+    return keep_stored_formats(strategy.place(problem), stored, layout)
 
 
 def keep_stored_formats(

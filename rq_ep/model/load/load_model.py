@@ -20,8 +20,7 @@ from rq_ep.costs import cost_model
 from rq_ep.formats import get_format
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
-from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
-from rq_ep.model.load.attach import check_layers, choose_strategy, keep_stored_formats, layer_cost, place_uniformly
+from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly
 from rq_ep.model.load.load_report import LoadReport
 from rq_ep.model.load.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
 from rq_ep.model.load.opened_model import OpenedModel
@@ -136,11 +135,7 @@ class _Loader:
 
         layout = self._family.layout
         if placement is None:
-            native = expert_format(self._opened.checkpoint, self._opened.dtype)
-            placement = place_uniformly(self._strategy, self._experts, layout, native, ranks.num_ranks, identity)
-            reader = self._opened.reader
-            stored = [[reader.stored_format(m.name, e) for e in range(m.num_experts)] for m in self._experts]
-            placement = keep_stored_formats(placement, stored, layout)
+            placement = place_uniformly(self._strategy, self._opened, ranks.num_ranks, identity)
         check_layers(placement, self._experts)
         placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
         self._placement = placement

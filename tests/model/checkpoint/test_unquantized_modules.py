@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.model.calibration.calibrate import calibrate
@@ -25,6 +26,7 @@ from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
+from rq_ep.serve.rank.dry_run import preview
 from tests.model.checkpoint.low_bit_ways import F32, FLOATS, PACKED, WAYS, Json, Stored
 from tests.model.families import FAMILIES, logits, prompt, random_model, save
 
@@ -187,6 +189,16 @@ def test_experts_without_a_weight_format_are_dequantized_and_the_log_says_so(pla
     with caplog.at_level(logging.WARNING):
         load(low, num_local_ranks=1)
     assert "scaled as no weight format of ours holds them" in caplog.text
+
+
+def test_a_dry_run_counts_every_expert_in_the_format_in_which_it_will_be_held(plain, tmp_path) -> None:
+    way, ignore = WAYS["W4A16 groups of 32"], IGNORED["an expert"]
+    low, _ = write(tmp_path, plain, lambda m: None if is_ignored(m, ignore) else way, way.config)
+    byte_tokenizer(64).save_pretrained(low)
+    text = preview(ServeConfig(model=str(low), device="cpu", dtype="float32"), 1, 1)
+    held = load(low, num_local_ranks=1, dtype="float32").rq_ep.expert_bytes
+    assert set(held) == {"int4_g32", "fp32"}
+    assert all(f"{size:,} in {name}" in text for name, size in held.items())
 
 
 def test_a_placement_may_round_what_is_native_and_nothing_else_does(plain, tmp_path) -> None:

@@ -157,7 +157,7 @@ def read_until_closed(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def test_clients_that_take_too_long_are_parted_from() -> None:
+def test_clients_that_take_too_long_are_disconnected() -> None:
     """Silent ones, ones that send half a request or a byte at a time, and ones that do not read their answer."""
     with running(timeout_s=0.5) as live:
         silent, half_a_head, half_a_body, by_bytes = (socket.create_connection(live.address, 10) for _ in range(4))
@@ -171,13 +171,13 @@ def test_clients_that_take_too_long_are_parted_from() -> None:
         no_reader.sendall(HEAD.replace(b"80", b"%d" % len(body)) + b"\r\n" + body)
         sent = iter(HEAD * 9)
 
-        def is_parted_from() -> bool:
+        def is_disconnected() -> bool:
             try:
                 return by_bytes.send(bytes([next(sent)])) == 0
             except OSError:
                 return True
 
-        until(is_parted_from, 8)
+        until(is_disconnected, 8)
         assert read_until_closed(silent) == read_until_closed(half_a_head) == b""
         head, _, content = read_until_closed(half_a_body).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
