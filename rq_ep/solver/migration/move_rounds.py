@@ -118,14 +118,8 @@ class _Arrivals:
     arriving_R: IntArray
     freed_R: IntArray  # that could be dropped, or are replaced, when they serve
     moves: Mapping[Slot, Move] = field(default_factory=dict)
-
-    @property
-    def senders(self) -> set[int | None]:
-        return {move.source for move in self.moves.values() if move.source != move.rank}
-
-    @property
-    def receivers(self) -> set[int]:
-        return {move.rank for move in self.moves.values() if move.source != move.rank}
+    senders: frozenset[int | None] = frozenset()
+    receivers: frozenset[int] = frozenset()
 
 
 class _Migration:
@@ -161,17 +155,21 @@ class _Migration:
             slot: value(slot.layer, Replica(slot.rank, slot.expert, self._target[slot])) / expert_bytes[name]
             for slot, name in self._target.items()
         }
-        self._order = sorted(self._missing, key=lambda slot: (-per_byte[slot], slot))
+        self._order = sorted(self._missing, key=lambda slot: (-per_byte[slot], slot))  # of what is missing
+        self._sources: dict[Slot, int] = {}  # the ranks that send what is missing, as far as they are chosen
+        self._num_sent: Counter[int] = Counter()
         self._bytes_R = sum((replica_bytes(row, self._num_ranks, expert_bytes) for row in before), start=_none(after))
         self._limit_R = byte_limits(self._bytes_R, after)
 
     def rounds(self) -> Iterator[MoveRound]:
         """Round after round, until the goal is reached."""
         while self._new_format or self._missing:
+            self._order = [slot for slot in self._order if slot in self._missing]
+            pending = [slot for slot in self._order if slot.of not in self._new_format]
             spare_R = self._bytes_of(slot for slot in self._surplus if self._is_spare(slot))
             arrivals = self._with_changes_of_format(_Arrivals(np.zeros_like(spare_R), spare_R))
-            arrivals = self._with_exchanges(self._with_additions(arrivals))
-            arrivals = arrivals if arrivals.moves else self._with_one_in_the_room(arrivals)
+            arrivals = self._with_exchanges(self._with_additions(arrivals, pending), pending)
+            arrivals = arrivals if arrivals.moves else self._with_one_in_the_room(arrivals, pending)
             if not arrivals.moves:
                 raise UserError(
                     f"--rebalance-room {self._room}: too little for any of {len(self._missing)} replicas to arrive; "
@@ -220,92 +218,96 @@ class _Migration:
         for of in sorted(self._new_format, key=lambda of: (self._bytes[self._new_format[of]], of)):
             homes = self._homes[of]
             slots = [Slot(of.layer, rank, of.expert) for rank in sorted(homes & self._holders[of]) or [min(homes)]]
-            moves = {slot: self._receive(slot, self._source_of(slot, Counter())) for slot in slots}
+            moves = {slot: self._receive(slot, self._source_of(slot)) for slot in slots}
             arrivals = self._if_it_fits(arrivals, self._joined(arrivals, moves))
         return arrivals
 
-    def _with_additions(self, arrivals: _Arrivals) -> _Arrivals:
+    def _with_additions(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> _Arrivals:
         """New replicas where bytes are free: at most one for each rank that sends and each that receives."""
-        self._order = [slot for slot in self._order if slot in self._missing]
-        pending = [slot for slot in self._order if slot.of not in self._new_format]
         while pending and (matched := self._matched(pending, arrivals)):
             for slot, move in matched.items():
                 arrivals = self._if_it_fits(arrivals, self._joined(arrivals, {slot: move}))
-            pending = [slot for slot in pending if slot not in matched]
+            pending = [slot for slot in pending if slot not in matched and slot.rank not in arrivals.receivers]
         return arrivals
 
-    def _with_exchanges(self, arrivals: _Arrivals) -> _Arrivals:
+    def _with_exchanges(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> _Arrivals:
         """New replicas on full ranks, which give up what arrives elsewhere at the same time."""
-        for slot in self._order:
-            if slot.of not in self._new_format and slot not in arrivals.moves:
-                arrivals = self._exchanged(arrivals, slot) or arrivals
+        departing: dict[int, list[Slot]] = {}  # rank -> replicas whose arrival frees bytes there
+        for slot in pending:
+            for rank in self._holders[slot.of] - self._homes[slot.of]:
+                departing.setdefault(rank, []).append(slot)
+        num_tried: Counter[int] = Counter()
+        for slot in pending:
+            if slot.rank not in arrivals.receivers and num_tried[slot.rank] < MAX_TRIED:
+                num_tried[slot.rank] += 1
+                arrivals = self._exchanged(arrivals, slot, departing) or arrivals
         return arrivals
 
-    def _exchanged(self, arrivals: _Arrivals, slot: Slot) -> _Arrivals | None:
+    def _exchanged(self, arrivals: _Arrivals, slot: Slot, departing: Mapping[int, Sequence[Slot]]) -> _Arrivals | None:
         """With this replica, and with others whose arrival elsewhere makes room for it; None if there are none."""
-        source = self._source_of(slot, Counter())
-        if slot.rank in arrivals.receivers or source in arrivals.senders:
+        source = self._source_of(slot)
+        if slot in arrivals.moves or slot.rank in arrivals.receivers or source in arrivals.senders:
             return None
         arrivals = self._joined(arrivals, {slot: self._receive(slot, source)})
         if arrivals.arriving_R[slot.rank] + self._bytes_R[slot.rank] > self._limit_R[slot.rank] + self._room:
             return None
-        departing = [one for one in self._order if slot.rank in self._holders[one.of] - self._homes[one.of]]
-        for other in departing[:MAX_TRIED]:
+        for other in departing.get(slot.rank, ())[:MAX_TRIED]:
             if self._exceeds_R(arrivals)[slot.rank] <= 0:
                 break
-            if other.of not in self._new_format and other not in arrivals.moves:
-                arrivals = self._exchanged(arrivals, other) or arrivals
+            arrivals = self._exchanged(arrivals, other, departing) or arrivals
         return arrivals if self._exceeds_R(arrivals)[slot.rank] <= 0 else None
 
-    def _with_one_in_the_room(self, arrivals: _Arrivals) -> _Arrivals:
+    def _with_one_in_the_room(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> _Arrivals:
         """With the replica that takes least of the room for longer than a round: sizes do not match exactly."""
         options: list[tuple[int, int, _Arrivals]] = []
-        for slot in self._order:
-            if slot.of not in self._new_format:
-                more = self._joined(arrivals, {slot: self._receive(slot, self._source_of(slot, Counter()))})
-                if self._bytes_R[slot.rank] + more.arriving_R[slot.rank] <= self._limit_R[slot.rank] + self._room:
-                    options.append((int(self._exceeds_R(more)[slot.rank]), len(options), more))
+        for slot in pending:
+            more = self._joined(arrivals, {slot: self._receive(slot, self._source_of(slot))})
+            if self._bytes_R[slot.rank] + more.arriving_R[slot.rank] <= self._limit_R[slot.rank] + self._room:
+                options.append((int(self._exceeds_R(more)[slot.rank]), len(options), more))
         return min(options)[2] if options else arrivals
 
-    def _matched(self, pending: list[Slot], arrivals: _Arrivals) -> dict[Slot, Move]:
+    def _matched(self, pending: Sequence[Slot], arrivals: _Arrivals) -> dict[Slot, Move]:
         """Additions, one for each rank that neither sends nor receives yet; the busiest ranks are all served."""
-        num_sent: Counter[int] = Counter()
-        sources: dict[Slot, int] = {}
-        for slot in pending:
-            source = self._source_of(slot, num_sent)
+        num_sent, num_received = Counter[int](), Counter[int]()
+        best: dict[tuple[int, int], tuple[int, Slot]] = {}
+        for place, slot in enumerate(pending):
+            source = self._source_of(slot)
             assert source is not None, f"no rank holds expert {slot.expert} any more"
             num_sent[source] += 1
-            sources[slot] = source
-        num_received = Counter(slot.rank for slot in pending)
+            num_received[slot.rank] += 1
+            best.setdefault((source, slot.rank), (place, slot))
         most = max(*num_sent.values(), *num_received.values(), 1)
         weight_RR = np.zeros((self._num_ranks, self._num_ranks))
-        best: dict[tuple[int, int], Slot] = {}
-        for place, slot in enumerate(pending):
-            key = sources[slot], slot.rank
-            if key in best or key[0] in arrivals.senders or key[1] in arrivals.receivers:
-                continue
-            best[key] = slot
-            num_critical = (num_sent[key[0]] == most) + (num_received[key[1]] == most)
-            weight_RR[key] = num_critical * 2 * self._num_ranks + 2 - place / len(pending)
-        if not best:
-            return {}
-        rows, columns = linear_sum_assignment(weight_RR, maximize=True)
-        chosen = [best[key] for key in zip(rows.tolist(), columns.tolist(), strict=True) if key in best]
-        return {slot: self._receive(slot, sources[slot]) for slot in sorted(chosen)}
+        for (source, rank), (place, _) in best.items():
+            if source not in arrivals.senders and rank not in arrivals.receivers:
+                num_critical = (num_sent[source] == most) + (num_received[rank] == most)
+                weight_RR[source, rank] = num_critical * 2 * self._num_ranks + 2 - place / len(pending)
+        pairs = [pair for pair in zip(*linear_sum_assignment(weight_RR, maximize=True), strict=True) if weight_RR[pair]]
+        return {best[pair][1]: self._receive(best[pair][1], int(pair[0])) for pair in sorted(pairs)}
 
     def _receive(self, slot: Slot, source: int | None) -> Move:
         return Move(RECEIVE, slot.rank, slot.expert, self._target[slot], source)
 
-    def _source_of(self, slot: Slot, num_sent: Mapping[int, int]) -> int | None:
-        """The rank that sends: itself, or one on its node, or the least busy; None: the checkpoint."""
+    def _source_of(self, slot: Slot) -> int | None:
+        """The rank that sends: itself, or one on its node, or the least busy; None: the checkpoint.
+
+        A choice stays as long as the rank can send.
+        """
+        if self._sources.get(slot) in self._holders[slot.of]:
+            return self._sources[slot]
         able = (self._target[slot], self._native)
         holders = [rank for rank in self._holders[slot.of] if self._stored[Slot(slot.layer, rank, slot.expert)] in able]
+        if not holders:
+            return None
         node = self._nodes_R[slot.rank]
-        return min(
+        source = min(
             holders,
-            key=lambda rank: (rank != slot.rank, self._nodes_R[rank] != node, num_sent.get(rank, 0), rank),
-            default=None,
+            key=lambda rank: (rank != slot.rank, self._nodes_R[rank] != node, self._num_sent[rank], rank),
         )
+        if slot.of not in self._new_format:  # the holders of one that changes its format will be others
+            self._sources[slot] = source
+            self._num_sent[source] += 1
+        return source
 
     def _joined(self, arrivals: _Arrivals, moves: Mapping[Slot, Move]) -> _Arrivals:
         """With these moves. What a rank of another layout holds of their experts can be dropped when they serve."""
@@ -320,6 +322,8 @@ class _Migration:
             arrivals.arriving_R + arriving_R,
             arrivals.freed_R + self._bytes_of(freed),
             {**arrivals.moves, **moves},
+            arrivals.senders.union(move.source for move in moves.values() if move.source != move.rank),
+            arrivals.receivers.union(move.rank for move in moves.values() if move.source != move.rank),
         )
 
     def _if_it_fits(self, arrivals: _Arrivals, more: _Arrivals) -> _Arrivals:
