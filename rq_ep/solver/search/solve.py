@@ -26,6 +26,7 @@ from rq_ep.solver.search.ruin_recreate import ruin_and_recreate
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution, solution_of
 
 STEPS_TO_CHOOSE, LAYERS_TO_CHOOSE = 16, 8  # enough to tell a good initial solution from a bad one
+FEWER_FROM_CURRENT = 4  # times fewer moves: a search that begins from a placement that serves begins near its end
 PROGRESS_AT_START = 0.1  # share of the work that the choice of an initial solution is taken to be
 
 
@@ -43,7 +44,7 @@ def solve(
         problem: statistics, ranks, limits, and formats. With `time_limit_s`, the best placement until then is returned.
         strategy: serves the placement, which carries its name.
         max_steps: calibration steps to look at, spread over the record.
-        max_moves: moves of replicas attempted in each layer.
+        max_moves: moves of replicas attempted in each layer; from `current` a quarter of them.
         current: a placement of the same layers on as many ranks to begin from. It may lack experts, hold too much or
             break rules (a rank was lost, its budget cut): first, missing experts get a replica and what exceeds the
             limits is dropped. Its formats stay. Beyond that, no more than `problem.max_moved_bytes` are moved, and a
@@ -56,7 +57,8 @@ def solve(
     """
     recorded = calibration_steps(problem, max_steps)
     steps = denoise_steps(problem, recorded)
-    context = SearchContext.of(problem, max_moves, current)
+    num_moves = max_moves if current is None else max_moves // FEWER_FROM_CURRENT
+    context = SearchContext.of(problem, num_moves, current)
     if context.current is not None:
         best = _search(context, steps, _completed(context, steps, context.current))
     else:
