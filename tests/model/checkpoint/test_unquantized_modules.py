@@ -195,7 +195,7 @@ def test_a_dry_run_counts_every_expert_in_the_format_in_which_it_will_be_held(pl
     way, ignore = WAYS["W4A16 groups of 32"], IGNORED["an expert"]
     low, _ = write(tmp_path, plain, lambda m: None if is_ignored(m, ignore) else way, way.config)
     tokenizer = byte_tokenizer(64)
-    tokenizer.eos_token = "a"  # which is in the vocabulary
+    tokenizer.eos_token = "A"  # which is in the vocabulary
     tokenizer.save_pretrained(low)
     text = preview(ServeConfig(model=str(low), device="cpu", dtype="float32"), 1, 1)
     held = load(low, num_local_ranks=1, dtype="float32").rq_ep.expert_bytes
