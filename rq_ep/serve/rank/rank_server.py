@@ -78,6 +78,7 @@ def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None, ea
         finally:
             client.close()
     except UserError as error:
+        early_end.signals.is_ending = True  # the launcher sends one once another rank has ended by the same error
         if http is not None:
             http.close()
         status = report_user_error(group, "rq_ep.serve", error)

@@ -24,6 +24,7 @@ class ShutdownSignals:
         self._on_abort = on_abort
         self._num_received = 0
         self.may_drain = False  # whether the first signal asks to drain
+        self.is_ending = False  # whether the process ends anyway, and no signal changes how
 
     @property
     def are_received(self) -> bool:
@@ -58,6 +59,8 @@ class ShutdownSignals:
 
     def _handle(self, name: str) -> None:
         self._num_received += 1
+        if self.is_ending:
+            return
         if self._num_received > 1 or not self.may_drain:
             self._on_abort(name)
 
