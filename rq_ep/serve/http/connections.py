@@ -26,6 +26,7 @@ RESERVED_DESCRIPTORS = 256  # for files, for libraries, and for connections that
 ACCEPTED_AT_ONCE = 32  # connections, before the server looks at those that it has
 BACKLOG = 2048  # connections that wait to be accepted
 TICKS_PER_S = 10  # of uvicorn
+GRACE_S = 2.0  # at the end of the server, for clients to read what is left
 YOUNG_S = 0.1  # the first bytes of a new connection may be on their way
 
 
@@ -124,6 +125,13 @@ class ClientConnection(H11Protocol):
         else:
             self.transport.abort()
 
+    def shutdown(self) -> None:
+        """The server ends: a request whose body has not come is not waited for."""
+        if self.conn.their_state is h11.SEND_BODY:
+            self._answer(ApiError(503, "the server has ended"))
+        else:
+            super().shutdown()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request at all. uvicorn's own raises if an answer is under way."""
         self._answer(ApiError(400, "this is not a valid HTTP/1.1 request"))
@@ -151,7 +159,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, limits: ConnectionLimits) -> None:
         config = uvicorn.Config(
             app, http=partial(ClientConnection, limits=limits), ws="none", lifespan="off",  # type: ignore[arg-type]
-            log_level="warning", access_log=False, timeout_graceful_shutdown=2, backlog=ACCEPTED_AT_ONCE,
+            log_level="warning", access_log=False, backlog=ACCEPTED_AT_ONCE,
         )  # fmt: skip
         super().__init__(config)
         self._limits = limits
@@ -160,6 +168,15 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listening in sockets or ():
             listening.listen(BACKLOG)  # asyncio has made it as short as the number that it accepts at once
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn's own timeout would cancel the answers, and log a traceback of each.
+        asyncio.get_running_loop().call_later(GRACE_S, self._abort_connections)
+        await super().shutdown(sockets)
+
+    def _abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     async def on_tick(self, counter: int) -> bool:
         if counter % TICKS_PER_S == 0:

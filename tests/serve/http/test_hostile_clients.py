@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from rq_ep.serve.http import connections
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.connections import NUM_REFUSED, ConnectionLimits, Server, choose_max_connections
 from rq_ep.serve.process import RepeatFilter
@@ -157,6 +158,16 @@ def read_until_closed(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
+def connect_without_reading(live: Live) -> socket.socket:
+    """A client that asks for a stream and does not read it."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(live.address)
+    body = b'{"model":"org/tiny","prompt":"a","stream":true}'
+    client.sendall(HEAD.replace(b"80", b"%d" % len(body)) + b"\r\n" + body)
+    return client
+
+
 def test_clients_that_take_too_long_are_disconnected() -> None:
     """Silent ones, ones that send half a request or a byte at a time, and ones that do not read their answer."""
     with running(timeout_s=0.5) as live:
@@ -164,11 +175,7 @@ def test_clients_that_take_too_long_are_disconnected() -> None:
         half_a_head.sendall(HEAD)
         half_a_body.sendall(HEAD + b"\r\n{")
         live.bench.ranks.answer = [120] * 1_000_000
-        no_reader = socket.socket()
-        no_reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        no_reader.connect(live.address)
-        body = b'{"model":"org/tiny","prompt":"a","stream":true}'
-        no_reader.sendall(HEAD.replace(b"80", b"%d" % len(body)) + b"\r\n" + body)
+        no_reader = connect_without_reading(live)
         sent = iter(HEAD * 9)
 
         def is_disconnected() -> bool:
@@ -261,3 +268,24 @@ def test_a_message_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> N
     assert is_logged("Invalid HTTP request received.")
     now_s[0] += 60
     assert is_logged("%d connections", 3)
+
+
+def test_the_end_of_the_server_waits_little_for_clients_and_logs_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "GRACE_S", 0.5)
+    with running() as live:
+        live.bench.ranks.answer = [120] * 1_000_000
+        half_a_body, half_a_head, silent = (socket.create_connection(live.address, 10) for _ in range(3))
+        half_a_body.sendall(HEAD + b"\r\n{")
+        half_a_head.sendall(HEAD)
+        no_reader = connect_without_reading(live)
+        time.sleep(0.5)
+        start_s = time.monotonic()
+    assert time.monotonic() - start_s < 2
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert len(live.bench.ranks.cancelled) == 1
+    assert read_until_closed(half_a_body).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+    assert read_until_closed(half_a_head) == read_until_closed(silent) == b""
+    for connection in (half_a_body, half_a_head, silent, no_reader):
+        connection.close()
