@@ -324,6 +324,9 @@ def test_both_names_of_the_limit_are_known(bench: Bench) -> None:
 def test_neutral_parameters_are_accepted(bench: Bench) -> None:
     body = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}}
     assert bench.complete(**body, user="me", safety_identifier="me", prompt_cache_key="a").status_code == 200
+    of_vllm = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [], "skip_special_tokens": True}
+    assert bench.complete(**of_vllm).status_code == 200
+    assert bench.chat(add_generation_prompt=True, continue_final_message=False, top_logprobs=0).status_code == 200
     options = {"include_usage": None, "of_tomorrow": None, "include_obfuscation": False}
     assert bench.complete(stream=True, stream_options=options, ignore_eos=None, of_tomorrow=None).status_code == 200
 
@@ -339,6 +342,8 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"max_tokens": 0}, "max_tokens", "only allowed with echo"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "is not supported"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty", "is not supported"),
+        ({"top_k": 20}, "top_k", "is not supported"),
         ({"temprature": 1}, "temprature", "unknown parameter 'temprature'"),
         ({"temperature": "hot"}, "temperature", "temperature: Input should be a valid number"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),

@@ -16,23 +16,36 @@ from pydantic_core import PydanticCustomError
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 
-# Parameters of OpenAI's reference that are not supported, with the values that ask for nothing.
+# Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's, which load generators
+# send (`vllm bench serve` sends a repetition_penalty of 1).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
     "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
     "metadata": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (False, True),
     "presence_penalty": (0,),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_k": (-1, 0),
+    "use_beam_search": (False,),
 }
 
 MAX_LOGPROBS = 20
@@ -227,7 +240,7 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="after")
     def check_top_logprobs(self) -> "ChatBody":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs are only allowed when logprobs is true", "top_logprobs")
         return self
 
