@@ -96,6 +96,13 @@ class Packing:
         return packed
 
 
+def blank(nbytes: int, device: torch.device) -> Tensor:
+    """A buffer for a packed expert, uint8 [nbytes]; it does not match its checksum until a whole expert is there."""
+    packed = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    _stored_checksum(packed).fill_(1)
+    return packed
+
+
 def checksum(packed: Tensor) -> Tensor:
     """Checksum of a packed expert's tensors: int64 scalar on the expert's device.
 

@@ -24,7 +24,7 @@ class ExpertSlot(NamedTuple):
     @property
     def packed(self) -> Tensor:
         """The expert's bytes, uint8 [nbytes]."""
-        return self.stack.packed[self.slot]
+        return self.stack.at(self.slot)
 
 
 class Round(NamedTuple):
@@ -124,7 +124,7 @@ class BorrowBuffers:
 
     @property
     def nbytes(self) -> int:
-        return sum(stack.packed.nbytes for stack in self._stacks.values())
+        return sum(stack.nbytes for stack in self._stacks.values())
 
     def join(self, layer: int) -> None:
         """Add a layer that shares the slots, by its index in the model."""
@@ -182,7 +182,7 @@ class BorrowBuffers:
             UserError: together they take more than `max_bytes`.
         """
         slots = [(name, formats[:n].count(name)) for n, name in enumerate(formats)]
-        if not all(name in self._stacks and slot < len(self._stacks[name].packed) for name, slot in slots):
+        if not all(name in self._stacks and slot < len(self._stacks[name]) for name, slot in slots):
             self._allocate(Counter(formats))
         return [ExpertSlot(self._stacks[name], slot) for name, slot in slots]
 
@@ -194,7 +194,7 @@ class BorrowBuffers:
                 f"borrowing {needed.total()} experts takes {needed_bytes} bytes, but only {self.max_bytes} are set "
                 "aside: allow more, or let the strategy move fewer experts"
             )
-        present = Counter({name: len(stack.packed) for name, stack in self._stacks.items()})
+        present = Counter({name: len(stack) for name, stack in self._stacks.items()})
         slots = present | needed
         if self.max_bytes is not None and self._nbytes_of(slots) > self.max_bytes:
             slots = needed

@@ -1,26 +1,42 @@
 """The experts that a rank holds in one layer, and their compute together with borrowed ones."""
 
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.plan import WeightTransfer
-from rq_ep.core.replicas import Replicas
+from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
 from rq_ep.moe.borrowing import BorrowBuffers, Borrowing, ExpertSlot
 from rq_ep.moe.expert_compute import GroupedExperts, add_outputs
 from rq_ep.moe.expert_family import ExpertFamily
-from rq_ep.moe.grouped_gemm import Stack
-from rq_ep.moe.integrity import DamagedExpert
+from rq_ep.moe.grouped_gemm import PackedExpert, Stack
+from rq_ep.moe.integrity import DamagedExpert, MissingExpert
 from rq_ep.parallel import EPGroup, Received
 
 MAX_CONVERTED = 4  # experts of a layer that a rank keeps in a second format, once it has lent them in it
 
 
+@dataclass
+class StagedExpert:
+    """An expert that arrives and does not serve yet."""
+
+    format: WeightFormat
+    expert: PackedExpert
+    is_verified: bool = False
+
+
 class ExpertBank:
-    """The resident experts of one layer on one rank: a stack of packed experts for each format."""
+    """The resident experts of one layer on one rank: a stack of packed experts for each format.
+
+    In a `movable` bank each expert has a buffer of its own. Experts arrive in buffers that do not serve: `stage` one,
+    write to it and verify it, on any thread, while this bank computes. `commit`, between two steps and without a copy,
+    lets the replicas of a new placement serve and frees the others.
+    """
 
     def __init__(
         self,
@@ -30,6 +46,7 @@ class ExpertBank:
         device: torch.device | str = "cpu",
         borrow_buffers: BorrowBuffers | None = None,
         layer: int = 0,
+        movable: bool = False,
     ) -> None:
         """Allocate this rank's replicas of one layer; `put` fills them.
 
@@ -40,26 +57,41 @@ class ExpertBank:
             device: where they lie.
             borrow_buffers: for borrowed experts, which layers may share; default: this bank's own, without a bound.
             layer: its index in the model.
+            movable: whether replicas may come and go.
         """
         self.layer = layer
         self.layout = layout
         self.rank = rank
         self.borrow_buffers = BorrowBuffers(layout, device) if borrow_buffers is None else borrow_buffers
         self.borrow_buffers.join(layer)
-        held = [replicas[p] for p in replicas.on_rank(rank)]
+        self.movable = movable
+        self._device = torch.device(device)
+        self._converted: dict[tuple[int, str], Tensor] = {}  # (expert, format) -> packed; least recently used first
+        self._lock = threading.Lock()  # guards what is staged
+        self._staged: dict[int, StagedExpert] = {}
+        held = self._own(replicas)
+        if movable:
+            formats = {replica.expert: get_format(replica.format) for replica in held}
+            self._hold({e: (name, PackedExpert.blank(name, layout, self._device)) for e, name in formats.items()})
+            return
         self._stacks: dict[str, Stack] = {}
         self._slots: dict[int, ExpertSlot] = {}
         for name in sorted({replica.format for replica in held}):
             experts = [replica.expert for replica in held if replica.format == name]
-            stack = Stack.empty(get_format(name), layout, len(experts), torch.device(device))
+            stack = Stack.empty(get_format(name), layout, len(experts), self._device)
             self._stacks[name] = stack
             self._slots |= {expert: ExpertSlot(stack, slot) for slot, expert in enumerate(experts)}
-        self._converted: dict[tuple[int, str], Tensor] = {}  # (expert, format) -> packed; least recently used first
 
     @property
     def nbytes(self) -> int:
         """Bytes of the resident experts."""
-        return sum(stack.packed.nbytes for stack in self._stacks.values())
+        return sum(stack.nbytes for stack in self._stacks.values())
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the experts that arrive beside them."""
+        with self._lock:
+            return sum(staged.expert.packed.nbytes for staged in self._staged.values())
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -112,21 +144,129 @@ class ExpertBank:
         key = (expert, name)
         packed = self._converted.pop(key, None)
         if packed is None:
-            packed = self._convert(expert, name)
+            packed = self.converted(expert, name)
             if len(self._converted) == MAX_CONVERTED:
                 del self._converted[next(iter(self._converted))]
         self._converted[key] = packed
         return packed
 
-    def _convert(self, expert: int, name: str) -> Tensor:
+    def converted(self, expert: int, name: str) -> Tensor:
+        """The bytes of a resident expert in format `name`: as it lies, or converted; on any thread, nothing is kept.
+
+        Raises:
+            DamagedExpert: the expert to be converted does not match its checksum any more.
+        """
         stack, slot = self._slots[expert]
-        if not is_intact(stack.packed[slot]):  # a new checksum would hide it
+        if stack.format.name == name:
+            return stack.at(slot)
+        if not is_intact(stack.at(slot)):  # a new checksum would hide it
             raise DamagedExpert(f"expert {expert} of layer {self.layer} on rank {self.rank} is damaged")
         views = stack.experts[slot]
         weights = {
             tensor: stack.format.dequantize(views, tensor, self.layout, torch.float32) for tensor in self.layout.shapes
         }
         return get_format(name).pack(weights, self.layout)
+
+    def stage(self, expert: int, name: str) -> Tensor:
+        """A buffer for an expert that arrives in format `name`, uint8 [nbytes].
+
+        On a GPU it comes from the current stream's memory: another stream waits for that one before it writes.
+        """
+        assert self.movable, "this bank keeps its replicas"
+        format_ = get_format(name)
+        held = self._slots.get(expert)
+        assert held is None or held.stack.format is not format_, f"expert {expert} is held in {name}"
+        staged = StagedExpert(format_, PackedExpert.blank(format_, self.layout, self._device))
+        with self._lock:
+            assert expert not in self._staged, f"expert {expert} arrives already"
+            self._staged[expert] = staged
+        return staged.expert.packed
+
+    def verify_staged(self, expert: int) -> None:
+        """Compare an expert that has arrived with its checksum; one that was not verified cannot serve.
+
+        Raises:
+            DamagedExpert: it does not match; it may be written once more.
+        """
+        with self._lock:
+            staged = self._staged[expert]
+        staged.is_verified = bool(is_intact(staged.expert.packed))
+        if not staged.is_verified:
+            raise DamagedExpert(f"expert {expert} of layer {self.layer} arrived damaged on rank {self.rank}")
+
+    def discard_staged(self) -> None:
+        """Free the experts that have arrived and do not serve."""
+        with self._lock:
+            self._staged = {}
+
+    def check_commit(self, replicas: Replicas) -> None:
+        """Return if `commit` can let these replicas serve.
+
+        Raises:
+            MissingExpert: one of this rank is neither held nor staged and verified, or in another format.
+        """
+        self._after(replicas)
+
+    def commit(self, replicas: Replicas) -> None:
+        """Let these replicas serve from the next step on: those that are staged, and those held, where they lie.
+
+        The others are freed. What is staged and not among the replicas stays so.
+
+        Args:
+            replicas: all of the layer.
+
+        Raises:
+            MissingExpert: as `check_commit`; nothing has changed.
+        """
+        held = self._after(replicas)
+        kept = {expert for expert in held if held[expert][1] is self._separate(expert)}
+        self._hold(held)
+        with self._lock:
+            for expert in held.keys() - kept:
+                del self._staged[expert]
+        self._converted = {key: packed for key, packed in self._converted.items() if key[0] in kept}
+
+    def _own(self, replicas: Replicas) -> list[Replica]:
+        return [replicas[p] for p in replicas.on_rank(self.rank)]
+
+    def _separate(self, expert: int) -> PackedExpert | None:
+        """A resident expert of a movable bank; None for another."""
+        held = self._slots.get(expert)
+        return None if held is None else held.stack.separate[held.slot]
+
+    def _after(self, replicas: Replicas) -> dict[int, tuple[WeightFormat, PackedExpert]]:
+        """What this rank holds after a commit."""
+        assert self.movable, "this bank keeps its replicas"
+        with self._lock:
+            staged = dict(self._staged)
+        result = {}
+        for _, expert, name in self._own(replicas):
+            arrived, resident = staged.get(expert), self._slots.get(expert)
+            where = f"expert {expert} of layer {self.layer}"
+            if resident is not None and resident.stack.format.name == name:
+                result[expert] = (resident.stack.format, resident.stack.separate[resident.slot])
+            elif arrived is None:
+                raise MissingExpert(f"{where} in {name} is to serve on rank {self.rank}, which has not received it")
+            elif arrived.format.name != name:
+                raise MissingExpert(
+                    f"{where} is to serve in {name} on rank {self.rank}, which received {arrived.format.name}"
+                )
+            elif not arrived.is_verified:
+                raise MissingExpert(f"{where} in {name} is to serve on rank {self.rank}, which has not verified it")
+            else:
+                result[expert] = (arrived.format, arrived.expert)
+        return result
+
+    def _hold(self, held: Mapping[int, tuple[WeightFormat, PackedExpert]]) -> None:
+        """Let these experts serve and no others. Threads that read meanwhile see the old or the new ones."""
+        stacks: dict[str, Stack] = {}
+        slots: dict[int, ExpertSlot] = {}
+        for format_ in sorted({format_ for format_, _ in held.values()}, key=lambda format_: format_.name):
+            experts = sorted(expert for expert in held if held[expert][0] is format_)
+            stack = Stack(format_, self.layout, None, tuple(held[expert][1] for expert in experts))
+            stacks[format_.name] = stack
+            slots |= {expert: ExpertSlot(stack, slot) for slot, expert in enumerate(experts)}
+        self._stacks, self._slots = stacks, slots
 
     def borrow(self, transfers: Sequence[WeightTransfer], group: EPGroup) -> Borrowing:
         """Start this rank's part of a step's transfers; `compute` waits for them. Verifies the layer before.

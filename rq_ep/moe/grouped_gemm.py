@@ -15,35 +15,69 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.formats import ExpertLayout, Views, WeightFormat
+from rq_ep.formats import ExpertLayout, Views, WeightFormat, blank
 from rq_ep.formats.kernels.unpack import has_triton
+from rq_ep.formats.native import Native
 from rq_ep.formats.quantized import Quantized
 
 MAX_GROUPED_ROWS = 128  # of a low-bit expert on a GPU, on average; not tuned on one
 _GROUPED_STRIDE_BYTES = 16  # the grouped kernel needs strides to be multiples of this
 
 
+class PackedExpert(NamedTuple):
+    """An expert in a buffer of its own, uint8 [nbytes], and the tensors in it."""
+
+    packed: Tensor
+    views: Views
+
+    @classmethod
+    def blank(cls, format_: WeightFormat, layout: ExpertLayout, device: torch.device) -> "PackedExpert":
+        """A buffer that an expert is to be written to."""
+        packed = blank(format_.nbytes(layout), device)
+        return cls(packed, format_.views(packed, layout))
+
+
 @dataclass(frozen=True)
 class Stack:
-    """Packed experts of one format in one buffer, uint8 [slots, nbytes]."""
+    """Packed experts of one format, each in a slot: all in one buffer, or each in its own, to come and go alone.
+
+    Kernels that compute all slots at once need the one buffer; the others are computed one by one.
+    """
 
     format: WeightFormat
     layout: ExpertLayout
-    packed: Tensor
+    packed: Tensor | None  # the one buffer, uint8 [slots, nbytes]
+    separate: tuple[PackedExpert, ...] = ()  # without it
 
     @classmethod
     def empty(cls, format_: WeightFormat, layout: ExpertLayout, num_slots: int, device: torch.device) -> "Stack":
         shape = (num_slots, format_.nbytes(layout))
         return cls(format_, layout, torch.zeros(shape, dtype=torch.uint8, device=device))
 
+    def __len__(self) -> int:
+        return len(self.separate) if self.packed is None else len(self.packed)
+
+    @property
+    def nbytes(self) -> int:
+        if self.packed is None:
+            return sum(expert.packed.nbytes for expert in self.separate)
+        return self.packed.nbytes
+
+    def at(self, slot: int) -> Tensor:
+        """The bytes of the expert in a slot, uint8 [nbytes]."""
+        return self.separate[slot].packed if self.packed is None else self.packed[slot]
+
     @cached_property
     def views(self) -> Views:
-        """Tensors of all experts, [slots, ...]."""
+        """Tensors of all experts in the one buffer, [slots, ...]."""
+        assert self.packed is not None
         return self.format.views(self.packed, self.layout)
 
     @cached_property
     def experts(self) -> tuple[Views, ...]:
         """Tensors of each expert."""
+        if self.packed is None:
+            return tuple(expert.views for expert in self.separate)
         return tuple(self.format.views(packed, self.layout) for packed in self.packed)
 
 
@@ -94,8 +128,12 @@ def multiply(x_ND: Tensor, stack: Stack, slots: Sequence[int], ends: Sequence[in
 
 
 def can_group(x_ND: Tensor, stack: Stack, name: str) -> bool:
-    """Whether one grouped kernel computes a stack's experts: bf16, stored as computed, strides as it needs them."""
-    if not stack.format.is_native or not x_ND.dtype == stack.views[name].dtype == torch.bfloat16:
+    """Whether one kernel computes a stack's experts: in one buffer, bf16, stored as computed, strides as it needs."""
+    return stack.packed is not None and _suits_grouping(x_ND, stack, name)
+
+
+def _suits_grouping(x_ND: Tensor, stack: Stack, name: str) -> bool:
+    if not isinstance(stack.format, Native) or not x_ND.dtype == stack.format.dtype == torch.bfloat16:
         return False
     if x_ND.device.type == "cuda" and torch.cuda.get_device_capability(x_ND.device) < (8, 0):
         return False
@@ -108,16 +146,35 @@ def _are_several_native(grouped: GroupedRows, stack: Stack, name: str) -> bool:
 
 def _grouped_native(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
     x_ND = grouped.x_ND
-    sizes_G = grouped.sizes(len(stack.packed))
+    sizes_G = grouped.sizes(len(stack))
     ends_G = torch.from_numpy(sizes_G.cumsum().astype(np.int32)).to(x_ND.device, non_blocking=True)
     weight = stack.views[name] if stack.layout.is_transposed else stack.views[name].transpose(1, 2)
     return _add_bias(F.grouped_mm(x_ND, weight, offs=ends_G), sizes_G, stack, name)
 
 
+def _are_several_separate(grouped: GroupedRows, stack: Stack, name: str) -> bool:
+    return len(grouped.slots) > 1 and stack.packed is None and _suits_grouping(grouped.x_ND, stack, name)
+
+
+def _separate_native(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
+    """As the grouped kernel computes them, which on a CPU takes one product after another too: with the same bits."""
+    x_ND, layout = grouped.x_ND, stack.layout
+    out_NO = x_ND.new_empty(len(x_ND), layout.matrix_shape(name)[0])
+    for slot, (start, end) in zip(grouped.slots, grouped.spans, strict=True):
+        views = stack.experts[slot]
+        weight = views[name] if layout.is_transposed else views[name].T
+        torch.mm(x_ND[start:end], weight, out=out_NO[start:end])
+        if (bias := views.get(f"{name}_bias")) is not None:
+            out_NO[start:end] += bias
+    return out_NO
+
+
 def _are_few_low_bits_on_gpu(grouped: GroupedRows, stack: Stack, name: str) -> bool:
     """Whether rows are so few that reading the weights takes longer than multiplying them."""
     x_ND = grouped.x_ND
-    if x_ND.device.type != "cuda" or not isinstance(stack.format, Quantized) or not has_triton():
+    if stack.packed is None or x_ND.device.type != "cuda":
+        return False
+    if not isinstance(stack.format, Quantized) or not has_triton():
         return False
     from rq_ep.formats.kernels.triton_grouped import can_multiply
 
@@ -130,7 +187,7 @@ def _grouped_low_bits(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
     assert isinstance(stack.format, Quantized)
     matrix = operand(stack.format, stack.format.parts(stack.views, name, stack.layout))
     out_NO = grouped_product(grouped.x_ND, matrix, grouped.slots, grouped.ends)
-    return _add_bias(out_NO, grouped.sizes(len(stack.packed)), stack, name)
+    return _add_bias(out_NO, grouped.sizes(len(stack)), stack, name)
 
 
 def _one_by_one(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
@@ -152,6 +209,7 @@ def _add_bias(out_NO: Tensor, sizes_G: IntArray, stack: Stack, name: str) -> Ten
 # The first that supports a product computes it.
 KERNELS = (
     Kernel(_are_several_native, _grouped_native),
+    Kernel(_are_several_separate, _separate_native),
     Kernel(_are_few_low_bits_on_gpu, _grouped_low_bits),
     Kernel(lambda *_: True, _one_by_one),
 )

@@ -14,6 +14,10 @@ class DamagedExpert(RuntimeError):
     """The bytes of an expert no longer match its checksum; the message names it."""
 
 
+class MissingExpert(RuntimeError):
+    """An expert is to serve that its rank neither holds nor has received and verified; the message names it."""
+
+
 class ChecksumVerifier(Protocol):
     """Compares experts with their checksums."""
 

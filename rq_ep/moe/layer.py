@@ -40,6 +40,7 @@ class EPExperts(nn.Module):
         exchange: Exchange | None = None,
         telemetry: CallRecorder | None = None,
         borrow_buffers: BorrowBuffers | None = None,
+        movable: bool = False,
     ) -> None:
         """Allocate this rank's replicas; fill `bank` before the first call.
 
@@ -51,6 +52,7 @@ class EPExperts(nn.Module):
             exchange: moves the rows, in the same way on every rank; default: as suits the group's device.
             telemetry: records every call; default: nothing is recorded.
             borrow_buffers: for borrowed experts, which layers may share; default: this layer's own.
+            movable: whether the placement may be replaced.
         """
         super().__init__()
         self.family = family
@@ -60,9 +62,24 @@ class EPExperts(nn.Module):
         self.sole_holders = SoleHolders.of(placement.replicas, placement.num_experts, group.size, group.device)
         self.exchange = Exchange(group) if exchange is None else exchange
         self.bank = ExpertBank(
-            family.layout, placement.replicas, group.rank, group.device, borrow_buffers, placement.index
+            family.layout, placement.replicas, group.rank, group.device, borrow_buffers, placement.index, movable
         )
         self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
+
+    def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
+        """Serve another placement of this layer from the next call on. Every rank does so between the same two calls.
+
+        Args:
+            placement: replicas that this rank holds, or has staged and verified in `bank`.
+            planner: the strategy's for this placement.
+
+        Raises:
+            MissingExpert: this rank lacks a replica; nothing has changed.
+        """
+        assert (placement.index, placement.num_experts) == (self.placement.index, self.placement.num_experts)
+        sole_holders = SoleHolders.of(placement.replicas, placement.num_experts, self.group.size, self.group.device)
+        self.bank.commit(placement.replicas)
+        self.placement, self.planner, self.sole_holders = placement, planner, sole_holders
 
     @torch.no_grad()
     def forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class LocalExperts(nn.Module):
         exchange_settings: ExchangeSettings | None = None,
         telemetry: CallRecorder | None = None,
         borrow_buffers: Sequence[BorrowBuffers] | None = None,
+        movable: bool = False,
     ) -> None:
         """Allocate all ranks' replicas; fill `banks` before the first call. Arguments as of `EPExperts`.
 
@@ -41,6 +42,7 @@ class LocalExperts(nn.Module):
             exchange_settings: how rows travel; default: as suits the device.
             telemetry: records every rank's calls.
             borrow_buffers: of each rank, which layers may share.
+            movable: whether the placement may be replaced.
         """
         super().__init__()
         self.world = LocalWorld(num_ranks, device)
@@ -53,6 +55,7 @@ class LocalExperts(nn.Module):
                 exchange=Exchange(group, exchange_settings),
                 telemetry=telemetry,
                 borrow_buffers=None if borrow_buffers is None else borrow_buffers[group.rank],
+                movable=movable,
             )
             for group in self.world.groups
         )
@@ -66,6 +69,13 @@ class LocalExperts(nn.Module):
     def banks(self) -> tuple[ExpertBank, ...]:
         """Each rank's experts."""
         return tuple(rank.bank for rank in self.ranks)
+
+    def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
+        """Serve another placement from the next call on, as `EPExperts`; if a rank lacks a replica, none changes."""
+        for bank in self.banks:
+            bank.check_commit(placement.replicas)
+        for rank in self.ranks:
+            rank.replace_placement(placement, planner)
 
     def forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """out_TD [T, D], as `EPExperts` on processes would compute it from the same runs of rows."""

@@ -49,6 +49,7 @@ def load(
     telemetry: CallRecorder | None = None,
     max_tokens: int | None = None,
     max_dispatch_bytes: int | None = None,
+    movable_formats: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint with its experts distributed over the ranks; every rank of the group calls this.
 
@@ -78,6 +79,8 @@ def load(
         max_tokens: of a rank's largest step, whose rows then count when memory is checked; default: not known.
         max_dispatch_bytes: rows of other ranks that a rank holds at once; more come in parts. Default: a tenth more
             than in a balanced step.
+        movable_formats: the placement may be replaced while the model runs, by one with experts in its own formats and
+            in these; default: it stays.
 
     Raises:
         UserError: the checkpoint cannot be served, a file is missing, damaged or of another model, the placement is for
@@ -89,7 +92,7 @@ def load(
     ranks = LoadRanks.of(group, num_local_ranks, device)
     arguments = _Arguments(
         path, placement, strategy, dtype, attn_implementation, packed_experts, machine, telemetry, max_tokens,
-        max_dispatch_bytes,
+        max_dispatch_bytes, movable_formats,
     )  # fmt: skip
     return run_on_all_ranks(ranks.group, lambda: _Loader(arguments, ranks).load())
 
@@ -108,6 +111,7 @@ class _Arguments:
     telemetry: CallRecorder | None
     max_tokens: int | None
     max_dispatch_bytes: int | None
+    movable_formats: Sequence[str] | None
 
 
 class _Loader:
@@ -171,12 +175,14 @@ class _Loader:
                 arguments.max_dispatch_bytes,
             )  # fmt: skip
         return rank_bytes(
-            self._model, self._experts, resident, self._placement, self._strategy, self._family.layout, step
-        )
+            self._model, self._experts, resident, self._placement, self._strategy, self._family.layout, step,
+            arguments.movable_formats,
+        )  # fmt: skip
 
     def _replace_experts(self, max_borrowed_bytes: int) -> tuple[EPExperts | LocalExperts, ...]:
         """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
         ranks, telemetry = self._ranks, self._arguments.telemetry
+        movable = self._arguments.movable_formats is not None
         borrow_buffers = [BorrowBuffers(self._family.layout, ranks.device, max_borrowed_bytes) for _ in ranks.local]
         exchange_settings = ExchangeSettings.for_device(ranks.device.type, self._arguments.max_dispatch_bytes)
         layers: list[EPExperts | LocalExperts] = []
@@ -195,6 +201,7 @@ class _Loader:
                     exchange_settings=exchange_settings,
                     telemetry=telemetry,
                     borrow_buffers=borrow_buffers,
+                    movable=movable,
                 )
             else:
                 layer = EPExperts(
@@ -205,6 +212,7 @@ class _Loader:
                     exchange=Exchange(ranks.group, exchange_settings),
                     telemetry=telemetry,
                     borrow_buffers=borrow_buffers[0],
+                    movable=movable,
                 )
             self._model.set_submodule(module.name, layer)
             layers.append(layer)

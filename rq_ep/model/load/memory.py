@@ -49,18 +49,20 @@ def expert_bytes(placement: Placement, layout: ExpertLayout, ranks: Sequence[int
     return {name: number * get_format(name).nbytes(layout) for name, number in held.items()}
 
 
-def borrowed_bytes(strategy: Strategy, placement: Placement, layout: ExpertLayout) -> int:
-    """Bytes of the experts that a rank borrows in a step at most."""
+def borrowed_bytes(
+    strategy: Strategy, placement: Placement, layout: ExpertLayout, movable_formats: Sequence[str] | None = None
+) -> int:
+    """Bytes of the experts that a rank borrows in a step at most, whatever moves if there are `movable_formats`."""
     if not strategy.lends:
         return 0
     number = max(
-        layer.num_experts - len(layer.replicas.on_rank(rank))
+        layer.num_experts - (0 if movable_formats is not None else len(layer.replicas.on_rank(rank)))
         for layer in placement.layers
         for rank in range(placement.topology.num_ranks)
     )
     if strategy.max_borrowed is not None:
         number = min(number, strategy.max_borrowed)
-    names = travelling_formats(strategy, placement)
+    names = travelling_formats(strategy, placement) | {*(movable_formats or ())}
     return number * max(get_format(name).nbytes(layout) for name in names)
 
 
@@ -99,6 +101,7 @@ def rank_bytes(
     strategy: Strategy,
     layout: ExpertLayout,
     step: int | None,
+    movable_formats: Sequence[str] | None = None,
 ) -> RankBytes:
     """The memory that a rank will need.
 
@@ -110,16 +113,17 @@ def rank_bytes(
         strategy: that may borrow some.
         layout: of an expert.
         step: bytes of the largest step, if it is known.
+        movable_formats: that experts may be stored in besides, if the placement may be replaced.
     """
     routed = sum(parameter.nbytes for module in experts for parameter in module.module.parameters())
     sent = strategy.transient_format
     repacked = 0
-    if sent is not None and set(placement.formats) != {sent}:
+    if sent is not None and {*placement.formats, *(movable_formats or ())} != {sent}:
         repacked = MAX_CONVERTED * len(experts) * get_format(sent).nbytes(layout)
     return RankBytes(
         others=sum(parameter.nbytes for parameter in model.parameters()) - routed,
         experts=sum(resident.values()),
-        borrowed=borrowed_bytes(strategy, placement, layout),
+        borrowed=borrowed_bytes(strategy, placement, layout, movable_formats),
         repacked=repacked,
         step=step,
     )
