@@ -226,7 +226,7 @@ class RankRouter:
         """End the group when a rank is silent or makes no progress."""
         while self.state not in (GroupState.FAILING, GroupState.FAILED):
             await asyncio.sleep(TICK_S)
-            if self.state is not GroupState.STOPPING and (stall := self._watchdog.check()) is not None:
+            if (stall := self._watchdog.check()) is not None:
                 self._report(FailureReport(None, stall))
 
     def _start_draining(self, timeout_s: float) -> None:

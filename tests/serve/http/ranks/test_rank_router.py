@@ -247,6 +247,24 @@ def test_a_silent_rank_ends_the_group_and_is_named() -> None:
     play(scene, stall_s=3.0)
 
 
+@pytest.mark.slow
+def test_a_rank_that_hangs_while_the_group_stops_ends_it_and_is_named() -> None:
+    async def scene(it: Stage) -> None:
+        watching = asyncio.ensure_future(it.router.watch())
+        for rank in it.ranks:
+            rank.send(STATS)
+        it.ranks[0].send(DrainRequest(TIMEOUT_S))
+        for rank in it.ranks:
+            await rank.receive(Stop)
+        it.ranks[1].client.close()
+        it.ranks[2].send(STATS)
+        assert "rank 0 has not been heard" in (await it.ranks[2].receive(Abort)).reason
+        await watching
+        assert it.router.state is GroupState.FAILED
+
+    play(scene, stall_s=1.5)
+
+
 def test_an_abort_is_no_death() -> None:
     async def scene(it: Stage) -> None:
         task = it.ask("0")
