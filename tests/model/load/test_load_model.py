@@ -252,6 +252,10 @@ def test_rows_and_borrowed_experts_are_counted_before_loading(
     assert 0 < few.rank_bytes.step < report.rank_bytes.step
     assert load(path, strategy="llep", **settings).rq_ep.rank_bytes.borrowed == 3 * size, "all of rank 0"
     assert load(path, strategy=make_strategy("llep", max_borrowed=1), **settings).rq_ep.rank_bytes.borrowed == size
+    movable = load(path, strategy="llep", movable_formats=["fp32"], **settings).rq_ep
+    num_experts = movable.layers[0].placement.num_experts
+    assert movable.rank_bytes.borrowed == num_experts * size, "all experts may leave a rank"
+    assert all(bank.movable for layer in movable.layers for bank in layer.banks)
     assert str(load(path, **settings).rq_ep.rank_bytes).endswith("0 GiB to borrow, steps of unknown size")
     monkeypatch.setattr(memory, "available_bytes", lambda device: report.rank_bytes.total - 1)
     with pytest.raises(UserError, match=r"for the largest step; but cpu has .*--max-num-batched-tokens or --max-dis"):
