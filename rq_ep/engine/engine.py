@@ -15,9 +15,10 @@ from rq_ep.engine.progress import Progress, ProgressTracker
 from rq_ep.engine.requests import Batch, Output, Request, Score
 from rq_ep.engine.rotary import SequenceRotary
 from rq_ep.engine.scoring import PromptScorer
-from rq_ep.engine.step_agreement import flags_exchange
+from rq_ep.engine.step_agreement import GroupFlags, flags_exchange
 from rq_ep.engine.step_loop import StepLoop
 from rq_ep.moe import EPExperts
+from rq_ep.moe.expert_mover import NO_MIGRATION, MoverFlags
 from rq_ep.parallel import TorchGroup
 
 SCORING_CHUNK = 512
@@ -44,6 +45,9 @@ class Engine:
         on_failure: called with an error that ends the engine, on the engine's thread. The other ranks wait for this
             one: it must end the process.
         on_mark: called with a mark, on the engine's thread, between the same two steps on every rank.
+        mover_flags: what this rank announces of the migration of experts under way, before each step.
+        on_agreement: called with what the ranks have agreed on, on the engine's thread, between the same two steps on
+            every rank.
         heartbeat_s: how often an idle group meets, in seconds.
     """
 
@@ -57,6 +61,8 @@ class Engine:
         on_outputs: Callable[[list[Output]], None],
         on_failure: Callable[[BaseException], None],
         on_mark: Callable[[int], None] = lambda number: None,
+        mover_flags: Callable[[], MoverFlags] = lambda: NO_MIGRATION,
+        on_agreement: Callable[[GroupFlags], None] = lambda flags: None,
         heartbeat_s: float = 1.0,
     ) -> None:
         self.eos_token_ids = _eos_token_ids(model)
@@ -92,6 +98,8 @@ class Engine:
             is_wanted=self._requests.__contains__,
             empty_step=run_empty_step,
             on_mark=on_mark,
+            mover_flags=mover_flags,
+            on_agreement=on_agreement,
             progress=self._tracker,
             heartbeat_s=heartbeat_s,
             wake_up=self._manager.wake_up,

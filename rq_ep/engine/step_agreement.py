@@ -22,6 +22,9 @@ class StepFlags(NamedTuple):
     has_requests: bool  # unfinished ones, in the batch or not
     num_announced: int  # requests of the whole group that this rank knows of
     mark: int  # the last mark it was given (`Engine.mark`)
+    is_prefill: bool = False  # its step has tokens of prompts
+    staged: int = 0  # how far its migration of experts has come (`MoverFlags`)
+    failed: int = 0  # the last migration that it gives up
 
 
 class GroupFlags(NamedTuple):
@@ -33,6 +36,9 @@ class GroupFlags(NamedTuple):
     any_has_requests: bool
     all_know_the_same: bool  # of requests
     mark: int  # the newest
+    any_prefill: bool
+    staged: int  # the least
+    failed: int  # the highest
 
 
 class Action(Enum):
@@ -51,7 +57,8 @@ GatherFlags = Callable[[StepFlags], Sequence[StepFlags]]
 
 def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
     """Merge the flags of all ranks."""
-    has_step, keeps_running, stops_now, has_requests, num_announced, mark = zip(*flags_R, strict=True)
+    columns = zip(*flags_R, strict=True)
+    has_step, keeps_running, stops_now, has_requests, num_announced, mark, is_prefill, staged, failed = columns
     return GroupFlags(
         any_has_step=any(has_step),
         any_keeps_running=any(keeps_running),
@@ -59,6 +66,9 @@ def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
         any_has_requests=any(has_requests),
         all_know_the_same=min(num_announced) == max(num_announced),
         mark=max(mark),
+        any_prefill=any(is_prefill),
+        staged=min(staged),
+        failed=max(failed),
     )
 
 

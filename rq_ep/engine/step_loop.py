@@ -7,7 +7,8 @@ from typing import Protocol
 
 from rq_ep.engine.progress import ProgressTracker
 from rq_ep.engine.requests import Batch
-from rq_ep.engine.step_agreement import Action, GatherFlags, StepFlags, merge, next_action
+from rq_ep.engine.step_agreement import Action, GatherFlags, GroupFlags, StepFlags, merge, next_action
+from rq_ep.moe.expert_mover import MoverFlags
 
 POLL_S = 0.001
 
@@ -54,6 +55,8 @@ class StepLoop:
         is_wanted: whether the request of an id is still wanted.
         empty_step: enters every MoE layer with zero rows.
         on_mark: called with a mark (`Engine.mark`), between the same two steps on every rank.
+        mover_flags: what this rank announces of the migration of experts under way.
+        on_agreement: called with what the group has agreed on, between the same two steps on every rank.
         progress: follows the steps.
         heartbeat_s: longest sleep of an idle group, in seconds.
         wake_up: set to end a sleep.
@@ -67,6 +70,8 @@ class StepLoop:
         is_wanted: Callable[[str], bool],
         empty_step: Callable[[], None],
         on_mark: Callable[[int], None],
+        mover_flags: Callable[[], MoverFlags],
+        on_agreement: Callable[[GroupFlags], None],
         progress: ProgressTracker,
         heartbeat_s: float,
         wake_up: threading.Event,
@@ -76,6 +81,8 @@ class StepLoop:
         self._is_wanted = is_wanted
         self._empty_step = empty_step
         self._on_mark = on_mark
+        self._mover_flags = mover_flags
+        self._on_agreement = on_agreement
         self._progress = progress
         self._heartbeat_s = heartbeat_s
         self._wake_up = wake_up
@@ -117,6 +124,8 @@ class StepLoop:
             has_requests=batches.has_requests() or self._prompts.has_work(),
             num_announced=num_announced,
             mark=self._mark,
+            is_prefill=self.batch(batches).is_prefill,
+            **self._mover_flags()._asdict(),
         )
         self._progress.begin_step()
         group = merge(self._gather_flags(flags))
@@ -124,6 +133,8 @@ class StepLoop:
         if group.mark > self._passed_mark and not group.any_stops_now:
             self._passed_mark = group.mark
             self._on_mark(group.mark)
+        if not group.any_stops_now:
+            self._on_agreement(group)
         return self._act(next_action(flags.has_step, group), batches)
 
     def _act(self, action: Action, batches: Batches) -> bool:

@@ -53,8 +53,13 @@ def test_the_ranks_act_on_the_same_flags(
 
 
 def test_flags_are_merged_over_the_ranks() -> None:
-    assert merge([BUSY, STOPPING._replace(mark=2), INFORMED]) == GroupFlags(True, True, True, True, False, 2)
-    assert merge([IDLE]) == GroupFlags(False, True, False, False, True, 0)
+    flags = [
+        BUSY._replace(is_prefill=True, staged=7),
+        STOPPING._replace(mark=2, staged=5),
+        INFORMED._replace(staged=6, failed=1),
+    ]
+    assert merge(flags) == GroupFlags(True, True, True, True, False, 2, any_prefill=True, staged=5, failed=1)
+    assert merge([IDLE]) == GroupFlags(False, True, False, False, True, 0, any_prefill=False, staged=0, failed=0)
 
 
 def test_one_rank_agrees_with_itself() -> None:

@@ -9,6 +9,7 @@ from rq_ep.engine.progress import ProgressTracker
 from rq_ep.engine.requests import Batch
 from rq_ep.engine.step_agreement import StepFlags
 from rq_ep.engine.step_loop import StepLoop
+from rq_ep.moe.expert_mover import NO_MIGRATION
 
 BATCH = Batch([("old", 1), ("new", 3)], True)
 
@@ -52,6 +53,8 @@ class Rank:
             is_wanted=self.wanted.__contains__,
             empty_step=lambda: self.do("empty step"),
             on_mark=lambda number: self.did.append(f"mark {number}"),
+            mover_flags=lambda: NO_MIGRATION,
+            on_agreement=lambda flags: None,
             progress=ProgressTracker([], [], lambda: None),
             heartbeat_s=60.0,
             wake_up=self.event,

@@ -1,0 +1,322 @@
+"""Moving experts between ranks beside the steps of a group that serves: staged, verified, and committed together.
+
+A round's experts arrive on a thread, in buffers that do not serve yet. Each rank announces in the agreement that starts
+every step how far it has come. When all have staged a round, all let it serve between the same two steps, and the next
+round begins. If any rank fails, all give the migration up between the same two steps: the round that was committed last
+serves on every rank. A rank that fails or is asked to stop takes part in the messages of its round to their end, so
+that no other waits for it: a word before each piece says whether one comes.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rq_ep.core.errors import UserError
+from rq_ep.core.moves import Move
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.strategy import Planner
+from rq_ep.formats import get_format, is_intact
+from rq_ep.moe.expert_bank import ExpertBank
+from rq_ep.moe.integrity import DamagedExpert
+from rq_ep.parallel.host_channel import HostChannel
+from rq_ep.solver.migration.move_rounds import MoveRound
+
+PIECE_BYTES = 4 << 20  # of an expert in one message, where no fewer are asked for: how soon a migration can be given up
+STEP_S = 0.05  # how long a piece waits for the next step of a group that may be idle
+ROUNDS_PER_GENERATION = 1 << 20
+
+# Reads an expert from the checkpoint: (index of the layer, expert, format) -> packed, uint8 [nbytes].
+ReadExpert = Callable[[int, int, str], Tensor]
+
+
+class MovableLayer(Protocol):
+    """An expert-parallel layer whose replicas may change between two steps."""
+
+    @property
+    def placement(self) -> LayerPlacement: ...
+    @property
+    def bank(self) -> ExpertBank: ...
+
+    def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
+        """Serve these replicas from the next call on."""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """The way to a placement, under a number that is higher than that of any before."""
+
+    generation: int
+    placement: Placement
+    rounds: tuple[MoveRound, ...]
+
+
+class MigrationEnd(Enum):
+    """How a migration has ended, on all ranks alike."""
+
+    COMMITTED = auto()  # all rounds serve
+    ABORTED = auto()  # some may serve; the others were given up
+
+
+class MoverFlags(NamedTuple):
+    """What a rank announces before a step."""
+
+    staged: int  # generation * ROUNDS_PER_GENERATION + rounds that are staged here; the least of all ranks counts
+    failed: int  # the last generation that this rank gives up; the highest of all ranks counts
+
+
+NO_MIGRATION = MoverFlags(0, 0)
+
+
+class _Progress:
+    """A migration under way on this rank."""
+
+    def __init__(self, migration: Migration) -> None:
+        self.migration = migration
+        self.num_committed = 0  # rounds
+        self.has_ended = False
+
+
+class _Transfer:
+    """An expert on its way to or from another rank, piece by piece."""
+
+    def __init__(self, peer: int, nbytes: int, buffer: Tensor | None) -> None:
+        self.peer = peer
+        self.nbytes = nbytes
+        self.buffer = buffer  # on the host; None where this rank has failed
+        self.comes = torch.ones(1, dtype=torch.uint8)  # whether there is another piece
+
+    def piece(self, offset: int, size: int) -> Tensor:
+        if self.buffer is None:
+            return torch.empty(min(size, self.nbytes - offset), dtype=torch.uint8)
+        return self.buffer[offset : offset + size]
+
+
+class ExpertMover:
+    """One rank's part in the migrations of its group.
+
+    Args:
+        layers: of the model, in the order of its placement.
+        channel: to the other ranks, for this alone.
+        planner_of: the strategy's planner for a layer.
+        read_expert: for experts that no rank holds in a format they can be made from; None: there is no checkpoint.
+        bytes_per_step: of an expert that leave a rank in a step at most; None: no bound.
+        on_round: called on the engine's thread when a round serves, with the positions of its layers.
+        on_end: called on the engine's thread when a migration has ended, with its generation.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MovableLayer],
+        channel: HostChannel,
+        planner_of: Callable[[LayerPlacement], Planner],
+        read_expert: ReadExpert | None,
+        *,
+        bytes_per_step: int | None = None,
+        on_round: Callable[[Sequence[int]], None] = lambda positions: None,
+        on_end: Callable[[int, MigrationEnd], None] = lambda generation, end: None,
+    ) -> None:
+        self._layers = layers
+        self._channel = channel
+        self._planner_of = planner_of
+        self._read_expert = read_expert
+        self._bytes_per_step = bytes_per_step
+        self._on_round = on_round
+        self._on_end = on_end
+        self._changed = threading.Condition()  # guards what follows
+        self._current: _Progress | None = None
+        self._to_stage: deque[_Progress] = deque()  # also those that have ended: other ranks wait for their messages
+        self._flags = NO_MIGRATION
+        self._num_steps = 0
+        self._closes = False
+        self.error = ""  # why this rank gave up the last migration that it gave up
+        self._thread = threading.Thread(target=self._run, name="rq_ep mover", daemon=True)
+        self._thread.start()
+
+    @property
+    def flags(self) -> MoverFlags:
+        """What to announce before the next step."""
+        return self._flags
+
+    def begin(self, migration: Migration) -> None:
+        """Start a migration; every rank is given the same ones in the same order."""
+        with self._changed:
+            assert self._current is None, "a migration is under way"
+            self._current = _Progress(migration)
+            self._to_stage.append(self._current)
+            self._changed.notify_all()
+
+    def abort(self, generation: int, reason: str) -> None:
+        """Give up a migration, on all ranks before one of the next steps; nothing if it has ended."""
+        with self._changed:
+            if generation > self._flags.failed:
+                self.error = reason
+                self._flags = self._flags._replace(failed=generation)
+
+    def between_steps(self, staged: int, failed: int) -> None:
+        """Commit or give up, as all ranks do between the same two steps. Called on the engine's thread.
+
+        Args:
+            staged: the least of all ranks' flags.
+            failed: the highest of all ranks' flags.
+        """
+        with self._changed:
+            self._num_steps += 1
+            self._flags = self._flags._replace(failed=max(self._flags.failed, failed))
+            current = self._current
+            if current is not None:
+                if failed >= current.migration.generation:
+                    self._end(current, MigrationEnd.ABORTED)
+                elif staged > _code(current.migration, current.num_committed):
+                    self._commit(current)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread, when no rank has a migration under way."""
+        with self._changed:
+            self._closes = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # On the engine's thread
+
+    def _commit(self, current: _Progress) -> None:
+        migration = current.migration
+        moves = migration.rounds[current.num_committed]
+        after = moves.applied_to([layer.placement for layer in self._layers])
+        current.num_committed += 1
+        is_last = current.num_committed == len(migration.rounds)
+        for position in moves.layers:
+            placement = migration.placement.layers[position] if is_last else after[position]
+            self._layers[position].replace_placement(placement, self._planner_of(placement))
+        self._on_round(moves.layers)
+        if is_last:
+            self._end(current, MigrationEnd.COMMITTED)
+
+    def _end(self, current: _Progress, end: MigrationEnd) -> None:
+        current.has_ended = True
+        self._current = None
+        self._on_end(current.migration.generation, end)
+
+    # On the mover's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closes or self._to_stage)
+                if not self._to_stage:
+                    return
+                progress = self._to_stage.popleft()
+            for number, moves in enumerate(progress.migration.rounds):
+                with self._changed:
+                    self._changed.wait_for(lambda: progress.num_committed == number or progress.has_ended)  # noqa: B023
+                    if progress.num_committed < number:
+                        break
+                self._stage(progress.migration, number, moves)
+            with self._changed:
+                self._changed.wait_for(lambda: progress.has_ended or self._closes)  # noqa: B023
+            for layer in self._layers:
+                layer.bank.discard_staged()
+
+    def _stage(self, migration: Migration, number: int, moves: MoveRound) -> None:
+        """This rank's part of a round: send, receive, convert, read, verify, and announce it."""
+        transfers = self._transfers(moves)
+        try:
+            arrivals = self._prepare(moves, transfers)
+        except Exception as error:  # the other ranks wait for messages all the same
+            self.abort(migration.generation, self._named(error))
+            arrivals = {}
+        try:
+            if not self._exchange(migration, transfers) or self._flags.failed >= migration.generation:
+                return  # given up, here or elsewhere: the next agreement says so
+            for (position, expert), (buffer, host) in arrivals.items():
+                if buffer is not host:
+                    buffer.copy_(host)
+                if not is_intact(buffer):
+                    layer = self._layers[position].placement.index
+                    raise DamagedExpert(f"expert {expert} of layer {layer} arrived damaged")
+        except Exception as error:
+            self.abort(migration.generation, self._named(error))
+            return
+        with self._changed:
+            self._flags = self._flags._replace(staged=_code(migration, number + 1))
+
+    def _named(self, error: Exception) -> str:
+        return f"rank {self._channel.rank}: {error}"
+
+    def _transfers(self, moves: MoveRound) -> dict[tuple[int, Move], _Transfer]:
+        """What this rank sends and receives in a round, without buffers."""
+        rank = self._channel.rank
+        transfers = {}
+        for position, move in moves.receives:
+            if move.source not in (None, move.rank) and rank in (move.source, move.rank):
+                nbytes = get_format(move.format).nbytes(self._layers[position].bank.layout)
+                peer = move.source if rank == move.rank else move.rank
+                assert peer is not None
+                transfers[position, move] = _Transfer(peer, nbytes, None)
+        return transfers
+
+    def _prepare(
+        self, moves: MoveRound, transfers: Mapping[tuple[int, Move], _Transfer]
+    ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """Give transfers their buffers; (position, expert) -> the buffer of what arrives here, and where it lands.
+
+        What comes from this rank itself or from the checkpoint is in its buffer already.
+        """
+        rank, arrivals = self._channel.rank, {}
+        for position, move in moves.receives:
+            layer = self._layers[position]
+            if move.rank == rank:
+                buffer = layer.bank.stage(move.expert, move.format)
+                host = buffer
+                if move.source == rank:
+                    buffer.copy_(layer.bank.converted(move.expert, move.format))
+                elif move.source is None:
+                    if self._read_expert is None:
+                        raise UserError(f"expert {move.expert} of layer {layer.placement.index}: no checkpoint to read")
+                    buffer.copy_(self._read_expert(layer.placement.index, move.expert, move.format))
+                else:
+                    host = buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu")
+                    transfers[position, move].buffer = host
+                arrivals[position, move.expert] = (buffer, host)
+            elif move.source == rank:
+                transfers[position, move].buffer = layer.bank.converted(move.expert, move.format).cpu()
+        return arrivals
+
+    def _exchange(self, migration: Migration, transfers: Mapping[tuple[int, Move], _Transfer]) -> bool:
+        """Send and receive piece by piece; a word before each piece says whether it comes. Whether all has come."""
+        rank = self._channel.rank
+        outgoing = [transfer for (_, move), transfer in transfers.items() if move.source == rank]
+        incoming = [transfer for (_, move), transfer in transfers.items() if move.rank == rank]
+        size = PIECE_BYTES if self._bytes_per_step is None else self._bytes_per_step
+        for offset in range(0, max((transfer.nbytes for transfer in transfers.values()), default=0), size):
+            outgoing, incoming = ([one for one in many if offset < one.nbytes] for many in (outgoing, incoming))
+            goes_on = self._flags.failed < migration.generation
+            for transfer in outgoing:
+                transfer.comes.fill_(goes_on and transfer.buffer is not None)
+            self._channel.exchange(
+                [(one.comes, one.peer) for one in outgoing], [(one.comes, one.peer) for one in incoming]
+            )
+            outgoing, incoming = ([one for one in many if one.comes] for many in (outgoing, incoming))
+            self._channel.exchange(
+                [(one.piece(offset, size), one.peer) for one in outgoing],
+                [(one.piece(offset, size), one.peer) for one in incoming],
+            )
+            if self._bytes_per_step is not None:
+                self._wait_for_a_step()
+        return all(transfer.comes for transfer in transfers.values())
+
+    def _wait_for_a_step(self) -> None:
+        with self._changed:
+            num_steps = self._num_steps
+            self._changed.wait_for(lambda: self._num_steps > num_steps, STEP_S)
+
+
+def _code(migration: Migration, num_rounds: int) -> int:
+    """How far a rank has come, as one number."""
+    return migration.generation * ROUNDS_PER_GENERATION + num_rounds
