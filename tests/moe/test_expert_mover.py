@@ -1,0 +1,334 @@
+"""Migrations beside the steps of a group: all ranks serve the same replicas in every step, whatever fails."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
+from rq_ep.core.replicas import Replica, Replicas
+from rq_ep.core.topology import Topology
+from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd
+from rq_ep.parallel.ep_group import PeerTensor
+from rq_ep.solver.migration.move_rounds import move_rounds
+from tests.moe import cases
+
+FAMILY = cases.FAMILIES["gated"]
+LAYOUT: ExpertLayout = FAMILY.layout
+SIZES = {name: get_format(name).nbytes(LAYOUT) for name in ("fp32", "int8")}
+NUM_EXPERTS, NUM_RANKS = 6, 3
+WEIGHTS = cases.expert_weights(FAMILY, NUM_EXPERTS)
+
+
+def packed(expert: int, name: str) -> Tensor:
+    return get_format(name).pack(WEIGHTS[expert], LAYOUT)
+
+
+class Wires:
+    """Messages between the threads of all ranks, in the order in which they were sent."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[int, int], queue.Queue[Tensor]] = {
+            (src, dst): queue.Queue() for src in range(NUM_RANKS) for dst in range(NUM_RANKS)
+        }
+        self.num_bytes = 0
+        self.on_message: Callable[[Tensor], Tensor] = lambda message: message
+
+    def send(self, src: int, dst: int, message: Tensor) -> None:
+        self.num_bytes += message.nbytes
+        self._queues[src, dst].put(self.on_message(message.clone()))
+
+    def receive(self, src: int, dst: int) -> Tensor:
+        return self._queues[src, dst].get(timeout=20)
+
+    @property
+    def are_empty(self) -> bool:
+        return all(one.empty() for one in self._queues.values())
+
+
+class Channel:
+    """A rank's end of the wires."""
+
+    def __init__(self, wires: Wires, rank: int) -> None:
+        self.rank = rank
+        self._wires = wires
+
+    def exchange(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> None:
+        for message, dst in sends:
+            self._wires.send(self.rank, dst, message)
+        for landing, src in receives:
+            message = self._wires.receive(src, self.rank)
+            assert message.shape == landing.shape, "both ends disagree on the messages"
+            landing.copy_(message)
+
+
+class Bank:
+    """As `ExpertBank`, without arithmetic."""
+
+    layout = LAYOUT
+
+    def __init__(self, rank: int, replicas: Replicas) -> None:
+        self.rank = rank
+        self.held = {one.expert: (one.format, packed(one.expert, one.format)) for one in replicas if one.rank == rank}
+        self.staged: dict[int, tuple[str, Tensor]] = {}
+        self.fails = False
+
+    @property
+    def staged_bytes(self) -> int:
+        return sum(buffer.nbytes for _, buffer in self.staged.values())
+
+    def stage(self, expert: int, name: str) -> Tensor:
+        buffer = torch.zeros(SIZES[name], dtype=torch.uint8)
+        self.staged[expert] = (name, buffer)
+        return buffer
+
+    def converted(self, expert: int, name: str) -> Tensor:
+        if self.fails:
+            raise RuntimeError("the weights cannot be read")
+        own, buffer = self.held[expert]
+        return buffer if own == name else packed(expert, name)
+
+    def discard_staged(self) -> None:
+        self.staged.clear()
+
+    def commit(self, replicas: Replicas) -> None:
+        wanted = {one.expert: one.format for one in replicas if one.rank == self.rank}
+        new = {}
+        for expert, name in wanted.items():
+            held = self.held.get(expert)
+            new[expert] = held if held is not None and held[0] == name else self.staged.pop(expert)
+            assert new[expert][0] == name
+            assert torch.equal(new[expert][1], packed(expert, name)), "what serves is whole"
+        self.held = new
+
+
+class Layer:
+    def __init__(self, rank: int, placement: LayerPlacement) -> None:
+        self.placement = placement
+        self.bank = Bank(rank, placement.replicas)
+
+    def replace_placement(self, placement: LayerPlacement, planner: Any) -> None:
+        self.bank.commit(placement.replicas)
+        self.placement = placement
+
+
+class Group:
+    """All ranks in one process, and their steps."""
+
+    def __init__(self, before: Placement, bytes_per_step: int | None = None) -> None:
+        self.wires = Wires()
+        self.ends: list[tuple[int, int, MigrationEnd]] = []
+        self.layers = [[Layer(rank, layer) for layer in before.layers] for rank in range(NUM_RANKS)]
+        self.movers = [
+            ExpertMover(
+                self.layers[rank],  # type: ignore[arg-type]
+                Channel(self.wires, rank),
+                lambda placement: None,  # type: ignore[arg-type,return-value]
+                lambda layer, expert, name: packed(expert, name),
+                bytes_per_step=bytes_per_step,
+                on_end=lambda generation, end, rank=rank: self.ends.append((rank, generation, end)),  # type: ignore[misc]
+            )
+            for rank in range(NUM_RANKS)
+        ]
+        self.served: list[list[list[Replica]]] = []  # replicas of each layer, each time they change
+        self.max_staged_R = [0] * NUM_RANKS
+
+    def begin(self, migration: Migration, ranks: Sequence[int] = range(NUM_RANKS)) -> None:
+        for rank in ranks:
+            self.movers[rank].begin(migration)
+
+    def step(self) -> None:
+        flags = [mover.flags for mover in self.movers]
+        staged, failed = min(one.staged for one in flags), max(one.failed for one in flags)
+        for mover in self.movers:
+            mover.between_steps(staged, failed)
+        per_rank = [[list(layer.placement.replicas) for layer in layers] for layers in self.layers]
+        assert per_rank == [per_rank[0]] * NUM_RANKS, "all ranks serve the same in every step"
+        if not self.served or per_rank[0] != self.served[-1]:
+            self.served.append(per_rank[0])
+        for rank, layers in enumerate(self.layers):
+            staged_bytes = sum(layer.bank.staged_bytes for layer in layers)
+            self.max_staged_R[rank] = max(self.max_staged_R[rank], staged_bytes)
+
+    def run(self, generation: int, timeout_s: float = 20.0) -> MigrationEnd:
+        """Make steps until the migration has ended on all ranks; how it did."""
+        end_s = time.monotonic() + timeout_s
+        while len(ends := [end for _, number, end in self.ends if number == generation]) < NUM_RANKS:
+            assert time.monotonic() < end_s, "the migration does not end"
+            self.step()
+            time.sleep(0.0005)
+        assert ends == [ends[0]] * NUM_RANKS
+        return ends[0]
+
+    def close(self) -> None:
+        for mover in self.movers:
+            mover.close()
+        assert self.wires.are_empty, "no message is left for the next migration"
+        assert not any(layer.bank.staged for layers in self.layers for layer in layers)
+
+
+def placed(rows: Sequence[Sequence[Replica]]) -> Placement:
+    layers = tuple(LayerPlacement.even(3 * number, NUM_EXPERTS, row) for number, row in enumerate(rows))
+    bytes_R = tuple(bytes_by_rank(layers, NUM_RANKS, SIZES).tolist())
+    return Placement(layers, "rq", Topology(NUM_RANKS), bytes_R)
+
+
+def drawn(seed: int) -> Placement:
+    """Two layers of experts on random ranks, some of them twice, some in int8."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(2):
+        replicas = set()
+        for expert in range(NUM_EXPERTS):
+            name = ("fp32", "int8")[generator.integers(2)]
+            for rank in generator.permutation(NUM_RANKS)[: generator.integers(1, 3)].tolist():
+                replicas.add(Replica(rank, expert, name))
+        rows.append(sorted(replicas))
+    return placed(rows)
+
+
+def migration(before: Placement, after: Placement, generation: int = 1) -> Migration:
+    held = [list(layer.replicas) for layer in before.layers]
+    return Migration(generation, after, tuple(move_rounds(held, after, SIZES, "fp32", 3 * SIZES["fp32"])))
+
+
+def states(before: Placement, plan: Migration) -> list[list[list[Replica]]]:
+    """What is served before and after each round."""
+    layers = list(before.layers)
+    result = [[list(layer.replicas) for layer in layers]]
+    for moves in plan.rounds:
+        layers = moves.applied_to(layers)
+        result.append([list(layer.replicas) for layer in layers])
+    return result
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_all_ranks_serve_each_round_in_the_same_step(seed: int) -> None:
+    before, after = drawn(seed), drawn(seed + 100)
+    plan = migration(before, after)
+    group = Group(before)
+    group.begin(plan)
+    assert group.run(1) is MigrationEnd.COMMITTED
+    group.close()
+    assert group.served == states(before, plan)
+    words = 2 * len(plan.rounds) * NUM_RANKS * NUM_RANKS  # one for each piece, and there are few
+    planned = sum(int(SIZES[move.format]) for one in plan.rounds for _, move in one.receives if _is_sent(move))
+    assert planned <= group.wires.num_bytes <= planned + words
+
+
+def _is_sent(move: Any) -> bool:
+    return move.source not in (None, move.rank)
+
+
+def test_migrations_follow_one_another() -> None:
+    placements = [drawn(seed) for seed in range(5)]
+    group = Group(placements[0])
+    for generation, (before, after) in enumerate(pairwise(placements), start=1):
+        group.begin(migration(before, after, generation))
+        assert group.run(generation) is MigrationEnd.COMMITTED
+    group.close()
+
+
+def test_no_more_bytes_than_allowed_leave_a_rank_in_a_step() -> None:
+    before, after = drawn(0), drawn(100)
+    plan = migration(before, after)
+    group = Group(before, bytes_per_step=SIZES["int8"] // 4)
+    sizes: list[int] = []
+    group.wires.on_message = lambda message: sizes.append(len(message)) or message  # type: ignore[func-returns-value]
+    group.begin(plan)
+    assert group.run(1) is MigrationEnd.COMMITTED
+    group.close()
+    assert max(sizes) <= SIZES["int8"] // 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("fault", ["flipped byte", "unreadable weights", "aborted", "late rank aborts"])
+def test_a_fault_leaves_the_placement_of_one_round_on_all_ranks(fault: str, seed: int) -> None:
+    before, after = drawn(seed), drawn(seed + 100)
+    plan = migration(before, after)
+    generator = np.random.default_rng(seed)
+    group = Group(before, bytes_per_step=SIZES["int8"] // 3)
+    victim = int(generator.integers(NUM_RANKS))
+    number = int(generator.integers(2, 12))
+    if fault == "flipped byte":
+        messages = []
+
+        def flip(message: Tensor) -> Tensor:
+            messages.append(message)
+            if len(message) > 1 and len(messages) > number:
+                message[0] ^= 1
+            return message
+
+        group.wires.on_message = flip
+    if fault == "late rank aborts":
+        others = [rank for rank in range(NUM_RANKS) if rank != victim]
+        group.begin(plan, others)
+        group.movers[others[0]].abort(1, "asked to")
+        for _ in range(3):
+            group.step()
+        group.begin(plan, [victim])
+    else:
+        group.begin(plan)
+    if fault == "unreadable weights":
+        for layer in group.layers[victim]:
+            layer.bank.fails = True
+    if fault == "aborted":
+        for _ in range(number):
+            group.step()
+            time.sleep(0.001)
+        group.movers[victim].abort(1, "asked to")
+    end = group.run(1)
+    wire = group.wires
+    wire.on_message = lambda message: message
+    for layer in group.layers[victim]:
+        layer.bank.fails = False
+    expected = states(before, plan)
+    assert group.served == expected[: len(group.served)], "round by round, and no mixture"
+    if end is MigrationEnd.ABORTED:
+        assert len(group.served) < len(expected)
+        assert any(mover.error for mover in group.movers)
+    # What was given up leaves nothing behind: the next one goes through.
+    now = placed(group.served[-1])
+    last = drawn(seed + 200)
+    group.begin(migration(now, last, 2))
+    assert group.run(2) is MigrationEnd.COMMITTED
+    group.close()
+
+
+def test_a_migration_that_has_ended_cannot_be_aborted() -> None:
+    before, after = drawn(0), drawn(100)
+    group = Group(before)
+    group.begin(migration(before, after))
+    assert group.run(1) is MigrationEnd.COMMITTED
+    group.movers[0].abort(1, "too late")
+    group.step()
+    group.begin(migration(after, before, 2))
+    assert group.run(2) is MigrationEnd.COMMITTED
+    group.close()
+
+
+def test_steps_go_on_while_a_rank_stalls() -> None:
+    before, after = drawn(0), drawn(100)
+    group = Group(before)
+    release = threading.Event()
+
+    def stall(message: Tensor) -> Tensor:
+        release.wait(10)
+        return message
+
+    group.wires.on_message = stall
+    group.begin(migration(before, after))
+    for _ in range(200):
+        group.step()
+    assert len(group.ends) == 0
+    release.set()
+    assert group.run(1) is MigrationEnd.COMMITTED
+    group.close()
