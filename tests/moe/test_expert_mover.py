@@ -332,3 +332,23 @@ def test_steps_go_on_while_a_rank_stalls() -> None:
     release.set()
     assert group.run(1) is MigrationEnd.COMMITTED
     group.close()
+
+
+def test_a_rank_that_learns_of_the_end_late_takes_part_in_the_messages_of_the_round_that_others_have_begun() -> None:
+    before, after = drawn(0), drawn(100)
+    plan = migration(before, after)
+    assert len(plan.rounds) > 1
+    group = Group(before)
+    group.begin(plan)
+    slow, other = group.movers[0], group.movers[1]
+    while min(mover.flags.staged for mover in group.movers) == 0:
+        time.sleep(0.0005)
+    with slow._changed:  # its thread sees nothing of what happens in here
+        group.step()
+        assert group.served[-1] == states(before, plan)[1], "the first round serves"
+        other.abort(1, "asked to")
+        group.step()
+    assert group.run(1) is MigrationEnd.ABORTED
+    group.begin(migration(placed(group.served[-1]), before, 2))
+    assert group.run(2) is MigrationEnd.COMMITTED
+    group.close()
