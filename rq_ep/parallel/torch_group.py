@@ -18,6 +18,7 @@ from rq_ep.config import Environment, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.parallel.ep_group import PeerLost, PeerTensor, check_splits
+from rq_ep.parallel.host_channel import GlooChannel
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class TorchGroup:
     """A group of processes.
 
     It has three communicators of its own: `control` (gloo, for objects, barriers and all that must not block a GPU),
-    one for collectives on tensors, and one for borrowed experts, which travel beside the collectives.
+    one for collectives on tensors, and one for borrowed experts, which travel beside the collectives. More are opened
+    where they are asked for (`open_host_channel`).
     """
 
     def __init__(
@@ -87,10 +89,11 @@ class TorchGroup:
         self._owns_world = owns_world
         self.operation: str | None = None  # the one that this rank waits for now, read by a watchdog
         members = None if ranks is None else list(ranks)
-        new_group: Callable[..., Any] = partial(
+        self._new_group: Callable[..., Any] = partial(
             dist.new_group, members, timedelta(seconds=timeout_s), use_local_synchronization=members is not None
         )
-        self.control = new_group(backend="gloo")
+        self._channels: list[Any] = []
+        self.control = self._new_group(backend="gloo")
         self.rank: int = dist.get_rank(self.control)
         self.size: int = dist.get_world_size(self.control)
 
@@ -101,8 +104,8 @@ class TorchGroup:
             torch.cuda.set_device(self.device)
         self._is_staged = self.device.type == "cuda" and self.backend == "gloo"
         self.receive_buffers = ReceiveBuffers(self.device)
-        self._data = new_group(backend=self.backend)
-        self._borrowing = new_group(backend=self.backend)
+        self._data = self._new_group(backend=self.backend)
+        self._borrowing = self._new_group(backend=self.backend)
         if self.backend == "nccl":  # NCCL wants every rank at a communicator's first use; transfers concern a few
             for group in (self._data, self._borrowing):
                 dist.all_reduce(torch.zeros(1, device=self.device), group=group)
@@ -176,6 +179,11 @@ class TorchGroup:
         operations += [dist.P2POp(dist.irecv, landing, group=group, group_peer=src) for landing, src in receives]
         return dist.batch_isend_irecv(operations) if operations else []  # NCCL wants both ends in one launch
 
+    def open_host_channel(self) -> GlooChannel:
+        """A communicator for messages beside the collectives; every rank calls this."""
+        self._channels.append(self._new_group(backend="gloo"))
+        return GlooChannel(self._channels[-1], self.rank)
+
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
         with self._naming("gather of objects"):
@@ -196,7 +204,7 @@ class TorchGroup:
         if self._owns_world:
             dist.destroy_process_group()
         else:
-            for group in (self._borrowing, self._data, self.control):
+            for group in (*self._channels, self._borrowing, self._data, self.control):
                 dist.destroy_process_group(group)
 
     def _to_wire(self, tensor: Tensor) -> Tensor:
