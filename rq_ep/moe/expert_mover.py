@@ -24,7 +24,7 @@ from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format, is_intact
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.integrity import DamagedExpert
-from rq_ep.parallel.host_channel import HostChannel
+from rq_ep.parallel.ep_group import HostChannel
 from rq_ep.solver.migration.move_rounds import MoveRound
 
 PIECE_BYTES = 4 << 20  # of an expert in one message, where no fewer are asked for: how soon a migration can be given up

@@ -91,6 +91,23 @@ class EPGroup(Protocol):
     def close(self) -> None: ...
 
 
+class HostChannel(Protocol):
+    """Messages beside the collectives, through host memory. One thread of each rank uses its end at a time."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def exchange(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> None:
+        """Send and receive tensors on the host; return when all have arrived.
+
+        Both ends list the messages between them in the same order.
+
+        Raises:
+            PeerLost: a rank has ended, or does not answer in time.
+        """
+        ...
+
+
 def check_splits(send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], size: int) -> None:
     """Raise unless the splits fit: some backends end the process on a mismatch instead."""
     if len(input_splits) != size or len(output_splits) != size:

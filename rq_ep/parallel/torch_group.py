@@ -18,7 +18,6 @@ from rq_ep.config import Environment, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.parallel.ep_group import PeerLost, PeerTensor, check_splits
-from rq_ep.parallel.host_channel import GlooChannel
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 log = logging.getLogger(__name__)
@@ -179,7 +178,7 @@ class TorchGroup:
         operations += [dist.P2POp(dist.irecv, landing, group=group, group_peer=src) for landing, src in receives]
         return dist.batch_isend_irecv(operations) if operations else []  # NCCL wants both ends in one launch
 
-    def open_host_channel(self) -> GlooChannel:
+    def open_host_channel(self) -> "GlooChannel":
         """A communicator for messages beside the collectives; every rank calls this."""
         self._channels.append(self._new_group(backend="gloo"))
         return GlooChannel(self._channels[-1], self.rank)
@@ -254,6 +253,25 @@ class TorchTransfers:
         for landing, target in self.landings:
             if landing is not target:
                 target.copy_(landing)
+
+
+@dataclass(frozen=True)
+class GlooChannel:
+    """Messages between ranks over a gloo group that nothing else uses."""
+
+    group: dist.ProcessGroup
+    rank: int
+
+    def exchange(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> None:
+        try:
+            works = [dist.irecv(landing, group=self.group, group_src=src) for landing, src in receives]
+            works += [dist.isend(piece, group=self.group, group_dst=dst) for piece, dst in sends]
+            for work in works:
+                assert work is not None, "this process is a member of the group"
+                work.wait()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise PeerLost(f"rank {self.rank}: moving experts failed, another rank may have ended: {reason}") from error
 
 
 def _meet(environment: Environment, timeout: timedelta) -> None:
