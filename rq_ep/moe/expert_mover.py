@@ -21,9 +21,8 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.moves import Move
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.strategy import Planner
-from rq_ep.formats import get_format, is_intact
+from rq_ep.formats import get_format
 from rq_ep.moe.expert_bank import ExpertBank
-from rq_ep.moe.integrity import DamagedExpert
 from rq_ep.parallel.ep_group import HostChannel
 from rq_ep.solver.migration.move_rounds import MoveRound
 
@@ -237,9 +236,7 @@ class ExpertMover:
             for (position, expert), (buffer, host) in arrivals.items():
                 if buffer is not host:
                     buffer.copy_(host)
-                if not is_intact(buffer):
-                    layer = self._layers[position].placement.index
-                    raise DamagedExpert(f"expert {expert} of layer {layer} arrived damaged")
+                self._layers[position].bank.verify_staged(expert)
         except Exception as error:
             self.abort(migration.generation, self._named(error))
             return

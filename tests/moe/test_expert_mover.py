@@ -15,8 +15,9 @@ from torch import Tensor
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
-from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.formats import ExpertLayout, get_format, is_intact
 from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd
+from rq_ep.moe.integrity import DamagedExpert
 from rq_ep.parallel.ep_group import PeerTensor
 from rq_ep.solver.migration.move_rounds import move_rounds
 from tests.moe import cases
@@ -95,6 +96,10 @@ class Bank:
             raise RuntimeError("the weights cannot be read")
         own, buffer = self.held[expert]
         return buffer if own == name else packed(expert, name)
+
+    def verify_staged(self, expert: int) -> None:
+        if not is_intact(self.staged[expert][1]):
+            raise DamagedExpert(f"expert {expert} arrived damaged")
 
     def discard_staged(self) -> None:
         self.staged.clear()
