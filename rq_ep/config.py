@@ -16,6 +16,7 @@ import yaml
 from rq_ep.core.errors import UserError, check_choice
 from rq_ep.core.files import yaml_files
 from rq_ep.core.options import MAX_SECONDS, Option, option, options_of
+from rq_ep.core.rebalance_options import REBALANCING, RebalanceOptions
 
 Settings = TypeVar("Settings")
 
@@ -108,7 +109,7 @@ class StrategyConfig:
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(RebalanceOptions):
     """Settings of `python -m rq_ep.serve`. Limits are per rank, as each rank batches its own requests."""
 
     model: str = option("", help="directory of the checkpoint", required=True)
@@ -185,6 +186,33 @@ class ServeConfig:
         131072, help="tokens of a trace, 8 bytes a MoE layer and expert chosen: the first ones are kept", minimum=1
     )
     log_level: str = option("info", help="how much to log", choices=LOG_LEVELS)
+
+    formats: tuple[str, ...] | None = option(
+        None,
+        help="weight formats that rebalancing may use, by commas, calibrated or not; default: those of the placement",
+        group=REBALANCING,
+    )
+    stats: str | None = option(
+        None,
+        help="statistics of `rq-ep calibrate` for rebalancing: how much a format harms an expert, without their load",
+        metavar="FILE",
+        group=REBALANCING,
+    )
+    max_low_precision_share: float | None = option(
+        None,
+        help="cap of rebalancing on the share of routed pairs computed below the native format; default: the "
+        "placement's, or 0.25",
+        minimum=0,
+        maximum=1,
+        group=REBALANCING,
+    )
+    placement_out: str | None = option(
+        None,
+        help="file for the placement that serves, written after every change; a group that is started again by its "
+        "launcher begins with it",
+        metavar="FILE",
+        group=REBALANCING,
+    )
 
     def with_api_keys(self, environ: Mapping[str, str] | None = None) -> "ServeConfig":
         """These settings with all keys in `api_key`: the given ones and the file's, or else that of RQ_EP_API_KEY.

@@ -18,12 +18,12 @@ from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.options import option, options_of, same_option
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.core.rebalance_options import REBALANCING, RebalanceOptions
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.placing.place import parse_budget, place
 from rq_ep.rebalancing.live_placement import LivePlacement
-from rq_ep.rebalancing.rebalance_options import REBALANCING, RebalanceOptions
 from rq_ep.rebalancing.rebalancer import Rebalancer
 from rq_ep.sim.simulator import Simulation, simulate
 from rq_ep.sim.traces import RoutingTrace

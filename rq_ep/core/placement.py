@@ -172,6 +172,11 @@ class Placement:
             "layers": [_layer_document(layer) for layer in self.layers],
         }
 
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Placement":
+        """The placement that `to_dict` wrote down."""
+        return _read(document)
+
     def save(self, path: str | Path) -> None:
         """Write `placement.json`."""
         write_json(path, self.to_dict())

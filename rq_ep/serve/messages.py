@@ -75,6 +75,7 @@ class RankStats:
     num_steps: int
     steps_s: float
     loads: LoadSums | None = None  # from rank 0 alone: every rank plans the same
+    staged: int = 0  # how far its migration of experts has come (`MoverFlags`)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,49 @@ class RecordingFailed:
     """Rank 0: a recording has ended, and was not written."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class MigrationPlanned:
+    """Rank 0: every rank is to move experts, as `BeginMigration` says."""
+
+    generation: int
+    placement: dict[str, Any]  # the goal, as `placement.json` holds it
+    rounds: list[Any]  # of each: what arrives and what is dropped, as (position of a layer, fields of a `Move`)
+
+
+@dataclass(frozen=True)
+class PlacementServed:
+    """Rank 0: on all ranks these layers serve, or all of a placement."""
+
+    generation: int
+    layers: list[dict[str, Any]]  # those that have changed, as `placement.json` holds them
+    placement: dict[str, Any] | None = None  # at the end of a migration
+    expert_bytes: list[dict[str, int]] | None = None  # with it, of each rank, by weight format
+
+
+@dataclass(frozen=True)
+class RebalanceStatus:
+    """Rank 0: the state of re-placements."""
+
+    state: str
+    generation: int  # of the last migration that was begun
+    decision: dict[str, Any] | None  # the last one, with its reason
+    results: dict[str, int]  # decisions by what became of them
+    moved_bytes: int  # that have reached ranks since the start
+    done_bytes: int  # of the migration under way
+    left_bytes: int
+    progress_s: float  # since the last progress; 0 where nothing is under way
+    problem: str  # of the last thing that failed, or empty
+
+
+@dataclass(frozen=True)
+class RebalanceAnswer:
+    """Rank 0: what became of the command of a number."""
+
+    number: int
+    refusal: str | None
+    decision: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -123,7 +167,20 @@ class Bye:
 
 
 FromRank: TypeAlias = (
-    Checked | Ready | Outputs | RankStats | Recorded | RecordingFailed | DrainRequest | Failed | Aborted | Bye
+    Checked
+    | Ready
+    | Outputs
+    | RankStats
+    | Recorded
+    | RecordingFailed
+    | MigrationPlanned
+    | PlacementServed
+    | RebalanceStatus
+    | RebalanceAnswer
+    | DrainRequest
+    | Failed
+    | Aborted
+    | Bye
 )
 
 
@@ -168,6 +225,23 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class BeginMigration:
+    """Move experts to where a placement has them, beside the steps; every rank gets it."""
+
+    generation: int
+    placement: dict[str, Any]
+    rounds: list[Any]
+
+
+@dataclass(frozen=True)
+class RebalanceCommand:
+    """Rank 0: what a user asks for: start, abort or dry_run. A `RebalanceAnswer` of this number follows."""
+
+    number: int
+    action: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """End well: the requests have ended."""
 
@@ -179,7 +253,7 @@ class Abort:
     reason: str
 
 
-ToRank: TypeAlias = PromptPart | AddRequest | Cancel | Wake | Mark | Stop | Abort
+ToRank: TypeAlias = PromptPart | AddRequest | Cancel | Wake | Mark | BeginMigration | RebalanceCommand | Stop | Abort
 
 FROM_RANK: Mapping[str, type] = {
     "checked": Checked,
@@ -188,6 +262,10 @@ FROM_RANK: Mapping[str, type] = {
     "stats": RankStats,
     "recorded": Recorded,
     "recording_failed": RecordingFailed,
+    "migration": MigrationPlanned,
+    "served": PlacementServed,
+    "rebalance": RebalanceStatus,
+    "rebalance_answer": RebalanceAnswer,
     "drain": DrainRequest,
     "failed": Failed,
     "aborted": Aborted,
@@ -199,6 +277,8 @@ TO_RANK: Mapping[str, type] = {
     "cancel": Cancel,
     "wake": Wake,
     "mark": Mark,
+    "migrate": BeginMigration,
+    "rebalance_command": RebalanceCommand,
     "stop": Stop,
     "abort": Abort,
 }

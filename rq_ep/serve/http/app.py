@@ -86,9 +86,10 @@ def make_app(
     async def health() -> dict[str, str]:
         if (reason := service.why_unavailable()) is not None:
             raise ApiError(503, reason)
-        return {"status": "ok"}
+        stall = service.rebalancing.stall()
+        return {"status": "ok"} if stall is None else {"status": "ok", "rebalance": stall}
 
-    app.include_router(ep_routes(service))
+    app.include_router(ep_routes(service, bodies))
 
     @app.get("/livez")
     async def livez() -> dict[str, str]:

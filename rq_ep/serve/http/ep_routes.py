@@ -3,15 +3,23 @@
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse
 
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.openapi import body_schema
+from rq_ep.serve.http.openai.request_body import BodyReader
+from rq_ep.serve.http.openai.schemas import RebalanceBody
 from rq_ep.serve.http.service import Service
 
 
-def ep_routes(service: Service) -> APIRouter:
-    """The routes of a service."""
+def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
+    """The routes of a service.
+
+    Args:
+        service: answers them.
+        bodies: reads the bodies of requests.
+    """
     router = APIRouter()
     page = (files("rq_ep.serve.http") / "dashboard.html").read_text()
 
@@ -45,6 +53,19 @@ def ep_routes(service: Service) -> APIRouter:
         `is_full`: there was more to record than --record-max-tokens.
         """
         return {"recording": False, **await service.recording.stop()}
+
+    @router.get("/v1/ep/rebalance")
+    async def rebalance() -> dict[str, Any]:
+        """The state of rebalancing, its last decision with the reason, bytes done and left, seconds since progress."""
+        return {"model": service.model_name, **service.rebalancing.view()}
+
+    @router.post("/v1/ep/rebalance", openapi_extra=body_schema(RebalanceBody))
+    async def command(http: Request) -> dict[str, Any]:
+        """Decide now instead of when it is due, give up what is under way, or say what a decision would move."""
+        if (reason := service.why_unavailable()) is not None:
+            raise ApiError(503, f"not serving: {reason}")
+        body = await bodies.read(http, RebalanceBody)
+        return await service.rebalancing.command(body.action)
 
     @router.get("/dashboard", include_in_schema=False)
     async def dashboard() -> HTMLResponse:

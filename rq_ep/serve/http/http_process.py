@@ -19,9 +19,18 @@ from rq_ep.serve.http.history import EVERY_S
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.ranks import rank_connections
 from rq_ep.serve.http.ranks.rank_router import RankRouter
+from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
 from rq_ep.serve.http.service import ModelLimits, Service
-from rq_ep.serve.messages import RankStats, Ready, Recorded, RecordingFailed
+from rq_ep.serve.messages import (
+    PlacementServed,
+    RankStats,
+    Ready,
+    RebalanceAnswer,
+    RebalanceStatus,
+    Recorded,
+    RecordingFailed,
+)
 from rq_ep.serve.process import exit_quickly, log_repeats_once_a_minute, set_up_logging
 
 log = logging.getLogger("rq_ep.serve")
@@ -47,7 +56,13 @@ class ServingProcess:
         )
         self.metrics = Metrics(config.model_name, lambda: self.router.num_unfinished)
         self.recording = RecordingController(self.router.mark, config.record_dir, config.record_max_tokens)
-        self.service = Service(config.model_name, config.seed, self.router, self.metrics, self.recording)
+        is_rebalancing = config.rebalance == "auto"
+        self.rebalancing = RebalanceView(self.router.rebalance if is_rebalancing else None)
+        if is_rebalancing:
+            self.metrics.add_rebalancing(lambda: self.rebalancing.seconds_since_progress)
+        self.service = Service(
+            config.model_name, config.seed, self.router, self.metrics, self.recording, self.rebalancing
+        )
         self.service.info = {
             "settings": shown(config),
             "num_ranks": num_ranks,
@@ -67,12 +82,23 @@ class ServingProcess:
 
     def on_stats(self, rank: int, stats: RankStats) -> None:
         self.metrics.rank(rank, stats)
+        self.rebalancing.on_staged(rank, stats.staged)
         if stats.loads is not None:
             self.metrics.loads(stats.loads)
             self.service.load_view.add(stats.loads)
 
     def on_recorded(self, result: Recorded | RecordingFailed) -> None:
         self.recording.end(result)
+
+    def on_rebalance(self, message: RebalanceStatus | RebalanceAnswer | PlacementServed) -> None:
+        self.rebalancing.take(message)
+        match message:
+            case RebalanceStatus():
+                self.metrics.rebalancing(message)
+            case PlacementServed():
+                self.service.take_placement(message)
+                if message.expert_bytes is not None:
+                    self.metrics.weights(message.expert_bytes)
 
     def on_end(self) -> None:
         self.ended.set()
@@ -111,9 +137,14 @@ class ServingProcess:
         gc.freeze()  # a collection walks what requests have made, not all modules
 
     async def _sample(self) -> None:
-        """Keep the history that the dashboard draws."""
+        """Keep the history that the dashboard draws, and log what is stuck."""
+        was_stalled = False
         while True:
             await asyncio.sleep(EVERY_S)
+            stall = self.rebalancing.stall()
+            if stall is not None and not was_stalled:
+                log.warning("%s; serving goes on", stall)
+            was_stalled = stall is not None
             self.service.history.sample(self.router.num_unfinished)
 
     async def _log(self) -> None:

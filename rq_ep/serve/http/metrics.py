@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rq_ep.core.cost import LAYER_PHASES
-from rq_ep.serve.messages import LoadSums, RankStats
+from rq_ep.serve.messages import LoadSums, RankStats, RebalanceStatus
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SLOW_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -63,7 +63,10 @@ class Metrics:
         self._balancedness = make(Gauge, "balancedness", "mean/max over ranks, mean of layers and recent steps")
         self._balancedness_min = make(Gauge, "balancedness_min", "balancedness of the worst layer")
         self._weights = make(Gauge, "expert_weight_bytes", "Expert weights of a rank", ["ep_rank", "precision"])
+        self._make = make
+        self._rebalance_status: RebalanceStatus | None = None
         self.balancedness: float | None = None
+        self._weight_formats: set[str] = set()  # that any rank has held
         self.kv_usage_R: dict[int, float] = {}
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -98,9 +101,11 @@ class Metrics:
 
     def weights(self, bytes_R: Sequence[Mapping[str, int]]) -> None:
         """Set the bytes of expert weights of each rank, by format."""
+        names = {name for by_format in bytes_R for name in by_format} | self._weight_formats
+        self._weight_formats = names
         for rank, by_format in enumerate(bytes_R):
-            for name, size in by_format.items():
-                self._weights.labels(self._model, str(rank), name).set(size)
+            for name in names:
+                self._weights.labels(self._model, str(rank), name).set(by_format.get(name, 0))
 
     def rank(self, rank: int, stats: RankStats) -> None:
         """Take the figures of a rank."""
@@ -128,6 +133,24 @@ class Metrics:
         self.balancedness = sum(1 / value for value in loads["imbalance_L"]) / len(loads["imbalance_L"])
         self._balancedness.labels(self._model).set(self.balancedness)
         self._balancedness_min.labels(self._model).set(1 / max(loads["imbalance_L"]))
+
+    def add_rebalancing(self, seconds_since_progress: Callable[[], float]) -> None:
+        """Add the series of a server that rebalances."""
+        make = self._make
+        self._generation = make(Gauge, "placement_generation", "Number of the last re-placement that was begun")
+        self._rebalances = make(Counter, "rebalance", "Decisions by what became of them", ["result"])
+        self._moved_bytes = make(Counter, "rebalance_moved_bytes", "Bytes of experts that ranks have received")
+        progress = make(Gauge, "rebalance_seconds_since_progress", "Of what is under way, or 0")
+        progress.labels(self._model).set_function(seconds_since_progress)
+
+    def rebalancing(self, status: RebalanceStatus) -> None:
+        """Take the state of re-placements."""
+        before, self._rebalance_status = self._rebalance_status, status
+        self._generation.labels(self._model).set(status.generation)
+        for result, number in status.results.items():
+            known = 0 if before is None else before.results.get(result, 0)
+            self._rebalances.labels(self._model, result).inc(number - known)
+        self._moved_bytes.labels(self._model).inc(status.moved_bytes - (0 if before is None else before.moved_bytes))
 
     def arrival(self) -> "RequestMetrics":
         """Start the clock of a request that has just arrived."""

@@ -19,7 +19,9 @@ from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
 from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
 from rq_ep.serve.http.openai.prompt_encoder import PromptEncoder
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
+from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
+from rq_ep.serve.messages import PlacementServed
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 CHARS_PER_MESSAGE = 100  # that are encoded in the time in which a template writes a message
@@ -49,7 +51,13 @@ class Service:
     """The model behind the routes. Its tokenizer and limits arrive while the ranks load."""
 
     def __init__(
-        self, model_name: str, seed: int, ranks: Ranks, metrics: Metrics, recording: RecordingController
+        self,
+        model_name: str,
+        seed: int,
+        ranks: Ranks,
+        metrics: Metrics,
+        recording: RecordingController,
+        rebalancing: RebalanceView | None = None,
     ) -> None:
         self.model_name = model_name
         self.metrics = metrics
@@ -61,6 +69,7 @@ class Service:
         self.load_view = LoadView()
         self.history = History(metrics)
         self.recording = recording
+        self.rebalancing = rebalancing or RebalanceView(None)
         self._ranks = ranks
         self._seed = seed
         self._num_unseeded = 0
@@ -68,6 +77,15 @@ class Service:
     @cached_property
     def _new_detokenizer(self) -> Callable[[], Detokenizer]:
         return detokenizers(self.tokenizer)
+
+    def take_placement(self, served: PlacementServed) -> None:
+        """Take what serves from now on: some layers, or all of a placement."""
+        if served.placement is not None:
+            self.placement = served.placement
+        elif self.placement is not None:
+            changed = {layer["layer"]: layer for layer in served.layers}
+            layers = [changed.get(layer["layer"], layer) for layer in self.placement["layers"]]
+            self.placement = {**self.placement, "layers": layers, "certificate": {}}
 
     def why_unavailable(self) -> str | None:
         """Why nothing can be answered now; None if it can."""

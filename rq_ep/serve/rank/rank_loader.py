@@ -12,16 +12,16 @@ from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import LoadReport, report_of
 from rq_ep.model.load.memory import expert_bytes
 from rq_ep.moe import EPExperts
+from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.host import keep_freed_memory
 from rq_ep.serve.messages import Ready
 from rq_ep.serve.rank.check_inputs import chosen_strategy
-from rq_ep.serve.rank.load_totals import LoadTotals
 
 log = logging.getLogger("rq_ep.serve")
 
 
-def load_served_model(config: ServeConfig, group: TorchGroup, loads: LoadTotals | None) -> PreTrainedModel:
+def load_served_model(config: ServeConfig, group: TorchGroup, loads: CallRecorder | None) -> PreTrainedModel:
     """Load the model onto this rank; every rank calls this.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum, auto
-from typing import NoReturn, assert_never
+from typing import Any, NoReturn, assert_never
 
 from rq_ep.config import Environment, ServeConfig
 from rq_ep.core.errors import UserError
@@ -23,6 +23,7 @@ from rq_ep.serve.control import ControlClient
 from rq_ep.serve.messages import (
     Abort,
     AddRequest,
+    BeginMigration,
     Cancel,
     Checked,
     DrainRequest,
@@ -30,6 +31,7 @@ from rq_ep.serve.messages import (
     MessageError,
     Outputs,
     PromptPart,
+    RebalanceCommand,
     Stop,
     ToRank,
     Wake,
@@ -40,10 +42,14 @@ from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.http_parent import HttpProcess
 from rq_ep.serve.rank.load_totals import LoadTotals
 from rq_ep.serve.rank.rank_loader import ep_layers, load_served_model, log_ready, ready_message
+from rq_ep.serve.rank.rebalance.live_rebalancing import LiveRebalancing
+from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
+from rq_ep.serve.rank.rebalance.step_loads import StepLoads
 from rq_ep.serve.rank.stats_sampler import StatsSampler
 from rq_ep.serve.rank.trace_recording import TraceRecording
 
 TICK_S = 0.2
+REBALANCING_TICK_S = 0.02
 STATS_EVERY_S = 1.0
 
 
@@ -130,6 +136,7 @@ class RankServer:
         self._state = ServerState.LOADING
         self._stop = threading.Event()  # set in the state STOPPING
         self._engine: Engine | None = None
+        self._rebalancing: LiveRebalancing | None = None  # None: it is off, or the model is loading
         self._prompt_parts: dict[str, list[int]] = {}  # of requests that are still to come
 
     def run(self) -> None:
@@ -143,8 +150,15 @@ class RankServer:
         try:
             engine = self._start_engine(loads)
             with short_collections():
-                self._wait(StatsSampler(engine, loads))
+                rebalancing = self._rebalancing
+                self._wait(
+                    StatsSampler(engine, loads, lambda: 0 if rebalancing is None else rebalancing.flags().staged)
+                )
+                if rebalancing is not None:
+                    rebalancing.stop()
                 engine.stop()
+                if rebalancing is not None:
+                    rebalancing.close()
         except UserError:
             raise
         except BaseException as error:
@@ -154,9 +168,11 @@ class RankServer:
         config, group = self._config, self._group
         started_s = time.monotonic()
         model_config, end_token_ids = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
+        rebalancing = run_on_all_ranks(group, lambda: RebalanceInputs.check(config, group.size))
         if group.rank == 0:
             self._client.send(Checked())
-        model = run_on_all_ranks(group, lambda: load_served_model(config, group, loads))
+        step_loads = None if loads is None or rebalancing is None else StepLoads(loads)
+        model = run_on_all_ranks(group, lambda: load_served_model(config, group, step_loads or loads))
         assert model.generation_config is not None
         model.generation_config.eos_token_id = end_token_ids
         report = report_of(model)
@@ -164,14 +180,18 @@ class RankServer:
             report.placement.model, model, group, lambda: engine.batch, config.record_dir, config.record_max_tokens,
             self._client.send,
         )  # fmt: skip
+        layers = ep_layers(report)
+        if rebalancing is not None:
+            self._rebalancing = LiveRebalancing(rebalancing, report, layers, group, step_loads, self._client.send)
         engine = Engine(
             model,
-            ep_layers(report),
+            layers,
             group,
             EngineConfig(config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_tokens),
             on_outputs=self._send_outputs,
             on_failure=lambda error: fail(self._early_end, error),
             on_mark=recording.mark,
+            **self._engine_hooks(),
         )
         # Set before the ranks meet below: once rank 0 has said that all are ready, requests may come to any of them.
         self._engine = engine
@@ -186,11 +206,19 @@ class RankServer:
             self._client.send(ready)
         return engine
 
+    def _engine_hooks(self) -> dict[str, Any]:
+        rebalancing = self._rebalancing
+        if rebalancing is None:
+            return {}
+        return {"mover_flags": rebalancing.flags, "on_agreement": rebalancing.on_agreement}
+
     def _wait(self, sampler: StatsSampler) -> None:
         """Wait for the end; meanwhile pass on a signal, and send statistics."""
         has_asked = False
         sampled_s = 0.0
-        while not self._stop.wait(TICK_S):
+        while not self._stop.wait(TICK_S if self._rebalancing is None else REBALANCING_TICK_S):
+            if self._rebalancing is not None:
+                self._rebalancing.tick()
             if self._early_end.signals.are_received and not has_asked:
                 has_asked = True
                 self._client.send(DrainRequest(self._config.shutdown_timeout))
@@ -221,6 +249,11 @@ class RankServer:
                 self._loaded_engine().wake(message.num_announced)
             case Mark():
                 self._loaded_engine().mark(message.number)
+            case BeginMigration() | RebalanceCommand():
+                if self._rebalancing is None:
+                    raise MessageError("a message on rebalancing, which is off")
+                self._rebalancing.handle(message)
+                self._loaded_engine().wake(0)
             case Cancel():
                 self._prompt_parts.pop(message.id, None)
                 self._loaded_engine().cancel(message.id)

@@ -1,5 +1,7 @@
 """The figures that a rank reports once a second."""
 
+from collections.abc import Callable
+
 from rq_ep.engine.engine import Engine
 from rq_ep.serve.messages import RankStats
 from rq_ep.serve.rank.load_totals import LoadTotals
@@ -11,11 +13,13 @@ class StatsSampler:
     Args:
         engine: the rank's.
         loads: the load of all ranks, on rank 0; None elsewhere.
+        staged: how far this rank's migration of experts has come.
     """
 
-    def __init__(self, engine: Engine, loads: LoadTotals | None) -> None:
+    def __init__(self, engine: Engine, loads: LoadTotals | None, staged: Callable[[], int] = lambda: 0) -> None:
         self._engine = engine
         self._loads = loads
+        self._staged = staged
         self._reported_steps = (0, 0.0)
 
     def sample(self) -> RankStats:
@@ -30,4 +34,5 @@ class StatsSampler:
             num_steps=num_steps - num_reported,
             steps_s=steps_s - reported_s,
             loads=None if self._loads is None else self._loads.take(),
+            staged=self._staged(),
         )

@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from rq_ep.serve.http.openai.api_errors import TYPES
-from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
+from rq_ep.serve.http.openai.schemas import Body, ChatBody, CompletionBody, RebalanceBody
 
 SCHEMA_REF = "#/components/schemas/{model}"
 
@@ -35,6 +35,7 @@ STATUSES = {
     "/v1/completions": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
     "/v1/chat/completions": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
     "/v1/ep/record": (400, 401, 403, 409, 500, 503),
+    "/v1/ep/rebalance": (400, 401, 403, 408, 409, 413, 415, 500, 503),
     "/v1/ep": (401, 503),
     "/v1/models/": (401, 404),
     "/v1/models": (401,),
@@ -43,7 +44,7 @@ STATUSES = {
 }
 
 
-def body_schema(kind: type[GenerationBody]) -> dict[str, Any]:
+def body_schema(kind: type[Body]) -> dict[str, Any]:
     """What a route says of its body, which it reads itself."""
     content = {"application/json": {"schema": {"$ref": SCHEMA_REF.format(model=kind.__name__)}}}
     return {"requestBody": {"required": True, "content": content}}
@@ -52,7 +53,8 @@ def body_schema(kind: type[GenerationBody]) -> dict[str, Any]:
 def describe(app: FastAPI, model_name: str) -> dict[str, Any]:
     """The OpenAPI document of the app, which names the one model there is."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    _, bodies = models_json_schema([(CompletionBody, "validation"), (ChatBody, "validation")], ref_template=SCHEMA_REF)
+    kinds = (CompletionBody, ChatBody, RebalanceBody)
+    _, bodies = models_json_schema([(kind, "validation") for kind in kinds], ref_template=SCHEMA_REF)
     schemas = {**bodies["$defs"], "Error": ERROR}
     document["components"] = {"schemas": schemas}
     for name in ("CompletionBody", "ChatBody"):

@@ -11,10 +11,10 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.schemas import GenerationBody
+from rq_ep.serve.http.openai.schemas import Body
 
 T = TypeVar("T")
-Body = TypeVar("Body", bound=GenerationBody)
+AnyBody = TypeVar("AnyBody", bound=Body)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; nobody is there to read it
 SHORT_BYTES = 16 << 10  # read within a millisecond
@@ -34,7 +34,7 @@ class BodyReader:
         # One thread: a parser holds the interpreter for its whole call, and the event loop waits for one at most.
         self._thread = ThreadPoolExecutor(1, "rq_ep body")
 
-    async def read(self, http: Request, kind: type[Body]) -> Body:
+    async def read(self, http: Request, kind: type[AnyBody]) -> AnyBody:
         """The body of a request.
 
         Raises:
@@ -62,7 +62,7 @@ class BodyReader:
         finally:
             self._num_held_bytes -= num_bytes
 
-    def _parse_long(self, raw: bytes, kind: type[Body]) -> Body:
+    def _parse_long(self, raw: bytes, kind: type[AnyBody]) -> AnyBody:
         # A million small lists would set off collections that walk the whole heap, one after another, in the same call.
         gc.disable()
         try:
@@ -84,7 +84,7 @@ class BodyReader:
         return ApiError(413, f"the body is longer than {self._max_bytes} bytes (--max-body-bytes)")
 
 
-def parse_body(raw: bytes, kind: type[Body]) -> Body:
+def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
     """Parse and check a body.
 
     Raises:

@@ -62,7 +62,7 @@ def refuse_bool(value: Any) -> Any:
     return value
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
@@ -78,13 +78,19 @@ class _Body(BaseModel):
         return data
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # of vLLM's, which GuideLLM sends
     include_obfuscation: Literal[False] = False
 
 
-class GenerationBody(_Body):
+class RebalanceBody(Body):
+    """What `/v1/ep/rebalance` is asked to do."""
+
+    action: Literal["start", "abort", "dry_run"]
+
+
+class GenerationBody(Body):
     """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
 
     model: str

@@ -83,14 +83,17 @@ class RankConnections:
 
     def send(self, rank: int, message: ToRank) -> None:
         """Send a message to a rank, if it is connected."""
-        connection = self._connections[rank]
-        if connection.state in OPEN and connection.writer is not None and not connection.writer.is_closing():
-            assert connection.frames is not None
-            connection.writer.write(connection.frames.pack(encode(message)))
+        self._write(self._connections[rank], encode(message))
 
     def send_all(self, message: ToRank) -> None:
-        for rank in range(len(self._connections)):
-            self.send(rank, message)
+        body = encode(message)
+        for connection in self._connections:
+            self._write(connection, body)
+
+    def _write(self, connection: _Connection, body: bytes) -> None:
+        if connection.state in OPEN and connection.writer is not None and not connection.writer.is_closing():
+            assert connection.frames is not None
+            connection.writer.write(connection.frames.pack(body))
 
     async def listen(self, sock: socket.socket) -> asyncio.Server:
         """Accept connections on a bound socket."""

@@ -24,6 +24,7 @@ from rq_ep.serve.messages import (
     Abort,
     Aborted,
     AddRequest,
+    BeginMigration,
     Bye,
     Cancel,
     Checked,
@@ -31,9 +32,14 @@ from rq_ep.serve.messages import (
     Failed,
     FromRank,
     Mark,
+    MigrationPlanned,
     Outputs,
+    PlacementServed,
     RankStats,
     Ready,
+    RebalanceAnswer,
+    RebalanceCommand,
+    RebalanceStatus,
     Recorded,
     RecordingFailed,
     Stop,
@@ -82,6 +88,9 @@ class GroupObserver(Protocol):
 
     def on_recorded(self, result: Recorded | RecordingFailed) -> None:
         """A recording has ended."""
+
+    def on_rebalance(self, message: RebalanceStatus | RebalanceAnswer | PlacementServed) -> None:
+        """Something has changed in the re-placements."""
 
     def on_end(self) -> None:
         """Serving is over, in whatever way; called once."""
@@ -173,6 +182,10 @@ class RankRouter:
         self._connections.send(0, Mark(number))
         self._connections.send_all(Wake(self._num_announced))
 
+    def rebalance(self, command: RebalanceCommand) -> None:
+        """Pass a command on to rank 0."""
+        self._connections.send(0, command)
+
     # As the listener of the connections
 
     def on_connect(self, rank: int) -> None:
@@ -189,6 +202,12 @@ class RankRouter:
                 self._observer.on_stats(rank, message)
             case Recorded() | RecordingFailed():
                 self._observer.on_recorded(message)
+            case MigrationPlanned():
+                if self.state in (GroupState.SERVING, GroupState.DRAINING):  # later the ranks were told to stop
+                    begin = BeginMigration(message.generation, message.placement, message.rounds)
+                    self._connections.send_all(begin)
+            case RebalanceStatus() | RebalanceAnswer() | PlacementServed():
+                self._observer.on_rebalance(message)
             case Checked():
                 self._observer.on_checked()
             case Ready():

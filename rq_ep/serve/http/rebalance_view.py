@@ -1,0 +1,119 @@
+"""Rebalancing as the HTTP process sees it: its state, commands to rank 0, and whether it makes progress."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
+
+Action = Literal["start", "abort", "dry_run"]
+STALL_S = 10.0  # without progress, after which a migration or a decision counts as stuck
+ANSWER_TIMEOUT_S = 180.0  # a decision on a large model takes seconds, on a busy machine more
+MAX_COMMITS = 1000
+
+
+class RebalanceView:
+    """The last status, what changed the placement, and the commands that await an answer.
+
+    Args:
+        send: sends a command to rank 0; None: rebalancing is off.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, send: Callable[[RebalanceCommand], None] | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._send = send
+        self._clock = clock
+        self.status: RebalanceStatus | None = None
+        self._came_at_s = 0.0
+        self._staged: dict[int, int] = {}  # by rank
+        self._answers: dict[int, asyncio.Future[RebalanceAnswer]] = {}
+        self._num_commands = 0
+        self._commits: deque[dict[str, Any]] = deque(maxlen=MAX_COMMITS)
+
+    # What comes from the ranks
+
+    def take(self, message: RebalanceStatus | RebalanceAnswer | PlacementServed) -> None:
+        match message:
+            case RebalanceStatus():
+                self.status, self._came_at_s = message, self._clock()
+            case RebalanceAnswer():
+                answer = self._answers.get(message.number)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case PlacementServed():
+                if message.placement is not None:
+                    self._commits.append({"time": time.time(), "generation": message.generation})
+
+    def on_staged(self, rank: int, staged: int) -> None:
+        """Take how far a rank has come."""
+        self._staged[rank] = staged
+
+    # For the routes
+
+    @property
+    def seconds_since_progress(self) -> float:
+        """0 where nothing is under way."""
+        status = self.status
+        if status is None or status.state == "idle":
+            return 0.0
+        return status.progress_s + self._clock() - self._came_at_s
+
+    def stall(self) -> str | None:
+        """What makes no progress, and since when; None: all is well."""
+        seconds, status = self.seconds_since_progress, self.status
+        if status is None or seconds < STALL_S:
+            return None
+        if status.state == "planning":
+            return f"the planner has not answered for {seconds:.0f} s"
+        least = min(self._staged.values(), default=0)
+        late = [rank for rank, staged in sorted(self._staged.items()) if staged == least]
+        who = "all ranks wait" if len(late) in (0, len(self._staged)) else f"rank {late[0]} is behind"
+        return f"re-placement {status.generation} has made no progress for {seconds:.0f} s: {who}"
+
+    def view(self) -> dict[str, Any]:
+        """State, last decision, bytes and times, for `/v1/ep/rebalance`."""
+        if self._send is None:
+            return {"state": "off"}
+        status = self.status
+        if status is None:
+            return {"state": "loading"}
+        return {
+            "state": status.state,
+            "generation": status.generation,
+            "decision": status.decision,
+            "results": status.results,
+            "moved_bytes": status.moved_bytes,
+            "done_bytes": status.done_bytes,
+            "left_bytes": status.left_bytes,
+            "seconds_since_progress": self.seconds_since_progress,
+            "stall": self.stall(),
+            "problem": status.problem,
+            "commits": list(self._commits),
+        }
+
+    async def command(self, action: Action) -> dict[str, Any]:
+        """Have rank 0 do something. Returns the state, and what a dry run has found.
+
+        Raises:
+            ApiError: it is off, something is under way already or nothing is, or the planner has failed.
+        """
+        if self._send is None:
+            raise ApiError(400, "this server keeps its placement: start it with --rebalance auto", "action")
+        self._num_commands += 1
+        number = self._num_commands
+        future = self._answers[number] = asyncio.get_running_loop().create_future()
+        self._send(RebalanceCommand(number, action))
+        try:
+            answer = await asyncio.wait_for(future, ANSWER_TIMEOUT_S)
+        except TimeoutError:
+            raise ApiError(500, f"rank 0 has not answered within {ANSWER_TIMEOUT_S:g} s") from None
+        finally:
+            del self._answers[number]
+        if answer.refusal is not None:
+            raise ApiError(409, f"{action}: {answer.refusal}", "action")
+        return {"action": action, **({} if answer.decision is None else {"decision": answer.decision})}

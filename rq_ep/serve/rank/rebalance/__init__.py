@@ -1,0 +1,1 @@
+"""Re-placing experts while serving: loads of steps, a planner process, and the state of a migration."""

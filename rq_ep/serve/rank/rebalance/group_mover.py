@@ -1,0 +1,107 @@
+"""One rank's part in the migrations of its group: begun, given up and followed between steps."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rq_ep.core.moves import Move
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.strategy import Planner
+from rq_ep.engine.step_agreement import GroupFlags
+from rq_ep.moe import EPExperts
+from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags, ReadExpert
+from rq_ep.parallel.ep_group import HostChannel
+from rq_ep.serve.messages import BeginMigration
+from rq_ep.solver.migration.move_rounds import MoveRound
+
+log = logging.getLogger("rq_ep.serve")
+
+CLOSE_TIMEOUT_S = 10.0
+
+# What has happened, for whoever follows: layers that serve by their position; how a migration has ended, and why.
+OnRound = Callable[[Mapping[int, LayerPlacement]], None]
+OnEnd = Callable[[bool, str], None]
+
+
+class GroupMover:
+    """Begins migrations one after another, each when the one before has ended on this rank.
+
+    Args:
+        layers, channel, planner_of, read_expert, bytes_per_step: as for `ExpertMover`.
+        on_round: called on the engine's thread when a round serves.
+        on_end: called on the engine's thread when a migration has ended.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[EPExperts],
+        channel: HostChannel,
+        planner_of: Callable[[LayerPlacement], Planner],
+        read_expert: ReadExpert,
+        bytes_per_step: int | None,
+        on_round: OnRound = lambda layers: None,
+        on_end: OnEnd = lambda is_committed, reason: None,
+    ) -> None:
+        self._layers = layers
+        self._on_round = on_round
+        self._on_end = on_end
+        self._to_begin: deque[Migration] = deque()
+        self._is_moving = False
+        self._newest = 0  # generation of those that were asked for
+        self._mover = ExpertMover(
+            layers, channel, planner_of, read_expert,
+            bytes_per_step=bytes_per_step, on_round=self._round_serves, on_end=self._ended,
+        )  # fmt: skip
+
+    def begin(self, message: BeginMigration) -> None:
+        """Begin a migration before one of the next steps."""
+        placement = Placement.from_dict(message.placement)
+        self._newest = message.generation
+        self._to_begin.append(Migration(message.generation, placement, read_rounds(message.rounds)))
+
+    def abort(self, generation: int, reason: str) -> None:
+        """Give a migration up, on all ranks."""
+        self._mover.abort(generation, reason)
+
+    def stop(self) -> None:
+        """Give up what is under way: the engine is about to stop."""
+        if self._newest:
+            self._mover.abort(self._newest, "the server was shut down")
+
+    def close(self) -> None:
+        """End, after the engine; messages that other ranks wait for are sent first."""
+        closing = threading.Thread(target=self._mover.close, name="rq_ep mover's end", daemon=True)
+        closing.start()
+        closing.join(CLOSE_TIMEOUT_S)
+
+    # For the engine
+
+    def flags(self) -> MoverFlags:
+        """What to announce before the next step."""
+        return self._mover.flags
+
+    def on_agreement(self, flags: GroupFlags) -> None:
+        """Take part in what all ranks do between the same two steps."""
+        self._mover.between_steps(flags.staged, flags.failed)
+        if self._to_begin and not self._is_moving:
+            self._is_moving = True
+            self._mover.begin(self._to_begin.popleft())
+
+    def _round_serves(self, positions: Sequence[int]) -> None:
+        self._on_round({position: self._layers[position].placement for position in positions})
+
+    def _ended(self, generation: int, end: MigrationEnd) -> None:
+        self._is_moving = False
+        error, self._mover.error = self._mover.error, ""
+        if end is MigrationEnd.ABORTED and error:
+            log.warning("re-placement %d was given up: %s", generation, error)
+        self._on_end(end is MigrationEnd.COMMITTED, error or "another rank gave it up")
+
+
+def read_rounds(rows: Sequence[Any]) -> tuple[MoveRound, ...]:
+    """The rounds of a message."""
+    return tuple(
+        MoveRound(*(tuple((position, Move(*move)) for position, move in moves) for moves in row)) for row in rows
+    )

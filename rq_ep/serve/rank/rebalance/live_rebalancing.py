@@ -1,0 +1,183 @@
+"""Rebalancing on one rank while it serves: the mover of every rank and, on rank 0, who observes and decides."""
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from rq_ep.core.placement import Placement
+from rq_ep.engine.step_agreement import GroupFlags
+from rq_ep.model.load.load_report import LoadReport
+from rq_ep.model.load.memory import expert_bytes
+from rq_ep.moe import EPExperts
+from rq_ep.parallel import TorchGroup
+from rq_ep.rebalancing.rebalancer import Decision, Rebalancer
+from rq_ep.serve.messages import (
+    BeginMigration,
+    FromRank,
+    MigrationPlanned,
+    PlacementServed,
+    RebalanceAnswer,
+    RebalanceCommand,
+)
+from rq_ep.serve.rank.rebalance.group_mover import GroupMover
+from rq_ep.serve.rank.rebalance.planner_process import PlannerProcess, SaveRequest
+from rq_ep.serve.rank.rebalance.rebalance_controller import RebalanceController
+from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
+from rq_ep.serve.rank.rebalance.step_loads import StepLoads
+
+log = logging.getLogger("rq_ep.serve")
+
+STATUS_EVERY_S = 1.0
+
+
+class LiveRebalancing:
+    """This rank's part in rebalancing; every rank makes one, at the same time.
+
+    Args:
+        inputs: what was checked before the model was loaded.
+        report: of the model.
+        layers: its expert-parallel layers.
+        group: its ranks.
+        loads: the loads of steps, on rank 0; None elsewhere.
+        send: sends a message to the HTTP process.
+    """
+
+    def __init__(
+        self,
+        inputs: RebalanceInputs,
+        report: LoadReport,
+        layers: list[EPExperts],
+        group: TorchGroup,
+        loads: StepLoads | None,
+        send: Callable[[FromRank], None],
+    ) -> None:
+        self._loads = loads
+        self._leader = None if loads is None else LeadingRank(inputs, report.placement, loads, send, self.abort)
+        self._mover = GroupMover(
+            layers,
+            group.open_host_channel(),
+            inputs.planner_of(layers[0].family, report.placement),
+            inputs.read_expert(),
+            inputs.rule.bytes_per_step,
+            **({} if self._leader is None else {"on_round": self._leader.on_round, "on_end": self._leader.on_end}),
+        )
+        self.flags = self._mover.flags
+
+    def on_agreement(self, flags: GroupFlags) -> None:
+        """Take part in what all ranks do between the same two steps; on the engine's thread."""
+        if self._loads is not None:
+            self._loads.between_steps(flags.any_prefill)
+        self._mover.on_agreement(flags)
+
+    def handle(self, message: BeginMigration | RebalanceCommand) -> None:
+        """Take a message of the HTTP process, on the thread of its connection."""
+        if isinstance(message, BeginMigration):
+            self._mover.begin(message)
+        elif self._leader is not None:
+            self._leader.command(message)
+
+    def tick(self) -> None:
+        """Go on, on the main thread; called many times a second."""
+        if self._leader is not None:
+            self._leader.tick()
+
+    def abort(self, generation: int, reason: str) -> None:
+        """Give a migration up, on all ranks."""
+        self._mover.abort(generation, reason)
+
+    def stop(self) -> None:
+        """Give up what is under way, before the engine stops."""
+        self._mover.stop()
+
+    def close(self) -> None:
+        """End, after the engine."""
+        self._mover.close()
+        if self._leader is not None:
+            self._leader.close()
+
+
+class LeadingRank:
+    """Rank 0's part: a controller on the main thread, and what reaches it from other threads.
+
+    Args:
+        inputs: what was checked.
+        placement: that serves at first.
+        loads: of steps.
+        send: sends a message to the HTTP process.
+        abort: gives a migration up.
+    """
+
+    def __init__(
+        self,
+        inputs: RebalanceInputs,
+        placement: Placement,
+        loads: StepLoads,
+        send: Callable[[FromRank], None],
+        abort: Callable[[int, str], None],
+    ) -> None:
+        self._inputs = inputs
+        self._loads = loads
+        self._send = send
+        self.abort = abort
+        self._planner = PlannerProcess()
+        rebalancer = Rebalancer(inputs.problem(placement), inputs.strategy, placement, inputs.rule)
+        self._controller = RebalanceController(rebalancer, inputs.stats.expert_bytes, self._planner, self)
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sent = self._controller.status
+        self._sent_at_s = -STATUS_EVERY_S
+
+    # On other threads
+
+    def on_round(self, layers: Mapping[int, Any]) -> None:
+        self._events.put(lambda: self._controller.on_round(layers))
+
+    def on_end(self, is_committed: bool, reason: str) -> None:
+        self._events.put(lambda: self._controller.on_end(is_committed, reason))
+
+    def command(self, command: RebalanceCommand) -> None:
+        self._events.put(lambda: self._controller.command(command.number, command.action))
+
+    # On the main thread
+
+    def tick(self) -> None:
+        while not self._events.empty():
+            self._events.get()()
+        for counts_LE, phase in self._loads.take():
+            self._controller.observe(counts_LE, phase)
+        self._controller.step()
+        status, now_s = self._controller.status, time.monotonic()
+        has_changed = replace(status, progress_s=0.0) != replace(self._sent, progress_s=0.0)
+        if has_changed or now_s - self._sent_at_s >= STATUS_EVERY_S:
+            self._sent, self._sent_at_s = status, now_s
+            self._send(status)
+
+    def close(self) -> None:
+        self._planner.close()
+
+    # As the host of the controller
+
+    def begin(self, generation: int, decision: Decision) -> None:
+        assert decision.placement is not None
+        log.info(
+            "re-placement %d: %s; %s bytes in %d rounds",
+            generation, decision.reason, f"{decision.moved_bytes:,}", len(decision.rounds),
+        )  # fmt: skip
+        self._send(MigrationPlanned(generation, decision.placement.to_dict(), list(decision.rounds)))
+
+    def served(self, generation: int, placement: Placement, positions: tuple[int, ...] | None) -> None:
+        if positions is not None:
+            changed = replace(placement, layers=tuple(placement.layers[position] for position in sorted(positions)))
+            self._send(PlacementServed(generation, changed.to_dict()["layers"]))
+            return
+        log.info("re-placement %d has ended", generation)
+        ranks, layout = range(placement.topology.num_ranks), self._inputs.layout
+        sizes = [expert_bytes(placement, layout, [rank]) for rank in ranks]
+        self._send(PlacementServed(generation, [], placement.to_dict(), sizes))
+        if (path := self._inputs.config.placement_out) is not None:
+            self._planner.ask(SaveRequest(placement, path))
+
+    def answer(self, number: int, refusal: str | None, decision: Mapping[str, Any] | None) -> None:
+        self._send(RebalanceAnswer(number, refusal, None if decision is None else dict(decision)))

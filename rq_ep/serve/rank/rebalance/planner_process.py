@@ -1,0 +1,174 @@
+"""Rank 0's planner process: decides on re-placements beside the engine, at low priority and on one thread.
+
+Requests and answers are pickles in its pipes, and nobody else holds these. It ends when its input does: with its parent.
+"""
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from rq_ep.config import child_environment
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
+from rq_ep.rebalancing.rebalancer import Decision, RebalanceRequest, decide
+
+NICENESS = 19
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+END_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """A placement that is to be written to a file: whole, then renamed."""
+
+    placement: Placement
+    path: str
+
+
+@dataclass(frozen=True)
+class PlannerFailure:
+    """The process has ended without an answer, or has answered with an error."""
+
+    reason: str
+    of_decision: bool  # else of a placement that was to be saved
+
+
+Answer = Decision | PlannerFailure
+
+
+class PlannerProcess:
+    """The parent's side. One decision is asked for at a time; nothing here waits for the process.
+
+    A process that has died is started again for the next request.
+
+    Args:
+        command: what to start; default: `main`.
+    """
+
+    def __init__(self, command: list[str] | None = None) -> None:
+        # Not by `-m`: what a module run so pickles is of `__main__`.
+        self._command = command or [sys.executable, "-c", f"from {__name__} import main; main()"]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: queue.SimpleQueue[RebalanceRequest | SaveRequest | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="rq_ep planner", daemon=True).start()
+
+    def ask(self, request: RebalanceRequest | SaveRequest) -> None:
+        """Have a decision made, or a placement saved."""
+        self._requests.put(request)
+
+    def take(self) -> Answer | None:
+        """The answer to the last request for a decision, or the failure of any; None if there is none yet."""
+        try:
+            return self._answers.get_nowait()
+        except queue.Empty:
+            return None
+
+    def kill(self) -> None:
+        """End a process that does not answer; its request fails."""
+        if (process := self._process) is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process and its thread."""
+        self._requests.put(None)
+        self.kill()
+
+    # On a thread of its own: a request is megabytes, and an answer takes seconds.
+
+    def _run(self) -> None:
+        while (request := self._requests.get()) is not None:
+            answer = self._answer(request)
+            if answer is not None:
+                self._answers.put(answer)
+        if self._process is not None:
+            self._end(self._process)
+
+    def _answer(self, request: RebalanceRequest | SaveRequest) -> Answer | None:
+        process = self._started()
+        of_decision = isinstance(request, RebalanceRequest)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            pickle.dump(request, process.stdin, pickle.HIGHEST_PROTOCOL)
+            process.stdin.flush()
+            answer: Answer | None = pickle.load(process.stdout)
+            return answer
+        except (OSError, EOFError):
+            self._process = None
+            return PlannerFailure(f"the planner process has ended (exit status {self._end(process)})", of_decision)
+        except Exception as error:  # what cannot be pickled, or read
+            process.kill()
+            self._process = None
+            self._end(process)
+            reason = f"no message for or from the planner process: {type(error).__name__}: {error}"
+            return PlannerFailure(reason, of_decision)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            environment = child_environment() | dict.fromkeys(THREADS, "1")
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
+        return self._process
+
+    def _end(self, process: subprocess.Popen[bytes]) -> int:
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:  # what was not written yet has no reader any more
+                    continue
+        try:
+            return process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+def _handle(request: RebalanceRequest | SaveRequest) -> Answer | None:
+    try:
+        if isinstance(request, RebalanceRequest):
+            return decide(request)
+        request.placement.save(request.path)
+        return None
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return PlannerFailure(reason, isinstance(request, RebalanceRequest))
+
+
+def serve(requests: BinaryIO, answers: BinaryIO, on_end: Callable[[], Any]) -> None:
+    """Answer requests one by one; `on_end` is called when the input ends, in the middle of a decision too."""
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            while True:
+                waiting.put(pickle.load(requests))
+        finally:  # the end of the input, or something that is no request
+            on_end()
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        pickle.dump(_handle(waiting.get()), answers, pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a launcher's, to all processes: rank 0 decides what they mean
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(NICENESS)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    serve(sys.stdin.buffer, answers, lambda: os._exit(0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The state of re-placements on rank 0: observes, has decisions made, starts migrations, and follows them to their end.
+
+    IDLE -> PLANNING -> MOVING -> IDLE      a placement was accepted, and serves
+            PLANNING -> IDLE                none was, or the planner has failed
+            PLANNING, MOVING -> ABORTING -> IDLE
+
+It does nothing itself: what is to be done goes to a `MigrationHost`, and what has happened comes back by calls. All on
+one thread.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from enum import Enum
+from typing import Any, Protocol
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
+from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, RebalanceRequest
+from rq_ep.serve.messages import RebalanceStatus
+from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure
+
+PLANNER_TIMEOUT_S = 120.0  # after which the planner is ended, and started again for the next decision
+
+
+class RebalanceState(Enum):
+    """State of re-placements, as the status names it."""
+
+    IDLE = "idle"
+    PLANNING = "planning"
+    MOVING = "moving"
+    ABORTING = "aborting"
+
+
+class PlannerSide(Protocol):
+    """The part of a `PlannerProcess` that is needed here."""
+
+    def ask(self, request: RebalanceRequest) -> None: ...
+    def take(self) -> Answer | None: ...
+    def kill(self) -> None: ...
+
+
+class MigrationHost(Protocol):
+    """Carries out what was decided, on all ranks."""
+
+    def begin(self, generation: int, decision: Decision) -> None:
+        """Start a migration on every rank."""
+
+    def abort(self, generation: int, reason: str) -> None:
+        """Give a migration up on every rank; its end is reported as ever."""
+
+    def served(self, generation: int, placement: Placement, positions: tuple[int, ...] | None) -> None:
+        """A placement serves from now on; `positions` of the layers that have changed, None: the migration is over."""
+
+    def answer(self, number: int, refusal: str | None, decision: Mapping[str, Any] | None) -> None:
+        """Answer a command."""
+
+
+class RebalanceController:
+    """Decides what is to be done next.
+
+    Args:
+        rebalancer: observes and decides.
+        expert_bytes: format -> bytes of one expert.
+        planner: makes its decisions.
+        host: is given what to do.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        rebalancer: Rebalancer,
+        expert_bytes: Mapping[str, int],
+        planner: PlannerSide,
+        host: MigrationHost,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rebalancer = rebalancer
+        self._expert_bytes = expert_bytes
+        self._planner = planner
+        self._host = host
+        self._clock = clock
+        self._state = RebalanceState.IDLE
+        self._generation = 0  # of the last migration that was begun
+        self._decision: Decision | None = None  # the last one
+        self._decided_at = 0.0  # seconds since the epoch
+        self._goal: Decision | None = None  # of the migration under way
+        self._layers = list(rebalancer.current.layers)  # as they serve
+        self._round_bytes: list[int] = []  # of the migration under way, that reach ranks
+        self._num_rounds = 0  # of it that serve
+        self._dry_run: int | None = None  # the command that asks for the decision under way, and for no moves
+        self._results: Counter[str] = Counter()
+        self._moved_bytes = 0
+        self._progress_at_s = clock()
+        self._problem = ""
+
+    # What happens
+
+    def observe(self, counts_LE: IntArray, phase: int) -> None:
+        """Take the loads of a step."""
+        self._rebalancer.observe(counts_LE, phase)
+
+    def step(self) -> None:
+        """Go on, if it is time to; called now and then."""
+        if self._state is RebalanceState.IDLE and self._rebalancer.is_due:
+            self._ask()
+        answer = self._planner.take()
+        if answer is not None:
+            self._take(answer)
+        elif self._is_planning and self._clock() - self._progress_at_s > PLANNER_TIMEOUT_S:
+            self._progress_at_s = self._clock()
+            self._planner.kill()
+
+    def command(self, number: int, action: str) -> None:
+        """Obey, or refuse: one thing is done at a time."""
+        is_idle = self._state is RebalanceState.IDLE
+        if action == "abort":
+            refusal = (
+                None if self._state in (RebalanceState.PLANNING, RebalanceState.MOVING) else "nothing is under way"
+            )
+        else:
+            refusal = None if is_idle else f"{self._state.value}: wait for its end, or abort it"
+        if refusal is not None or action == "start":
+            self._host.answer(number, refusal, None)
+        if refusal is not None:
+            return
+        match action:
+            case "abort":
+                self._abort()
+                self._host.answer(number, None, None)
+            case "dry_run":
+                self._dry_run = number
+                self._ask()
+            case _:
+                self._ask()
+
+    def on_round(self, layers: Mapping[int, LayerPlacement]) -> None:
+        """A round serves: layers by their position, as they are now."""
+        for position, layer in layers.items():
+            self._layers[position] = layer
+        self._moved_bytes += self._round_bytes[self._num_rounds]
+        self._num_rounds += 1
+        self._progress_at_s = self._clock()
+        self._host.served(self._generation, self._placement_now(), tuple(layers))
+
+    def on_end(self, is_committed: bool, reason: str) -> None:
+        """A migration has ended, on all ranks alike; `reason`: why it was given up."""
+        goal = self._goal
+        assert goal is not None
+        assert goal.placement is not None
+        if is_committed:
+            placement = goal.placement
+            self._layers = list(placement.layers)
+        else:
+            self._problem = reason
+            placement = self._placement_now() if self._num_rounds else self._rebalancer.current
+        self._rebalancer.commit(placement)
+        self._results["committed" if is_committed else "aborted"] += 1
+        self._goal = None
+        self._to(RebalanceState.IDLE)
+        self._host.served(self._generation, placement, None)
+
+    # What is to be seen
+
+    @property
+    def status(self) -> RebalanceStatus:
+        """State, last decision and progress."""
+        sizes = [] if self._goal is None else self._round_bytes
+        is_idle = self._state is RebalanceState.IDLE
+        return RebalanceStatus(
+            state=self._state.value,
+            generation=self._generation,
+            decision=None if self._decision is None else described(self._decision) | {"time": self._decided_at},
+            results=dict(self._results),
+            moved_bytes=self._moved_bytes,
+            done_bytes=sum(sizes[: self._num_rounds]),
+            left_bytes=sum(sizes[self._num_rounds :]),
+            progress_s=0.0 if is_idle else self._clock() - self._progress_at_s,
+            problem=self._problem,
+        )
+
+    # What is to be done
+
+    @property
+    def _is_planning(self) -> bool:
+        return self._goal is None and self._state is not RebalanceState.IDLE
+
+    def _to(self, state: RebalanceState) -> None:
+        self._state = state
+        self._progress_at_s = self._clock()
+
+    def _ask(self) -> None:
+        self._to(RebalanceState.PLANNING)
+        self._planner.ask(self._rebalancer.request())
+
+    def _abort(self) -> None:
+        reason = "it was aborted by a request"
+        if self._goal is not None:
+            self._host.abort(self._generation, reason)
+        self._state = RebalanceState.ABORTING
+
+    def _take(self, answer: Answer) -> None:
+        if isinstance(answer, PlannerFailure):
+            self._problem = answer.reason
+            if not answer.of_decision:
+                return
+            self._results["failed"] += 1
+        number, self._dry_run = self._dry_run, None
+        was_aborted = self._state is RebalanceState.ABORTING
+        self._to(RebalanceState.IDLE)
+        if isinstance(answer, PlannerFailure):
+            if number is not None:
+                self._host.answer(number, answer.reason, None)
+            return
+        self._decision, self._decided_at = answer, time.time()
+        if was_aborted:
+            self._results["aborted"] += 1
+        elif answer.stays or not answer.rounds:
+            self._results["stayed"] += number is None
+        elif number is None:
+            self._begin(answer)
+        if number is not None:
+            refusal = "it was aborted" if was_aborted else None
+            self._host.answer(number, refusal, described(answer) | {"moves": _moves(answer)})
+
+    def _begin(self, decision: Decision) -> None:
+        self._problem = ""
+        self._generation += 1
+        num_ranks = self._rebalancer.current.topology.num_ranks
+        sizes = [moves.received_bytes_R(num_ranks, self._expert_bytes) for moves in decision.rounds]
+        self._goal, self._num_rounds, self._round_bytes = decision, 0, [int(size_R.sum()) for size_R in sizes]
+        self._to(RebalanceState.MOVING)
+        self._host.begin(self._generation, decision)
+
+    def _placement_now(self) -> Placement:
+        """What serves in the middle of a migration: without the certificate of what served before."""
+        current = self._rebalancer.current
+        bytes_R = bytes_by_rank(self._layers, current.topology.num_ranks, self._expert_bytes)
+        return replace(current, layers=tuple(self._layers), bytes_R=tuple(bytes_R.tolist()), certificate={})
+
+
+def described(decision: Decision) -> dict[str, Any]:
+    """A decision as plain values."""
+    gain = decision.gain
+    return {
+        "stays": decision.stays or not decision.rounds,
+        "reason": decision.reason,
+        "gain": None
+        if gain is None
+        else {
+            "before": gain.before, "after": gain.after, "mean": gain.estimate.mean, "noise": float(gain.estimate.noise),
+        },
+        "moved_bytes": decision.moved_bytes,
+        "num_rounds": len(decision.rounds),
+        "seconds": decision.seconds,
+    }  # fmt: skip
+
+
+def _moves(decision: Decision) -> list[dict[str, Any]]:
+    """The moves of a decision, in their order."""
+    layers = () if decision.placement is None else decision.placement.layers
+    return [
+        {"round": number, "layer": layers[position].index, **move._asdict()}
+        for number, moves in enumerate(decision.rounds)
+        for position, move in (*moves.receives, *moves.drops)
+    ]
