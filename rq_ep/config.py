@@ -225,6 +225,12 @@ class ServeConfig(RebalanceOptions):
         keys = keys or [key for key in (given.get("RQ_EP_API_KEY"),) if key]
         return replace(self, api_key=tuple(keys) or None)
 
+    def restarted(self, restart_count: int) -> "ServeConfig":
+        """These settings for a group that its launcher starts again: with the placement that served last, if saved."""
+        if not restart_count or self.placement_out is None or not Path(self.placement_out).exists():
+            return self
+        return replace(self, placement=self.placement_out)
+
     @property
     def model_name(self) -> str:
         """The model name in requests and answers."""

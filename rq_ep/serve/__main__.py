@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = Environment.from_os()
         rank = environment.rank
         args = parser.parse_args(argv)
-        config = read_settings(ServeConfig, args)
+        config = read_settings(ServeConfig, args).restarted(environment.restart_count)
         if args.dry_run:
             from rq_ep.serve.rank.dry_run import preview
 

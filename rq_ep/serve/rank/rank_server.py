@@ -151,9 +151,8 @@ class RankServer:
             engine = self._start_engine(loads)
             with short_collections():
                 rebalancing = self._rebalancing
-                self._wait(
-                    StatsSampler(engine, loads, lambda: 0 if rebalancing is None else rebalancing.flags().staged)
-                )
+                staged = (lambda: 0) if rebalancing is None else rebalancing.num_staged
+                self._wait(StatsSampler(engine, loads, staged))
                 if rebalancing is not None:
                     rebalancing.stop()
                 engine.stop()

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rq_ep.core.moves import Move
 from rq_ep.core.placement import LayerPlacement, Placement
@@ -20,9 +20,15 @@ log = logging.getLogger("rq_ep.serve")
 
 CLOSE_TIMEOUT_S = 10.0
 
-# What has happened, for whoever follows: layers that serve by their position; how a migration has ended, and why.
-OnRound = Callable[[Mapping[int, LayerPlacement]], None]
-OnEnd = Callable[[bool, str], None]
+
+class MigrationObserver(Protocol):
+    """Follows migrations; called on the engine's thread."""
+
+    def on_round(self, layers: Mapping[int, LayerPlacement]) -> None:
+        """A round serves: layers by their position, as they are now."""
+
+    def on_end(self, is_committed: bool, reason: str) -> None:
+        """A migration has ended; `reason`: why it was given up."""
 
 
 class GroupMover:
@@ -30,8 +36,7 @@ class GroupMover:
 
     Args:
         layers, channel, planner_of, read_expert, bytes_per_step: as for `ExpertMover`.
-        on_round: called on the engine's thread when a round serves.
-        on_end: called on the engine's thread when a migration has ended.
+        observer: follows them.
     """
 
     def __init__(
@@ -41,12 +46,10 @@ class GroupMover:
         planner_of: Callable[[LayerPlacement], Planner],
         read_expert: ReadExpert,
         bytes_per_step: int | None,
-        on_round: OnRound = lambda layers: None,
-        on_end: OnEnd = lambda is_committed, reason: None,
+        observer: MigrationObserver | None,
     ) -> None:
         self._layers = layers
-        self._on_round = on_round
-        self._on_end = on_end
+        self._observer = observer
         self._to_begin: deque[Migration] = deque()
         self._is_moving = False
         self._newest = 0  # generation of those that were asked for
@@ -90,14 +93,16 @@ class GroupMover:
             self._mover.begin(self._to_begin.popleft())
 
     def _round_serves(self, positions: Sequence[int]) -> None:
-        self._on_round({position: self._layers[position].placement for position in positions})
+        if self._observer is not None:
+            self._observer.on_round({position: self._layers[position].placement for position in positions})
 
     def _ended(self, generation: int, end: MigrationEnd) -> None:
         self._is_moving = False
         error, self._mover.error = self._mover.error, ""
         if end is MigrationEnd.ABORTED and error:
             log.warning("re-placement %d was given up: %s", generation, error)
-        self._on_end(end is MigrationEnd.COMMITTED, error or "another rank gave it up")
+        if self._observer is not None:
+            self._observer.on_end(end is MigrationEnd.COMMITTED, error or "another rank gave it up")
 
 
 def read_rounds(rows: Sequence[Any]) -> tuple[MoveRound, ...]:

@@ -62,9 +62,13 @@ class LiveRebalancing:
             inputs.planner_of(layers[0].family, report.placement),
             inputs.read_expert(),
             inputs.rule.bytes_per_step,
-            **({} if self._leader is None else {"on_round": self._leader.on_round, "on_end": self._leader.on_end}),
+            self._leader,
         )
         self.flags = self._mover.flags
+
+    def num_staged(self) -> int:
+        """How far this rank has come, as one number."""
+        return self.flags().staged
 
     def on_agreement(self, flags: GroupFlags) -> None:
         """Take part in what all ranks do between the same two steps; on the engine's thread."""

@@ -1,6 +1,6 @@
 """Rank 0's planner process: decides on re-placements beside the engine, at low priority and on one thread.
 
-Requests and answers are pickles in its pipes, and nobody else holds these. It ends when its input does: with its parent.
+Requests and answers are pickles in its pipes, which nobody else holds. It ends when its input does: with its parent.
 """
 
 import os

@@ -116,9 +116,8 @@ class RebalanceController:
         """Obey, or refuse: one thing is done at a time."""
         is_idle = self._state is RebalanceState.IDLE
         if action == "abort":
-            refusal = (
-                None if self._state in (RebalanceState.PLANNING, RebalanceState.MOVING) else "nothing is under way"
-            )
+            may_abort = self._state in (RebalanceState.PLANNING, RebalanceState.MOVING)
+            refusal = None if may_abort else "nothing is under way"
         else:
             refusal = None if is_idle else f"{self._state.value}: wait for its end, or abort it"
         if refusal is not None or action == "start":

@@ -114,9 +114,9 @@ class RebalanceInputs:
             packed = reader.stored_expert(names[layer], expert, format_name)
             if packed is None and in_advance is not None:
                 packed = in_advance.packed(layer, expert, format_name)
-            return (
-                get_format(format_name).pack(reader.expert(names[layer], expert), layout) if packed is None else packed
-            )
+            if packed is None:
+                packed = get_format(format_name).pack(reader.expert(names[layer], expert), layout)
+            return packed
 
         return read
 

@@ -1,0 +1,120 @@
+"""Rebalancing over HTTP, in process: its state, commands and their refusals, metrics, and the naming of a stall."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from rq_ep.serve.http.rebalance_view import RebalanceView
+from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
+from tests.serve.http.test_app import Bench, error
+
+DECISION = {"reason": "max/mean 1.400 -> 1.050", "moved_bytes": 100}
+
+
+def status(state: str = "moving", progress_s: float = 0.5, **changes: Any) -> RebalanceStatus:
+    fields: dict[str, Any] = {
+        "generation": 3, "decision": DECISION, "results": {"committed": 2}, "moved_bytes": 700, "done_bytes": 40,
+        "left_bytes": 60, "problem": "",
+    }  # fmt: skip
+    return RebalanceStatus(state=state, progress_s=progress_s, **{**fields, **changes})
+
+
+class RebalancingBench(Bench):
+    """An app over a rank 0 that answers commands from a script."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 100.0
+        self.refusal: str | None = None
+        self.commands: list[RebalanceCommand] = []
+        self.view = self.service.rebalancing = RebalanceView(self.obey, lambda: self.now_s)
+
+    def obey(self, command: RebalanceCommand) -> None:
+        self.commands.append(command)
+        decision = DECISION if command.action == "dry_run" else None
+        self.view.take(RebalanceAnswer(command.number, self.refusal, decision))
+
+    def get(self, path: str = "/v1/ep/rebalance") -> httpx.Response:
+        return self.call("GET", path)
+
+    def command(self, body: Any) -> httpx.Response:
+        return self.call("POST", "/v1/ep/rebalance", json=body)
+
+
+@pytest.fixture
+def bench() -> RebalancingBench:
+    return RebalancingBench()
+
+
+def test_the_state_is_shown_as_rank_0_has_sent_it(bench: RebalancingBench) -> None:
+    assert bench.get().json()["state"] == "loading"
+    bench.view.take(status())
+    bench.now_s += 2
+    body = bench.get().json()
+    assert (body["state"], body["generation"], body["decision"]) == ("moving", 3, DECISION)
+    assert (body["done_bytes"], body["left_bytes"], body["seconds_since_progress"]) == (40, 60, 2.5)
+    bench.view.take(status("idle"))
+    assert bench.get().json()["seconds_since_progress"] == 0
+
+
+def test_a_command_reaches_rank_0_and_its_answer_the_client(bench: RebalancingBench) -> None:
+    assert bench.command({"action": "start"}).json() == {"action": "start"}
+    assert bench.command({"action": "dry_run"}).json() == {"action": "dry_run", "decision": DECISION}
+    assert bench.commands == [RebalanceCommand(1, "start"), RebalanceCommand(2, "dry_run")]
+    bench.refusal = "moving: wait for its end, or abort it"
+    assert error(bench.command({"action": "start"}), 409)["message"] == f"start: {bench.refusal}"
+
+
+@pytest.mark.parametrize("body", [{"action": "stop"}, {}, {"action": "start", "now": True}])
+def test_another_action_is_refused_by_name(bench: RebalancingBench, body: Any) -> None:
+    assert error(bench.command(body), 400)["param"] == ("now" if "now" in body else "action")
+    assert bench.commands == []
+
+
+def test_a_server_that_keeps_its_placement_says_so() -> None:
+    bench = Bench()
+    assert bench.call("GET", "/v1/ep/rebalance").json()["state"] == "off"
+    answer = bench.call("POST", "/v1/ep/rebalance", json={"action": "start"})
+    assert "--rebalance auto" in error(answer, 400)["message"]
+    assert "rq_ep_rebalance" not in bench.call("GET", "/metrics").text
+
+
+def test_a_mover_without_progress_is_named_within_ten_seconds_and_serving_goes_on(bench: RebalancingBench) -> None:
+    for rank, staged in enumerate([(3 << 20) + 1, 3 << 20, (3 << 20) + 1]):
+        bench.view.on_staged(rank, staged)
+    bench.view.take(status(progress_s=9.0))
+    assert bench.get("/health").json() == {"status": "ok"}
+    bench.now_s += 1.5
+    health = bench.get("/health")
+    assert health.status_code == 200
+    assert health.json()["rebalance"] == "re-placement 3 has made no progress for 10 s: rank 1 is behind"
+    assert bench.get().json()["stall"] == health.json()["rebalance"]
+    bench.view.take(status("planning", 12.0))
+    assert bench.get("/health").json()["rebalance"] == "the planner has not answered for 12 s"
+
+
+def test_metrics_count_what_was_decided_and_moved(bench: RebalancingBench) -> None:
+    metrics = bench.service.metrics
+    metrics.add_rebalancing(lambda: 2.5)
+    for results, moved in (({"committed": 1}, 300), ({"committed": 2, "stayed": 1}, 700)):
+        metrics.rebalancing(status(results=results, moved_bytes=moved))
+    text = bench.get("/metrics").text
+    model = 'model_name="org/tiny"'
+    for line in (
+        f"rq_ep_placement_generation{{{model}}} 3.0",
+        f'rq_ep_rebalance_total{{{model},result="committed"}} 2.0',
+        f'rq_ep_rebalance_total{{{model},result="stayed"}} 1.0',
+        f"rq_ep_rebalance_moved_bytes_total{{{model}}} 700.0",
+        f"rq_ep_rebalance_seconds_since_progress{{{model}}} 2.5",
+    ):
+        assert line in text
+
+
+def test_the_placement_that_is_shown_is_the_one_that_serves(bench: RebalancingBench) -> None:
+    bench.service.placement = {"strategy": "rq", "certificate": {"x": 1}, "layers": [{"layer": 3}, {"layer": 5}]}
+    bench.service.take_placement(PlacementServed(1, [{"layer": 5, "replicas": []}]))
+    shown = bench.get("/v1/ep/placement").json()
+    assert shown["layers"] == [{"layer": 3}, {"layer": 5, "replicas": []}]
+    bench.service.take_placement(PlacementServed(1, [], {"layers": []}))
+    assert bench.get("/v1/ep/placement").json() == {"layers": []}

@@ -1,0 +1,77 @@
+"""The planner process: a real one decides, saves, dies and comes back; none outlives its parent's pipe."""
+
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rq_ep.core.placement import Placement
+from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, decide
+from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure, PlannerProcess, SaveRequest
+from rq_ep.strategies import make_strategy
+from tests.rebalancing.cases import problem_of, steps_SLE
+from tests.serve.rank.rebalance.test_rebalance_controller import BEFORE
+from tests.serve.running import until
+
+pytestmark = pytest.mark.slow
+
+
+def answer_of(planner: PlannerProcess) -> Answer:
+    end_s = time.monotonic() + 120
+    while (answer := planner.take()) is None:
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+    return answer
+
+
+def test_a_process_of_its_own_decides_as_this_one_would(tmp_path: Path) -> None:
+    rebalancer = Rebalancer(problem_of(steps_SLE(0, 1, 0)), make_strategy("rq"), BEFORE)
+    for counts_LE in steps_SLE(1, 64, 0):
+        rebalancer.observe(counts_LE)
+    request = rebalancer.request()
+    planner = PlannerProcess()
+    try:
+        planner.ask(request)
+        answer, expected = answer_of(planner), decide(request)
+        assert isinstance(answer, Decision)
+        assert answer.placement is not None
+        assert (answer.reason, answer.rounds) == (expected.reason, expected.rounds)
+
+        child = psutil.Process(planner._process.pid)  # type: ignore[union-attr]
+        assert child.nice() == 19
+        assert not any("libtorch" in mapped.path for mapped in child.memory_maps())
+        planner.ask(SaveRequest(answer.placement, str(tmp_path / "saved.json")))
+        until((tmp_path / "saved.json").exists)
+        assert Placement.load(tmp_path / "saved.json").to_dict() == answer.placement.to_dict()
+        planner.ask(SaveRequest(answer.placement, str(tmp_path)))
+        failure = answer_of(planner)
+        assert isinstance(failure, PlannerFailure)
+        assert not failure.of_decision
+
+        child.kill()
+        planner.ask(request)
+        failure = answer_of(planner)
+        assert isinstance(failure, PlannerFailure)
+        assert failure.of_decision
+        planner.ask(request)
+        assert isinstance(answer_of(planner), Decision), "it is started again"
+        left = planner._process
+        assert left is not None
+        left.stdin.close()  # type: ignore[union-attr]  # as when the parent dies
+        assert left.wait(10) == 0
+    finally:
+        planner.close()
+
+
+def test_a_silent_process_can_be_ended() -> None:
+    planner = PlannerProcess([sys.executable, "-c", "import time; time.sleep(600)"])
+    planner.ask(SaveRequest(BEFORE, "unused"))
+    until(lambda: planner._process is not None)
+    assert planner.take() is None
+    planner.kill()
+    failure = answer_of(planner)
+    assert isinstance(failure, PlannerFailure)
+    assert "-9" in failure.reason
+    planner.close()
