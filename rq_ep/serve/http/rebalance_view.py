@@ -47,7 +47,9 @@ class RebalanceView:
                     answer.set_result(message)
             case PlacementServed():
                 if message.placement is not None:
-                    self._commits.append({"time": time.time(), "generation": message.generation})
+                    decision = None if self.status is None else self.status.decision
+                    about = {key: (decision or {}).get(key) for key in ("reason", "moved_bytes")}
+                    self._commits.append({"time": time.time(), "generation": message.generation, **about})
 
     def on_staged(self, rank: int, staged: int) -> None:
         """Take how far a rank has come."""

@@ -139,7 +139,7 @@ class LeadingRank:
         self._events.put(lambda: self._controller.on_round(layers))
 
     def on_end(self, is_committed: bool, reason: str) -> None:
-        self._events.put(lambda: self._controller.on_end(is_committed, reason))
+        self._events.put(lambda: self._ended(is_committed, reason))
 
     def command(self, command: RebalanceCommand) -> None:
         self._events.put(lambda: self._controller.command(command.number, command.action))
@@ -157,6 +157,10 @@ class LeadingRank:
         if has_changed or now_s - self._sent_at_s >= STATUS_EVERY_S:
             self._sent, self._sent_at_s = status, now_s
             self._send(status)
+
+    def _ended(self, is_committed: bool, reason: str) -> None:
+        log.info("the re-placement %s", "serves" if is_committed else f"was given up: {reason}")
+        self._controller.on_end(is_committed, reason)
 
     def close(self) -> None:
         self._planner.close()
@@ -176,7 +180,6 @@ class LeadingRank:
             changed = replace(placement, layers=tuple(placement.layers[position] for position in sorted(positions)))
             self._send(PlacementServed(generation, changed.to_dict()["layers"]))
             return
-        log.info("re-placement %d has ended", generation)
         ranks, layout = range(placement.topology.num_ranks), self._inputs.layout
         sizes = [expert_bytes(placement, layout, [rank]) for rank in ranks]
         self._send(PlacementServed(generation, [], placement.to_dict(), sizes))

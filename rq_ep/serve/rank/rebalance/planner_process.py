@@ -19,7 +19,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.rebalancing.rebalancer import Decision, RebalanceRequest, decide
 
-NICENESS = 19
+NICENESS = 10  # a tenth of a core where all are busy; at 19, where it gets a hundredth, no decision comes in time
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 END_TIMEOUT_S = 5.0
 
@@ -46,7 +46,7 @@ Answer = Decision | PlannerFailure
 class PlannerProcess:
     """The parent's side. One decision is asked for at a time; nothing here waits for the process.
 
-    A process that has died is started again for the next request.
+    The process starts at once, as its imports take seconds; one that has died is started again for the next request.
 
     Args:
         command: what to start; default: `main`.
@@ -84,6 +84,7 @@ class PlannerProcess:
     # On a thread of its own: a request is megabytes, and an answer takes seconds.
 
     def _run(self) -> None:
+        self._started()
         while (request := self._requests.get()) is not None:
             answer = self._answer(request)
             if answer is not None:
