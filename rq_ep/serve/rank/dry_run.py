@@ -46,3 +46,47 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     ]
     if rebalancing is not None:
         lines.append(rebalancing.summary())
+    if in_advance := read_in_advance(config):
+        numbers = ", ".join(f"{number} in {name}" for name, number in sorted(in_advance.items()))
+        lines.append(f"quantized in advance, read from {config.experts}: {numbers}")
+    num_sharing = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)
+    return "\n".join([*lines, *_memory_lines(config, placement, opened, device, num_sharing)])
+
+
+def _checked(
+    config: ServeConfig, placement: Placement | None, strategy: Strategy, opened: OpenedModel, num_ranks: int
+) -> Placement:
+    """The placement, if the model and the strategy go with it; None: the one for uniform load."""
+    identity = model_identity(config.model)
+    if placement is None:
+        placement = place_uniformly(strategy, opened, num_ranks, identity)
+    placement.check_serves(identity, num_ranks, config.placement or "the placement")
+    check_layers(placement, opened.experts)
+    for layer in placement.layers:
+        strategy.planner(layer, placement.topology)
+    return placement
+
+
+def _memory_lines(
+    config: ServeConfig, placement: Placement, opened: OpenedModel, device: torch.device, num_sharing: int
+) -> Iterator[str]:
+    """What each rank holds, and what that leaves of the memory that `num_sharing` ranks share."""
+    layout = family_of(opened.experts[0].module).layout
+    routed = sum(parameter.nbytes for module in opened.experts for parameter in module.module.parameters())
+    others = sum(parameter.nbytes for parameter in opened.model.parameters()) - routed
+    memory = available_bytes(device)
+    token_bytes = kv_bytes_per_token(opened.model.config, opened.dtype)
+    for rank in range(placement.topology.num_ranks):
+        held = expert_bytes(placement, layout, [rank])
+        formats = ", ".join(f"{size:,} in {name}" for name, size in sorted(held.items())) or "none"
+        total = sum(held.values())
+        yield f"rank {rank}: {total + others:,} bytes: experts {total:,} ({formats}), the rest {others:,}"
+        if memory is not None:
+            left = max(memory // num_sharing - total - others, 0)
+            tokens = left // token_bytes
+            yield f"        leaves {left:,} bytes for rows on their way and the KV cache: {tokens:,} tokens"
+    cached = cache_size(config.kv_cache_tokens, device.type)
+    capacity = "what is left" if cached is None else f"{cached:,} tokens, {cached * token_bytes:,} bytes a rank"
+    yield f"KV cache: {token_bytes:,} bytes a token; {capacity} (--kv-cache-tokens)"
+    if memory is not None:
+        yield f"memory: {memory:,} bytes of {device.type}, for {num_sharing} rank{'s' * (num_sharing > 1)}"

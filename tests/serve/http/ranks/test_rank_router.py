@@ -22,16 +22,20 @@ from rq_ep.serve.messages import (
     Abort,
     Aborted,
     AddRequest,
+    BeginMigration,
     Cancel,
     DrainRequest,
     Failed,
     FromRank,
     Mark,
     MessageError,
+    MigrationPlanned,
     Outputs,
     PromptPart,
     RankStats,
     Ready,
+    RebalanceAnswer,
+    RebalanceCommand,
     Recorded,
     RecordingFailed,
     Stop,
@@ -85,6 +89,7 @@ class Stage:
     def __init__(self, stall_s: float = 60.0) -> None:
         self.ended = asyncio.Event()
         self.ready: list[Ready] = []
+        self.rebalances: list[object] = []
         self.num_ends = 0
         self.router = RankRouter(NUM_RANKS, TOKEN, self, max_queue_size=4, stall_s=stall_s)
         self.address = ("", 0)
@@ -98,6 +103,9 @@ class Stage:
     def on_stats(self, rank: int, stats: RankStats) -> None: ...
 
     def on_recorded(self, result: Recorded | RecordingFailed) -> None: ...
+
+    def on_rebalance(self, message: object) -> None:
+        self.rebalances.append(message)
 
     def on_end(self) -> None:
         self.num_ends += 1
@@ -597,3 +605,17 @@ def test_an_error_of_the_http_process_ends_the_group_by_name(where: str) -> None
         assert "KeyError" in str(it.router.why_unavailable())
 
     play(scene)
+
+
+def test_a_migration_of_rank_0_reaches_every_rank_and_a_command_rank_0_alone() -> None:
+    async def run() -> None:
+        async with stage(60) as it:
+            it.router.rebalance(RebalanceCommand(1, "start"))
+            assert await it.ranks[0].receive(RebalanceCommand) == RebalanceCommand(1, "start")
+            it.ranks[0].send(RebalanceAnswer(1, None, None))
+            it.ranks[0].send(MigrationPlanned(1, {"layers": []}, [[[], []]]))
+            for rank in it.ranks:
+                assert await rank.receive(BeginMigration) == BeginMigration(1, {"layers": []}, [[[], []]])
+            assert it.rebalances == [RebalanceAnswer(1, None, None)]
+
+    asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
