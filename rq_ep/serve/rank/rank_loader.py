@@ -1,6 +1,7 @@
 """Loading a rank's model for serving, and what the HTTP process and the log learn of it."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -21,13 +22,19 @@ from rq_ep.serve.rank.check_inputs import chosen_strategy
 log = logging.getLogger("rq_ep.serve")
 
 
-def load_served_model(config: ServeConfig, group: TorchGroup, loads: CallRecorder | None) -> PreTrainedModel:
+def load_served_model(
+    config: ServeConfig,
+    group: TorchGroup,
+    loads: CallRecorder | None,
+    movable_formats: Sequence[str] | None = None,
+) -> PreTrainedModel:
     """Load the model onto this rank; every rank calls this.
 
     Args:
         config: what to serve.
         group: the ranks.
         loads: counts the load of every MoE layer; None: it is not counted here.
+        movable_formats: that experts may be stored in when the placement is replaced; None: it stays.
 
     Raises:
         UserError: it cannot be loaded or served, on every rank where the model itself is at fault.
@@ -45,6 +52,7 @@ def load_served_model(config: ServeConfig, group: TorchGroup, loads: CallRecorde
         telemetry=loads,
         max_tokens=config.max_num_batched_tokens,
         max_dispatch_bytes=config.max_dispatch_bytes,
+        movable_formats=movable_formats,
     )
     set_attention(model, config.attn_implementation)
     return model
