@@ -9,7 +9,7 @@ import pytest
 
 from rq_ep.core.placement import Placement
 from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, decide
-from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure, PlannerProcess, SaveRequest
+from rq_ep.serve.rank.rebalance.planner_process import NICENESS, Answer, PlannerFailure, PlannerProcess, SaveRequest
 from rq_ep.strategies import make_strategy
 from tests.rebalancing.cases import problem_of, steps_SLE
 from tests.serve.rank.rebalance.test_rebalance_controller import BEFORE
@@ -40,7 +40,7 @@ def test_a_process_of_its_own_decides_as_this_one_would(tmp_path: Path) -> None:
         assert (answer.reason, answer.rounds) == (expected.reason, expected.rounds)
 
         child = psutil.Process(planner._process.pid)  # type: ignore[union-attr]
-        assert child.nice() == 19
+        assert child.nice() == NICENESS
         assert not any("libtorch" in mapped.path for mapped in child.memory_maps())
         planner.ask(SaveRequest(answer.placement, str(tmp_path / "saved.json")))
         until((tmp_path / "saved.json").exists)

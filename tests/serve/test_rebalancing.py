@@ -1,0 +1,60 @@
+"""A server of two ranks that was started without calibration, and replaces its placement while it answers."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from rq_ep.core.placement import Placement
+from tests.serve.running import running, until
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+def test_a_server_becomes_balanced_by_itself_and_loses_no_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "served.json"
+    text = "".join(path.read_text() for path in sorted((tiny_checkpoint / "text/train/c").iterdir()))
+    settings = [
+        "--model", str(tiny_checkpoint), "--strategy", "rq", "--formats", "bf16,int8", "--dtype", "float32",
+        "--rebalance", "auto", "--rebalance-window", "32", "--rebalance-interval", "16", "--placement-out", str(saved),
+    ]  # fmt: skip
+    with running(tmp_path / "log", 2, *settings) as server:
+        statuses: list[int] = []
+        is_over = threading.Event()
+
+        def ask(number: int) -> None:
+            with httpx.Client(base_url=server.url, timeout=120) as client:
+                model = client.get("/v1/models").json()["data"][0]["id"]
+                for at in range(number, 10**6, 4):
+                    if is_over.is_set():
+                        return
+                    prompt = text[100 * at % 10_000 :][:100]
+                    body = {"model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+                    statuses.append(client.post("/v1/completions", json=body).status_code)
+
+        def state() -> dict[str, Any]:
+            return httpx.get(f"{server.url}/v1/ep/rebalance", timeout=60).json()
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            until(lambda: state()["results"].get("committed", 0) >= 1)
+            until(saved.exists)
+        finally:
+            is_over.set()
+            for thread in threads:
+                thread.join()
+        assert set(statuses) == {200}
+        until(lambda: state()["state"] == "idle")
+        shown = httpx.get(f"{server.url}/v1/ep/placement").json()
+        until(lambda: json.loads(saved.read_text()) == shown)
+        placement = Placement.load(saved)
+        assert placement.budget_bytes_R is not None
+        assert all(held <= most for held, most in zip(placement.bytes_R, placement.budget_bytes_R, strict=True))
+        assert state()["moved_bytes"] > 0
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'result="committed"' in metrics
