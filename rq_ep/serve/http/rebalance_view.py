@@ -11,6 +11,7 @@ from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceComm
 
 Action = Literal["start", "abort", "dry_run"]
 STALL_S = 10.0  # without progress, after which a migration or a decision counts as stuck
+SILENT_S = 5.0  # without figures of a rank, which sends some every second
 ANSWER_TIMEOUT_S = 180.0  # a decision on a large model takes seconds, on a busy machine more
 MAX_COMMITS = 1000
 
@@ -31,6 +32,7 @@ class RebalanceView:
         self.status: RebalanceStatus | None = None
         self._came_at_s = 0.0
         self._staged: dict[int, int] = {}  # by rank
+        self._last_at_s: dict[int, float] = {}
         self._answers: dict[int, asyncio.Future[RebalanceAnswer]] = {}
         self._num_commands = 0
         self._commits: deque[dict[str, Any]] = deque(maxlen=MAX_COMMITS)
@@ -53,7 +55,7 @@ class RebalanceView:
 
     def on_staged(self, rank: int, staged: int) -> None:
         """Take how far a rank has come."""
-        self._staged[rank] = staged
+        self._staged[rank], self._last_at_s[rank] = staged, self._clock()
 
     # For the routes
 
@@ -72,10 +74,15 @@ class RebalanceView:
             return None
         if status.state == "planning":
             return f"the planner has not answered for {seconds:.0f} s"
+        return f"re-placement {status.generation} has made no progress for {seconds:.0f} s: {self._who_is_late()}"
+
+    def _who_is_late(self) -> str:
+        for rank, at_s in sorted(self._last_at_s.items()):
+            if self._clock() - at_s > SILENT_S:
+                return f"rank {rank} is silent"
         least = min(self._staged.values(), default=0)
         late = [rank for rank, staged in sorted(self._staged.items()) if staged == least]
-        who = "all ranks wait" if len(late) in (0, len(self._staged)) else f"rank {late[0]} is behind"
-        return f"re-placement {status.generation} has made no progress for {seconds:.0f} s: {who}"
+        return "all ranks wait" if len(late) in (0, len(self._staged)) else f"rank {late[0]} is behind"
 
     def view(self) -> dict[str, Any]:
         """State, last decision, bytes and times, for `/v1/ep/rebalance`."""

@@ -90,6 +90,10 @@ def test_a_mover_without_progress_is_named_within_ten_seconds_and_serving_goes_o
     assert health.status_code == 200
     assert health.json()["rebalance"] == "re-placement 3 has made no progress for 10 s: rank 1 is behind"
     assert bench.get().json()["stall"] == health.json()["rebalance"]
+    bench.now_s += 6
+    for rank in (0, 1):
+        bench.view.on_staged(rank, 3 << 20)
+    assert bench.get("/health").json()["rebalance"].endswith("rank 2 is silent")
     bench.view.take(status("planning", 12.0))
     assert bench.get("/health").json()["rebalance"] == "the planner has not answered for 12 s"
 
