@@ -306,7 +306,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def as_mapping(settings: Any) -> dict[str, Any]:
     """The settings as a YAML file would give them."""
-    values = {item.key: getattr(settings, name) for name, item in options_of(type(settings)).items()}
+    items = sorted(options_of(type(settings)).items(), key=lambda pair: pair[1].depth)  # the class's own come first
+    values = {item.key: getattr(settings, name) for name, item in items}
     document = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     if isinstance(strategy := document.get("strategy"), StrategyConfig):
         document["strategy"] = {"name": strategy.name, **strategy.settings}
