@@ -78,6 +78,7 @@ class _Progress:
     def __init__(self, migration: Migration) -> None:
         self.migration = migration
         self.num_committed = 0  # rounds
+        self.changed: set[int] = set()  # positions of layers that a committed round has changed
         self.has_ended = False
 
 
@@ -190,8 +191,9 @@ class ExpertMover:
         after = moves.applied_to([layer.placement for layer in self._layers])
         current.num_committed += 1
         is_last = current.num_committed == len(migration.rounds)
-        for position in moves.layers:
-            placement = migration.placement.layers[position] if is_last else after[position]
+        current.changed.update(moves.layers)
+        for position in sorted(current.changed) if is_last else moves.layers:
+            placement = migration.placement.layers[position] if is_last else after[position]  # the goal's has shares
             self._layers[position].replace_placement(placement, self._planner_of(placement))
         self._on_round(moves.layers)
         if is_last:

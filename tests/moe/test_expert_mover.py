@@ -224,6 +224,9 @@ def test_all_ranks_serve_each_round_in_the_same_step(seed: int) -> None:
     assert group.run(1) is MigrationEnd.COMMITTED
     group.close()
     assert group.served == states(before, plan)
+    changed = {position for moves in plan.rounds for position in moves.layers}
+    for layers in group.layers:
+        assert all(layers[position].placement is after.layers[position] for position in changed)
     words = 2 * len(plan.rounds) * NUM_RANKS * NUM_RANKS  # one for each piece, and there are few
     planned = sum(int(SIZES[move.format]) for one in plan.rounds for _, move in one.receives if _is_sent(move))
     assert planned <= group.wires.num_bytes <= planned + words
