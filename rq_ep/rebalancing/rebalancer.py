@@ -30,7 +30,7 @@ class Decision:
     reason: str
     gain: Gain | None = None  # on steps that were not planned for
     moved_bytes: int = 0  # that ranks receive
-    rounds: tuple[MoveRound, ...] = ()  # that lead to the new placement
+    rounds: tuple[MoveRound, ...] = ()  # that lead to the new placement, at least one
     seconds: float = 0.0  # that the decision took
 
     @property
@@ -145,6 +145,8 @@ def _with_rounds(request: RebalanceRequest, decision: Decision, placement: Place
         )  # fmt: skip
     except UserError as error:
         return replace(decision, placement=None, reason=f"{decision.reason}, but {error}")
+    if not rounds:
+        return replace(decision, placement=None, reason=f"{decision.reason}: it is the placement that serves")
     return replace(decision, rounds=tuple(rounds))
 
 

@@ -172,6 +172,16 @@ def test_a_strategy_that_keeps_what_it_has_is_refused_by_name(name: str) -> None
         Rebalancer(problem, strategy, certify(problem, strategy, contiguous(problem)))
 
 
+def test_a_plan_that_moves_nothing_stays_and_the_next_decision_comes() -> None:
+    problem = problem_of(steps_SLE(0, 64, 0), ("bf16",))
+    counts_SLE = np.repeat(steps_SLE(0, 1, 0), 100, axis=0)
+    placement = Eplb().place(replace(problem, stats=replace(problem.stats, counts=counts_SLE)))
+    following = LivePlacement(Rebalancer(problem, Eplb(), placement, RebalanceRule(interval=20, min_gain=None)))
+    run(following, counts_SLE)
+    assert [decision.stays for _, decision in following.decisions] == [True] * 5
+    assert following.decisions[0][1].reason.endswith("it is the placement that serves")
+
+
 def test_eplb_takes_whatever_it_plans_as_its_engines_do() -> None:
     problem = problem_of(steps_SLE(0, 64, 0), ("bf16",))
     rule = replace(Eplb.rebalance_rule or RebalanceRule(), window=100, interval=300)

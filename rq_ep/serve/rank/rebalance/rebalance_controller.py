@@ -215,7 +215,7 @@ class RebalanceController:
         self._decision, self._decided_at = answer, time.time()
         if was_aborted:
             self._results["aborted"] += 1
-        elif answer.stays or not answer.rounds:
+        elif answer.stays:
             self._results["stayed"] += number is None
         elif number is None:
             self._begin(answer)
@@ -243,7 +243,7 @@ def described(decision: Decision) -> dict[str, Any]:
     """A decision as plain values."""
     gain = decision.gain
     return {
-        "stays": decision.stays or not decision.rounds,
+        "stays": decision.stays,
         "reason": decision.reason,
         "gain": None
         if gain is None
