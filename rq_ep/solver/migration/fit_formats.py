@@ -29,17 +29,33 @@ def enforce_low_cap(problem: PlacementProblem, layers: Sequence[LayerPlacement])
         excess += layer.low_pairs(pairs_E, stats.native_format)
     if excess <= 0 or any(layer.replicas.mixed_formats for layer in layers):
         return layers
-    copies_LE = np.stack([np.bincount(layer.replicas.experts_P, minlength=layer.num_experts) for layer in layers])
-    share_LE: FloatArray = pairs_LE / copies_LE
+    copies_LE = _copies_LE(layers)
     held: ReplicaSets = [set(layer.replicas) for layer in layers]
-    _promote(held, share_LE, pairs_LE, excess, stats.native_format)
+    _promote(held, pairs_LE / copies_LE, pairs_LE, excess, stats.native_format)
+    return within_budgets(problem, layers, held)
+
+
+def within_budgets(
+    problem: PlacementProblem, layers: Sequence[LayerPlacement], held: ReplicaSets
+) -> list[LayerPlacement]:
+    """`layers` with the replicas `held`, in other formats, less those that full ranks drop as far as others hold them.
+
+    A rank whose experts have no other replicas may still exceed its budget.
+    """
     if problem.budget_bytes_R is not None:
-        bytes_R = bytes_by_rank(even_layers(layers, held), problem.topology.num_ranks, stats.expert_bytes)
-        drop_excess(problem, held, share_LE, copies_LE, bytes_R - np.array(problem.budget_bytes_R, np.int64))
-    return even_layers(layers, held)
+        copies_LE = _copies_LE(layers)
+        bytes_R = bytes_by_rank(_even(layers, held), problem.topology.num_ranks, problem.stats.expert_bytes)
+        share_LE: FloatArray = problem.stats.counts.sum(axis=0) / copies_LE
+        _drop_excess(problem, held, share_LE, copies_LE, bytes_R - np.array(problem.budget_bytes_R, np.int64))
+    return _even(layers, held)
 
 
-def even_layers(layers: Sequence[LayerPlacement], held: ReplicaSets) -> list[LayerPlacement]:
+def _copies_LE(layers: Sequence[LayerPlacement]) -> IntArray:
+    """[L, E] replicas of each expert."""
+    return np.stack([np.bincount(layer.replicas.experts_P, minlength=layer.num_experts) for layer in layers])
+
+
+def _even(layers: Sequence[LayerPlacement], held: ReplicaSets) -> list[LayerPlacement]:
     """The layers with these replicas, which share pairs evenly."""
     return [
         LayerPlacement.even(layer.index, layer.num_experts, replicas)
@@ -62,7 +78,7 @@ def _promote(held: ReplicaSets, share_LE: FloatArray, pairs_LE: IntArray, excess
         replicas |= {replica._replace(format=native) for replica in changed}
 
 
-def drop_excess(
+def _drop_excess(
     problem: PlacementProblem, held: ReplicaSets, share_LE: FloatArray, copies_LE: IntArray, over_R: IntArray
 ) -> None:
     """Drop replicas of experts that have others, from ranks that exceed their budgets by `over_R`."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray
-from rq_ep.core.placement import LayerPlacement, bytes_by_rank
+from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.solver.migration.fit_formats import drop_excess, even_layers
+from rq_ep.solver.migration.fit_formats import within_budgets
 from rq_ep.solver.objective.precision import Formats, low_experts
 
 
@@ -21,7 +21,7 @@ def refit_formats(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -
         problem: its caps, budgets and statistics.
         layers: the replicas of an expert share a format; where formats mix, nothing is changed.
     """
-    stats, formats = problem.stats, Formats.of(problem)
+    formats = Formats.of(problem)
     if any(layer.replicas.mixed_formats for layer in layers):
         return layers
     stored_low_LE = _stored_low_LE(layers, formats)
@@ -32,13 +32,7 @@ def refit_formats(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -
     for layer, low_E in zip(layers, low_LE, strict=True):
         names_E = formats.names_of(low_E)
         held.append({replica._replace(format=names_E[replica.expert]) for replica in layer.replicas})
-    if problem.budget_bytes_R is not None:
-        pairs_LE = stats.counts.sum(axis=0)
-        copies_LE = np.stack([np.bincount(layer.replicas.experts_P, minlength=layer.num_experts) for layer in layers])
-        bytes_R = bytes_by_rank(even_layers(layers, held), problem.topology.num_ranks, stats.expert_bytes)
-        over_R = bytes_R - np.array(problem.budget_bytes_R, np.int64)
-        drop_excess(problem, held, pairs_LE / copies_LE, copies_LE, over_R)
-    return even_layers(layers, held)
+    return within_budgets(problem, layers, held)
 
 
 def _stored_low_LE(layers: Sequence[LayerPlacement], formats: Formats) -> BoolArray:
