@@ -22,14 +22,15 @@ class RebalanceOptions:
     window: int | None = option(
         None,
         flag="--rebalance-window",
-        help="steps whose loads a new placement is planned for; default: 256",
+        help="steps whose loads a new placement is planned for; default: 256, eplb 1000",
         minimum=16,
         group=REBALANCING,
     )
     interval: int | None = option(
         None,
         flag="--rebalance-interval",
-        help="steps between two decisions; after a change the next one waits for a whole window; default: 64",
+        help="steps between two decisions; after a change the next one waits for a whole window; default: 64, eplb "
+        "3000",
         minimum=1,
         group=REBALANCING,
     )
@@ -37,7 +38,7 @@ class RebalanceOptions:
         None,
         flag="--rebalance-min-gain",
         help="max/mean by which a new placement must be better on steps that it was not planned for, beside the price "
-        "of its bytes; default: 0.02",
+        "of its bytes; default: 0.02, and eplb takes whatever it plans",
         minimum=0,
         group=REBALANCING,
     )

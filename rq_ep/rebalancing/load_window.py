@@ -41,11 +41,6 @@ class LoadWindow:
         self._pairs_between = [0.0] * len(PHASES)  # that a phase routes from one step that is kept to the next
         self._pairs_since = [0.0] * len(PHASES)
 
-    @property
-    def num_observed(self) -> int:
-        """Steps of the window that have been made."""
-        return min(self._step, self._num_steps)
-
     def observe(self, counts_LE: IntArray, phase: int) -> None:
         """Take the loads of a step.
 
