@@ -5,13 +5,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rq_ep.formats.kernels.blocked_product import has_fast_products
 from rq_ep.formats.kernels.unpack import int8_to_bf16, scale_channels
 from rq_ep.formats.quantized import Fields, Parts, Quantized
 
 _MAX_LEVEL = 127
-# Up to so many rows a CPU multiplies with packed weights. The kernel needs bf16, and a multiple of 16 inputs: with
-# others it returns garbage, or ends the process.
-_PACKED_ROWS = 8
+# Up to so many rows a CPU with fast products in bf16, or one without, multiplies with packed weights. The kernel needs
+# bf16, and a multiple of 16 inputs: with others it returns garbage, or ends the process.
+_PACKED_ROWS = {True: 8, False: 24}
 _PACKED_MULTIPLE = 16
 
 
@@ -47,6 +48,6 @@ def can_multiply_packed(x_NI: Tensor) -> bool:
     return (
         x_NI.device.type == "cpu"
         and x_NI.dtype == torch.bfloat16
-        and 0 < num_rows <= _PACKED_ROWS
+        and 0 < num_rows <= _PACKED_ROWS[has_fast_products(x_NI.dtype)]
         and num_in % _PACKED_MULTIPLE == 0
     )

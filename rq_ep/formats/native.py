@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rq_ep.formats.kernels.blocked_product import blocked_product, is_widened
 from rq_ep.formats.layout import ExpertLayout, Packing, Views
 
 
@@ -41,6 +42,9 @@ class Native:
         return views[name].to(dtype)
 
     def linear(self, x_NI: Tensor, views: Views, name: str, layout: ExpertLayout) -> Tensor:
-        weight = views[name].to(x_NI.dtype)
+        weight_OI = views[name].T if layout.is_transposed else views[name]
         bias = views.get(f"{name}_bias")
-        return F.linear(x_NI, weight.T if layout.is_transposed else weight, None if bias is None else bias.to(x_NI))
+        if weight_OI.dtype == x_NI.dtype and not is_widened(x_NI):
+            return F.linear(x_NI, weight_OI, bias)
+        out_NO = blocked_product(x_NI, len(weight_OI), lambda start, end: (weight_OI[start:end].to(x_NI.dtype), None))
+        return out_NO if bias is None else out_NO.add_(bias)

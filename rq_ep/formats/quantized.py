@@ -5,19 +5,14 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rq_ep.core.errors import UserError
-from rq_ep.formats.kernels.unpack import scale_channels
+from rq_ep.formats.kernels.blocked_product import blocked_product
 from rq_ep.formats.layout import ExpertLayout, Packing, Views
 
 Parts = Mapping[str, Tensor]  # the stored tensors of one matrix; the first axis of each is its output channels
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # their shapes and dtypes
-
-# Weights that are unpacked at a time: on a CPU a block that stays in the cache, on a GPU one that fills the machine.
-_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-_ROWS_ON_THE_RIGHT = range(12, 128)  # in bf16 on a CPU, so few rows are multiplied faster from this side
 
 
 class Quantized(ABC):
@@ -118,31 +113,14 @@ class Quantized(ABC):
 
     def product(self, x_NI: Tensor, parts: Parts) -> Tensor:
         """Rows [N, I] times one matrix: [N, O] in the rows' dtype."""
-        num_out = len(next(iter(parts.values())))
-        out_NO = x_NI.new_empty(len(x_NI), num_out)
-        if not len(x_NI):
-            return out_NO
-        for start, end in _blocks(num_out, _BLOCK_ELEMENTS[x_NI.device.type] // x_NI.shape[1]):
-            part = {name: tensor[start:end] for name, tensor in parts.items()}
-            weight, scale = self.expand(part, x_NI.shape[1], x_NI.dtype)
-            block_NO = _matmul(x_NI, weight)
-            out_NO[:, start:end] = block_NO if scale is None else scale_channels(block_NO, scale)
-        return out_NO
+
+        def unpack(start: int, end: int) -> tuple[Tensor, Tensor | None]:
+            return self.expand({name: part[start:end] for name, part in parts.items()}, x_NI.shape[1], x_NI.dtype)
+
+        return blocked_product(x_NI, len(next(iter(parts.values()))), unpack)
 
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raise a `UserError` unless every element of tensor `name` is a finite number."""
     if not weight.isfinite().all():
         raise UserError(f"tensor {name!r} of an expert holds infinite or undefined weights: check the model")
-
-
-def _blocks(size: int, limit: int) -> list[tuple[int, int]]:
-    """Spans of about equal size, none above `limit` (but at least 1)."""
-    step = -(-size // -(-size // max(1, limit)))
-    return [(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _matmul(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    if x_NI.device.type == "cpu" and x_NI.dtype == torch.bfloat16 and len(x_NI) in _ROWS_ON_THE_RIGHT:
-        return (weight_OI @ x_NI.T).T
-    return F.linear(x_NI, weight_OI)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.formats import ExpertLayout, Views, WeightFormat, blank
+from rq_ep.formats.kernels.blocked_product import has_fast_products
 from rq_ep.formats.kernels.unpack import has_triton
 from rq_ep.formats.native import Native
 from rq_ep.formats.quantized import Quantized
@@ -136,6 +137,8 @@ def _suits_grouping(x_ND: Tensor, stack: Stack, name: str) -> bool:
     if not isinstance(stack.format, Native) or not x_ND.dtype == stack.format.dtype == torch.bfloat16:
         return False
     if x_ND.device.type == "cuda" and torch.cuda.get_device_capability(x_ND.device) < (8, 0):
+        return False
+    if x_ND.device.type == "cpu" and not has_fast_products(x_ND.dtype):
         return False
     return all(size * x_ND.dtype.itemsize % _GROUPED_STRIDE_BYTES == 0 for size in stack.layout.shapes[name])
 

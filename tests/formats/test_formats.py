@@ -63,10 +63,12 @@ def test_packed_expert_is_one_aligned_deterministic_buffer(name: str, layout: Ex
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_rows", [0, 1, 7])
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 20])
+@pytest.mark.parametrize("is_fast", [True, False], ids=["native products", "products in fp32"])
 def test_linear_is_the_product_with_the_dequantized_matrix(
-    name: str, layout: ExpertLayout, dtype: torch.dtype, num_rows: int
+    name: str, layout: ExpertLayout, dtype: torch.dtype, num_rows: int, is_fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rq_ep.formats.kernels.blocked_product.has_fast_products", lambda dtype: is_fast)
     format_ = FORMATS[name]
     views = format_.views(format_.pack(weights_of(layout), layout), layout)
     for matrix in layout.matrices:
@@ -135,7 +137,7 @@ def test_blocks_of_channels_give_the_whole_product(name: str, monkeypatch: pytes
         return expand(self, parts, *rest)
 
     monkeypatch.setattr(type(format_), "expand", record)
-    monkeypatch.setattr("rq_ep.formats.quantized._BLOCK_ELEMENTS", {"cpu": 7 * 64})
+    monkeypatch.setattr("rq_ep.formats.kernels.blocked_product._BLOCK_ELEMENTS", {"cpu": 7 * 64})
     torch.testing.assert_close(format_.linear(x, views, "up_proj", layout), whole)
     assert sum(seen) == 96
     assert max(seen) <= 7

@@ -164,18 +164,20 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         LOW_BIT["fp8"].pack_parts({"down_proj": fp8}, {}, layout)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 4, 8, 17])
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 8, 17, 25])
 @pytest.mark.parametrize("num_in", [16, 20, 24, 40, 48, 100])
+@pytest.mark.parametrize(("is_fast", "max_rows"), [(True, 8), (False, 24)], ids=["native products", "products in fp32"])
 def test_the_packed_kernel_runs_only_where_it_is_right(
-    num_in: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+    num_in: int, num_rows: int, is_fast: bool, max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rq_ep.formats.int8.has_fast_products", lambda dtype: is_fast)
     calls = []
     kernel = torch._weight_int8pack_mm
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(1) or kernel(*args))
     random = torch.Generator().manual_seed(0)
     weight, x = torch.randn(37, num_in, generator=random), torch.randn(num_rows, num_in, generator=random).bfloat16()
     actual = Int8().product(x, Int8().quantize(weight))
-    assert bool(calls) == (num_in % 16 == 0 and num_rows <= 8) == can_multiply_packed(x)
+    assert bool(calls) == (num_in % 16 == 0 and num_rows <= max_rows) == can_multiply_packed(x)
     expected = x.float() @ dequantized(LOW_BIT["int8"], weight).T
     torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=2e-2 * num_in**0.5)
     assert not can_multiply_packed(x.float())
