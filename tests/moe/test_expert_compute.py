@@ -59,6 +59,11 @@ def outputs(stack: Stack, family: ExpertFamily, received: Received, max_bytes: i
     return partial_MD
 
 
+def use_native_products(monkeypatch: pytest.MonkeyPatch, are_fast: bool = True) -> None:
+    """Whatever this CPU is, it shall have (or lack) arithmetic in bf16."""
+    monkeypatch.setattr("rq_ep.moe.grouped_gemm.has_fast_products", lambda dtype: are_fast)
+
+
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("pairs_J", [[3, 0, 17, 1, 4], [0, 0, 9, 0, 0], [1, 1, 1, 1, 1]], ids=str)
 def test_grouped_kernel_equals_the_loop(
@@ -66,6 +71,7 @@ def test_grouped_kernel_equals_the_loop(
 ) -> None:
     stack = stack_of(family, "bf16")
     received = received_of(pairs_J, 10, torch.bfloat16)
+    use_native_products(monkeypatch)
     calls = []
     kernel = F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
@@ -84,7 +90,8 @@ def test_bounded_workspace_gives_the_same_sums(name: str) -> None:
     torch.testing.assert_close(outputs(stack, family, received, max_bytes=4000), outputs(stack, family, received))
 
 
-def test_kernel_is_only_chosen_where_it_works() -> None:
+def test_kernel_is_only_chosen_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_native_products(monkeypatch)
     stack = stack_of(FAMILIES["gated"], "bf16")
     x_ND = torch.zeros(2, D, dtype=torch.bfloat16)
     assert can_group(x_ND, stack, "gate_up_proj")
@@ -92,6 +99,8 @@ def test_kernel_is_only_chosen_where_it_works() -> None:
     assert not can_group(x_ND, stack_of(FAMILIES["gated"], "int8"), "gate_up_proj")
     odd = ExpertFamily(ExpertLayout({"gate_up_proj": (2 * 33, D), "down_proj": (D, 33)}), silu_gate)
     assert not can_group(x_ND, stack_of(odd, "bf16"), "gate_up_proj")
+    use_native_products(monkeypatch, False)
+    assert not can_group(x_ND, stack, "gate_up_proj")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
