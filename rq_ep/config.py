@@ -108,8 +108,19 @@ class StrategyConfig:
         raise UserError(f"--strategy {value!r:.60}: expected a name or a mapping with a `name`")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """How a model's files are read, wherever a model is named."""
+
+    strict_weights: bool = option(
+        False,
+        help="refuse a model with tensors that it does not know, such as those of multi-token prediction, instead of "
+        "leaving them unread with a warning",
+    )
+
+
 @dataclass(frozen=True)
-class ServeConfig(RebalanceOptions):
+class ServeConfig(CheckpointOptions, RebalanceOptions):
     """Settings of `python -m rq_ep.serve`. Limits are per rank, as each rank batches its own requests."""
 
     model: str = option("", help="directory of the checkpoint", required=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rq_ep.config import DEVICES, DTYPES
+from rq_ep.config import DEVICES, DTYPES, CheckpointOptions
 from rq_ep.core.options import check_options, option
 
 DType = str | Any  # a name of DTYPES, or the torch.dtype itself, which is not imported here
@@ -38,7 +38,7 @@ class WindowSettings:
 
 
 @dataclass(frozen=True)
-class CalibrationSettings(WindowSettings):
+class CalibrationSettings(WindowSettings, CheckpointOptions):
     """What `rq_ep.calibrate` measures, and on how much text."""
 
     formats: tuple[str, ...] | None = option(
@@ -63,7 +63,7 @@ class CalibrationSettings(WindowSettings):
 
 
 @dataclass(frozen=True)
-class QuantizeSettings(WindowSettings):
+class QuantizeSettings(WindowSettings, CheckpointOptions):
     """How `quantize` rounds, and on how much text it calibrates."""
 
     rounding: str = option(
@@ -76,7 +76,7 @@ class QuantizeSettings(WindowSettings):
 
 
 @dataclass(frozen=True)
-class EvaluationSettings(WindowSettings):
+class EvaluationSettings(WindowSettings, CheckpointOptions):
     """How much text strategies and placements are compared on, and by what."""
 
     max_tokens: int = option(16_384, help="tokens to run, over all domains", minimum=0)

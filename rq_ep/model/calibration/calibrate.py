@@ -71,7 +71,7 @@ def calibrate(
             whose experts give infinite or undefined outputs.
     """
     settings = replace(settings or CalibrationSettings(), **options)
-    loaded = LoadedModel.open(model, settings.dtype, settings.device, group)
+    loaded = LoadedModel.open(model, settings.dtype, settings.device, group, strict_weights=settings.strict_weights)
     _check_supported(loaded, settings, trace_path)
     formats = _formats_to_measure(loaded, settings.formats)
     packed = run_on_all_ranks(loaded.group, lambda: _open_files(loaded, trace_path, packed_experts))

@@ -39,6 +39,8 @@ class LoadedModel:
         dtype: str | torch.dtype | None,
         device: str,
         group: EPGroup | None = None,
+        *,
+        strict_weights: bool = False,
     ) -> "LoadedModel":
         """Load the model of a checkpoint, or take one that is already in memory.
 
@@ -48,6 +50,7 @@ class LoadedModel:
             device: auto, cpu or cuda; a model in memory, or a group, stays where it is.
             group: ranks over which the experts of a checkpoint are sharded; all of them call this. Default: all
                 processes of the launcher, or this one.
+            strict_weights: as in `load`.
 
         Raises:
             UserError: no such checkpoint, or one that cannot be served.
@@ -59,10 +62,10 @@ class LoadedModel:
         network: Any
         experts: tuple[ExpertsModule, ...]
         if group.size == 1:
-            network = load_whole_model(model, dtype or "auto", own_device(device))
+            network = load_whole_model(model, dtype or "auto", own_device(device), strict_weights=strict_weights)
             experts, shards = find_expert_modules(network), None
         else:
-            network, experts = load_sharded_model(model, dtype, group)
+            network, experts = load_sharded_model(model, dtype, group, strict_weights=strict_weights)
             shards = group
         checkpoint = open_checkpoint(model)
         native_format = stored_expert_format(checkpoint)

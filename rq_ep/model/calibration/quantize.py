@@ -71,7 +71,7 @@ def quantize(
         raise UserError(
             f"--rounding {settings.rounding} needs --text: give text of the kind you will serve, or round to nearest"
         )
-    loaded = LoadedModel.open(model, settings.dtype, settings.device, group)
+    loaded = LoadedModel.open(model, settings.dtype, settings.device, group, strict_weights=settings.strict_weights)
     if loaded.identity is None:
         raise UserError("quantize: the model was not loaded from a checkpoint directory")
     wanted_L = _wanted_experts(loaded, formats, placement)

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.config_limits import check_sizes
 from rq_ep.model.checkpoint.json_files import MAX_INDEX_BYTES, read_json_object
+from rq_ep.model.checkpoint.lfs_pointers import check_is_no_pointer
 from rq_ep.model.checkpoint.quantization_schemes import CONFIG_KEYS, quantization_scheme
 from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
 from rq_ep.model.seam.adapters import ADAPTERS
@@ -101,6 +102,8 @@ def weight_files(path: str | Path) -> list[Path]:
     if missing := [file.name for file in files if not file.is_file()]:
         wanted = f"expected {INDEX} or" if index is None else "its index names"
         raise UserError(f"{path}: {wanted} {missing[0]}, which is not there ({len(missing)} of {len(files)} missing)")
+    for file in files:
+        check_is_no_pointer(file)
     return files
 
 

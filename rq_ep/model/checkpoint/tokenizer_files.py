@@ -9,9 +9,10 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.json_files import read_json_object
+from rq_ep.model.checkpoint.lfs_pointers import check_is_no_pointer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # of a model folder, beside its weights
 JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
@@ -21,6 +22,9 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     # Without a file, transformers would build an empty tokenizer.
     if directory.is_dir() and not any((directory / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; copy {TOKENIZER_FILES[0]} and tokenizer_config.json of the model there")
+    for pattern in SMALL_FILES:
+        for file in directory.glob(pattern):
+            check_is_no_pointer(file)
     for name in JSON_FILES:
         if (directory / name).exists():
             read_json_object(directory / name)

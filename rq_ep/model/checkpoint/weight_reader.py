@@ -9,42 +9,44 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, dot_natural_key
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from rq_ep.core.errors import UserError
 from rq_ep.formats import ExpertLayout, get_format
 from rq_ep.formats.quantized import Parts, Quantized
 from rq_ep.model.checkpoint.checkpoint_files import REAL_DTYPES, Checkpoint
+from rq_ep.model.checkpoint.leftover_tensors import notes_on_leftovers, some
 from rq_ep.model.checkpoint.quantized_checkpoint import QuantizedCheckpoint
 from rq_ep.model.checkpoint.weight_conversion import TensorConversion, find_conversions
 from rq_ep.model.seam.expert_modules import family_of
-
-# Buffers that older checkpoints hold and today's models compute; transformers ignores them for every model.
-COMPUTED_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
 class WeightReader:
     """Reads the tensors of a model, named, shaped and fused as transformers keeps them in memory.
 
-    Layers for multi-token prediction are not read; `notes` names them, and what else of the checkpoint is not read.
+    Layers for multi-token prediction, and other tensors that the model does not know, are not read; `notes` names them,
+    and what else of the checkpoint is not read.
 
     Args:
         checkpoint: where they come from.
         model: the model as transformers builds it, experts included; its parameters may lie on the meta device.
         experts: names of its routed experts modules; their tensors are read by `expert`, all others by `tensors`.
+        strict: refuse a checkpoint with tensors that neither the model nor its configuration knows.
 
     Raises:
-        UserError: the checkpoint lacks a tensor of the model, or holds one that the model does not know.
+        UserError: the checkpoint lacks a tensor of the model, or one is left over that may not stay unread.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, experts: Iterable[str]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, model: PreTrainedModel, experts: Iterable[str], strict: bool = False
+    ) -> None:
         self._checkpoint = checkpoint
         self._config = model.config
         self.notes = list(checkpoint.notes)
         self._state = model.state_dict()
         conversions = find_conversions(model, checkpoint.keys, self._state)
         made = {target for conversion in conversions.values() for target in conversion.targets}
-        self._check_nothing_left_over(model, made)
+        self.notes += notes_on_leftovers(model, made - set(self._state), checkpoint.path, strict)
         self._check_nothing_missing(model, made)
         self._check_dtypes(conversions.values())
         self._experts: dict[str, dict[str, TensorConversion]] = {}
@@ -165,18 +167,6 @@ class WeightReader:
             ) from None
         return made
 
-    def _check_nothing_left_over(self, model: PreTrainedModel, made: set[str]) -> None:
-        if predicting := {name for name in made - set(self._state) if _predicts_more_tokens(model, name)}:
-            self.notes.append(f"{_some(predicting)}: tensors for multi-token prediction are not read")
-        ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED_BUFFERS]
-        unknown = made - set(self._state) - predicting
-        left = [name for name in unknown if not any(re.search(pattern, name) for pattern in ignored)]
-        if left:
-            raise UserError(
-                f"{self._checkpoint.path}: no place for {_some(left)} in a {model.config.model_type} model with this "
-                "config.json: the weights belong to another configuration"
-            )
-
     def _check_nothing_missing(self, model: PreTrainedModel, made: set[str]) -> None:
         # Tied tensors are not stored; a tensor that may be missing must have been computed by the model.
         ignored = model._keys_to_ignore_on_load_missing or ()
@@ -187,7 +177,7 @@ class WeightReader:
         ]
         if missing:
             raise UserError(
-                f"{self._checkpoint.path}: the checkpoint lacks {_some(missing)}: it is incomplete, or belongs to "
+                f"{self._checkpoint.path}: the checkpoint lacks {some(missing)}: it is incomplete, or belongs to "
                 "another configuration"
             )
 
@@ -231,7 +221,7 @@ class WeightReader:
             if wrong:
                 raise UserError(
                     f"{self._checkpoint.path}: config.json asks for experts 0..{num_experts - 1}, but the checkpoint "
-                    f"disagrees about {_some(wrong)}: it is incomplete, or belongs to another configuration"
+                    f"disagrees about {some(wrong)}: it is incomplete, or belongs to another configuration"
                 )
 
 
@@ -243,19 +233,3 @@ class _ShapeSource:
 
     def get_parameter(self, name: str) -> torch.Tensor:
         return torch.empty(self._shapes[name], device="meta")
-
-
-def _predicts_more_tokens(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor is of a layer for multi-token prediction: those come after the model's own."""
-    config = model.config.get_text_config()
-    number = getattr(config, "num_nextn_predict_layers", None) or 0
-    match = re.match(r"(\w+\.)*layers\.(?P<layer>\d+)\.", name)
-    if match is None or not isinstance(number, int):
-        return False
-    return 0 <= int(match["layer"]) - int(config.num_hidden_layers) < number
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few of a list of names, and how many there are."""
-    first, *others = sorted(names, key=dot_natural_key)
-    return first if not others else f"{first} and {len(others)} more"

@@ -86,7 +86,8 @@ def compare(
     for candidate in candidates:
         if candidate.placement is not None:
             candidate.placement.check_serves(identity, num_ranks, f"the placement of {candidate.label}")
-    dense = load_whole_model(path, torch_dtype(settings.dtype), own_device(settings.device))
+    device = own_device(settings.device)
+    dense = load_whole_model(path, torch_dtype(settings.dtype), device, strict_weights=settings.strict_weights)
     check_sequence_length(settings.sequence_length, dense.config, low=2)  # one token to read, and one to predict
     windows = make_windows(texts, read_tokenizer(path), settings)
     loader = _CandidateLoader(path, dense, identity, num_ranks, machine, packed_experts, settings)

@@ -50,6 +50,7 @@ def load(
     max_tokens: int | None = None,
     max_dispatch_bytes: int | None = None,
     movable_formats: Sequence[str] | None = None,
+    strict_weights: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint with its experts distributed over the ranks; every rank of the group calls this.
 
@@ -81,6 +82,7 @@ def load(
             than in a balanced step.
         movable_formats: the placement may be replaced while the model runs, by one with experts in its own formats and
             in these; default: it stays.
+        strict_weights: refuse a checkpoint with tensors that the model does not know, instead of leaving them unread.
 
     Raises:
         UserError: the checkpoint cannot be served, a file is missing, damaged or of another model, the placement is for
@@ -92,7 +94,7 @@ def load(
     ranks = LoadRanks.of(group, num_local_ranks, device)
     arguments = _Arguments(
         path, placement, strategy, dtype, attn_implementation, packed_experts, machine, telemetry, max_tokens,
-        max_dispatch_bytes, movable_formats,
+        max_dispatch_bytes, movable_formats, strict_weights,
     )  # fmt: skip
     return run_on_all_ranks(ranks.group, lambda: _Loader(arguments, ranks).load())
 
@@ -112,6 +114,7 @@ class _Arguments:
     max_tokens: int | None
     max_dispatch_bytes: int | None
     movable_formats: Sequence[str] | None
+    strict_weights: bool
 
 
 class _Loader:
@@ -128,7 +131,9 @@ class _Loader:
         placement = Placement.load(placement) if isinstance(placement, str | Path) else placement
         self._machine = cost_model(machine) if isinstance(machine, str) else machine
         self._strategy = choose_strategy(arguments.strategy, placement)
-        self._opened = OpenedModel.open(path, arguments.dtype, arguments.attn_implementation)
+        self._opened = OpenedModel.open(
+            path, arguments.dtype, arguments.attn_implementation, strict_weights=arguments.strict_weights
+        )
         self._model, self._experts = self._opened.model, self._opened.experts
         self._family = family_of(self._experts[0].module)
         identity = model_identity(path)

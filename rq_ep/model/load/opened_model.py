@@ -40,6 +40,7 @@ class OpenedModel:
         attn_implementation: str | None = None,
         *,
         whole: bool = False,
+        strict_weights: bool = False,
     ) -> "OpenedModel":
         """Open a checkpoint and check all of it but the weights themselves.
 
@@ -48,6 +49,7 @@ class OpenedModel:
             dtype: to compute in; None or "auto": as the weights are stored.
             attn_implementation: as in transformers.
             whole: the experts are read with all other weights, instead of one by one.
+            strict_weights: refuse tensors that the model does not know.
 
         Raises:
             UserError: the checkpoint cannot be served, a file is missing or damaged, or its tensors are those of
@@ -63,7 +65,7 @@ class OpenedModel:
             with transformers_errors(Path(path, GENERATION_CONFIG)):
                 model.generation_config = GenerationConfig.from_pretrained(path)
         experts = find_expert_modules(model)
-        reader = WeightReader(checkpoint, model, [] if whole else [module.name for module in experts])
+        reader = WeightReader(checkpoint, model, [] if whole else [module.name for module in experts], strict_weights)
         return cls(model, experts, chosen, checkpoint, reader)
 
     def log_notes(self) -> None:

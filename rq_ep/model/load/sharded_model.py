@@ -74,7 +74,7 @@ class ShardedExperts(ExpertsModule):
 
 
 def load_sharded_model(
-    path: str | Path, dtype: torch.dtype | None, group: EPGroup
+    path: str | Path, dtype: torch.dtype | None, group: EPGroup, *, strict_weights: bool = False
 ) -> tuple[PreTrainedModel, tuple[ShardedExperts, ...]]:
     """Load the model of a checkpoint with its experts in contiguous blocks on the ranks; every rank calls this.
 
@@ -82,11 +82,12 @@ def load_sharded_model(
         path: checkpoint directory.
         dtype: to compute in; default: as the weights are stored.
         group: the ranks.
+        strict_weights: as in `load`.
 
     Raises:
         UserError: what `load` raises, on every rank.
     """
-    model = load(path, strategy="standard", group=group, dtype=dtype)
+    model = load(path, strategy="standard", group=group, dtype=dtype, strict_weights=strict_weights)
     names = {module: name for name, module in model.named_modules()}
     sharded = []
     for layer in report_of(model).layers:

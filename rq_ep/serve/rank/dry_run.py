@@ -32,7 +32,7 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     check_inputs(config, device.type)
     rebalancing = RebalanceInputs.check(config, num_ranks)
-    opened = OpenedModel.open(config.model, config.dtype)
+    opened = OpenedModel.open(config.model, config.dtype, strict_weights=config.strict_weights)
     placement = None if config.placement is None else Placement.load(config.placement)
     strategy = choose_strategy(chosen_strategy(config), placement)
     placement = _checked(config, placement, strategy, opened, num_ranks)

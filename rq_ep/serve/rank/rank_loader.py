@@ -53,6 +53,7 @@ def load_served_model(
         max_tokens=config.max_num_batched_tokens,
         max_dispatch_bytes=config.max_dispatch_bytes,
         movable_formats=movable_formats,
+        strict_weights=config.strict_weights,
     )
     set_attention(model, config.attn_implementation)
     return model

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
+from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.checkpoint.weight_reader import WeightReader
+from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.whole_model import load_whole_model
 from tests.model.families import FAMILIES, random_model, save
 
@@ -90,7 +92,6 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
         (lambda t: [t.pop(key) for key in list(t) if "self_attn" in key], r"lacks model\.layers\.0\..* and \d+ more"),
         (lambda t: t.pop(EXPERT), r"disagrees about expert 3 of model\.layers\.1\.mlp\.experts\.gate_up"),
         (lambda t: rename(t, EXPERT, EXPERT.replace(".3.", ".8.")), "disagrees about expert 3 of .* and 1 more"),
-        (lambda t: t.update({"model.extra": torch.ones(3)}), r"no place for model\.extra in a qwen3_moe model"),
         (lambda t: t.update({"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(3)}), "no place for"),
     ],
 )
@@ -125,6 +126,57 @@ def test_tensors_that_transformers_ignores_are_ignored(checkpoints: dict[str, Pa
     edit(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     weights, _ = reader(copy)
     assert "model.norm.weight" in dict(weights.tensors())
+
+
+MTP = {"mtp.fc.weight": (3, 3), "mtp.layers.0.mlp.experts.0.up_proj.weight": (3, 3), "model.visual.patch.bias": (3,)}
+
+
+def test_tensors_that_the_model_does_not_know_are_left_unread_and_named(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(checkpoints["qwen3_moe"], tmp_path / "copy")
+    edit(copy, lambda tensors: tensors.update({name: torch.ones(shape) for name, shape in MTP.items()}))
+    opened = OpenedModel.open(copy)
+    assert len(opened.reader.notes) == 1
+    assert opened.reader.notes[0].startswith("model.visual.patch.bias and 2 more: tensors that the model does not know")
+    expected = reader(checkpoints["qwen3_moe"])[0].tensors()
+    assert dict(opened.reader.tensors()).keys() == dict(expected).keys()
+    with pytest.raises(UserError, match=r"no place for model\.visual.* and 2 more in a qwen3_moe model"):
+        OpenedModel.open(copy, strict_weights=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.9.self_attn.q_proj.weight",
+        "model.layers.1.mlp.experts.8.up_proj.weight_scale",
+        "model.layers.1.mlp.experts.zero_points",
+        "model.layers.1.mlp.shared_experts.up_proj.weight",
+        "model.layers.1.mlp.expert_scales",
+        "model.layers.1.self_attn.q_proj.weight_zero_point",
+        "model.layers.1.self_attn.q_proj.weight.absmax",
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "lm_head.weight_scale",
+    ],
+)
+def test_parts_of_what_is_loaded_are_not_left_unread(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(checkpoints["qwen3_moe"], tmp_path / "copy")
+    edit(copy, lambda tensors: tensors.update({name: torch.ones(3)}))
+    with pytest.raises(UserError, match="no place for"):
+        OpenedModel.open(copy)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_git_lfs_pointer_is_said_to_be_one(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(checkpoints["qwen3_moe"], tmp_path / "copy")
+    (copy / name).write_text(POINTER)
+    for read in (read_tokenizer,) if name == "tokenizer.json" else (model_identity, OpenedModel.open):
+        with pytest.raises(UserError, match=rf"{copy}/{name}: is a Git LFS pointer.* run `git lfs pull` in {copy}"):
+            read(copy)
 
 
 def test_a_truncated_file_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
