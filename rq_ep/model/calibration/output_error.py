@@ -23,7 +23,7 @@ def output_errors_EQ(
     """Relative output error of each expert of a layer in each format, computed in fp32.
 
     It is |f_q(x) - f(x)| / |f(x)| over all rows x (Frobenius norms). An expert without rows, which no calibration token
-    chose, is measured on the rows of all others.
+    chose, is measured on a sample of all others' rows, as many as the largest of them.
 
     Args:
         experts: of the layer.
@@ -38,10 +38,11 @@ def output_errors_EQ(
     """
     layout, fp32 = family.layout, get_format("fp32")
     error_EQ = np.zeros((len(rows_E), len(formats)))
+    any_rows_ND = _sample(rows_E)
     for expert in experts.local_experts:
         weights = {name: weight.float() for name, weight in experts.weights(expert).items()}
         device = weights[family.down].device
-        x_ND = (rows_E[expert] if len(rows_E[expert]) else torch.cat(list(rows_E))).to(device).float()
+        x_ND = (rows_E[expert] if len(rows_E[expert]) else any_rows_ND).to(device).float()
         exact_ND = family.forward(x_ND, fp32, weights)
         exact_norm = exact_ND.double().norm().clamp(min=torch.finfo(torch.float64).tiny)
         for q, format_ in enumerate(formats):
@@ -51,3 +52,10 @@ def output_errors_EQ(
             rounded_ND = family.forward(x_ND, fp32, rounded)
             error_EQ[expert, q] = float((rounded_ND - exact_ND).double().norm() / exact_norm)
     return error_EQ
+
+
+def _sample(rows_E: Sequence[Tensor]) -> Tensor:
+    """Of the rows of all experts, at equal distances, at most as many as the expert with the most rows has."""
+    rows_ND = torch.cat(list(rows_E))
+    most = max(len(rows) for rows in rows_E)
+    return rows_ND[:: -(-len(rows_ND) // most)] if most else rows_ND
