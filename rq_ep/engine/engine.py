@@ -18,7 +18,7 @@ from rq_ep.engine.scoring import PromptScorer
 from rq_ep.engine.step_agreement import GroupFlags, flags_exchange
 from rq_ep.engine.step_loop import StepLoop
 from rq_ep.moe import EPExperts
-from rq_ep.moe.expert_mover import NO_MIGRATION, MoverFlags
+from rq_ep.moe.expert_mover import MoverFlags
 from rq_ep.parallel import TorchGroup
 
 SCORING_CHUNK = 512
@@ -45,7 +45,8 @@ class Engine:
         on_failure: called with an error that ends the engine, on the engine's thread. The other ranks wait for this
             one: it must end the process.
         on_mark: called with a mark, on the engine's thread, between the same two steps on every rank.
-        mover_flags: what this rank announces of the migration of experts under way, before each step.
+        mover_flags: what this rank announces of the migration of experts under way, before each step; None: experts
+            never move.
         on_agreement: called with what the ranks have agreed on, on the engine's thread, between the same two steps on
             every rank.
         heartbeat_s: how often an idle group meets, in seconds.
@@ -61,7 +62,7 @@ class Engine:
         on_outputs: Callable[[list[Output]], None],
         on_failure: Callable[[BaseException], None],
         on_mark: Callable[[int], None] = lambda number: None,
-        mover_flags: Callable[[], MoverFlags] = lambda: NO_MIGRATION,
+        mover_flags: Callable[[], MoverFlags] | None = None,
         on_agreement: Callable[[GroupFlags], None] = lambda flags: None,
         heartbeat_s: float = 1.0,
     ) -> None:

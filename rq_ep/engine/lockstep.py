@@ -154,6 +154,9 @@ class LockstepManager(ContinuousBatchingManager):
     def contents(self) -> Batch:
         return batch_of(self._ios.requests_in_batch)
 
+    def has_prompts(self) -> bool:
+        return has_prompts(self._ios.requests_in_batch)
+
     @property
     def _ios(self) -> ContinuousBatchingIOs:
         ios = self.processor.inputs_and_outputs
@@ -164,7 +167,12 @@ class LockstepManager(ContinuousBatchingManager):
 def batch_of(futures: Sequence[Any]) -> Batch:
     """The requests of a batch, from transformers' records of it."""
     parts = [(future.state.request_id, future.query_length) for future in futures]
-    return Batch(parts, any(not future.state.generated_tokens for future in futures))
+    return Batch(parts, has_prompts(futures))
+
+
+def has_prompts(futures: Sequence[Any]) -> bool:
+    """Whether any request of a batch has tokens of its prompt in it."""
+    return any(not future.state.generated_tokens for future in futures)
 
 
 class Sampler:

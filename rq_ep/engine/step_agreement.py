@@ -47,6 +47,7 @@ class Action(Enum):
     RUN = auto()  # its own tokens
     RUN_EMPTY = auto()  # every MoE layer with zero rows, for the ranks that have tokens
     POLL = auto()  # agree again almost at once: a request is on its way, or waits for room
+    MEET = auto()  # agree again, as soon as another rank wakes up: this one waits for its part in a migration
     SLEEP = auto()  # until it is woken, at most for a heartbeat
     END = auto()
 
@@ -72,7 +73,7 @@ def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
     )
 
 
-def next_action(has_step: bool, group: GroupFlags) -> Action:
+def next_action(has_step: bool, group: GroupFlags, staged: int = 0) -> Action:
     """Choose what a rank does next.
 
     No rank sleeps or ends before all ranks know of the same requests, as one of them may be for it.
@@ -80,6 +81,8 @@ def next_action(has_step: bool, group: GroupFlags) -> Action:
     Args:
         has_step: the rank's own flag.
         group: the merged flags of all ranks.
+        staged: the rank's own. The rank that has come least far sleeps until it has come further, and the others wait
+            for it in the agreement.
     """
     if group.any_stops_now:
         return Action.END
@@ -87,7 +90,9 @@ def next_action(has_step: bool, group: GroupFlags) -> Action:
         return Action.RUN if has_step else Action.RUN_EMPTY
     if group.any_has_requests or not group.all_know_the_same:
         return Action.POLL
-    return Action.SLEEP if group.any_keeps_running else Action.END
+    if not group.any_keeps_running:
+        return Action.END
+    return Action.MEET if staged > group.staged else Action.SLEEP
 
 
 def flags_exchange(control: dist.ProcessGroup | None) -> GatherFlags:

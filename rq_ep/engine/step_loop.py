@@ -35,6 +35,9 @@ class Batches(Protocol):
     def contents(self) -> Batch:
         """The requests in the batch that was prepared."""
 
+    def has_prompts(self) -> bool:
+        """Whether the batch that was prepared has tokens of prompts."""
+
 
 class Prompts(Protocol):
     """The prompts of this rank that are to be scored."""
@@ -55,7 +58,7 @@ class StepLoop:
         is_wanted: whether the request of an id is still wanted.
         empty_step: enters every MoE layer with zero rows.
         on_mark: called with a mark (`Engine.mark`), between the same two steps on every rank.
-        mover_flags: what this rank announces of the migration of experts under way.
+        mover_flags: what this rank announces of the migration of experts under way; None: experts never move.
         on_agreement: called with what the group has agreed on, between the same two steps on every rank.
         progress: follows the steps.
         heartbeat_s: longest sleep of an idle group, in seconds.
@@ -70,7 +73,7 @@ class StepLoop:
         is_wanted: Callable[[str], bool],
         empty_step: Callable[[], None],
         on_mark: Callable[[int], None],
-        mover_flags: Callable[[], MoverFlags],
+        mover_flags: Callable[[], MoverFlags] | None,
         on_agreement: Callable[[GroupFlags], None],
         progress: ProgressTracker,
         heartbeat_s: float,
@@ -124,9 +127,10 @@ class StepLoop:
             has_requests=batches.has_requests() or self._prompts.has_work(),
             num_announced=num_announced,
             mark=self._mark,
-            is_prefill=self.batch(batches).is_prefill,
-            **self._mover_flags()._asdict(),
         )
+        if self._mover_flags is not None:
+            is_prefill = self._is_scoring or (self._has_batch and batches.has_prompts())
+            flags = flags._replace(is_prefill=is_prefill, **self._mover_flags()._asdict())
         self._progress.begin_step()
         group = merge(self._gather_flags(flags))
         self._progress.end_agreement()
@@ -135,7 +139,7 @@ class StepLoop:
             self._on_mark(group.mark)
         if not group.any_stops_now:
             self._on_agreement(group)
-        return self._act(next_action(flags.has_step, group), batches)
+        return self._act(next_action(flags.has_step, group, flags.staged), batches)
 
     def _act(self, action: Action, batches: Batches) -> bool:
         match action:

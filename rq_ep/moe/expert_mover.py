@@ -27,7 +27,6 @@ from rq_ep.parallel.ep_group import HostChannel
 from rq_ep.solver.migration.move_rounds import MoveRound
 
 PIECE_BYTES = 4 << 20  # of an expert in one message, where no fewer are asked for: how soon a migration can be given up
-STEP_S = 0.05  # how long a piece waits for the next step of a group that may be idle
 ROUNDS_PER_GENERATION = 1 << 20
 
 # Reads an expert from the checkpoint: (index of the layer, expert, format) -> packed, uint8 [nbytes].
@@ -106,8 +105,10 @@ class ExpertMover:
         planner_of: the strategy's planner for a layer.
         read_expert: for experts that no rank holds in a format they can be made from; None: there is no checkpoint.
         bytes_per_step: of an expert that leave a rank in a step at most; None: no bound.
+        wake: called on any thread when the ranks are to agree on a step soon, though nobody may have tokens.
         on_round: called on the engine's thread when a round serves, with the positions of its layers.
-        on_end: called on the engine's thread when a migration has ended, with its generation.
+        on_end: called on the engine's thread when a migration has ended, with its generation and why this rank gave it
+            up, if it did.
     """
 
     def __init__(
@@ -118,14 +119,16 @@ class ExpertMover:
         read_expert: ReadExpert | None,
         *,
         bytes_per_step: int | None = None,
+        wake: Callable[[], None] = lambda: None,
         on_round: Callable[[Sequence[int]], None] = lambda positions: None,
-        on_end: Callable[[int, MigrationEnd], None] = lambda generation, end: None,
+        on_end: Callable[[int, MigrationEnd, str], None] = lambda generation, end, reason: None,
     ) -> None:
         self._layers = layers
         self._channel = channel
         self._planner_of = planner_of
         self._read_expert = read_expert
         self._bytes_per_step = bytes_per_step
+        self._wake = wake
         self._on_round = on_round
         self._on_end = on_end
         self._changed = threading.Condition()  # guards what follows
@@ -133,8 +136,10 @@ class ExpertMover:
         self._to_stage: deque[_Progress] = deque()  # also those that have ended: other ranks wait for their messages
         self._flags = NO_MIGRATION
         self._num_steps = 0
+        self._is_idle = True  # no rank has tokens in the step under way
+        self._given_up = (0, "")  # the last generation that this rank gave up before it knew of others, and why
         self._closes = False
-        self.error = ""  # why this rank gave up the last migration that it gave up
+        self.num_pieces = 0  # that this rank has sent and received, read by whoever looks for progress
         self._thread = threading.Thread(target=self._run, name="rq_ep mover", daemon=True)
         self._thread.start()
 
@@ -154,19 +159,23 @@ class ExpertMover:
     def abort(self, generation: int, reason: str) -> None:
         """Give up a migration, on all ranks before one of the next steps; nothing if it has ended."""
         with self._changed:
-            if generation > self._flags.failed:
-                self.error = reason
-                self._flags = self._flags._replace(failed=generation)
+            if generation <= self._flags.failed:
+                return
+            self._given_up = (generation, reason)
+            self._flags = self._flags._replace(failed=generation)
+        self._wake()
 
-    def between_steps(self, staged: int, failed: int) -> None:
+    def between_steps(self, staged: int, failed: int, is_idle: bool = False) -> None:
         """Commit or give up, as all ranks do between the same two steps. Called on the engine's thread.
 
         Args:
             staged: the least of all ranks' flags.
             failed: the highest of all ranks' flags.
+            is_idle: whether no rank has tokens in the step that begins.
         """
         with self._changed:
             self._num_steps += 1
+            self._is_idle = is_idle
             self._flags = self._flags._replace(failed=max(self._flags.failed, failed))
             current = self._current
             if current is not None:
@@ -177,7 +186,7 @@ class ExpertMover:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the thread, when no rank has a migration under way."""
+        """End the thread, when the engine has ended; a migration under way ends once no other rank waits for it."""
         with self._changed:
             self._closes = True
             self._changed.notify_all()
@@ -202,7 +211,10 @@ class ExpertMover:
     def _end(self, current: _Progress, end: MigrationEnd) -> None:
         current.has_ended = True
         self._current = None
-        self._on_end(current.migration.generation, end)
+        migration = current.migration
+        self._flags = self._flags._replace(staged=_code(migration, len(migration.rounds)))  # no rank waits for another
+        generation, reason = self._given_up
+        self._on_end(migration.generation, end, reason if generation == migration.generation else "")
 
     # On the mover's thread
 
@@ -215,17 +227,20 @@ class ExpertMover:
                 progress = self._to_stage.popleft()
             for number, moves in enumerate(progress.migration.rounds):
                 with self._changed:
-                    self._changed.wait_for(lambda: progress.num_committed == number or progress.has_ended)  # noqa: B023
+                    self._changed.wait_for(
+                        lambda: progress.num_committed == number or progress.has_ended or self._closes  # noqa: B023
+                    )
                     if progress.num_committed < number:
                         break
-                self._stage(progress.migration, number, moves)
+                self._stage(progress, number, moves)
             with self._changed:
                 self._changed.wait_for(lambda: progress.has_ended or self._closes)  # noqa: B023
             for layer in self._layers:
                 layer.bank.discard_staged()
 
-    def _stage(self, migration: Migration, number: int, moves: MoveRound) -> None:
+    def _stage(self, progress: _Progress, number: int, moves: MoveRound) -> None:
         """This rank's part of a round: send, receive, convert, read, verify, and announce it."""
+        migration = progress.migration
         transfers = self._transfers(moves)
         try:
             arrivals = self._prepare(moves, transfers)
@@ -243,7 +258,10 @@ class ExpertMover:
             self.abort(migration.generation, self._named(error))
             return
         with self._changed:
+            if progress.has_ended:
+                return
             self._flags = self._flags._replace(staged=_code(migration, number + 1))
+        self._wake()
 
     def _named(self, error: Exception) -> str:
         return f"rank {self._channel.rank}: {error}"
@@ -306,14 +324,21 @@ class ExpertMover:
                 [(one.piece(offset, size), one.peer) for one in outgoing],
                 [(one.piece(offset, size), one.peer) for one in incoming],
             )
+            self.num_pieces += 1
             if self._bytes_per_step is not None:
-                self._wait_for_a_step()
+                self._wait_for_a_step(migration)
         return all(transfer.comes for transfer in transfers.values())
 
-    def _wait_for_a_step(self) -> None:
+    def _wait_for_a_step(self, migration: Migration) -> None:
+        """Wait until a step has passed, however long it takes; not where the group is idle, or nothing more is sent."""
+
+        def may_go_on() -> bool:
+            is_given_up = self._closes or self._flags.failed >= migration.generation
+            return self._is_idle or is_given_up or self._num_steps > num_steps
+
         with self._changed:
             num_steps = self._num_steps
-            self._changed.wait_for(lambda: self._num_steps > num_steps, STEP_S)
+            self._changed.wait_for(may_go_on)
 
 
 def _code(migration: Migration, num_rounds: int) -> int:

@@ -22,6 +22,8 @@ from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 log = logging.getLogger(__name__)
 
+NO_TIMEOUT = timedelta(days=7)  # gloo wants one
+
 
 class RendezvousError(UserError):
     """The ranks cannot meet where the launcher says. It may be raised on some of them only."""
@@ -89,7 +91,7 @@ class TorchGroup:
         self.operation: str | None = None  # the one that this rank waits for now, read by a watchdog
         members = None if ranks is None else list(ranks)
         self._new_group: Callable[..., Any] = partial(
-            dist.new_group, members, timedelta(seconds=timeout_s), use_local_synchronization=members is not None
+            dist.new_group, members, timeout=timedelta(seconds=timeout_s), use_local_synchronization=members is not None
         )
         self._channels: list[Any] = []
         self.control = self._new_group(backend="gloo")
@@ -179,8 +181,11 @@ class TorchGroup:
         return dist.batch_isend_irecv(operations) if operations else []  # NCCL wants both ends in one launch
 
     def open_host_channel(self) -> "GlooChannel":
-        """A communicator for messages beside the collectives; every rank calls this."""
-        self._channels.append(self._new_group(backend="gloo"))
+        """A communicator for messages beside the collectives; every rank calls this.
+
+        A rank that is slow there holds up no step. One that has ended closes its connections, which ends the waiting.
+        """
+        self._channels.append(self._new_group(backend="gloo", timeout=NO_TIMEOUT))
         return GlooChannel(self._channels[-1], self.rank)
 
     def all_gather_object(self, value: Any) -> list[Any]:

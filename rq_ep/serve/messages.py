@@ -76,6 +76,7 @@ class RankStats:
     steps_s: float
     loads: LoadSums | None = None  # from rank 0 alone: every rank plans the same
     staged: int = 0  # how far its migration of experts has come (`MoverFlags`)
+    num_pieces: int = 0  # of experts that it has sent and received for migrations
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ class RebalanceStatus:
     left_bytes: int
     progress_s: float  # since the last progress; 0 where nothing is under way
     problem: str  # of the last thing that failed, or empty
+    num_failures: int = 0  # in a row
+    retry_s: float = 0.0  # until the next decision may be made by itself
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,14 @@ class RebalanceAnswer:
     number: int
     refusal: str | None
     decision: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class MigrationGivenUp:
+    """A rank has given a migration up, which ends it on all; rank 0 gets it too."""
+
+    generation: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,7 @@ FromRank: TypeAlias = (
     | PlacementServed
     | RebalanceStatus
     | RebalanceAnswer
+    | MigrationGivenUp
     | DrainRequest
     | Failed
     | Aborted
@@ -253,7 +265,9 @@ class Abort:
     reason: str
 
 
-ToRank: TypeAlias = PromptPart | AddRequest | Cancel | Wake | Mark | BeginMigration | RebalanceCommand | Stop | Abort
+ToRank: TypeAlias = (
+    PromptPart | AddRequest | Cancel | Wake | Mark | BeginMigration | RebalanceCommand | MigrationGivenUp | Stop | Abort
+)
 
 FROM_RANK: Mapping[str, type] = {
     "checked": Checked,
@@ -266,6 +280,7 @@ FROM_RANK: Mapping[str, type] = {
     "served": PlacementServed,
     "rebalance": RebalanceStatus,
     "rebalance_answer": RebalanceAnswer,
+    "given_up": MigrationGivenUp,
     "drain": DrainRequest,
     "failed": Failed,
     "aborted": Aborted,
@@ -279,6 +294,7 @@ TO_RANK: Mapping[str, type] = {
     "mark": Mark,
     "migrate": BeginMigration,
     "rebalance_command": RebalanceCommand,
+    "given_up": MigrationGivenUp,
     "stop": Stop,
     "abort": Abort,
 }

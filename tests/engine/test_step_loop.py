@@ -9,7 +9,7 @@ from rq_ep.engine.progress import ProgressTracker
 from rq_ep.engine.requests import Batch
 from rq_ep.engine.step_agreement import StepFlags
 from rq_ep.engine.step_loop import StepLoop
-from rq_ep.moe.expert_mover import NO_MIGRATION
+from rq_ep.moe.expert_mover import MoverFlags
 
 BATCH = Batch([("old", 1), ("new", 3)], True)
 
@@ -39,6 +39,7 @@ class Rank:
         stops_now: bool = False,
         prompts: int = 0,
         wanted: tuple[str, ...] = ("a prompt",),
+        mover_flags: Callable[[], MoverFlags] | None = None,
     ) -> None:
         self.ready, self.pending = ready, pending
         self.keeps_running, self.stops_now = keeps_running, stops_now
@@ -47,13 +48,15 @@ class Rank:
         self.did: list[str] = []
         self.batches: list[Batch] = []  # as they are in each step
         self.event = RecordedEvent()
+        self.announced: list[StepFlags] = []
+        self.num_looks = 0  # at the requests of a batch
         self.loop = StepLoop(
-            gather_flags=lambda flags: [flags, other],
+            gather_flags=lambda flags: self.announced.append(flags) or [flags, other],  # type: ignore[func-returns-value]
             prompts=Prompts(self),
             is_wanted=self.wanted.__contains__,
             empty_step=lambda: self.do("empty step"),
             on_mark=lambda number: self.did.append(f"mark {number}"),
-            mover_flags=lambda: NO_MIGRATION,
+            mover_flags=mover_flags,
             on_agreement=lambda flags: None,
             progress=ProgressTracker([], [], lambda: None),
             heartbeat_s=60.0,
@@ -81,6 +84,10 @@ class Rank:
 
     def contents(self) -> Batch:
         return BATCH
+
+    def has_prompts(self) -> bool:
+        self.num_looks += 1
+        return True
 
 
 class Prompts:
@@ -170,3 +177,29 @@ def test_no_rank_sleeps_while_another_has_not_been_told_of_a_request() -> None:
     rank = Rank(False, False, IDLE._replace(num_announced=4))
     assert rank.step()
     assert rank.event.timeouts == [0.001]
+
+
+@pytest.mark.parametrize(
+    ("staged", "other_staged", "sleeps"), [(7, 6, False), (6, 7, True), (7, 7, True), (0, 0, True)]
+)
+def test_only_the_rank_that_has_come_least_far_in_a_migration_sleeps(
+    staged: int, other_staged: int, sleeps: bool
+) -> None:
+    """The others wait for it in the next agreement, which begins when it wakes up: once it has come further."""
+    rank = Rank(False, False, IDLE._replace(staged=other_staged), mover_flags=lambda: MoverFlags(staged, 0))
+    assert rank.step()
+    assert rank.event.timeouts == [60.0] * sleeps
+
+
+def test_a_group_that_ends_waits_for_no_migration() -> None:
+    rank = Rank(False, False, LEAVING, keeps_running=False, mover_flags=lambda: MoverFlags(7, 0))
+    assert not rank.step()
+
+
+def test_nobody_looks_at_the_requests_of_a_batch_for_a_placement_that_stays() -> None:
+    rank = Rank(True, True, IDLE)
+    assert rank.step()
+    assert (rank.num_looks, rank.announced[0].is_prefill) == (0, False)
+    rank = Rank(True, True, IDLE, mover_flags=lambda: MoverFlags(0, 0))
+    assert rank.step()
+    assert (rank.num_looks, rank.announced[0].is_prefill) == (1, True)

@@ -24,6 +24,7 @@ from rq_ep.serve.messages import (
     Mark,
     MessageError,
     MessageTooLong,
+    MigrationGivenUp,
     MigrationPlanned,
     Outputs,
     PlacementServed,
@@ -68,6 +69,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
     RebalanceStatus("moving", 1, {"reason": "better"}, {"committed": 1}, 100, 10, 20, 0.5, ""),
     RebalanceAnswer(1, None, {"reason": "better"}),
     RebalanceAnswer(2, "moving", None),
+    MigrationGivenUp(1, "rank 1: no space"),
     Recorded("traces/t", 3, 9, True),
     RecordingFailed("no step"),
     DrainRequest(5),
@@ -83,6 +85,7 @@ MESSAGES_TO_RANK: list[ToRank] = [
     Mark(1),
     BeginMigration(1, {"format": "rq_ep.placement/1"}, []),
     RebalanceCommand(1, "start"),
+    MigrationGivenUp(1, "rank 1: no space"),
     Stop(),
     Abort("rank 1 died"),
 ]

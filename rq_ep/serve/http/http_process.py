@@ -82,7 +82,7 @@ class ServingProcess:
 
     def on_stats(self, rank: int, stats: RankStats) -> None:
         self.metrics.rank(rank, stats)
-        self.rebalancing.on_staged(rank, stats.staged)
+        self.rebalancing.on_staged(rank, stats.staged, stats.num_pieces)
         if stats.loads is not None:
             self.metrics.loads(stats.loads)
             self.service.load_view.add(stats.loads)
@@ -138,13 +138,9 @@ class ServingProcess:
 
     async def _sample(self) -> None:
         """Keep the history that the dashboard draws, and log what is stuck."""
-        was_stalled = False
         while True:
             await asyncio.sleep(EVERY_S)
-            stall = self.rebalancing.stall()
-            if stall is not None and not was_stalled:
-                log.warning("%s; serving goes on", stall)
-            was_stalled = stall is not None
+            self.rebalancing.log_stall()
             self.service.history.sample(self.router.num_unfinished)
 
     async def _log(self) -> None:

@@ -1,6 +1,8 @@
 """Rebalancing as the HTTP process sees it: its state, commands to rank 0, and whether it makes progress."""
 
 import asyncio
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,8 +11,10 @@ from typing import Any, Literal
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
 
+log = logging.getLogger("rq_ep.serve")
+
 Action = Literal["start", "abort", "dry_run"]
-STALL_S = 10.0  # without progress, after which a migration or a decision counts as stuck
+STALL_S = 8.0  # without progress, after which a migration or a decision counts as stuck; it is named within 10
 SILENT_S = 5.0  # without figures of a rank, which sends some every second
 ANSWER_TIMEOUT_S = 180.0  # a decision on a large model takes seconds, on a busy machine more
 MAX_COMMITS = 1000
@@ -32,7 +36,10 @@ class RebalanceView:
         self.status: RebalanceStatus | None = None
         self._came_at_s = 0.0
         self._staged: dict[int, int] = {}  # by rank
+        self._num_pieces: dict[int, int] = {}
         self._last_at_s: dict[int, float] = {}
+        self._moved_at_s = -math.inf  # when a rank has last come further
+        self._named_stall = False
         self._answers: dict[int, asyncio.Future[RebalanceAnswer]] = {}
         self._num_commands = 0
         self._commits: deque[dict[str, Any]] = deque(maxlen=MAX_COMMITS)
@@ -53,9 +60,12 @@ class RebalanceView:
                     about = {key: (decision or {}).get(key) for key in ("reason", "moved_bytes")}
                     self._commits.append({"time": time.time(), "generation": message.generation, **about})
 
-    def on_staged(self, rank: int, staged: int) -> None:
-        """Take how far a rank has come."""
-        self._staged[rank], self._last_at_s[rank] = staged, self._clock()
+    def on_staged(self, rank: int, staged: int, num_pieces: int = 0) -> None:
+        """Take how far a rank has come: in rounds, as one number, and in pieces of experts."""
+        now_s = self._clock()
+        if rank in self._staged and (staged, num_pieces) != (self._staged[rank], self._num_pieces[rank]):
+            self._moved_at_s = now_s
+        self._staged[rank], self._num_pieces[rank], self._last_at_s[rank] = staged, num_pieces, now_s
 
     # For the routes
 
@@ -65,7 +75,9 @@ class RebalanceView:
         status = self.status
         if status is None or status.state == "idle":
             return 0.0
-        return status.progress_s + self._clock() - self._came_at_s
+        now_s = self._clock()
+        seconds = status.progress_s + now_s - self._came_at_s
+        return min(seconds, now_s - self._moved_at_s) if status.state == "moving" else seconds
 
     def stall(self) -> str | None:
         """What makes no progress, and since when; None: all is well."""
@@ -75,6 +87,13 @@ class RebalanceView:
         if status.state == "planning":
             return f"the planner has not answered for {seconds:.0f} s"
         return f"re-placement {status.generation} has made no progress for {seconds:.0f} s: {self._who_is_late()}"
+
+    def log_stall(self) -> None:
+        """Log what makes no progress, once; called now and then."""
+        stall = self.stall()
+        if stall is not None and not self._named_stall:
+            log.warning("%s; serving goes on", stall)
+        self._named_stall = stall is not None
 
     def _who_is_late(self) -> str:
         for rank, at_s in sorted(self._last_at_s.items()):
@@ -102,6 +121,8 @@ class RebalanceView:
             "seconds_since_progress": self.seconds_since_progress,
             "stall": self.stall(),
             "problem": status.problem,
+            "failures_in_a_row": status.num_failures,
+            "seconds_until_retry": max(status.retry_s - (self._clock() - self._came_at_s), 0.0),
             "commits": list(self._commits),
         }
 

@@ -29,6 +29,7 @@ from rq_ep.serve.messages import (
     DrainRequest,
     Mark,
     MessageError,
+    MigrationGivenUp,
     Outputs,
     PromptPart,
     RebalanceCommand,
@@ -151,8 +152,8 @@ class RankServer:
             engine = self._start_engine(loads)
             with short_collections():
                 rebalancing = self._rebalancing
-                staged = (lambda: 0) if rebalancing is None else rebalancing.num_staged
-                self._wait(StatsSampler(engine, loads, staged))
+                reached = (lambda: (0, 0)) if rebalancing is None else rebalancing.reached
+                self._wait(StatsSampler(engine, loads, reached))
                 if rebalancing is not None:
                     rebalancing.stop()
                 engine.stop()
@@ -182,7 +183,9 @@ class RankServer:
         )  # fmt: skip
         layers = ep_layers(report)
         if rebalancing is not None:
-            self._rebalancing = LiveRebalancing(rebalancing, report, layers, group, step_loads, self._client.send)
+            self._rebalancing = LiveRebalancing(
+                rebalancing, report, layers, group, step_loads, self._client.send, self._wake
+            )
         engine = Engine(
             model,
             layers,
@@ -231,6 +234,12 @@ class RankServer:
     def _send_outputs(self, outputs: list[Output]) -> None:
         self._client.send(Outputs(outputs))
 
+    # On the mover's thread
+
+    def _wake(self) -> None:
+        if self._engine is not None:
+            self._engine.wake(0)
+
     # On the control connection's thread
 
     def _handle(self, message: ToRank) -> None:
@@ -249,7 +258,7 @@ class RankServer:
                 self._loaded_engine().wake(message.num_announced)
             case Mark():
                 self._loaded_engine().mark(message.number)
-            case BeginMigration() | RebalanceCommand():
+            case BeginMigration() | RebalanceCommand() | MigrationGivenUp():
                 if self._rebalancing is None:
                     raise MessageError("a message on rebalancing, which is off")
                 self._rebalancing.handle(message)

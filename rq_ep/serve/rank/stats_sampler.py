@@ -13,19 +13,22 @@ class StatsSampler:
     Args:
         engine: the rank's.
         loads: the load of all ranks, on rank 0; None elsewhere.
-        staged: how far this rank's migration of experts has come.
+        reached: how far this rank's migration of experts has come, in rounds and in pieces.
     """
 
-    def __init__(self, engine: Engine, loads: LoadTotals | None, staged: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self, engine: Engine, loads: LoadTotals | None, reached: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    ) -> None:
         self._engine = engine
         self._loads = loads
-        self._staged = staged
+        self._reached = reached
         self._reported_steps = (0, 0.0)
 
     def sample(self) -> RankStats:
         engine = self._engine
         (num_steps, steps_s), (num_reported, reported_s) = engine.steps, self._reported_steps
         self._reported_steps = (num_steps, steps_s)
+        staged, num_pieces = self._reached()
         return RankStats(
             num_running=engine.num_running,
             num_waiting=engine.num_waiting,
@@ -34,5 +37,6 @@ class StatsSampler:
             num_steps=num_steps - num_reported,
             steps_s=steps_s - reported_s,
             loads=None if self._loads is None else self._loads.take(),
-            staged=self._staged(),
+            staged=staged,
+            num_pieces=num_pieces,
         )

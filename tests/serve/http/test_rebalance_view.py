@@ -80,22 +80,48 @@ def test_a_server_that_keeps_its_placement_says_so() -> None:
     assert "rq_ep_rebalance" not in bench.call("GET", "/metrics").text
 
 
-def test_a_mover_without_progress_is_named_within_ten_seconds_and_serving_goes_on(bench: RebalancingBench) -> None:
+def test_a_mover_without_progress_is_named_within_ten_seconds_and_serving_goes_on(
+    bench: RebalancingBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.service.metrics.add_rebalancing(lambda: bench.view.seconds_since_progress)
     for rank, staged in enumerate([(3 << 20) + 1, 3 << 20, (3 << 20) + 1]):
         bench.view.on_staged(rank, staged)
-    bench.view.take(status(progress_s=9.0))
+    bench.view.take(status(progress_s=6.0))
     assert bench.get("/health").json() == {"status": "ok"}
-    bench.now_s += 1.5
+    bench.now_s += 2.5
     health = bench.get("/health")
     assert health.status_code == 200
-    assert health.json()["rebalance"] == "re-placement 3 has made no progress for 10 s: rank 1 is behind"
+    assert health.json()["rebalance"] == "re-placement 3 has made no progress for 8 s: rank 1 is behind"
     assert bench.get().json()["stall"] == health.json()["rebalance"]
+    for _ in range(3):  # it is logged once
+        bench.view.log_stall()
+    assert [record.getMessage() for record in caplog.records] == [f"{health.json()['rebalance']}; serving goes on"]
+    assert "rq_ep_rebalance_seconds_since_progress" in (metrics := bench.get("/metrics").text)
+    assert metrics.partition('rq_ep_rebalance_seconds_since_progress{model_name="org/tiny"} ')[2].startswith("8.5\n")
     bench.now_s += 6
-    for rank in (0, 1):
-        bench.view.on_staged(rank, 3 << 20)
+    for rank, staged in enumerate([(3 << 20) + 1, 3 << 20]):
+        bench.view.on_staged(rank, staged)
     assert bench.get("/health").json()["rebalance"].endswith("rank 2 is silent")
     bench.view.take(status("planning", 12.0))
     assert bench.get("/health").json()["rebalance"] == "the planner has not answered for 12 s"
+
+
+def test_a_round_that_takes_long_is_not_stuck_while_pieces_of_experts_move(bench: RebalancingBench) -> None:
+    for second in range(40):
+        bench.view.on_staged(0, 3 << 20, num_pieces=second // 5)
+        bench.view.on_staged(1, 3 << 20, num_pieces=7)
+        bench.view.take(status(progress_s=float(second)))
+        assert bench.view.stall() is None
+        bench.now_s += 1
+    bench.now_s += 8
+    assert bench.view.stall() is not None
+
+
+def test_what_failed_and_when_it_is_tried_again_is_shown(bench: RebalancingBench) -> None:
+    bench.view.take(status("idle", 0.0, problem="rank 1: no space", num_failures=2, retry_s=20.0))
+    bench.now_s += 5
+    body = bench.get().json()
+    assert (body["problem"], body["failures_in_a_row"], body["seconds_until_retry"]) == ("rank 1: no space", 2, 15.0)
 
 
 def test_metrics_count_what_was_decided_and_moved(bench: RebalancingBench) -> None:

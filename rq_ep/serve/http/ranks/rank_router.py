@@ -32,6 +32,7 @@ from rq_ep.serve.messages import (
     Failed,
     FromRank,
     Mark,
+    MigrationGivenUp,
     MigrationPlanned,
     Outputs,
     PlacementServed,
@@ -206,6 +207,8 @@ class RankRouter:
                 if self.state in (GroupState.SERVING, GroupState.DRAINING):  # later the ranks were told to stop
                     begin = BeginMigration(message.generation, message.placement, message.rounds)
                     self._connections.send_all(begin)
+            case MigrationGivenUp():
+                self._connections.send(0, message)
             case RebalanceStatus() | RebalanceAnswer() | PlacementServed():
                 self._observer.on_rebalance(message)
             case Checked():

@@ -28,7 +28,7 @@ class MigrationObserver(Protocol):
         """A round serves: layers by their position, as they are now."""
 
     def on_end(self, is_committed: bool, reason: str) -> None:
-        """A migration has ended; `reason`: why it was given up."""
+        """A migration has ended; `reason`: why this rank gave it up, if it did."""
 
 
 class GroupMover:
@@ -36,6 +36,8 @@ class GroupMover:
 
     Args:
         layers, channel, planner_of, read_expert, bytes_per_step: as for `ExpertMover`.
+        wake: has the ranks agree on a step soon, though nobody may have tokens.
+        on_failure: called with the generation of a migration that this rank has given up, and why.
         observer: follows them.
     """
 
@@ -46,16 +48,19 @@ class GroupMover:
         planner_of: Callable[[LayerPlacement], Planner],
         read_expert: ReadExpert,
         bytes_per_step: int | None,
+        wake: Callable[[], None],
+        on_failure: Callable[[int, str], None],
         observer: MigrationObserver | None,
     ) -> None:
         self._layers = layers
+        self._on_failure = on_failure
         self._observer = observer
         self._to_begin: deque[Migration] = deque()
         self._is_moving = False
         self._newest = 0  # generation of those that were asked for
         self._mover = ExpertMover(
             layers, channel, planner_of, read_expert,
-            bytes_per_step=bytes_per_step, on_round=self._round_serves, on_end=self._ended,
+            bytes_per_step=bytes_per_step, wake=wake, on_round=self._round_serves, on_end=self._ended,
         )  # fmt: skip
 
     def begin(self, message: BeginMigration) -> None:
@@ -79,6 +84,11 @@ class GroupMover:
         closing.start()
         closing.join(CLOSE_TIMEOUT_S)
 
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of experts that this rank has sent and received, to see whether it makes progress."""
+        return self._mover.num_pieces
+
     # For the engine
 
     def flags(self) -> MoverFlags:
@@ -87,7 +97,7 @@ class GroupMover:
 
     def on_agreement(self, flags: GroupFlags) -> None:
         """Take part in what all ranks do between the same two steps."""
-        self._mover.between_steps(flags.staged, flags.failed)
+        self._mover.between_steps(flags.staged, flags.failed, is_idle=not flags.any_has_step)
         if self._to_begin and not self._is_moving:
             self._is_moving = True
             self._mover.begin(self._to_begin.popleft())
@@ -96,13 +106,14 @@ class GroupMover:
         if self._observer is not None:
             self._observer.on_round({position: self._layers[position].placement for position in positions})
 
-    def _ended(self, generation: int, end: MigrationEnd) -> None:
+    def _ended(self, generation: int, end: MigrationEnd, reason: str) -> None:
         self._is_moving = False
-        error, self._mover.error = self._mover.error, ""
-        if end is MigrationEnd.ABORTED and error:
-            log.warning("re-placement %d was given up: %s", generation, error)
+        is_committed = end is MigrationEnd.COMMITTED
         if self._observer is not None:
-            self._observer.on_end(end is MigrationEnd.COMMITTED, error or "another rank gave it up")
+            self._observer.on_end(is_committed, reason)
+        elif reason and not is_committed:
+            log.warning("re-placement %d was given up: %s", generation, reason)
+            self._on_failure(generation, reason)
 
 
 def read_rounds(rows: Sequence[Any]) -> tuple[MoveRound, ...]:

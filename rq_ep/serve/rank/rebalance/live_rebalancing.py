@@ -17,6 +17,7 @@ from rq_ep.rebalancing.rebalancer import Decision, Rebalancer
 from rq_ep.serve.messages import (
     BeginMigration,
     FromRank,
+    MigrationGivenUp,
     MigrationPlanned,
     PlacementServed,
     RebalanceAnswer,
@@ -43,6 +44,7 @@ class LiveRebalancing:
         group: its ranks.
         loads: the loads of steps, on rank 0; None elsewhere.
         send: sends a message to the HTTP process.
+        wake: has the ranks agree on a step soon, though nobody may have tokens.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LiveRebalancing:
         group: TorchGroup,
         loads: StepLoads | None,
         send: Callable[[FromRank], None],
+        wake: Callable[[], None],
     ) -> None:
         self._loads = loads
         self._leader = None if loads is None else LeadingRank(inputs, report.placement, loads, send, self.abort)
@@ -62,13 +65,15 @@ class LiveRebalancing:
             inputs.planner_of(layers[0].family, report.placement),
             inputs.read_expert(),
             inputs.rule.bytes_per_step,
+            wake,
+            lambda generation, reason: send(MigrationGivenUp(generation, reason)),
             self._leader,
         )
         self.flags = self._mover.flags
 
-    def num_staged(self) -> int:
-        """How far this rank has come, as one number."""
-        return self.flags().staged
+    def reached(self) -> tuple[int, int]:
+        """How far this rank has come: in rounds, as one number (`MoverFlags`), and in pieces of experts."""
+        return self.flags().staged, self._mover.num_pieces
 
     def on_agreement(self, flags: GroupFlags) -> None:
         """Take part in what all ranks do between the same two steps; on the engine's thread."""
@@ -76,12 +81,12 @@ class LiveRebalancing:
             self._loads.between_steps(flags.any_prefill)
         self._mover.on_agreement(flags)
 
-    def handle(self, message: BeginMigration | RebalanceCommand) -> None:
+    def handle(self, message: BeginMigration | RebalanceCommand | MigrationGivenUp) -> None:
         """Take a message of the HTTP process, on the thread of its connection."""
         if isinstance(message, BeginMigration):
             self._mover.begin(message)
         elif self._leader is not None:
-            self._leader.command(message)
+            self._leader.handle(message)
 
     def tick(self) -> None:
         """Go on, on the main thread; called many times a second."""
@@ -139,10 +144,13 @@ class LeadingRank:
         self._events.put(lambda: self._controller.on_round(layers))
 
     def on_end(self, is_committed: bool, reason: str) -> None:
-        self._events.put(lambda: self._ended(is_committed, reason))
+        self._events.put(lambda: self._controller.on_end(is_committed, reason))
 
-    def command(self, command: RebalanceCommand) -> None:
-        self._events.put(lambda: self._controller.command(command.number, command.action))
+    def handle(self, message: RebalanceCommand | MigrationGivenUp) -> None:
+        if isinstance(message, MigrationGivenUp):
+            self._events.put(lambda: self._controller.on_given_up(message.generation, message.reason))
+        else:
+            self._events.put(lambda: self._controller.command(message.number, message.action))
 
     # On the main thread
 
@@ -153,14 +161,10 @@ class LeadingRank:
             self._controller.observe(counts_LE, phase)
         self._controller.step()
         status, now_s = self._controller.status, time.monotonic()
-        has_changed = replace(status, progress_s=0.0) != replace(self._sent, progress_s=0.0)
+        has_changed = replace(status, progress_s=0.0, retry_s=0.0) != replace(self._sent, progress_s=0.0, retry_s=0.0)
         if has_changed or now_s - self._sent_at_s >= STATUS_EVERY_S:
             self._sent, self._sent_at_s = status, now_s
             self._send(status)
-
-    def _ended(self, is_committed: bool, reason: str) -> None:
-        log.info("the re-placement %s", "serves" if is_committed else f"was given up: {reason}")
-        self._controller.on_end(is_committed, reason)
 
     def close(self) -> None:
         self._planner.close()
@@ -177,6 +181,7 @@ class LeadingRank:
 
     def served(self, generation: int, placement: Placement, positions: tuple[int, ...] | None) -> None:
         if positions is not None:
+            log.debug("a round of re-placement %d serves", generation)
             changed = replace(placement, layers=tuple(placement.layers[position] for position in sorted(positions)))
             self._send(PlacementServed(generation, changed.to_dict()["layers"]))
             return
@@ -185,6 +190,9 @@ class LeadingRank:
         self._send(PlacementServed(generation, [], placement.to_dict(), sizes))
         if (path := self._inputs.config.placement_out) is not None:
             self._planner.ask(SaveRequest(placement, path))
+
+    def warn(self, text: str) -> None:
+        log.warning("%s", text)
 
     def answer(self, number: int, refusal: str | None, decision: Mapping[str, Any] | None) -> None:
         self._send(RebalanceAnswer(number, refusal, None if decision is None else dict(decision)))

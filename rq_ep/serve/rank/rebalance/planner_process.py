@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -84,7 +85,8 @@ class PlannerProcess:
     # On a thread of its own: a request is megabytes, and an answer takes seconds.
 
     def _run(self) -> None:
-        self._started()
+        with suppress(OSError):  # the request that it is started for will say so
+            self._started()
         while (request := self._requests.get()) is not None:
             answer = self._answer(request)
             if answer is not None:
@@ -93,8 +95,11 @@ class PlannerProcess:
             self._end(self._process)
 
     def _answer(self, request: RebalanceRequest | SaveRequest) -> Answer | None:
-        process = self._started()
         of_decision = isinstance(request, RebalanceRequest)
+        try:
+            process = self._started()
+        except OSError as error:  # no memory for one, say
+            return PlannerFailure(f"the planner process cannot be started ({error})", of_decision)
         assert process.stdin is not None
         assert process.stdout is not None
         try:

@@ -22,6 +22,9 @@ from rq_ep.serve.messages import RebalanceStatus
 from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure
 
 PLANNER_TIMEOUT_S = 120.0  # after which the planner is ended, and started again for the next decision
+BACK_OFF_S = 10.0  # after a failure, in which nothing is decided; twice as long after each further one in a row,
+MAX_BACK_OFF_S = 640.0  # up to this
+ANOTHER_RANK = "another rank gave it up"
 
 
 class RebalanceState(Enum):
@@ -55,6 +58,9 @@ class MigrationHost(Protocol):
 
     def answer(self, number: int, refusal: str | None, decision: Mapping[str, Any] | None) -> None:
         """Answer a command."""
+
+    def warn(self, text: str) -> None:
+        """Log what has failed."""
 
 
 class RebalanceController:
@@ -94,6 +100,9 @@ class RebalanceController:
         self._moved_bytes = 0
         self._progress_at_s = clock()
         self._problem = ""
+        self._given_up = ""  # by another rank, in the migration under way or the last one: why
+        self._num_failures = 0  # in a row
+        self._retry_at_s = clock()
 
     # What happens
 
@@ -103,7 +112,7 @@ class RebalanceController:
 
     def step(self) -> None:
         """Go on, if it is time to; called now and then."""
-        if self._state is RebalanceState.IDLE and self._rebalancer.is_due:
+        if self._state is RebalanceState.IDLE and self._rebalancer.is_due and self._clock() >= self._retry_at_s:
             self._ask()
         answer = self._planner.take()
         if answer is not None:
@@ -143,17 +152,27 @@ class RebalanceController:
         self._progress_at_s = self._clock()
         self._host.served(self._generation, self._placement_now(), tuple(layers))
 
+    def on_given_up(self, generation: int, reason: str) -> None:
+        """Another rank says why it has given a migration up; its end may have come before."""
+        if generation != self._generation or self._given_up:
+            return
+        self._given_up = reason
+        if self._problem == ANOTHER_RANK:
+            self._problem = reason
+            self._host.warn(f"re-placement {generation} was given up: {reason}")
+
     def on_end(self, is_committed: bool, reason: str) -> None:
-        """A migration has ended, on all ranks alike; `reason`: why it was given up."""
+        """A migration has ended, on all ranks alike; `reason`: why this one gave it up, if it did."""
         goal = self._goal
         assert goal is not None
         assert goal.placement is not None
         if is_committed:
             placement = goal.placement
             self._layers = list(placement.layers)
+            self._num_failures = 0
         else:
-            self._problem = reason
             placement = self._placement_now() if self._num_rounds else self._rebalancer.current
+            self._has_failed(f"re-placement {self._generation} was given up", reason or self._given_up or ANOTHER_RANK)
         self._rebalancer.commit(placement)
         self._results["committed" if is_committed else "aborted"] += 1
         self._goal = None
@@ -177,6 +196,8 @@ class RebalanceController:
             left_bytes=sum(sizes[self._num_rounds :]),
             progress_s=0.0 if is_idle else self._clock() - self._progress_at_s,
             problem=self._problem,
+            num_failures=self._num_failures,
+            retry_s=max(self._retry_at_s - self._clock(), 0.0) if is_idle else 0.0,
         )
 
     # What is to be done
@@ -200,15 +221,16 @@ class RebalanceController:
         self._state = RebalanceState.ABORTING
 
     def _take(self, answer: Answer) -> None:
-        if isinstance(answer, PlannerFailure):
+        if isinstance(answer, PlannerFailure) and not answer.of_decision:
             self._problem = answer.reason
-            if not answer.of_decision:
-                return
-            self._results["failed"] += 1
+            self._host.warn(f"the placement that serves was not saved: {answer.reason}")
+            return
         number, self._dry_run = self._dry_run, None
         was_aborted = self._state is RebalanceState.ABORTING
         self._to(RebalanceState.IDLE)
         if isinstance(answer, PlannerFailure):
+            self._results["failed"] += 1
+            self._has_failed("no decision was made", answer.reason)
             if number is not None:
                 self._host.answer(number, answer.reason, None)
             return
@@ -217,14 +239,24 @@ class RebalanceController:
             self._results["aborted"] += 1
         elif answer.stays:
             self._results["stayed"] += number is None
+            self._num_failures = 0
         elif number is None:
             self._begin(answer)
         if number is not None:
             refusal = "it was aborted" if was_aborted else None
             self._host.answer(number, refusal, described(answer) | {"moves": _moves(answer)})
 
+    def _has_failed(self, what: str, reason: str) -> None:
+        """Say so, and wait before the next decision; a user's request for one does not wait."""
+        self._problem = reason
+        self._num_failures += 1
+        wait_s = min(BACK_OFF_S * 2 ** (self._num_failures - 1), MAX_BACK_OFF_S)
+        self._retry_at_s = self._clock() + wait_s
+        again = f"; nothing is decided for {wait_s:g} s, after {self._num_failures} failures in a row"
+        self._host.warn(f"{what}: {reason}{again}")
+
     def _begin(self, decision: Decision) -> None:
-        self._problem = ""
+        self._problem = self._given_up = ""
         self._generation += 1
         num_ranks = self._rebalancer.current.topology.num_ranks
         sizes = [moves.received_bytes_R(num_ranks, self._expert_bytes) for moves in decision.rounds]

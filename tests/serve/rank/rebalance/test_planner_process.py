@@ -75,3 +75,12 @@ def test_a_silent_process_can_be_ended() -> None:
     assert isinstance(failure, PlannerFailure)
     assert "-9" in failure.reason
     planner.close()
+
+
+def test_a_process_that_cannot_be_started_fails_the_request() -> None:
+    planner = PlannerProcess(["/nowhere/python"])
+    planner.ask(SaveRequest(BEFORE, "unused"))
+    failure = answer_of(planner)
+    assert isinstance(failure, PlannerFailure)
+    assert "cannot be started ([Errno 2]" in failure.reason
+    planner.close()

@@ -12,7 +12,13 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, RebalanceRequest
 from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure
-from rq_ep.serve.rank.rebalance.rebalance_controller import PLANNER_TIMEOUT_S, RebalanceController
+from rq_ep.serve.rank.rebalance.rebalance_controller import (
+    ANOTHER_RANK,
+    BACK_OFF_S,
+    MAX_BACK_OFF_S,
+    PLANNER_TIMEOUT_S,
+    RebalanceController,
+)
 from rq_ep.solver.migration.move_rounds import move_rounds
 from rq_ep.strategies import make_strategy
 from tests.rebalancing.cases import NUM_EXPERTS, NUM_LAYERS, NUM_RANKS, SIZES, problem_of, steps_SLE
@@ -49,6 +55,7 @@ class Stage:
         self.aborted: list[int] = []
         self.served_: list[tuple[int, Placement, tuple[int, ...] | None]] = []
         self.replies: list[tuple[int, str | None, Mapping[str, Any] | None]] = []
+        self.warnings: list[str] = []
         self.layers = list(BEFORE.layers)
         self.controller = RebalanceController(rebalancer, SIZES, self, self, lambda: self.now_s)
 
@@ -76,6 +83,9 @@ class Stage:
 
     def answer(self, number: int, refusal: str | None, decision: Mapping[str, Any] | None) -> None:
         self.replies.append((number, refusal, decision))
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
     # What happens
 
@@ -152,6 +162,7 @@ def test_what_serves_after_an_abort_in_the_middle_is_the_current_placement(stage
     assert list(placement.layers) == stage.layers
     assert sum(placement.bytes_R) == sum(len(layer.replicas) for layer in stage.layers) * SIZES["bf16"]
     assert stage.controller.status.results == {"aborted": 1}
+    stage.now_s += BACK_OFF_S
     stage.steps(WINDOW)
     assert stage.asked[-1].current == placement
 
@@ -192,6 +203,8 @@ def test_a_planner_that_dies_is_named_and_asked_again_an_interval_later(stage: S
     status = stage.controller.status
     assert (status.state, status.results) == ("idle", {"failed": 1})
     assert "-9" in status.problem
+    assert "-9" in stage.warnings[0]
+    stage.now_s += BACK_OFF_S
     stage.steps(INTERVAL)
     assert len(stage.asked) == 2
 
@@ -221,3 +234,56 @@ def test_progress_is_counted_from_the_last_round(stage: Stage) -> None:
     stage.now_s = 15.0
     assert stage.controller.status.progress_s == 11.0
     assert np.isclose(stage.controller.status.done_bytes, ROUNDS[0].received_bytes_R(NUM_RANKS, SIZES).sum())
+
+
+def test_after_failures_in_a_row_nothing_is_decided_for_twice_as_long_each_time_until_one_succeeds(
+    stage: Stage,
+) -> None:
+    waits: list[float] = []
+    for number in range(1, 11):
+        stage.steps(WINDOW)
+        assert len(stage.asked) == number
+        if number % 2:
+            stage.decides(MOVES)
+            stage.controller.on_end(False, "rank 0: expert 3 of layer 1 arrived damaged")
+        else:
+            stage.decides(PlannerFailure("the planner process has ended (exit status -9)", True))
+        status = stage.controller.status
+        assert (status.state, status.num_failures) == ("idle", number)
+        waits.append(status.retry_s)
+        stage.now_s += status.retry_s - 0.1
+        stage.steps(2 * WINDOW)
+        assert len(stage.asked) == number, "it is due, and it is too early"
+        stage.now_s += 0.1
+    assert waits == [min(BACK_OFF_S * 2**at, MAX_BACK_OFF_S) for at in range(10)]
+    assert "arrived damaged; nothing is decided for 10 s, after 1 failures in a row" in stage.warnings[0]
+    stage.steps(WINDOW)
+    stage.decides(MOVES)
+    stage.controller.on_end(True, "")
+    assert (stage.controller.status.num_failures, stage.controller.status.retry_s) == (0, 0.0)
+    stage.steps(WINDOW)
+    stage.decides(PlannerFailure("no memory", True))
+    assert stage.controller.status.retry_s == BACK_OFF_S
+
+
+def test_a_user_need_not_wait_after_a_failure(stage: Stage) -> None:
+    stage.steps(INTERVAL)
+    stage.decides(PlannerFailure("no memory", True))
+    stage.controller.command(1, "start")
+    assert (stage.state, len(stage.asked)) == ("planning", 2)
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_the_reason_of_another_rank_is_shown(stage: Stage, is_early: bool) -> None:
+    stage.steps(INTERVAL)
+    stage.decides(MOVES)
+    stage.controller.on_given_up(0, "rank 2: of another migration")
+    if is_early:
+        stage.controller.on_given_up(1, "rank 1: no space")
+    stage.controller.on_end(False, "")
+    if not is_early:
+        assert stage.controller.status.problem == ANOTHER_RANK
+        stage.controller.on_given_up(1, "rank 1: no space")
+    stage.controller.on_given_up(1, "rank 2: another rank may have ended")
+    assert stage.controller.status.problem == "rank 1: no space"
+    assert "rank 1: no space" in stage.warnings[-1]
