@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     DeepseekV2Config,
     DeepseekV3Config,
@@ -18,6 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
     SwitchTransformersConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from rq_ep.model.text.teacher_forcing import teacher_forcing_inputs
@@ -106,11 +108,15 @@ SWITCH = SwitchTransformersConfig(
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A dense model with weights, biases, sinks and router corrections large enough for errors to show."""
     generator = torch.Generator().manual_seed(seed)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForMultimodalLM
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        auto_class = AutoModelForCausalLM
     model = auto_class.from_config(deepcopy(config), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if "norm" not in name:
+            if name.endswith("tid2eid"):  # the experts of a token by its id, in deepseek_v4
+                tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) % config.n_routed_experts)
+            elif "norm" not in name and tensor.is_floating_point():
                 tensor.copy_(torch.empty_like(tensor).normal_(0, 0.15, generator=generator))
     return model.eval()
 
