@@ -280,12 +280,14 @@ class ExpertBank:
     def _lend(self, transfer: WeightTransfer) -> Tensor:
         return self.packed_as(transfer.expert, transfer.format)
 
-    def compute(self, received: Received, family: ExpertFamily, borrowed: Borrowing) -> Tensor:
+    def compute(
+        self, received: Received, family: ExpertFamily, borrowed: Borrowing, norms_VE: Tensor | None = None
+    ) -> Tensor:
         """partial_MD [M, D] fp32: for every received row the weighted sum over this rank's replicas.
 
         Sums run over the resident formats, then over the borrowed experts, each in the order of the pairs. Borrowed
         experts are waited for after the resident ones are computed. They are verified by the next layer or, at the end
-        of a forward pass, here.
+        of a forward pass, here. The norms of outputs are added to the sums `norms_VE`, if there are any.
 
         Raises:
             RankFailure: a borrowed expert did not arrive.
@@ -294,10 +296,10 @@ class ExpertBank:
         rows_MD = received.rows_MD
         partial_MD = rows_MD.new_zeros(rows_MD.shape, dtype=torch.float32)
         for grouped in _grouped(received, self._slots):
-            add_outputs(partial_MD, received, grouped, family)
+            add_outputs(partial_MD, received, grouped, family, norms_VE=norms_VE)
         borrowed.wait()
         for grouped in _grouped(received, borrowed.slots):
-            add_outputs(partial_MD, received, grouped, family)
+            add_outputs(partial_MD, received, grouped, family, norms_VE=norms_VE)
         if self.borrow_buffers.is_last(self.layer):
             borrowed.verify()
         return partial_MD

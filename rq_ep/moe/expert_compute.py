@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.moe.grouped_gemm import Stack, multiply
+from rq_ep.moe.output_norms import add_norms
 from rq_ep.moe.weighted_sums import add_rows
 from rq_ep.parallel import Received
 
@@ -34,6 +35,7 @@ def add_outputs(
     grouped: GroupedExperts,
     family: ExpertFamily,
     max_bytes: int | None = None,
+    norms_VE: Tensor | None = None,
 ) -> None:
     """Add the weighted outputs of replicas to their rows, in the order of the pairs.
 
@@ -43,6 +45,7 @@ def add_outputs(
         grouped: the replicas to compute.
         family: layout and activation.
         max_bytes: bound of the workspace; default by device.
+        norms_VE: sums of `OutputNorms` to add to; default: the step is not sampled.
     """
     spans = [(received.offsets[replica], received.offsets[replica + 1]) for replica in grouped.replicas]
     row_N = _gather(received.row_N, spans)
@@ -56,6 +59,9 @@ def add_outputs(
         up_NF = multiply(received.rows_MD.index_select(0, rows), grouped.stack, grouped.slots, ends, family.up)
         out_ND = multiply(family.apply_gate(up_NF), grouped.stack, grouped.slots, ends, family.down)
         add_rows(partial_MD, rows, out_ND, weight_N[start : start + step])
+        if norms_VE is not None:
+            experts = [received.experts[replica] for replica in grouped.replicas]
+            add_norms(norms_VE, experts, ends, out_ND, weight_N[start : start + step])
 
 
 def _gather(values_N: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

@@ -15,6 +15,7 @@ from rq_ep.formats import get_format
 from rq_ep.moe.borrowing import BorrowBuffers
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
+from rq_ep.moe.output_norms import OutputNorms
 from rq_ep.moe.telemetry import CallRecorder, LayerCall, Telemetry
 from rq_ep.parallel import Combine, EPGroup, Exchange, RankFailure, RoutingCounts, SoleHolders
 
@@ -65,6 +66,7 @@ class EPExperts(nn.Module):
             family.layout, placement.replicas, group.rank, group.device, borrow_buffers, placement.index, movable
         )
         self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
+        self.output_norms: OutputNorms | None = None  # samples steps, if it is set
 
     def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
         """Serve another placement of this layer from the next call on. Every rank does so between the same two calls.
@@ -110,9 +112,12 @@ class EPExperts(nn.Module):
         borrowed = self.bank.borrow(plan.transfers, self.group)
         handle = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan, counts)
         combine = Combine(handle)
+        norms_VE = None
+        if self.output_norms is not None:
+            norms_VE = self.output_norms.sums_of(self.placement.index, self.placement.num_experts, self.group.device)
         for received in handle:
             timer.mark("dispatch")
-            partial_MD = self.bank.compute(received, self.family, borrowed)
+            partial_MD = self.bank.compute(received, self.family, borrowed, norms_VE)
             timer.mark("compute")
             combine.send_back(partial_MD)
             timer.mark("combine")

@@ -7,13 +7,14 @@ the same functions. Whoever observes need not be who plans: a request carries al
 import time
 from dataclasses import dataclass, replace
 
-from rq_ep.core.arrays import IntArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.strategy import RebalanceRule, Strategy
 from rq_ep.rebalancing.gain import Gain, gain_of, low_share, planned_and_held_out
 from rq_ep.rebalancing.load_window import LoadWindow, ObservedLoads
+from rq_ep.rebalancing.observed_importance import ObservedImportance
 from rq_ep.rebalancing.replan import moved_bytes, price_of, replan
 from rq_ep.rebalancing.staged_moves import StagedMoves
 from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
@@ -47,6 +48,7 @@ class RebalanceRequest:
     rule: RebalanceRule
     current: Placement
     loads: ObservedLoads
+    importance_LE: FloatArray | None = None  # [L, E] that a pair of each expert has; None: as the statistics say
 
 
 class Rebalancer:
@@ -79,6 +81,7 @@ class Rebalancer:
         self._strategy = strategy
         self._rule = rule
         self._window = LoadWindow(rule.window)
+        self.importance = ObservedImportance(problem.stats.num_layers, problem.stats.num_experts)
         self._due_in = max(rule.interval, min(rule.window, MIN_STEPS))  # steps
 
     @property
@@ -100,7 +103,10 @@ class Rebalancer:
     def request(self) -> RebalanceRequest:
         """What to decide on now. The next decision is due an interval later."""
         self._due_in = self._rule.interval
-        return RebalanceRequest(self._problem, self._strategy, self._rule, self.current, self._window.loads())
+        return RebalanceRequest(
+            self._problem, self._strategy, self._rule, self.current, self._window.loads(),
+            self.importance.of_a_pair_LE(),
+        )  # fmt: skip
 
     def staged(self, decision: Decision) -> StagedMoves:
         """The moves of a decision, as they arrive step by step."""
@@ -155,10 +161,10 @@ def _decide(request: RebalanceRequest) -> Decision:
     num_steps = len(loads.phase_S)
     if num_steps < MIN_STEPS:
         return Decision(None, f"{num_steps} steps were observed, fewer than {MIN_STEPS}")
-    everything = _with_loads(request.problem, loads)
+    everything = _with_loads(request, loads)
     planned, held_out = everything, everything
     if rule.min_gain is not None:
-        planned, held_out = (_with_loads(request.problem, loads.take(half)) for half in planned_and_held_out(num_steps))
+        planned, held_out = (_with_loads(request, loads.take(half)) for half in planned_and_held_out(num_steps))
     placement = replan(planned, strategy, current)
     if placement is None:
         return Decision(None, "no placement was found inside the limits")
@@ -181,10 +187,12 @@ def _decide(request: RebalanceRequest) -> Decision:
     return Decision(placement, figures, gain, num_bytes)
 
 
-def _with_loads(problem: PlacementProblem, loads: ObservedLoads) -> PlacementProblem:
-    """The problem with these loads in place of its statistics' own."""
+def _with_loads(request: RebalanceRequest, loads: ObservedLoads) -> PlacementProblem:
+    """The problem with these loads in place of its statistics' own, and with the importance that goes with them."""
     stats = replace(
-        problem.stats, counts=loads.counts_SLE, phase=loads.phase_S, tokens=None, domain=None, domains=(),
+        request.problem.stats, counts=loads.counts_SLE, phase=loads.phase_S, tokens=None, domain=None, domains=(),
         source="the observed load",
     )  # fmt: skip
-    return replace(problem, stats=stats)
+    if request.importance_LE is not None:
+        stats = replace(stats, importance=request.importance_LE * loads.counts_SLE.sum(axis=0))
+    return replace(request.problem, stats=stats)

@@ -150,6 +150,13 @@ class MigrationGivenUp:
 
 
 @dataclass(frozen=True)
+class ImportanceReport:
+    """What experts of a rank have contributed in the steps that it sampled; the HTTP process passes it on to rank 0."""
+
+    rows: list[Any]  # of each layer: its position, experts, sums of their weighted output norms, numbers of pairs
+
+
+@dataclass(frozen=True)
 class DrainRequest:
     """The rank got a signal to shut down: unfinished requests have `timeout_s` left."""
 
@@ -189,6 +196,7 @@ FromRank: TypeAlias = (
     | RebalanceStatus
     | RebalanceAnswer
     | MigrationGivenUp
+    | ImportanceReport
     | DrainRequest
     | Failed
     | Aborted
@@ -266,7 +274,17 @@ class Abort:
 
 
 ToRank: TypeAlias = (
-    PromptPart | AddRequest | Cancel | Wake | Mark | BeginMigration | RebalanceCommand | MigrationGivenUp | Stop | Abort
+    PromptPart
+    | AddRequest
+    | Cancel
+    | Wake
+    | Mark
+    | BeginMigration
+    | RebalanceCommand
+    | MigrationGivenUp
+    | ImportanceReport
+    | Stop
+    | Abort
 )
 
 FROM_RANK: Mapping[str, type] = {
@@ -281,6 +299,7 @@ FROM_RANK: Mapping[str, type] = {
     "rebalance": RebalanceStatus,
     "rebalance_answer": RebalanceAnswer,
     "given_up": MigrationGivenUp,
+    "importance": ImportanceReport,
     "drain": DrainRequest,
     "failed": Failed,
     "aborted": Aborted,
@@ -295,6 +314,7 @@ TO_RANK: Mapping[str, type] = {
     "migrate": BeginMigration,
     "rebalance_command": RebalanceCommand,
     "given_up": MigrationGivenUp,
+    "importance": ImportanceReport,
     "stop": Stop,
     "abort": Abort,
 }

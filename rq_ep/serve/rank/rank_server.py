@@ -27,6 +27,7 @@ from rq_ep.serve.messages import (
     Cancel,
     Checked,
     DrainRequest,
+    ImportanceReport,
     Mark,
     MessageError,
     MigrationGivenUp,
@@ -258,11 +259,12 @@ class RankServer:
                 self._loaded_engine().wake(message.num_announced)
             case Mark():
                 self._loaded_engine().mark(message.number)
-            case BeginMigration() | RebalanceCommand() | MigrationGivenUp():
+            case BeginMigration() | RebalanceCommand() | MigrationGivenUp() | ImportanceReport():
                 if self._rebalancing is None:
                     raise MessageError("a message on rebalancing, which is off")
                 self._rebalancing.handle(message)
-                self._loaded_engine().wake(0)
+                if not isinstance(message, ImportanceReport):
+                    self._loaded_engine().wake(0)
             case Cancel():
                 self._prompt_parts.pop(message.id, None)
                 self._loaded_engine().cancel(message.id)

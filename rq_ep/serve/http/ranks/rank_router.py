@@ -31,6 +31,7 @@ from rq_ep.serve.messages import (
     DrainRequest,
     Failed,
     FromRank,
+    ImportanceReport,
     Mark,
     MigrationGivenUp,
     MigrationPlanned,
@@ -207,7 +208,7 @@ class RankRouter:
                 if self.state in (GroupState.SERVING, GroupState.DRAINING):  # later the ranks were told to stop
                     begin = BeginMigration(message.generation, message.placement, message.rounds)
                     self._connections.send_all(begin)
-            case MigrationGivenUp():
+            case ImportanceReport() | MigrationGivenUp():
                 self._connections.send(0, message)
             case RebalanceStatus() | RebalanceAnswer() | PlacementServed():
                 self._observer.on_rebalance(message)

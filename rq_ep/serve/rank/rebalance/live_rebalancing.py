@@ -17,6 +17,7 @@ from rq_ep.rebalancing.rebalancer import Decision, Rebalancer
 from rq_ep.serve.messages import (
     BeginMigration,
     FromRank,
+    ImportanceReport,
     MigrationGivenUp,
     MigrationPlanned,
     PlacementServed,
@@ -24,6 +25,7 @@ from rq_ep.serve.messages import (
     RebalanceCommand,
 )
 from rq_ep.serve.rank.rebalance.group_mover import GroupMover
+from rq_ep.serve.rank.rebalance.importance_reports import ImportanceReports
 from rq_ep.serve.rank.rebalance.planner_process import PlannerProcess, SaveRequest
 from rq_ep.serve.rank.rebalance.rebalance_controller import RebalanceController
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
@@ -69,6 +71,7 @@ class LiveRebalancing:
             lambda generation, reason: send(MigrationGivenUp(generation, reason)),
             self._leader,
         )
+        self._reports = ImportanceReports(layers, send) if inputs.measures_importance else None
         self.flags = self._mover.flags
 
     def reached(self) -> tuple[int, int]:
@@ -79,9 +82,11 @@ class LiveRebalancing:
         """Take part in what all ranks do between the same two steps; on the engine's thread."""
         if self._loads is not None:
             self._loads.between_steps(flags.any_prefill)
+        if self._reports is not None:
+            self._reports.between_steps()
         self._mover.on_agreement(flags)
 
-    def handle(self, message: BeginMigration | RebalanceCommand | MigrationGivenUp) -> None:
+    def handle(self, message: BeginMigration | RebalanceCommand | MigrationGivenUp | ImportanceReport) -> None:
         """Take a message of the HTTP process, on the thread of its connection."""
         if isinstance(message, BeginMigration):
             self._mover.begin(message)
@@ -90,6 +95,8 @@ class LiveRebalancing:
 
     def tick(self) -> None:
         """Go on, on the main thread; called many times a second."""
+        if self._reports is not None:
+            self._reports.tick()
         if self._leader is not None:
             self._leader.tick()
 
@@ -134,6 +141,7 @@ class LeadingRank:
         self._planner = PlannerProcess()
         rebalancer = Rebalancer(inputs.problem(placement), inputs.strategy, placement, inputs.rule)
         self._controller = RebalanceController(rebalancer, inputs.stats.expert_bytes, self._planner, self)
+        self._importance = rebalancer.importance
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sent = self._controller.status
         self._sent_at_s = -STATUS_EVERY_S
@@ -146,11 +154,14 @@ class LeadingRank:
     def on_end(self, is_committed: bool, reason: str) -> None:
         self._events.put(lambda: self._controller.on_end(is_committed, reason))
 
-    def handle(self, message: RebalanceCommand | MigrationGivenUp) -> None:
-        if isinstance(message, MigrationGivenUp):
-            self._events.put(lambda: self._controller.on_given_up(message.generation, message.reason))
-        else:
-            self._events.put(lambda: self._controller.command(message.number, message.action))
+    def handle(self, message: RebalanceCommand | MigrationGivenUp | ImportanceReport) -> None:
+        match message:
+            case MigrationGivenUp():
+                self._events.put(lambda: self._controller.on_given_up(message.generation, message.reason))
+            case ImportanceReport():
+                self._events.put(lambda: self._add_importance(message))
+            case RebalanceCommand():
+                self._events.put(lambda: self._controller.command(message.number, message.action))
 
     # On the main thread
 
@@ -165,6 +176,10 @@ class LeadingRank:
         if has_changed or now_s - self._sent_at_s >= STATUS_EVERY_S:
             self._sent, self._sent_at_s = status, now_s
             self._send(status)
+
+    def _add_importance(self, report: ImportanceReport) -> None:
+        for row in report.rows:
+            self._importance.add(*row)
 
     def close(self) -> None:
         self._planner.close()

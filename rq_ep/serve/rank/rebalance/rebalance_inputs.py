@@ -79,6 +79,11 @@ class RebalanceInputs:
     def layout(self) -> ExpertLayout:
         return self.opened.experts[0].family.layout
 
+    @property
+    def measures_importance(self) -> bool:
+        """Whether traffic is to show which experts matter: formats may change, and no file says."""
+        return self.config.stats is None and len(self.formats) > 1
+
     def problem(self, placement: Placement) -> PlacementProblem:
         """The problem that re-placements solve, beginning with this placement."""
         cap = self.config.max_low_precision_share

@@ -27,6 +27,7 @@ from rq_ep.serve.messages import (
     DrainRequest,
     Failed,
     FromRank,
+    ImportanceReport,
     Mark,
     MessageError,
     MigrationPlanned,
@@ -607,7 +608,7 @@ def test_an_error_of_the_http_process_ends_the_group_by_name(where: str) -> None
     play(scene)
 
 
-def test_a_migration_of_rank_0_reaches_every_rank_and_a_command_rank_0_alone() -> None:
+def test_a_migration_of_rank_0_reaches_every_rank_and_a_command_or_report_rank_0_alone() -> None:
     async def run() -> None:
         async with stage(60) as it:
             it.router.rebalance(RebalanceCommand(1, "start"))
@@ -617,5 +618,7 @@ def test_a_migration_of_rank_0_reaches_every_rank_and_a_command_rank_0_alone() -
             for rank in it.ranks:
                 assert await rank.receive(BeginMigration) == BeginMigration(1, {"layers": []}, [[[], []]])
             assert it.rebalances == [RebalanceAnswer(1, None, None)]
+            it.ranks[1].send(ImportanceReport([[0, [3], [0.5], [1]]]))
+            assert await it.ranks[0].receive(ImportanceReport) == ImportanceReport([[0, [3], [0.5], [1]]])
 
     asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
