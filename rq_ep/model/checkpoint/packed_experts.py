@@ -44,7 +44,7 @@ class PackedExperts:
             UserError: no such directory, or nothing in it.
         """
         packed = cls(Path(path), model)
-        if not any(packed.path.glob("layer-*.safetensors")):
+        if not packed.files():
             raise UserError(
                 f"--experts {path}: no quantized experts there; write them with `rq-ep quantize --out {path}`"
             )
@@ -112,6 +112,10 @@ class PackedExperts:
         tensors = {f"{expert}.{name}": packed.cpu() for (expert, name), packed in experts.items()}
         with replacing(self.file(layer)) as temporary:
             save_file(tensors, temporary, metadata)
+
+    def files(self) -> list[Path]:
+        """The files that are there."""
+        return sorted(self.path.glob("layer-*.safetensors"))
 
     def file(self, layer: int) -> Path:
         """The file of a layer, by its index in the model."""

@@ -16,10 +16,12 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner, RebalanceRule, Strategy
 from rq_ep.costs import cost_model
 from rq_ep.formats import ExpertLayout, get_format
+from rq_ep.model.checkpoint.checkpoint_files import weight_files
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
 from rq_ep.model.load.attach import choose_strategy
+from rq_ep.model.load.mapped_files import MappedFiles
 from rq_ep.model.load.memory import travelling_formats
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.moe import ExpertFamily
@@ -109,15 +111,28 @@ class RebalanceInputs:
         return lambda layer: self.strategy.planner(layer, placement.topology, cost)
 
     def read_expert(self) -> Callable[[int, int, str], Tensor]:
-        """Reads an expert of a layer from the checkpoint, in a format, or as it was quantized in advance."""
+        """Reads an expert of a layer from the checkpoint, in a format, or as it was quantized in advance.
+
+        It raises a `UserError` where a file has changed since now.
+        """
         names = {module.layer_index: module.name for module in self.opened.experts}
         reader, layout = self.opened.reader, self.layout
         path = self.config.experts
         in_advance = None if path is None else PackedExperts.open(path, model_identity(self.config.model))
+        held = frozenset() if in_advance is None else frozenset(in_advance.files())
+        mapped = MappedFiles(weight_files(self.config.model))
 
         def read(layer: int, expert: int, format_name: str) -> Tensor:
+            mapped.check()
+            packed = read_packed(layer, expert, format_name)
+            mapped.check()
+            return packed
+
+        def read_packed(layer: int, expert: int, format_name: str) -> Tensor:
             packed = reader.stored_expert(names[layer], expert, format_name)
             if packed is None and in_advance is not None:
+                if (file := in_advance.file(layer)) in held and not file.exists():
+                    raise UserError(f"{file}: has vanished: put it back, or start the server without --experts")
                 packed = in_advance.packed(layer, expert, format_name)
             if packed is None:
                 packed = get_format(format_name).pack(reader.expert(names[layer], expert), layout)

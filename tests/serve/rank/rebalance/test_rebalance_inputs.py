@@ -1,15 +1,22 @@
 """What rebalancing cannot do is refused in a line, before anything is loaded."""
 
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rq_ep.config import ServeConfig, StrategyConfig
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
+from rq_ep.formats import is_intact
+from rq_ep.model.calibration.quantize import quantize
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 
 RQ = StrategyConfig("rq")
@@ -61,6 +68,49 @@ def test_the_formats_the_room_and_the_statistics_are_checked_against_the_model(
     Placement((mixing,), "rq", Topology(2), (1, 1)).save(tmp_path / "mixed.json")
     with pytest.raises(UserError, match="--mixed-replicas"):
         RebalanceInputs.check(config(model=model, placement=str(tmp_path / "mixed.json")), 2)
+
+
+def _write_last_byte(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"x")
+
+
+def _replace(file: Path) -> None:
+    shutil.copy(file, file.with_name("new"))
+    _write_last_byte(file.with_name("new"))
+    file.with_name("new").replace(file)
+
+
+@pytest.mark.parametrize("change", [lambda file: os.truncate(file, 5000), _write_last_byte, _replace, Path.unlink])
+def test_a_checkpoint_is_read_as_it_was_opened_or_not_at_all(
+    change: Callable[[Path], None], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Reading past the end of a file that was cut short would end the process."""
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("text"))
+    inputs = RebalanceInputs.check(config(model=str(model), formats=("int8",)), 2)
+    assert inputs is not None
+    read = inputs.read_expert()
+    before = read(1, 7, "int8").clone()
+    change(model / "model.safetensors")
+    if change in (_replace, Path.unlink):
+        assert torch.equal(read(1, 7, "int8"), before)
+    else:
+        with pytest.raises(UserError, match=r"model\.safetensors: was written to while it is served"):
+            read(1, 7, "int8")
+
+
+def test_experts_quantized_in_advance_that_have_vanished_are_not_quantized_anew(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "experts", formats=["int8"], rounding="nearest")
+    inputs = RebalanceInputs.check(config(model=str(tiny_checkpoint), formats=("int8",)), 2)
+    assert inputs is not None
+    read = replace(inputs, config=replace(inputs.config, experts=str(tmp_path / "experts"))).read_expert()
+    assert is_intact(read(1, 7, "int8"))
+    shutil.rmtree(tmp_path / "experts")
+    with pytest.raises(UserError, match=r"experts/layer-00001\.safetensors: has vanished"):
+        read(1, 7, "int8")
 
 
 def test_a_group_that_is_started_again_begins_with_the_placement_that_was_saved(tmp_path: Path) -> None:
