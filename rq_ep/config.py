@@ -22,6 +22,10 @@ Settings = TypeVar("Settings")
 
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+MODEL_HELP = (
+    "directory of a Hugging Face checkpoint, or ORG/NAME of the hub, which is downloaded into its cache (HF_HOME, "
+    "HF_TOKEN, HF_HUB_OFFLINE)"
+)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -110,8 +114,13 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """How a model's files are read, wherever a model is named."""
+    """How a model's files are had and read, wherever a model is named."""
 
+    revision: str | None = option(
+        None,
+        help="branch, tag or commit of a model of the hub; default: main",
+        metavar="REV",
+    )
     strict_weights: bool = option(
         False,
         help="refuse a model with tensors that it does not know, such as those of multi-token prediction, instead of "
@@ -123,7 +132,7 @@ class CheckpointOptions:
 class ServeConfig(CheckpointOptions, RebalanceOptions):
     """Settings of `python -m rq_ep.serve`. Limits are per rank, as each rank batches its own requests."""
 
-    model: str = option("", help="directory of the checkpoint", required=True)
+    model: str = option("", help=MODEL_HELP, required=True)
     placement: str | None = option(None, help="placement.json of `rq-ep place`; without it the strategy places itself")
     experts: str | None = option(
         None, help="directory written by `rq-ep quantize`: the placement's low-bit experts are read from there"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq_ep.config import add_flags, read_settings
+from rq_ep.config import MODEL_HELP, add_flags, read_settings
 from rq_ep.core.options import option
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.settings import CalibrationSettings
@@ -26,10 +26,10 @@ class CalibrateOptions(CalibrationSettings):
 
     model: str = option(
         "",
-        help="Hugging Face checkpoint; to spread one that is too large for one process over R ranks: "
+        help=f"{MODEL_HELP}; to spread one that is too large for one process over R ranks: "
         "torchrun --nproc-per-node R -m rq_ep calibrate ...",
         required=True,
-        metavar="DIR",
+        metavar="MODEL",
     )
     text: Sequence[Path] = option(
         (),

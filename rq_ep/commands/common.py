@@ -114,7 +114,11 @@ def launched_ranks(command: str, device: str) -> Iterator["EPGroup"]:
 
 def quiet_libraries() -> None:
     """Keep transformers' progress bars and reports out of ours. It holds for the whole process: for commands only."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()  # of downloads, which this has disabled as well
     logging.set_verbosity_error()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rq_ep.commands.common import StrategyOptions, parse_strategies
-from rq_ep.config import add_flags, as_mapping, read_settings
+from rq_ep.config import MODEL_HELP, add_flags, as_mapping, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.core.options import option
 from rq_ep.core.placement import Placement
@@ -24,7 +24,7 @@ DEFAULT_NUM_RANKS = 4
 class EvalOptions(StrategyOptions, EvaluationSettings):
     """What `rq-ep eval` takes beside the settings of an evaluation."""
 
-    model: str = option("", help="Hugging Face checkpoint", required=True, metavar="DIR")
+    model: str = option("", help=MODEL_HELP, required=True, metavar="MODEL")
     text: Sequence[Path] = option(
         (),
         help="held-out text: files and directories of UTF-8 text, .jsonl with a text to a line",

@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rq_ep.config import DEVICES, add_flags, read_settings
+from rq_ep.config import DEVICES, CheckpointOptions, add_flags, read_settings
 from rq_ep.core.errors import UserError
-from rq_ep.core.options import option
+from rq_ep.core.options import option, same_option
 from rq_ep.costs import MACHINES, Profile
 from rq_ep.costs.measured import ITEM_BYTES
 from rq_ep.costs.shapes import SHAPES, Shape, shape_name
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from rq_ep.moe.expert_family import ExpertFamily
+    from rq_ep.parallel import EPGroup
     from rq_ep.profiling.layer_profile import ProfiledLayer
 
 SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
@@ -30,7 +32,13 @@ class ProfileOptions:
     """What `rq-ep profile` takes."""
 
     out: str = option("", help="profile to write (.json), for --machine FILE", required=True, metavar="FILE")
-    model: str | None = option(None, help="checkpoint whose experts are timed, instead of a shape's", metavar="DIR")
+    model: str | None = option(
+        None,
+        help="directory of a checkpoint, or ORG/NAME of the hub, whose experts are timed, instead of a shape's; its "
+        "weights are not needed",
+        metavar="MODEL",
+    )
+    revision: str | None = same_option(CheckpointOptions, "revision")
     shape: str | None = option(
         None, help=f"sizes of a gated layer, without a model: {', '.join(SHAPES)} (default: tiny)"
     )
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     group = default_group(options.device)
     try:
         kind = group.device.type
-        layer = _layer(options, shape, parse_dtype(options.dtype or DTYPES[kind]))
+        layer = _layer(options, shape, parse_dtype(options.dtype or DTYPES[kind]), group)
         with showing(group.rank == 0) as show:
             profile = profile_layer(
                 layer,
@@ -102,20 +110,22 @@ def _shape(options: ProfileOptions) -> Shape | None:
     return shape
 
 
-def _layer(options: ProfileOptions, shape: Shape | None, dtype: "torch.dtype") -> "ProfiledLayer":
+def _layer(options: ProfileOptions, shape: Shape | None, dtype: "torch.dtype", group: "EPGroup") -> "ProfiledLayer":
     from rq_ep.formats import get_format
+    from rq_ep.model.model_folder import find_model
     from rq_ep.moe.expert_family import ExpertFamily
     from rq_ep.profiling.layer_profile import ProfiledLayer
 
     formats = tuple(dict.fromkeys(get_format(name).name for name in options.formats))
     if options.model is not None:
-        return ProfiledLayer(*_family_of_model(options.model), formats, dtype)
+        folder = find_model(options.model, options.revision, group, config_only=True)
+        return ProfiledLayer(*_family_of_model(folder), formats, dtype)
     assert shape is not None
     family = ExpertFamily.gated(shape.hidden_size, shape.intermediate_size)
     return ProfiledLayer(family, shape.num_experts, shape.top_k, formats, dtype)
 
 
-def _family_of_model(path: str) -> "tuple[ExpertFamily, int, int]":
+def _family_of_model(path: Path) -> "tuple[ExpertFamily, int, int]":
     """Family, experts and experts per token of a checkpoint, by its configuration alone."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -125,7 +135,7 @@ def _family_of_model(path: str) -> "tuple[ExpertFamily, int, int]":
     from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
 
     config = read_config(path)
-    with transformers_errors(path), torch.device("meta"):
+    with transformers_errors(str(path)), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     experts = find_expert_modules(model)
     return family_of(experts[0].module), experts[0].num_experts, getattr(config, "num_experts_per_tok", None) or 1

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rq_ep.config import add_flags, read_settings
+from rq_ep.config import MODEL_HELP, add_flags, read_settings
 from rq_ep.core.options import option
 from rq_ep.core.placement import Placement
 from rq_ep.model.settings import QuantizeSettings
@@ -17,10 +17,10 @@ class QuantizeOptions(QuantizeSettings):
 
     model: str = option(
         "",
-        help="Hugging Face checkpoint; to spread one that is too large for one process over R ranks: "
+        help=f"{MODEL_HELP}; to spread one that is too large for one process over R ranks: "
         "torchrun --nproc-per-node R -m rq_ep quantize ...",
         required=True,
-        metavar="DIR",
+        metavar="MODEL",
     )
     out: str = option(
         "",

@@ -1,6 +1,8 @@
 """Errors that a user must put right, raised on all ranks of a group together, so that none waits for another."""
 
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,6 +11,7 @@ from rq_ep.parallel.ep_group import EPGroup
 
 T = TypeVar("T")
 EXIT_USER_ERROR = 2
+MEET_EVERY_S = 1.0
 
 
 def run_on_all_ranks(group: EPGroup | None, work: Callable[[], T]) -> T:
@@ -33,6 +36,41 @@ def run_on_all_ranks(group: EPGroup | None, work: Callable[[], T]) -> T:
         if text is not None:
             raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
     return result  # type: ignore[return-value]  # without a problem, it is there
+
+
+def run_long_on_all_ranks(group: EPGroup | None, work: Callable[[], T]) -> T:
+    """`run_on_all_ranks` for work that may take longer than a collective, and that not every rank needs as long for.
+
+    It is done on a thread; meanwhile the ranks meet every second until all are done.
+    """
+    if group is None or group.size == 1:
+        return work()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    while any(group.all_gather_object(thread.is_alive())):
+        thread.join(MEET_EVERY_S)
+
+    def outcome() -> T:
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return run_on_all_ranks(group, outcome)
+
+
+def is_first_of_node(group: EPGroup) -> bool:
+    """Whether no rank below this one is on the same machine; every rank calls this."""
+    names = group.all_gather_object(socket.gethostname())
+    return names.index(names[group.rank]) == group.rank
 
 
 def report_user_error(group: EPGroup, program: str, error: UserError) -> int:

@@ -31,6 +31,8 @@ class MessageTooLong(MessageError):
 class Checked:
     """Rank 0: the checkpoint is in order, and is about to be loaded."""
 
+    model: str  # its folder on rank 0's machine
+
 
 @dataclass(frozen=True)
 class Ready:

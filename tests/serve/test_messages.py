@@ -53,7 +53,7 @@ LOADS = LoadSums(
     seconds={"plan": 0.1}, borrowed_experts=0, borrowed_bytes=0,
 )  # fmt: skip
 MESSAGES_FROM_RANK: list[FromRank] = [
-    Checked(),
+    Checked("/models/tiny"),
     Ready(64, 256, [{"bf16": 100}], {"format": "rq_ep.placement/1"}, {"device": "cpu"}),
     Outputs(
         [

@@ -53,7 +53,7 @@ def calibrate(
     call this with the same arguments and get the same result; rank 0 writes the files.
 
     Args:
-        model: checkpoint directory, or a model that is already in memory.
+        model: checkpoint directory, ORG/NAME of the hub, or a model that is already in memory.
         texts: domain -> texts; or texts (str); or paths (Path) of files and directories, see `windows.read_texts`.
         settings: what to measure, and on how much text; default: `CalibrationSettings()`.
         tokenizer: default: the checkpoint's.
@@ -71,7 +71,10 @@ def calibrate(
             whose experts give infinite or undefined outputs.
     """
     settings = replace(settings or CalibrationSettings(), **options)
-    loaded = LoadedModel.open(model, settings.dtype, settings.device, group, strict_weights=settings.strict_weights)
+    loaded = LoadedModel.open(
+        model, settings.dtype, settings.device, group, revision=settings.revision,
+        strict_weights=settings.strict_weights,
+    )  # fmt: skip
     _check_supported(loaded, settings, trace_path)
     formats = _formats_to_measure(loaded, settings.formats)
     packed = run_on_all_ranks(loaded.group, lambda: _open_files(loaded, trace_path, packed_experts))

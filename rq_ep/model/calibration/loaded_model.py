@@ -14,6 +14,7 @@ from rq_ep.model.checkpoint.quantized_checkpoint import has_low_bit_experts, ope
 from rq_ep.model.dtypes import stored_expert_format, torch_dtype
 from rq_ep.model.load.sharded_model import load_sharded_model
 from rq_ep.model.load.whole_model import load_whole_model
+from rq_ep.model.model_folder import find_model
 from rq_ep.model.seam.expert_modules import ExpertsModule, find_expert_modules
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.parallel import EPGroup
@@ -40,17 +41,18 @@ class LoadedModel:
         device: str,
         group: EPGroup | None = None,
         *,
+        revision: str | None = None,
         strict_weights: bool = False,
     ) -> "LoadedModel":
         """Load the model of a checkpoint, or take one that is already in memory.
 
         Args:
-            model: checkpoint directory, or a model in memory.
+            model: checkpoint directory, name of the hub, or a model in memory.
             dtype: to compute in; default: as the weights are stored.
             device: auto, cpu or cuda; a model in memory, or a group, stays where it is.
             group: ranks over which the experts of a checkpoint are sharded; all of them call this. Default: all
                 processes of the launcher, or this one.
-            strict_weights: as in `load`.
+            revision, strict_weights: as in `load`.
 
         Raises:
             UserError: no such checkpoint, or one that cannot be served.
@@ -59,6 +61,7 @@ class LoadedModel:
             return cls._in_memory(model)
         group = default_group(device) if group is None else group
         dtype = None if dtype is None else torch_dtype(dtype)
+        model = find_model(model, revision, group)
         network: Any
         experts: tuple[ExpertsModule, ...]
         if group.size == 1:

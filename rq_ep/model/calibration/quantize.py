@@ -48,7 +48,7 @@ def quantize(
     """Write a model's experts in low-bit formats; a layer that was written before with equal settings is kept.
 
     Args:
-        model: checkpoint directory, or a model loaded from one.
+        model: checkpoint directory, ORG/NAME of the hub, or a model loaded from one.
         out: directory to write to.
         settings: how to round, and how much text to calibrate on; default: `QuantizeSettings()`.
         formats: every expert in each of these; default: the formats of `placement`.
@@ -71,7 +71,10 @@ def quantize(
         raise UserError(
             f"--rounding {settings.rounding} needs --text: give text of the kind you will serve, or round to nearest"
         )
-    loaded = LoadedModel.open(model, settings.dtype, settings.device, group, strict_weights=settings.strict_weights)
+    loaded = LoadedModel.open(
+        model, settings.dtype, settings.device, group, revision=settings.revision,
+        strict_weights=settings.strict_weights,
+    )  # fmt: skip
     if loaded.identity is None:
         raise UserError("quantize: the model was not loaded from a checkpoint directory")
     wanted_L = _wanted_experts(loaded, formats, placement)

@@ -18,8 +18,8 @@ IRRELEVANT = frozenset({"transformers_version", "_name_or_path"})  # differ with
 def model_identity(path: str | Path) -> ModelIdentity:
     """The identity of the checkpoint in directory `path`.
 
-    It is the directory's name, and a sha256 over the configuration and, for every weight file, the header (names,
-    types, shapes, offsets) and samples of the bytes.
+    It is the directory's name, or the model's on the hub, and a sha256 over the configuration and, for every weight
+    file, the header (names, types, shapes, offsets) and samples of the bytes.
 
     Raises:
         UserError: `path` is not a checkpoint directory, or one of its files is missing.
@@ -28,7 +28,13 @@ def model_identity(path: str | Path) -> ModelIdentity:
     digest = sha256(config.encode())
     for file in weight_files(path):
         _add_file(digest, file)
-    return ModelIdentity(Path(path).resolve().name, digest.hexdigest())
+    return ModelIdentity(_model_id(Path(path).resolve()), digest.hexdigest())
+
+
+def _model_id(folder: Path) -> str:
+    """The name of a folder; of a snapshot in the hub's cache, `models--ORG--NAME/snapshots/COMMIT`, ORG/NAME."""
+    kind, *name = folder.parent.parent.name.split("--")
+    return "/".join(name) if kind == "models" and folder.parent.name == "snapshots" else folder.name
 
 
 def _relevant(config: Any) -> Any:

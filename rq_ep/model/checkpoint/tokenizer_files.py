@@ -12,7 +12,7 @@ from rq_ep.model.checkpoint.json_files import read_json_object
 from rq_ep.model.checkpoint.lfs_pointers import check_is_no_pointer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # of a model folder, beside its weights
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # of a model folder, beside its weights
 JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 

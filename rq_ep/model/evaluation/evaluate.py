@@ -34,6 +34,7 @@ from rq_ep.model.load.attach import layer_cost, place_uniformly
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.whole_model import load_whole_model
+from rq_ep.model.model_folder import find_model
 from rq_ep.model.progress_callback import ProgressCallback, no_progress
 from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
 from rq_ep.model.settings import EvaluationSettings
@@ -67,7 +68,7 @@ def compare(
     those of its thread, which other processes do not stretch. The first batch is run once before anything is measured.
 
     Args:
-        path: checkpoint directory.
+        path: checkpoint directory, or ORG/NAME of the hub.
         texts: held-out text; see `windows.read_texts`.
         candidates: what to compare; each holds its own copy of the model while this runs.
         settings: how much text, and what to measure; default: `EvaluationSettings()`.
@@ -82,6 +83,7 @@ def compare(
             that does not know these experts.
     """
     settings = replace(settings or EvaluationSettings(), **options)
+    path = find_model(path, settings.revision)
     identity = model_identity(path)
     for candidate in candidates:
         if candidate.placement is not None:

@@ -25,6 +25,7 @@ from rq_ep.model.load.load_report import LoadReport
 from rq_ep.model.load.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.ranks import LoadRanks
+from rq_ep.model.model_folder import find_model
 from rq_ep.model.seam.expert_modules import ExpertsModule, family_of
 from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts
 from rq_ep.moe.telemetry import CallRecorder
@@ -50,6 +51,7 @@ def load(
     max_tokens: int | None = None,
     max_dispatch_bytes: int | None = None,
     movable_formats: Sequence[str] | None = None,
+    revision: str | None = None,
     strict_weights: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint with its experts distributed over the ranks; every rank of the group calls this.
@@ -60,7 +62,7 @@ def load(
     rank must make the same number of them.
 
     Args:
-        path: directory of a Hugging Face checkpoint.
+        path: directory of a Hugging Face checkpoint, or ORG/NAME of the hub (`find_model`).
         placement: the ranks and formats of all experts, or its file; default: the strategy places the experts by
             itself for uniform load, in the bytes of standard EP.
         strategy: splits each step's tokens among the replicas; its name, or an object. Default: the one that made the
@@ -82,6 +84,7 @@ def load(
             than in a balanced step.
         movable_formats: the placement may be replaced while the model runs, by one with experts in its own formats and
             in these; default: it stays.
+        revision: branch, tag or commit of a model of the hub.
         strict_weights: refuse a checkpoint with tensors that the model does not know, instead of leaving them unread.
 
     Raises:
@@ -92,8 +95,9 @@ def load(
         if value is not None:
             check_integer(name, value, 1)
     ranks = LoadRanks.of(group, num_local_ranks, device)
+    folder = find_model(path, revision, ranks.group)
     arguments = _Arguments(
-        path, placement, strategy, dtype, attn_implementation, packed_experts, machine, telemetry, max_tokens,
+        folder, placement, strategy, dtype, attn_implementation, packed_experts, machine, telemetry, max_tokens,
         max_dispatch_bytes, movable_formats, strict_weights,
     )  # fmt: skip
     return run_on_all_ranks(ranks.group, lambda: _Loader(arguments, ranks).load())
@@ -103,7 +107,7 @@ def load(
 class _Arguments:
     """The arguments of `load` but those that choose the ranks."""
 
-    path: str | Path
+    path: Path
     placement: Placement | str | Path | None
     strategy: str | Strategy | None
     dtype: str | torch.dtype | None

@@ -23,6 +23,7 @@ from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
 from rq_ep.serve.http.service import ModelLimits, Service
 from rq_ep.serve.messages import (
+    Checked,
     PlacementServed,
     RankStats,
     Ready,
@@ -50,7 +51,8 @@ class ServingProcess:
     def __init__(self, config: ServeConfig, num_ranks: int, token: str) -> None:
         self.config = config
         self.num_ranks = num_ranks
-        self.checked, self.ended = asyncio.Event(), asyncio.Event()
+        self.checked: asyncio.Future[Checked] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.Event()
         self.router = RankRouter(
             num_ranks, token, self, max_queue_size=config.max_queue_size, stall_s=config.stall_timeout
         )
@@ -71,8 +73,8 @@ class ServingProcess:
 
     # What the ranks report
 
-    def on_checked(self) -> None:
-        self.checked.set()
+    def on_checked(self, checked: Checked) -> None:
+        self.checked.set_result(checked)
 
     def on_ready(self, ready: Ready) -> None:
         self.service.limits = ModelLimits(ready.max_model_len, ready.vocab_size)
@@ -130,10 +132,10 @@ class ServingProcess:
 
     async def _read_checkpoint(self) -> None:
         """Read what requests need of a checkpoint that a rank has found in order."""
-        await self.checked.wait()
-        self.service.defaults = read_sampling_defaults(self.config.model, self.config.generation_config)
+        model = (await self.checked).model
+        self.service.defaults = read_sampling_defaults(model, self.config.generation_config)
         log.info("%s (--generation-config %s)", self.service.defaults, self.config.generation_config)
-        self.service.tokenizer = await asyncio.to_thread(load_tokenizer, self.config.model)
+        self.service.tokenizer = await asyncio.to_thread(load_tokenizer, model)
         gc.freeze()  # a collection walks what requests have made, not all modules
 
     async def _sample(self) -> None:

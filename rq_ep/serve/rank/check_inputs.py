@@ -1,6 +1,7 @@
 """Checks of a checkpoint and its settings, before anything large is read."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from rq_ep.model.checkpoint.quantized_checkpoint import open_checkpoint
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.dtypes import stored_expert_format
 from rq_ep.model.max_positions import max_positions
+from rq_ep.model.model_folder import find_model
+from rq_ep.parallel import EPGroup
 from rq_ep.strategies import make_strategy
 
 
@@ -29,6 +32,12 @@ class CheckedInputs(NamedTuple):
 
     model_config: PretrainedConfig
     end_token_ids: list[int]  # with which an answer ends
+
+
+def with_model_folder(config: ServeConfig, group: EPGroup | None = None) -> ServeConfig:
+    """The settings with the folder of the model, downloaded if it is not here; every rank of the group calls this."""
+    folder = find_model(config.model, config.revision, group)
+    return replace(config, model=str(folder), served_model_name=config.model_name, revision=None)
 
 
 def check_inputs(config: ServeConfig, device_type: str) -> CheckedInputs:

@@ -14,7 +14,7 @@ from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniform
 from rq_ep.model.load.memory import available_bytes, expert_bytes
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.seam.expert_modules import family_of
-from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, read_in_advance
+from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, read_in_advance, with_model_folder
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 
 
@@ -30,6 +30,7 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
         UserError: what a real start would refuse before it reads weights.
     """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    given, config = config, with_model_folder(config)
     check_inputs(config, device.type)
     rebalancing = RebalanceInputs.check(config, num_ranks)
     opened = OpenedModel.open(config.model, config.dtype, strict_weights=config.strict_weights)
@@ -37,7 +38,7 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     strategy = choose_strategy(chosen_strategy(config), placement)
     placement = _checked(config, placement, strategy, opened, num_ranks)
     lines = [
-        resolved(config),
+        resolved(given),
         "",
         f"placement: made by {placement.strategy}, served by {strategy.name}; {len(placement.layers)} MoE layers of "
         f"{placement.layers[0].num_experts} experts on {num_ranks} ranks",

@@ -39,7 +39,7 @@ from rq_ep.serve.messages import (
     Wake,
 )
 from rq_ep.serve.process import exit_failed, print_user_error, thread_errors_to
-from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len
+from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len, with_model_folder
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.http_parent import HttpProcess
 from rq_ep.serve.rank.load_totals import LoadTotals
@@ -166,12 +166,13 @@ class RankServer:
             fail(self._early_end, error)
 
     def _start_engine(self, loads: LoadTotals | None) -> Engine:
-        config, group = self._config, self._group
+        group = self._group
         started_s = time.monotonic()
+        config = with_model_folder(self._config, group)
         model_config, end_token_ids = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
         rebalancing = run_on_all_ranks(group, lambda: RebalanceInputs.check(config, group.size))
         if group.rank == 0:
-            self._client.send(Checked())
+            self._client.send(Checked(config.model))
         step_loads = None if loads is None or rebalancing is None else StepLoads(loads)
         formats = None if rebalancing is None else rebalancing.formats
         model = run_on_all_ranks(group, lambda: load_served_model(config, group, step_loads or loads, formats))

@@ -79,7 +79,7 @@ UNAVAILABLE = {
 class GroupObserver(Protocol):
     """Receives what the ranks report."""
 
-    def on_checked(self) -> None:
+    def on_checked(self, checked: Checked) -> None:
         """Rank 0 begins to load a checkpoint that is in order."""
 
     def on_ready(self, ready: Ready) -> None:
@@ -213,7 +213,7 @@ class RankRouter:
             case RebalanceStatus() | RebalanceAnswer() | PlacementServed():
                 self._observer.on_rebalance(message)
             case Checked():
-                self._observer.on_checked()
+                self._observer.on_checked(message)
             case Ready():
                 if self.state is GroupState.LOADING:
                     self.state = GroupState.SERVING

@@ -24,6 +24,7 @@ from rq_ep.serve.messages import (
     AddRequest,
     BeginMigration,
     Cancel,
+    Checked,
     DrainRequest,
     Failed,
     FromRank,
@@ -96,7 +97,7 @@ class Stage:
         self.address = ("", 0)
         self.ranks: list[FakeRank] = []
 
-    def on_checked(self) -> None: ...
+    def on_checked(self, checked: Checked) -> None: ...
 
     def on_ready(self, ready: Ready) -> None:
         self.ready.append(ready)
