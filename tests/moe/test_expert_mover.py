@@ -27,6 +27,7 @@ FAMILY = cases.FAMILIES["gated"]
 LAYOUT: ExpertLayout = FAMILY.layout
 SIZES = {name: get_format(name).nbytes(LAYOUT) for name in ("fp32", "int8")}
 NUM_EXPERTS, NUM_RANKS = 6, 3
+ROOM = 3 * SIZES["fp32"]
 WEIGHTS = cases.expert_weights(FAMILY, NUM_EXPERTS)
 
 
@@ -84,6 +85,10 @@ class Bank:
         self.held = {one.expert: (one.format, packed(one.expert, one.format)) for one in replicas if one.rank == rank}
         self.staged: dict[int, tuple[str, Tensor]] = {}
         self.fails = False
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(buffer.nbytes for _, buffer in self.held.values())
 
     @property
     def staged_bytes(self) -> int:
@@ -151,6 +156,7 @@ class Group:
         ]
         self.served: list[list[list[Replica]]] = []  # replicas of each layer, each time they change
         self.max_staged_R = [0] * NUM_RANKS
+        self.max_held_R = [0] * NUM_RANKS  # with what has arrived
 
     def end(self, rank: int, generation: int, end: MigrationEnd, reason: str) -> None:
         self.ends.append((rank, generation, end))
@@ -161,6 +167,9 @@ class Group:
             self.movers[rank].begin(migration)
 
     def step(self, is_idle: bool = False) -> None:
+        for rank, layers in enumerate(self.layers):  # what is about to be committed has arrived in full
+            held_bytes = sum(layer.bank.held_bytes + layer.bank.staged_bytes for layer in layers)
+            self.max_held_R[rank] = max(self.max_held_R[rank], held_bytes)
         flags = [mover.flags for mover in self.movers]
         staged, failed = min(one.staged for one in flags), max(one.failed for one in flags)
         for mover in self.movers:
@@ -212,7 +221,7 @@ def drawn(seed: int) -> Placement:
 
 def migration(before: Placement, after: Placement, generation: int = 1) -> Migration:
     held = [list(layer.replicas) for layer in before.layers]
-    return Migration(generation, after, tuple(move_rounds(held, after, SIZES, "fp32", 3 * SIZES["fp32"])))
+    return Migration(generation, after, tuple(move_rounds(held, after, SIZES, "fp32", ROOM)))
 
 
 def states(before: Placement, plan: Migration) -> list[list[list[Replica]]]:
@@ -240,6 +249,9 @@ def test_all_ranks_serve_each_round_in_the_same_step(seed: int) -> None:
     words = 2 * len(plan.rounds) * NUM_RANKS * NUM_RANKS  # one for each piece, and there are few
     planned = sum(int(SIZES[move.format]) for one in plan.rounds for _, move in one.receives if _is_sent(move))
     assert planned <= group.wires.num_bytes <= planned + words
+    limits = np.maximum(before.bytes_R, after.bytes_R) + ROOM
+    assert all(held <= limit for held, limit in zip(group.max_held_R, limits, strict=True))
+    assert max(group.max_held_R) > max(*before.bytes_R, *after.bytes_R), "some of the room is used"
 
 
 def _is_sent(move: Any) -> bool:

@@ -22,7 +22,7 @@ from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly
 from rq_ep.model.load.load_report import LoadReport
-from rq_ep.model.load.memory import RankBytes, check_fits, expert_bytes, rank_bytes, step_bytes
+from rq_ep.model.load.memory import RankBytes, arriving_bytes, check_fits, expert_bytes, rank_bytes, step_bytes
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.ranks import LoadRanks
 from rq_ep.model.model_folder import find_model
@@ -51,6 +51,7 @@ def load(
     max_tokens: int | None = None,
     max_dispatch_bytes: int | None = None,
     movable_formats: Sequence[str] | None = None,
+    room_bytes: int = 0,
     revision: str | None = None,
     strict_weights: bool = False,
 ) -> PreTrainedModel:
@@ -84,6 +85,7 @@ def load(
             than in a balanced step.
         movable_formats: the placement may be replaced while the model runs, by one with experts in its own formats and
             in these; default: it stays.
+        room_bytes: of a rank, beside its budget, for experts that arrive meanwhile; they count when memory is checked.
         revision: branch, tag or commit of a model of the hub.
         strict_weights: refuse a checkpoint with tensors that the model does not know, instead of leaving them unread.
 
@@ -98,7 +100,7 @@ def load(
     folder = find_model(path, revision, ranks.group)
     arguments = _Arguments(
         folder, placement, strategy, dtype, attn_implementation, packed_experts, machine, telemetry, max_tokens,
-        max_dispatch_bytes, movable_formats, strict_weights,
+        max_dispatch_bytes, movable_formats, room_bytes, strict_weights,
     )  # fmt: skip
     return run_on_all_ranks(ranks.group, lambda: _Loader(arguments, ranks).load())
 
@@ -118,6 +120,7 @@ class _Arguments:
     max_tokens: int | None
     max_dispatch_bytes: int | None
     movable_formats: Sequence[str] | None
+    room_bytes: int
     strict_weights: bool
 
 
@@ -183,9 +186,12 @@ class _Loader:
                 self._family, top_k, ranks.num_ranks, arguments.max_tokens, self._opened.dtype, ranks.device.type,
                 arguments.max_dispatch_bytes,
             )  # fmt: skip
+        arriving = 0
+        if arguments.movable_formats is not None:
+            arriving = arriving_bytes(self._placement, ranks.local, arguments.room_bytes)
         return rank_bytes(
             self._model, self._experts, resident, self._placement, self._strategy, self._family.layout, step,
-            arguments.movable_formats,
+            arguments.movable_formats, arriving,
         )  # fmt: skip
 
     def _replace_experts(self, max_borrowed_bytes: int) -> tuple[EPExperts | LocalExperts, ...]:

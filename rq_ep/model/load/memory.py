@@ -29,16 +29,19 @@ class RankBytes:
     borrowed: int  # room for experts borrowed for a step, which the layers share
     repacked: int  # experts kept in the format they are lent in
     step: int | None  # rows, notes, sums and intermediate results of the largest step
+    arriving: int = 0  # experts that arrive while the placement is replaced
 
     @property
     def total(self) -> int:
-        return self.others + self.experts + self.borrowed + self.repacked + (self.step or 0)
+        return self.others + self.experts + self.borrowed + self.repacked + self.arriving + (self.step or 0)
 
     def __str__(self) -> str:
         parts = [f"{_gib(self.others + self.experts)} for weights ({_gib(self.experts)} of experts)"]
         parts.append(f"{_gib(self.borrowed)} to borrow")
         if self.repacked:
             parts.append(f"{_gib(self.repacked)} to lend in another format")
+        if self.arriving:
+            parts.append(f"{_gib(self.arriving)} for experts that arrive")
         parts.append("steps of unknown size" if self.step is None else f"{_gib(self.step)} for the largest step")
         return ", ".join(parts)
 
@@ -64,6 +67,15 @@ def borrowed_bytes(
         number = min(number, strategy.max_borrowed)
     names = travelling_formats(strategy, placement) | {*(movable_formats or ())}
     return number * max(get_format(name).nbytes(layout) for name in names)
+
+
+def arriving_bytes(placement: Placement, ranks: Sequence[int], room: int) -> int:
+    """Bytes that `ranks` may hold beside their resident experts while the placement is replaced.
+
+    These are what the budget of each leaves free at first and, beside it, room for what arrives.
+    """
+    budget_R = placement.budget_bytes_R or placement.bytes_R
+    return sum(max(budget_R[rank] - placement.bytes_R[rank], 0) + room for rank in ranks)
 
 
 def travelling_formats(strategy: Strategy, placement: Placement) -> set[str]:
@@ -102,6 +114,7 @@ def rank_bytes(
     layout: ExpertLayout,
     step: int | None,
     movable_formats: Sequence[str] | None = None,
+    arriving: int = 0,
 ) -> RankBytes:
     """The memory that a rank will need.
 
@@ -114,6 +127,7 @@ def rank_bytes(
         layout: of an expert.
         step: bytes of the largest step, if it is known.
         movable_formats: that experts may be stored in besides, if the placement may be replaced.
+        arriving: bytes of experts that arrive meanwhile.
     """
     routed = sum(parameter.nbytes for module in experts for parameter in module.module.parameters())
     sent = strategy.transient_format
@@ -126,6 +140,7 @@ def rank_bytes(
         borrowed=borrowed_bytes(strategy, placement, layout, movable_formats),
         repacked=repacked,
         step=step,
+        arriving=arriving,
     )
 
 
@@ -133,10 +148,11 @@ def check_fits(needed: RankBytes, rank: int, device: torch.device) -> None:
     """Raise a `UserError` with the numbers unless what a rank needs fits its device."""
     available = available_bytes(device)
     if available is not None and needed.total > available:
+        of_rebalancing = ", or lower --rebalance-room" if needed.arriving else ""
         raise UserError(
             f"rank {rank} needs {_gib(needed.total)}: {needed}; but {device} has {_gib(available)}: start more ranks, "
             "place with lower-bit --formats and a smaller --budget, let the strategy borrow fewer experts "
-            "(max_borrowed), or lower --max-num-batched-tokens or --max-dispatch-bytes"
+            f"(max_borrowed), or lower --max-num-batched-tokens or --max-dispatch-bytes{of_rebalancing}"
         )
 
 

@@ -11,7 +11,7 @@ from rq_ep.engine.kv_cache import cache_size, kv_bytes_per_token
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniformly
-from rq_ep.model.load.memory import available_bytes, expert_bytes
+from rq_ep.model.load.memory import arriving_bytes, available_bytes, expert_bytes
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.seam.expert_modules import family_of
 from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, read_in_advance, with_model_folder
@@ -51,7 +51,7 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
         numbers = ", ".join(f"{number} in {name}" for name, number in sorted(in_advance.items()))
         lines.append(f"quantized in advance, read from {config.experts}: {numbers}")
     num_sharing = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)
-    return "\n".join([*lines, *_memory_lines(config, placement, opened, device, num_sharing)])
+    return "\n".join([*lines, *_memory_lines(config, placement, opened, device, num_sharing, rebalancing)])
 
 
 def _checked(
@@ -69,7 +69,12 @@ def _checked(
 
 
 def _memory_lines(
-    config: ServeConfig, placement: Placement, opened: OpenedModel, device: torch.device, num_sharing: int
+    config: ServeConfig,
+    placement: Placement,
+    opened: OpenedModel,
+    device: torch.device,
+    num_sharing: int,
+    rebalancing: RebalanceInputs | None,
 ) -> Iterator[str]:
     """What each rank holds, and what that leaves of the memory that `num_sharing` ranks share."""
     layout = family_of(opened.experts[0].module).layout
@@ -81,9 +86,12 @@ def _memory_lines(
         held = expert_bytes(placement, layout, [rank])
         formats = ", ".join(f"{size:,} in {name}" for name, size in sorted(held.items())) or "none"
         total = sum(held.values())
-        yield f"rank {rank}: {total + others:,} bytes: experts {total:,} ({formats}), the rest {others:,}"
+        arriving = 0 if rebalancing is None else arriving_bytes(placement, [rank], rebalancing.room_bytes)
+        moving = f", {arriving:,} for experts that arrive" if arriving else ""
+        needed = total + others + arriving
+        yield f"rank {rank}: {needed:,} bytes: experts {total:,} ({formats}), the rest {others:,}{moving}"
         if memory is not None:
-            left = max(memory // num_sharing - total - others, 0)
+            left = max(memory // num_sharing - needed, 0)
             tokens = left // token_bytes
             yield f"        leaves {left:,} bytes for rows on their way and the KV cache: {tokens:,} tokens"
     cached = cache_size(config.kv_cache_tokens, device.type)

@@ -27,6 +27,7 @@ def load_served_model(
     group: TorchGroup,
     loads: CallRecorder | None,
     movable_formats: Sequence[str] | None = None,
+    room_bytes: int = 0,
 ) -> PreTrainedModel:
     """Load the model onto this rank; every rank calls this.
 
@@ -35,6 +36,7 @@ def load_served_model(
         group: the ranks.
         loads: counts the load of every MoE layer; None: it is not counted here.
         movable_formats: that experts may be stored in when the placement is replaced; None: it stays.
+        room_bytes: of this rank, beside its budget, for experts that arrive meanwhile.
 
     Raises:
         UserError: it cannot be loaded or served, on every rank where the model itself is at fault.
@@ -53,6 +55,7 @@ def load_served_model(
         max_tokens=config.max_num_batched_tokens,
         max_dispatch_bytes=config.max_dispatch_bytes,
         movable_formats=movable_formats,
+        room_bytes=room_bytes,
         strict_weights=config.strict_weights,
     )
     set_attention(model, config.attn_implementation)

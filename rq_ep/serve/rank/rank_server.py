@@ -174,8 +174,8 @@ class RankServer:
         if group.rank == 0:
             self._client.send(Checked(config.model))
         step_loads = None if loads is None or rebalancing is None else StepLoads(loads)
-        formats = None if rebalancing is None else rebalancing.formats
-        model = run_on_all_ranks(group, lambda: load_served_model(config, group, step_loads or loads, formats))
+        formats, room = (None, 0) if rebalancing is None else (rebalancing.formats, rebalancing.room_bytes)
+        model = run_on_all_ranks(group, lambda: load_served_model(config, group, step_loads or loads, formats, room))
         assert model.generation_config is not None
         model.generation_config.eos_token_id = end_token_ids
         report = report_of(model)

@@ -256,6 +256,16 @@ def test_rows_and_borrowed_experts_are_counted_before_loading(
     num_experts = movable.layers[0].placement.num_experts
     assert movable.rank_bytes.borrowed == num_experts * size, "all experts may leave a rank"
     assert all(bank.movable for layer in movable.layers for bank in layer.banks)
+    arriving = {"movable_formats": ["int8"], "room_bytes": 3 * size}
+    free = replace(movable.placement, budget_bytes_R=tuple(2 * size + held for held in movable.placement.bytes_R))
+    assert load(path, free, "rq", **settings, **arriving).rq_ep.rank_bytes.arriving == 2 * 5 * size, "budget and room"
+    with monkeypatch.context() as patched:
+        full = load(path, strategy="rq", **settings, **arriving).rq_ep.rank_bytes
+        assert full.arriving == 2 * 3 * size
+        patched.setattr(memory, "available_bytes", lambda device: full.total - 1)
+        with pytest.raises(UserError, match=r"GiB for experts that arrive, .* or lower --rebalance-room$"):
+            load(path, strategy="rq", **settings, **arriving)
+        load(path, strategy="rq", **settings, **arriving | {"room_bytes": 2 * size})
     assert str(load(path, **settings).rq_ep.rank_bytes).endswith("0 GiB to borrow, steps of unknown size")
     monkeypatch.setattr(memory, "available_bytes", lambda device: report.rank_bytes.total - 1)
     with pytest.raises(UserError, match=r"for the largest step; but cpu has .*--max-num-batched-tokens or --max-dis"):

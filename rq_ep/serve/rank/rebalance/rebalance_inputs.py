@@ -71,15 +71,20 @@ class RebalanceInputs:
         rule = config.applied_to(strategy.rebalance_rule)
         stats = _stats(config, opened, native, formats)
         largest = max(stats.expert_bytes[name] for name in formats)
-        if rule.room_bytes is not None and rule.room_bytes < largest:
-            raise UserError(
-                f"--rebalance-room {rule.room_bytes}: an expert takes {largest} bytes; give as many or more"
-            )
-        return cls(config, strategy, rule, opened, native, formats, stats)
+        room = largest if rule.room_bytes is None else rule.room_bytes
+        if room < largest:
+            raise UserError(f"--rebalance-room {room}: an expert takes {largest} bytes; give as many or more")
+        return cls(config, strategy, replace(rule, room_bytes=room), opened, native, formats, stats)
 
     @property
     def layout(self) -> ExpertLayout:
         return self.opened.experts[0].family.layout
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes of a rank, beside its budget, for what arrives."""
+        assert self.rule.room_bytes is not None
+        return self.rule.room_bytes
 
     @property
     def measures_importance(self) -> bool:
@@ -144,12 +149,11 @@ class RebalanceInputs:
         """What rebalancing will do, in a line."""
         rule = self.rule
         gain = "whatever it gains" if rule.min_gain is None else f"for a gain of {rule.min_gain:g} max/mean or more"
-        room = rule.room_bytes or max(self.stats.expert_bytes[name] for name in self.formats)
         speed = "" if rule.bytes_per_step is None else f", {rule.bytes_per_step:,} bytes a step and rank at most"
         known = "without calibration" if self.config.stats is None else f"with the sensitivities of {self.config.stats}"
         return (
             f"rebalancing: {self.strategy.name} decides every {rule.interval} steps on the last {rule.window}, {gain}; "
-            f"formats {', '.join(self.formats)} {known}; room of {room:,} bytes a rank{speed}"
+            f"formats {', '.join(self.formats)} {known}; room of {self.room_bytes:,} bytes a rank{speed}"
         )
 
 

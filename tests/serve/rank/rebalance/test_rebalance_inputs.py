@@ -17,6 +17,7 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 from rq_ep.formats import is_intact
 from rq_ep.model.calibration.quantize import quantize
+from rq_ep.serve.rank.dry_run import preview
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 
 RQ = StrategyConfig("rq")
@@ -120,3 +121,16 @@ def test_a_group_that_is_started_again_begins_with_the_placement_that_was_saved(
     saved.write_text("{}")
     assert given.restarted(0) is given
     assert given.restarted(1).placement == str(saved)
+
+
+def test_a_preview_counts_the_room_for_what_arrives_in_the_bytes_of_every_rank(tiny_checkpoint: Path) -> None:
+    def bytes_of_rank_0(given: ServeConfig) -> int:
+        (line,) = (line for line in preview(given, 2, 2).splitlines() if line.startswith("rank 0:"))
+        return int(line.split()[2].replace(",", ""))
+
+    model = str(tiny_checkpoint)
+    plain = bytes_of_rank_0(config(model=model, rebalance="off"))
+    assert bytes_of_rank_0(config(model=model, room_bytes=10**6)) == plain + 10**6
+    inputs = RebalanceInputs.check(config(model=model), 2)
+    assert inputs is not None
+    assert bytes_of_rank_0(config(model=model)) == plain + inputs.stats.expert_bytes["bf16"], "one expert by default"
