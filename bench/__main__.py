@@ -34,6 +34,7 @@ BENCHES = {
     "fidelity": Bench("bench.formats.fidelity", "what low-bit experts do to a model's answers"),
     "serve": Bench("bench.serving.serve", "latency and throughput of a server under every strategy"),
     "soak": Bench("bench.serving.soak", "a server whose clients come and go: is anything lost, wrong or leaked?"),
+    "rebalance": Bench("bench.serving.rebalance", "a placement that follows the load: gain, cost, wrong answers"),
     "report": Bench("bench.report", "measures nothing: renews the tables of bench/results/*.md from the JSON there"),
 }
 

@@ -21,20 +21,23 @@ NAME = "bench"  # of the model, in requests
 
 
 @contextmanager
-def server(num_ranks: int, arguments: Sequence[str], log: Path) -> Iterator[tuple[str, psutil.Process]]:
+def server(
+    num_ranks: int, arguments: Sequence[str], log: Path, module: str = "rq_ep.serve"
+) -> Iterator[tuple[str, psutil.Process]]:
     """Start a server, wait until it is well, and end it afterwards; its address, and the launcher's process.
 
     Args:
         num_ranks: processes of the group.
         arguments: of `rq_ep.serve`; host and port are chosen here.
         log: where its output goes.
+        module: that each rank runs.
 
     Raises:
         UserError: it does not start; the end of its log says why.
     """
     port, rendezvous = _free_port(), _free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
-    command += [f"--master-port={rendezvous}", "-m", "rq_ep.serve", "--port", str(port), "--served-model-name", NAME]
+    command += [f"--master-port={rendezvous}", "-m", module, "--port", str(port), "--served-model-name", NAME]
     with log.open("wb") as file:
         process = _start([*command, *arguments], file)
     url = f"http://127.0.0.1:{port}"

@@ -125,7 +125,7 @@ def soak(
     answers = asyncio.run(drive(url, name, jobs, max_concurrency=max_concurrency, on_answer=weigh))
     duration_s = time.monotonic() - start_s
     lost = [answer for answer in answers if answer.error or not (answer.is_complete or answer.left)]
-    wrong = [answer for answer in answers if not _is_right(answer, expected, tokenizer)]
+    wrong = [answer for answer in answers if not is_right(answer, expected, tokenizer)]
     tenth = max(len(jobs) // 10, 1)
     warm = int(WARM_UP * len(jobs))
     before, after = statistics.median(sizes[warm : warm + tenth]), statistics.median(sizes[-tenth:])
@@ -179,7 +179,7 @@ def dense_answer(model: PreTrainedModel, job: Job) -> list[tuple[int, float]]:
     return list(zip(tokens, (best[:, 0] - best[:, 1]).tolist(), strict=True))
 
 
-def _is_right(answer: Answer, expected: dict[Job, list[tuple[int, float]]], tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_right(answer: Answer, expected: dict[Job, list[tuple[int, float]]], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether an answer, as far as it was received, is the dense model's up to the first token of doubtful margin."""
     dense = expected[replace(answer.job, leaves_after=None)]
     if answer.is_complete and answer.num_tokens != len(dense):

@@ -46,7 +46,10 @@ class LoadView:
         self._recent.append((self._clock(), loads))
 
     def view(self) -> dict[str, Any]:
-        """Routed pairs by layer and rank, and by layer and expert; `imbalance_L`: max/mean over ranks, step by step."""
+        """Routed pairs by layer and rank, and by layer and expert; `imbalance_L`: max/mean over ranks, step by step.
+
+        `num_calls_L`: steps that each layer's figures rest on.
+        """
         while self._recent and self._recent[0][0] < self._clock() - RECENT_S:
             self._recent.popleft()
         layers = sorted(self._total)
@@ -81,4 +84,5 @@ def _view(sums: Mapping[int, LayerSums], layers: list[int]) -> dict[str, Any]:
         "pairs_LR": [sums[layer].pairs_R.tolist() for layer in layers],
         "counts_LE": [sums[layer].counts_E.tolist() for layer in layers],
         "imbalance_L": [sums[layer].imbalance for layer in layers],
+        "num_calls_L": [sums[layer].num_calls for layer in layers],
     }

@@ -665,6 +665,7 @@ def test_load_is_told_since_the_start_and_lately(bench: Bench) -> None:
     bench.service.history.sample(3)
     body = bench.call("GET", "/v1/ep/load").json()
     assert (body["layers"], body["total"]["pairs_LR"]) == ([3, 4], [[60, 20], [40, 40]])
+    assert body["total"]["num_calls_L"] == [6, 6]
     assert body["recent"]["counts_LE"] == [[50, 20, 10], [40, 0, 40]]
     assert body["recent"]["balancedness"] == pytest.approx((1 / 1.5 + 1) / 2)
     sample = body["history"][-1]

@@ -1,0 +1,529 @@
+"""A placement that follows the load, on a real server: what it gains, what it costs, and whether anything is lost.
+
+    python -m bench rebalance --model runs/demo/model --json OUT.json --png OUT.png
+    python -m bench rebalance --model runs/demo/model --num-ranks 2 --parts cost --json OUT.json
+    python -m bench rebalance --model runs/demo/model --quick
+
+Three parts; `--parts` runs some of them, and keeps the others of an earlier `--json FILE`:
+
+domains  Traffic whose text changes its domain, the same requests to each server in turn: `standard`; `rq` calibrated on
+         the first domain; the same, and `eplb`, with `--rebalance auto`; `rq` that begins with no statistics at all.
+cost     Traffic that changes so often that the placement is replaced again and again, on the same model with experts
+         padded to some MiB: off, armed and never moving, planning as often and never moving, moving, and the moves
+         made while the whole group waits (`bench.serving.stop_the_world`). In turns.
+answers  Greedy answers in fp32 across re-placements, each compared with the dense model's as `soak` does.
+
+A server decides on fewer steps here than it would by default (`--window`, `--interval`, and EPLB's in the same
+proportion), because a phase has some hundred steps.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.result import result_document
+from bench.serving.load_generator import Answer, Job, drive, random_jobs
+from bench.serving.rebalance_figure import draw
+from bench.serving.rebalance_figures import (
+    STEP_TOKENS,
+    LoadSample,
+    first_within,
+    goals,
+    imbalance_between,
+    latency,
+    pairs_at,
+    ratio_by_round,
+    series,
+    share_of_gain,
+)
+from bench.serving.server_process import NAME, server
+from bench.serving.soak import dense_answer, is_right
+from bench.serving.wide_model import widen
+from rq_ep.commands.console import wide_console
+from rq_ep.core.errors import UserError, check_choice, check_integer
+from rq_ep.core.files.documents import check_writable, read_json, write_json
+from rq_ep.core.placement import Placement
+from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
+from rq_ep.core.stats import ExpertStats
+from rq_ep.core.topology import Topology
+from rq_ep.formats import get_format
+from rq_ep.model.calibration.calibrate import calibrate
+from rq_ep.model.checkpoint.model_identity import model_identity
+from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
+from rq_ep.model.load.opened_model import OpenedModel
+from rq_ep.model.load.whole_model import load_whole_model
+from rq_ep.placing.place import place
+from rq_ep.rebalancing.replan import moved_bytes
+from rq_ep.sim.simulator import simulate
+from rq_ep.strategies import make_strategy
+
+PARTS = ("domains", "cost", "answers")
+STOP_THE_WORLD = "bench.serving.stop_the_world"
+STRETCHES = 8  # of the part on cost: how often the domain changes in a run
+SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
+SETTLE_S = 1.3  # until the last steps are reported
+IDLE_TIMEOUT_S = 10.0  # for a decision or a migration that is under way when the requests have ended
+SLACK = 0.02  # within which a placement counts as good as the calibrated one
+QUICK = {
+    "num_ranks": 2,
+    "domains": "code,table",
+    "num_prompts": 48,
+    "rounds": 1,
+    "num_requests": 120,
+    "calibration_tokens": 8192,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m bench rebalance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", required=True, help="directory of the checkpoint")
+    made.add_argument("--text", default=None, help="directory with a folder of text for each domain [MODEL/text/train]")
+    made.add_argument("--domains", default="code,prose,c,table", help="by commas; the first is calibrated on")
+    made.add_argument("--parts", default=",".join(PARTS), help=f"by commas [{','.join(PARTS)}]")
+    made.add_argument("--num-ranks", type=int, default=4, help="processes of each server [4]")
+    made.add_argument("--formats", default="bf16,int8", help="of rq, the native one first [bf16,int8]")
+    made.add_argument("--window", type=int, default=32, help="steps that rq decides on [32]")
+    made.add_argument("--interval", type=int, default=16, help="steps between its decisions [16]")
+    made.add_argument("--eplb-window", type=int, default=63, help="1000 / 16 [63]")
+    made.add_argument("--eplb-interval", type=int, default=188, help="3000 / 16 [188]")
+    made.add_argument("--num-prompts", type=int, default=160, help="requests of a domain [160]")
+    made.add_argument("--rounds", type=int, default=3, help="of the part on cost [3]")
+    made.add_argument("--num-requests", type=int, default=2000, help="of the part on answers [2000]")
+    made.add_argument("--calibration-tokens", type=int, default=32_768, help="of each domain [32768]")
+    made.add_argument("--intermediate-size", type=int, default=4096, help="of experts in the part on cost [4096]")
+    made.add_argument("--seed", type=int, default=0, help="of the requests [0]")
+    made.add_argument("--quick", action="store_true", help=f"does it run? {QUICK}")
+    made.add_argument("--json", default=None, help="write every figure there")
+    made.add_argument("--png", default=None, help="draw imbalance over what was served there")
+    return made
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the parts; print the table.
+
+    Raises:
+        UserError: an option makes no sense, or a server does not start.
+    """
+    options = parser().parse_args(argv)
+    if options.quick:
+        vars(options).update(QUICK)
+    asked = [check_choice("part", name, PARTS) for name in options.parts.split(",")]
+    for name in ("num_ranks", "num_prompts", "rounds", "num_requests"):
+        check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    for path in filter(None, (options.json, options.png)):
+        check_writable(path)
+    parts: dict[str, Any] = {}
+    if options.json and len(asked) < len(PARTS) and Path(options.json).exists():
+        parts = read_json(options.json, "result", "leave --json out")["parts"]
+    bench = Workload(options)
+    for name in asked:
+        started_s = time.monotonic()
+        parts[name] = {"domains": domains, "cost": cost, "answers": answers}[name](bench)
+        parts[name] |= {"seconds": time.monotonic() - started_s, "load_average": os.getloadavg()[0]}
+        result = result_document("rebalance", argv, options, parts=parts)
+        if options.json:
+            write_json(options.json, result)
+    show(result)
+    if options.png and "domains" in parts:
+        draw(result, options.png)
+
+
+class Workload:
+    """What all parts share: the texts, the statistics, the placements, and a folder for them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.console = Console(stderr=True)
+        self.folder = Path(mkdtemp(prefix="rq_ep-bench-rebalance-"))
+        self.domains = options.domains.split(",")
+        self.formats = tuple(options.formats.split(","))
+        self.native = self.formats[0]
+        self.tokenizer = read_tokenizer(options.model)
+        root = Path(options.text or Path(options.model) / "text/train")
+        self._paths = {name: root / name for name in self.domains}
+        for name, path in self._paths.items():
+            if not path.is_dir():
+                raise UserError(f"--domains {name}: there is no folder {path}; --text names the folder of all domains")
+        self._stats: dict[str, ExpertStats] = {}
+
+    def stats(self, domain: str) -> ExpertStats:
+        """Of a domain's text."""
+        if domain not in self._stats:
+            self.console.print(f"calibrating on {domain}")
+            self._stats[domain] = calibrate(
+                self.options.model, [self._paths[domain]], max_tokens=self.options.calibration_tokens,
+                sequence_length=256, formats=self.formats,
+            )  # fmt: skip
+        return self._stats[domain]
+
+    def halves(self, domain: str) -> tuple[ExpertStats, list[Any]]:
+        """The domain's prefill steps: statistics of every other one, and the counts of the rest."""
+        stats = self.stats(domain)
+        steps = [at for at, phase in enumerate(stats.phase) if phase == 0]
+        planned = replace(stats, counts=stats.counts[steps[::2]], phase=None, tokens=None, domain=None, domains=())
+        return planned, list(stats.counts[steps[1::2]])
+
+    def jobs(self, domain: str, number: int, input_len: int, output_len: int, seed: int = 0) -> list[Job]:
+        """Requests with prompts of the domain."""
+        texts = self._texts(domain, input_len + input_len // 2)
+        return random_jobs(texts, number, input_len, output_len, self.options.seed + seed)
+
+    def _texts(self, domain: str, longest: int) -> list[list[int]]:
+        files = sorted(file for file in self._paths[domain].rglob("*") if file.is_file())
+        texts = [self.tokenizer.encode(file.read_text(errors="replace")[:20_000]) for file in files[:40]]
+        texts = [text for text in texts if len(text) >= longest]
+        if not texts:
+            raise UserError(f"--text {self._paths[domain]}: no text of {longest} tokens there")
+        return texts
+
+    def place(self, strategy: str, stats: ExpertStats, formats: Sequence[str] | None = None) -> Placement:
+        formats = formats or (self.formats if strategy == "rq" else self.formats[:1])
+        return place(stats, self.options.num_ranks, strategy=strategy, formats=tuple(formats))
+
+    def calibrated(self, strategy: str, formats: Sequence[str] | None = None) -> str:
+        """The file of a placement for the first domain."""
+        path = self.folder / f"{strategy}.{'-'.join(formats or ())}.json"
+        if not path.exists():
+            self.place(strategy, self.stats(self.domains[0]), formats).save(path)
+        return str(path)
+
+    def imbalance(self, strategy: str, placement: Placement, counts: Sequence[Any]) -> float:
+        """max/mean of these steps as the strategy would split them, mean over steps and layers."""
+        return float(simulate(make_strategy(strategy), placement, counts, self.native).imbalances.mean())
+
+    @contextmanager
+    def start(self, name: str, model: str, *arguments: str, module: str = "rq_ep.serve") -> Iterator["Served"]:
+        """Start a server of a checkpoint."""
+        log = self.folder / f"{name.replace(' ', '-')}.log"
+        self.console.print(f"starting {name} (log: {log})")
+        settings = ["--model", model, "--device", "cpu", *arguments]
+        with server(self.options.num_ranks, settings, log, module) as (url, process):
+            yield Served(name, url, process)
+
+    def rebalancing(self, window: int, interval: int, min_gain: float | None = None) -> list[str]:
+        gain = [] if min_gain is None else ["--rebalance-min-gain", str(min_gain)]
+        auto = ["--rebalance", "auto", "--rebalance-window", str(window), "--rebalance-interval", str(interval)]
+        return [*auto, *gain]
+
+
+@dataclass
+class Served:
+    """A server, and what was recorded of it."""
+
+    name: str
+    url: str
+    process: psutil.Process
+    samples: list[LoadSample] = field(default_factory=list)
+    placements: list[tuple[float, Placement]] = field(default_factory=list)  # seconds since the epoch; the first serves
+    answers: list[Answer] = field(default_factory=list)
+    planner_s: float = 0.0  # CPU time of its planner process while requests were under way
+    busy_s: float = 0.0  # in which requests were under way
+
+    def ask(self, jobs: Sequence[Job], max_concurrency: int) -> list[Answer]:
+        """Send the requests, and record the server meanwhile."""
+        self._look()
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(over,))
+        cpu_s, started_s = self._planner_cpu_s(), time.monotonic()
+        watch.start()
+        try:
+            answers = asyncio.run(drive(self.url, NAME, jobs, max_concurrency=max_concurrency))
+        finally:
+            over.set()
+            watch.join()
+        self.busy_s += time.monotonic() - started_s
+        time.sleep(SETTLE_S)
+        end_s = time.monotonic() + IDLE_TIMEOUT_S
+        while self.state().get("state", "off") not in ("off", "idle", "loading") and time.monotonic() < end_s:
+            time.sleep(SAMPLE_S)
+        self.planner_s += self._planner_cpu_s() - cpu_s
+        self._look()
+        self.answers += answers
+        return answers
+
+    def state(self) -> dict[str, Any]:
+        """What `/v1/ep/rebalance` says."""
+        state: dict[str, Any] = self._get("/v1/ep/rebalance")
+        return state
+
+    @property
+    def commits(self) -> list[dict[str, Any]]:
+        """The placements that have replaced another."""
+        commits: list[dict[str, Any]] = self.state().get("commits", [])
+        return commits
+
+    @property
+    def num_committed(self) -> int:
+        return int(self.state().get("results", {}).get("committed", 0))
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(SAMPLE_S):
+            self._look()
+
+    def _look(self) -> None:
+        total = self._get("/v1/ep/load")["total"]
+        if total is not None:
+            sample = LoadSample.of(time.time(), total)
+            if not self.samples or sample.num_pairs > self.samples[-1].num_pairs:
+                self.samples.append(sample)
+        commits = self.commits
+        if not self.placements or (commits and commits[-1]["time"] > self.placements[-1][0]):
+            at_s = commits[-1]["time"] if commits else time.time()
+            self.placements.append((at_s, Placement.from_dict(self._get("/v1/ep/placement"))))
+
+    def _get(self, path: str) -> Any:
+        return httpx.get(self.url + path, timeout=30, trust_env=False).json()
+
+    def _planner_cpu_s(self) -> float:
+        for child in self.process.children(recursive=True):
+            if any("planner_process" in word for word in child.cmdline()):
+                times = child.cpu_times()
+                return times.user + times.system
+        return 0.0
+
+
+def domains(bench: Workload) -> dict[str, Any]:
+    """Traffic that changes its domain, to every server in turn."""
+    options, first = bench.options, bench.domains[0]
+    stats_file = bench.folder / "first.safetensors"
+    bench.stats(first).save(stats_file)
+    rq = ["--strategy", "rq", "--placement", bench.calibrated("rq")]
+    eplb = ["--strategy", "eplb", "--placement", bench.calibrated("eplb")]
+    live = bench.rebalancing(options.window, options.interval)
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(bench.start(name, options.model, *arguments))
+            for name, arguments in (
+                ("standard", ["--strategy", "standard"]),
+                ("rq", rq),
+                ("eplb live", [*eplb, *bench.rebalancing(options.eplb_window, options.eplb_interval)]),
+                ("rq live", [*rq, "--formats", options.formats, "--stats", str(stats_file), *live]),
+                ("rq live from nothing", ["--strategy", "rq", "--formats", options.formats, *live]),
+            )
+        ]
+        for served in servers:
+            warm_up(bench, served)
+        rows, ends = [], []
+        for number, domain in enumerate(bench.domains):
+            jobs = bench.jobs(domain, options.num_prompts, 160, 12, seed=number)
+            for served in servers if number % 2 else reversed(servers):
+                first_sample, committed = len(served.samples) - 1, len(served.commits)
+                found = latency(served.ask(jobs, 48))
+                new = served.commits[committed:]
+                rows.append({
+                    "server": served.name, "domain": domain, **found,
+                    "imbalance": imbalance_between(served.samples[first_sample:]),
+                    "num_committed": len(new), "moved_bytes": sum(one["moved_bytes"] or 0 for one in new),
+                })  # fmt: skip
+                bench.console.print(f"{domain}: {served.name}: {brief(rows[-1])}")
+            ends.append(series(servers[0].samples)[-1]["pairs"])
+        states = {served.name: served.state() for served in servers}
+        moving = [state for state in states.values() if state.get("moved_bytes")]
+        sent = sum(state["moved_bytes"] for state in moving)
+        planned = sum(one["moved_bytes"] or 0 for state in moving for one in state["commits"])
+        by_name = {served.name: served for served in servers}
+        return {
+            "domains": bench.domains,
+            "rows": rows,
+            "phase_ends": ends,
+            "series": {served.name: series(served.samples) for served in servers},
+            "commits": {
+                served.name: [
+                    {**one, "pairs": pairs_at(served.samples, one["time"])}
+                    for one in states[served.name].get("commits", ())
+                ]
+                for served in servers
+            },
+            "results": {name: state.get("results", {}) for name, state in states.items()},
+            "sent_by_planned": sent / planned if planned else 1.0,
+            "value": value_after_change(bench, by_name["rq live"], rows),
+            "from_nothing": way_from_nothing(bench, by_name["rq live from nothing"], ends[0]),
+        }
+
+
+def value_after_change(bench: Workload, served: Served, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the live placement has gained after the last change of domain, for which bytes (R4)."""
+    before_domain, domain = bench.domains[-2:]
+    planned, held_out = bench.halves(domain)
+    moved_by_phase = [row["moved_bytes"] for row in rows if row["server"] == served.name]
+    num_after = [row["num_committed"] for row in rows if row["server"] == served.name][-1]
+    placements = [placement for _, placement in served.placements]
+    before, after = placements[-1 - min(num_after, len(placements) - 1)], placements[-1]
+    best = bench.place("rq", planned)
+    eplb = [bench.place("eplb", bench.halves(name)[0]) for name in (before_domain, domain)]
+    problem = PlacementProblem(
+        planned, Topology(bench.options.num_ranks), standard_ep_bytes(planned, bench.options.num_ranks), bench.formats
+    )
+    eplb_bytes = moved_bytes(problem, *eplb)
+    figures = [bench.imbalance("rq", placement, held_out) for placement in (before, after, best)]
+    return {
+        "from": before_domain, "to": domain, "before": figures[0], "after": figures[1], "best": figures[2],
+        "share_of_gain": share_of_gain(*figures), "moved_bytes": moved_by_phase[-1], "eplb_bytes": eplb_bytes,
+        "fresh_bytes": moved_bytes(problem, before, best),
+        "share_of_bytes": moved_by_phase[-1] / eplb_bytes,
+        "eplb": [bench.imbalance("eplb", placement, held_out) for placement in eplb],
+    }  # fmt: skip
+
+
+def way_from_nothing(bench: Workload, served: Served, end_pairs: float) -> dict[str, Any]:
+    """How soon a server without statistics comes as near to balance as the calibrated placement, in its first phase."""
+    planned, held_out = bench.halves(bench.domains[0])
+    calibrated = bench.imbalance("rq", bench.place("rq", planned), held_out)
+    points = [
+        (pairs_at(served.samples, at_s), bench.imbalance("rq", placement, held_out))
+        for at_s, placement in served.placements
+    ]
+    points = [(0.0, points[0][1]), *(point for point in points[1:] if point[0] <= end_pairs)]
+    reached = first_within(points, calibrated, SLACK)
+    pairs_per_token = (planned.top_k or 1) * planned.num_layers
+    return {
+        "calibrated": calibrated, "points": points, "last": points[-1][1],
+        "steps_of_4096": None if reached is None else reached / pairs_per_token / STEP_TOKENS,
+    }  # fmt: skip
+
+
+def cost(bench: Workload) -> dict[str, Any]:
+    """Traffic that has the placement replaced again and again, beside the same without moves."""
+    options = bench.options
+    wide = bench.folder / "wide"
+    widen(options.model, wide, options.intermediate_size)
+    placement = bench.folder / "wide.json"
+    bench.place("rq", widened(bench.stats(bench.domains[0]), wide)).save(placement)
+    rq = ["--strategy", "rq", "--placement", str(placement)]
+    never = 1000.0  # max/mean
+    quick_rule = (16, 16)
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(bench.start(name, str(wide), *rq, *more, module=module))
+            for name, more, module in (
+                ("off", [], "rq_ep.serve"),
+                ("armed", bench.rebalancing(256, 64, never), "rq_ep.serve"),
+                ("planning", bench.rebalancing(*quick_rule, never), "rq_ep.serve"),
+                ("moving", bench.rebalancing(*quick_rule, 0.0), "rq_ep.serve"),
+                ("stop-the-world", bench.rebalancing(*quick_rule, 0.0), STOP_THE_WORLD),
+            )
+        }
+        for served in servers.values():
+            warm_up(bench, served)
+        order = [*servers, "off again"]
+        ends = (bench.domains[0], bench.domains[-1])
+        jobs = [
+            job
+            for stretch in range(STRETCHES)
+            for job in bench.jobs(ends[stretch % 2], max(options.num_prompts * 3 // 20, 1), 48, 24, seed=stretch)
+        ]
+        rows = []
+        for number in range(options.rounds):
+            for name in order if number % 2 == 0 else reversed(order):
+                served = servers[name.removesuffix(" again")]
+                rows.append({"server": name, "round": number, **latency(served.ask(jobs, 16))})
+                bench.console.print(f"round {number}: {name}: {brief(rows[-1])}, {served.num_committed} re-placements")
+        pairs = [
+            ("armed", "off"), ("planning", "off"), ("moving", "off"), ("moving", "planning"),
+            ("stop-the-world", "off"), ("off again", "off"),
+        ]  # fmt: skip
+        return {
+            "rows": rows,
+            "num_committed": {name: served.num_committed for name, served in servers.items()},
+            "ratios": {
+                figure: {f"{name} / {base}": ratio_by_round(rows, figure, name, base) for name, base in pairs}
+                for figure in ("p99_itl_ms", "median_itl_ms", "output_throughput")
+            },
+            "longest_gap_ms": {
+                name: max(row["longest_gap_ms"] for row in rows if row["server"] == name) for name in order
+            },
+            "planner_share": {
+                name: served.planner_s / served.busy_s for name, served in servers.items() if served.busy_s
+            },
+            "num_lost": sum(row["num_lost"] for row in rows),
+            "results": {name: served.state().get("results", {}) for name, served in servers.items()},
+        }
+
+
+def answers(bench: Workload) -> dict[str, Any]:
+    """Greedy answers in fp32 across re-placements, compared with the dense model's."""
+    options = bench.options
+    model = load_whole_model(options.model, torch.float32, torch.device("cpu"))
+    model.generation_config.eos_token_id = None  # clients ask to go on after end tokens
+    ends = (bench.domains[0], bench.domains[-1])
+    kinds = {name: bench.jobs(name, max(min(options.num_requests // 40, 50), 1), 24, 12) for name in ends}
+    bench.console.print("answering as the dense model")
+    expected = {job: dense_answer(model, job) for jobs in kinds.values() for job in jobs}
+    draw_job, stretch = random.Random(options.seed), max(options.num_requests // 40, 1)
+    jobs = [draw_job.choice(kinds[ends[at // stretch % 2]]) for at in range(options.num_requests)]
+    settings = ["--dtype", "float32", "--strategy", "rq", "--formats", "fp32", *bench.rebalancing(16, 16, 0.0)]
+    with bench.start("answers", options.model, *settings) as served:
+        got = served.ask(jobs, 16)
+        wrong = [answer for answer in got if answer.is_complete and not is_right(answer, expected, bench.tokenizer)]
+        return {
+            "num_requests": len(jobs), "num_committed": served.num_committed,
+            "num_lost": sum(not answer.is_complete for answer in got), "num_wrong": len(wrong),
+            "errors": sorted({answer.error for answer in got if answer.error})[:3],
+            "results": served.state().get("results", {}), "moved_bytes": served.state().get("moved_bytes", 0),
+            **latency(got),
+        }  # fmt: skip
+
+
+def widened(stats: ExpertStats, model: Path) -> ExpertStats:
+    """The statistics of a model as those of its widened checkpoint, which routes as it does."""
+    layout = OpenedModel.open(model, "auto").experts[0].family.layout
+    sizes = {name: get_format(name).nbytes(layout) for name in stats.formats}
+    return replace(stats, model=model_identity(model), expert_bytes=sizes, intermediate_size=None, hidden_size=None)
+
+
+def warm_up(bench: Workload, served: Served) -> None:
+    """A few requests, so that nothing is done for the first time later."""
+    asyncio.run(drive(served.url, NAME, bench.jobs(bench.domains[0], 8, 48, 4), max_concurrency=8))
+    time.sleep(SETTLE_S)
+
+
+def brief(row: Mapping[str, Any]) -> str:
+    shown = f"{row['output_throughput']:.0f} tokens/s, ITL p99 {row['p99_itl_ms']:.0f} ms, longest gap "
+    shown += f"{row['longest_gap_ms']:.0f} ms, {row['num_lost']} lost"
+    if "imbalance" in row:
+        shown = f"max/mean {row['imbalance']:.3f}, {shown}, {row['num_committed']} re-placements"
+    return shown
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    parts = result["parts"]
+    console = wide_console(140)
+    if "domains" in parts:
+        table = Table(title="by domain: max/mean, tokens/s, ITL ms p50 / p99 / longest, re-placements")
+        for name in ("server", *parts["domains"]["domains"]):
+            table.add_column(name)
+        for name in parts["domains"]["series"]:
+            table.add_row(name, *(cell(row) for row in parts["domains"]["rows"] if row["server"] == name))
+        console.print(table)
+    table = Table(title=f"{result['options']['num_ranks']} ranks")
+    for name in ("", "goal", "reached", "peers"):
+        table.add_column(name)
+    for goal in goals(parts):
+        table.add_row(*goal)
+    console.print(table)
+
+
+def cell(row: Mapping[str, Any]) -> str:
+    """The figures of a server in a domain."""
+    return (
+        f"{row['imbalance']:.3f}, {row['output_throughput']:.0f}, {row['median_itl_ms']:.0f} / {row['p99_itl_ms']:.0f} "
+        f"/ {row['longest_gap_ms']:.0f}, {row['num_committed']}"
+    )

@@ -1,0 +1,38 @@
+"""One rank of a server that stops for its re-placements, as synchronous rebalancing does: for the bench alone.
+
+    torchrun --nproc-per-node 4 -m bench.serving.stop_the_world --model DIR --strategy rq --rebalance auto
+
+The decisions, the rounds and the messages are those of `rq_ep.serve`. Only the mover differs: once every rank knows of
+a migration, all of them make all of its moves on their engines' threads, between the same two steps.
+"""
+
+from rq_ep.moe.expert_mover import ExpertMover, Migration, _code, _Progress
+from rq_ep.serve.__main__ import main
+from rq_ep.serve.process import exit_quickly
+from rq_ep.serve.rank.rebalance import group_mover
+
+
+class StopTheWorldMover(ExpertMover):
+    """Stages and commits on the engine's thread. What fails ends the server."""
+
+    def begin(self, migration: Migration) -> None:
+        with self._changed:
+            self._current = _Progress(migration)
+            self._flags = self._flags._replace(staged=_code(migration, 1))  # this rank can begin
+
+    def between_steps(self, staged: int, failed: int) -> None:
+        current = self._current
+        if current is None or staged <= _code(current.migration, 0):
+            return
+        for number, moves in enumerate(current.migration.rounds):
+            self._stage(current.migration, number, moves)
+            if self.error:
+                raise RuntimeError(self.error)
+            self._commit(current)
+        for layer in self._layers:
+            layer.bank.discard_staged()
+
+
+if __name__ == "__main__":
+    group_mover.ExpertMover = StopTheWorldMover
+    exit_quickly(main())
