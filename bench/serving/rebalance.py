@@ -13,6 +13,7 @@ cost     Traffic that changes so often that the placement is replaced again and 
          made while the whole group waits (`bench.serving.stop_the_world`). In turns.
 answers  Greedy answers in fp32 across re-placements, each compared with the dense model's as `soak` does.
 
+The last two let `rq` move every 16 steps to whatever it has planned (`bench.serving.restless`), without its gate.
 A server decides on fewer steps here than it would by default (`--window`, `--interval`, and EPLB's in the same
 proportion), because a phase has some hundred steps.
 """
@@ -74,6 +75,7 @@ from rq_ep.strategies import make_strategy
 
 PARTS = ("domains", "cost", "answers")
 STOP_THE_WORLD = "bench.serving.stop_the_world"
+RESTLESS = "bench.serving.restless:Restless"
 STRETCHES = 8  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
@@ -217,11 +219,6 @@ class Workload:
         with server(self.options.num_ranks, settings, log, module) as (url, process):
             yield Served(name, url, process)
 
-    def rebalancing(self, window: int, interval: int, min_gain: float | None = None) -> list[str]:
-        gain = [] if min_gain is None else ["--rebalance-min-gain", str(min_gain)]
-        auto = ["--rebalance", "auto", "--rebalance-window", str(window), "--rebalance-interval", str(interval)]
-        return [*auto, *gain]
-
 
 @dataclass
 class Served:
@@ -306,16 +303,20 @@ def domains(bench: Workload) -> dict[str, Any]:
     bench.stats(first).save(stats_file)
     rq = ["--strategy", "rq", "--placement", bench.calibrated("rq")]
     eplb = ["--strategy", "eplb", "--placement", bench.calibrated("eplb")]
-    live = bench.rebalancing(options.window, options.interval)
+
+    def live(window: int, interval: int) -> list[str]:
+        return ["--rebalance", "auto", "--rebalance-window", str(window), "--rebalance-interval", str(interval)]
+
+    follows = live(options.window, options.interval)
     with ExitStack() as stack:
         servers = [
             stack.enter_context(bench.start(name, options.model, *arguments))
             for name, arguments in (
                 ("standard", ["--strategy", "standard"]),
                 ("rq", rq),
-                ("eplb live", [*eplb, *bench.rebalancing(options.eplb_window, options.eplb_interval)]),
-                ("rq live", [*rq, "--formats", options.formats, "--stats", str(stats_file), *live]),
-                ("rq live from nothing", ["--strategy", "rq", "--formats", options.formats, *live]),
+                ("eplb live", [*eplb, *live(options.eplb_window, options.eplb_interval)]),
+                ("rq live", [*rq, "--formats", options.formats, "--stats", str(stats_file), *follows]),
+                ("rq live from nothing", ["--strategy", "rq", "--formats", options.formats, *follows]),
             )
         ]
         for served in servers:
@@ -406,18 +407,17 @@ def cost(bench: Workload) -> dict[str, Any]:
     widen(options.model, wide, options.intermediate_size)
     placement = bench.folder / "wide.json"
     bench.place("rq", widened(bench.stats(bench.domains[0]), wide)).save(placement)
-    rq = ["--strategy", "rq", "--placement", str(placement)]
-    never = 1000.0  # max/mean
-    quick_rule = (16, 16)
+    rq, restless = (["--strategy", name, "--placement", str(placement)] for name in ("rq", RESTLESS))
+    auto, never = ["--rebalance", "auto"], ["--rebalance-min-gain", "1000"]
     with ExitStack() as stack:
         servers = {
-            name: stack.enter_context(bench.start(name, str(wide), *rq, *more, module=module))
-            for name, more, module in (
-                ("off", [], "rq_ep.serve"),
-                ("armed", bench.rebalancing(256, 64, never), "rq_ep.serve"),
-                ("planning", bench.rebalancing(*quick_rule, never), "rq_ep.serve"),
-                ("moving", bench.rebalancing(*quick_rule, 0.0), "rq_ep.serve"),
-                ("stop-the-world", bench.rebalancing(*quick_rule, 0.0), STOP_THE_WORLD),
+            name: stack.enter_context(bench.start(name, str(wide), *arguments, module=module))
+            for name, arguments, module in (
+                ("off", rq, "rq_ep.serve"),
+                ("armed", [*rq, *auto, *never], "rq_ep.serve"),
+                ("planning", [*restless, *auto, *never], "rq_ep.serve"),
+                ("moving", [*restless, *auto], "rq_ep.serve"),
+                ("stop-the-world", [*restless, *auto], STOP_THE_WORLD),
             )
         }
         for served in servers.values():
@@ -468,7 +468,7 @@ def answers(bench: Workload) -> dict[str, Any]:
     expected = {job: dense_answer(model, job) for jobs in kinds.values() for job in jobs}
     draw_job, stretch = random.Random(options.seed), max(options.num_requests // 40, 1)
     jobs = [draw_job.choice(kinds[ends[at // stretch % 2]]) for at in range(options.num_requests)]
-    settings = ["--dtype", "float32", "--strategy", "rq", "--formats", "fp32", *bench.rebalancing(16, 16, 0.0)]
+    settings = ["--dtype", "float32", "--strategy", RESTLESS, "--formats", "fp32", "--rebalance", "auto"]
     with bench.start("answers", options.model, *settings) as served:
         got = served.ask(jobs, 16)
         wrong = [answer for answer in got if answer.is_complete and not is_right(answer, expected, bench.tokenizer)]

@@ -20,14 +20,15 @@ class StopTheWorldMover(ExpertMover):
             self._current = _Progress(migration)
             self._flags = self._flags._replace(staged=_code(migration, 1))  # this rank can begin
 
-    def between_steps(self, staged: int, failed: int) -> None:
+    def between_steps(self, staged: int, failed: int, is_idle: bool = False) -> None:
         current = self._current
-        if current is None or staged <= _code(current.migration, 0):
+        if current is None or failed >= current.migration.generation or staged <= _code(current.migration, 0):
+            super().between_steps(0, failed, is_idle)
             return
         for number, moves in enumerate(current.migration.rounds):
-            self._stage(current.migration, number, moves)
-            if self.error:
-                raise RuntimeError(self.error)
+            self._stage(current, number, moves)
+            if self._flags.staged <= _code(current.migration, number):
+                raise RuntimeError(f"round {number} of re-placement {current.migration.generation} has failed")
             self._commit(current)
         for layer in self._layers:
             layer.bank.discard_staged()
