@@ -2,7 +2,8 @@
 
 In a round a rank sends at most one expert to another rank and receives at most one. What has arrived serves from a
 common step on, and replicas are dropped at that step, as many as the bytes ask for. So every rank holds what it may,
-and one round's arrivals at most besides; and every step finds a replica of every expert, all of them in one format.
+and one round's arrivals at most besides; every step finds a replica of every expert, all of them in one format; and the
+cap on low pairs holds at every step, where it does at first.
 
 Without other constraints the rounds are as few as there can be: as many as the busiest rank sends or receives, because
 every round serves all ranks that are that busy (Koenig, Ueber Graphen und ihre Anwendung, Math. Annalen 77, 1916: the
@@ -11,7 +12,7 @@ edges of a bipartite graph need as many colours as its largest degree).
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -34,15 +35,17 @@ class Expert(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a replica lies: the position of its layer, its rank, its expert."""
+    """Where a replica lies."""
 
-    layer: int
+    of: Expert
     rank: int
-    expert: int
 
-    @property
-    def of(self) -> Expert:
-        return Expert(self.layer, self.expert)
+
+class LowCap(NamedTuple):
+    """A limit of the pairs that are computed in another format than the native one."""
+
+    pairs_LE: IntArray
+    max_pairs: float
 
 
 class MoveRound(NamedTuple):
@@ -88,6 +91,7 @@ def move_rounds(
     native_format: str,
     room_bytes: int,
     value: ReplicaValue = lambda layer, replica: 0.0,
+    low_cap: LowCap | None = None,
 ) -> list[MoveRound]:
     """The rounds that lead from `before` to `after`.
 
@@ -100,26 +104,96 @@ def move_rounds(
         room_bytes: by which a rank may exceed its limit (its budget, or what it holds before or after) while something
             arrives.
         value: of a replica at a position of a layer.
+        low_cap: holds after every round; a cap that does not hold before, or after, is not exceeded further.
 
     Raises:
         UserError: there is too little room; the message says how much would do for the next round.
     """
-    return list(_Migration(before, after, expert_bytes, native_format, room_bytes, value).rounds())
+    return list(_Migration(before, after, expert_bytes, native_format, room_bytes, value, low_cap).rounds())
 
 
 def _stored(replicas: Iterable[Replica]) -> dict[tuple[int, int], str]:
     return {(one.rank, one.expert): one.format for one in replicas}
 
 
-@dataclass(frozen=True)
-class _Arrivals:
-    """Replicas that are to arrive together, and what that does to the bytes of each rank."""
+class _Addition(NamedTuple):
+    """Replicas that joined a round together."""
 
-    arriving_R: IntArray
-    freed_R: IntArray  # that could be dropped, or are replaced, when they serve
-    moves: Mapping[Slot, Move] = field(default_factory=dict)
-    senders: frozenset[int | None] = frozenset()
-    receivers: frozenset[int] = frozenset()
+    moves: Mapping[Slot, Move]
+    freed: Sequence[tuple[int, int]]  # rank and bytes that could be dropped, or are replaced, when they serve
+    low_pairs: int  # more than before
+
+
+class _Arrivals:
+    """Replicas that are to arrive together.
+
+    Args:
+        staging_R: bytes of each rank that may still arrive.
+        serving_R: those that may still serve, when all is dropped that then may be.
+        low_pairs: that may still be computed in few bits.
+        expert_bytes: format -> bytes of one expert.
+    """
+
+    def __init__(
+        self, staging_R: list[int], serving_R: list[int], low_pairs: float, expert_bytes: Mapping[str, int]
+    ) -> None:
+        self.staging_R, self.serving_R, self.low_pairs = staging_R, serving_R, low_pairs
+        self._bytes = expert_bytes
+        self._additions: list[_Addition] = []
+        self.moves: dict[Slot, Move] = {}
+        self.experts: Counter[Expert] = Counter()
+        self.senders: set[int] = set()
+        self.receivers: set[int] = set()  # from another rank, or from the checkpoint
+
+    def __len__(self) -> int:
+        """How many additions were made."""
+        return len(self._additions)
+
+    def are_free(self, moves: Iterable[Move]) -> bool:
+        """Whether the ranks that these moves connect neither send nor receive anything else."""
+        return not any(
+            move.source != move.rank and (move.rank in self.receivers or move.source in self.senders) for move in moves
+        )
+
+    def is_staged(self, ranks: Iterable[int]) -> bool:
+        """Whether what arrives on these ranks finds bytes."""
+        return all(self.staging_R[rank] >= 0 for rank in ranks)
+
+    def serves(self, ranks: Iterable[int]) -> bool:
+        """Whether what arrives on these ranks can serve inside their limits."""
+        return all(self.serving_R[rank] >= 0 for rank in ranks)
+
+    def add(self, addition: _Addition) -> None:
+        """Let these arrive as well; each rank sends one replica to others at most, and receives one from them."""
+        self._additions.append(addition)
+        self._count(addition, 1)
+        self.moves |= addition.moves
+        for move in addition.moves.values():
+            if move.source != move.rank:
+                self.receivers.add(move.rank)
+                if move.source is not None:
+                    self.senders.add(move.source)
+
+    def take_back(self, length: int) -> None:
+        """Take back the last additions; `length` of them stay."""
+        while len(self._additions) > length:
+            addition = self._additions.pop()
+            self._count(addition, -1)
+            for slot, move in addition.moves.items():
+                del self.moves[slot]
+                if move.source != move.rank:
+                    self.receivers.remove(move.rank)
+                    if move.source is not None:
+                        self.senders.remove(move.source)
+
+    def _count(self, addition: _Addition, sign: int) -> None:
+        for slot, move in addition.moves.items():
+            self.staging_R[slot.rank] -= sign * self._bytes[move.format]
+            self.serving_R[slot.rank] -= sign * self._bytes[move.format]
+            self.experts[slot.of] += sign
+        for rank, size in addition.freed:
+            self.serving_R[rank] += sign * size
+        self.low_pairs -= sign * addition.low_pairs
 
 
 class _Migration:
@@ -133,43 +207,65 @@ class _Migration:
         native_format: str,
         room_bytes: int,
         value: ReplicaValue,
+        low_cap: LowCap | None,
     ) -> None:
         self._bytes, self._native, self._room = expert_bytes, native_format, room_bytes
-        self._num_ranks, self._nodes_R = after.topology.num_ranks, after.topology.nodes_R
-        self._stored = {Slot(i, *key): name for i, row in enumerate(before) for key, name in _stored(row).items()}
-        target = [_stored(layer.replicas) for layer in after.layers]
-        self._target = {Slot(i, *key): name for i, row in enumerate(target) for key, name in row.items()}
-        self._holders: dict[Expert, set[int]] = {}
-        for slot in self._stored:
-            self._holders.setdefault(slot.of, set()).add(slot.rank)
-        self._homes: dict[Expert, set[int]] = {}  # ranks that hold an expert in the end
-        for slot in self._target:
-            self._homes.setdefault(slot.of, set()).add(slot.rank)
-        goal_formats = {slot.of: name for slot, name in self._target.items()}
-        self._new_format = {  # of experts that change theirs
-            slot.of: goal_formats[slot.of] for slot, name in self._stored.items() if name != goal_formats[slot.of]
-        }
+        self._num_ranks, self._nodes_R = after.topology.num_ranks, after.topology.nodes_R.tolist()
+        self._stored = _slots(before)
+        self._target = _slots(layer.replicas for layer in after.layers)
+        self._holders = _ranks(self._stored)
+        self._homes = _ranks(self._target)  # ranks that hold an expert in the end
+        self._formats = {slot.of: name for slot, name in self._stored.items()}
+        goals = {slot.of: name for slot, name in self._target.items()}
+        self._new_format = {of: goals[of] for of, name in self._formats.items() if name != goals[of]}
         self._missing = self._target.keys() - self._stored.keys()
         self._surplus = self._stored.keys() - self._target.keys()
         per_byte = {
-            slot: value(slot.layer, Replica(slot.rank, slot.expert, self._target[slot])) / expert_bytes[name]
+            slot: value(slot.of.layer, Replica(slot.rank, slot.of.expert, name)) / expert_bytes[name]
             for slot, name in self._target.items()
         }
         self._order = sorted(self._missing, key=lambda slot: (-per_byte[slot], slot))  # of what is missing
         self._sources: dict[Slot, int] = {}  # the ranks that send what is missing, as far as they are chosen
         self._num_sent: Counter[int] = Counter()
-        self._bytes_R = sum((replica_bytes(row, self._num_ranks, expert_bytes) for row in before), start=_none(after))
-        self._limit_R = byte_limits(self._bytes_R, after)
+        bytes_R = sum((replica_bytes(row, self._num_ranks, expert_bytes) for row in before), start=_none(after))
+        self._bytes_R: list[int] = bytes_R.tolist()
+        self._limit_R: list[int] = byte_limits(bytes_R, after).tolist()
+        self._spare: set[Slot] = set()  # surplus replicas that may go: a rank holds the expert that does so in the end
+        self._spare_of: list[list[Slot]] = [[] for _ in self._bytes_R]  # of each rank, as a heap, also after they went
+        self._spare_R = [0] * self._num_ranks  # their bytes
+        for of, holders in self._holders.items():
+            if holders & self._homes[of]:
+                self._release(of)
+        pairs_LE = np.zeros((len(before), 1 + max(of.expert for of in goals)), np.int64)
+        self._pairs_LE, self._low_pairs, self._max_low = pairs_LE.tolist(), 0, np.inf
+        if low_cap is not None:
+            self._pairs_LE = low_cap.pairs_LE.tolist()
+            self._low_pairs, low_after = (
+                sum(self._pairs(of) for of, name in names.items() if name != native_format)
+                for names in (self._formats, goals)
+            )
+            self._max_low = max(low_cap.max_pairs, self._low_pairs, low_after)
+        # More bits come first, for the busiest; then fewer, for the least busy.
+        self._changes = sorted(self._new_format, key=lambda of: (self._added_low(of), of))
 
     def rounds(self) -> Iterator[MoveRound]:
         """Round after round, until the goal is reached."""
         while self._new_format or self._missing:
             self._order = [slot for slot in self._order if slot in self._missing]
+            self._changes = [of for of in self._changes if of in self._new_format]
             pending = [slot for slot in self._order if slot.of not in self._new_format]
-            spare_R = self._bytes_of(slot for slot in self._surplus if self._is_spare(slot))
-            arrivals = self._with_changes_of_format(_Arrivals(np.zeros_like(spare_R), spare_R))
-            arrivals = self._with_exchanges(self._with_additions(arrivals, pending), pending)
-            arrivals = arrivals if arrivals.moves else self._with_one_in_the_room(arrivals, pending)
+            left_R = [limit - held for limit, held in zip(self._limit_R, self._bytes_R, strict=True)]
+            arrivals = _Arrivals(
+                [left + self._room for left in left_R],
+                [left + spare for left, spare in zip(left_R, self._spare_R, strict=True)],
+                self._max_low - self._low_pairs,
+                self._bytes,
+            )
+            self._change_formats(arrivals)
+            self._add(arrivals, pending)
+            self._exchange(arrivals, pending)
+            if not arrivals.moves:
+                self._use_room(arrivals, pending)
             if not arrivals.moves:
                 raise UserError(
                     f"--rebalance-room {self._room}: too little for any of {len(self._missing)} replicas to arrive; "
@@ -181,56 +277,90 @@ class _Migration:
 
     def _commit(self, moves: Mapping[Slot, Move]) -> MoveRound:
         """Let replicas serve; drop those in a former format of their expert, and as many as exceed the bytes."""
+        changed = {slot.of for slot in moves if slot.of in self._new_format}
+        for of in changed:
+            self._low_pairs += self._added_low(of)
+            self._formats[of] = self._new_format.pop(of)
         for slot, move in moves.items():
             self._bytes_R[slot.rank] += self._bytes[move.format] - self._bytes.get(self._stored.get(slot, ""), 0)
             self._stored[slot] = move.format
             self._holders[slot.of].add(slot.rank)
             self._missing.discard(slot)
-            self._new_format.pop(slot.of, None)
-        stale = {
-            Slot(slot.layer, rank, slot.expert)
-            for slot, move in moves.items()
-            for rank in self._holders[slot.of]
-            if self._stored[Slot(slot.layer, rank, slot.expert)] != move.format
-        }
-        drops = [self._drop(slot) for slot in sorted(stale)]
-        for slot in sorted(self._surplus):
-            if self._bytes_R[slot.rank] > self._limit_R[slot.rank] and self._is_spare(slot):
-                drops.append(self._drop(slot))
-        return MoveRound(tuple((slot.layer, move) for slot, move in sorted(moves.items())), tuple(drops))
+        drops = [
+            self._drop(Slot(of, rank))
+            for of in sorted(changed)
+            for rank in sorted(self._holders[of])
+            if self._stored[Slot(of, rank)] != self._formats[of]
+        ]
+        for of in {slot.of for slot in moves}:
+            self._release(of)
+        for rank, spare in enumerate(self._spare_of):
+            while self._bytes_R[rank] > self._limit_R[rank] and spare:
+                if (slot := heappop(spare)) in self._spare:
+                    drops.append(self._drop(slot))
+        return MoveRound(tuple((slot.of.layer, move) for slot, move in sorted(moves.items())), tuple(drops))
+
+    def _release(self, of: Expert) -> None:
+        """Let the surplus replicas of an expert go when bytes ask for it."""
+        for rank in self._holders[of] - self._homes[of]:
+            if (slot := Slot(of, rank)) not in self._spare:
+                self._spare.add(slot)
+                heappush(self._spare_of[rank], slot)
+                self._spare_R[rank] += self._bytes[self._stored[slot]]
 
     def _drop(self, slot: Slot) -> tuple[int, Move]:
         name = self._stored.pop(slot)
         self._bytes_R[slot.rank] -= self._bytes[name]
         self._holders[slot.of].remove(slot.rank)
-        self._surplus.discard(slot)
-        if slot in self._target:  # it comes again in the new format
-            self._missing.add(slot)
-            self._order.append(slot)
-        return slot.layer, Move(DROP, slot.rank, slot.expert, name)
+        self._surplus.remove(slot)
+        if slot in self._spare:
+            self._spare.remove(slot)
+            self._spare_R[slot.rank] -= self._bytes[name]
+        return slot.of.layer, Move(DROP, slot.rank, slot.of.expert, name)
 
-    def _is_spare(self, slot: Slot) -> bool:
-        """Whether a surplus replica may go: a rank holds its expert that does so in the end."""
-        return bool(self._holders[slot.of] & self._homes[slot.of])
+    def _change_formats(self, arrivals: _Arrivals) -> None:
+        """Experts that change their format, on all ranks at once that keep them."""
+        for of in self._changes:
+            size, ranks = self._bytes[self._new_format[of]], self._changing_ranks(of)
+            if self._added_low(of) > max(arrivals.low_pairs, 0) or any(arrivals.staging_R[r] < size for r in ranks):
+                continue
+            moves = {(slot := Slot(of, rank)): self._receive(slot, self._source_of(slot)) for rank in ranks}
+            if arrivals.are_free(moves.values()):
+                self._add_if_it_fits(arrivals, moves)
 
-    def _with_changes_of_format(self, arrivals: _Arrivals) -> _Arrivals:
-        """Experts that change their format, on all ranks at once that keep them; smallest formats first."""
-        for of in sorted(self._new_format, key=lambda of: (self._bytes[self._new_format[of]], of)):
-            homes = self._homes[of]
-            slots = [Slot(of.layer, rank, of.expert) for rank in sorted(homes & self._holders[of]) or [min(homes)]]
-            moves = {slot: self._receive(slot, self._source_of(slot)) for slot in slots}
-            arrivals = self._if_it_fits(arrivals, self._joined(arrivals, moves))
-        return arrivals
+    def _changing_ranks(self, of: Expert) -> list[int]:
+        """The ranks on which an expert changes its format: all that keep it, or one that holds it in the end."""
+        return sorted(self._homes[of] & self._holders[of]) or [min(self._homes[of])]
 
-    def _with_additions(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> _Arrivals:
-        """New replicas where bytes are free: at most one for each rank that sends and each that receives."""
-        while pending and (matched := self._matched(pending, arrivals)):
-            for slot, move in matched.items():
-                arrivals = self._if_it_fits(arrivals, self._joined(arrivals, {slot: move}))
-            pending = [slot for slot in pending if slot not in matched and slot.rank not in arrivals.receivers]
-        return arrivals
+    def _add(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> None:
+        """New replicas where bytes are free; the ranks that have most left to send or to receive are all served."""
+        sources = {slot: self._source_of(slot) for slot in pending}
+        num_sent, num_received = Counter(sources.values()), Counter(slot.rank for slot in pending)
+        most = max([*num_sent.values(), *num_received.values()], default=0)
+        while True:
+            pending = [
+                slot
+                for slot in pending
+                if slot.rank not in arrivals.receivers and sources[slot] not in arrivals.senders
+            ]
+            first: dict[tuple[int, int], tuple[int, Slot]] = {}  # of each pair of ranks
+            for place, slot in enumerate(pending):
+                size, source = self._bytes[self._target[slot]], sources[slot]
+                assert source is not None, f"no rank holds expert {slot.of.expert} any more"
+                if size <= arrivals.staging_R[slot.rank] and size <= arrivals.serving_R[slot.rank]:
+                    first.setdefault((source, slot.rank), (place, slot))
+            if not first:
+                return
+            weight_RR = np.zeros((self._num_ranks, self._num_ranks))
+            for (source, rank), (place, _) in first.items():
+                num_critical = (num_sent[source] == most) + (num_received[rank] == most)
+                weight_RR[source, rank] = num_critical * 2 * self._num_ranks + 2 - place / len(pending)
+            for pair in zip(*(axis.tolist() for axis in linear_sum_assignment(weight_RR, maximize=True)), strict=True):
+                if pair in first:
+                    slot = first[pair][1]
+                    arrivals.add(self._addition(arrivals, {slot: self._receive(slot, pair[0])}))
 
-    def _with_exchanges(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> _Arrivals:
+    def _exchange(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> None:
         """New replicas on full ranks, which give up what arrives elsewhere at the same time."""
         departing: dict[int, list[Slot]] = {}  # rank -> replicas whose arrival frees bytes there
         for slot in pending:
@@ -240,64 +370,67 @@ class _Migration:
         for slot in pending:
             if slot.rank not in arrivals.receivers and num_tried[slot.rank] < MAX_TRIED:
                 num_tried[slot.rank] += 1
-                arrivals = self._exchanged(arrivals, slot, departing) or arrivals
-        return arrivals
+                self._exchange_one(arrivals, slot, departing)
 
-    def _exchanged(self, arrivals: _Arrivals, slot: Slot, departing: Mapping[int, Sequence[Slot]]) -> _Arrivals | None:
-        """With this replica, and with others whose arrival elsewhere makes room for it; None if there are none."""
-        source = self._source_of(slot)
-        if slot in arrivals.moves or slot.rank in arrivals.receivers or source in arrivals.senders:
-            return None
-        arrivals = self._joined(arrivals, {slot: self._receive(slot, source)})
-        if arrivals.arriving_R[slot.rank] + self._bytes_R[slot.rank] > self._limit_R[slot.rank] + self._room:
-            return None
-        for other in departing.get(slot.rank, ())[:MAX_TRIED]:
-            if self._exceeds_R(arrivals)[slot.rank] <= 0:
-                break
-            arrivals = self._exchanged(arrivals, other, departing) or arrivals
-        return arrivals if self._exceeds_R(arrivals)[slot.rank] <= 0 else None
+    def _exchange_one(self, arrivals: _Arrivals, slot: Slot, departing: Mapping[int, Sequence[Slot]]) -> None:
+        """Add this replica, and others whose arrival elsewhere makes room for it; none if there are too few."""
+        move = self._receive(slot, self._source_of(slot))
+        if not arrivals.are_free([move]):
+            return
+        length = len(arrivals)
+        arrivals.add(self._addition(arrivals, {slot: move}))
+        if arrivals.is_staged([slot.rank]):
+            for other in departing.get(slot.rank, ())[:MAX_TRIED]:
+                if arrivals.serves([slot.rank]):
+                    break
+                self._exchange_one(arrivals, other, departing)
+        if not (arrivals.is_staged([slot.rank]) and arrivals.serves([slot.rank])):
+            arrivals.take_back(length)
 
-    def _with_one_in_the_room(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> _Arrivals:
-        """With the replica that takes least of the room for longer than a round: sizes do not match exactly."""
-        options: list[tuple[int, int, _Arrivals]] = []
-        for slot in pending:
-            more = self._joined(arrivals, {slot: self._receive(slot, self._source_of(slot))})
-            if self._bytes_R[slot.rank] + more.arriving_R[slot.rank] <= self._limit_R[slot.rank] + self._room:
-                options.append((int(self._exceeds_R(more)[slot.rank]), len(options), more))
-        return min(options)[2] if options else arrivals
+    def _use_room(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> None:
+        """Add what takes least of the room for longer than a round: sizes do not match exactly, or more bits come."""
+        options: list[tuple[int, int, _Addition]] = []
+        changes = [[Slot(of, rank) for rank in self._changing_ranks(of)] for of in self._changes]
+        for slots in (*changes, *([slot] for slot in pending)):
+            if self._added_low(slots[0].of) > max(arrivals.low_pairs, 0):
+                continue
+            moves = {slot: self._receive(slot, self._source_of(slot)) for slot in slots}
+            addition = self._addition(arrivals, moves)
+            ranks = [slot.rank for slot in slots]
+            arrivals.add(addition)
+            if arrivals.is_staged(ranks):
+                options.append((-min(arrivals.serving_R[rank] for rank in ranks), len(options), addition))
+            arrivals.take_back(0)
+        if options:
+            arrivals.add(min(options)[2])
 
-    def _matched(self, pending: Sequence[Slot], arrivals: _Arrivals) -> dict[Slot, Move]:
-        """Additions, one for each rank that neither sends nor receives yet; the busiest ranks are all served."""
-        num_sent, num_received = Counter[int](), Counter[int]()
-        best: dict[tuple[int, int], tuple[int, Slot]] = {}
-        for place, slot in enumerate(pending):
-            source = self._source_of(slot)
-            assert source is not None, f"no rank holds expert {slot.expert} any more"
-            num_sent[source] += 1
-            num_received[slot.rank] += 1
-            best.setdefault((source, slot.rank), (place, slot))
-        most = max(*num_sent.values(), *num_received.values(), 1)
-        weight_RR = np.zeros((self._num_ranks, self._num_ranks))
-        for (source, rank), (place, _) in best.items():
-            if source not in arrivals.senders and rank not in arrivals.receivers:
-                num_critical = (num_sent[source] == most) + (num_received[rank] == most)
-                weight_RR[source, rank] = num_critical * 2 * self._num_ranks + 2 - place / len(pending)
-        pairs = [pair for pair in zip(*linear_sum_assignment(weight_RR, maximize=True), strict=True) if weight_RR[pair]]
-        return {best[pair][1]: self._receive(best[pair][1], int(pair[0])) for pair in sorted(pairs)}
+    def _add_if_it_fits(self, arrivals: _Arrivals, moves: Mapping[Slot, Move]) -> None:
+        length, ranks = len(arrivals), [slot.rank for slot in moves]
+        arrivals.add(self._addition(arrivals, moves))
+        if not (arrivals.is_staged(ranks) and arrivals.serves(ranks)):
+            arrivals.take_back(length)
+
+    def _addition(self, arrivals: _Arrivals, moves: Mapping[Slot, Move]) -> _Addition:
+        """These moves. What a rank of another layout holds of their experts can be dropped when they serve."""
+        freed = [(slot.rank, self._bytes[self._stored[slot]]) for slot in moves if slot in self._stored]
+        (of,) = {slot.of for slot in moves}
+        if not arrivals.experts[of] and not self._holders[of] & self._homes[of]:
+            freed += [(rank, self._bytes[self._stored[Slot(of, rank)]]) for rank in self._holders[of]]
+        return _Addition(moves, freed, self._added_low(of))
 
     def _receive(self, slot: Slot, source: int | None) -> Move:
-        return Move(RECEIVE, slot.rank, slot.expert, self._target[slot], source)
+        return Move(RECEIVE, slot.rank, slot.of.expert, self._target[slot], source)
 
     def _source_of(self, slot: Slot) -> int | None:
         """The rank that sends: itself, or one on its node, or the least busy; None: the checkpoint.
 
         A choice stays as long as the rank can send.
         """
-        if self._sources.get(slot) in self._holders[slot.of]:
-            return self._sources[slot]
+        holders = self._holders[slot.of]
+        if (chosen := self._sources.get(slot)) in holders:
+            return chosen
         able = (self._target[slot], self._native)
-        holders = [rank for rank in self._holders[slot.of] if self._stored[Slot(slot.layer, rank, slot.expert)] in able]
-        if not holders:
+        if self._formats[slot.of] not in able:
             return None
         node = self._nodes_R[slot.rank]
         source = min(
@@ -309,40 +442,27 @@ class _Migration:
             self._num_sent[source] += 1
         return source
 
-    def _joined(self, arrivals: _Arrivals, moves: Mapping[Slot, Move]) -> _Arrivals:
-        """With these moves. What a rank of another layout holds of their experts can be dropped when they serve."""
-        arriving_R = replica_bytes(
-            [Replica(move.rank, move.expert, move.format) for move in moves.values()], self._num_ranks, self._bytes
-        )
-        freed = [slot for slot in moves if slot in self._stored]
-        for of in {slot.of for slot in moves} - {slot.of for slot in arrivals.moves}:
-            if not self._holders[of] & self._homes[of]:
-                freed += [Slot(of.layer, rank, of.expert) for rank in self._holders[of]]
-        return _Arrivals(
-            arrivals.arriving_R + arriving_R,
-            arrivals.freed_R + self._bytes_of(freed),
-            {**arrivals.moves, **moves},
-            arrivals.senders.union(move.source for move in moves.values() if move.source != move.rank),
-            arrivals.receivers.union(move.rank for move in moves.values() if move.source != move.rank),
-        )
+    def _pairs(self, of: Expert) -> int:
+        return self._pairs_LE[of.layer][of.expert]
 
-    def _if_it_fits(self, arrivals: _Arrivals, more: _Arrivals) -> _Arrivals:
-        """`more`, if that can arrive inside the room and serve inside the limits; else `arrivals`."""
-        over_R = self._bytes_R + more.arriving_R - self._limit_R - self._room
-        touched_R = more.arriving_R > arrivals.arriving_R
-        if (over_R[touched_R] > 0).any() or (self._exceeds_R(more)[touched_R] > 0).any():
-            return arrivals
-        return more
+    def _added_low(self, of: Expert) -> int:
+        """Low pairs that a pending change of the expert's format adds; negative where it becomes native."""
+        new = self._new_format.get(of)
+        if new is None:
+            return 0
+        return self._pairs(of) * ((new != self._native) - (self._formats[of] != self._native))
 
-    def _exceeds_R(self, arrivals: _Arrivals) -> IntArray:
-        """[R] bytes above the limit when these serve, and all is dropped that then may be."""
-        exceeds_R: IntArray = self._bytes_R + arrivals.arriving_R - arrivals.freed_R - self._limit_R
-        return exceeds_R
 
-    def _bytes_of(self, slots: Iterable[Slot]) -> IntArray:
-        """[R] bytes of stored replicas."""
-        held = [Replica(slot.rank, slot.expert, self._stored[slot]) for slot in slots]
-        return replica_bytes(held, self._num_ranks, self._bytes)
+def _slots(rows: Iterable[Iterable[Replica]]) -> dict[Slot, str]:
+    """The format that each replica is stored in."""
+    return {Slot(Expert(layer, expert), rank): name for layer, row in enumerate(rows) for rank, expert, name in row}
+
+
+def _ranks(slots: Iterable[Slot]) -> dict[Expert, set[int]]:
+    ranks: dict[Expert, set[int]] = {}
+    for slot in slots:
+        ranks.setdefault(slot.of, set()).add(slot.rank)
+    return ranks
 
 
 def _none(placement: Placement) -> IntArray:
