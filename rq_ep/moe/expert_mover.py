@@ -77,7 +77,6 @@ class _Progress:
     def __init__(self, migration: Migration) -> None:
         self.migration = migration
         self.num_committed = 0  # rounds
-        self.changed: set[int] = set()  # positions of layers that a committed round has changed
         self.has_ended = False
 
 
@@ -197,15 +196,12 @@ class ExpertMover:
     def _commit(self, current: _Progress) -> None:
         migration = current.migration
         moves = migration.rounds[current.num_committed]
-        after = moves.applied_to([layer.placement for layer in self._layers])
+        after = moves.applied_to([layer.placement for layer in self._layers], migration.placement)
         current.num_committed += 1
-        is_last = current.num_committed == len(migration.rounds)
-        current.changed.update(moves.layers)
-        for position in sorted(current.changed) if is_last else moves.layers:
-            placement = migration.placement.layers[position] if is_last else after[position]  # the goal's has shares
-            self._layers[position].replace_placement(placement, self._planner_of(placement))
+        for position in moves.layers:
+            self._layers[position].replace_placement(after[position], self._planner_of(after[position]))
         self._on_round(moves.layers)
-        if is_last:
+        if current.num_committed == len(migration.rounds):
             self._end(current, MigrationEnd.COMMITTED)
 
     def _end(self, current: _Progress, end: MigrationEnd) -> None:

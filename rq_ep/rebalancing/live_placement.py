@@ -75,10 +75,9 @@ class LivePlacement:
         arrived = moves.step()
         if arrived is None:
             return {}
-        self._layers = arrived.applied_to(self._layers)
+        self._layers = arrived.applied_to(self._layers, self._goal)
         if moves.is_done and self._goal is not None:
             self.moved_bytes += moves.moved_bytes
-            self._layers = list(self._goal.layers)  # with their shares
             self._rebalancer.commit(self._goal)
             self._moves = self._goal = None
         self.commits.append(Commit(self._step, arrived.layers, self._moves is None))

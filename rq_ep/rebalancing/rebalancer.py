@@ -17,7 +17,7 @@ from rq_ep.rebalancing.load_window import LoadWindow, ObservedLoads
 from rq_ep.rebalancing.observed_importance import ObservedImportance
 from rq_ep.rebalancing.replan import moved_bytes, price_of, replan
 from rq_ep.rebalancing.staged_moves import StagedMoves
-from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
+from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds
 
 LOW_SLACK = 0.01  # of all pairs, by which formats that serve may exceed the cap before they have to change
 MIN_STEPS = 16  # sampled steps below which nothing is decided: a block of steps would be a single one
@@ -144,10 +144,11 @@ def _with_rounds(request: RebalanceRequest, decision: Decision, placement: Place
         pairs_P = pairs_E[new.replicas.experts_P] * new.shares_P / max(int(pairs_E.sum()), 1)
         relief_L.append(dict(zip(new.replicas, (excess * pairs_P).tolist(), strict=True)))
     held = [list(layer.replicas) for layer in current.layers]
+    low_cap = LowCap(pairs_LE, request.problem.max_low_precision_share * int(pairs_LE.sum()))
     try:
         rounds = move_rounds(
             held, placement, stats.expert_bytes, stats.native_format, room_bytes,
-            lambda layer, replica: relief_L[layer][replica],
+            lambda layer, replica: relief_L[layer][replica], low_cap,
         )  # fmt: skip
     except UserError as error:
         return replace(decision, placement=None, reason=f"{decision.reason}, but {error}")

@@ -64,8 +64,12 @@ class MoveRound(NamedTuple):
         moves = [LayerMoves(layer, (move,)) for layer, move in self.receives]
         return Moves(num_ranks, 0, tuple(moves)).received_bytes_R(expert_bytes)
 
-    def applied_to(self, layers: Sequence[LayerPlacement]) -> list[LayerPlacement]:
-        """The layers after the round; replicas of an expert share its pairs evenly where the layer has changed."""
+    def applied_to(self, layers: Sequence[LayerPlacement], goal: Placement | None = None) -> list[LayerPlacement]:
+        """The layers after the round.
+
+        A layer that has reached the goal takes its shares. In others that have changed, replicas of an expert share
+        its pairs evenly.
+        """
         stored = {layer: _stored(layers[layer].replicas) for layer in self.layers}
         for layer, move in (*self.receives, *self.drops):
             if move.do == RECEIVE:
@@ -74,6 +78,9 @@ class MoveRound(NamedTuple):
                 del stored[layer][move.rank, move.expert]
         result = list(layers)
         for layer, formats in stored.items():
+            if goal is not None and formats == _stored(goal.layers[layer].replicas):
+                result[layer] = goal.layers[layer]
+                continue
             old = layers[layer]
             replicas = [Replica(rank, expert, name) for (rank, expert), name in formats.items()]
             result[layer] = LayerPlacement.even(old.index, old.num_experts, replicas)

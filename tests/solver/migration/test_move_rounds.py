@@ -10,7 +10,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
-from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
+from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds
 
 SIZES = {"bf16": 1000, "int8": 504}
 ROOM = 1000
@@ -39,11 +39,20 @@ def drawn(generator: np.random.Generator, shape: tuple[int, int, int], slots: in
     return rows
 
 
-def replay(before: list[list[Replica]], after: Placement, rounds: list[MoveRound], room: int = ROOM) -> None:
-    """Apply the rounds; assert that bytes are kept, and that every layer is whole after every round."""
+def replay(
+    before: list[list[Replica]],
+    after: Placement,
+    rounds: list[MoveRound],
+    room: int = ROOM,
+    low_cap: LowCap | None = None,
+) -> None:
+    """Apply the rounds; assert that bytes and the cap are kept, and that every layer is whole after every round."""
     num_ranks = after.topology.num_ranks
     layers = list(placed(before, after.layers[0].num_experts, num_ranks).layers)
     limit_R = np.maximum(bytes_by_rank(layers, num_ranks, SIZES), after.budget_bytes_R or after.bytes_R)
+    allowed = (
+        0.0 if low_cap is None else max(low_cap.max_pairs, low_pairs(low_cap, layers), low_pairs(low_cap, after.layers))
+    )
     for one in rounds:
         arriving_R = np.zeros(num_ranks, np.int64)
         for _, move in one.receives:
@@ -51,7 +60,15 @@ def replay(before: list[list[Replica]], after: Placement, rounds: list[MoveRound
         assert (bytes_by_rank(layers, num_ranks, SIZES) + arriving_R <= limit_R + room).all()
         layers = one.applied_to(layers)  # a layer that lacks an expert, or has one in two formats, cannot be made
         assert (bytes_by_rank(layers, num_ranks, SIZES) <= limit_R + room).all()
+        assert low_cap is None or low_pairs(low_cap, layers) <= allowed
+        for ranks in ([move.source for _, move in one.receives], [move.rank for _, move in one.receives]):
+            crossing = [r for r, (_, move) in zip(ranks, one.receives, strict=True) if move.source != move.rank]
+            assert max(Counter(rank for rank in crossing if rank is not None).values(), default=0) <= 1
     assert [list(layer.replicas) for layer in layers] == [list(layer.replicas) for layer in after.layers]
+
+
+def low_pairs(low_cap: LowCap, layers: Sequence[LayerPlacement]) -> float:
+    return sum(layer.low_pairs(pairs_E, "bf16") for layer, pairs_E in zip(layers, low_cap.pairs_LE, strict=True))
 
 
 @pytest.mark.parametrize("formats", ["bf16", "int8"])
@@ -64,12 +81,14 @@ def test_random_migrations_of_full_ranks_reach_their_goal_inside_the_room(format
         slots = -(-shape[1] // num_ranks) + int(generator.integers(0, 3))
         before, goal = (drawn(generator, shape, slots, formats) for _ in range(2))
         after = placed(goal, shape[1], num_ranks)
+        pairs_LE = generator.integers(0, 100, shape[:2])
+        low_cap = LowCap(pairs_LE, float(generator.random() * 0.5 * pairs_LE.sum()))
         try:
-            rounds = move_rounds(before, after, SIZES, "bf16", ROOM)
+            rounds = move_rounds(before, after, SIZES, "bf16", ROOM, low_cap=low_cap)
         except UserError:
             num_stuck += 1
             continue
-        replay(before, after, rounds)
+        replay(before, after, rounds, ROOM, low_cap)
     assert num_stuck <= (3 if formats == "int8" else 0), "of sizes that do not match, on ranks without a free byte"
 
 
