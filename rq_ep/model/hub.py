@@ -42,6 +42,8 @@ def fetch_snapshot(name: str, revision: str | None, *, weights: bool, offline: b
     Raises:
         UserError: there is no such model, it may not be read, the hub is not to be reached, or a shard is missing.
     """
+    if not offline:
+        log.info("looking for %s in %s and on %s", name, constants.HF_HUB_CACHE, constants.ENDPOINT)
     with _hub_errors(name, revision):
         folder = _fetch(name, revision, SMALL_FILES, ["*/*"], offline)
         if weights:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from rq_ep.core.errors import UserError
 from rq_ep.model.hub import fetch_snapshot
 from rq_ep.parallel import EPGroup
@@ -44,6 +46,17 @@ def find_model(
         held = ", ".join(f"rank {commits.index(commit)} {commit or 'a folder'}" for commit in dict.fromkeys(commits))
         raise UserError(f"{model}: the nodes have different versions ({held}): give a commit as --revision")
     return folder
+
+
+def folder_of(model: PreTrainedModel) -> Path | None:
+    """The folder that a model in memory was loaded from, or its snapshot in the cache; None if it is not here."""
+    name = model.name_or_path or ""
+    if not is_hub_name(name):
+        return Path(name) if Path(name, "config.json").is_file() else None
+    try:
+        return fetch_snapshot(name, getattr(model.config, "_commit_hash", None), weights=True, offline=True)
+    except UserError:
+        return None
 
 
 def is_hub_name(model: str | Path) -> bool:

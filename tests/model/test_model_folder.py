@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants, file_download
+from transformers import AutoModelForCausalLM
 
 import rq_ep
 from rq_ep.__main__ import main
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
+from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.model_folder import find_model
@@ -79,6 +81,14 @@ def test_a_dry_run_and_a_calibration_take_a_name_of_the_hub(folder: Path, cache:
     assert config.model_name == NAME
     stats = rq_ep.calibrate(NAME, ["some words " * 40], max_tokens=32, sequence_length=16, formats=(), device="cpu")
     assert stats.model == model_identity(find_model(NAME))
+
+
+def test_a_model_in_memory_that_transformers_loaded_from_the_hub_is_known_by_its_name(
+    folder: Path, cache: Path
+) -> None:
+    make_hub_cache(folder, cache, NAME)
+    model = AutoModelForCausalLM.from_pretrained(NAME, cache_dir=cache, local_files_only=True)
+    assert LoadedModel.open(model, None, "cpu").identity == model_identity(find_model(NAME))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rq_ep.model.checkpoint.quantized_checkpoint import has_low_bit_experts, ope
 from rq_ep.model.dtypes import stored_expert_format, torch_dtype
 from rq_ep.model.load.sharded_model import load_sharded_model
 from rq_ep.model.load.whole_model import load_whole_model
-from rq_ep.model.model_folder import find_model
+from rq_ep.model.model_folder import find_model, folder_of
 from rq_ep.model.seam.expert_modules import ExpertsModule, find_expert_modules
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.parallel import EPGroup
@@ -80,8 +80,8 @@ class LoadedModel:
     @classmethod
     def _in_memory(cls, model: Any) -> "LoadedModel":
         experts = find_expert_modules(model.eval())
-        path = Path(model.name_or_path)
-        identity = model_identity(path) if Path(path, "config.json").is_file() else None
+        folder = folder_of(model)
+        identity = None if folder is None else model_identity(folder)
         native_format = native_format_name(experts[0].module.get_parameter("down_proj").dtype)
         return cls(model, identity, native_format, experts, experts[0].family)
 

@@ -1,5 +1,6 @@
 """Checks of a checkpoint and its settings, before anything large is read."""
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from rq_ep.model.model_folder import find_model
 from rq_ep.parallel import EPGroup
 from rq_ep.strategies import make_strategy
 
+log = logging.getLogger("rq_ep.serve")
+
 
 class CheckedInputs(NamedTuple):
     """What the files of a model say, before it is loaded."""
@@ -37,6 +40,8 @@ class CheckedInputs(NamedTuple):
 def with_model_folder(config: ServeConfig, group: EPGroup | None = None) -> ServeConfig:
     """The settings with the folder of the model, downloaded if it is not here; every rank of the group calls this."""
     folder = find_model(config.model, config.revision, group)
+    if folder != Path(config.model):
+        log.info("%s is read from %s", config.model, folder)
     return replace(config, model=str(folder), served_model_name=config.model_name, revision=None)
 
 
