@@ -103,6 +103,7 @@ class ExpertMover:
         channel: to the other ranks, for this alone.
         planner_of: the strategy's planner for a layer.
         read_expert: for experts that no rank holds in a format they can be made from; None: there is no checkpoint.
+        reads_formats: an expert in another format than a rank holds is read too, instead of converted there.
         bytes_per_step: of an expert that leave a rank in a step at most; None: no bound.
         wake: called on any thread when the ranks are to agree on a step soon, though nobody may have tokens.
         on_round: called on the engine's thread when a round serves, with the positions of its layers.
@@ -117,6 +118,7 @@ class ExpertMover:
         planner_of: Callable[[LayerPlacement], Planner],
         read_expert: ReadExpert | None,
         *,
+        reads_formats: bool = False,
         bytes_per_step: int | None = None,
         wake: Callable[[], None] = lambda: None,
         on_round: Callable[[Sequence[int]], None] = lambda positions: None,
@@ -126,6 +128,7 @@ class ExpertMover:
         self._channel = channel
         self._planner_of = planner_of
         self._read_expert = read_expert
+        self._reads_formats = reads_formats
         self._bytes_per_step = bytes_per_step
         self._wake = wake
         self._on_round = on_round
@@ -288,18 +291,27 @@ class ExpertMover:
                 buffer = layer.bank.stage(move.expert, move.format)
                 host = buffer
                 if move.source == rank:
-                    buffer.copy_(layer.bank.converted(move.expert, move.format))
+                    buffer.copy_(self._converted(layer, move))
                 elif move.source is None:
-                    if self._read_expert is None:
-                        raise UserError(f"expert {move.expert} of layer {layer.placement.index}: no checkpoint to read")
-                    buffer.copy_(self._read_expert(layer.placement.index, move.expert, move.format))
+                    buffer.copy_(self._read(layer, move))
                 else:
                     host = buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu")
                     transfers[position, move].buffer = host
                 arrivals[position, move.expert] = (buffer, host)
             elif move.source == rank:
-                transfers[position, move].buffer = layer.bank.converted(move.expert, move.format).cpu()
+                transfers[position, move].buffer = self._converted(layer, move).cpu()
         return arrivals
+
+    def _converted(self, layer: MovableLayer, move: Move) -> Tensor:
+        """An expert that this rank holds, in the format of a move."""
+        if self._reads_formats and layer.bank.format_of(move.expert).name != move.format:
+            return self._read(layer, move)
+        return layer.bank.converted(move.expert, move.format)
+
+    def _read(self, layer: MovableLayer, move: Move) -> Tensor:
+        if self._read_expert is None:
+            raise UserError(f"expert {move.expert} of layer {layer.placement.index}: no checkpoint to read")
+        return self._read_expert(layer.placement.index, move.expert, move.format)
 
     def _exchange(self, migration: Migration, transfers: Mapping[tuple[int, Move], _Transfer]) -> bool:
         """Send and receive piece by piece; a word before each piece says whether it comes. Whether all has come."""

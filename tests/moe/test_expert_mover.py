@@ -16,7 +16,7 @@ from torch import Tensor
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
-from rq_ep.formats import ExpertLayout, get_format, is_intact
+from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
 from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd
 from rq_ep.moe.integrity import DamagedExpert
 from rq_ep.parallel.ep_group import PeerTensor
@@ -85,6 +85,7 @@ class Bank:
         self.held = {one.expert: (one.format, packed(one.expert, one.format)) for one in replicas if one.rank == rank}
         self.staged: dict[int, tuple[str, Tensor]] = {}
         self.fails = False
+        self.converts = True
 
     @property
     def held_bytes(self) -> int:
@@ -103,7 +104,11 @@ class Bank:
         if self.fails:
             raise RuntimeError("the weights cannot be read")
         own, buffer = self.held[expert]
+        assert own == name or self.converts
         return buffer if own == name else packed(expert, name)
+
+    def format_of(self, expert: int) -> WeightFormat:
+        return get_format(self.held[expert][0])
 
     def verify_staged(self, expert: int) -> None:
         if not is_intact(self.staged[expert][1]):
@@ -136,7 +141,7 @@ class Layer:
 class Group:
     """All ranks in one process, and their steps."""
 
-    def __init__(self, before: Placement, bytes_per_step: int | None = None) -> None:
+    def __init__(self, before: Placement, bytes_per_step: int | None = None, reads_formats: bool = False) -> None:
         self.wires = Wires()
         self.ends: list[tuple[int, int, MigrationEnd]] = []
         self.reasons: list[str] = []
@@ -148,6 +153,7 @@ class Group:
                 Channel(self.wires, rank),
                 lambda placement: None,  # type: ignore[arg-type,return-value]
                 lambda layer, expert, name: packed(expert, name),
+                reads_formats=reads_formats,
                 bytes_per_step=bytes_per_step,
                 wake=self.woken[rank].set,
                 on_end=lambda generation, end, reason, rank=rank: self.end(rank, generation, end, reason),  # type: ignore[misc]
@@ -256,6 +262,20 @@ def test_all_ranks_serve_each_round_in_the_same_step(seed: int) -> None:
 
 def _is_sent(move: Any) -> bool:
     return move.source not in (None, move.rank)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_experts_that_were_quantized_in_advance_are_read_and_not_converted(seed: int) -> None:
+    before, after = drawn(seed), drawn(seed + 100)
+    plan = migration(before, after)
+    assert any(move.source is not None and move.format == "int8" for one in plan.rounds for _, move in one.receives)
+    group = Group(before, reads_formats=True)
+    for layers in group.layers:
+        for layer in layers:
+            layer.bank.converts = False
+    group.begin(plan)
+    assert group.run(1) is MigrationEnd.COMMITTED
+    group.close()
 
 
 def test_migrations_follow_one_another() -> None:

@@ -6,7 +6,7 @@ It is written atomically, so that an interrupted `quantize` can resume. Reading 
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,23 +76,45 @@ class PackedExperts:
         Raises:
             UserError: one that the placement stores in low bits is not here, or a file is damaged or of another model.
         """
+        wanted = {}
+        for layer in placement.layers:
+            pairs = {(replica.expert, replica.format) for replica in layer.replicas}
+            wanted[layer.index] = {pair for pair in pairs if pair[1] != stored_format}
+        return self._check_held(wanted, "of the placement", "--placement FILE")
+
+    def check_holds_all(self, layers: Sequence[int], num_experts: int, formats: Sequence[str]) -> Counter[str]:
+        """Count the experts that may be read from here where any may be stored in any of these formats.
+
+        Args:
+            layers: their indices in the model.
+            num_experts: of each.
+            formats: native ones need not be here.
+
+        Raises:
+            UserError: as `check_holds`.
+        """
+        every = {(expert, name) for expert in range(num_experts) for name in formats}
+        chosen = f"--formats {','.join(formats)}"
+        return self._check_held(dict.fromkeys(layers, every), "that may be stored so while the load changes", chosen)
+
+    def _check_held(self, wanted: Mapping[int, Collection[tuple[int, str]]], which: str, how: str) -> Counter[str]:
+        """Count low-bit experts by format; `wanted`: for each layer (expert, format)."""
         counts: Counter[str] = Counter()
         missing = []
-        for layer in placement.layers:
-            wanted = {(replica.expert, replica.format) for replica in layer.replicas}
-            low = sorted(pair for pair in wanted if pair[1] != stored_format and not get_format(pair[1]).is_native)
-            file = self.file(layer.index)
+        for layer, pairs in wanted.items():
+            low = sorted(pair for pair in pairs if not get_format(pair[1]).is_native)
+            file = self.file(layer)
             keys = self._read(file)[1] if low and file.exists() else frozenset()
             for expert, name in low:
                 if f"{expert}.{name}" in keys:
                     counts[name] += 1
                 else:
-                    missing.append(f"expert {expert} of layer {layer.index} in {name}")
+                    missing.append(f"expert {expert} of layer {layer} in {name}")
         if missing:
-            others = f", nor {len(missing) - 1} others of the placement" if len(missing) > 1 else ""
+            others = f", nor {len(missing) - 1} others {which}" if len(missing) > 1 else ""
             raise UserError(
                 f"--experts {self.path}: does not hold {missing[0]}{others}; write them with "
-                f"`rq-ep quantize --placement FILE --out {self.path}`"
+                f"`rq-ep quantize {how} --out {self.path}`"
             )
         return counts
 

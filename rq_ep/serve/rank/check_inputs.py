@@ -74,12 +74,12 @@ def check_inputs(config: ServeConfig, device_type: str) -> CheckedInputs:
 
 
 def read_in_advance(config: ServeConfig) -> Counter[str]:
-    """Format -> how many experts `--experts` gives.
+    """Format -> how many experts `--experts` gives to the placement.
 
     Raises:
         UserError: no placement asks for them, or what it asks for is not there or of another model.
     """
-    if config.experts is None:
+    if config.experts is None or (config.placement is None and config.rebalance == "auto"):
         return Counter()
     if config.placement is None:
         raise UserError(f"--experts {config.experts}: without --placement no expert is stored in low bits")

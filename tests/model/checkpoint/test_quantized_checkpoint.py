@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from rq_ep.config import ServeConfig, StrategyConfig
 from rq_ep.core.errors import UserError
 from rq_ep.formats import get_format
 from rq_ep.model.calibration.calibrate import calibrate
@@ -23,6 +25,7 @@ from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 from rq_ep.parallel import run_local
 from rq_ep.placing.place import place
+from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 from tests.model.checkpoint.low_bit_ways import INTS, WAYS, compressed, weights
 from tests.model.families import FAMILIES, logits, prompt, random_model, save
 
@@ -126,6 +129,35 @@ def test_experts_are_kept_as_they_are_stored(name: str, written: Callable[[str],
             assert torch.equal(format_.dequantize(views, tensor, layout, torch.float32), parameter[expert])
     stored = sum(tensor.nbytes for tensor in load_file(path / "model.safetensors").values())
     assert bank.nbytes < stored  # no second copy in more bits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_experts_that_move_while_serving_come_as_they_are_stored(name: str, written: Callable[[str], Path]) -> None:
+    path = written(name)
+    inputs = RebalanceInputs.check(ServeConfig(str(path), rebalance="auto", strategy=StrategyConfig("rq")), 2)
+    assert inputs is not None
+    assert inputs.formats == (FORMAT_OF[name],)
+    layer = load(path, num_local_ranks=1).rq_ep.layers[-1]
+    for expert in (0, 1):
+        read = inputs.read_expert()(layer.placement.index, expert, FORMAT_OF[name])
+        assert torch.equal(read, layer.banks[0].packed(expert))
+
+
+def test_where_only_some_experts_are_stored_in_few_bits_rebalancing_asks_for_their_format(tmp_path: Path) -> None:
+    family, way = WRITTEN["int8"]
+    save(random_model(wide(family)), tmp_path)
+
+    def change(key: str, tensor: Tensor) -> Tensors:
+        if ".experts." not in key or ".experts.0." in key:
+            return {key: tensor}
+        return {f"{key}{part}": value for part, value in way.store(tensor)[0].items()}
+
+    rewrite(tmp_path, way.config, change)
+    config = ServeConfig(str(tmp_path), rebalance="auto", strategy=StrategyConfig("rq"))
+    with pytest.raises(UserError, match=r"expert 1 of layer \d is stored in int8 and .* give --formats fp32,int8"):
+        RebalanceInputs.check(config, 2)
+    inputs = RebalanceInputs.check(replace(config, formats=("fp32", "int8")), 2)
+    assert inputs is not None
 
 
 def test_gpt_oss_numbers_are_what_transformers_makes_of_them(written: Callable[[str], Path]) -> None:

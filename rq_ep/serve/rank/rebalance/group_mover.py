@@ -35,7 +35,7 @@ class GroupMover:
     """Begins migrations one after another, each when the one before has ended on this rank.
 
     Args:
-        layers, channel, planner_of, read_expert, bytes_per_step: as for `ExpertMover`.
+        layers, channel, planner_of, read_expert, reads_formats, bytes_per_step: as for `ExpertMover`.
         wake: has the ranks agree on a step soon, though nobody may have tokens.
         on_failure: called with the generation of a migration that this rank has given up, and why.
         observer: follows them.
@@ -47,6 +47,7 @@ class GroupMover:
         channel: HostChannel,
         planner_of: Callable[[LayerPlacement], Planner],
         read_expert: ReadExpert,
+        reads_formats: bool,
         bytes_per_step: int | None,
         wake: Callable[[], None],
         on_failure: Callable[[int, str], None],
@@ -59,7 +60,7 @@ class GroupMover:
         self._is_moving = False
         self._newest = 0  # generation of those that were asked for
         self._mover = ExpertMover(
-            layers, channel, planner_of, read_expert,
+            layers, channel, planner_of, read_expert, reads_formats=reads_formats,
             bytes_per_step=bytes_per_step, wake=wake, on_round=self._round_serves, on_end=self._ended,
         )  # fmt: skip
 

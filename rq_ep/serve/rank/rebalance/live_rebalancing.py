@@ -66,6 +66,7 @@ class LiveRebalancing:
             group.open_host_channel(),
             inputs.planner_of(layers[0].family, report.placement),
             inputs.read_expert(),
+            inputs.reads_formats,
             inputs.rule.bytes_per_step,
             wake,
             lambda generation, reason: send(MigrationGivenUp(generation, reason)),

@@ -68,6 +68,7 @@ class RebalanceInputs:
         native = expert_format(opened.checkpoint, opened.dtype)
         wanted = config.formats or (() if placement is None else placement.formats)
         formats = tuple(dict.fromkeys([native, *wanted, *(() if placement is None else placement.formats)]))
+        _check_formats(config, opened, native, formats)
         rule = config.applied_to(strategy.rebalance_rule)
         stats = _stats(config, opened, native, formats)
         largest = max(stats.expert_bytes[name] for name in formats)
@@ -85,6 +86,11 @@ class RebalanceInputs:
         """Bytes of a rank, beside its budget, for what arrives."""
         assert self.rule.room_bytes is not None
         return self.rule.room_bytes
+
+    @property
+    def reads_formats(self) -> bool:
+        """Whether experts that change their format are read from where they were quantized in advance."""
+        return self.config.experts is not None
 
     @property
     def measures_importance(self) -> bool:
@@ -151,6 +157,8 @@ class RebalanceInputs:
         gain = "whatever it gains" if rule.min_gain is None else f"for a gain of {rule.min_gain:g} max/mean or more"
         speed = "" if rule.bytes_per_step is None else f", {rule.bytes_per_step:,} bytes a step and rank at most"
         known = "without calibration" if self.config.stats is None else f"with the sensitivities of {self.config.stats}"
+        if self.reads_formats:
+            known += f", those in few bits from {self.config.experts}"
         return (
             f"rebalancing: {self.strategy.name} decides every {rule.interval} steps on the last {rule.window}, {gain}; "
             f"formats {', '.join(self.formats)} {known}; room of {self.room_bytes:,} bytes a rank{speed}"
@@ -163,6 +171,26 @@ def _refuse_settings(config: ServeConfig) -> None:
         if item.group == REBALANCING and item.name != "rebalance" and value != item.default:
             shown = ",".join(value) if isinstance(value, tuple) else value
             raise UserError(f"{item.flag} {shown}: needs --rebalance auto")
+
+
+def _check_formats(config: ServeConfig, opened: OpenedModel, native: str, formats: tuple[str, ...]) -> None:
+    """Raise a `UserError` unless experts are stored in these formats, and a folder with some has all in few bits."""
+    for module in opened.experts:
+        for expert in range(module.num_experts):
+            stored = opened.reader.stored_format(module.name, expert)
+            if stored is not None and stored not in formats:
+                raise UserError(
+                    f"--rebalance auto: expert {expert} of layer {module.layer_index} is stored in {stored} and others "
+                    f"are not: give --formats {','.join((*formats, stored))}"
+                )
+    if config.experts is None:
+        return
+    low = tuple(name for name in formats if name != native)
+    if not low:
+        raise UserError(f"--experts {config.experts}: --formats {','.join(formats)} stores no expert in low bits")
+    layers = [module.layer_index for module in opened.experts]
+    in_advance = PackedExperts.open(config.experts, model_identity(config.model))
+    in_advance.check_holds_all(layers, opened.experts[0].num_experts, low)
 
 
 def _stats(config: ServeConfig, opened: OpenedModel, native: str, formats: tuple[str, ...]) -> ExpertStats:

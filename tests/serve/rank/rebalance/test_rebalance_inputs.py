@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +104,25 @@ def test_experts_quantized_in_advance_that_have_vanished_are_not_quantized_anew(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     quantize(tiny_checkpoint, tmp_path / "experts", formats=["int8"], rounding="nearest")
-    inputs = RebalanceInputs.check(config(model=str(tiny_checkpoint), formats=("int8",)), 2)
+    given = config(model=str(tiny_checkpoint), formats=("int8",), experts=str(tmp_path / "experts"))
+    inputs = RebalanceInputs.check(given, 2)
     assert inputs is not None
-    read = replace(inputs, config=replace(inputs.config, experts=str(tmp_path / "experts"))).read_expert()
+    assert inputs.reads_formats
+    assert f"those in few bits from {given.experts}" in preview(given, 2, 2)
+    read = inputs.read_expert()
     assert is_intact(read(1, 7, "int8"))
     shutil.rmtree(tmp_path / "experts")
     with pytest.raises(UserError, match=r"experts/layer-00001\.safetensors: has vanished"):
         read(1, 7, "int8")
+
+
+def test_a_folder_must_hold_all_experts_that_may_be_stored_in_few_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    experts, model = str(tmp_path / "experts"), str(tiny_checkpoint)
+    quantize(tiny_checkpoint, experts, formats=["int8"], rounding="nearest")
+    with pytest.raises(UserError, match=r"not hold expert 0 of layer 0 in int4_g32, nor 15 others .*--formats int4"):
+        RebalanceInputs.check(config(model=model, formats=("int4_g32",), experts=experts), 2)
+    with pytest.raises(UserError, match=r"--experts .*: --formats bf16 stores no expert in low bits"):
+        RebalanceInputs.check(config(model=model, experts=experts), 2)
 
 
 def test_a_group_that_is_started_again_begins_with_the_placement_that_was_saved(tmp_path: Path) -> None:
