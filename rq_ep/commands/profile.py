@@ -127,18 +127,13 @@ def _layer(options: ProfileOptions, shape: Shape | None, dtype: "torch.dtype", g
 
 def _family_of_model(path: Path) -> "tuple[ExpertFamily, int, int]":
     """Family, experts and experts per token of a checkpoint, by its configuration alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from rq_ep.model.checkpoint.checkpoint_files import read_config
-    from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
-    from rq_ep.model.seam.expert_modules import family_of, find_expert_modules
+    from rq_ep.model.load.opened_model import empty_model
+    from rq_ep.model.seam.expert_modules import experts_per_token, find_expert_modules
 
-    config = read_config(path)
-    with transformers_errors(str(path)), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(path, read_config(path))
     experts = find_expert_modules(model)
-    return family_of(experts[0].module), experts[0].num_experts, getattr(config, "num_experts_per_tok", None) or 1
+    return experts[0].family, experts[0].num_experts, experts_per_token(model.config)
 
 
 def _device_name(kind: str) -> str:

@@ -58,7 +58,7 @@ def add_outputs(
         ends = (ends_G - start).clip(0, len(rows)).tolist()
         up_NF = multiply(received.rows_MD.index_select(0, rows), grouped.stack, grouped.slots, ends, family.up)
         out_ND = multiply(family.apply_gate(up_NF), grouped.stack, grouped.slots, ends, family.down)
-        add_rows(partial_MD, rows, out_ND, weight_N[start : start + step])
+        add_rows(partial_MD, rows, family.normalized(out_ND), weight_N[start : start + step])
         if norms_VE is not None:
             experts = [received.experts[replica] for replica in grouped.replicas]
             add_norms(norms_VE, experts, ends, out_ND, weight_N[start : start + step])

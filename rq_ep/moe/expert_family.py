@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from rq_ep.core.cost import LayerShape
@@ -17,6 +17,7 @@ class ExpertFamily:
 
     layout: ExpertLayout
     apply_gate: Callable[[Tensor], Tensor]  # [N, 2F] -> [N, F]; without a gate the activation, [N, F] -> [N, F]
+    post_norm: nn.Module | None = None  # of the output [N, D], the same for all experts of a layer
     down: ClassVar[str] = "down_proj"
 
     @classmethod
@@ -50,7 +51,11 @@ class ExpertFamily:
     def forward(self, x_ND: Tensor, format_: WeightFormat, views: Views) -> Tensor:
         """One expert's output [N, D] for rows [N, D], in their dtype."""
         gate_NF = format_.linear(x_ND, views, self.up, self.layout)
-        return format_.linear(self.apply_gate(gate_NF), views, self.down, self.layout)
+        return self.normalized(format_.linear(self.apply_gate(gate_NF), views, self.down, self.layout))
+
+    def normalized(self, out_ND: Tensor) -> Tensor:
+        """The outputs of experts [N, D], before they are weighted."""
+        return out_ND if self.post_norm is None else self.post_norm(out_ND)
 
 
 def silu_gate(up_NF: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class EPExperts(nn.Module):
         """
         super().__init__()
         self.family = family
+        self.post_expert_norm = family.post_norm  # named as in transformers: its weights are loaded with the model's
         self.placement = placement
         self.planner = planner
         self.group = group

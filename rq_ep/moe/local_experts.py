@@ -45,6 +45,7 @@ class LocalExperts(nn.Module):
             movable: whether the placement may be replaced.
         """
         super().__init__()
+        self.post_expert_norm = family.post_norm
         self.world = LocalWorld(num_ranks, device)
         self.ranks = tuple(
             EPExperts(

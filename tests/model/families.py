@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
     SwitchTransformersConfig,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from rq_ep.model.text.teacher_forcing import teacher_forcing_inputs
@@ -108,9 +108,9 @@ SWITCH = SwitchTransformersConfig(
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A dense model with weights, biases, sinks and router corrections large enough for errors to show."""
     generator = torch.Generator().manual_seed(seed)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForMultimodalLM
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        auto_class = AutoModelForCausalLM
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        auto_class = AutoModelForMultimodalLM
     model = auto_class.from_config(deepcopy(config), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.config_limits import check_sizes
@@ -16,7 +15,7 @@ from rq_ep.model.checkpoint.json_files import MAX_INDEX_BYTES, read_json_object
 from rq_ep.model.checkpoint.lfs_pointers import check_is_no_pointer
 from rq_ep.model.checkpoint.quantization_schemes import CONFIG_KEYS, quantization_scheme
 from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
-from rq_ep.model.seam.adapters import ADAPTERS
+from rq_ep.model.seam.adapters import adapter_for
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,20 +26,18 @@ def read_config(path: str | Path) -> PretrainedConfig:
     """The configuration of the checkpoint in directory `path`, without its quantization.
 
     Raises:
-        UserError: the directory is no checkpoint, or one that cannot be served: an unknown `model_type`, no causal
-            language model, sizes that no model has, or weights quantized in a way we cannot read.
+        UserError: the directory is no checkpoint, or one that cannot be served: an unknown `model_type`, no language
+            model, sizes that no model has, or weights quantized in a way we cannot read.
     """
     raw = read_config_json(path)
-    model_type = raw.get("model_type")
-    if str(model_type) not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *ADAPTERS}:
-        raise UserError(
-            f"{path}: model_type {model_type!r:.60} is not a causal language model that transformers knows: "
-            "give a checkpoint such as qwen3_moe, mixtral, olmoe, deepseek_v3 or gpt_oss"
-        )
+    try:
+        adapter = adapter_for(raw.get("model_type"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     check_sizes(raw, f"{path}/config.json")
     is_quantized = quantization_scheme(raw, str(path)) is not None
     with transformers_errors(f"{path}/config.json"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = adapter.config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     if is_quantized:
         for key in CONFIG_KEYS:  # transformers builds a plain model; we read its weights
             config.__dict__.pop(key, None)

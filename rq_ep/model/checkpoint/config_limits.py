@@ -15,7 +15,7 @@ LIMITS = (
     (r"^(vocab_size|max_position_embeddings)$", 1, 2**31),
     (r"^num_experts_per_tok(en)?$|^topk_group$", 1, 2**16),
     (r"(num|n)_\w*(experts?|heads|groups?)$|top_?k$", 0, 2**16),
-    (r"_dim$|_rank$|^(head_dim|d_kv|kv_channels)$", 0, 2**16),
+    (r"^(?!mscale).*_dim$|_rank$|^(head_dim|d_kv|kv_channels)$", 0, 2**16),
     (r"(hidden|intermediate|ffn)_size$|^(d_model|d_ff)$", 0, 2**20),
 )
 

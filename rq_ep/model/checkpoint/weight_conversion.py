@@ -5,7 +5,7 @@ fuses them when it loads a whole model.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -14,6 +14,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -77,7 +80,23 @@ def find_conversions(
         expert = None if pattern is None else _expert_number(apply_renamings(key, renamings), pattern)
         conversion = conversions.setdefault(target, TensorConversion(target, converter))
         conversion.sources.append(SourceTensor(key, pattern or key, expert))
-    return conversions
+    return {made.target: made for conversion in conversions.values() for made in _split_sets(conversion, state)}
+
+
+def _split_sets(conversion: TensorConversion, state: dict[str, torch.Tensor]) -> Iterator[TensorConversion]:
+    """A conversion, or one for each set of experts where the checkpoint numbers those of several sets in one row."""
+    converter = conversion.converter
+    if converter is None or not isinstance(converter.operations[0], ErnieFuseAndSplitTextVisionExperts):
+        yield conversion
+        return
+    operations = [MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(converter.source_patterns) > 1 else [])]
+    num_experts = len(state[conversion.target])
+    for i, target in enumerate(conversion.targets):
+        fused = WeightConverter(converter.source_patterns, converter.target_patterns[i], operations)
+        numbered = [(source, (source.expert or 0) - i * num_experts) for source in conversion.sources]
+        is_last = i == len(conversion.targets) - 1  # which gets those too many, too, and is refused for them
+        own = [s._replace(expert=e) for s, e in numbered if e >= 0 and (e < num_experts or is_last)]
+        yield TensorConversion(target, fused, own)
 
 
 def _expert_number(key: str, pattern: str) -> int | None:

@@ -53,7 +53,7 @@ class WeightReader:
         self._layouts: dict[str, ExpertLayout] = {}
         for name in experts:
             self._layouts[name] = family_of(model.get_submodule(name)).layout
-            tensors = [tensor for tensor, _ in model.get_submodule(name).named_parameters()]
+            tensors = [tensor for tensor, _ in model.get_submodule(name).named_parameters(recurse=False)]
             self._experts[name] = {tensor: conversions.pop(f"{name}.{tensor}") for tensor in tensors}
             for conversion in self._experts[name].values():
                 self._check_all_experts(conversion)

@@ -26,7 +26,7 @@ from rq_ep.model.load.memory import RankBytes, arriving_bytes, check_fits, exper
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.ranks import LoadRanks
 from rq_ep.model.model_folder import find_model
-from rq_ep.model.seam.expert_modules import ExpertsModule, family_of
+from rq_ep.model.seam.expert_modules import ExpertsModule, experts_per_token, family_of
 from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts
 from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import EPGroup, Exchange, ExchangeSettings
@@ -181,7 +181,7 @@ class _Loader:
         ranks, arguments = self._ranks, self._arguments
         step = None
         if arguments.max_tokens is not None:
-            top_k = getattr(self._model.config.get_text_config(), "num_experts_per_tok", None) or 1
+            top_k = experts_per_token(self._model.config)
             step = step_bytes(
                 self._family, top_k, ranks.num_ranks, arguments.max_tokens, self._opened.dtype, ranks.device.type,
                 arguments.max_dispatch_bytes,

@@ -60,7 +60,7 @@ class OpenedModel:
         generation = read_generation_config(path)
         checkpoint = open_checkpoint(path)
         chosen = stored_dtype(config, checkpoint) if dtype is None or dtype == "auto" else torch_dtype(dtype)
-        model = _empty_model(path, config, chosen, attn_implementation)
+        model = empty_model(path, config, chosen, attn_implementation)
         if generation:
             with transformers_errors(Path(path, GENERATION_CONFIG)):
                 model.generation_config = GenerationConfig.from_pretrained(path)
@@ -90,16 +90,29 @@ class OpenedModel:
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
-def _empty_model(
-    path: str | Path, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
+def empty_model(
+    path: str | Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """Build the model with its parameters on the meta device, and its computed buffers in memory."""
-    adapter = adapter_for(config.model_type)
+    """Build the model with its parameters on the meta device, and its computed buffers in memory.
+
+    Args:
+        path: of the checkpoint, by which the model's tokenizer is found later.
+        config: as `read_config` gives it.
+        dtype: of the parameters.
+        attn_implementation: as in transformers.
+
+    Raises:
+        UserError: its settings are damaged.
+    """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with transformers_errors(f"{path}/config.json"), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = adapter.auto_class.from_config(config, dtype=dtype, **options)
-        adapter.adapt(model)
+        model = adapter_for(config.model_type).build(config, dtype, **options)
+    model.name_or_path = model.config.name_or_path = str(path)  # of the text part of a model it is empty
+    stored = model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and not buffer.isfinite().all():
+        if name not in stored and buffer.is_floating_point() and not buffer.isfinite().all():
             raise UserError(f"{path}/config.json: {name} is infinite or not a number with these settings")
     return model

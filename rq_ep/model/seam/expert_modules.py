@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rq_ep.core.errors import UserError
 from rq_ep.formats import ExpertLayout
@@ -20,6 +20,10 @@ from rq_ep.moe.expert_family import ExpertFamily
 
 # Set by `use_experts_implementation`.
 DECORATOR_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+# Modules that no token of text reaches; their experts stay as they are, on every rank.
+OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|talker)")
+# What configurations call the number of experts of a token, the first that is there
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 class ExpertsModule(NamedTuple):
@@ -45,7 +49,7 @@ class ExpertsModule(NamedTuple):
 
     def weights(self, expert: int) -> dict[str, Tensor]:
         """The tensors of one of the `local_experts`."""
-        return {name: parameter[expert] for name, parameter in self.module.named_parameters()}
+        return {name: parameter[expert] for name, parameter in self.module.named_parameters(recurse=False)}
 
 
 def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
@@ -57,7 +61,7 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
     modules = [
         ExpertsModule(getattr(module, "layer_index", _layer_index(name)), name, module)
         for name, module in model.named_modules()
-        if all(hasattr(module, attribute) for attribute in DECORATOR_ATTRIBUTES)
+        if all(hasattr(module, attribute) for attribute in DECORATOR_ATTRIBUTES) and not OTHER_MODALITIES.search(name)
     ]
     model_type = model.config.model_type
     if not modules:
@@ -83,14 +87,21 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
             )
     if len({experts.layer_index for experts in modules}) < len(modules):
         raise UserError(f"model_type {model_type!r} cannot be served: a layer has more than one set of routed experts")
-    top_k = getattr(model.config, "num_experts_per_tok", None) or 1
-    if top_k > first.num_experts:
+    if (top_k := experts_per_token(model.config)) > first.num_experts:
         raise UserError(f"num_experts_per_tok {top_k}: this model has {first.num_experts} experts in a layer")
     return tuple(sorted(modules))
 
 
+def experts_per_token(config: PretrainedConfig) -> int:
+    """The experts that a token chooses, by the configuration of a model; the most, where layers differ."""
+    text = config.get_text_config()
+    values = (getattr(text, key, None) for key in TOP_K_KEYS)
+    top_k = next((value for value in values if value), 1)
+    return max(top_k) if isinstance(top_k, list) else int(top_k)
+
+
 def family_of(experts: nn.Module) -> ExpertFamily:
-    """Layout and activation of one expert; the result holds no reference to weights."""
+    """Layout and activation of one expert; the result holds no reference to weights but those of a `post_norm`."""
     shell: Any = copy.copy(experts)  # the gate is a method, which needs the module's settings, but no weights
     shell._parameters = {}
     return ExpertFamily(
@@ -99,6 +110,7 @@ def family_of(experts: nn.Module) -> ExpertFamily:
             is_transposed=shell.is_transposed,
         ),
         apply_gate=shell._apply_gate if shell.has_gate else shell.act_fn,
+        post_norm=experts.get_submodule("post_expert_norm") if shell.has_post_expert_norm else None,
     )
 
 
@@ -106,16 +118,15 @@ def _unsupported(experts: nn.Module) -> str | None:
     """Why an experts module is not supported, or None if it is."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     expected = {up, "down_proj"} | ({f"{up}_bias", "down_proj_bias"} if experts.has_bias else set())
-    names = {name for name, _ in experts.named_parameters()}
+    norm = {"post_expert_norm"} if experts.has_post_expert_norm else set()
+    names = {name for name, _ in experts.named_parameters() if name.partition(".")[0] not in norm}
     if names != expected:
         return f"has parameters {sorted(names)} where {sorted(expected)} are expected"
-    if getattr(experts, "has_post_expert_norm", False):
-        return "normalizes the output of every expert, which is not supported"
     return None
 
 
 def _shapes(experts: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in experts.named_parameters(recurse=False)}
 
 
 def _layer_index(name: str) -> int:

@@ -24,6 +24,7 @@ class SwitchExperts(nn.Module):
 
     has_gate = False
     has_bias = False
+    has_post_expert_norm = False
     is_transposed = False
     is_concatenated = True
 

@@ -198,8 +198,8 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "no_such_thing"}, "model_type 'no_such_thing' is not a causal language model"),
-        ({"model_type": None}, "model_type None is not a causal language model"),
+        ({"model_type": "no_such_thing"}, "model_type 'no_such_thing' is not a language model"),
+        ({"model_type": None}, "model_type None is not a language model"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized by 'gptq'.*save a bf16 copy"),
         ({"num_attention_heads": "four"}, r"config\.json: 'num_attention_heads' 'four': must be a whole number"),
     ],
@@ -228,7 +228,7 @@ def test_the_dense_model_is_read_whole(family: str, checkpoints: dict[str, Path]
         ({"num_hidden_layers": 1}, r"no place for model\.layers\.1"),
         ({"hidden_size": 8}, r"comes out as \[97, 64\], but config.json asks for \[97, 8\]"),
         ({"dtype": "float8"}, "transformers refuses it"),
-        ({"model_type": ["mixtral"]}, "is not a causal language model"),
+        ({"model_type": ["mixtral"]}, "is not a language model"),
         ({"quantization_config": "x"}, r"quantized by 'x'"),
     ],
 )

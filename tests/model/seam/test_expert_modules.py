@@ -123,16 +123,11 @@ def add_scale(model: PreTrainedModel) -> None:
     model.model.layers[1].mlp.experts.scale = nn.Parameter(torch.ones(5, device="meta"))
 
 
-def add_norm(model: PreTrainedModel) -> None:
-    model.model.layers[1].mlp.experts.has_post_expert_norm = True
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (shrink, r"its MoE layers differ, model\.layers\.0\.mlp\.experts has .* and model\.layers\.1"),
         (add_scale, r"layers\.1\.mlp\.experts has parameters \['down_proj', 'gate_up_proj', 'scale'\] where"),
-        (add_norm, r"layers\.1\.mlp\.experts normalizes the output"),
     ],
 )
 def test_unsupported_layers_are_named(change: object, message: str) -> None:

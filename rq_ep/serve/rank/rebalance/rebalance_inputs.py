@@ -24,6 +24,7 @@ from rq_ep.model.load.attach import choose_strategy
 from rq_ep.model.load.mapped_files import MappedFiles
 from rq_ep.model.load.memory import travelling_formats
 from rq_ep.model.load.opened_model import OpenedModel
+from rq_ep.model.seam.expert_modules import experts_per_token
 from rq_ep.moe import ExpertFamily
 from rq_ep.serve.rank.check_inputs import chosen_strategy
 
@@ -199,7 +200,7 @@ def _stats(config: ServeConfig, opened: OpenedModel, native: str, formats: tuple
     expert_bytes: Mapping[str, int] = {name: get_format(name).nbytes(layout) for name in formats}
     layers = tuple(module.layer_index for module in opened.experts)
     num_experts = opened.experts[0].num_experts
-    top_k = getattr(opened.model.config.get_text_config(), "num_experts_per_tok", None)
+    top_k = experts_per_token(opened.model.config)
     if config.stats is None:
         return replace(ExpertStats.uniform(layers, num_experts, expert_bytes, native), top_k=top_k)
     stats = ExpertStats.load(config.stats)
