@@ -35,6 +35,11 @@ BENCHES = {
     "serve": Bench("bench.serving.serve", "latency and throughput of a server under every strategy"),
     "soak": Bench("bench.serving.soak", "a server whose clients come and go: is anything lost, wrong or leaked?"),
     "rebalance": Bench("bench.serving.rebalance", "a placement that follows the load: gain, cost, wrong answers"),
+    "gpu": Bench("bench.gpu.gpu", "all evidence that one device gives, stage by stage, in nine minutes"),
+    "decode": Bench("bench.gpu.decode", "tokens per second of one rank by format, against transformers' own"),
+    "waits": Bench("bench.gpu.waits", "how often the host waits for the device in a call of a layer"),
+    "staging": Bench("bench.gpu.staging", "products while an expert arrives on another stream"),
+    "device-tests": Bench("bench.gpu.device_tests", "the tests that need a device, none hiding the next"),
     "report": Bench("bench.report", "measures nothing: renews the tables of bench/results/*.md from the JSON there"),
 }
 
@@ -44,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=__doc__,
-        epilog="\n".join(["benches:", *(f"  {name:10} {bench.summary}" for name, bench in BENCHES.items())]),
+        epilog="\n".join(["benches:", *(f"  {name:12} {bench.summary}" for name, bench in BENCHES.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it first
