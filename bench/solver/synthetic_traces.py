@@ -48,6 +48,20 @@ def draw_trace(
     return Trace(*parts)
 
 
+def draw_domain_change(
+    law: str, num_experts: int, top_k: int, num_tokens: int, num_layers: int, num_steps: tuple[int, int], seed: int
+) -> Trace:
+    """Draw a trace whose two parts are of different domains: half of the model's, then the other half."""
+    parts = tuple(np.empty((steps, num_layers, num_experts), np.int64) for steps in num_steps)
+    for layer in range(num_layers):
+        generator = np.random.default_rng([seed, layer])
+        halves = np.split(_domains(law, num_experts, generator), 2)
+        for part_SLE, log_popularity_DE, every in zip(parts, halves, (FRESH_EVERY, 1), strict=True):
+            steps = np.arange(len(part_SLE)) * every
+            part_SLE[:, layer] = _draw_steps(log_popularity_DE, top_k, num_tokens, steps, generator)
+    return Trace(*parts)
+
+
 def _domains(law: str, num_experts: int, generator: np.random.Generator) -> FloatArray:
     """[D, E] log popularity; half of its variance is common to all domains."""
     shared_E = generator.standard_normal(num_experts)
@@ -62,17 +76,17 @@ def _draw_steps(
     log_popularity_DE: FloatArray, top_k: int, num_tokens: int, steps: IntArray, generator: np.random.Generator
 ) -> IntArray:
     """[S, E] pairs of each expert in these steps, which lie at equal distances."""
-    num_experts = log_popularity_DE.shape[1]
+    num_domains, num_experts = log_popularity_DE.shape
     counts_SE = np.empty((len(steps), num_experts), np.int64)
     noise_E = NOISE_SD * generator.standard_normal(num_experts)
     memory = NOISE_MEMORY ** float(steps[1] - steps[0] if len(steps) > 1 else 1)
-    draws_WD = generator.dirichlet([MIXING] * NUM_DOMAINS, int(steps[-1]) // FRESH_EVERY + 2)
+    draws_WD = generator.dirichlet([MIXING] * num_domains, int(steps[-1]) // FRESH_EVERY + 2)
     for step, counts_E in zip(steps.tolist(), counts_SE, strict=True):
         last, drifted = step // FRESH_EVERY, step % FRESH_EVERY / FRESH_EVERY
         weights_D = (1 - drifted) * draws_WD[last] + drifted * draws_WD[last + 1]
         log_step_DE = log_popularity_DE + noise_E
         if num_tokens <= NUM_DRAWN_TOKEN_BY_TOKEN:
-            domains_T = generator.choice(NUM_DOMAINS, num_tokens, p=weights_D)
+            domains_T = generator.choice(num_domains, num_tokens, p=weights_D)
             scores_TE = log_step_DE[domains_T] + generator.gumbel(size=(num_tokens, num_experts))
             chosen_TK = np.argpartition(-scores_TE, top_k - 1, axis=1)[:, :top_k]
             counts_E[:] = np.bincount(chosen_TK.ravel(), minlength=num_experts)

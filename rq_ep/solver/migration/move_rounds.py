@@ -252,7 +252,7 @@ class _Migration:
                 for names in (self._formats, goals)
             )
             self._max_low = max(low_cap.max_pairs, self._low_pairs, low_after)
-        # More bits come first, for the busiest; then fewer, for the least busy.
+        # More bits for the busiest first, fewer for the least busy.
         self._changes = sorted(self._new_format, key=lambda of: (self._added_low(of), of))
 
     def rounds(self) -> Iterator[MoveRound]:
@@ -268,9 +268,10 @@ class _Migration:
                 self._max_low - self._low_pairs,
                 self._bytes,
             )
-            self._change_formats(arrivals)
+            self._change_formats(arrivals, (of for of in self._changes if self._frees(of)))
             self._add(arrivals, pending)
             self._exchange(arrivals, pending)
+            self._change_formats(arrivals, (of for of in self._changes if not self._frees(of)))
             if not arrivals.moves:
                 self._use_room(arrivals, pending)
             if not arrivals.moves:
@@ -325,9 +326,13 @@ class _Migration:
             self._spare_R[slot.rank] -= self._bytes[name]
         return slot.of.layer, Move(DROP, slot.rank, slot.of.expert, name)
 
-    def _change_formats(self, arrivals: _Arrivals) -> None:
+    def _frees(self, of: Expert) -> bool:
+        """Whether a pending change of the expert's format frees bytes."""
+        return self._bytes[self._new_format[of]] < self._bytes[self._formats[of]]
+
+    def _change_formats(self, arrivals: _Arrivals, changes: Iterable[Expert]) -> None:
         """Experts that change their format, on all ranks at once that keep them."""
-        for of in self._changes:
+        for of in changes:
             size, ranks = self._bytes[self._new_format[of]], self._changing_ranks(of)
             if self._added_low(of) > max(arrivals.low_pairs, 0) or any(arrivals.staging_R[r] < size for r in ranks):
                 continue

@@ -16,6 +16,7 @@ from rq_ep.solver.search.local_search import improve
 from rq_ep.solver.search.neighborhood import LayerLimits
 
 NUM_ROUNDS = 3
+DEARER = 2.5  # times, that moving a byte costs more in each round than in the next: what gains most for it comes first
 Task = TypeVar("Task")
 Done = TypeVar("Done")
 
@@ -61,10 +62,11 @@ def search_layers(
             lent_LR = np.zeros((num_layers, len(free_R)), np.int64)
             lent_LR[(np.arange(len(free_R)) + round_index) % num_layers, np.arange(len(free_R))] = free_R
             share = int(move_budget[0]) // num_layers
+            price = limits[0].price * DEARER ** (NUM_ROUNDS - 1 - round_index)
             tasks = [
                 _LayerTask(
                     layers[i],
-                    limits[i]._replace(free_R=lent_LR[i], move_budget=np.array([share])),
+                    limits[i]._replace(free_R=lent_LR[i], move_budget=np.array([share]), price=price),
                     effort,
                     (effort.seed, i, round_index),
                 )
