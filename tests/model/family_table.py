@@ -190,6 +190,12 @@ TABLE: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+# Families that are refused by name, and what is said of them
+REFUSED = {
+    "diffusion_gemma": "writes by diffusion, not token by token",
+    "openai_privacy_filter": "is not a language model",
+}
+
 # Families whose folder is not named as the `model_type` of their checkpoints.
 MODEL_TYPES = {"inkling": "inkling_mm_model"}
 
