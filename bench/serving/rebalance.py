@@ -6,16 +6,17 @@
 
 Three parts; `--parts` runs some of them, and keeps the others of an earlier `--json FILE`:
 
-domains  Traffic whose text changes its domain, the same requests to each server in turn: `standard`; `rq` calibrated on
-         the first domain; the same, and `eplb`, with `--rebalance auto`; `rq` that begins with no statistics at all.
+domains  Traffic whose text changes its domain, the same requests to one server after another: `standard`; `rq`
+         calibrated on the first domain; the same, and `eplb`, with `--rebalance auto`; `rq` that begins with no
+         statistics at all.
 cost     Traffic that changes so often that the placement is replaced again and again, on the same model with experts
-         padded to some MiB: off, armed and never moving, planning as often and never moving, moving, and the moves
-         made while the whole group waits (`bench.serving.stop_the_world`). In turns.
+         padded to some MiB: armed and never moving, planning as often and never moving, moving, and the moves made
+         while the whole group waits (`bench.serving.stop_the_world`); each in turns with a server that is off.
 answers  Greedy answers in fp32 across re-placements, each compared with the dense model's as `soak` does.
 
 The last two let `rq` move every 16 steps to whatever it has planned (`bench.serving.restless`), without its gate.
 A server decides on fewer steps here than it would by default (`--window`, `--interval`, and EPLB's in the same
-proportion), because a phase has some hundred steps.
+proportion), because a phase has some hundred steps. At most two servers are up at a time: a rank takes up to a GiB.
 """
 
 import argparse
@@ -25,9 +26,10 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from tempfile import mkdtemp
 from typing import Any
 
@@ -51,6 +53,7 @@ from bench.serving.rebalance_figures import (
     ratio_by_round,
     series,
     share_of_gain,
+    spread,
 )
 from bench.serving.server_process import NAME, server
 from bench.serving.soak import dense_answer, is_right
@@ -76,7 +79,7 @@ from rq_ep.strategies import make_strategy
 PARTS = ("domains", "cost", "answers")
 STOP_THE_WORLD = "bench.serving.stop_the_world"
 RESTLESS = "bench.serving.restless:Restless"
-STRETCHES = 8  # of the part on cost: how often the domain changes in a run
+STRETCHES = 6  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
 IDLE_TIMEOUT_S = 10.0  # for a decision or a migration that is under way when the requests have ended
@@ -155,6 +158,8 @@ class Workload:
         self.console = Console(stderr=True)
         self.folder = Path(mkdtemp(prefix="rq_ep-bench-rebalance-"))
         self.domains = options.domains.split(",")
+        if len(self.domains) < 2:
+            raise UserError(f"--domains {options.domains}: name two or more, so that the load changes")
         self.formats = tuple(options.formats.split(","))
         self.native = self.formats[0]
         self.tokenizer = read_tokenizer(options.model)
@@ -297,7 +302,7 @@ class Served:
 
 
 def domains(bench: Workload) -> dict[str, Any]:
-    """Traffic that changes its domain, to every server in turn."""
+    """Traffic that changes its domain, to one server after another."""
     options, first = bench.options, bench.domains[0]
     stats_file = bench.folder / "first.safetensors"
     bench.stats(first).save(stats_file)
@@ -308,65 +313,69 @@ def domains(bench: Workload) -> dict[str, Any]:
         return ["--rebalance", "auto", "--rebalance-window", str(window), "--rebalance-interval", str(interval)]
 
     follows = live(options.window, options.interval)
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(bench.start(name, options.model, *arguments))
-            for name, arguments in (
-                ("standard", ["--strategy", "standard"]),
-                ("rq", rq),
-                ("eplb live", [*eplb, *live(options.eplb_window, options.eplb_interval)]),
-                ("rq live", [*rq, "--formats", options.formats, "--stats", str(stats_file), *follows]),
-                ("rq live from nothing", ["--strategy", "rq", "--formats", options.formats, *follows]),
-            )
-        ]
-        for served in servers:
+    jobs = {
+        domain: bench.jobs(domain, options.num_prompts, 160, 12, seed=number)
+        for number, domain in enumerate(bench.domains)
+    }
+    rows: list[dict[str, Any]] = []
+    ends: dict[str, list[float]] = {}
+    states: dict[str, dict[str, Any]] = {}
+    servers: dict[str, Served] = {}
+    for name, arguments in {
+        "standard": ["--strategy", "standard"],
+        "rq": rq,
+        "eplb live": [*eplb, *live(options.eplb_window, options.eplb_interval)],
+        "rq live": [*rq, "--formats", options.formats, "--stats", str(stats_file), *follows],
+        "rq live from nothing": ["--strategy", "rq", "--formats", options.formats, *follows],
+    }.items():
+        with bench.start(name, options.model, *arguments) as served:
+            servers[name], ends[name] = served, []
             warm_up(bench, served)
-        rows, ends = [], []
-        for number, domain in enumerate(bench.domains):
-            jobs = bench.jobs(domain, options.num_prompts, 160, 12, seed=number)
-            for served in servers if number % 2 else reversed(servers):
-                first_sample, committed = len(served.samples) - 1, len(served.commits)
-                found = latency(served.ask(jobs, 48))
-                new = served.commits[committed:]
-                rows.append({
-                    "server": served.name, "domain": domain, **found,
-                    "imbalance": imbalance_between(served.samples[first_sample:]),
-                    "num_committed": len(new), "moved_bytes": sum(one["moved_bytes"] or 0 for one in new),
-                })  # fmt: skip
-                bench.console.print(f"{domain}: {served.name}: {brief(rows[-1])}")
-            ends.append(series(servers[0].samples)[-1]["pairs"])
-        states = {served.name: served.state() for served in servers}
-        moving = [state for state in states.values() if state.get("moved_bytes")]
-        sent = sum(state["moved_bytes"] for state in moving)
-        planned = sum(one["moved_bytes"] or 0 for state in moving for one in state["commits"])
-        by_name = {served.name: served for served in servers}
-        return {
-            "domains": bench.domains,
-            "rows": rows,
-            "phase_ends": ends,
-            "series": {served.name: series(served.samples) for served in servers},
-            "commits": {
-                served.name: [
-                    {**one, "pairs": pairs_at(served.samples, one["time"])}
-                    for one in states[served.name].get("commits", ())
-                ]
-                for served in servers
-            },
-            "results": {name: state.get("results", {}) for name, state in states.items()},
-            "sent_by_planned": sent / planned if planned else 1.0,
-            "value": value_after_change(bench, by_name["rq live"], rows),
-            "from_nothing": way_from_nothing(bench, by_name["rq live from nothing"], ends[0]),
-        }
+            for domain in bench.domains:
+                rows.append({"server": name, "domain": domain, **phase(served, jobs[domain])})
+                ends[name].append(series(served.samples)[-1]["pairs"])
+                bench.console.print(f"{name}: {domain}: {brief(rows[-1])}")
+            states[name] = served.state()
+    moving = [state for state in states.values() if state.get("moved_bytes")]
+    sent = sum(state["moved_bytes"] for state in moving)
+    planned = sum(one["moved_bytes"] or 0 for state in moving for one in state["commits"])
+    nothing = "rq live from nothing"
+    return {
+        "domains": bench.domains,
+        "rows": rows,
+        "phase_ends": ends["standard"],
+        "series": {name: series(served.samples) for name, served in servers.items()},
+        "commits": {
+            name: [{**one, "pairs": pairs_at(servers[name].samples, one["time"])} for one in state.get("commits", ())]
+            for name, state in states.items()
+        },
+        "results": {name: state.get("results", {}) for name, state in states.items()},
+        "sent_by_planned": sent / planned if planned else 1.0,
+        "value": value_after_change(bench, servers["rq live"], rows, ends["rq live"][-2]),
+        "from_nothing": way_from_nothing(bench, servers[nothing], ends[nothing][0]),
+    }
 
 
-def value_after_change(bench: Workload, served: Served, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def phase(served: Served, jobs: Sequence[Job]) -> dict[str, Any]:
+    """The figures of a server that gets these requests."""
+    first_sample, committed = max(len(served.samples) - 1, 0), len(served.commits)
+    found = latency(served.ask(jobs, 48))
+    new = served.commits[committed:]
+    imbalance = imbalance_between(served.samples[first_sample:])
+    moved = sum(one["moved_bytes"] or 0 for one in new)
+    return {**found, "imbalance": imbalance, "num_committed": len(new), "moved_bytes": moved}
+
+
+def value_after_change(
+    bench: Workload, served: Served, rows: Sequence[Mapping[str, Any]], change_pairs: float
+) -> dict[str, Any]:
     """What the live placement has gained after the last change of domain, for which bytes (R4)."""
     before_domain, domain = bench.domains[-2:]
     planned, held_out = bench.halves(domain)
     moved_by_phase = [row["moved_bytes"] for row in rows if row["server"] == served.name]
-    num_after = [row["num_committed"] for row in rows if row["server"] == served.name][-1]
     placements = [placement for _, placement in served.placements]
-    before, after = placements[-1 - min(num_after, len(placements) - 1)], placements[-1]
+    is_before = [pairs_at(served.samples, at_s) <= change_pairs for at_s, _ in served.placements]
+    before, after = placements[max(is_before.count(True) - 1, 0)], placements[-1]
     best = bench.place("rq", planned)
     eplb = [bench.place("eplb", bench.halves(name)[0]) for name in (before_domain, domain)]
     problem = PlacementProblem(
@@ -401,60 +410,60 @@ def way_from_nothing(bench: Workload, served: Served, end_pairs: float) -> dict[
 
 
 def cost(bench: Workload) -> dict[str, Any]:
-    """Traffic that has the placement replaced again and again, beside the same without moves."""
+    """Traffic that has the placement replaced again and again, each server in turns with one that never moves."""
     options = bench.options
     wide = bench.folder / "wide"
     widen(options.model, wide, options.intermediate_size)
     placement = bench.folder / "wide.json"
-    bench.place("rq", widened(bench.stats(bench.domains[0]), wide)).save(placement)
+    native = bench.formats[:1]  # low bits may have to move, whatever it gains, when they exceed their cap
+    bench.place("rq", widened(bench.stats(bench.domains[0]), wide), native).save(placement)
     rq, restless = (["--strategy", name, "--placement", str(placement)] for name in ("rq", RESTLESS))
     auto, never = ["--rebalance", "auto"], ["--rebalance-min-gain", "1000"]
-    with ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(bench.start(name, str(wide), *arguments, module=module))
-            for name, arguments, module in (
-                ("off", rq, "rq_ep.serve"),
-                ("armed", [*rq, *auto, *never], "rq_ep.serve"),
-                ("planning", [*restless, *auto, *never], "rq_ep.serve"),
-                ("moving", [*restless, *auto], "rq_ep.serve"),
-                ("stop-the-world", [*restless, *auto], STOP_THE_WORLD),
-            )
+    ends = (bench.domains[0], bench.domains[-1])
+    jobs = [
+        job
+        for stretch in range(STRETCHES)
+        for job in bench.jobs(ends[stretch % 2], max(options.num_prompts // 20, 1), 24, 24, seed=stretch)
+    ]
+    rows: list[dict[str, Any]] = []
+    states: dict[str, dict[str, Any]] = {}
+    planner_share = {}
+    with bench.start("off", str(wide), *rq) as off:
+        warm_up(bench, off)
+        for name, arguments, module in (
+            ("armed", [*rq, *auto, *never], "rq_ep.serve"),
+            ("planning", [*restless, *auto, *never], "rq_ep.serve"),
+            ("moving", [*restless, *auto], "rq_ep.serve"),
+            ("stop-the-world", [*restless, *auto], STOP_THE_WORLD),
+        ):
+            with bench.start(name, str(wide), *arguments, module=module) as served:
+                warm_up(bench, served)
+                for number in range(options.rounds):
+                    for one in (off, served) if number % 2 == 0 else (served, off):
+                        found = latency(one.ask(jobs, 4))
+                        rows.append({"server": one.name, "beside": name, "round": number, **found})
+                        bench.console.print(f"{name}, round {number}: {one.name}: {brief(rows[-1])}")
+                states[name] = served.state().get("results", {})
+                planner_share[name] = served.planner_s / served.busy_s
+    ratios = {
+        figure: {
+            name: ratio_by_round([row for row in rows if row["beside"] == name], figure, name, "off") for name in states
         }
-        for served in servers.values():
-            warm_up(bench, served)
-        order = [*servers, "off again"]
-        ends = (bench.domains[0], bench.domains[-1])
-        jobs = [
-            job
-            for stretch in range(STRETCHES)
-            for job in bench.jobs(ends[stretch % 2], max(options.num_prompts * 3 // 20, 1), 48, 24, seed=stretch)
-        ]
-        rows = []
-        for number in range(options.rounds):
-            for name in order if number % 2 == 0 else reversed(order):
-                served = servers[name.removesuffix(" again")]
-                rows.append({"server": name, "round": number, **latency(served.ask(jobs, 16))})
-                bench.console.print(f"round {number}: {name}: {brief(rows[-1])}, {served.num_committed} re-placements")
-        pairs = [
-            ("armed", "off"), ("planning", "off"), ("moving", "off"), ("moving", "planning"),
-            ("stop-the-world", "off"), ("off again", "off"),
-        ]  # fmt: skip
-        return {
-            "rows": rows,
-            "num_committed": {name: served.num_committed for name, served in servers.items()},
-            "ratios": {
-                figure: {f"{name} / {base}": ratio_by_round(rows, figure, name, base) for name, base in pairs}
-                for figure in ("p99_itl_ms", "median_itl_ms", "output_throughput")
-            },
-            "longest_gap_ms": {
-                name: max(row["longest_gap_ms"] for row in rows if row["server"] == name) for name in order
-            },
-            "planner_share": {
-                name: served.planner_s / served.busy_s for name, served in servers.items() if served.busy_s
-            },
-            "num_lost": sum(row["num_lost"] for row in rows),
-            "results": {name: served.state().get("results", {}) for name, served in servers.items()},
-        }
+        for figure in ("p99_itl_ms", "median_itl_ms", "output_throughput")
+    }
+    offs = [row for row in rows if row["server"] == "off"]
+    return {
+        "rows": rows,
+        "results": states,
+        "num_committed": {name: results.get("committed", 0) for name, results in states.items()},
+        "ratios": ratios,
+        "noise": {figure: spread([row[figure] for row in offs]) for figure in ratios},
+        "longest_gap_ms": {
+            name: median(row["longest_gap_ms"] for row in rows if row["server"] == name) for name in ("off", *states)
+        },
+        "planner_share": planner_share,
+        "num_lost": sum(row["num_lost"] for row in rows),
+    }
 
 
 def answers(bench: Workload) -> dict[str, Any]:
@@ -475,7 +484,6 @@ def answers(bench: Workload) -> dict[str, Any]:
         return {
             "num_requests": len(jobs), "num_committed": served.num_committed,
             "num_lost": sum(not answer.is_complete for answer in got), "num_wrong": len(wrong),
-            "errors": sorted({answer.error for answer in got if answer.error})[:3],
             "results": served.state().get("results", {}), "moved_bytes": served.state().get("moved_bytes", 0),
             **latency(got),
         }  # fmt: skip
