@@ -48,7 +48,10 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     """`config.json` of the checkpoint directory `path`, unchanged."""
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"{path}: no such directory; expected a checkpoint with config.json and safetensors files")
+        raise UserError(
+            f"{path}: no such directory; expected a checkpoint with config.json and safetensors files, or ORG/NAME of "
+            "the hub"
+        )
     if not (directory / "config.json").exists():
         raise UserError(f"{path}: no config.json; expected a Hugging Face checkpoint directory")
     return read_json_object(directory / "config.json")
