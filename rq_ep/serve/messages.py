@@ -115,6 +115,7 @@ class PlacementServed:
     layers: list[dict[str, Any]]  # those that have changed, as `placement.json` holds them
     placement: dict[str, Any] | None = None  # at the end of a migration
     expert_bytes: list[dict[str, int]] | None = None  # with it, of each rank, by weight format
+    bytes_R: list[int] | None = None  # without it, of each rank
 
 
 @dataclass(frozen=True)

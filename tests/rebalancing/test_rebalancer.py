@@ -11,7 +11,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem, contiguous
 from rq_ep.core.strategy import RebalanceRule, Strategy
-from rq_ep.rebalancing.gain import gain_of
+from rq_ep.rebalancing.gain import gain_of, low_share
 from rq_ep.rebalancing.live_placement import LivePlacement
 from rq_ep.rebalancing.rebalancer import Rebalancer, decide
 from rq_ep.solver.certificate.certify import certify
@@ -115,6 +115,29 @@ def test_every_placement_on_the_way_keeps_to_the_bytes_and_holds_every_expert_in
         assert all(bytes_R <= np.array(problem.budget_bytes_R) + SIZES["bf16"])
     assert len(following.commits) > 1
     assert [list(one.replicas) for one in layers] == [list(one.replicas) for one in following.placement.layers]
+
+
+def test_the_cap_on_low_pairs_holds_at_every_moment_from_nothing_and_through_domains() -> None:
+    """On the loads that a migration was decided for; where a new load breaks the cap, it is not exceeded further."""
+    problem = problem_of(np.ones((1, 2, 16), np.int64))
+    following = live(problem, certify(problem, RQ, contiguous(problem)), window=64, interval=32)
+    layers, num_rounds, cap = list(following.placement.layers), 0, problem.max_low_precision_share
+    limit, decided_on = cap, problem
+    for counts_LE in np.concatenate([steps_SLE(domain, 200, 1) for domain in (0, 1, 2, 0)]):
+        num_decisions = len(following.decisions)
+        loads = following._rebalancer._window.loads().counts_SLE
+        changed = following.step(counts_LE)
+        if len(following.decisions) > num_decisions:
+            loads = np.concatenate([loads, counts_LE[None]])
+            decided_on = replace(problem, stats=replace(problem.stats, counts=loads))
+            limit = max(cap, low_share(decided_on, layers).mean)
+        for position, layer in changed.items():
+            layers[position] = layer
+            num_rounds += 1
+        if changed:  # the window has a step more than was decided on
+            assert low_share(decided_on, layers).mean <= limit + 1e-3
+    assert num_rounds > 10
+    assert following.num_rebalances >= 3
 
 
 def test_bytes_per_step_and_planning_delay_when_it_serves() -> None:

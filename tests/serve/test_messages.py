@@ -65,7 +65,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
     RankStats(1, 2, 0.5, Progress(7, None, "all-to-all", 0.1), 3, 0.25),
     RankStats(1, 2, 0, Progress(7, 1, None, 0.1), 3, 0, LOADS, 5),
     MigrationPlanned(1, {"format": "rq_ep.placement/1"}, [[[[0, ["receive", 1, 5, "int8", 0]]], []]]),
-    PlacementServed(1, [{"layer": 3}]),
+    PlacementServed(1, [{"layer": 3}], bytes_R=[100, 200]),
     PlacementServed(1, [], {"layers": []}, [{"bf16": 100}]),
     RebalanceStatus("moving", 1, {"reason": "better"}, {"committed": 1}, 100, 10, 20, 0.5, ""),
     RebalanceAnswer(1, None, {"reason": "better"}),

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from rq_ep.config import ServeConfig
 from rq_ep.core.placement import Placement
+from rq_ep.serve.rank.dry_run import preview
+from rq_ep.sim.traces import RoutingTrace
 from tests.serve.running import running, until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -17,11 +21,17 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def test_a_server_becomes_balanced_by_itself_and_loses_no_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
     saved = tmp_path / "served.json"
     text = "".join(path.read_text() for path in sorted((tiny_checkpoint / "text/train/c").iterdir()))
-    settings = [
-        "--model", str(tiny_checkpoint), "--strategy", "rq", "--formats", "bf16,int8", "--dtype", "float32",
-        "--rebalance", "auto", "--rebalance-window", "32", "--rebalance-interval", "16", "--placement-out", str(saved),
-    ]  # fmt: skip
-    with running(tmp_path / "log", 2, *settings) as server:
+    settings = {
+        "model": str(tiny_checkpoint), "strategy": "rq", "formats": ["bf16", "int8"], "dtype": "float32",
+        "rebalance": "auto", "rebalance_window": 32, "rebalance_interval": 16, "placement_out": str(saved),
+        "record_dir": str(tmp_path),
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))  # which is YAML too
+    with running(tmp_path / "log", 2, "--config", str(tmp_path / "config.yaml")) as server:
+        first = httpx.get(f"{server.url}/v1/ep/placement").json()
+        assert {replica["format"] for layer in first["layers"] for replica in layer["replicas"]} == {"fp32"}
+        assert first["bytes"] == first["budget_bytes"], "it starts in the bytes of standard EP"
+        httpx.post(f"{server.url}/v1/ep/record/start")
         statuses: list[int] = []
         is_over = threading.Event()
 
@@ -49,6 +59,7 @@ def test_a_server_becomes_balanced_by_itself_and_loses_no_request(tiny_checkpoin
             for thread in threads:
                 thread.join()
         assert set(statuses) == {200}
+        recorded = httpx.post(f"{server.url}/v1/ep/record/stop", timeout=60).json()
         # Another one may follow on the last steps.
         until(lambda: json.loads(saved.read_text()) == httpx.get(f"{server.url}/v1/ep/placement").json())
         until(lambda: state()["state"] == "idle")
@@ -58,6 +69,13 @@ def test_a_server_becomes_balanced_by_itself_and_loses_no_request(tiny_checkpoin
         assert state()["moved_bytes"] > 0
         metrics = httpx.get(f"{server.url}/metrics").text
         assert 'result="committed"' in metrics
+        trace = RoutingTrace.load(recorded["path"])
+        shown_LE = trace.counts(2).sum(axis=(0, 2))  # logical experts, whatever moved
+        counts_LE = np.array(httpx.get(f"{server.url}/v1/ep/load").json()["total"]["counts_LE"])
+        shares_LE, all_LE = (array / array.sum(axis=1, keepdims=True) for array in (shown_LE, counts_LE))
+        np.testing.assert_allclose(shares_LE, all_LE, atol=0.03)  # the figures come once a second
+    again = ServeConfig(str(tiny_checkpoint), str(saved), formats=("bf16", "int8"), dtype="float32", rebalance="auto")
+    assert "placement: made by rq, served by rq" in preview(again, 2, 2)
 
 
 def test_answers_in_the_native_format_are_the_same_before_amid_and_after_many_re_placements(

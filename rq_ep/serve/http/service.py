@@ -85,7 +85,7 @@ class Service:
         elif self.placement is not None:
             changed = {layer["layer"]: layer for layer in served.layers}
             layers = [changed.get(layer["layer"], layer) for layer in self.placement["layers"]]
-            self.placement = {**self.placement, "layers": layers, "certificate": {}}
+            self.placement = {**self.placement, "layers": layers, "bytes": served.bytes_R, "certificate": {}}
 
     def why_unavailable(self) -> str | None:
         """Why nothing can be answered now; None if it can."""

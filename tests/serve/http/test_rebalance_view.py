@@ -1,10 +1,14 @@
 """Rebalancing over HTTP, in process: its state, commands and their refusals, metrics, and the naming of a stall."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
+from rq_ep.core.replicas import Replica
+from rq_ep.core.topology import Topology
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
 from tests.serve.http.test_app import Bench, error
@@ -148,3 +152,21 @@ def test_the_placement_that_is_shown_is_the_one_that_serves(bench: RebalancingBe
     assert shown["layers"] == [{"layer": 3}, {"layer": 5, "replicas": []}]
     bench.service.take_placement(PlacementServed(1, [], {"layers": []}))
     assert bench.get("/v1/ep/placement").json() == {"layers": []}
+
+
+def test_a_placement_that_is_saved_amid_a_migration_can_be_served(bench: RebalancingBench, tmp_path: Path) -> None:
+    sizes = {"bf16": 100, "int8": 60}
+
+    def placed(*replicas: Replica) -> Placement:
+        layers = (LayerPlacement.even(3, 2, replicas), LayerPlacement.even(5, 2, replicas[:2]))
+        bytes_R = tuple(bytes_by_rank(layers, 2, sizes).tolist())
+        return Placement(layers, "rq", Topology(2), bytes_R, (300, 300))
+
+    before = placed(Replica(0, 0, "bf16"), Replica(1, 1, "bf16"))
+    amid = placed(Replica(0, 0, "bf16"), Replica(1, 1, "bf16"), Replica(1, 0, "bf16"))
+    bench.service.placement = before.to_dict()
+    bench.service.take_placement(PlacementServed(1, amid.to_dict()["layers"][:1], bytes_R=list(amid.bytes_R)))
+    saved = tmp_path / "placement.json"
+    saved.write_text(bench.get("/v1/ep/placement").text)
+    Placement.load(saved).check_bytes(sizes)
+    assert Placement.load(saved).to_dict() == amid.to_dict()

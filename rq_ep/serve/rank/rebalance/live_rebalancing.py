@@ -199,7 +199,8 @@ class LeadingRank:
         if positions is not None:
             log.debug("a round of re-placement %d serves", generation)
             changed = replace(placement, layers=tuple(placement.layers[position] for position in sorted(positions)))
-            self._send(PlacementServed(generation, changed.to_dict()["layers"]))
+            bytes_R = list(placement.bytes_R)
+            self._send(PlacementServed(generation, changed.to_dict()["layers"], bytes_R=bytes_R))
             return
         ranks, layout = range(placement.topology.num_ranks), self._inputs.layout
         sizes = [expert_bytes(placement, layout, [rank]) for rank in ranks]
