@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import RequestStatus
 
-from rq_ep.engine.kv_cache import PAGE_SIZE, cache_head_size, pad_cache
+from rq_ep.engine.kv_cache import PAGE_SIZE, cache_config, pad_cache
 from rq_ep.engine.nonfinite import NonFiniteTokens, is_finite
 from rq_ep.engine.output_processor import RequestState
 from rq_ep.engine.requests import Batch, Sampling
@@ -75,9 +75,12 @@ class LockstepManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         is_first = self.batch_processor is None
-        config = self.model.config.get_text_config()
-        with cache_head_size(config):
+        config = self.model.config
+        self.model.config = cache_config(config)
+        try:
             processor = super()._create_batch_processor()
+        finally:
+            self.model.config = config
         if is_first:
             pad_cache(processor.cache, config)
             ios = processor.inputs_and_outputs

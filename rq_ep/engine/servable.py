@@ -1,10 +1,14 @@
 """Which models continuous batching can serve, and with which attention."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
 from rq_ep.core.errors import UserError
-from rq_ep.engine.kv_cache import latent_widths
+from rq_ep.engine.kv_cache import has_uniform_heads
 
 
 def check_servable(config: PretrainedConfig) -> None:
@@ -28,20 +32,32 @@ def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> st
     """Choose the attention of a model and return its name; by default sdpa, or eager for families without it.
 
     Raises:
-        UserError: transformers does not know the implementation, or not for this family; flash attention for
-            multi-head latent attention (MLA), whose keys and values differ in width.
+        UserError: transformers does not know the implementation, or not for this family; flash attention where keys and
+            values differ in width (MLA), or layers in their heads.
     """
     chosen = attn_implementation or ("sdpa" if model._supports_sdpa else "eager")
     if chosen not in ("sdpa", "eager") and "flash" not in chosen:
         raise UserError(f"--attn-implementation {chosen}: continuous batching runs on sdpa, eager or a flash variant")
-    if "flash" in chosen and latent_widths(model.config.get_text_config()) is not None:
+    if "flash" in chosen and not has_uniform_heads(model.config):
         raise UserError(
-            f"--attn-implementation {chosen}: model type {model.config.model_type!r} has keys and values of unequal "
-            "widths, which flash attention does not take: use sdpa or eager"
+            f"--attn-implementation {chosen}: model type {model.config.model_type!r} has keys and values, or layers, "
+            "of unequal heads, which flash attention does not take here: use sdpa or eager"
         )
     try:
         model.set_attn_implementation(chosen)
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--attn-implementation {chosen}: {reason}") from None
+    _fill_sinks(model)
     return chosen
+
+
+def _fill_sinks(model: PreTrainedModel) -> None:
+    """Give layers without attention sinks ones that take nothing, in families where other layers have some.
+
+    transformers' eager attention over the paged cache asks whether a layer has the attribute, not whether it is None.
+    """
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if getattr(module, "sinks", False) is None:
+            module.sinks = module.o_proj.weight.new_full((module.config.num_attention_heads,), -torch.inf)
