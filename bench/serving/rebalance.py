@@ -378,9 +378,9 @@ def value_after_change(
     before, after = placements[max(is_before.count(True) - 1, 0)], placements[-1]
     best = bench.place("rq", planned)
     eplb = [bench.place("eplb", bench.halves(name)[0]) for name in (before_domain, domain)]
-    problem = PlacementProblem(
-        planned, Topology(bench.options.num_ranks), standard_ep_bytes(planned, bench.options.num_ranks), bench.formats
-    )
+    num_ranks = bench.options.num_ranks
+    budget_bytes_R = (standard_ep_bytes(planned, num_ranks),) * num_ranks
+    problem = PlacementProblem(planned, Topology(num_ranks), budget_bytes_R, bench.formats)
     eplb_bytes = moved_bytes(problem, *eplb)
     figures = [bench.imbalance("rq", placement, held_out) for placement in (before, after, best)]
     return {

@@ -3,14 +3,16 @@
 import json
 import re
 import threading
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bench.serving.load_generator import Answer, Job
-from bench.serving.rebalance import main
+from bench.serving.rebalance import Served, Workload, main, value_after_change, way_from_nothing
 from bench.serving.rebalance_figure import draw
 from bench.serving.rebalance_figures import (
     LoadSample,
@@ -28,6 +30,7 @@ from bench.serving.rebalance_figures import (
 from bench.serving.stop_the_world import StopTheWorldMover
 from bench.serving.wide_model import widen
 from rq_ep.core.errors import UserError
+from rq_ep.core.stats import ExpertStats
 from rq_ep.model.load.whole_model import load_whole_model
 from tests.moe import test_expert_mover as mover_tests
 
@@ -132,6 +135,34 @@ def test_the_table_says_what_was_reached_and_what_was_not() -> None:
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     draw({"parts": parts()}, tmp_path / "rebalance.png")
     assert (tmp_path / "rebalance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_value_and_the_way_from_nothing_are_taken_on_steps_that_were_not_placed_for() -> None:
+    loads = {"code": [400, 100, 200, 300], "table": [400, 200, 100, 300]}  # halves: 0 and 1; 0 and 2
+    bench = object.__new__(Workload)  # without a checkpoint
+    bench.options = Namespace(num_ranks=2)
+    bench.domains, bench.formats, bench.native = list(loads), ("bf16",), "bf16"
+    bench._stats = {
+        name: ExpertStats(
+            np.array([[row]] * 4 + [[[1, 0, 0, 0]]]), ("bf16",), "bf16", {"bf16": 100}, top_k=2,
+            phase=np.array([0, 0, 0, 0, 1]),
+        )
+        for name, row in loads.items()
+    }  # fmt: skip
+    before, after = (bench.place("rq", bench.halves(name)[0]) for name in loads)
+    served = Served("rq live", "", None)  # type: ignore[arg-type]  # no process
+    served.samples = [LoadSample(0.0, (1,), (1.0,), ((0, 0),)), LoadSample(10.0, (9,), (1.0,), ((8192, 8192),))]
+    served.placements = [(0.0, before), (7.5, after)]
+    value = value_after_change(bench, served, [{"server": "rq live", "moved_bytes": 100}], 8192)
+    assert (value["after"], value["share_of_gain"]) == (value["best"], 1.0)
+    assert value["before"] > value["after"]
+    assert value["share_of_bytes"] == 100 / value["eplb_bytes"]
+    # The first placement is the calibrated one: reached at once. The other comes too late for the first phase.
+    nothing = way_from_nothing(bench, served, 8192)
+    assert (nothing["points"], nothing["steps_of_4096"]) == ([(0.0, nothing["calibrated"])], 0)
+    served.placements = [(0.0, after), (5.0, before)]
+    # 8,192 pairs of one layer with two experts a token are 4,096 tokens.
+    assert way_from_nothing(bench, served, 16384)["steps_of_4096"] == 1.0
 
 
 @pytest.mark.parametrize(
