@@ -135,7 +135,9 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     model: str = option("", help=MODEL_HELP, required=True)
     placement: str | None = option(None, help="placement.json of `rq-ep place`; without it the strategy places itself")
     experts: str | None = option(
-        None, help="directory written by `rq-ep quantize`: the placement's low-bit experts are read from there"
+        None,
+        help="directory written by `rq-ep quantize`: the placement's low-bit experts are read from there, and with "
+        "--rebalance auto every expert that comes to be stored in few bits",
     )
     strategy: StrategyConfig | None = option(
         None,
@@ -214,7 +216,8 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     )
     stats: str | None = option(
         None,
-        help="statistics of `rq-ep calibrate` for rebalancing: how much a format harms an expert, without their load",
+        help="statistics of `rq-ep calibrate` for rebalancing: how much a format harms an expert, without their load; "
+        "default: experts matter by what they contribute in a sample of the steps",
         metavar="FILE",
         group=REBALANCING,
     )

@@ -45,8 +45,8 @@ class RebalanceOptions:
     room_bytes: int | None = option(
         None,
         flag="--rebalance-room",
-        help="bytes of a rank, beside its budget, for what arrives, such as 64MiB; default: one expert of the largest "
-        "format",
+        help="bytes of a rank, beside its budget, for what arrives, such as 64MiB; they count when memory is checked; "
+        "default: one expert of the largest format",
         minimum=1,
         metavar="BYTES",
         parse=lambda size: parse_bytes(str(size), "--rebalance-room"),
