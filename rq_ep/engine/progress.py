@@ -29,6 +29,21 @@ class Progress:
         return f"step {self.step}{layer}, {self.operation or 'computing'}"
 
 
+@dataclass(frozen=True)
+class MoverProgress:
+    """How far a rank has come in migrations of experts.
+
+    `staged` is as in `MoverFlags`, `num_pieces` those of experts that it has sent and received. `activity` is what it
+    does, such as "verifies expert 3 of layer 5"; empty: nothing is to be done now. `is_exchanging`: it waits for other
+    ranks' messages.
+    """
+
+    staged: int = 0
+    num_pieces: int = 0
+    activity: str = ""
+    is_exchanging: bool = False
+
+
 class Layer(Protocol):
     """A module that calls hooks when it is entered."""
 

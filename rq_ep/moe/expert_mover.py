@@ -23,7 +23,7 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format
 from rq_ep.moe.expert_bank import ExpertBank
-from rq_ep.parallel.ep_group import HostChannel
+from rq_ep.parallel.ep_group import HostChannel, MessagesLost
 from rq_ep.solver.migration.move_rounds import MoveRound
 
 PIECE_BYTES = 4 << 20  # of an expert in one message, where no fewer are asked for: how soon a migration can be given up
@@ -141,7 +141,10 @@ class ExpertMover:
         self._is_idle = True  # no rank has tokens in the step under way
         self._given_up = (0, "")  # the last generation that this rank gave up before it knew of others, and why
         self._closes = False
-        self.num_pieces = 0  # that this rank has sent and received, read by whoever looks for progress
+        # For whoever looks for a rank that is stuck; any thread may read them.
+        self.num_pieces = 0  # of experts that this rank has sent and received
+        self.activity = ""  # of the thread, such as "verifies expert 3 of layer 5"; empty: nothing is to be done now
+        self.is_exchanging = False  # it waits for other ranks' messages
         self._thread = threading.Thread(target=self._run, name="rq_ep mover", daemon=True)
         self._thread.start()
 
@@ -165,6 +168,7 @@ class ExpertMover:
                 return
             self._given_up = (generation, reason)
             self._flags = self._flags._replace(failed=generation)
+            self._changed.notify_all()
         self._wake()
 
     def between_steps(self, staged: int, failed: int, is_idle: bool = False) -> None:
@@ -232,10 +236,13 @@ class ExpertMover:
                     if progress.num_committed < number:
                         break
                 self._stage(progress, number, moves)
+                self.activity, self.is_exchanging = "", False
             with self._changed:
                 self._changed.wait_for(lambda: progress.has_ended or self._closes)  # noqa: B023
+            self.activity = "frees what does not serve"
             for layer in self._layers:
                 layer.bank.discard_staged()
+            self.activity = ""
 
     def _stage(self, progress: _Progress, number: int, moves: MoveRound) -> None:
         """This rank's part of a round: send, receive, convert, read, verify, and announce it."""
@@ -250,9 +257,11 @@ class ExpertMover:
             if not self._exchange(migration, transfers) or self._flags.failed >= migration.generation:
                 return  # given up, here or elsewhere: the next agreement says so
             for (position, expert), (buffer, host) in arrivals.items():
+                layer = self._layers[position]
+                self.activity = f"verifies {_named_expert(layer, expert)}"
                 if buffer is not host:
                     buffer.copy_(host)
-                self._layers[position].bank.verify_staged(expert)
+                layer.bank.verify_staged(expert)
         except Exception as error:
             self.abort(migration.generation, self._named(error))
             return
@@ -288,6 +297,7 @@ class ExpertMover:
         for position, move in moves.receives:
             layer = self._layers[position]
             if move.rank == rank:
+                self.activity = f"makes room for {_named_expert(layer, move.expert)}"
                 buffer = layer.bank.stage(move.expert, move.format)
                 host = buffer
                 if move.source == rank:
@@ -306,11 +316,13 @@ class ExpertMover:
         """An expert that this rank holds, in the format of a move."""
         if self._reads_formats and layer.bank.format_of(move.expert).name != move.format:
             return self._read(layer, move)
+        self.activity = f"converts {_named_expert(layer, move.expert)}"
         return layer.bank.converted(move.expert, move.format)
 
     def _read(self, layer: MovableLayer, move: Move) -> Tensor:
         if self._read_expert is None:
-            raise UserError(f"expert {move.expert} of layer {layer.placement.index}: no checkpoint to read")
+            raise UserError(f"{_named_expert(layer, move.expert)}: no checkpoint to read")
+        self.activity = f"reads {_named_expert(layer, move.expert)} from the checkpoint"
         return self._read_expert(layer.placement.index, move.expert, move.format)
 
     def _exchange(self, migration: Migration, transfers: Mapping[tuple[int, Move], _Transfer]) -> bool:
@@ -319,23 +331,35 @@ class ExpertMover:
         outgoing = [transfer for (_, move), transfer in transfers.items() if move.source == rank]
         incoming = [transfer for (_, move), transfer in transfers.items() if move.rank == rank]
         size = PIECE_BYTES if self._bytes_per_step is None else self._bytes_per_step
+        peers = sorted({transfer.peer for transfer in transfers.values()})
+        self.activity, self.is_exchanging = f"exchanges experts with rank {', '.join(map(str, peers))}", True
+        lost: set[int] = set()  # ranks that are out of reach; the others wait for this one's messages all the same
+
+        def send_and_receive(message: Callable[[_Transfer], Tensor]) -> None:
+            sends, receives = ([(message(one), one.peer) for one in many] for many in (outgoing, incoming))
+            try:
+                self._channel.exchange(sends, receives)
+            except MessagesLost as error:
+                lost.update(error.peers)
+                self.abort(migration.generation, str(error))
+
         for offset in range(0, max((transfer.nbytes for transfer in transfers.values()), default=0), size):
-            outgoing, incoming = ([one for one in many if offset < one.nbytes] for many in (outgoing, incoming))
+            outgoing, incoming = (
+                [one for one in many if offset < one.nbytes and one.peer not in lost] for many in (outgoing, incoming)
+            )
             goes_on = self._flags.failed < migration.generation
             for transfer in outgoing:
                 transfer.comes.fill_(goes_on and transfer.buffer is not None)
-            self._channel.exchange(
-                [(one.comes, one.peer) for one in outgoing], [(one.comes, one.peer) for one in incoming]
+            send_and_receive(lambda one: one.comes)
+            outgoing, incoming = (
+                [one for one in many if one.comes and one.peer not in lost] for many in (outgoing, incoming)
             )
-            outgoing, incoming = ([one for one in many if one.comes] for many in (outgoing, incoming))
-            self._channel.exchange(
-                [(one.piece(offset, size), one.peer) for one in outgoing],
-                [(one.piece(offset, size), one.peer) for one in incoming],
-            )
+            send_and_receive(lambda one: one.piece(offset, size))  # noqa: B023
             self.num_pieces += 1
             if self._bytes_per_step is not None:
                 self._wait_for_a_step(migration)
-        return all(transfer.comes for transfer in transfers.values())
+        self.is_exchanging = False
+        return not lost and all(transfer.comes for transfer in transfers.values())
 
     def _wait_for_a_step(self, migration: Migration) -> None:
         """Wait until a step has passed, however long it takes; not where the group is idle, or nothing more is sent."""
@@ -347,6 +371,10 @@ class ExpertMover:
         with self._changed:
             num_steps = self._num_steps
             self._changed.wait_for(may_go_on)
+
+
+def _named_expert(layer: MovableLayer, expert: int) -> str:
+    return f"expert {expert} of layer {layer.placement.index}"
 
 
 def _code(migration: Migration, num_rounds: int) -> int:

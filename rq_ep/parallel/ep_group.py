@@ -3,7 +3,7 @@
 Axes: V values that a rank counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,19 @@ class RankFailure(RuntimeError):
 
 class PeerLost(RankFailure):
     """A collective could not be finished: another rank has ended or does not answer."""
+
+
+class MessagesLost(PeerLost):
+    """Messages from or to some ranks are lost, and none will come any more.
+
+    Args:
+        text: names this rank and the reason.
+        peers: those ranks.
+    """
+
+    def __init__(self, text: str, peers: Collection[int]) -> None:
+        super().__init__(text)
+        self.peers = frozenset(peers)
 
 
 class Transfers(Protocol):
@@ -103,7 +116,7 @@ class HostChannel(Protocol):
         Both ends list the messages between them in the same order.
 
         Raises:
-            PeerLost: a rank has ended, or does not answer in time.
+            MessagesLost: ranks are out of reach; what goes to and comes from the others has arrived all the same.
         """
         ...
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rq_ep.config import Environment, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError, check_choice
-from rq_ep.parallel.ep_group import PeerLost, PeerTensor, check_splits
+from rq_ep.parallel.ep_group import MessagesLost, PeerLost, PeerTensor, check_splits
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 log = logging.getLogger(__name__)
@@ -268,15 +268,29 @@ class GlooChannel:
     rank: int
 
     def exchange(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> None:
-        try:
-            works = [dist.irecv(landing, group=self.group, group_src=src) for landing, src in receives]
-            works += [dist.isend(piece, group=self.group, group_dst=dst) for piece, dst in sends]
-            for work in works:
+        starts = [partial(dist.irecv, landing, group=self.group, group_src=src) for landing, src in receives]
+        starts += [partial(dist.isend, piece, group=self.group, group_dst=dst) for piece, dst in sends]
+        peers = [peer for _, peer in (*receives, *sends)]
+        lost: dict[int, str] = {}
+        works = []
+        for start, peer in zip(starts, peers, strict=True):
+            with _noting(lost, peer):
+                works.append((start(), peer))
+        for work, peer in works:
+            with _noting(lost, peer):
                 assert work is not None, "this process is a member of the group"
                 work.wait()
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise PeerLost(f"rank {self.rank}: moving experts failed, another rank may have ended: {reason}") from error
+        if lost:
+            text = "; ".join(f"no connection to rank {peer} ({reason})" for peer, reason in sorted(lost.items()))
+            raise MessagesLost(f"rank {self.rank}: {text}", lost)
+
+
+@contextmanager
+def _noting(lost: dict[int, str], peer: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        lost[peer] = str(error).partition("\n")[0]
 
 
 def _meet(environment: Environment, timeout: timedelta) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, TypeAlias, TypedDict, get_args, get_origin, get_type_hints
 
-from rq_ep.engine.progress import Progress
+from rq_ep.engine.progress import MoverProgress, Progress
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 
 MAX_MESSAGE_BYTES = 16 << 20  # the longest in practice is `Ready`, with the placement of a large model
 PROMPT_PART_TOKENS = 1 << 16  # in one message
+NO_MOVER = MoverProgress()
 
 
 class MessageError(ValueError):
@@ -77,8 +78,7 @@ class RankStats:
     num_steps: int
     steps_s: float
     loads: LoadSums | None = None  # from rank 0 alone: every rank plans the same
-    staged: int = 0  # how far its migration of experts has come (`MoverFlags`)
-    num_pieces: int = 0  # of experts that it has sent and received for migrations
+    mover: MoverProgress = NO_MOVER
 
 
 @dataclass(frozen=True)
@@ -425,7 +425,7 @@ def _read_output(
 # How the fields are read that are not plain JSON values
 READERS: Mapping[type, Mapping[str, Callable[[Any], Any]]] = {
     Outputs: {"outputs": _read_outputs},
-    RankStats: {"progress": lambda fields: Progress(**fields)},
+    RankStats: {"progress": lambda fields: Progress(**fields), "mover": lambda fields: MoverProgress(**fields)},
     AddRequest: {"request": _read_request},
 }
 

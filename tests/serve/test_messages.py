@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from rq_ep.engine.progress import Progress
+from rq_ep.engine.progress import MoverProgress, Progress
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.serve import messages
 from rq_ep.serve.messages import (
@@ -63,7 +63,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
         ]
     ),
     RankStats(1, 2, 0.5, Progress(7, None, "all-to-all", 0.1), 3, 0.25),
-    RankStats(1, 2, 0, Progress(7, 1, None, 0.1), 3, 0, LOADS, 5),
+    RankStats(1, 2, 0, Progress(7, 1, None, 0.1), 3, 0, LOADS, MoverProgress(5, 6, "verifies", False)),
     MigrationPlanned(1, {"format": "rq_ep.placement/1"}, [[[[0, ["receive", 1, 5, "int8", 0]]], []]]),
     PlacementServed(1, [{"layer": 3}], bytes_R=[100, 200]),
     PlacementServed(1, [], {"layers": []}, [{"bf16": 100}]),

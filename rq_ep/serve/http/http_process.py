@@ -84,7 +84,7 @@ class ServingProcess:
 
     def on_stats(self, rank: int, stats: RankStats) -> None:
         self.metrics.rank(rank, stats)
-        self.rebalancing.on_staged(rank, stats.staged, stats.num_pieces)
+        self.rebalancing.on_progress(rank, stats.mover)
         if stats.loads is not None:
             self.metrics.loads(stats.loads)
             self.service.load_view.add(stats.loads)

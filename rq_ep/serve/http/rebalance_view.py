@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
+from rq_ep.engine.progress import MoverProgress
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
 
@@ -18,6 +19,7 @@ STALL_S = 8.0  # without progress, after which a migration or a decision counts 
 SILENT_S = 5.0  # without figures of a rank, which sends some every second
 ANSWER_TIMEOUT_S = 180.0  # a decision on a large model takes seconds, on a busy machine more
 MAX_COMMITS = 1000
+MAX_NAMED = 3  # ranks in the name of a stall
 
 
 class RebalanceView:
@@ -35,8 +37,7 @@ class RebalanceView:
         self._clock = clock
         self.status: RebalanceStatus | None = None
         self._came_at_s = 0.0
-        self._staged: dict[int, int] = {}  # by rank
-        self._num_pieces: dict[int, int] = {}
+        self._movers: dict[int, MoverProgress] = {}  # by rank
         self._last_at_s: dict[int, float] = {}
         self._moved_at_s = -math.inf  # when a rank has last come further
         self._named_stall = False
@@ -60,12 +61,13 @@ class RebalanceView:
                     about = {key: (decision or {}).get(key) for key in ("reason", "moved_bytes")}
                     self._commits.append({"time": time.time(), "generation": message.generation, **about})
 
-    def on_staged(self, rank: int, staged: int, num_pieces: int = 0) -> None:
-        """Take how far a rank has come: in rounds, as one number, and in pieces of experts."""
+    def on_progress(self, rank: int, mover: MoverProgress) -> None:
+        """Take how far a rank has come."""
         now_s = self._clock()
-        if rank in self._staged and (staged, num_pieces) != (self._staged[rank], self._num_pieces[rank]):
+        before = self._movers.get(rank, mover)
+        if (mover.staged, mover.num_pieces) != (before.staged, before.num_pieces):
             self._moved_at_s = now_s
-        self._staged[rank], self._num_pieces[rank], self._last_at_s[rank] = staged, num_pieces, now_s
+        self._movers[rank], self._last_at_s[rank] = mover, now_s
 
     # For the routes
 
@@ -99,9 +101,13 @@ class RebalanceView:
         for rank, at_s in sorted(self._last_at_s.items()):
             if self._clock() - at_s > SILENT_S:
                 return f"rank {rank} is silent"
-        least = min(self._staged.values(), default=0)
-        late = [rank for rank, staged in sorted(self._staged.items()) if staged == least]
-        return "all ranks wait" if len(late) in (0, len(self._staged)) else f"rank {late[0]} is behind"
+        least = min((mover.staged for mover in self._movers.values()), default=0)
+        late = {rank: mover for rank, mover in sorted(self._movers.items()) if mover.staged == least}
+        # Whoever waits for a message may wait for a rank that does something else.
+        active = sorted((mover.is_exchanging, rank) for rank, mover in late.items() if mover.activity)
+        if active:
+            return "; ".join(f"rank {rank} {late[rank].activity}" for _, rank in active[:MAX_NAMED])
+        return "all ranks wait" if len(late) in (0, len(self._movers)) else f"rank {next(iter(late))} is behind"
 
     def view(self) -> dict[str, Any]:
         """State, last decision, bytes and times, for `/v1/ep/rebalance`."""

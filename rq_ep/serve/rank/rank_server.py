@@ -12,6 +12,7 @@ from typing import Any, NoReturn, assert_never
 from rq_ep.config import Environment, ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.engine.engine import Engine, EngineConfig
+from rq_ep.engine.progress import MoverProgress
 from rq_ep.engine.requests import Output
 from rq_ep.engine.step_agreement import is_consequence
 from rq_ep.model.load.load_report import report_of
@@ -153,8 +154,7 @@ class RankServer:
             engine = self._start_engine(loads)
             with short_collections():
                 rebalancing = self._rebalancing
-                reached = (lambda: (0, 0)) if rebalancing is None else rebalancing.reached
-                self._wait(StatsSampler(engine, loads, reached))
+                self._wait(StatsSampler(engine, loads, MoverProgress if rebalancing is None else rebalancing.progress))
                 if rebalancing is not None:
                     rebalancing.stop()
                 engine.stop()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from rq_ep.engine.engine import Engine
+from rq_ep.engine.progress import MoverProgress
 from rq_ep.serve.messages import RankStats
 from rq_ep.serve.rank.load_totals import LoadTotals
 
@@ -13,22 +14,21 @@ class StatsSampler:
     Args:
         engine: the rank's.
         loads: the load of all ranks, on rank 0; None elsewhere.
-        reached: how far this rank's migration of experts has come, in rounds and in pieces.
+        mover: how far this rank's migration of experts has come.
     """
 
     def __init__(
-        self, engine: Engine, loads: LoadTotals | None, reached: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self, engine: Engine, loads: LoadTotals | None, mover: Callable[[], MoverProgress] = MoverProgress
     ) -> None:
         self._engine = engine
         self._loads = loads
-        self._reached = reached
+        self._mover = mover
         self._reported_steps = (0, 0.0)
 
     def sample(self) -> RankStats:
         engine = self._engine
         (num_steps, steps_s), (num_reported, reported_s) = engine.steps, self._reported_steps
         self._reported_steps = (num_steps, steps_s)
-        staged, num_pieces = self._reached()
         return RankStats(
             num_running=engine.num_running,
             num_waiting=engine.num_waiting,
@@ -37,6 +37,5 @@ class StatsSampler:
             num_steps=num_steps - num_reported,
             steps_s=steps_s - reported_s,
             loads=None if self._loads is None else self._loads.take(),
-            staged=staged,
-            num_pieces=num_pieces,
+            mover=self._mover(),
         )

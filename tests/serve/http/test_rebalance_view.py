@@ -9,6 +9,7 @@ import pytest
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
+from rq_ep.engine.progress import MoverProgress
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
 from tests.serve.http.test_app import Bench, error
@@ -89,7 +90,7 @@ def test_a_mover_without_progress_is_named_within_ten_seconds_and_serving_goes_o
 ) -> None:
     bench.service.metrics.add_rebalancing(lambda: bench.view.seconds_since_progress)
     for rank, staged in enumerate([(3 << 20) + 1, 3 << 20, (3 << 20) + 1]):
-        bench.view.on_staged(rank, staged)
+        bench.view.on_progress(rank, MoverProgress(staged))
     bench.view.take(status(progress_s=6.0))
     assert bench.get("/health").json() == {"status": "ok"}
     bench.now_s += 2.5
@@ -104,16 +105,30 @@ def test_a_mover_without_progress_is_named_within_ten_seconds_and_serving_goes_o
     assert metrics.partition('rq_ep_rebalance_seconds_since_progress{model_name="org/tiny"} ')[2].startswith("8.5\n")
     bench.now_s += 6
     for rank, staged in enumerate([(3 << 20) + 1, 3 << 20]):
-        bench.view.on_staged(rank, staged)
+        bench.view.on_progress(rank, MoverProgress(staged))
     assert bench.get("/health").json()["rebalance"].endswith("rank 2 is silent")
     bench.view.take(status("planning", 12.0))
     assert bench.get("/health").json()["rebalance"] == "the planner has not answered for 12 s"
 
 
+def test_a_stall_is_named_by_what_the_ranks_do_that_are_behind(bench: RebalancingBench) -> None:
+    stalls = {
+        0: MoverProgress(3 << 20, 5, "exchanges experts with rank 2", True),
+        1: MoverProgress((3 << 20) + 1, 5),
+        2: MoverProgress(3 << 20, 4, "reads expert 3 of layer 5 from the checkpoint"),
+    }
+    for rank, mover in stalls.items():
+        bench.view.on_progress(rank, mover)
+    bench.view.take(status(progress_s=9.0))
+    assert (bench.view.stall() or "").endswith(
+        ": rank 2 reads expert 3 of layer 5 from the checkpoint; rank 0 exchanges experts with rank 2"
+    )
+
+
 def test_a_round_that_takes_long_is_not_stuck_while_pieces_of_experts_move(bench: RebalancingBench) -> None:
     for second in range(40):
-        bench.view.on_staged(0, 3 << 20, num_pieces=second // 5)
-        bench.view.on_staged(1, 3 << 20, num_pieces=7)
+        bench.view.on_progress(0, MoverProgress(3 << 20, second // 5))
+        bench.view.on_progress(1, MoverProgress(3 << 20, 7))
         bench.view.take(status(progress_s=float(second)))
         assert bench.view.stall() is None
         bench.now_s += 1

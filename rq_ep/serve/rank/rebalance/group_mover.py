@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from rq_ep.core.moves import Move
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.strategy import Planner
+from rq_ep.engine.progress import MoverProgress
 from rq_ep.engine.step_agreement import GroupFlags
 from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags, ReadExpert
@@ -86,9 +87,10 @@ class GroupMover:
         closing.join(CLOSE_TIMEOUT_S)
 
     @property
-    def num_pieces(self) -> int:
-        """Pieces of experts that this rank has sent and received, to see whether it makes progress."""
-        return self._mover.num_pieces
+    def progress(self) -> MoverProgress:
+        """How far this rank has come."""
+        mover = self._mover
+        return MoverProgress(mover.flags.staged, mover.num_pieces, mover.activity, mover.is_exchanging)
 
     # For the engine
 

@@ -1,6 +1,7 @@
 """Rebalancing on one rank while it serves: the mover of every rank and, on rank 0, who observes and decides."""
 
 import logging
+import math
 import queue
 import time
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from rq_ep.core.placement import Placement
+from rq_ep.engine.progress import MoverProgress
 from rq_ep.engine.step_agreement import GroupFlags
 from rq_ep.model.load.load_report import LoadReport
 from rq_ep.model.load.memory import expert_bytes
@@ -27,7 +29,7 @@ from rq_ep.serve.messages import (
 from rq_ep.serve.rank.rebalance.group_mover import GroupMover
 from rq_ep.serve.rank.rebalance.importance_reports import ImportanceReports
 from rq_ep.serve.rank.rebalance.planner_process import PlannerProcess, SaveRequest
-from rq_ep.serve.rank.rebalance.rebalance_controller import RebalanceController
+from rq_ep.serve.rank.rebalance.rebalance_controller import PlannerSide, RebalanceController
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 from rq_ep.serve.rank.rebalance.step_loads import StepLoads
 
@@ -47,6 +49,8 @@ class LiveRebalancing:
         loads: the loads of steps, on rank 0; None elsewhere.
         send: sends a message to the HTTP process.
         wake: has the ranks agree on a step soon, though nobody may have tokens.
+        planner: makes the decisions, on rank 0; default: a process.
+        clock: seconds.
     """
 
     def __init__(
@@ -58,9 +62,14 @@ class LiveRebalancing:
         loads: StepLoads | None,
         send: Callable[[FromRank], None],
         wake: Callable[[], None],
+        planner: PlannerSide | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loads = loads
-        self._leader = None if loads is None else LeadingRank(inputs, report.placement, loads, send, self.abort)
+        self._leader: LeadingRank | None = None
+        if loads is not None:
+            planner = planner or PlannerProcess()
+            self._leader = LeadingRank(inputs, report.placement, loads, send, self.abort, planner, clock)
         self._mover = GroupMover(
             layers,
             group.open_host_channel(),
@@ -75,9 +84,9 @@ class LiveRebalancing:
         self._reports = ImportanceReports(layers, send) if inputs.measures_importance else None
         self.flags = self._mover.flags
 
-    def reached(self) -> tuple[int, int]:
-        """How far this rank has come: in rounds, as one number (`MoverFlags`), and in pieces of experts."""
-        return self.flags().staged, self._mover.num_pieces
+    def progress(self) -> MoverProgress:
+        """How far this rank has come."""
+        return self._mover.progress
 
     def on_agreement(self, flags: GroupFlags) -> None:
         """Take part in what all ranks do between the same two steps; on the engine's thread."""
@@ -125,6 +134,8 @@ class LeadingRank:
         loads: of steps.
         send: sends a message to the HTTP process.
         abort: gives a migration up.
+        planner: makes the decisions.
+        clock: seconds.
     """
 
     def __init__(
@@ -134,18 +145,22 @@ class LeadingRank:
         loads: StepLoads,
         send: Callable[[FromRank], None],
         abort: Callable[[int, str], None],
+        planner: PlannerSide,
+        clock: Callable[[], float],
     ) -> None:
         self._inputs = inputs
         self._loads = loads
         self._send = send
         self.abort = abort
-        self._planner = PlannerProcess()
+        self._planner = planner
+        self._clock = clock
         rebalancer = Rebalancer(inputs.problem(placement), inputs.strategy, placement, inputs.rule)
-        self._controller = RebalanceController(rebalancer, inputs.stats.expert_bytes, self._planner, self)
+        self._controller = RebalanceController(rebalancer, inputs.stats.expert_bytes, planner, self, clock)
         self._importance = rebalancer.importance
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sent = self._controller.status
-        self._sent_at_s = -STATUS_EVERY_S
+        self._sent_at_s = -math.inf
+        self._save(placement)  # a file that is there may be of another time or model
 
     # On other threads
 
@@ -172,7 +187,7 @@ class LeadingRank:
         for counts_LE, phase in self._loads.take():
             self._controller.observe(counts_LE, phase)
         self._controller.step()
-        status, now_s = self._controller.status, time.monotonic()
+        status, now_s = self._controller.status, self._clock()
         has_changed = replace(status, progress_s=0.0, retry_s=0.0) != replace(self._sent, progress_s=0.0, retry_s=0.0)
         if has_changed or now_s - self._sent_at_s >= STATUS_EVERY_S:
             self._sent, self._sent_at_s = status, now_s
@@ -205,6 +220,9 @@ class LeadingRank:
         ranks, layout = range(placement.topology.num_ranks), self._inputs.layout
         sizes = [expert_bytes(placement, layout, [rank]) for rank in ranks]
         self._send(PlacementServed(generation, [], placement.to_dict(), sizes))
+        self._save(placement)
+
+    def _save(self, placement: Placement) -> None:
         if (path := self._inputs.config.placement_out) is not None:
             self._planner.ask(SaveRequest(placement, path))
 

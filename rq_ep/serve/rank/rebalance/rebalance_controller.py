@@ -19,7 +19,7 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, RebalanceRequest
 from rq_ep.serve.messages import RebalanceStatus
-from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure
+from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure, SaveRequest
 
 PLANNER_TIMEOUT_S = 120.0  # after which the planner is ended, and started again for the next decision
 BACK_OFF_S = 10.0  # after a failure, in which nothing is decided; twice as long after each further one in a row,
@@ -37,11 +37,12 @@ class RebalanceState(Enum):
 
 
 class PlannerSide(Protocol):
-    """The part of a `PlannerProcess` that is needed here."""
+    """What a `PlannerProcess` does."""
 
-    def ask(self, request: RebalanceRequest) -> None: ...
+    def ask(self, request: RebalanceRequest | SaveRequest) -> None: ...
     def take(self) -> Answer | None: ...
     def kill(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class MigrationHost(Protocol):
