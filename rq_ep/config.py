@@ -26,6 +26,7 @@ MODEL_HELP = (
     "directory of a Hugging Face checkpoint, or ORG/NAME of the hub, which is downloaded into its cache (HF_HOME, "
     "HF_TOKEN, HF_HUB_OFFLINE)"
 )
+CACHES = ("paged", "padded")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -187,6 +188,12 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     max_model_len: int | None = option(None, help="tokens of prompt and answer; default: the model's", minimum=2)
     kv_cache_tokens: int | None = option(
         None, help="room of a rank's KV cache; default: what a GPU has left, on CPU 16384", minimum=1
+    )
+    cache: str | None = option(
+        None,
+        help="paged: the KV cache of full and sliding attention; padded: the model's own cache, rows padded to equal "
+        "length, for every family; default: paged where the model's layers allow it",
+        choices=CACHES,
     )
     max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
     max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)

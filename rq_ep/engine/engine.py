@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
 from rq_ep.engine.empty_step import empty_step
 from rq_ep.engine.kv_cache import cache_size
 from rq_ep.engine.lockstep import LockstepManager, batching_config
 from rq_ep.engine.output_processor import OutputProcessor, RequestState
+from rq_ep.engine.padded.padded_manager import PaddedManager
+from rq_ep.engine.padded.row_groups import DenseForward
 from rq_ep.engine.progress import Progress, ProgressTracker
 from rq_ep.engine.requests import Batch, Output, Request, Score
 from rq_ep.engine.rotary import SequenceRotary
 from rq_ep.engine.scoring import PromptScorer
+from rq_ep.engine.servable import PAGED
 from rq_ep.engine.step_agreement import GroupFlags, flags_exchange
 from rq_ep.engine.step_loop import StepLoop
 from rq_ep.moe import EPExperts
@@ -31,6 +33,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     kv_cache_tokens: int | None = None
+    cache: str = PAGED  # or padded (`servable.choose_cache`)
 
 
 class Engine:
@@ -69,30 +72,45 @@ class Engine:
         self.eos_token_ids = _eos_token_ids(model)
         self._requests: dict[str, RequestState] = {}
         rotary = SequenceRotary(model)
+        forward = DenseForward(model, rotary)
         self._scorer = PromptScorer(
             model,
             rotary,
             model.config._attn_implementation,
-            min(SCORING_CHUNK, config.max_num_batched_tokens),
+            forward.new_cache,
+            min(SCORING_CHUNK, config.max_num_batched_tokens) if forward.takes_chunks else None,
             self._prompt_scored,
             lambda request: self._outputs.prompt_broken(request),
         )
         self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
         # Prepared before the manager gives the model an attention that only its own batches can use.
         run_empty_step = empty_step(model, layers)
-        self._manager = LockstepManager(
-            model,
-            GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
-            batching_config(
+        kv_cache_tokens = cache_size(config.kv_cache_tokens, model.device.type)
+        self._manager: LockstepManager | PaddedManager
+        if config.cache == PAGED:
+            self._manager = LockstepManager(
+                model,
+                GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
+                batching_config(
+                    max_num_seqs=config.max_num_seqs,
+                    max_num_batched_tokens=config.max_num_batched_tokens,
+                    kv_cache_tokens=kv_cache_tokens,
+                    seed=0,
+                ),
+                rotary=rotary,
+                requests=self._requests,
+                on_failure=on_failure,
+            )
+        else:
+            self._manager = PaddedManager(
+                forward,
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
-                kv_cache_tokens=cache_size(config.kv_cache_tokens, model.device.type),
-                seed=0,
-            ),
-            rotary=rotary,
-            requests=self._requests,
-            on_failure=on_failure,
-        )
+                kv_cache_tokens=kv_cache_tokens,
+                eos_token_ids=self.eos_token_ids,
+                requests=self._requests,
+                on_failure=on_failure,
+            )
         self._step_loop = StepLoop(
             gather_flags=flags_exchange(group.control if group.size > 1 else None),
             prompts=self._scorer,
@@ -111,7 +129,7 @@ class Engine:
         )
         self._manager.output_router = self._outputs
         self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
-        self.max_request_tokens = infer_max_single_request_tokens(self._manager.processor.cache)
+        self.max_request_tokens = self._manager.max_request_tokens
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -124,21 +142,12 @@ class Engine:
             self._scorer.add(request)
             self._step_loop.wake(0)
         else:
-            self._generate(request)
-
-    def _generate(self, request: Request) -> None:
-        self._manager.add_request(
-            request.prompt_ids,
-            request_id=request.id,
-            max_new_tokens=request.max_tokens,
-            streaming=True,
-            eos_token_id=-1 if request.ignore_eos else None,
-        )
+            self._manager.submit(request)
 
     def _prompt_scored(self, request: Request, scores: list[Score], is_last: bool) -> None:
         self._outputs.prompt_scored(request, scores, is_last)
         if is_last and request.id in self._requests:
-            self._generate(request)
+            self._manager.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; no more outputs of it are delivered."""
@@ -176,8 +185,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Requests in the batch."""
-        processor = self._manager.batch_processor
-        return 0 if processor is None else len(processor.scheduler.active_requests)
+        return self._manager.num_running
 
     @property
     def num_waiting(self) -> int:
@@ -187,10 +195,7 @@ class Engine:
     @property
     def kv_cache_usage(self) -> float:
         """Share of the KV cache that requests hold."""
-        pool = self._manager.processor.cache.pool
-        # A sector stays with the layers it was given to when its blocks fall free.
-        begun = sum(pool.count_free_blocks(at) / size for at, size in enumerate(pool.blocks_per_sector))
-        return float(1 - (pool.num_free_sectors + begun) / pool.num_sectors)
+        return self._manager.kv_cache_usage
 
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:

@@ -16,18 +16,15 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
 )
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from rq_ep.engine.kv_cache import PAGE_SIZE, cache_config, pad_cache
-from rq_ep.engine.nonfinite import NonFiniteTokens, is_finite
-from rq_ep.engine.output_processor import RequestState
-from rq_ep.engine.requests import Batch, Sampling
+from rq_ep.engine.nonfinite import NonFiniteTokens
+from rq_ep.engine.output_processor import RequestState, choose_tokens
+from rq_ep.engine.requests import Batch, Request
 from rq_ep.engine.rotary import SequenceRotary
-from rq_ep.engine.sampling import next_tokens
-from rq_ep.engine.scoring import score_tokens
 from rq_ep.engine.step_loop import StepLoop
-
-GREEDY = Sampling()
 
 
 class LockstepManager(ContinuousBatchingManager):
@@ -114,6 +111,37 @@ class LockstepManager(ContinuousBatchingManager):
         assert self.batch_processor is not None
         return self.batch_processor
 
+    def submit(self, request: Request) -> None:
+        """Take a request; any thread may."""
+        self.add_request(
+            request.prompt_ids,
+            request_id=request.id,
+            max_new_tokens=request.max_tokens,
+            streaming=True,
+            eos_token_id=-1 if request.ignore_eos else None,
+        )
+
+    # What the engine shows
+
+    @property
+    def max_request_tokens(self) -> int:
+        """The longest request that an empty cache can hold; to be asked for after `warmup`."""
+        return int(infer_max_single_request_tokens(self.processor.cache))
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the batch."""
+        processor = self.batch_processor
+        return 0 if processor is None else len(processor.scheduler.active_requests)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache that requests hold."""
+        pool = self.processor.cache.pool
+        # A sector stays with the layers it was given to when its blocks fall free.
+        begun = sum(pool.count_free_blocks(at) / size for at, size in enumerate(pool.blocks_per_sector))
+        return float(1 - (pool.num_free_sectors + begun) / pool.num_sectors)
+
     # The batches of a `StepLoop`
 
     @property
@@ -192,15 +220,8 @@ class Sampler:
         rows = [future.state for future in self._ios.requests_in_batch if future.has_new_token]
         scores_NV = scores_1NV[0, : len(rows)]
         states = [self._requests.get(row.request_id) for row in rows]
-        samplings = [GREEDY if state is None else state.request.sampling for state in states]
-        tokens_N = next_tokens(scores_NV, samplings, [row.position_offset for row in rows])
+        tokens_N = choose_tokens(scores_NV, states, [row.position_offset for row in rows])
         output_ids[0, : len(rows)].copy_(tokens_N)
-        for row, (state, has_finite_logits) in enumerate(zip(states, is_finite(scores_NV).tolist(), strict=True)):
-            if state is None:
-                continue
-            state.is_broken |= not has_finite_logits
-            if (num_top := state.request.num_logprobs) is not None:
-                state.scores += score_tokens(scores_NV[row : row + 1], tokens_N[row : row + 1], num_top)
         self._break_nonfinite()
 
     def _break_nonfinite(self) -> None:

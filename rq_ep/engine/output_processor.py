@@ -1,13 +1,18 @@
 """The state of a rank's unfinished requests, and the outputs that each step gives them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from rq_ep.engine.nonfinite import NOT_FINITE
-from rq_ep.engine.requests import Output, Request, Score
+from rq_ep.engine.nonfinite import NOT_FINITE, is_finite
+from rq_ep.engine.requests import Output, Request, Sampling, Score
+from rq_ep.engine.sampling import next_tokens
+from rq_ep.engine.scoring import score_tokens
+
+GREEDY = Sampling()
 
 
 @dataclass
@@ -18,6 +23,30 @@ class RequestState:
     num_delivered: int = 0
     scores: list[Score] = field(default_factory=list)
     is_broken: bool = False  # a step gave logits that are not finite
+
+
+def choose_tokens(
+    logits_NV: torch.Tensor, states: Sequence[RequestState | None], positions: Sequence[int]
+) -> torch.Tensor:
+    """Choose the next tokens of requests, and leave in their states what the next output says of them.
+
+    Args:
+        logits_NV: [N, V] float32.
+        states: N, of the requests; None: nobody waits for one.
+        positions: N, places of the new tokens in their sequences.
+
+    Returns:
+        [N] int64 token ids.
+    """
+    samplings = [GREEDY if state is None else state.request.sampling for state in states]
+    tokens_N = next_tokens(logits_NV, samplings, positions)
+    for row, (state, has_finite_logits) in enumerate(zip(states, is_finite(logits_NV).tolist(), strict=True)):
+        if state is None:
+            continue
+        state.is_broken |= not has_finite_logits
+        if (num_top := state.request.num_logprobs) is not None:
+            state.scores += score_tokens(logits_NV[row : row + 1], tokens_N[row : row + 1], num_top)
+    return tokens_N
 
 
 class OutputProcessor(OutputRouter):

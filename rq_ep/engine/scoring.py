@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from rq_ep.engine.nonfinite import is_finite
 from rq_ep.engine.requests import LOWEST_LOGPROB, Request, Score
@@ -31,7 +31,7 @@ def score_tokens(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) 
 @dataclass
 class _Job:
     request: Request
-    cache: DynamicCache
+    cache: Cache | None
     num_done: int = 0
 
 
@@ -45,7 +45,8 @@ class PromptScorer:
         model: a causal language model.
         rotary: its rotary embeddings.
         attn_implementation: attention for a plain forward pass; continuous batching may have set one of its own.
-        chunk_size: tokens of one step, which bounds the logits held at once.
+        new_cache: makes an empty cache; None: the model makes one in its first forward pass.
+        chunk_size: tokens of one step, which bounds the logits held at once; None: a prompt is run as a whole.
         on_scored: called after each chunk of a prompt, with the scores of the tokens that follow the chunk's, and
             whether they are the last ones. The scores of a long prompt are many, and nothing keeps them here.
         on_broken: called with a prompt for which the model's logits are not finite, instead.
@@ -56,13 +57,15 @@ class PromptScorer:
         model: PreTrainedModel,
         rotary: SequenceRotary,
         attn_implementation: str,
-        chunk_size: int,
+        new_cache: Callable[[], Cache | None],
+        chunk_size: int | None,
         on_scored: Callable[[Request, list[Score], bool], None],
         on_broken: Callable[[Request], None],
     ) -> None:
         self._model = model
         self._rotary = rotary
         self._attn_implementation = attn_implementation
+        self._new_cache = new_cache
         self._chunk_size = chunk_size
         self._on_scored = on_scored
         self._on_broken = on_broken
@@ -92,17 +95,17 @@ class PromptScorer:
                 return False
             request = self._arrived.popleft()
             if is_wanted(request.id):
-                self._job = _Job(request, DynamicCache(config=self._model.config))
+                self._job = _Job(request, self._new_cache())
         self._advance(self._job)
         return True
 
     def _advance(self, job: _Job) -> None:
         prompt_ids, start = job.request.prompt_ids, job.num_done
-        chunk = prompt_ids[start : start + self._chunk_size]
+        chunk = prompt_ids[start:][: self._chunk_size]
         job.num_done += len(chunk)
         self.under_way = [(job.request.id, len(chunk))]
         with self._rotary.lengths(np.full(len(chunk), len(prompt_ids))):
-            logits_TV = self._logits(chunk, job.cache)
+            logits_TV = self._logits(chunk, job)
         if not bool(is_finite(logits_TV).all()):
             self._job = None
             self._on_broken(job.request)
@@ -115,14 +118,16 @@ class PromptScorer:
             self._job = None
         self._on_scored(job.request, scores, is_last)
 
-    def _logits(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+    def _logits(self, token_ids: Sequence[int], job: _Job) -> torch.Tensor:
         batching_attention = self._model.config._attn_implementation
         input_ids = torch.tensor([token_ids], device=self._model.device)
         try:
             if batching_attention != self._attn_implementation:
                 self._model.set_attn_implementation(self._attn_implementation)
-            logits_1TV: torch.Tensor = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+            output = self._model(input_ids=input_ids, past_key_values=job.cache, use_cache=True)
         finally:
             if batching_attention != self._attn_implementation:
                 self._model.set_attn_implementation(batching_attention)
+        job.cache = output.past_key_values
+        logits_1TV: torch.Tensor = output.logits
         return logits_1TV[0]

@@ -7,15 +7,22 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
+from rq_ep.config import CACHES
 from rq_ep.core.errors import UserError
 from rq_ep.engine.kv_cache import has_uniform_heads
 
+PAGED, PADDED = CACHES
 
-def check_servable(config: PretrainedConfig) -> None:
-    """Refuse a model that continuous batching cannot run.
+
+def choose_cache(config: PretrainedConfig, wanted: str | None = None) -> str:
+    """Choose the cache that a model's requests are batched over: paged where its layers allow it, else padded.
+
+    Args:
+        config: of the model.
+        wanted: PAGED or PADDED, whatever else is possible; None: not said.
 
     Raises:
-        UserError: an encoder-decoder, which continues no prompt, or layers for which there is no paged cache.
+        UserError: an encoder-decoder, which continues no prompt, or a paged cache is wanted for layers that have none.
     """
     if config.is_encoder_decoder:
         raise UserError(
@@ -24,8 +31,15 @@ def check_servable(config: PretrainedConfig) -> None:
         )
     try:
         group_layers_by_attn_type(config.get_text_config())
-    except ValueError as error:
-        raise UserError(f"model type {config.model_type!r} cannot be served over HTTP: {error}") from None
+    except ValueError:
+        if wanted != PAGED:
+            return PADDED
+        layer_types = ", ".join(sorted(set(config.get_text_config().layer_types)))
+        raise UserError(
+            f"--cache paged: model type {config.model_type!r} has layers of {layer_types}, and the paged cache knows "
+            "only full_attention and sliding_attention: leave it out, or say --cache padded"
+        ) from None
+    return wanted or PAGED
 
 
 def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> str:

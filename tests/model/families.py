@@ -111,8 +111,9 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         auto_class = AutoModelForMultimodalLM
-    model = auto_class.from_config(deepcopy(config), dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)  # for what stays as it is made: axk2 has random weights in its norms
+        model = auto_class.from_config(deepcopy(config), dtype=torch.float32, attn_implementation="eager")
         for name, tensor in model.state_dict().items():
             if name.endswith("tid2eid"):  # the experts of a token by its id, in deepseek_v4
                 tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) % config.n_routed_experts)

@@ -86,7 +86,9 @@ def test_a_dry_run_prints_settings_placement_and_bytes(
     layout = ExpertLayout({"gate_up_proj": (2 * 32, 64), "down_proj": (64, 32)})
     assert f"experts {2 * 8 * get_format('bf16').nbytes(layout):,} (" in printed
     token_bytes = 2 * 2 * 64 * 2  # keys and values, layers, all heads, bf16
-    assert f"KV cache: {token_bytes:,} bytes a token; 16,384 tokens, {16384 * token_bytes:,} bytes a rank" in printed
+    assert (
+        f"paged KV cache: {token_bytes:,} bytes a token; 16,384 tokens, {16384 * token_bytes:,} bytes a rank" in printed
+    )
     assert "bytes for rows on their way and the KV cache" in printed
 
 

@@ -14,7 +14,7 @@ from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
 from rq_ep.engine.kv_cache import cache_size, has_full_attention
-from rq_ep.engine.servable import check_servable
+from rq_ep.engine.servable import PADDED, choose_cache
 from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.generation_defaults import end_token_ids, read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
@@ -34,6 +34,7 @@ class CheckedInputs(NamedTuple):
     """What the files of a model say, before it is loaded."""
 
     model_config: PretrainedConfig
+    cache: str  # that requests are batched over: paged or padded
     end_token_ids: list[int]  # with which an answer ends
 
 
@@ -53,13 +54,14 @@ def check_inputs(config: ServeConfig, device_type: str) -> CheckedInputs:
         device_type: of the ranks: cpu or cuda.
 
     Raises:
-        UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy
-            or machine, quantized experts that are not the placement's, requests longer than the model or the KV cache.
+        UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy or
+            machine, a cache that the model cannot have, quantized experts that are not the placement's, requests longer
+            than the model or the KV cache.
     """
     chosen_strategy(config)
     model_config = read_config(config.model)
-    check_servable(model_config)
-    _check_max_model_len(config, model_config, device_type)
+    cache = choose_cache(model_config, config.cache)
+    _check_max_model_len(config, model_config, cache, device_type)
     if config.placement is not None:
         Placement.load(config.placement)
     read_in_advance(config)
@@ -70,7 +72,7 @@ def check_inputs(config: ServeConfig, device_type: str) -> CheckedInputs:
     end_tokens = end_token_ids(config.model, model_config, tokenizer, config.generation_config)
     if config.record_dir is not None and not Path(config.record_dir).is_dir():
         raise UserError(f"--record-dir {config.record_dir}: no such directory")
-    return CheckedInputs(model_config, end_tokens)
+    return CheckedInputs(model_config, cache, end_tokens)
 
 
 def read_in_advance(config: ServeConfig) -> Counter[str]:
@@ -96,7 +98,7 @@ def chosen_strategy(config: ServeConfig) -> Strategy | None:
     return None if chosen is None else make_strategy(chosen.name, **chosen.settings)
 
 
-def _check_max_model_len(config: ServeConfig, model_config: PretrainedConfig, device_type: str) -> None:
+def _check_max_model_len(config: ServeConfig, model_config: PretrainedConfig, cache: str, device_type: str) -> None:
     """Refuse a length of requests that is too large whatever memory there is."""
     wanted, model_limit = config.max_model_len, max_positions(model_config)
     if wanted is None:
@@ -107,7 +109,7 @@ def _check_max_model_len(config: ServeConfig, model_config: PretrainedConfig, de
             "the rope scaling in config.json"
         )
     cache_tokens = cache_size(config.kv_cache_tokens, device_type)
-    if cache_tokens is not None and has_full_attention(model_config):
+    if cache_tokens is not None and (cache == PADDED or has_full_attention(model_config)):
         _check_fits_cache(wanted, cache_tokens)
 
 

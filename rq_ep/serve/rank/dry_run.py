@@ -8,6 +8,7 @@ from rq_ep.config import ServeConfig, resolved
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.engine.kv_cache import cache_size, kv_bytes_per_token
+from rq_ep.engine.servable import PAGED
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniformly
@@ -31,7 +32,7 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     given, config = config, with_model_folder(config)
-    check_inputs(config, device.type)
+    checked = check_inputs(config, device.type)
     rebalancing = RebalanceInputs.check(config, num_ranks)
     opened = OpenedModel.open(config.model, config.dtype, strict_weights=config.strict_weights)
     placement = None if config.placement is None else Placement.load(config.placement)
@@ -51,7 +52,9 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
         numbers = ", ".join(f"{number} in {name}" for name, number in sorted(in_advance.items()))
         lines.append(f"quantized in advance, read from {config.experts}: {numbers}")
     num_sharing = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)
-    return "\n".join([*lines, *_memory_lines(config, placement, opened, device, num_sharing, rebalancing)])
+    return "\n".join(
+        [*lines, *_memory_lines(config, checked.cache, placement, opened, device, num_sharing, rebalancing)]
+    )
 
 
 def _checked(
@@ -70,6 +73,7 @@ def _checked(
 
 def _memory_lines(
     config: ServeConfig,
+    cache: str,
     placement: Placement,
     opened: OpenedModel,
     device: torch.device,
@@ -81,7 +85,7 @@ def _memory_lines(
     routed = sum(parameter.nbytes for module in opened.experts for parameter in module.module.parameters())
     others = sum(parameter.nbytes for parameter in opened.model.parameters()) - routed
     memory = available_bytes(device)
-    token_bytes = kv_bytes_per_token(opened.model.config, opened.dtype)
+    token_bytes = kv_bytes_per_token(opened.model.config, opened.dtype) if cache == PAGED else None
     for rank in range(placement.topology.num_ranks):
         held = expert_bytes(placement, layout, [rank])
         formats = ", ".join(f"{size:,} in {name}" for name, size in sorted(held.items())) or "none"
@@ -92,10 +96,14 @@ def _memory_lines(
         yield f"rank {rank}: {needed:,} bytes: experts {total:,} ({formats}), the rest {others:,}{moving}"
         if memory is not None:
             left = max(memory // num_sharing - needed, 0)
-            tokens = left // token_bytes
-            yield f"        leaves {left:,} bytes for rows on their way and the KV cache: {tokens:,} tokens"
+            tokens = "" if token_bytes is None else f": {left // token_bytes:,} tokens"
+            yield f"        leaves {left:,} bytes for rows on their way and the KV cache{tokens}"
     cached = cache_size(config.kv_cache_tokens, device.type)
-    capacity = "what is left" if cached is None else f"{cached:,} tokens, {cached * token_bytes:,} bytes a rank"
-    yield f"KV cache: {token_bytes:,} bytes a token; {capacity} (--kv-cache-tokens)"
+    if token_bytes is None:
+        capacity = "what is left" if cached is None else f"{cached:,} positions a rank"
+        yield f"padded cache: the model's own; {capacity}, rows times the longest one (--kv-cache-tokens)"
+    else:
+        capacity = "what is left" if cached is None else f"{cached:,} tokens, {cached * token_bytes:,} bytes a rank"
+        yield f"paged KV cache: {token_bytes:,} bytes a token; {capacity} (--kv-cache-tokens)"
     if memory is not None:
         yield f"memory: {memory:,} bytes of {device.type}, for {num_sharing} rank{'s' * (num_sharing > 1)}"

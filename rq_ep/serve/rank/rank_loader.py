@@ -82,11 +82,12 @@ def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int)
     )
 
 
-def log_ready(ready: Ready, model: PreTrainedModel, group: TorchGroup, load_s: float) -> None:
+def log_ready(ready: Ready, model: PreTrainedModel, group: TorchGroup, cache: str, load_s: float) -> None:
     """Log what was started, and how long it took."""
     log.info(
-        "%d ranks on %s (%s), %d threads each, computing in %s; at most %d tokens a request; loaded in %.1f s",
-        group.size, group.device.type, group.backend, torch.get_num_threads(), model.dtype, ready.max_model_len, load_s,
+        "%d ranks on %s (%s), %d threads each, computing in %s; %s cache, at most %d tokens a request; in %.1f s",
+        group.size, group.device.type, group.backend, torch.get_num_threads(), model.dtype, cache,
+        ready.max_model_len, load_s,
     )  # fmt: skip
     for rank, by_format in enumerate(ready.expert_bytes):
         sizes = ", ".join(f"{size / 2**20:.2f} MiB {name}" for name, size in sorted(by_format.items()))

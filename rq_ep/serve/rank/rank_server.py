@@ -169,7 +169,7 @@ class RankServer:
         group = self._group
         started_s = time.monotonic()
         config = with_model_folder(self._config, group)
-        model_config, end_token_ids = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
+        model_config, cache, end_token_ids = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
         rebalancing = run_on_all_ranks(group, lambda: RebalanceInputs.check(config, group.size))
         if group.rank == 0:
             self._client.send(Checked(config.model))
@@ -192,7 +192,7 @@ class RankServer:
             model,
             layers,
             group,
-            EngineConfig(config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_tokens),
+            EngineConfig(config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_tokens, cache),
             on_outputs=self._send_outputs,
             on_failure=lambda error: fail(self._early_end, error),
             on_mark=recording.mark,
@@ -207,7 +207,7 @@ class RankServer:
         self._early_end.signals.may_drain = True
         if group.rank == 0:
             ready = ready_message(model, group, max_model_len)
-            log_ready(ready, model, group, time.monotonic() - started_s)
+            log_ready(ready, model, group, cache, time.monotonic() - started_s)
             self._client.send(ready)
         return engine
 

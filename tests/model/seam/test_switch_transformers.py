@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import PHASES
-from rq_ep.engine.servable import check_servable
+from rq_ep.engine.servable import choose_cache
 from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.calibration.forward_stats import DECODE_STEPS
 from rq_ep.model.evaluation.evaluate import Candidate, compare
@@ -173,4 +173,4 @@ def test_a_window_that_cannot_be_halved_is_refused(complete: Path) -> None:
 
 def test_serving_it_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="'switch_transformers' is an encoder-decoder, which cannot be served"):
-        check_servable(SWITCH)
+        choose_cache(SWITCH)

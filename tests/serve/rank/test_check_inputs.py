@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3NextConfig
+from transformers import MixtralConfig, Qwen3NextConfig
 
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
-from rq_ep.engine.servable import check_servable
+from rq_ep.engine.servable import choose_cache
 from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
@@ -55,6 +55,14 @@ def test_the_default_length_is_what_model_and_cache_allow(tiny_checkpoint: Path,
     assert choose_max_model_len(config, model_config, 1024) == 1024
 
 
-def test_layers_without_a_paged_cache_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"model type 'qwen3_next' cannot be served over HTTP: .*linear_attention"):
-        check_servable(Qwen3NextConfig())
+def test_the_cache_is_paged_where_the_layers_allow_it_or_as_asked_for() -> None:
+    assert [choose_cache(MixtralConfig(), wanted) for wanted in (None, "paged", "padded")] == [
+        "paged",
+        "paged",
+        "padded",
+    ]
+    assert [choose_cache(Qwen3NextConfig(), wanted) for wanted in (None, "padded")] == ["padded", "padded"]
+    with pytest.raises(
+        UserError, match=r"--cache paged: model type 'qwen3_next' has layers of full_attention, linear_"
+    ):
+        choose_cache(Qwen3NextConfig(), "paged")
