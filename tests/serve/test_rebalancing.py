@@ -1,7 +1,10 @@
 """A server of two ranks that was started without calibration, and replaces its placement while it answers."""
 
 import json
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from rq_ep.config import ServeConfig
 from rq_ep.core.placement import Placement
 from rq_ep.serve.rank.dry_run import preview
 from rq_ep.sim.traces import RoutingTrace
-from tests.serve.running import running, until
+from tests.serve.running import Server, restarting, running, until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -97,3 +100,67 @@ def test_answers_in_the_native_format_are_the_same_before_amid_and_after_many_re
                 answers.setdefault(body["prompt"], set()).add(answer["choices"][0]["text"])
             num_committed = client.get("/v1/ep/rebalance").json().get("results", {}).get("committed", 0)
         assert all(len(of_prompt) == 1 for of_prompt in answers.values())
+
+
+@contextmanager
+def changing_traffic(server: Server, text: str) -> Iterator[None]:
+    """Requests that go on whatever becomes of them, from one part of a text and then from another."""
+    is_over = threading.Event()
+
+    def ask(number: int) -> None:
+        at = number
+        while not is_over.is_set():
+            at += 1
+            prompt = text[300 * (at // 20) + number :][:60]
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": 6, "ignore_eos": True}
+            try:
+                httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            except httpx.TransportError:
+                is_over.wait(0.2)
+
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
+def rebalancing(server: Server) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = httpx.get(f"{server.url}/v1/ep/rebalance", timeout=60).json()
+    except (httpx.TransportError, ValueError):
+        return {}
+    return state
+
+
+def test_a_rank_killed_amid_moves_brings_back_the_last_placement_and_a_shutdown_amid_moves_drains(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "served.json"
+    text = "".join(path.read_text() for path in sorted((tiny_checkpoint / "text/train/c").iterdir()))
+    settings = [
+        "--model", str(tiny_checkpoint), "--served-model-name", "tiny", "--strategy", "eplb", "--dtype", "float32",
+        "--rebalance", "auto", "--rebalance-window", "32", "--rebalance-interval", "8", "--placement-out", str(saved),
+        "--rebalance-bytes-per-step", "2KiB", "--device", "cpu",
+    ]  # fmt: skip
+    with running(tmp_path / "log", 2, *settings, launcher=restarting) as server:
+        with changing_traffic(server, text):
+            until(lambda: rebalancing(server).get("results", {}).get("committed", 0) >= 1)
+            until(lambda: rebalancing(server).get("state") == "moving")
+            rank = server.rank(1)
+            rank.kill()
+            until(lambda: "the group has failed: rank 1 died" in server.log.read_text(), 60)
+        kept = json.loads(saved.read_text())
+        until(lambda: rebalancing(server).get("state") == "idle", 240)
+        assert rank.pid != server.rank(1).pid
+        answer = httpx.get(f"{server.url}/v1/ep/placement", timeout=60).json()
+        assert answer["layers"] == kept["layers"], "the placement that was saved last"
+        with changing_traffic(server, text):
+            until(lambda: rebalancing(server).get("state") == "moving")
+            processes = server.tree()
+            server.signal(0, signal.SIGTERM)
+            assert server.wait(processes, 60) == 0

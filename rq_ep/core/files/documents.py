@@ -23,6 +23,8 @@ MAX_JSON_BYTES = 256 << 20  # the placement of a large model has a few MB
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, on failure it is removed.
 
+    It is on the disk before it is renamed: after a loss of power there is the old file or the new one, and whole.
+
     Raises:
         UserError: `path` cannot be written.
     """
@@ -31,6 +33,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)  # mkstemp makes files private; results are for sharing
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(target)
     except (OSError, SafetensorError) as error:  # the disk is full, say, or the folder was deleted
         raise UserError(f"{target}: cannot be written ({_reason(error)}); name another place") from None

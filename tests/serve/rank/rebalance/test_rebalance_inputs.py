@@ -145,3 +145,14 @@ def test_a_preview_counts_the_room_for_what_arrives_in_the_bytes_of_every_rank(t
     inputs = RebalanceInputs.check(config(model=model), 2)
     assert inputs is not None
     assert bytes_of_rank_0(config(model=model)) == plain + inputs.stats.expert_bytes["bf16"], "one expert by default"
+
+
+@pytest.mark.parametrize("text", ["", '{"format": "rq_ep.placement/1", "layers": [', '{"format": "another"}', "{}"])
+def test_a_saved_placement_that_cannot_be_read_is_named_and_no_other_is_served_instead(
+    text: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "served.json"
+    saved.write_text(text)
+    given = config(model=str(tiny_checkpoint), placement_out=str(saved))
+    with pytest.raises(UserError, match=r"served\.json: "):
+        RebalanceInputs.check(given.restarted(1), 2)
