@@ -79,7 +79,7 @@ from rq_ep.strategies import make_strategy
 PARTS = ("domains", "cost", "answers")
 STOP_THE_WORLD = "bench.serving.stop_the_world"
 RESTLESS = "bench.serving.restless:Restless"
-STRETCHES = 6  # of the part on cost: how often the domain changes in a run
+STRETCHES = 8  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
 IDLE_TIMEOUT_S = 10.0  # for a decision or a migration that is under way when the requests have ended
@@ -314,11 +314,11 @@ def domains(bench: Workload) -> dict[str, Any]:
 
     follows = live(options.window, options.interval)
     jobs = {
-        domain: bench.jobs(domain, options.num_prompts, 160, 12, seed=number)
+        domain: bench.jobs(domain, options.num_prompts, 160, 16, seed=number)
         for number, domain in enumerate(bench.domains)
     }
     rows: list[dict[str, Any]] = []
-    ends: dict[str, list[float]] = {}
+    ends: dict[str, list[int]] = {}
     states: dict[str, dict[str, Any]] = {}
     servers: dict[str, Served] = {}
     for name, arguments in {
@@ -333,7 +333,7 @@ def domains(bench: Workload) -> dict[str, Any]:
             warm_up(bench, served)
             for domain in bench.domains:
                 rows.append({"server": name, "domain": domain, **phase(served, jobs[domain])})
-                ends[name].append(series(served.samples)[-1]["pairs"])
+                ends[name].append(served.samples[-1].num_pairs - served.samples[0].num_pairs)
                 bench.console.print(f"{name}: {domain}: {brief(rows[-1])}")
             states[name] = served.state()
     moving = [state for state in states.values() if state.get("moved_bytes")]
@@ -359,7 +359,7 @@ def domains(bench: Workload) -> dict[str, Any]:
 def phase(served: Served, jobs: Sequence[Job]) -> dict[str, Any]:
     """The figures of a server that gets these requests."""
     first_sample, committed = max(len(served.samples) - 1, 0), len(served.commits)
-    found = latency(served.ask(jobs, 48))
+    found = latency(served.ask(jobs, 16))
     new = served.commits[committed:]
     imbalance = imbalance_between(served.samples[first_sample:])
     moved = sum(one["moved_bytes"] or 0 for one in new)
@@ -423,7 +423,7 @@ def cost(bench: Workload) -> dict[str, Any]:
     jobs = [
         job
         for stretch in range(STRETCHES)
-        for job in bench.jobs(ends[stretch % 2], max(options.num_prompts // 20, 1), 24, 24, seed=stretch)
+        for job in bench.jobs(ends[stretch % 2], max(options.num_prompts // 20, 1), 24, 20, seed=stretch)
     ]
     rows: list[dict[str, Any]] = []
     states: dict[str, dict[str, Any]] = {}

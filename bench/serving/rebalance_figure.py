@@ -21,7 +21,7 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
     for at, (name, rows) in enumerate(part["series"].items()):
         colour = COLOURS[at % len(COLOURS)]
         pairs = np.array([row["pairs"] for row in rows]) / 1e6
-        values = np.array([row["imbalance"] for row in rows])
+        values = np.array([row["load"] for row in rows])
         left.plot(pairs, values, color=colour, label=name, linewidth=1.2)
         marks = np.array([one["pairs"] for one in part["commits"][name]]) / 1e6
         left.plot(marks, np.interp(marks, pairs, values), "^", color=colour, markersize=7)
@@ -29,7 +29,7 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
         left.axvline(end / 1e6, color="#dddddd", linewidth=1)
         left.text(end / 1e6, 1.0, f"{name} ", ha="right", va="bottom", fontsize=9, transform=left.get_xaxis_transform())
     left.set_xlabel("routed pairs served, millions (a triangle: a new placement serves)", fontsize=9)
-    left.set_ylabel("max/mean load of ranks, mean of steps", fontsize=9)
+    left.set_ylabel("max/mean load of ranks, mean of layers", fontsize=9)
     left.legend(fontsize=8)
     if cost is not None:
         names = ("off", "moving", "stop-the-world")

@@ -47,25 +47,29 @@ class Interval(NamedTuple):
     load: float  # max/mean over ranks of the pairs of all its steps, mean over layers
 
 
-def intervals(samples: Sequence[LoadSample]) -> list[Interval]:
-    """The intervals in which every layer was called."""
+def intervals(samples: Sequence[LoadSample], min_pairs: int = 1) -> list[Interval]:
+    """Intervals in which every layer was called, and so many pairs were routed; shorter ones are joined to the next."""
     found = []
-    for before, after in pairwise(samples):
+    before = samples[0] if samples else None
+    for after in samples[1:]:
+        assert before is not None
         calls_L = np.subtract(after.num_calls_L, before.num_calls_L)
-        if not calls_L.all():
+        pairs_LR = np.subtract(after.pairs_LR, before.pairs_LR)
+        if not calls_L.all() or pairs_LR.sum() < min_pairs:
             continue
         sums = [np.multiply(one.imbalance_L, one.num_calls_L) for one in (before, after)]
-        pairs_LR = np.subtract(after.pairs_LR, before.pairs_LR)
         imbalance = float(((sums[1] - sums[0]) / calls_L).mean())
         load = float((pairs_LR.max(axis=1) / pairs_LR.mean(axis=1)).mean())
         found.append(Interval(after.time_s, float(calls_L.mean()), int(pairs_LR.sum()), imbalance, load))
+        before = after
     return found
 
 
 def series(samples: Sequence[LoadSample]) -> list[dict[str, float]]:
-    """Load over what was served: the intervals, with pairs and steps since the first sample."""
+    """Load over what was served: intervals of a hundredth of all pairs or more, with pairs and steps so far."""
+    total = samples[-1].num_pairs - samples[0].num_pairs if samples else 0
     pairs, steps, rows = 0, 0.0, []
-    for one in intervals(samples):
+    for one in intervals(samples, max(total // 100, 1)):
         pairs, steps = pairs + one.pairs, steps + one.steps
         rows.append({"pairs": pairs, "steps": steps, "imbalance": one.imbalance, "load": one.load})
     return rows

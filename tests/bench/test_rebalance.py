@@ -49,7 +49,10 @@ def test_an_interval_has_the_steps_between_two_samples() -> None:
     assert first.imbalance == pytest.approx(1.1875)
     # 30 and 50 pairs, of 40 each: 1.25; 60 and 20: 1.5.
     assert first.load == pytest.approx(1.375)
-    assert (last.time_s, last.steps, last.pairs) == (14.0, 1.5, 60)
+    # From 12 s on, as layer 1 has no call until 13 s: (8 * 1.5 - 6 * 1.5) / 2 = 1.5, and 1.25; 30 of 20 pairs each.
+    assert (last.time_s, last.steps, last.pairs) == (14.0, 2, 80)
+    assert (last.imbalance, last.load) == (pytest.approx(1.375), pytest.approx(1.5))
+    assert [one.pairs for one in intervals(SAMPLES, 200)] == [240]
 
 
 def test_the_series_counts_from_the_first_sample() -> None:
@@ -96,7 +99,10 @@ def test_what_comes_near_and_goes_away_again_has_not_arrived() -> None:
 
 
 def parts() -> dict[str, Any]:
-    rows = [{"pairs": 1e6, "steps": 10, "imbalance": 1.5, "load": 1.4}, {"pairs": 2e6, "steps": 20, "imbalance": 1.0}]
+    rows = [
+        {"pairs": 1e6, "steps": 10, "imbalance": 1.5, "load": 1.4},
+        {"pairs": 2e6, "steps": 20, "imbalance": 1.0, "load": 1.0},
+    ]
     return {
         "cost": {
             "num_committed": {"moving": 21, "stop-the-world": 20},
