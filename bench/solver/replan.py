@@ -176,6 +176,7 @@ def measure(change: Change, prices: Sequence[float], learns: bool) -> list[dict[
     }
     if learns:
         figures |= learnt(change, figures["fresh"])
+    to_gain = figures["stale"] - figures["fresh"]
     budget, of_eplb = sum(change.problem.budget_bytes_R or current.bytes_R), eplb_bytes(change)
     rows = []
     for price in prices:
@@ -188,7 +189,7 @@ def measure(change: Change, prices: Sequence[float], learns: bool) -> list[dict[
             | {
                 "price": price,
                 "replanned": replanned,
-                "gain_share": (figures["stale"] - replanned) / max(figures["stale"] - figures["fresh"], 1e-9),
+                "gain_share": None if to_gain < SLACK else (figures["stale"] - replanned) / to_gain,
                 "moved": decision.moved_bytes / budget,
                 "moved_of_eplb": decision.moved_bytes / max(of_eplb, 1),
                 "rounds": len(decision.rounds),
@@ -239,7 +240,8 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             from_nothing = f"{row['standard']:.3f} -> {row['learnt']:.3f} at {row['learnt_step']}"
         table.add_row(
             row["change"], f"{row['price']:g}", *(f"{row[key]:.3f}" for key in ("stale", "replanned", "fresh")),
-            *(f"{row[key]:.0%}" for key in ("gain_share", "moved", "moved_of_eplb")), str(row["rounds"]),
+            *("-" if row[key] is None else f"{row[key]:.0%}" for key in ("gain_share", "moved", "moved_of_eplb")),
+            str(row["rounds"]),
             *(str(row[key]) for key in ("half_step", "half_step_low_first", "half_step_native_first")),
             f"{row['cpu_s']:.2f}", f"{row['fresh_cpu_s']:.2f}", from_nothing,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """The rebalancer follows a load that changes, and moves nothing where it does not."""
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,13 +9,17 @@ import pytest
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement, bytes_by_rank
+from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem, contiguous
+from rq_ep.core.replicas import Replica
 from rq_ep.core.strategy import RebalanceRule, Strategy
+from rq_ep.core.topology import Topology
 from rq_ep.rebalancing.gain import gain_of, low_share
 from rq_ep.rebalancing.live_placement import LivePlacement
 from rq_ep.rebalancing.rebalancer import Rebalancer, decide
+from rq_ep.rebalancing.staged_moves import StagedMoves
 from rq_ep.solver.certificate.certify import certify
+from rq_ep.solver.migration.move_rounds import move_rounds
 from rq_ep.strategies import make_strategy
 from rq_ep.strategies.eplb import Eplb
 from rq_ep.strategies.rq import ReplicateQuantize
@@ -38,14 +43,25 @@ def imbalance(problem: PlacementProblem, placement: Placement, counts_SLE: IntAr
     return gain_of(on_these, RQ, placement.layers, placement.layers).before
 
 
-@pytest.mark.parametrize("pairs", [1024, 64])
-def test_nothing_moves_in_ten_thousand_steps_of_one_load(pairs: int) -> None:
+@pytest.mark.parametrize(("pairs", "seed"), [(16_384, 2), (1024, 3), (128, 4)])  # of 8,192, 512 and 64 tokens
+def test_nothing_moves_in_ten_thousand_steps_of_one_load(pairs: int, seed: int) -> None:
     problem = problem_of(steps_SLE(0, 64, 1, pairs))
-    following = live(problem, RQ.place(problem), interval=400)
-    run(following, steps_SLE(0, 10_000, 2, pairs))
+    following = live(problem, RQ.place(problem), interval=800)
+    run(following, steps_SLE(0, 10_000, seed, pairs))
     assert following.commits == []
-    assert len(following.decisions) == 25
+    assert len(following.decisions) == 12
     assert all(decision.stays for _, decision in following.decisions)
+
+
+def test_a_load_that_drifts_and_stays_balanced_moves_nothing() -> None:
+    problem = problem_of(np.ones((1, 2, 16), np.int64), ("bf16",))
+    following = live(problem, certify(problem, RQ, contiguous(problem)), interval=200)
+    generator = np.random.default_rng(0)
+    for step in range(2000):  # within a rank, load wanders from one expert to the next
+        wave_E = 1 + 0.8 * np.sin(2 * np.pi * (np.arange(16) / 4 + step / 500))
+        following.step(generator.multinomial(4096, wave_E / wave_E.sum(), 2))
+    assert following.commits == []
+    assert len(following.decisions) == 10
 
 
 def test_after_a_change_nearly_all_of_the_gain_is_had_for_few_bytes() -> None:
@@ -83,9 +99,10 @@ def test_from_standard_ep_it_learns_without_calibration() -> None:
     assert all(np.array(following.placement.bytes_R) <= np.array(problem.budget_bytes_R))
 
 
-def test_an_oscillation_faster_than_the_window_moves_nothing() -> None:
-    parts = [steps_SLE(number % 2, 32, number) for number in range(24)]
-    problem = problem_of(np.concatenate(parts[:8]))
+@pytest.mark.parametrize("period", [16, 64])
+def test_an_oscillation_faster_than_the_window_moves_nothing(period: int) -> None:
+    parts = [steps_SLE(number % 2, period // 2, number) for number in range(1536 // period)]
+    problem = problem_of(np.concatenate(parts[: 512 // period]))
     following = live(problem, RQ.place(problem))
     run(following, np.concatenate(parts))
     assert following.commits == []
@@ -104,17 +121,65 @@ def test_a_load_that_breaks_the_cap_on_low_pairs_changes_formats() -> None:
     assert "(cap 10.0%)" in moved[0].reason
 
 
-def test_every_placement_on_the_way_keeps_to_the_bytes_and_holds_every_expert_in_one_format() -> None:
-    problem = problem_of(steps_SLE(0, 64, 0))
-    following = live(problem, RQ.place(problem))
-    layers = list(following.placement.layers)
-    for counts_LE in np.concatenate([steps_SLE(0, 128, 1), steps_SLE(1, 400, 1)]):
-        for position, layer in following.step(counts_LE).items():
-            layers[position] = layer  # a layer with an expert of none or of two formats cannot be made
-        bytes_R = bytes_by_rank(layers, NUM_RANKS, SIZES)
-        assert all(bytes_R <= np.array(problem.budget_bytes_R) + SIZES["bf16"])
-    assert len(following.commits) > 1
-    assert [list(one.replicas) for one in layers] == [list(one.replicas) for one in following.placement.layers]
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cap", [0.1, 0.3])
+def test_every_placement_on_the_way_keeps_to_bytes_and_cap_and_holds_every_expert_in_one_format(
+    seed: int, cap: float
+) -> None:
+    problem = problem_of(steps_SLE(seed, 64, 0), cap=cap)
+    current = RQ.place(problem)
+    rebalancer = Rebalancer(problem, RQ, current)
+    for counts_LE in np.concatenate([steps_SLE(seed, 64, 1), steps_SLE(seed + 10, 128, 1)]):
+        rebalancer.observe(counts_LE)
+    request = rebalancer.request()
+    decision = decide(request)
+    assert decision.placement is not None
+    assert len(decision.rounds) > 1
+    pairs_LE = request.loads.counts_SLE.sum(axis=0)
+
+    def low_of(layers: Sequence[LayerPlacement]) -> float:
+        rows = zip(layers, pairs_LE, strict=True)
+        return sum(layer.low_pairs(pairs_E, "bf16") for layer, pairs_E in rows) / int(pairs_LE.sum())
+
+    layers = list(current.layers)
+    allowed = max(cap, *map(low_of, (layers, decision.placement.layers))) + 1e-9
+    for moves in decision.rounds:
+        arriving_R = np.zeros(NUM_RANKS, np.int64)
+        for _, move in moves.receives:
+            arriving_R[move.rank] += SIZES[move.format]
+        bytes_R = bytes_by_rank(layers, NUM_RANKS, SIZES) + arriving_R
+        assert all(bytes_R <= np.array(problem.budget_bytes_R) + SIZES["bf16"]), "held and staged"
+        layers = moves.applied_to(layers, decision.placement)  # an expert of none or of two formats cannot be made
+        assert low_of(layers) <= allowed
+    for layer, goal in zip(layers, decision.placement.layers, strict=True):
+        assert list(layer.replicas) == list(goal.replicas)
+        np.testing.assert_array_equal(layer.shares_P, goal.shares_P)
+
+
+def test_low_replicas_first_halve_the_imbalance_in_half_of_the_steps() -> None:
+    sizes = {"bf16": 1000, "int8": 500}
+    before = [[Replica(expert // 8, expert, "bf16" if expert % 2 else "int8") for expert in range(16)]]
+    replicas = [*before[0], *(one._replace(rank=1) for one in before[0] if one.rank == 0)]
+    goal = LayerPlacement.even(0, 16, replicas)
+    after = Placement((goal,), "rq", Topology(2), (6000, 12_000))
+    counts_E = np.array([100] * 8 + [0] * 8)  # rank 0 computes all: each replica on rank 1 takes as much from it
+
+    def step_of_half(is_first: str) -> int:
+        def value(layer: int, replica: Replica) -> float:
+            return float(replica.format == is_first)
+
+        layers = [LayerPlacement.even(0, 16, before[0])]
+        moves = StagedMoves(move_rounds(before, after, sizes, "bf16", 1000, value), 2, sizes, bytes_per_step=250)
+        for step in range(1, 100):
+            arrived = moves.step()
+            if arrived is not None:
+                layers = arrived.applied_to(layers, after)
+            if layers[0].loads_R(counts_E, 2).max() <= (800 + 400) / 2:
+                return step
+        raise AssertionError("the migration does not end")
+
+    assert step_of_half("int8") == 4 * 2, "steps of four replicas of 500 bytes"
+    assert step_of_half("bf16") == 4 * 4, "steps of four replicas of 1,000 bytes"
 
 
 def test_the_cap_on_low_pairs_holds_at_every_moment_from_nothing_and_through_domains() -> None:

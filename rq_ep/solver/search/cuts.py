@@ -65,10 +65,15 @@ def initial_cuts(index: ReplicaIndex, loads_SE: FloatArray, num_ranks: int, proo
         distinct = {set_R.tobytes(): set_R for set_R in proofs_SR if 1 < set_R.sum() < num_ranks}
         some = list(distinct.values())[: MAX_CUTS // 2]
         sets_GR = np.stack([*np.eye(num_ranks, dtype=bool), np.ones(num_ranks, bool), *some])
+    _add_cuts(cuts, index, loads_SE, sets_GR)
+    return cuts
+
+
+@compiled
+def _add_cuts(cuts: Cuts, index: ReplicaIndex, loads_SE: FloatArray, sets_GR: BoolArray) -> None:
     for set_R in sets_GR:
         add_cut(cuts, index, loads_SE, set_R)
     update_tops(cuts)
-    return cuts
 
 
 @compiled
