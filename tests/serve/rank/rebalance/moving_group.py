@@ -179,6 +179,7 @@ class MovingGroup:
         self.late: dict[int, list[BeginMigration]] = {}  # by rank, messages that are held back
         self.world = LocalWorld(NUM_RANKS)
         self.placements: list[list[list[Replica]]] = []
+        self.answers_rounds = True  # whenever the placement has changed
         self.silent: set[int] = set()  # ranks that report nothing
         self.num_commands = 0
         self.banks: list[list[TappedBank]] = []  # of each rank, as its mover sees them
@@ -296,7 +297,7 @@ class MovingGroup:
         has_changed = not self.placements or rows[0] != self.placements[-1]
         if has_changed:
             self.placements.append(rows[0])
-        if has_changed or answers:
+        if (has_changed and self.answers_rounds) or answers:
             self.answer_all()
 
     def answer_all(self) -> None:

@@ -40,8 +40,10 @@ def goes_on(group: MovingGroup, seed: int) -> None:
     group.wires.on_message = lambda src, dst, message: message
     group.on_read = lambda read: read
     num_committed = group.results.get("committed", 0)
+    group.answers_rounds = False
     group.start(placements(seed)[2])
     group.until_idle()
+    group.step(answers=True)
     assert group.results["committed"] == num_committed + 1
     assert [list(layer.placement.replicas) for layer in group.layers[0]] == [
         list(layer.replicas) for layer in placements(seed)[2].layers
