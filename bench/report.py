@@ -7,9 +7,11 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.formats.formats_table import markdown
+from bench.serving.rebalance_figures import goals
 from bench.serving.serve import medians
 from rq_ep.core.files.documents import read_json, replacing
 from rq_ep.strategies import strategy_class
@@ -350,6 +352,35 @@ def _serve() -> str:
     return _table(["at once", "contestant", "output tokens/s", "p99 TTFT, ms", "p99 ITL, ms"], lines)
 
 
+def _rebalance_goals() -> str:
+    return _table(["", "goal", "reached", "peers"], goals(_load("rebalance_cpu2")["parts"]))
+
+
+def _rebalance_domains() -> str:
+    part = _load("rebalance_cpu2")["parts"]["domains"]
+    rows = _key(part["rows"], "server", "domain")
+
+    def cell(row: Row) -> str:
+        return (
+            f"{row['imbalance']:.2f}; {row['output_throughput']:.0f}; {row['p99_itl_ms']:.0f}; {row['num_committed']}"
+        )
+
+    lines = [[name, *(cell(rows[name, domain]) for domain in part["domains"])] for name in part["series"]]
+    return _table(["server", *part["domains"]], lines)
+
+
+def _rebalance_cost() -> str:
+    part = _load("rebalance_cpu2")["parts"]["cost"]
+    lines = []
+    for name, gap_ms in part["longest_gap_ms"].items():
+        p99_ms = median(row["p99_itl_ms"] for row in part["rows"] if row["server"] == name)
+        ratios = (part["ratios"][figure].get(name, 1.0) for figure in ("output_throughput", "p99_itl_ms"))
+        moves = str(part["num_committed"].get(name, 0))
+        lines.append([name, *(f"{ratio:.2f}" for ratio in ratios), f"{p99_ms:.0f}", f"{gap_ms:.0f}", moves])
+    header = ["server", "tokens/s / off", "p99 ITL / off", "p99 ITL, ms", "longest gap, ms", "re-placements"]
+    return _table(header, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gain": _gain,
     "demo_latency": _demo_latency,
@@ -372,4 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": _formats,
     "formats_overview": _formats_overview,
     "serve": _serve,
+    "rebalance_goals": _rebalance_goals,
+    "rebalance_domains": _rebalance_domains,
+    "rebalance_cost": _rebalance_cost,
 }

@@ -85,13 +85,9 @@ SETTLE_S = 1.3  # until the last steps are reported
 IDLE_TIMEOUT_S = 10.0  # for a decision or a migration that is under way when the requests have ended
 SLACK = 0.02  # within which a placement counts as good as the calibrated one
 QUICK = {
-    "num_ranks": 2,
-    "domains": "code,table",
-    "num_prompts": 48,
-    "rounds": 1,
-    "num_requests": 120,
-    "calibration_tokens": 8192,
-}
+    "num_ranks": 2, "domains": "code,table", "num_prompts": 48, "rounds": 1, "num_requests": 200,
+    "calibration_tokens": 8192, "intermediate_size": 512,
+}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
