@@ -1,14 +1,53 @@
-"""The step of a rank that has nothing to do while others have: every MoE layer, in order, with zero rows."""
+"""The steps that no request makes: those before the first one, and that of a rank which has nothing to do.
 
-from collections.abc import Callable, Sequence
+A model that fails does so in its first steps, before requests come. In the empty step a rank enters every MoE layer, in
+order, with zero rows, while others have some.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from rq_ep.core.errors import UserError
+from rq_ep.moe import EPExperts
+from rq_ep.moe.telemetry import Telemetry
 
-# What a model raises that was built from settings of a wrong type or size, on every rank alike
-DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError)
+# Of the prompt that every rank runs, with a token after it, before requests come
+WARMUP_TOKENS = 16
+
+# What a model raises whose code does not fit its settings or its cache, on every rank alike
+_AT_FAULT = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError, NotImplementedError)
+
+
+@contextmanager
+def first_steps(layers: Sequence[EPExperts]) -> Iterator[None]:
+    """Inside, the layers record nothing of their calls.
+
+    Args:
+        layers: the model's expert-parallel layers.
+
+    Raises:
+        UserError: the model fails inside, by its own code; running out of memory is not meant.
+    """
+    recorders = [(layer.telemetry, layer.output_norms) for layer in layers]
+    for layer in layers:
+        layer.telemetry, layer.output_norms = Telemetry(max_records=0), None
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, _AT_FAULT) and type(error) is not RuntimeError:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the model fails in its first step ({type(error).__name__}: {reason}): see its config.json"
+        ) from error
+    finally:
+        for layer, (telemetry, output_norms) in zip(layers, recorders, strict=True):
+            layer.telemetry, layer.output_norms = telemetry, output_norms
 
 
 def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], None]:
@@ -23,9 +62,6 @@ def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], No
 
     Returns:
         A function that enters every layer with zero rows.
-
-    Raises:
-        UserError: the model's settings are damaged.
     """
     inputs: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
 
@@ -34,15 +70,8 @@ def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], No
 
     hooks = [layer.register_forward_pre_hook(remember) for layer in layers]
     token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    try:
-        with torch.no_grad():
-            model(input_ids=token, use_cache=False)
-    except UserError:
-        raise
-    except DAMAGED as error:
-        raise UserError(
-            f"the model fails in its first step ({type(error).__name__}: {error}): see its config.json"
-        ) from error
+    with torch.no_grad():
+        model(input_ids=token, use_cache=False)
     for hook in hooks:
         hook.remove()
     assert list(inputs) == list(layers), "every expert-parallel layer must be entered once, in order"

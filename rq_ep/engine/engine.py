@@ -1,12 +1,13 @@
 """One rank's engine: requests in, tokens out, in step with the other ranks."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from rq_ep.engine.empty_step import empty_step
+from rq_ep.engine.empty_step import empty_step, first_steps
 from rq_ep.engine.kv_cache import cache_size
 from rq_ep.engine.lockstep import LockstepManager, batching_config
 from rq_ep.engine.output_processor import OutputProcessor, RequestState
@@ -84,7 +85,8 @@ class Engine:
         )
         self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
         # Prepared before the manager gives the model an attention that only its own batches can use.
-        run_empty_step = empty_step(model, layers)
+        with first_steps(layers):
+            run_empty_step = empty_step(model, layers)
         kv_cache_tokens = cache_size(config.kv_cache_tokens, model.device.type)
         self._manager: LockstepManager | PaddedManager
         if config.cache == PAGED:
@@ -128,7 +130,10 @@ class Engine:
             self._requests, frozenset(self.eos_token_ids), on_outputs, on_broken=self._manager.cancel_request
         )
         self._manager.output_router = self._outputs
-        self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
+        start_s = time.perf_counter()
+        with first_steps(layers):
+            self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
+        self.warmup_s = time.perf_counter() - start_s
         self.max_request_tokens = self._manager.max_request_tokens
 
     def start(self) -> None:

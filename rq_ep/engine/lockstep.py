@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestStatus
 
+from rq_ep.engine.empty_step import WARMUP_TOKENS
 from rq_ep.engine.kv_cache import PAGE_SIZE, cache_config, pad_cache
 from rq_ep.engine.nonfinite import NonFiniteTokens
 from rq_ep.engine.output_processor import RequestState, choose_tokens
@@ -65,6 +66,16 @@ class LockstepManager(ContinuousBatchingManager):
     def set_step_loop(self, step_loop: StepLoop) -> None:
         """Give the loop its steps, before it is started."""
         self._step_loop = step_loop
+
+    def warmup(self) -> None:
+        """Make the cache, and run a prompt and a token after it, whose output nobody wants; every rank calls this."""
+        super().warmup()
+        self.add_request([0] * WARMUP_TOKENS, request_id="warm-up", max_new_tokens=2, eos_token_id=-1)
+        self.current_batch = 0
+        with torch.inference_mode():
+            while self.prepare():
+                self.run()
+        self.processor.cache.reset()
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
         self.wake_up.set()  # `stop` has just asked for the end: an idle loop must not sleep over it

@@ -29,12 +29,12 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from rq_ep.core.errors import UserError
+from rq_ep.engine.empty_step import WARMUP_TOKENS
 from rq_ep.engine.output_processor import RequestState, choose_tokens
 from rq_ep.engine.padded.row_groups import DenseForward, RowGroup, SequenceRow
 from rq_ep.engine.requests import Batch, Request
 from rq_ep.engine.step_loop import StepLoop
 
-WARMUP_TOKENS = 16
 MEMORY_SHARE = 0.6  # of a GPU's free memory for rows: a layer's keys and values are there twice while they grow
 
 

@@ -82,12 +82,15 @@ def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int)
     )
 
 
-def log_ready(ready: Ready, model: PreTrainedModel, group: TorchGroup, cache: str, load_s: float) -> None:
+def log_ready(
+    ready: Ready, model: PreTrainedModel, group: TorchGroup, cache: str, load_s: float, warmup_s: float
+) -> None:
     """Log what was started, and how long it took."""
     log.info(
-        "%d ranks on %s (%s), %d threads each, computing in %s; %s cache, at most %d tokens a request; in %.1f s",
+        "%d ranks on %s (%s), %d threads each, computing in %s; %s cache, at most %d tokens a request; in %.1f s, "
+        "%.2f of them for a first prompt",
         group.size, group.device.type, group.backend, torch.get_num_threads(), model.dtype, cache,
-        ready.max_model_len, load_s,
+        ready.max_model_len, load_s, warmup_s,
     )  # fmt: skip
     for rank, by_format in enumerate(ready.expert_bytes):
         sizes = ", ".join(f"{size / 2**20:.2f} MiB {name}" for name, size in sorted(by_format.items()))

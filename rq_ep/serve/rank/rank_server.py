@@ -207,7 +207,7 @@ class RankServer:
         self._early_end.signals.may_drain = True
         if group.rank == 0:
             ready = ready_message(model, group, max_model_len)
-            log_ready(ready, model, group, cache, time.monotonic() - started_s)
+            log_ready(ready, model, group, cache, time.monotonic() - started_s, engine.warmup_s)
             self._client.send(ready)
         return engine
 
