@@ -341,9 +341,9 @@ def _formats_overview() -> str:
     return markdown(str(RESULTS / "formats_cpu.json"), str(RESULTS / "fidelity_demo.json"))
 
 
-def _serve() -> str:
+def _serve(name: str) -> str:
     lines = []
-    for entry in medians(_load("serve_cpu2")):
+    for entry in medians(_load(name)):
         cells = [
             f"{entry[key]:.{digits}f} ({entry[f'{key}_ratio']:.2f})" if key in entry else ""
             for key, digits in (("output_throughput", 0), ("p99_ttft_ms", 1), ("p99_itl_ms", 1))

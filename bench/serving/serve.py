@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -29,6 +30,7 @@ from bench.serving.serve_figure import draw
 from bench.serving.server_process import NAME, server
 from bench.serving.transformers_serving import TransformersServing
 from rq_ep.commands.console import wide_console
+from rq_ep.config import CACHES
 from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--placement", action="append", default=[], metavar="NAME=FILE", help="placement.json of a strategy; repeatable"
     )
     made.add_argument("--peers", default="", help=f"by commas, offline at infinite rate: {', '.join(PEERS)}")
+    made.add_argument("--cache", default="", help="as of the server; by commas, a server of every strategy with each")
     made.add_argument("--dtype", default="auto", help="as of the server [auto]")
     made.add_argument("--device", default="auto", help="as of the server [auto]")
     made.add_argument("--text", default=None, help="text that prompts are cut from; default: this program's")
@@ -90,6 +93,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     strategies = options.strategies.split(",")
     for name in strategies:
         strategy_class(name)
+    caches = [check_choice("cache", name, CACHES) for name in filter(None, options.cache.split(","))] or [None]
     peers = [check_choice("peer", name, PEERS) for name in filter(None, options.peers.split(","))]
     placements = dict(text.partition("=")[::2] for text in options.placement)
     for name in placements:
@@ -109,9 +113,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         logs = Path(mkdtemp(prefix="rq_ep-bench-serve-"))
         contestants: dict[str, Any] = {}
-        for name in strategies:
+        for strategy, cache in product(strategies, caches):
+            name = strategy if len(caches) == 1 else f"{strategy} {cache}"
             console.print(f"starting {name} (log: {logs / name}.log)")
-            arguments = _arguments(options, name, placements.get(name))
+            arguments = _arguments(options, strategy, placements.get(strategy), cache)
             contestants[name] = stack.enter_context(server(options.num_ranks, arguments, logs / f"{name}.log"))[0]
         for name in peers:
             console.print(f"starting {name} (log: {logs / name}.log)")
@@ -201,11 +206,12 @@ def show(result: Mapping[str, Any]) -> None:
     wide_console(140).print(table)
 
 
-def _arguments(options: argparse.Namespace, strategy: str, placement: str | None) -> list[str]:
+def _arguments(options: argparse.Namespace, strategy: str, placement: str | None, cache: str | None) -> list[str]:
     names = ("model", "dtype", "device", "max_num_seqs", "max_num_batched_tokens")
     settings = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     placed = [] if placement is None else ["--placement", placement]
-    return [*settings, "--strategy", strategy, *placed, "--log-level", "warning"]
+    cached = [] if cache is None else ["--cache", cache]
+    return [*settings, "--strategy", strategy, *placed, *cached, "--log-level", "warning"]
 
 
 def _number(flag: str, text: str) -> float:

@@ -50,6 +50,7 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
         (["--request-rate", "fast"], "--request-rate: expected numbers"),
         (["--placement", "eplb=x"], "strategy of --placement"),
         (["--num-prompts", "0"], "--num-prompts"),
+        (["--cache", "paged,padde"], "did you mean 'padded'?"),
     ],
 )
 def test_mistakes_are_told_before_a_server_starts(option: list[str], message: str) -> None:

@@ -5,9 +5,13 @@ from typing import Any
 from rq_ep.engine.engine import EngineConfig
 from rq_ep.engine.requests import Request
 from rq_ep.strategies import NATIVE_STRATEGIES
+from tests.model.families import FAMILIES
+from tests.model.family_table import tiny_config
 
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
-SCORED_FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")  # sdpa, eager with a window, latent attention
+PADDED = ("qwen3_next", "jamba")  # linear attention, by chunks of a prompt and by whole prompts
+CONFIGS = {**FAMILIES, **{family: tiny_config(family) for family in PADDED}}
+NAMES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", *PADDED)
+SCORED_FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3", *PADDED)  # sdpa, eager with a window, latent attention
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=12, kv_cache_tokens=512)
 EOS = 11  # a token that greedy answers of some of the models run into
 
@@ -32,7 +36,7 @@ def requests_of(rank: int) -> list[Request]:
     ]
 
 
-SERVED = [(family, strategy) for family in FAMILIES for strategy in strategies_of(family)]
+SERVED = [(family, strategy) for family in NAMES for strategy in strategies_of(family)]
 
 
 def check_only_broken_end(findings: dict[str, Any]) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.cases import EOS, SCORED_FAMILIES, SERVED, check_only_broken_end
-from tests.engine.cases import FAMILIES as NAMES
-from tests.model.families import FAMILIES, random_model, save
+from tests.engine.cases import CONFIGS, EOS, NAMES, SCORED_FAMILIES, SERVED, check_only_broken_end
+from tests.model.families import random_model, save
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_RANKS = 2
@@ -34,7 +33,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank saw; both were ended by the failure that comes last."""
     directory = tmp_path_factory.mktemp("engine")
     for name in NAMES:
-        model = random_model(FAMILIES[name])
+        model = random_model(CONFIGS[name])
         model.generation_config.eos_token_id = EOS
         save(model, directory / name)
     with socket.socket() as probe:

@@ -9,9 +9,9 @@ import torch
 
 from rq_ep.engine.nonfinite import NonFiniteTokens
 from rq_ep.parallel import TorchGroup
-from tests.engine.cases import SCORED_FAMILIES, check_only_broken_end
+from tests.engine.cases import CONFIGS, SCORED_FAMILIES, check_only_broken_end
 from tests.engine.worker import broken_among_others
-from tests.model.families import FAMILIES, random_model, save
+from tests.model.families import random_model, save
 
 
 @pytest.mark.slow
@@ -19,7 +19,7 @@ from tests.model.families import FAMILIES, random_model, save
 def test_only_requests_with_a_broken_token_end_by_it_on_one_rank(
     gloo_of_one: TorchGroup, tmp_path: Path, family: str
 ) -> None:
-    path = save(random_model(FAMILIES[family]), tmp_path)
+    path = save(random_model(CONFIGS[family]), tmp_path)
     check_only_broken_end(broken_among_others(path, gloo_of_one))
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.scoring import score_tokens
-from rq_ep.engine.servable import set_attention
+from rq_ep.engine.servable import PAGED, choose_cache, set_attention
 from rq_ep.engine.step_agreement import is_consequence
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import report_of
 from rq_ep.parallel import TorchGroup
-from tests.engine.cases import CONFIG, FAMILIES, SCORED_FAMILIES, requests_of, strategies_of
+from tests.engine.cases import CONFIG, NAMES, SCORED_FAMILIES, requests_of, strategies_of
 
 TIMEOUT_S = 120
 
@@ -68,8 +69,9 @@ def start(
     model = load(path, strategy=strategy, group=group)
     set_attention(model, None)
     prepare(model)
+    cache = choose_cache(model.config) if config.cache == PAGED else config.cache
     engine = Engine(
-        model, report_of(model).layers, group, config,
+        model, report_of(model).layers, group, replace(config, cache=cache),
         on_outputs=answers.add, on_failure=on_failure or ending("unexpected"), heartbeat_s=0.05,
     )  # fmt: skip
     engine.start()
@@ -206,16 +208,20 @@ def fail_on_rank_1(path: Path, group: TorchGroup, on_failure: Any) -> None:
 
 def dense_answers(path: Path, requests: Mapping[str, Request]) -> dict[str, list[int]]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    answers = {}
-    for name, request in requests.items():
-        prompt = torch.tensor([request.prompt_ids])
-        eos = -1 if request.ignore_eos else model.generation_config.eos_token_id
-        out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_tokens, do_sample=False,
-            eos_token_id=eos, pad_token_id=0,
-        )  # fmt: skip
-        answers[name] = out[0, prompt.shape[1] :].tolist()
-    return answers
+    return {name: generated(model, request) for name, request in requests.items()}
+
+
+def generated(model: PreTrainedModel, request: Request) -> list[int]:
+    """The answer of a dense model."""
+    prompt = torch.tensor([request.prompt_ids])
+    assert model.generation_config is not None
+    eos = -1 if request.ignore_eos else model.generation_config.eos_token_id
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_tokens, do_sample=False,
+        eos_token_id=eos, pad_token_id=0,
+    )  # fmt: skip
+    answer: list[int] = out[0, prompt.shape[1] :].tolist()
+    return answer
 
 
 def main() -> None:
@@ -224,7 +230,7 @@ def main() -> None:
     gc.freeze()  # an engine that stops collects garbage, and would go through all that was imported
     group = TorchGroup.from_environment("cpu", timeout_s=TIMEOUT_S)
     findings: dict[str, Any] = {"dense": {}, "served": {}}
-    for family in FAMILIES:
+    for family in NAMES:
         requests = requests_of(group.rank)
         findings["dense"][family] = dense_answers(directory / family, {request.id: request for request in requests})
         for strategy in strategies_of(family):

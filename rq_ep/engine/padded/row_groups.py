@@ -17,7 +17,7 @@ from rq_ep.engine.requests import Request
 from rq_ep.engine.rotary import SequenceRotary
 
 # Their recurrent layers forget the state of the tokens before when they are given more than one token.
-WHOLE_PROMPT_MODEL_TYPES = ("jamba", "minimax")
+WHOLE_PROMPT_MODEL_TYPES = ("jamba", "minimax", "unlimited_ocr_text")
 
 
 @dataclass(eq=False)
