@@ -34,7 +34,7 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
     if cost is not None:
         names = ("off", "moving", "stop-the-world")
         right.barh(names, [cost["longest_gap_ms"][name] for name in names], color=COLOURS[1])
-        right.set_title("longest gap between two tokens, ms", fontsize=9)
+        right.set_title("longest gap, ms", fontsize=9)
     else:
         right.set_axis_off()
     with replacing(path) as temporary:
