@@ -58,12 +58,18 @@ def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> st
             "of unequal heads, which flash attention does not take here: use sdpa or eager"
         )
     try:
-        model.set_attn_implementation(chosen)
+        model.set_attn_implementation({"": chosen, **dict.fromkeys(_text_parts(model.config), chosen)})
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--attn-implementation {chosen}: {reason}") from None
     _fill_sinks(model)
     return chosen
+
+
+def _text_parts(config: PretrainedConfig) -> list[str]:
+    """Where a configuration has that of its text part: encoders keep an attention of their own."""
+    text = config.get_text_config()
+    return [name for name in config.sub_configs or {} if getattr(config, name, None) is text]
 
 
 def _fill_sinks(model: PreTrainedModel) -> None:

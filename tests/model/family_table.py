@@ -32,7 +32,8 @@ SMALL: dict[str, Any] = {
     "sliding_window": 8, "sliding_window_size": 8,
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "rel_extent": 32,
     "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
-    "index_head_dim": 8, "index_n_heads": 2, "index_topk": 8, "o_lora_rank": 8, "o_groups": 2,
+    # With few heads the scores of an indexer are often 0, and which of equal ones it takes depends on their number.
+    "index_head_dim": 8, "index_n_heads": 16, "index_topk": 8, "o_lora_rank": 8, "o_groups": 2,
     # Linear attention and state space models
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_head_dim": 8, "linear_num_heads": 4, "use_mamba_kernels": False, "mamba_n_heads": 4, "mamba_d_state": 8,
@@ -149,7 +150,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "text_config": {
             **_layers("full_attention", "minimax_m3_sparse", "minimax_m3_sparse"),
             **_DENSE_FIRST,
-            **{"rotary_dim": 8, "index_block_size": 4, "index_topk_blocks": 2},
+            **{"rotary_dim": 8, "index_block_size": 4, "index_topk_blocks": 2, "index_n_heads": 2},
         },
         "vision_config": ONE_LAYER,
     },
@@ -174,14 +175,18 @@ TABLE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "qwen3_next": _LINEAR,
     "qwen3_omni_moe": {
-        "talker_config": {"text_config": {"shared_expert_intermediate_size": 16}, "spatial_merge_size": 2}
+        "thinker_config": {
+            "text_config": {"sliding_window": None},  # its cache would have one, and its attention has none
+            **{"vision_start_token_id": 1, "vision_end_token_id": 2},
+        },
+        "talker_config": {"text_config": {"shared_expert_intermediate_size": 16}, "spatial_merge_size": 2},
     },
     "qwen3_vl_moe": {"text_config": _rope(mrope_section=[2, 1, 1])},
     "qwen4_exp": {
         "text_config": {
             **_layers("linear_attention", "indexed_attention", "linear_attention"),
             **_rope(mrope_section=[1, 1, 0], partial_rotary_factor=0.5),
-            **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+            **{"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8},
             **{"indexer_budget": 8, "indexer_compress_ratio": 2},
         }
     },

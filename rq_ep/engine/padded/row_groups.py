@@ -16,7 +16,8 @@ from rq_ep.engine.padded.cache_rows import cache_bytes, is_joinable, join, keep_
 from rq_ep.engine.requests import Request
 from rq_ep.engine.rotary import SequenceRotary
 
-# Their recurrent layers forget the state of the tokens before when they are given more than one token.
+# Recurrent layers of the first two forget the state of the tokens before when they are given more than one token; the
+# third takes what comes behind its first forward pass for an answer, of which it attends to the last tokens only.
 WHOLE_PROMPT_MODEL_TYPES = ("jamba", "minimax", "unlimited_ocr_text")
 
 

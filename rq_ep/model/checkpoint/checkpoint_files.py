@@ -38,6 +38,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
     is_quantized = quantization_scheme(raw, str(path)) is not None
     with transformers_errors(f"{path}/config.json"):
         config = adapter.config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        config.get_text_config().vocab_size  # noqa: B018  # which some models that read no text lack
     if is_quantized:
         for key in CONFIG_KEYS:  # transformers builds a plain model; we read its weights
             config.__dict__.pop(key, None)

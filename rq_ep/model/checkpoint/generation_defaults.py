@@ -129,6 +129,6 @@ def _named_end_tokens(
             named = True
             yield f"{where}: eos_token_id", document["eos_token_id"]
     if not named:  # then the family has one
-        yield f"{model}/config.json: eos_token_id by default", config.get_text_config().eos_token_id
+        yield f"{model}/config.json: eos_token_id by default", getattr(config.get_text_config(), "eos_token_id", None)
     if tokenizer is not None:
         yield f"{model}: the tokenizer's end token {tokenizer.eos_token!r:.40}", tokenizer.eos_token_id
