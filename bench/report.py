@@ -402,7 +402,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "placements_int4": lambda: _placements("eval_demo_8_ranks_int4"),
     "formats": _formats,
     "formats_overview": _formats_overview,
-    "serve": _serve,
+    "serve": lambda: _serve("serve_cpu2"),
     "rebalance_goals": _rebalance_goals,
     "rebalance_domains": _rebalance_domains,
     "rebalance_cost": _rebalance_cost,
