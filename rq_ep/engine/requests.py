@@ -1,7 +1,8 @@
 """The requests that go into an engine, and the outputs that come out of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LOWEST_LOGPROB = -9999.0  # of a token whose probability is zero: JSON has no infinity; vLLM's stand-in
 
@@ -20,7 +21,8 @@ class Request:
     """A prompt to be continued by at most `max_tokens` tokens.
 
     `num_logprobs` asks for the log-probability of every token, and of so many of the likeliest at its place;
-    `scores_prompt` asks for them of the prompt's tokens too, and then `max_tokens` may be 0.
+    `scores_prompt` asks for them of the prompt's tokens too, and then `max_tokens` may be 0. `images` has what the
+    model's processor made of images: arrays, by the names under which its forward takes them (padded cache only).
     """
 
     id: str
@@ -30,6 +32,7 @@ class Request:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     scores_prompt: bool = False
+    images: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -31,6 +31,7 @@ class SequenceRow:
     started_s: float | None = None  # its first step
     num_computed: int = 0
     num_prefill: int = 0  # tokens that were there when it was admitted: the prompt, or more if it had given way
+    position_delta: int = 0  # of its tokens behind the prompt, where images have positions of their own (M-RoPE)
     order: int = 0  # among the rows that were admitted: the newest one gives way
 
     @property
@@ -103,7 +104,7 @@ class DenseForward:
 
     def chunk_size(self, row: SequenceRow, max_tokens: int) -> int:
         """How many tokens of a prompt come next; answers that are computed anew are part of it."""
-        if self.takes_chunks:
+        if self.takes_chunks and not row.request.images:
             return min(row.num_prefill - row.num_computed, max_tokens)
         return 1 if row.num_computed else len(row.request.prompt_ids)
 
@@ -122,23 +123,39 @@ class DenseForward:
         """
         width, rows = group.width, group.rows
         begin_B1 = torch.tensor([[row.num_computed] for row in rows])
-        position_ids_BN = begin_B1 + torch.arange(num_tokens)
+        delta_B1 = torch.tensor([[row.position_delta] for row in rows])
+        position_ids_BN = begin_B1 + delta_B1 + torch.arange(num_tokens)
         mask_BT = torch.arange(width + num_tokens) >= width - begin_B1
         tokens = [row.token_ids[row.num_computed : row.num_computed + num_tokens] for row in rows]
+        inputs = {
+            "input_ids": torch.tensor(tokens, device=self.device),
+            "attention_mask": mask_BT.long().to(self.device),
+            "position_ids": position_ids_BN.to(self.device),
+        }
+        if rows[0].request.images and not width:  # a prompt is run alone
+            inputs |= self._image_inputs(rows[0], inputs["input_ids"])
         with self._rotary.lengths(self._lengths(rows[0], num_tokens)):
-            output = self._model(
-                input_ids=torch.tensor(tokens, device=self.device),
-                attention_mask=mask_BT.long().to(self.device),
-                position_ids=position_ids_BN.to(self.device),
-                past_key_values=group.cache,
-                use_cache=True,
-                **self._kwargs,
-            )
+            output = self._model(**inputs, past_key_values=group.cache, use_cache=True, **self._kwargs)
         group.cache = output.past_key_values
         for row in rows:
             row.num_computed += num_tokens
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         return logits_BV
+
+    def _image_inputs(self, row: SequenceRow, input_ids_1N: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The images of a prompt, and where they change them the kinds of its tokens and its positions."""
+        tensors = {name: torch.as_tensor(array, device=self.device) for name, array in row.request.images.items()}
+        images = {
+            name: tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+        rope_index = getattr(self._model.base_model, "get_rope_index", None)
+        if rope_index is None:
+            return images
+        is_image_1N = (input_ids_1N == self._model.config.image_token_id).int()
+        position_ids_31N, delta_11 = rope_index(input_ids_1N, mm_token_type_ids=is_image_1N, **images)
+        row.position_delta = int(delta_11)
+        return {**images, "position_ids": position_ids_31N, "mm_token_type_ids": is_image_1N}
 
     def _lengths(self, row: SequenceRow, num_tokens: int) -> IntArray:
         """[N] lengths of a sequence when each of its tokens was run: those of a prompt are run with all of it."""
