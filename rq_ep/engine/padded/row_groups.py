@@ -122,15 +122,15 @@ class DenseForward:
             [B, V] float32 logits at the last of them.
         """
         width, rows = group.width, group.rows
-        begin_B1 = torch.tensor([[row.num_computed] for row in rows])
-        delta_B1 = torch.tensor([[row.position_delta] for row in rows])
-        position_ids_BN = begin_B1 + delta_B1 + torch.arange(num_tokens)
-        mask_BT = torch.arange(width + num_tokens) >= width - begin_B1
+        begin_B1 = torch.tensor([[row.num_computed] for row in rows], device=self.device)
+        delta_B1 = torch.tensor([[row.position_delta] for row in rows], device=self.device)
+        position_ids_BN = begin_B1 + delta_B1 + torch.arange(num_tokens, device=self.device)
+        mask_BT = torch.arange(width + num_tokens, device=self.device) >= width - begin_B1
         tokens = [row.token_ids[row.num_computed : row.num_computed + num_tokens] for row in rows]
         inputs = {
             "input_ids": torch.tensor(tokens, device=self.device),
-            "attention_mask": mask_BT.long().to(self.device),
-            "position_ids": position_ids_BN.to(self.device),
+            "attention_mask": mask_BT.long(),
+            "position_ids": position_ids_BN,
         }
         if rows[0].request.images and not width:  # a prompt is run alone
             inputs |= self._image_inputs(rows[0], inputs["input_ids"])
