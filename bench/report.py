@@ -403,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": _formats,
     "formats_overview": _formats_overview,
     "serve": lambda: _serve("serve_cpu2"),
+    "cache": lambda: _serve("cache_cpu2"),
     "rebalance_goals": _rebalance_goals,
     "rebalance_domains": _rebalance_domains,
     "rebalance_cost": _rebalance_cost,
