@@ -72,10 +72,10 @@ class RoutingRecorder:
         """The recorded steps; a step is one call of every layer.
 
         Raises:
-            UserError: there was no step, or its layers saw different tokens.
+            UserError: there was no step, or its layers saw different tokens, or chose unequal numbers of experts.
         """
         if self._is_uneven or self._next or not self._tokens_S:
-            raise UserError("no step was recorded in which every layer saw the same tokens")
+            raise UserError("no step was recorded in which every layer saw the same tokens, and as many experts")
         return RoutingTrace(
             np.concatenate(self._ids),
             np.concatenate(self._weights),
@@ -93,7 +93,7 @@ class RoutingRecorder:
                 self._begin(*ids_TK.shape)
             if self.is_full:
                 return
-            if position != self._next or len(ids_TK) != self._tokens_S[-1]:
+            if position != self._next or ids_TK.shape != self._ids[-1][:, position].shape:
                 self._is_uneven = True
                 return
             self._next = (position + 1) % len(self._modules)

@@ -195,6 +195,16 @@ TABLE: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+# Multimodal models whose text part is of one of these families
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "internvl": {"text_config": {"model_type": "qwen3_moe"}, "vision_config": ONE_LAYER},
+    "kimi_k25": {"text_config": {"model_type": "deepseek_v3", **TABLE["deepseek_v3"]}, "vision_config": ONE_LAYER},
+    "mistral3": {
+        "text_config": {"model_type": "mistral4", **TABLE["mistral4"]},
+        "vision_config": {"model_type": "pixtral", **ONE_LAYER},
+    },
+}
+
 # Families that are refused by name, and what is said of them
 REFUSED = {
     "diffusion_gemma": "writes by diffusion, not token by token",
@@ -218,7 +228,7 @@ def decorated_families() -> frozenset[str]:
 
 def tiny_config(family: str) -> PretrainedConfig:
     """The configuration of a family's tiny model, as that of a whole checkpoint, encoders of images included."""
-    return _small(CONFIG_MAPPING[MODEL_TYPES.get(family, family)], TABLE[family])
+    return _small(CONFIG_MAPPING[MODEL_TYPES.get(family, family)], {**TABLE, **WRAPPERS}[family])
 
 
 def _small(config_class: type[PretrainedConfig], row: Mapping[str, Any]) -> PretrainedConfig:

@@ -148,7 +148,7 @@ def _output_errors_LEQ(
     error_LEQ = np.zeros((len(records), loaded.experts[0].num_experts, len(formats)))
     for i, (experts, record) in enumerate(zip(loaded.experts, records, strict=True)):
         packed_expert = partial(_packed_expert, packed, experts.layer_index)
-        error_LEQ[i, :, 1:] = output_errors_EQ(experts, loaded.family, record.kept_rows(), formats[1:], packed_expert)
+        error_LEQ[i, :, 1:] = output_errors_EQ(experts, experts.family, record.kept_rows(), formats[1:], packed_expert)
         progress("formats", i + 1, len(records))
     return error_LEQ
 
@@ -228,7 +228,7 @@ def _expert_stats(
         intermediate_size=shape.intermediate_size,
         model=loaded.identity,
         layers=_layers(loaded),
-        top_k=records[0].topk_ids_TK.shape[1],
+        top_k=max(record.topk_ids_TK.shape[1] for record in records),
         expert_groups=getattr(loaded.model.config, "n_group", None) or None,
         source="calibration",
         **measured,

@@ -57,8 +57,9 @@ class LayerRecord:
         """Add one forward pass; `norms_TK` are those of every expert's output before it is weighted."""
         ids_TK = topk_ids_TK.cpu().numpy()
         weights_TK = topk_weights_TK.double().cpu().numpy()
-        weighted_norms_TK = weights_TK * norms_TK.double().cpu().numpy()
         self.topk_ids_TK, self.topk_weights_TK = ids_TK, weights_TK
+        weights_TK = np.abs(weights_TK)  # gemma4 scales experts, by negative numbers too
+        weighted_norms_TK = weights_TK * norms_TK.double().cpu().numpy()
         self.visits_E += self.counts_E(ids_TK)
         self.gate_mass_E += np.bincount(ids_TK.ravel(), weights_TK.ravel(), self.num_experts)
         self.importance_E += np.bincount(ids_TK.ravel(), weighted_norms_TK.ravel(), self.num_experts)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ModelIdentity
 from rq_ep.model.calibration.layer_records import LayerRecord
 from rq_ep.sim.traces import RoutingTrace
@@ -36,6 +37,10 @@ class RoutingTraceBuilder:
     def add_step(self, phase: int, records: Sequence[LayerRecord], positions: slice) -> None:
         """Add a step of the tokens at some positions of the batch's sequences."""
         sequence_BT = self._sequence_BT
+        if len(widths := {record.topk_ids_TK.shape[1] for record in records}) > 1:
+            raise UserError(
+                f"--trace: layers choose {sorted(widths)} experts, and a trace has one number: leave it out"
+            )
 
         def of_step(values_LNK: list[Array]) -> Array:
             by_layer = [values_NK.reshape(*sequence_BT.shape, -1)[:, positions] for values_NK in values_LNK]

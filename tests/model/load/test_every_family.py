@@ -11,9 +11,9 @@ from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.load.load_model import load
 from rq_ep.model.seam.expert_modules import experts_per_token
 from tests.model.families import prompt, random_model, save
-from tests.model.family_table import REFUSED, TABLE, tiny_config
+from tests.model.family_table import REFUSED, TABLE, WRAPPERS, tiny_config
 
-LOADED = [family for family in TABLE if family not in REFUSED]
+LOADED = [family for family in (*TABLE, *WRAPPERS) if family not in REFUSED]
 STRATEGIES = ("standard", "rq", "eplb", "llep")  # test_load_dist runs each of them on processes
 
 
