@@ -3,17 +3,21 @@
 The object has the fields of a dataclass below, and its `kind` as the tables `FROM_RANK` and `TO_RANK` name it.
 """
 
+import base64
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, TypeAlias, TypedDict, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from rq_ep.engine.progress import MoverProgress, Progress
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 
 MAX_MESSAGE_BYTES = 16 << 20  # the longest in practice is `Ready`, with the placement of a large model
 PROMPT_PART_TOKENS = 1 << 16  # in one message
+IMAGE_PART_BYTES = 4 << 20
 NO_MOVER = MoverProgress()
 
 
@@ -44,6 +48,7 @@ class Ready:
     expert_bytes: list[dict[str, int]]  # of each rank, by weight format
     placement: dict[str, Any]  # as `placement.json` holds it
     info: dict[str, Any]
+    takes_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,17 @@ class PromptPart:
 
 
 @dataclass(frozen=True)
+class ImageData:
+    """A part of an array of the images of a request that will come as an `AddRequest`."""
+
+    id: str
+    name: str
+    dtype: str
+    shape: list[int]  # of the whole array
+    data: str  # base64
+
+
+@dataclass(frozen=True)
 class AddRequest:
     """A request for this rank; with it the group has been given `num_announced`."""
 
@@ -278,6 +294,7 @@ class Abort:
 
 ToRank: TypeAlias = (
     PromptPart
+    | ImageData
     | AddRequest
     | Cancel
     | Wake
@@ -310,6 +327,7 @@ FROM_RANK: Mapping[str, type] = {
 }
 TO_RANK: Mapping[str, type] = {
     "prompt_part": PromptPart,
+    "image_data": ImageData,
     "add": AddRequest,
     "cancel": Cancel,
     "wake": Wake,
@@ -344,13 +362,41 @@ def shorter_outputs(message: Outputs, error: MessageTooLong) -> list[Outputs]:
     return [Outputs([Output(output.request_id, [], "error", str(error)) for output in message.outputs])]
 
 
-def request_in_parts(request: Request) -> tuple[list[PromptPart], Request]:
-    """The parts of a prompt that is too long for one message, and the request with the rest of it."""
+def request_in_parts(request: Request) -> tuple[list[PromptPart | ImageData], Request]:
+    """The images of a request, the parts of a prompt too long for one message, and the request with the rest."""
     size = PROMPT_PART_TOKENS
+    if request.images:
+        parts_of_images = [
+            part for name, array in request.images.items() for part in _image_parts(request, name, array)
+        ]
+        parts_of_prompt, last = request_in_parts(replace(request, images={}))
+        return [*parts_of_images, *parts_of_prompt], last
     if len(request.prompt_ids) <= size:
         return [], request
     *parts, rest = (request.prompt_ids[at : at + size] for at in range(0, len(request.prompt_ids), size))
     return [PromptPart(request.id, part) for part in parts], replace(request, prompt_ids=rest)
+
+
+def _image_parts(request: Request, name: str, array: Any) -> Iterator[ImageData]:
+    raw = np.ascontiguousarray(array).tobytes()
+    for at in range(0, max(len(raw), 1), IMAGE_PART_BYTES):
+        data = base64.b64encode(raw[at : at + IMAGE_PART_BYTES]).decode()
+        yield ImageData(request.id, name, array.dtype.str, list(array.shape), data)
+
+
+def images_of(parts: Sequence[ImageData]) -> dict[str, Any]:
+    """The arrays of the images of a request, whose parts came in order.
+
+    Raises:
+        MessageError: they make none.
+    """
+    raw: dict[str, bytearray] = {}
+    for part in parts:
+        raw.setdefault(part.name, bytearray()).extend(base64.b64decode(part.data))
+    try:
+        return {part.name: np.frombuffer(raw[part.name], part.dtype).reshape(part.shape) for part in parts}
+    except (TypeError, ValueError) as error:
+        raise MessageError(f"images that are no arrays: {error}") from None
 
 
 def decode_from_rank(body: bytes) -> FromRank:

@@ -3,6 +3,7 @@
 import json
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from rq_ep.engine.progress import MoverProgress, Progress
@@ -20,6 +21,7 @@ from rq_ep.serve.messages import (
     DrainRequest,
     Failed,
     FromRank,
+    ImageData,
     ImportanceReport,
     LoadSums,
     Mark,
@@ -43,6 +45,7 @@ from rq_ep.serve.messages import (
     decode_from_rank,
     decode_to_rank,
     encode,
+    images_of,
     request_in_parts,
     shorter_outputs,
 )
@@ -82,6 +85,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
 MESSAGES_TO_RANK: list[ToRank] = [
     AddRequest(Request("a", [1, 2], 3, Sampling(0.5, 0.9, 7), True, 2, True), 4),
     PromptPart("a", [1, 2]),
+    ImageData("a", "pixel_values", "<f4", [2, 1], "AACAPwAAAEA="),
     Cancel("a"),
     Wake(4),
     Mark(1),
@@ -150,3 +154,22 @@ def test_a_long_prompt_travels_in_parts(monkeypatch: pytest.MonkeyPatch, num_tok
     token_ids = [part.token_ids for part in parts] + [last.prompt_ids]
     assert [token_id for part in token_ids for token_id in part] == prompt_ids
     assert max(map(len, token_ids)) <= 4
+
+
+def test_images_of_several_parts_arrive_as_they_were_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "IMAGE_PART_BYTES", 10)
+    images = {
+        "pixel_values": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "image_grid_thw": np.array([[1, 2, 2]]),
+        "empty": np.zeros((0, 3), np.int32),
+    }
+    parts, last = messages.request_in_parts(Request("a", [1, 2], 3, images=images))
+    assert last == Request("a", [1, 2], 3)
+    assert len(parts) == 5 + 3 + 1
+    arrived = images_of([decode_to_rank(encode(part)) for part in parts])
+    assert arrived.keys() == images.keys()
+    for name, array in images.items():
+        np.testing.assert_array_equal(arrived[name], array)
+        assert arrived[name].dtype == array.dtype
+    with pytest.raises(MessageError, match="images that are no arrays"):
+        images_of(parts[:1])

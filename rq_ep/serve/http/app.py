@@ -22,7 +22,7 @@ from rq_ep.serve.http.openai.openapi import body_schema, describe
 from rq_ep.serve.http.openai.request_body import CLIENT_CLOSED_REQUEST, BodyReader, unless_disconnected
 from rq_ep.serve.http.openai.responses import ResponseBuilder
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
-from rq_ep.serve.http.service import Service
+from rq_ep.serve.http.service import EncodedPrompt, Service
 
 Body = TypeVar("Body", bound=GenerationBody)
 
@@ -50,14 +50,14 @@ def make_app(
     async def chat_completions(http: Request) -> Response:
         return await respond(http, ChatBody, service.chat_prompt)
 
-    async def respond(http: Request, kind: type[Body], prompt: Callable[[Body], Awaitable[list[int]]]) -> Response:
+    async def respond(http: Request, kind: type[Body], prompt: Callable[[Body], Awaitable[EncodedPrompt]]) -> Response:
         times = service.metrics.arrival()
         service.check_available()
         body = await bodies.read(http, kind)
         service.check_model(body)
         return await unless_disconnected(http, answer(body, prompt(body), times))
 
-    async def answer(body: GenerationBody, prompt: Awaitable[list[int]], times: RequestMetrics) -> Response:
+    async def answer(body: GenerationBody, prompt: Awaitable[EncodedPrompt], times: RequestMetrics) -> Response:
         request = service.request(await prompt, body)
         response = ResponseBuilder(request, service.model_name, isinstance(body, ChatBody))
         chunks = service.chunks(request, body, times)

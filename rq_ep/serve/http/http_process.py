@@ -11,12 +11,14 @@ from importlib.metadata import version
 from typing import Any
 
 from rq_ep.config import ServeConfig, from_mapping, shown
+from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.serve.http import connections
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_connections
 from rq_ep.serve.http.history import EVERY_S
 from rq_ep.serve.http.metrics import Metrics
+from rq_ep.serve.http.openai.images import ImageProcessor
 from rq_ep.serve.http.ranks import rank_connections
 from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.http.rebalance_view import RebalanceView
@@ -79,6 +81,8 @@ class ServingProcess:
     def on_ready(self, ready: Ready) -> None:
         self.service.limits = ModelLimits(ready.max_model_len, ready.vocab_size)
         self.service.info |= ready.info
+        if ready.takes_images:
+            self.router.tasks.start(self._read_processor())
         self.service.placement = ready.placement
         self.metrics.weights(ready.expert_bytes)
 
@@ -138,6 +142,16 @@ class ServingProcess:
         self.service.tokenizer = await asyncio.to_thread(load_tokenizer, model)
         gc.freeze()  # a collection walks what requests have made, not all modules
 
+    async def _read_processor(self) -> None:
+        """Read what images need of the checkpoint; without it the model is served text-only."""
+        try:
+            processor = await asyncio.to_thread(load_processor, (await self.checked).model)
+        except UserError as error:
+            self.service.why_no_images = str(error)
+            log.warning("served text-only: %s", error)
+            return
+        self.service.images = ImageProcessor(processor, self.config.max_num_batched_tokens)
+
     async def _sample(self) -> None:
         """Keep the history that the dashboard draws, and log what is stuck."""
         while True:
@@ -168,6 +182,23 @@ def load_tokenizer(path: str) -> Any:
     from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer  # slow: /health does not wait for it
 
     return read_tokenizer(path)
+
+
+def load_processor(path: str) -> Any:
+    """The processor of text and images of a checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    from transformers import AutoProcessor
+
+    from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
+
+    with transformers_errors(f"the processor of {path}"):
+        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    if not hasattr(processor, "image_processor"):
+        raise UserError(f"{path}: no preprocessor_config.json or processor_config.json for images")
+    return processor
 
 
 async def serve(config: ServeConfig, num_ranks: int, token: str, http: socket.socket, control: socket.socket) -> None:

@@ -2,11 +2,12 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from rq_ep.engine.requests import Output, Request, Sampling
 from rq_ep.model.checkpoint.generation_defaults import SamplingDefaults
@@ -17,6 +18,7 @@ from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chat_template import render_chat
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
 from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
+from rq_ep.serve.http.openai.images import ImageProcessor
 from rq_ep.serve.http.openai.prompt_encoder import PromptEncoder
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
 from rq_ep.serve.http.rebalance_view import RebalanceView
@@ -25,6 +27,7 @@ from rq_ep.serve.messages import PlacementServed
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 CHARS_PER_MESSAGE = 100  # that are encoded in the time in which a template writes a message
+IMAGE_CHARS = 1 << 20  # images are read on the threads of long prompts
 MAX_ECHOED_TOKENS = 512  # with their scores, in a chunk: the event loop writes it at once
 
 
@@ -47,6 +50,13 @@ class ModelLimits:
     vocab_size: int
 
 
+class EncodedPrompt(NamedTuple):
+    """A prompt as the engine takes it: token ids, and the arrays of its images."""
+
+    token_ids: list[int]
+    images: Mapping[str, Any] = MappingProxyType({})
+
+
 class Service:
     """The model behind the routes. Its tokenizer and limits arrive while the ranks load."""
 
@@ -63,6 +73,8 @@ class Service:
         self.metrics = metrics
         self.limits: ModelLimits | None = None
         self.tokenizer: Any = None
+        self.images: ImageProcessor | None = None
+        self.why_no_images = "it takes no images, or not with this cache (try --cache padded)"
         self.defaults = SamplingDefaults()
         self.info: dict[str, Any] = {}
         self.placement: dict[str, Any] | None = None
@@ -111,14 +123,17 @@ class Service:
         assert self.limits is not None
         return PromptEncoder(self.tokenizer, self.limits.max_model_len)
 
-    async def completion_prompt(self, body: CompletionBody) -> list[int]:
+    async def completion_prompt(self, body: CompletionBody) -> EncodedPrompt:
         """Token ids of a completion's prompt."""
         if isinstance(body.prompt, str):
-            return await self._encoder.encode(body.prompt, "prompt", add_special_tokens=True)
-        return body.prompt
+            return EncodedPrompt(await self._encoder.encode(body.prompt, "prompt", add_special_tokens=True))
+        return EncodedPrompt(body.prompt)
 
-    async def chat_prompt(self, body: ChatBody) -> list[int]:
-        """Token ids of a conversation, as the model's chat template writes it."""
+    async def chat_prompt(self, body: ChatBody) -> EncodedPrompt:
+        """Token ids of a conversation, as the model's chat template writes it, and its images."""
+        images, urls = self.images, [url for message in body.messages for url in message.image_urls]
+        if urls and images is None:
+            raise ApiError(400, f"messages: {self.model_name} is served text-only: {self.why_no_images}", "messages")
         if not self.tokenizer.chat_template:
             raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
 
@@ -133,11 +148,14 @@ class Service:
             reason = " ".join(str(error).split())
             message = f"the model's chat template refuses the messages: {reason:.400}"
             raise ApiError(400, message, "messages") from None
-        return await self._encoder.encode(text, "messages", add_special_tokens=False)
+        if images is not None and urls:
+            return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, urls)))
+        return EncodedPrompt(await self._encoder.encode(text, "messages", add_special_tokens=False))
 
-    def request(self, prompt_ids: list[int], body: GenerationBody) -> Request:
+    def request(self, prompt: EncodedPrompt, body: GenerationBody) -> Request:
         """Fit a request into the model's limits, or refuse it with the limit and the count."""
         assert self.limits is not None
+        prompt_ids = prompt.token_ids
         limit, num_prompt = self.limits.max_model_len, len(prompt_ids)
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         if num_prompt == 0:
@@ -168,6 +186,7 @@ class Service:
             bool(body.ignore_eos),
             num_logprobs=body.num_logprobs,
             scores_prompt=body.echoes and body.num_logprobs is not None,
+            images=prompt.images,
         )
 
     def _next_seed(self) -> int:

@@ -28,6 +28,7 @@ from rq_ep.serve.messages import (
     Cancel,
     Checked,
     DrainRequest,
+    ImageData,
     ImportanceReport,
     Mark,
     MessageError,
@@ -38,6 +39,7 @@ from rq_ep.serve.messages import (
     Stop,
     ToRank,
     Wake,
+    images_of,
 )
 from rq_ep.serve.process import exit_failed, print_user_error, thread_errors_to
 from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len, with_model_folder
@@ -141,6 +143,7 @@ class RankServer:
         self._engine: Engine | None = None
         self._rebalancing: LiveRebalancing | None = None  # None: it is off, or the model is loading
         self._prompt_parts: dict[str, list[int]] = {}  # of requests that are still to come
+        self._image_parts: dict[str, list[ImageData]] = {}
 
     def run(self) -> None:
         """Load and serve until asked to stop.
@@ -206,7 +209,7 @@ class RankServer:
         self._state = ServerState.SERVING
         self._early_end.signals.may_drain = True
         if group.rank == 0:
-            ready = ready_message(model, group, max_model_len)
+            ready = ready_message(model, group, cache, max_model_len)
             log_ready(ready, model, group, cache, time.monotonic() - started_s, engine.warmup_s)
             self._client.send(ready)
         return engine
@@ -253,9 +256,12 @@ class RankServer:
                 self._stop.set()
             case PromptPart():
                 self._prompt_parts.setdefault(message.id, []).extend(message.token_ids)
+            case ImageData():
+                self._image_parts.setdefault(message.id, []).append(message)
             case AddRequest():
                 begun = self._prompt_parts.pop(message.request.id, [])
-                request = replace(message.request, prompt_ids=begun + message.request.prompt_ids)
+                images = images_of(self._image_parts.pop(message.request.id, []))
+                request = replace(message.request, prompt_ids=begun + message.request.prompt_ids, images=images)
                 self._loaded_engine().submit(request)
                 self._loaded_engine().wake(message.num_announced)
             case Mark():
@@ -268,6 +274,7 @@ class RankServer:
                     self._loaded_engine().wake(0)
             case Cancel():
                 self._prompt_parts.pop(message.id, None)
+                self._image_parts.pop(message.id, None)
                 self._loaded_engine().cancel(message.id)
             case Wake():
                 self._loaded_engine().wake(message.num_announced)

@@ -208,7 +208,12 @@ def test_what_an_answer_contains_is_accepted_as_input(bench: Bench) -> None:
         ({"role": "assistant", "function_call": {"name": "f"}, "content": "x"}, "messages.1.function_call: "),
         ({"role": "assistant", "content": None}, "messages.1.content: Input should be text"),
         ({"role": "user"}, "messages.1.content: Input should be text"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages.1.content.0.type: "),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages.1.content.0.image_url"),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "messages.1.content.0: "),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]},
+            "is served text-only: it takes no images",
+        ),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
             "tool_calls.0.function.arguments is required",

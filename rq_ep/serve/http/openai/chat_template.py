@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any, Protocol
 
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.schemas import ChatMessage, FunctionCall, ToolCall
+from rq_ep.serve.http.openai.schemas import ChatMessage, FunctionCall, TextPart, ToolCall
 
 MARKER = re.compile(r"qz(\d+)zq")
 IN_REPR = re.compile(r"[{,:] ?'qz(\d+)zq'")  # a list or dictionary that was taken for text
@@ -45,14 +45,19 @@ class Form:
 
     def message(self, message: ChatMessage) -> dict[str, Any]:
         """A message as templates read it; fields without a value are left out."""
-        written: dict[str, Any] = {"role": message.role, "content": self._content(message.text)}
+        written: dict[str, Any] = {"role": message.role, "content": self._content(message)}
         if message.tool_calls:
             written["tool_calls"] = [self._call(call) for call in message.tool_calls]
         others = {name: getattr(message, name) for name in ("name", "tool_call_id", "reasoning_content")}
         return written | {name: value for name, value in others.items() if value is not None}
 
-    def _content(self, text: str | None) -> str | list[dict[str, str]] | None:
-        text = self.no_content if text is None else text
+    def _content(self, message: ChatMessage) -> str | list[dict[str, str]] | None:
+        if isinstance(message.content, list) and message.image_urls:
+            return [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                for part in message.content
+            ]
+        text = self.no_content if message.text is None else message.text
         return [{"type": "text", "text": text}] if self.has_parts and text is not None else text
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
@@ -103,7 +108,8 @@ def _forms(messages: Sequence[ChatMessage]) -> Iterator[Form]:
     """The forms that differ for these messages, the commonest first."""
     no_content = (None, "") if any(message.content is None for message in messages) else ("",)
     parses_arguments = (True, False) if any(message.tool_calls for message in messages) else (True,)
-    return (Form(*settings) for settings in product((False, True), no_content, parses_arguments))
+    has_parts = (True,) if any(message.image_urls for message in messages) else (False, True)
+    return (Form(*settings) for settings in product(has_parts, no_content, parses_arguments))
 
 
 def _mark(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[str]]:
@@ -116,9 +122,16 @@ def _mark(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[str]
 
     marked = []
     for at, message in enumerate(messages):
-        content, calls = message.text, []
-        if content:
-            content = marker(f"messages.{at}.role: the content of a message of role {message.role!r}")
+        place = f"messages.{at}.role: the content of a message of role {message.role!r}"
+        content: Any = message.text
+        calls = []
+        if isinstance(message.content, list) and message.image_urls:
+            content = [
+                TextPart(type="text", text=marker(place)) if isinstance(part, TextPart) and part.text else part
+                for part in message.content
+            ]
+        elif content:
+            content = marker(place)
         for number, call in enumerate(message.tool_calls or ()):
             place = f"messages.{at}.tool_calls.{number}"
             function = FunctionCall(name=marker(place), arguments="{}")

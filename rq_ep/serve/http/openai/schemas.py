@@ -202,6 +202,19 @@ class TextPart(_MessagePart):
     text: str
 
 
+class ImageUrl(_MessagePart):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImageUrlPart(_MessagePart):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+ContentPart = Annotated[TextPart | ImageUrlPart, Field(discriminator="type")]
+
+
 class FunctionCall(_MessagePart):
     name: Annotated[str, Field(min_length=1)]
     arguments: str
@@ -217,7 +230,7 @@ class ChatMessage(_MessagePart):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
         None, validate_default=True
     )
     name: str | None = None
@@ -236,7 +249,14 @@ class ChatMessage(_MessagePart):
 
     @property
     def text(self) -> str | None:
-        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
+        if not isinstance(self.content, list):
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def image_urls(self) -> list[str]:
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, ImageUrlPart)]
 
 
 class ChatBody(GenerationBody):
