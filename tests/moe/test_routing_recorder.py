@@ -1,6 +1,7 @@
 """The recorded routing is that of the layers' inputs."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,12 +72,14 @@ def test_step_infos_become_sequences_and_phases() -> None:
     assert trace.sequence_N.tolist() == [*range(7), *[4] * 9]
 
 
-def test_layers_that_see_different_tokens_make_no_trace() -> None:
+@pytest.mark.parametrize("part", [slice(3), (slice(None), slice(1))], ids=["tokens", "experts"])
+def test_layers_that_see_different_tokens_or_choose_fewer_experts_make_no_trace(part: Any) -> None:
     first, second = local(3, 8), local(3, 8)
     second.ranks[0].placement = replace(first.placement, index=4)
     batch = cases.batches("distinct")[0]
     with RoutingRecorder(nn.Sequential(first, second)) as recorder:
         first(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
-        second(batch.hidden_TD[:3], batch.ids_TK[:3], batch.weights_TK[:3])
+        ids_TK = batch.ids_TK[part]
+        second(batch.hidden_TD[: len(ids_TK)], ids_TK, batch.weights_TK[part])
     with pytest.raises(UserError, match="no step was recorded in which every layer"):
         recorder.trace()

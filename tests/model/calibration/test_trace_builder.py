@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import rq_ep
+from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibration.calibrate import calibrate
+from rq_ep.model.calibration.layer_records import LayerRecord
+from rq_ep.model.calibration.trace_builder import RoutingTraceBuilder
 from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.model.seam.expert_modules import find_expert_modules
 from rq_ep.moe import RoutingRecorder
@@ -59,3 +62,21 @@ def test_recorder_sees_what_the_routers_of_a_loaded_model_choose(tiny_checkpoint
     for layer, (ids_TK, weights_TK) in enumerate(seen):
         np.testing.assert_array_equal(trace.ids_NLK[:, layer], ids_TK.numpy())
         np.testing.assert_allclose(trace.weights_NLK[:, layer], weights_TK.numpy(), rtol=1e-4)
+
+
+def test_layers_that_choose_unequal_numbers_of_experts_have_no_trace() -> None:
+    records = [LayerRecord(4, 1), LayerRecord(4, 1)]
+    for record, top_k in zip(records, (2, 1), strict=True):
+        ids_TK = torch.arange(3 * top_k).view(3, top_k) % 4
+        record.add(torch.zeros(3, 8), ids_TK, torch.ones(3, top_k), torch.ones(3, top_k))
+    builder = RoutingTraceBuilder()
+    builder.begin_batch(1, 3)
+    with pytest.raises(UserError, match=r"--trace: layers choose \[1, 2\] experts"):
+        builder.add_step(0, records, slice(None))
+
+
+def test_a_negative_weight_counts_as_much_as_a_positive_one() -> None:
+    record = LayerRecord(2, 1)
+    record.add(torch.zeros(1, 8), torch.tensor([[0, 1]]), torch.tensor([[-0.5, 2.0]]), torch.tensor([[4.0, 1.0]]))
+    assert record.importance_E.tolist() == [2.0, 2.0]
+    assert record.gate_mass_E.tolist() == [0.5, 2.0]

@@ -19,6 +19,7 @@ DEEPSEEK = {"num_hidden_layers": 61, "n_routed_experts": 256, "n_group": 8, "top
             "mlp_only_layers": [],
             "sliding_window": -1,
         },
+        {**DEEPSEEK, "rope_scaling": {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}},
         {"max_position_embeddings": 10_485_760, "vocab_size": 290_943, "ngram_vocab_size_base": 20_000_000},
     ],
 )
