@@ -186,7 +186,7 @@ class Service:
             bool(body.ignore_eos),
             num_logprobs=body.num_logprobs,
             scores_prompt=body.echoes and body.num_logprobs is not None,
-            images=prompt.images,
+            images=dict(prompt.images),  # JSON knows no read-only mapping
         )
 
     def _next_seed(self) -> int:
