@@ -12,6 +12,8 @@ from rq_ep.core.errors import UserError
 from rq_ep.engine.kv_cache import has_uniform_heads
 
 PAGED, PADDED = CACHES
+# Families whose answers to images are tested: a forward that fails in a step would end the server.
+IMAGE_MODEL_TYPES = ("aria", "glm4v_moe", "qwen3_vl_moe")
 
 
 def choose_cache(config: PretrainedConfig, wanted: str | None = None) -> str:

@@ -9,7 +9,7 @@ from transformers import AutoModelForMultimodalLM, PretrainedConfig
 
 from rq_ep.engine.engine import EngineConfig
 from rq_ep.engine.requests import Request
-from rq_ep.engine.servable import PADDED
+from rq_ep.engine.servable import IMAGE_MODEL_TYPES, PADDED
 from rq_ep.parallel import TorchGroup
 from tests.engine.worker import TIMEOUT_S, Answers, start
 from tests.model.families import random_model, save
@@ -44,7 +44,7 @@ def image_of(family: str, seed: int, config: PretrainedConfig) -> tuple[dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["aria", "qwen3_vl_moe", "glm4v_moe"])
+@pytest.mark.parametrize("family", IMAGE_MODEL_TYPES)
 def test_prompts_with_images_are_answered_as_the_dense_model_generates(
     family: str, gloo_of_one: TorchGroup, tmp_path: Path
 ) -> None:

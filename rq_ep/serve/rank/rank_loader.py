@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rq_ep.config import ServeConfig
-from rq_ep.engine.servable import PADDED, set_attention
+from rq_ep.engine.servable import IMAGE_MODEL_TYPES, PADDED, set_attention
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import LoadReport, report_of
 from rq_ep.model.load.memory import expert_bytes
@@ -79,7 +79,7 @@ def ready_message(model: PreTrainedModel, group: TorchGroup, cache: str, max_mod
         expert_bytes=[expert_bytes(report.placement, layout, [rank]) for rank in range(group.size)],
         placement=report.placement.to_dict(),
         info={"backend": group.backend, "device": str(group.device), "dtype": str(model.dtype)},
-        takes_images=cache == PADDED and hasattr(model.base_model, "get_image_features"),
+        takes_images=cache == PADDED and model.config.model_type in IMAGE_MODEL_TYPES,
     )
 
 
