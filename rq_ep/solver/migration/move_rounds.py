@@ -275,9 +275,10 @@ class _Migration:
             if not arrivals.moves:
                 self._use_room(arrivals, pending)
             if not arrivals.moves:
+                size = max(self._bytes.values())
                 raise UserError(
                     f"--rebalance-room {self._room}: too little for any of {len(self._missing)} replicas to arrive; "
-                    f"raise it to {max(self._bytes.values())} bytes or a multiple of that"
+                    f"raise it to {(self._room // size + 1) * size} bytes or more"
                 )
             yield self._commit(arrivals.moves)
         if self._surplus:

@@ -47,6 +47,7 @@ def check_answers(config: PretrainedConfig, group: TorchGroup, path: Path) -> No
     engine.submit(Request("alone", requests[2].prompt_ids, requests[2].max_tokens, ignore_eos=True))
     while not answers.reasons:
         assert answers.some.wait(TIMEOUT_S)
+        answers.some.clear()
     for request in requests:
         engine.submit(request)
     assert answers.all.wait(TIMEOUT_S), answers.reasons
