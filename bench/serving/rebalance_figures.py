@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.serving.load_generator import Answer, figures
 
-STEP_TOKENS = 4096  # of the steps in which the way from nothing is counted
+STEP_TOKENS = 4096  # of the steps in which the way from nothing is counted
 
 
 @dataclass(frozen=True)
