@@ -74,9 +74,14 @@ def test_a_server_becomes_balanced_by_itself_and_loses_no_request(tiny_checkpoin
         assert 'result="committed"' in metrics
         trace = RoutingTrace.load(recorded["path"])
         shown_LE = trace.counts(2).sum(axis=(0, 2))  # logical experts, whatever moved
-        counts_LE = np.array(httpx.get(f"{server.url}/v1/ep/load").json()["total"]["counts_LE"])
+
+        def total_LE() -> np.ndarray:
+            return np.array(httpx.get(f"{server.url}/v1/ep/load").json()["total"]["counts_LE"])
+
+        until(lambda: total_LE().sum() >= shown_LE.sum())  # the figures come once a second
+        counts_LE = total_LE()
         shares_LE, all_LE = (array / array.sum(axis=1, keepdims=True) for array in (shown_LE, counts_LE))
-        np.testing.assert_allclose(shares_LE, all_LE, atol=0.03)  # the figures come once a second
+        np.testing.assert_allclose(shares_LE, all_LE, atol=0.03)
     again = ServeConfig(str(tiny_checkpoint), str(saved), formats=("bf16", "int8"), dtype="float32", rebalance="auto")
     assert "placement: made by rq, served by rq" in preview(again, 2, 2)
 
