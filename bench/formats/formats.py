@@ -22,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from bench.device_option import check_device
 from bench.formats.formats_table import markdown
 from bench.layer.published import SHAPES, Shape, shape_name
 from bench.result import result_document
@@ -169,9 +170,7 @@ def check(args: argparse.Namespace) -> None:
     """Check the options; bf16 comes first."""
     args.shapes = [shape_name(shape) for shape in args.shapes]
     args.formats = list(dict.fromkeys([NATIVE, *(check_choice("format", name, FORMATS) for name in args.formats)]))
-    check_choice("device", args.device, ("cpu", "cuda"))
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    check_device(args.device)
     for name in ("scale", "experts", "rounds", "threads"):
         check_integer(f"--{name}", getattr(args, name), 1)
     for num_rows in args.rows:

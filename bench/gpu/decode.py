@@ -29,11 +29,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from bench.device_option import check_device
 from bench.layer.published import SHAPES, shape_name
 from bench.result import result_document
 from bench.serving.transformers_serving import answer
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import UserError, check_choice, check_integer
+from rq_ep.core.errors import check_choice, check_integer
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
@@ -98,9 +99,7 @@ def main(argv: Sequence[str]) -> None:
 def _check(options: argparse.Namespace) -> None:
     options.shape = shape_name(options.shape)
     options.formats = [check_choice("format", name, FORMATS) for name in options.formats]
-    check_choice("device", options.device, ("cpu", "cuda"))
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    check_device(options.device)
     for name in ("layers", "input_len", "runs"):
         check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
     check_integer("--output-len", options.output_len, 2)

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.table import Table
 
+from bench.device_option import check_device
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import UserError, check_choice, check_number
+from rq_ep.core.errors import check_choice, check_number
 from rq_ep.core.files.documents import write_json
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
@@ -84,10 +84,8 @@ def main(argv: Sequence[str]) -> int:
     options = made.parse_args(argv)
     for name in options.stages:
         check_choice("stage", name, STAGES)
-    check_choice("device", options.device, ("cpu", "cuda"))
+    check_device(options.device)
     check_number("--minutes", options.minutes, 0)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     end_s = time.monotonic() + 60 * options.minutes

@@ -18,10 +18,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from bench.device_option import check_device
 from bench.layer.published import SHAPES, Shape, shape_name
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import UserError, check_choice, check_integer
+from rq_ep.core.errors import check_integer
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.formats import get_format
@@ -51,9 +52,7 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument("--json", metavar="FILE", help="write the figures there")
     options = made.parse_args(argv)
     options.shape = shape_name(options.shape)
-    check_choice("device", options.device, ("cpu", "cuda"))
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    check_device(options.device)
     for name in ("experts", "rounds", "calls"):
         check_integer(f"--{name}", getattr(options, name), 1)
     for number in options.rows:
