@@ -195,6 +195,17 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         "length, for every family; default: paged where the model's layers allow it",
         choices=CACHES,
     )
+    allow_remote_images: bool = option(
+        False,
+        help="fetch images of chat messages from http:// and https:// URLs, within --max-body-bytes and "
+        "--http-timeout; default: only data: URLs are read",
+    )
+    allowed_image_networks: tuple[str, ...] | None = option(
+        None,
+        help="networks such as 10.1.0.0/16 from which images may be fetched though they are not public; default: none",
+        several=True,
+        metavar="NETWORK",
+    )
     max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
     max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)
     http_timeout: float = option(

@@ -44,6 +44,13 @@ def choose_cache(config: PretrainedConfig, wanted: str | None = None) -> str:
     return wanted or PAGED
 
 
+def why_text_only(config: PretrainedConfig, cache: str) -> str | None:
+    """Why a model is served without images; None: it takes them, if its processor works here."""
+    if config.model_type not in IMAGE_MODEL_TYPES:
+        return f"model type {config.model_type!r} takes no images here, unlike {', '.join(IMAGE_MODEL_TYPES)}"
+    return None if cache == PADDED else f"images need the padded cache, and this is the {cache} one: say --cache padded"
+
+
 def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> str:
     """Choose the attention of a model and return its name; by default sdpa, or eager for families without it.
 

@@ -37,6 +37,7 @@ class Checked:
     """Rank 0: the checkpoint is in order, and is about to be loaded."""
 
     model: str  # its folder on rank 0's machine
+    why_text_only: str | None = None  # None: it takes images
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class Ready:
     expert_bytes: list[dict[str, int]]  # of each rank, by weight format
     placement: dict[str, Any]  # as `placement.json` holds it
     info: dict[str, Any]
-    takes_images: bool = False
 
 
 @dataclass(frozen=True)

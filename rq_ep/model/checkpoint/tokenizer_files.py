@@ -1,10 +1,14 @@
-"""The tokenizer of a checkpoint. The HTTP process reads it too, so this module imports none that imports torch."""
+"""The tokenizer of a checkpoint, and its processor of images.
+
+The HTTP process reads them too, so this module imports none that imports torch.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rq_ep.core.errors import UserError
@@ -36,6 +40,19 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         for template in templates.values() if isinstance(templates, dict) else [templates]:
             _compile_jinja_template(template)
     return tokenizer
+
+
+def read_processor(path: str | Path) -> Any:
+    """The processor of text and images of the checkpoint in directory `path`.
+
+    Raises:
+        UserError: it has none, or one that does not work here, with the package that is missing.
+    """
+    with transformers_errors(f"the processor of images of {path}"):
+        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    if not hasattr(processor, "image_processor"):
+        raise UserError(f"{path}: no preprocessor_config.json or processor_config.json for images")
+    return processor
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any
 
 from rq_ep.config import ServeConfig, from_mapping, shown
-from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.serve.http import connections
 from rq_ep.serve.http.app import make_app
@@ -19,6 +18,7 @@ from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_co
 from rq_ep.serve.http.history import EVERY_S
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.openai.images import ImageProcessor
+from rq_ep.serve.http.openai.remote_images import ImageFetcher
 from rq_ep.serve.http.ranks import rank_connections
 from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.http.rebalance_view import RebalanceView
@@ -81,8 +81,6 @@ class ServingProcess:
     def on_ready(self, ready: Ready) -> None:
         self.service.limits = ModelLimits(ready.max_model_len, ready.vocab_size)
         self.service.info |= ready.info
-        if ready.takes_images:
-            self.router.tasks.start(self._read_processor())
         self.service.placement = ready.placement
         self.metrics.weights(ready.expert_bytes)
 
@@ -136,21 +134,19 @@ class ServingProcess:
 
     async def _read_checkpoint(self) -> None:
         """Read what requests need of a checkpoint that a rank has found in order."""
-        model = (await self.checked).model
-        self.service.defaults = read_sampling_defaults(model, self.config.generation_config)
-        log.info("%s (--generation-config %s)", self.service.defaults, self.config.generation_config)
+        checked = await self.checked
+        model, config = checked.model, self.config
+        self.service.defaults = read_sampling_defaults(model, config.generation_config)
+        log.info("%s (--generation-config %s)", self.service.defaults, config.generation_config)
+        self.service.why_text_only = checked.why_text_only
+        if checked.why_text_only is None:
+            fetcher = None
+            if config.allow_remote_images:
+                fetcher = ImageFetcher(config.max_body_bytes, config.http_timeout, config.allowed_image_networks or ())
+            processor = await asyncio.to_thread(load_processor, model)
+            self.service.images = ImageProcessor(processor, config.max_num_batched_tokens, fetcher)
         self.service.tokenizer = await asyncio.to_thread(load_tokenizer, model)
         gc.freeze()  # a collection walks what requests have made, not all modules
-
-    async def _read_processor(self) -> None:
-        """Read what images need of the checkpoint; without it the model is served text-only."""
-        try:
-            processor = await asyncio.to_thread(load_processor, (await self.checked).model)
-        except UserError as error:
-            self.service.why_no_images = str(error)
-            log.warning("served text-only: %s", error)
-            return
-        self.service.images = ImageProcessor(processor, self.config.max_num_batched_tokens)
 
     async def _sample(self) -> None:
         """Keep the history that the dashboard draws, and log what is stuck."""
@@ -185,20 +181,10 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_processor(path: str) -> Any:
-    """The processor of text and images of a checkpoint.
+    """The processor of text and images of a checkpoint."""
+    from rq_ep.model.checkpoint.tokenizer_files import read_processor
 
-    Raises:
-        UserError: it has none.
-    """
-    from transformers import AutoProcessor
-
-    from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
-
-    with transformers_errors(f"the processor of {path}"):
-        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    if not hasattr(processor, "image_processor"):
-        raise UserError(f"{path}: no preprocessor_config.json or processor_config.json for images")
-    return processor
+    return read_processor(path)
 
 
 async def serve(config: ServeConfig, num_ranks: int, token: str, http: socket.socket, control: socket.socket) -> None:

@@ -74,7 +74,7 @@ class Service:
         self.limits: ModelLimits | None = None
         self.tokenizer: Any = None
         self.images: ImageProcessor | None = None
-        self.why_no_images = "it takes no images, or not with this cache (try --cache padded)"
+        self.why_text_only: str | None = "it takes no images"
         self.defaults = SamplingDefaults()
         self.info: dict[str, Any] = {}
         self.placement: dict[str, Any] | None = None
@@ -131,9 +131,9 @@ class Service:
 
     async def chat_prompt(self, body: ChatBody) -> EncodedPrompt:
         """Token ids of a conversation, as the model's chat template writes it, and its images."""
-        images, urls = self.images, [url for message in body.messages for url in message.image_urls]
+        images, urls = self.images, body.image_urls
         if urls and images is None:
-            raise ApiError(400, f"messages: {self.model_name} is served text-only: {self.why_no_images}", "messages")
+            raise ApiError(400, f"messages: {self.model_name} is served text-only: {self.why_text_only}", "messages")
         if not self.tokenizer.chat_template:
             raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
 
@@ -149,7 +149,8 @@ class Service:
             message = f"the model's chat template refuses the messages: {reason:.400}"
             raise ApiError(400, message, "messages") from None
         if images is not None and urls:
-            return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, urls)))
+            sources = await images.fetch(urls)
+            return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, sources)))
         return EncodedPrompt(await self._encoder.encode(text, "messages", add_special_tokens=False))
 
     def request(self, prompt: EncodedPrompt, body: GenerationBody) -> Request:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from dataclasses import replace
+from ipaddress import ip_network
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +15,13 @@ from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
 from rq_ep.engine.kv_cache import cache_size, has_full_attention
-from rq_ep.engine.servable import PADDED, choose_cache
+from rq_ep.engine.servable import PADDED, choose_cache, why_text_only
 from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.generation_defaults import end_token_ids, read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import open_checkpoint
-from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
+from rq_ep.model.checkpoint.tokenizer_files import read_processor, read_tokenizer
 from rq_ep.model.dtypes import stored_expert_format
 from rq_ep.model.max_positions import max_positions
 from rq_ep.model.model_folder import find_model
@@ -36,6 +37,7 @@ class CheckedInputs(NamedTuple):
     model_config: PretrainedConfig
     cache: str  # that requests are batched over: paged or padded
     end_token_ids: list[int]  # with which an answer ends
+    why_text_only: str | None  # why requests may not have images; None: they may
 
 
 def with_model_folder(config: ServeConfig, group: EPGroup | None = None) -> ServeConfig:
@@ -56,7 +58,7 @@ def check_inputs(config: ServeConfig, device_type: str) -> CheckedInputs:
     Raises:
         UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy or
             machine, a cache that the model cannot have, quantized experts that are not the placement's, requests longer
-            than the model or the KV cache.
+            than the model or the KV cache, images to be fetched for a model that takes none.
     """
     chosen_strategy(config)
     model_config = read_config(config.model)
@@ -72,7 +74,31 @@ def check_inputs(config: ServeConfig, device_type: str) -> CheckedInputs:
     end_tokens = end_token_ids(config.model, model_config, tokenizer, config.generation_config)
     if config.record_dir is not None and not Path(config.record_dir).is_dir():
         raise UserError(f"--record-dir {config.record_dir}: no such directory")
-    return CheckedInputs(model_config, cache, end_tokens)
+    text_only = why_text_only(model_config, cache) or _why_no_processor(config.model)
+    _check_remote_images(config, text_only)
+    if text_only is not None and model_config.get_text_config() is not model_config:
+        log.info("served text-only: %s", text_only)
+    return CheckedInputs(model_config, cache, end_tokens, text_only)
+
+
+def _check_remote_images(config: ServeConfig, why_text_only: str | None) -> None:
+    if config.allow_remote_images and why_text_only is not None:
+        raise UserError(f"--allow-remote-images: {why_text_only}")
+    for network in config.allowed_image_networks or ():
+        if not config.allow_remote_images:
+            raise UserError(f"--allowed-image-networks {network}: without --allow-remote-images no image is fetched")
+        try:
+            ip_network(network)
+        except ValueError as error:
+            raise UserError(f"--allowed-image-networks: {error}") from None
+
+
+def _why_no_processor(path: str) -> str | None:
+    try:
+        read_processor(path)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def read_in_advance(config: ServeConfig) -> Counter[str]:

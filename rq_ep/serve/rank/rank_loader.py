@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rq_ep.config import ServeConfig
-from rq_ep.engine.servable import IMAGE_MODEL_TYPES, PADDED, set_attention
+from rq_ep.engine.servable import set_attention
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import LoadReport, report_of
 from rq_ep.model.load.memory import expert_bytes
@@ -67,7 +67,7 @@ def ep_layers(report: LoadReport) -> list[EPExperts]:
     return [layer for layer in report.layers if isinstance(layer, EPExperts)]
 
 
-def ready_message(model: PreTrainedModel, group: TorchGroup, cache: str, max_model_len: int) -> Ready:
+def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int) -> Ready:
     """The description of a model that every rank can serve, for the HTTP process."""
     report = report_of(model)
     layout = ep_layers(report)[0].family.layout
@@ -79,7 +79,6 @@ def ready_message(model: PreTrainedModel, group: TorchGroup, cache: str, max_mod
         expert_bytes=[expert_bytes(report.placement, layout, [rank]) for rank in range(group.size)],
         placement=report.placement.to_dict(),
         info={"backend": group.backend, "device": str(group.device), "dtype": str(model.dtype)},
-        takes_images=cache == PADDED and model.config.model_type in IMAGE_MODEL_TYPES,
     )
 
 

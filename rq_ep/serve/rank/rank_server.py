@@ -172,15 +172,15 @@ class RankServer:
         group = self._group
         started_s = time.monotonic()
         config = with_model_folder(self._config, group)
-        model_config, cache, end_token_ids = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
+        checked = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
         rebalancing = run_on_all_ranks(group, lambda: RebalanceInputs.check(config, group.size))
         if group.rank == 0:
-            self._client.send(Checked(config.model))
+            self._client.send(Checked(config.model, checked.why_text_only))
         step_loads = None if loads is None or rebalancing is None else StepLoads(loads)
         formats, room = (None, 0) if rebalancing is None else (rebalancing.formats, rebalancing.room_bytes)
         model = run_on_all_ranks(group, lambda: load_served_model(config, group, step_loads or loads, formats, room))
         assert model.generation_config is not None
-        model.generation_config.eos_token_id = end_token_ids
+        model.generation_config.eos_token_id = checked.end_token_ids
         report = report_of(model)
         recording = TraceRecording(
             report.placement.model, model, group, lambda: engine.batch, config.record_dir, config.record_max_tokens,
@@ -195,7 +195,7 @@ class RankServer:
             model,
             layers,
             group,
-            EngineConfig(config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_tokens, cache),
+            EngineConfig(config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_tokens, checked.cache),
             on_outputs=self._send_outputs,
             on_failure=lambda error: fail(self._early_end, error),
             on_mark=recording.mark,
@@ -204,13 +204,15 @@ class RankServer:
         # Set before the ranks meet below: once rank 0 has said that all are ready, requests may come to any of them.
         self._engine = engine
         max_tokens_R = group.all_gather_object(engine.max_request_tokens)
-        max_model_len = run_on_all_ranks(group, lambda: choose_max_model_len(config, model_config, min(max_tokens_R)))
+        max_model_len = run_on_all_ranks(
+            group, lambda: choose_max_model_len(config, checked.model_config, min(max_tokens_R))
+        )
         engine.start()
         self._state = ServerState.SERVING
         self._early_end.signals.may_drain = True
         if group.rank == 0:
-            ready = ready_message(model, group, cache, max_model_len)
-            log_ready(ready, model, group, cache, time.monotonic() - started_s, engine.warmup_s)
+            ready = ready_message(model, group, max_model_len)
+            log_ready(ready, model, group, checked.cache, time.monotonic() - started_s, engine.warmup_s)
             self._client.send(ready)
         return engine
 

@@ -52,7 +52,7 @@ class Form:
         return written | {name: value for name, value in others.items() if value is not None}
 
     def _content(self, message: ChatMessage) -> str | list[dict[str, str]] | None:
-        if isinstance(message.content, list) and message.image_urls:
+        if isinstance(message.content, list) and message.has_images:
             return [
                 {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
                 for part in message.content
@@ -108,7 +108,7 @@ def _forms(messages: Sequence[ChatMessage]) -> Iterator[Form]:
     """The forms that differ for these messages, the commonest first."""
     no_content = (None, "") if any(message.content is None for message in messages) else ("",)
     parses_arguments = (True, False) if any(message.tool_calls for message in messages) else (True,)
-    has_parts = (True,) if any(message.image_urls for message in messages) else (False, True)
+    has_parts = (True,) if any(message.has_images for message in messages) else (False, True)
     return (Form(*settings) for settings in product(has_parts, no_content, parses_arguments))
 
 
@@ -125,7 +125,7 @@ def _mark(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[str]
         place = f"messages.{at}.role: the content of a message of role {message.role!r}"
         content: Any = message.text
         calls = []
-        if isinstance(message.content, list) and message.image_urls:
+        if isinstance(message.content, list) and message.has_images:
             content = [
                 TextPart(type="text", text=marker(place)) if isinstance(part, TextPart) and part.text else part
                 for part in message.content

@@ -254,9 +254,8 @@ class ChatMessage(_MessagePart):
         return "".join(part.text for part in self.content if isinstance(part, TextPart))
 
     @property
-    def image_urls(self) -> list[str]:
-        parts = self.content if isinstance(self.content, list) else []
-        return [part.image_url.url for part in parts if isinstance(part, ImageUrlPart)]
+    def has_images(self) -> bool:
+        return isinstance(self.content, list) and any(isinstance(part, ImageUrlPart) for part in self.content)
 
 
 class ChatBody(GenerationBody):
@@ -273,3 +272,13 @@ class ChatBody(GenerationBody):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def image_urls(self) -> dict[str, str]:
+        """Place in the body -> URL."""
+        return {
+            f"messages.{at}.content.{number}.image_url": part.image_url.url
+            for at, message in enumerate(self.messages)
+            for number, part in enumerate(message.content if isinstance(message.content, list) else ())
+            if isinstance(part, ImageUrlPart)
+        }

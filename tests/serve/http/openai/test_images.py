@@ -39,9 +39,7 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 
 HOSTILE = {
-    "http://127.0.0.1/a.png": "is no data: URL, and this server fetches no others",
-    "file:///etc/passwd": "is no data: URL",
-    "data:image/png;base64": "is no data: URL",
+    "data:image/png;base64": "give data:TYPE;base64",
     "data:image/svg+xml;base64,AAAA": "with one of image/png",
     "data:image/png,AAAA": "give data:TYPE;base64",
     "data:image/png;base64,!!!": "not base64",
@@ -57,7 +55,7 @@ HOSTILE = {
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_an_image_that_cannot_be_read_is_the_clients_fault(hostile: str) -> None:
     with pytest.raises(ApiError, match=HOSTILE[hostile]) as caught:
-        read_image(hostile, "messages")
+        read_image(hostile, "messages.0")
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
@@ -77,13 +75,17 @@ def test_images_of_a_chat_become_tokens_and_arrays_in_their_order() -> None:
     message = ChatMessage.model_validate({"role": "user", "content": content})
     text = render_chat(processor.tokenizer, [message])
     assert text == "user:a<|img|>b<|img|>"
-    token_ids, images = ImageProcessor(processor, 100).encode(text, message.image_urls)
+    sources = {"messages.0": url(png()), "messages.1": png()}  # as a data: URL, and as it was fetched
+    token_ids, images = ImageProcessor(processor, 100).encode(text, sources)
     image = [processor.tokenizer.image_token_id] * 4
     assert token_ids == [*b"user:a", *image, *b"b", *image]
     assert isinstance(images["pixel_values"], np.ndarray)
     assert len(images["pixel_values"]) == 2
     with pytest.raises(ApiError, match=r"15 tokens with its images, .* at most 10 here \(--max-num-batched-tokens"):
-        ImageProcessor(processor, 10).encode(text, message.image_urls)
+        ImageProcessor(processor, 10).encode(text, sources)
+    for wrong in ({"messages.0": png()}, {**sources, "messages.2": png()}):
+        with pytest.raises(ApiError, match=r"the model's processor refuses the images: .* number of"):
+            ImageProcessor(processor, 100).encode(text, wrong)
 
 
 def test_a_template_that_leaves_out_the_text_beside_an_image_is_refused() -> None:
