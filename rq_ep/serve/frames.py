@@ -1,36 +1,55 @@
 """The frames of a control connection, each with a MAC: who does not know the secret of the run can send none.
 
-A connection begins with a greeting of the rank: its number, a nonce, and their MAC. Every message after it, in either
-direction, is a frame: its size, its MAC, and its JSON. The MAC is made with a key of this connection and direction, and
-covers the frame's number, so that a frame can be neither made, nor changed, nor sent again elsewhere. Nothing is parsed
-before its MAC was verified. Nothing is encrypted.
+A connection begins with a greeting: the role of who connects, the number of the rank, a nonce, and their MAC. Every
+message after it, in either direction, is a frame: its size, its MAC, and its JSON. The MAC is made with a key of this
+connection and direction, and covers the frame's number, so that a frame can be neither made, nor changed, nor sent
+again elsewhere. Nothing is parsed before its MAC was verified. Nothing is encrypted.
 """
 
 import hmac
 import secrets
+from enum import IntEnum
 from struct import Struct
+from typing import NamedTuple
 
 from rq_ep.serve.messages import MAX_MESSAGE_BYTES, MessageError
 
 DIGEST = "sha256"
-GREETING = Struct("!I16s32s")  # rank, nonce, MAC
+GREETING = Struct("!BI16s32s")  # role, rank, nonce, MAC
 HEADER = Struct("!I32s")  # size of the message, MAC
 
 
-def make_greeting(secret: str, rank: int) -> tuple[bytes, bytes]:
+class Role(IntEnum):
+    """Who is at the other end of a connection to the HTTP process."""
+
+    RANK = 0
+    SUPERVISOR = 1  # of a rank
+
+
+class Greeting(NamedTuple):
+    """The first bytes of a connection, once they are known to be of this run."""
+
+    role: Role
+    rank: int
+    nonce: bytes
+
+
+def make_greeting(secret: str, rank: int, role: Role = Role.RANK) -> tuple[bytes, bytes]:
     """A greeting, and the nonce in it."""
     nonce = secrets.token_bytes(16)
-    return GREETING.pack(rank, nonce, _greeting_mac(secret, rank, nonce)), nonce
+    return GREETING.pack(role, rank, nonce, _greeting_mac(secret, role, rank, nonce)), nonce
 
 
-def read_greeting(secret: str, greeting: bytes) -> tuple[int, bytes] | None:
-    """Rank and nonce of a greeting; None if whoever wrote it does not know the secret."""
-    rank, nonce, mac = GREETING.unpack(greeting)
-    return (rank, nonce) if hmac.compare_digest(mac, _greeting_mac(secret, rank, nonce)) else None
+def read_greeting(secret: str, greeting: bytes) -> Greeting | None:
+    """Who connects; None if whoever wrote the greeting does not know the secret."""
+    role, rank, nonce, mac = GREETING.unpack(greeting)
+    if not hmac.compare_digest(mac, _greeting_mac(secret, role, rank, nonce)) or role not in tuple(Role):
+        return None
+    return Greeting(Role(role), rank, nonce)
 
 
-def _greeting_mac(secret: str, rank: int, nonce: bytes) -> bytes:
-    return hmac.digest(secret.encode(), b"greeting" + rank.to_bytes(4) + nonce, DIGEST)
+def _greeting_mac(secret: str, role: int, rank: int, nonce: bytes) -> bytes:
+    return hmac.digest(secret.encode(), b"greeting" + role.to_bytes(1) + rank.to_bytes(4) + nonce, DIGEST)
 
 
 class Frames:

@@ -1,28 +1,36 @@
 """The messages between the HTTP process and the ranks: each survives the wire, and a malformed one is named."""
 
 import json
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from rq_ep.engine.progress import MoverProgress, Progress
 from rq_ep.engine.requests import Output, Request, Sampling, Score
-from rq_ep.serve import messages
 from rq_ep.serve.messages import (
+    FROM_RANK,
+    FROM_SUPERVISOR,
     KINDS,
+    TO_RANK,
+    TO_SUPERVISOR,
     Abort,
     Aborted,
     AddRequest,
     BeginMigration,
     Bye,
     Cancel,
+    CannotContinue,
     Checked,
     DrainRequest,
     Failed,
     FromRank,
+    FromSupervisor,
     ImageData,
     ImportanceReport,
+    KillRank,
+    Loaded,
     LoadSums,
     Mark,
     MessageError,
@@ -30,8 +38,12 @@ from rq_ep.serve.messages import (
     MigrationGivenUp,
     MigrationPlanned,
     Outputs,
+    PeerUnreachable,
     PlacementServed,
     PromptPart,
+    RankEnded,
+    RankGivenUp,
+    RankStarted,
     RankStats,
     Ready,
     RebalanceAnswer,
@@ -39,14 +51,22 @@ from rq_ep.serve.messages import (
     RebalanceStatus,
     Recorded,
     RecordingFailed,
+    Regroup,
+    Regrouped,
+    StartRank,
     Stop,
+    StopRank,
     ToRank,
+    ToSupervisor,
     Wake,
+    codec,
+    decode,
     decode_from_rank,
     decode_to_rank,
     encode,
     images_of,
     request_in_parts,
+    request_parts,
     shorter_outputs,
 )
 
@@ -77,6 +97,10 @@ MESSAGES_FROM_RANK: list[FromRank] = [
     ImportanceReport([[0, [1, 5], [0.5, 2.0], [1, 3]]]),
     Recorded("traces/t", 3, 9, True),
     RecordingFailed("no step"),
+    Loaded(("127.0.0.1", 1234)),
+    PeerUnreachable("PeerLost: connection closed"),
+    Regrouped(2, {"re-form": 0.01, "re-home": 0.2}),
+    CannotContinue(2, "the members lack 5 bytes"),
     DrainRequest(5),
     Failed("KeyError: 3", False),
     Aborted("SIGINT", was_loading=True),
@@ -92,21 +116,36 @@ MESSAGES_TO_RANK: list[ToRank] = [
     BeginMigration(1, {"format": "rq_ep.placement/1"}, []),
     RebalanceCommand(1, "start"),
     MigrationGivenUp(1, "rank 1: no space"),
+    ImportanceReport([[0, [1, 5], [0.5, 2.0], [1, 3]]]),
+    Regroup(2, [0, 2], ("127.0.0.1", 1234), []),
     Stop(),
     Abort("rank 1 died"),
 ]
+MESSAGES_FROM_SUPERVISOR: list[FromSupervisor] = [
+    RankEnded("was killed by SIGKILL"),
+    RankStarted(1),
+    RankGivenUp("it has ended 4 times (--max-rank-restarts 3)"),
+    DrainRequest(5),
+    Bye(),
+]
+MESSAGES_TO_SUPERVISOR: list[ToSupervisor] = [StartRank(), KillRank("stalled"), StopRank(), Stop(), Abort("x")]
 
 
-def test_every_message_survives_the_wire() -> None:
-    assert [decode_from_rank(encode(message)) for message in MESSAGES_FROM_RANK] == MESSAGES_FROM_RANK
-    assert [decode_to_rank(encode(message)) for message in MESSAGES_TO_RANK] == MESSAGES_TO_RANK
-    assert {*map(type, MESSAGES_FROM_RANK), *map(type, MESSAGES_TO_RANK)} == set(KINDS)
-    assert {*get_args(FromRank), *get_args(ToRank)} == set(KINDS)
+DIRECTIONS = [
+    (FROM_RANK, FromRank, MESSAGES_FROM_RANK),
+    (TO_RANK, ToRank, MESSAGES_TO_RANK),
+    (FROM_SUPERVISOR, FromSupervisor, MESSAGES_FROM_SUPERVISOR),
+    (TO_SUPERVISOR, ToSupervisor, MESSAGES_TO_SUPERVISOR),
+]
 
 
-def test_a_message_is_a_json_object() -> None:
-    for message in MESSAGES_FROM_RANK:
-        assert json.loads(encode(message))["kind"] == KINDS[type(message)]
+@pytest.mark.parametrize(("kinds", "union", "examples"), DIRECTIONS)
+def test_every_message_of_a_direction_survives_the_wire(
+    kinds: Mapping[str, type], union: Any, examples: Sequence[codec.Message]
+) -> None:
+    assert [decode(encode(message), kinds) for message in examples] == examples
+    assert {*map(type, examples)} == set(get_args(union)) == set(kinds.values())
+    assert all(json.loads(encode(message))["kind"] == KINDS[type(message)] for message in examples)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +161,9 @@ def test_a_message_is_a_json_object() -> None:
         (b'{"kind": "aborted"}', "a malformed message 'aborted': .*signal"),
         (b'{"kind": "bye", "why": "tired"}', "a malformed message 'bye': .*why"),
         (b'{"kind": "recording_failed", "reason": 2}', "a malformed message 'recording_failed': reason is 2"),
+        (b'{"kind": "loaded", "store": ["localhost"]}', "a malformed message 'loaded': "),
+        (b'{"kind": "loaded", "store": ["localhost", "80"]}', "a malformed message 'loaded': .* is no host and port"),
+        (b'{"kind": "rank_ended", "status": "x"}', "a message of unknown kind 'rank_ended'"),
         (b'{"kind": "stats"}', "a malformed message 'stats': 'progress'"),
         (b'{"kind": "outputs", "outputs": [["a"]]}', "a malformed message 'outputs': "),
         (b'{"kind": "outputs", "outputs": 3}', "a malformed message 'outputs': "),
@@ -135,7 +177,7 @@ def test_a_malformed_message_is_named(body: bytes, what: str) -> None:
 def test_outputs_that_are_too_long_for_a_message_are_sent_one_by_one_or_as_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", 2000)
+    monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", 2000)
     long = Output("long", [5], scores=[Score(-0.5, [1], [-0.5])] * 200)
     short = Output("short", [6])
     with pytest.raises(MessageTooLong, match=r"a message 'outputs' of .* bytes, more than 2000") as caught:
@@ -147,7 +189,7 @@ def test_outputs_that_are_too_long_for_a_message_are_sent_one_by_one_or_as_an_er
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 5, 11])
 def test_a_long_prompt_travels_in_parts(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
-    monkeypatch.setattr(messages, "PROMPT_PART_TOKENS", 4)
+    monkeypatch.setattr(request_parts, "PROMPT_PART_TOKENS", 4)
     prompt_ids = list(range(num_tokens))
     parts, last = request_in_parts(Request("a", prompt_ids, 3))
     assert (last.id, last.max_tokens) == ("a", 3)
@@ -157,13 +199,13 @@ def test_a_long_prompt_travels_in_parts(monkeypatch: pytest.MonkeyPatch, num_tok
 
 
 def test_images_of_several_parts_arrive_as_they_were_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "IMAGE_PART_BYTES", 10)
+    monkeypatch.setattr(request_parts, "IMAGE_PART_BYTES", 10)
     images = {
         "pixel_values": np.arange(12, dtype=np.float32).reshape(3, 4),
         "image_grid_thw": np.array([[1, 2, 2]]),
         "empty": np.zeros((0, 3), np.int32),
     }
-    parts, last = messages.request_in_parts(Request("a", [1, 2], 3, images=images))
+    parts, last = request_in_parts(Request("a", [1, 2], 3, images=images))
     assert last == Request("a", [1, 2], 3)
     assert len(parts) == 5 + 3 + 1
     arrived = images_of([decode_to_rank(encode(part)) for part in parts])

@@ -36,6 +36,7 @@ from rq_ep.serve.messages import (
     Outputs,
     PromptPart,
     RebalanceCommand,
+    Regroup,
     Stop,
     ToRank,
     Wake,
@@ -274,6 +275,8 @@ class RankServer:
                 self._rebalancing.handle(message)
                 if not isinstance(message, ImportanceReport):
                     self._loaded_engine().wake(0)
+            case Regroup():
+                raise MessageError("a message on the members of the group, which it cannot change")
             case Cancel():
                 self._prompt_parts.pop(message.id, None)
                 self._image_parts.pop(message.id, None)

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from rq_ep.serve.control import read_messages
-from rq_ep.serve.frames import GREETING, Frames, read_greeting
+from rq_ep.serve.frames import GREETING, Frames, Role, read_greeting
 from rq_ep.serve.messages import Bye, FromRank, MessageError, ToRank, encode
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,9 @@ class RankConnections:
         except (OSError, asyncio.IncompleteReadError):  # TimeoutError is an OSError
             return None
         greeted = read_greeting(self._token, greeting)
-        return greeted if greeted is not None and greeted[0] < len(self._connections) else None
+        if greeted is None or greeted.role is not Role.RANK or greeted.rank >= len(self._connections):
+            return None
+        return greeted.rank, greeted.nonce
 
     def _log_stranger(self, writer: asyncio.StreamWriter) -> None:
         self._num_strangers += 1

@@ -27,15 +27,18 @@ from rq_ep.serve.messages import (
     BeginMigration,
     Bye,
     Cancel,
+    CannotContinue,
     Checked,
     DrainRequest,
     Failed,
     FromRank,
     ImportanceReport,
+    Loaded,
     Mark,
     MigrationGivenUp,
     MigrationPlanned,
     Outputs,
+    PeerUnreachable,
     PlacementServed,
     RankStats,
     Ready,
@@ -44,6 +47,7 @@ from rq_ep.serve.messages import (
     RebalanceStatus,
     Recorded,
     RecordingFailed,
+    Regrouped,
     Stop,
     Wake,
     request_in_parts,
@@ -218,6 +222,12 @@ class RankRouter:
                 if self.state is GroupState.LOADING:
                     self.state = GroupState.SERVING
                 self._observer.on_ready(message)
+            case Loaded() | Regrouped():
+                pass
+            case PeerUnreachable():
+                self._report(FailureReport(rank, f"rank {rank}: {message.text}", is_consequence=True))
+            case CannotContinue():
+                self._report(FailureReport(None, message.reason))
             case DrainRequest():
                 self._start_draining(message.timeout_s)
             case Failed():

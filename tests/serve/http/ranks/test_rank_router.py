@@ -11,9 +11,9 @@ import pytest
 
 from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request, Score
-from rq_ep.serve import control, messages
+from rq_ep.serve import control
 from rq_ep.serve.control import ControlClient
-from rq_ep.serve.frames import GREETING, HEADER, Frames, make_greeting
+from rq_ep.serve.frames import GREETING, HEADER, Frames, Role, make_greeting
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.ranks import rank_connections, routed_requests
 from rq_ep.serve.http.ranks.rank_router import GroupState, RankRouter
@@ -43,7 +43,9 @@ from rq_ep.serve.messages import (
     Stop,
     ToRank,
     Wake,
+    codec,
     encode,
+    request_parts,
 )
 
 TOKEN = "secret"
@@ -355,8 +357,8 @@ def test_a_connection_that_is_no_rank_is_turned_away(sent: bytes) -> None:
 def test_a_greeting_in_another_runs_name_or_sent_again_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     greetings: list[bytes] = []
 
-    def overheard(secret: str, rank: int) -> tuple[bytes, bytes]:
-        greeting, nonce = make_greeting(secret, rank)
+    def overheard(secret: str, rank: int, role: Role) -> tuple[bytes, bytes]:
+        greeting, nonce = make_greeting(secret, rank, role)
         greetings.append(greeting)
         return greeting, nonce
 
@@ -365,7 +367,8 @@ def test_a_greeting_in_another_runs_name_or_sent_again_is_turned_away(monkeypatc
     async def scene(it: Stage) -> None:
         other = make_greeting("another run's secret", 1)[0]
         unknown = make_greeting(TOKEN, NUM_RANKS)[0]
-        for greeting in (*greetings, other, unknown, greetings[0][:-1] + b"?"):
+        as_supervisor = bytes([Role.SUPERVISOR]) + greetings[0][1:]
+        for greeting in (*greetings, other, unknown, as_supervisor, greetings[0][:-1] + b"?"):
             reader, writer = await asyncio.open_connection(*it.address)
             writer.write(greeting)
             assert await reader.read() == b""
@@ -436,7 +439,7 @@ def test_a_frame_that_the_rank_did_not_send_ends_the_group_by_name(change: str) 
 
 
 def test_outputs_that_no_message_can_hold_are_the_error_of_their_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", 4000)
+    monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", 4000)
 
     async def scene(it: Stage) -> None:
         long, _ = it.ask("long"), await it.ranks[0].receive(AddRequest)
@@ -454,8 +457,8 @@ def test_outputs_that_no_message_can_hold_are_the_error_of_their_request_only(mo
 
 
 def test_a_long_prompt_and_its_scores_travel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "MAX_MESSAGE_BYTES", 4000)
-    monkeypatch.setattr(messages, "PROMPT_PART_TOKENS", 500)
+    monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", 4000)
+    monkeypatch.setattr(request_parts, "PROMPT_PART_TOKENS", 500)
     prompt_ids, scores = [7] * 1100, [Score(-0.5, [1], [-0.5])] * 1099
 
     async def scene(it: Stage) -> None:
