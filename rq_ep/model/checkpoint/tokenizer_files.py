@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.json_files import read_json_object
 from rq_ep.model.checkpoint.lfs_pointers import check_is_no_pointer
+from rq_ep.model.text.template_sandbox import TemplateLimitError, bound_chat_templates
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # of a model folder, beside its weights
@@ -36,10 +37,22 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer.decode(tokenizer.encode("a"))  # settings of a wrong type show with the first text
     templates = tokenizer.chat_template or {}
+    bound_chat_templates()
     with transformers_errors(f"the chat template of {path}"):
         for template in templates.values() if isinstance(templates, dict) else [templates]:
             _compile_jinja_template(template)
+            _check_limits(tokenizer, template, path)
     return tokenizer
+
+
+def _check_limits(tokenizer: PreTrainedTokenizerBase, template: str, path: str | Path) -> None:
+    """Refuse a chat template that is too much to compute even for one word."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    except TemplateLimitError as error:
+        raise UserError(f"the chat template of {path}: {error}") from None
+    except Exception:  # it wants other messages
+        return
 
 
 def read_processor(path: str | Path) -> Any:
@@ -60,6 +73,8 @@ def transformers_errors(what: str | Path) -> Iterator[None]:
     """While open, any error of transformers becomes a one-line `UserError`: model families raise all kinds of them."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         if not reason or isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError):
