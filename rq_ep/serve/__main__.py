@@ -8,7 +8,7 @@ from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
-from rq_ep.serve.rank.http_parent import HttpProcess
+from rq_ep.serve.supervisor.http_parent import HttpProcess
 
 
 class ServeParser(argparse.ArgumentParser):
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 from rq_ep.serve.rank.rank_server import serve
 
-                return serve(config, http, problem, early_end)
+                return serve(config, None if http is None else http.hub, problem, early_end)
             finally:
                 if http is not None:
                     http.close()

@@ -1,8 +1,10 @@
-"""The start and end of a server process: its logging, the ways in which it exits, and errors that nobody awaits."""
+"""The start and end of a server process: its logging, its signals, the ways in which it exits, errors nobody awaits."""
 
 import asyncio
 import logging
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -16,6 +18,8 @@ from rq_ep.core.errors import UserError
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 REPEAT_S = 60.0
+LAUNCHER_TICK_S = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def set_up_logging(level: str) -> None:
@@ -89,6 +93,70 @@ def thread_errors_to(on_error: Callable[[BaseException], None]) -> Iterator[None
         yield
     finally:
         threading.excepthook = before
+
+
+@contextmanager
+def signals_to(on_signal: Callable[[str], None]) -> Iterator[None]:
+    """Hand over every SIGTERM and SIGINT inside; a caller that is not on the main thread keeps its own handlers.
+
+    They are read from a socket on a thread, as a handler in Python would wait for the end of what the main thread does
+    in C: a collective, say, whose other side has died.
+
+    Args:
+        on_signal: called with the name of the signal, on a thread of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def read() -> None:
+        with reader:
+            while numbers := reader.recv(64):
+                for number in numbers:
+                    if number in SIGNALS:
+                        on_signal(signal.Signals(number).name)
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)  # as `set_wakeup_fd` demands
+    threading.Thread(target=read, name="rq_ep signals", daemon=True).start()
+    fd_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(fd_before)
+        writer.close()
+
+
+def _ignore(_number: int, _frame: object) -> None:
+    """Python writes to the socket only those signals that have a handler."""
+
+
+@contextmanager
+def watch_launcher(on_death: Callable[[str], None], has_launcher: bool) -> Iterator[None]:
+    """Notice the death of the launcher inside.
+
+    Args:
+        on_death: called with what has happened, on a thread of its own.
+        has_launcher: the parent of this process is a launcher, which nobody survives.
+    """
+    is_over = threading.Event()
+
+    def watch(launcher: int) -> None:
+        while not is_over.wait(LAUNCHER_TICK_S):
+            if os.getppid() != launcher:
+                on_death(f"its launcher (process {launcher}) has died")
+                return
+
+    # PR_SET_PDEATHSIG would go by the thread that started this process, not by the launcher as a whole.
+    if has_launcher:
+        threading.Thread(target=watch, args=(os.getppid(),), name="rq_ep launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 class BackgroundTasks:

@@ -45,7 +45,6 @@ from rq_ep.serve.messages import (
 from rq_ep.serve.process import exit_failed, print_user_error, thread_errors_to
 from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len, with_model_folder
 from rq_ep.serve.rank.early_end import EarlyEnd
-from rq_ep.serve.rank.http_parent import HttpProcess
 from rq_ep.serve.rank.load_totals import LoadTotals
 from rq_ep.serve.rank.rank_loader import ep_layers, load_served_model, log_ready, ready_message
 from rq_ep.serve.rank.rebalance.live_rebalancing import LiveRebalancing
@@ -53,28 +52,36 @@ from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 from rq_ep.serve.rank.rebalance.step_loads import StepLoads
 from rq_ep.serve.rank.stats_sampler import StatsSampler
 from rq_ep.serve.rank.trace_recording import TraceRecording
+from rq_ep.serve.supervisor.rank_start import HubAddress, Rejoin
 
 TICK_S = 0.2
 REBALANCING_TICK_S = 0.02
 STATS_EVERY_S = 1.0
 
 
-def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None, early_end: EarlyEnd) -> int:
+def serve(
+    config: ServeConfig,
+    hub: HubAddress | None,
+    problem: str | None,
+    early_end: EarlyEnd,
+    rejoin: Rejoin | None = None,
+) -> int:
     """Serve until asked to stop; every rank calls this. Returns the exit status, the same on every rank.
 
     A failure while serving ends the process from within: other ranks must not be left waiting in a collective.
 
     Args:
         config: the same on every rank.
-        http: the HTTP process, on rank 0.
-        problem: why rank 0 could not start it.
+        hub: the HTTP process, on rank 0.
+        problem: why it could not be started.
         early_end: ends this process.
+        rejoin: the group serves, and this rank joins it.
     """
     status = 0
     try:
         with fails_after(early_end, config.rank_timeout):
             group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
-            address, token, problem = group.all_gather_object((http and http.address, http and http.token, problem))[0]
+            hub, problem = group.all_gather_object((hub, problem))[0]
     except RendezvousError as error:
         return print_user_error(error)
     except RankFailure as error:
@@ -82,17 +89,15 @@ def serve(config: ServeConfig, http: HttpProcess | None, problem: str | None, ea
     try:
         if problem is not None:
             raise UserError(problem)
-        client = ControlClient(address, group.rank, token) if http is None else http.client
-        early_end.client = client
+        assert hub is not None
+        client = early_end.client = early_end.client or ControlClient(hub.address, group.rank, hub.token)
         try:
             with thread_errors_to(lambda error: fail(early_end, error)):
-                RankServer(config, group, client, early_end).run()
+                RankServer(config, group, client, hub, early_end).run()
         finally:
             client.close()
     except UserError as error:
         early_end.signals.is_ending = True  # the launcher sends one once another rank has ended by the same error
-        if http is not None:
-            http.close()
         status = report_user_error(group, "rq_ep.serve", error)
     finally:
         group.close()
@@ -134,10 +139,13 @@ class ServerState(Enum):
 class RankServer:
     """A rank whose group has met: its engine, and its connection to the HTTP process."""
 
-    def __init__(self, config: ServeConfig, group: TorchGroup, client: ControlClient, early_end: EarlyEnd) -> None:
+    def __init__(
+        self, config: ServeConfig, group: TorchGroup, client: ControlClient, hub: HubAddress, early_end: EarlyEnd
+    ) -> None:
         self._config = config
         self._group = group
         self._client = client
+        self._hub = hub
         self._early_end = early_end
         self._state = ServerState.LOADING
         self._stop = threading.Event()  # set in the state STOPPING
@@ -210,7 +218,7 @@ class RankServer:
         )
         engine.start()
         self._state = ServerState.SERVING
-        self._early_end.signals.may_drain = True
+        self._early_end.serving(self._hub)
         if group.rank == 0:
             ready = ready_message(model, group, max_model_len)
             log_ready(ready, model, group, checked.cache, time.monotonic() - started_s, engine.warmup_s)

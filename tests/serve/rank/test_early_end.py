@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rq_ep.serve import process
 from rq_ep.serve.messages import Aborted, Failed, FromRank
 from rq_ep.serve.rank import early_end
 from rq_ep.serve.rank.early_end import EarlyEnd
@@ -38,7 +39,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> FakeConnection:
 
     monkeypatch.setattr(early_end, "exit_failed", exit_failed)
     monkeypatch.setattr(early_end, "ABORT_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(early_end, "LAUNCHER_TICK_S", 0.01)
+    monkeypatch.setattr(process, "LAUNCHER_TICK_S", 0.01)
     return connection
 
 

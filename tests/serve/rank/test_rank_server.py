@@ -17,6 +17,7 @@ from rq_ep.serve.process import thread_errors_to
 from rq_ep.serve.rank import early_end, rank_server
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.rank_server import RankServer, fail
+from rq_ep.serve.supervisor.rank_start import HubAddress
 
 
 class DamagedEngine:
@@ -52,7 +53,7 @@ def test_an_error_on_the_thread_that_hears_requests_ends_the_server_by_name(
         client = end.client = await asyncio.to_thread(ControlClient, sock.getsockname(), 0, "token")
         group: Any = single_group()
         engine: Any = DamagedEngine(error)
-        rank = RankServer(ServeConfig(), group, client, end)
+        rank = RankServer(ServeConfig(), group, client, HubAddress(sock.getsockname(), "token"), end)
         rank._engine = engine
         with thread_errors_to(lambda error: fail(end, error)):
             client.listen(rank._handle, rank._on_close, rank._on_malformed)

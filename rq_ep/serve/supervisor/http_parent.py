@@ -1,4 +1,4 @@
-"""Rank 0's hold on the HTTP process: ports are bound first, the process starts next, and loading comes last."""
+"""The hold on the HTTP process of who starts it: ports are bound first, the process starts next, loading comes last."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ import sys
 from rq_ep.config import Environment, ServeConfig, as_mapping, child_environment
 from rq_ep.core.errors import UserError
 from rq_ep.serve.control import ControlClient
+from rq_ep.serve.supervisor.rank_start import HubAddress
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -31,10 +32,9 @@ class HttpProcess:
     def __init__(self, config: ServeConfig, environment: Environment) -> None:
         config = config.with_api_keys()
         with bind_http(config.host, config.port) as http, bind_control(environment) as control:
-            self.address: tuple[str, int] = control.getsockname()[:2]
-            self.token = secrets.token_hex(16)
-            # Connected before the process exists: should this rank die now, the process will read the end of it.
-            self.client = ControlClient(self.address, 0, self.token)
+            self.hub = HubAddress(control.getsockname()[:2], secrets.token_hex(16))
+            # Connected before the process exists: should this one die now, the HTTP process will read the end of it.
+            self.client = ControlClient(self.hub.address, 0, self.hub.token)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rq_ep.serve.http.http_process"],
                 stdin=subprocess.PIPE,
@@ -45,7 +45,7 @@ class HttpProcess:
             settings = {
                 "config": as_mapping(config),
                 "num_ranks": environment.world_size,
-                "token": self.token,
+                "token": self.hub.token,
                 "http_fd": http.fileno(),
                 "control_fd": control.fileno(),
             }
@@ -55,7 +55,7 @@ class HttpProcess:
             self.url = f"http://{config.host}:{http.getsockname()[1]}"
         log.info("listening on %s; the model is loading", self.url)
         if not environment.is_one_node:
-            log.info("the ranks of all nodes connect to %s, port %d; nobody else needs to reach it", *self.address)
+            log.info("the ranks of all nodes connect to %s, port %d; nobody else needs to reach it", *self.hub.address)
 
     def close(self) -> None:
         """Part from the HTTP process and wait for its end, which comes with that of the last connection."""

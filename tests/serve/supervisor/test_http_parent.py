@@ -7,8 +7,8 @@ import pytest
 
 from rq_ep.config import Environment, ServeConfig
 from rq_ep.core.errors import UserError
-from rq_ep.serve.rank import http_parent
-from rq_ep.serve.rank.http_parent import HttpProcess, bind_control
+from rq_ep.serve.supervisor import http_parent
+from rq_ep.serve.supervisor.http_parent import HttpProcess, bind_control
 
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_PORT": "1"}
 
@@ -50,11 +50,10 @@ def test_the_interface_of_several_nodes_is_in_the_log(
             http = HttpProcess(ServeConfig(model="m", port=0), environment)
         http.client.close()
         lines = [record.getMessage() for record in caplog.records if "ranks of all nodes" in record.getMessage()]
-        assert (
-            lines
-            == [f"the ranks of all nodes connect to 127.0.0.1, port {http.address[1]}; nobody else needs to reach it"]
-            * num_lines
+        expected = (
+            f"the ranks of all nodes connect to 127.0.0.1, port {http.hub.address[1]}; nobody else needs to reach it"
         )
+        assert lines == [expected] * num_lines
 
 
 class FakeSubprocess:

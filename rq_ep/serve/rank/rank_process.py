@@ -1,0 +1,30 @@
+"""The process of a rank that a supervisor has started."""
+
+from rq_ep.config import Environment
+from rq_ep.core.errors import UserError
+from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
+from rq_ep.serve.rank.early_end import EarlyEnd
+from rq_ep.serve.rank.supervisor_link import SupervisorLink
+from rq_ep.serve.supervisor.rank_start import Ending
+
+
+def main() -> int:
+    """Serve as the supervisor says, which has checked the settings. Returns the exit status."""
+    link = SupervisorLink.of_stdin()
+    start = link.read_start()
+    rank = Environment.from_os().rank
+    set_up_logging(start.config.log_level if rank == 0 else "warning")
+    early_end = EarlyEnd(rank, link)
+    with early_end.watching(has_launcher=False):
+        try:
+            from rq_ep.serve.rank.rank_server import serve
+
+            status = serve(start.config, start.hub, start.problem, early_end, start.rejoin)
+        except UserError as error:
+            status = print_user_error(error) if rank == 0 else EXIT_USER_ERROR
+        link.report(Ending())
+        return status
+
+
+if __name__ == "__main__":
+    exit_quickly(main())
