@@ -151,8 +151,8 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     dtype: str = option("auto", help="dtype to compute in; auto: the checkpoint's", choices=("auto", *DTYPES))
     generation_config: str = option(
         "auto",
-        help="whose generation_config.json gives requests their temperature and top_p: auto, the model's; vllm: none, "
-        "both are 1; or a directory that has one",
+        help="whose generation_config.json gives requests their temperature, top_p, top_k, min_p and "
+        "repetition_penalty: auto, the model's; vllm: nobody's; or a directory that has one",
     )
     device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)
     attn_implementation: str | None = option(None, help="attention of transformers; default: sdpa, or eager without it")

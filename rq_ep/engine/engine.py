@@ -109,7 +109,6 @@ class Engine:
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 kv_cache_tokens=kv_cache_tokens,
-                eos_token_ids=self.eos_token_ids,
                 requests=self._requests,
                 on_failure=on_failure,
             )
@@ -126,9 +125,7 @@ class Engine:
             wake_up=self._manager.wake_up,
         )
         self._manager.set_step_loop(self._step_loop)
-        self._outputs = OutputProcessor(
-            self._requests, frozenset(self.eos_token_ids), on_outputs, on_broken=self._manager.cancel_request
-        )
+        self._outputs = OutputProcessor(self._requests, on_outputs, on_broken=self._manager.cancel_request)
         self._manager.output_router = self._outputs
         start_s = time.perf_counter()
         with first_steps(layers):
@@ -142,7 +139,8 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Take a request; its tokens come through `on_outputs`. It must fit: `num_tokens <= max_request_tokens`."""
-        self._requests[request.id] = RequestState(request)
+        end_token_ids = {*([] if request.ignore_eos else self.eos_token_ids), *request.sampling.stop_token_ids}
+        self._requests[request.id] = RequestState(request, frozenset(end_token_ids))
         if request.scores_prompt:
             self._scorer.add(request)
             self._step_loop.wake(0)

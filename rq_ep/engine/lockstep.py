@@ -124,12 +124,14 @@ class LockstepManager(ContinuousBatchingManager):
 
     def submit(self, request: Request) -> None:
         """Take a request; any thread may."""
+        state = self._requests.get(request.id)  # None: it was cancelled meanwhile
+        end_token_ids = () if state is None else state.end_token_ids
         self.add_request(
             request.prompt_ids,
             request_id=request.id,
             max_new_tokens=request.max_tokens,
             streaming=True,
-            eos_token_id=-1 if request.ignore_eos else None,
+            eos_token_id=sorted(end_token_ids) or -1,
         )
 
     # What the engine shows

@@ -9,20 +9,33 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from rq_ep.engine.nonfinite import NOT_FINITE, is_finite
 from rq_ep.engine.requests import Output, Request, Sampling, Score
-from rq_ep.engine.sampling import next_tokens
 from rq_ep.engine.scoring import score_tokens
+from rq_ep.engine.tokens.logits_processors import TokenHistory, processed_logits
+from rq_ep.engine.tokens.sampling import next_tokens
 
 GREEDY = Sampling()
+NO_HISTORY = TokenHistory()
 
 
 @dataclass
 class RequestState:
-    """An unfinished request: how many of its tokens were delivered, and what its steps leave for the next output."""
+    """An unfinished request: how many of its tokens were delivered, and what its steps leave for the next output.
+
+    `answer_ids` are the tokens chosen so far, `end_token_ids` those that end it.
+    """
 
     request: Request
+    end_token_ids: frozenset[int] = frozenset()
+    answer_ids: list[int] = field(default_factory=list)
     num_delivered: int = 0
     scores: list[Score] = field(default_factory=list)
     is_broken: bool = False  # a step gave logits that are not finite
+
+    @property
+    def history(self) -> TokenHistory:
+        """The request's tokens so far; those of the answer that another rank has given are at the end of the prompt."""
+        ids, num_prompt = self.request.prompt_ids, len(self.request.prompt_ids) - self.request.num_answered
+        return TokenHistory(ids[:num_prompt], [*ids[num_prompt:], *self.answer_ids], self.end_token_ids)
 
 
 def choose_tokens(
@@ -39,7 +52,15 @@ def choose_tokens(
         [N] int64 token ids.
     """
     samplings = [GREEDY if state is None else state.request.sampling for state in states]
-    tokens_N = next_tokens(logits_NV, samplings, positions)
+    histories = [
+        state.history if state is not None and state.request.sampling.processes_logits else NO_HISTORY
+        for state in states
+    ]
+    tokens_N = next_tokens(processed_logits(logits_NV, samplings, histories), samplings, positions)
+    for state, position, token in zip(states, positions, tokens_N.tolist(), strict=True):
+        if state is not None:
+            del state.answer_ids[position - len(state.request.prompt_ids) :]  # of a step that is made again
+            state.answer_ids.append(token)
     for row, (state, has_finite_logits) in enumerate(zip(states, is_finite(logits_NV).tolist(), strict=True)):
         if state is None:
             continue
@@ -54,7 +75,6 @@ class OutputProcessor(OutputRouter):
 
     Args:
         requests: the requests still wanted, by id; a request that ends is taken out.
-        eos_token_ids: tokens with which an answer ends itself.
         on_outputs: called with the outputs of a step.
         on_broken: called with the id of a request that has ended with an error while its batch goes on with it.
     """
@@ -62,13 +82,11 @@ class OutputProcessor(OutputRouter):
     def __init__(
         self,
         requests: dict[str, RequestState],
-        eos_token_ids: frozenset[int],
         on_outputs: Callable[[list[Output]], None],
         on_broken: Callable[[str], None],
     ) -> None:
         super().__init__()
         self._requests = requests
-        self._eos_token_ids = eos_token_ids
         self._on_outputs = on_outputs
         self._on_broken = on_broken
 
@@ -108,6 +126,6 @@ class OutputProcessor(OutputRouter):
         self._requests.pop(output.request_id, None)
         if output.status == RequestStatus.FAILED:
             return Output(output.request_id, token_ids, "error", output.error or "the request failed")
-        ended_itself = bool(token_ids) and token_ids[-1] in self._eos_token_ids
+        ended_itself = bool(token_ids) and token_ids[-1] in state.end_token_ids
         reason = "stop" if ended_itself else "length"
         return Output(output.request_id, token_ids, reason, scores=scores, queued_s=queued_s)

@@ -1,6 +1,6 @@
 """The requests that go into an engine, and the outputs that come out of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,17 +9,37 @@ LOWEST_LOGPROB = -9999.0  # of a token whose probability is zero: JSON has no in
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of a request are chosen. Temperature 0 takes the likeliest one."""
+    """How the tokens of a request are chosen, in vLLM's terms. Temperature 0 takes the likeliest one.
+
+    Penalties of presence and frequency go by the tokens of the answer, that of repetition by those of the prompt too.
+    `logit_bias` has pairs of a token and what is added to its logit. Until there are `min_tokens` no token that ends
+    the answer is chosen; `stop_token_ids` are such tokens of this request alone.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0  # 0: any number
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Sequence[tuple[int, float]] = ()
+    min_tokens: int = 0
+    stop_token_ids: Sequence[int] = ()
+
+    @property
+    def processes_logits(self) -> bool:
+        """Whether the logits are changed before the temperature."""
+        is_penalized = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(is_penalized or self.logit_bias or self.min_tokens)
 
 
 @dataclass(frozen=True)
 class Request:
     """A prompt to be continued by at most `max_tokens` tokens.
 
+    The last `num_answered` tokens of the prompt are of the answer already: another rank has given them.
     `num_logprobs` asks for the log-probability of every token, and of so many of the likeliest at its place;
     `scores_prompt` asks for them of the prompt's tokens too, and then `max_tokens` may be 0. `images` has what the
     model's processor made of images: arrays, by the names under which its forward takes them (padded cache only).
@@ -33,6 +53,7 @@ class Request:
     num_logprobs: int | None = None
     scores_prompt: bool = False
     images: Mapping[str, Any] = field(default_factory=dict)
+    num_answered: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -26,7 +26,7 @@ class Step:
     """One step over given requests, whose logits are rows of a table."""
 
     def __init__(self, requests: list[Request]) -> None:
-        self.requests = {request.id: RequestState(request) for request in requests}
+        self.requests = {request.id: RequestState(request, frozenset({0})) for request in requests}
         states = [SimpleNamespace(request_id=request.id, position_offset=3) for request in requests]
         ios: Any = SimpleNamespace(
             requests_in_batch=[SimpleNamespace(state=state, has_new_token=True) for state in states]
@@ -34,7 +34,7 @@ class Step:
         self.sampler = Sampler(ios, self.requests, NonFiniteTokens())
         self.outputs: list[Output] = []
         self.broken: list[str] = []
-        self.processor = OutputProcessor(self.requests, frozenset({0}), self.outputs.extend, self.broken.append)
+        self.processor = OutputProcessor(self.requests, self.outputs.extend, self.broken.append)
 
     def run(self, logits_NV: torch.Tensor) -> list[Output]:
         output_ids = torch.zeros(1, 8, dtype=torch.int64)

@@ -3,9 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TopKLogitsWarper,
+)
 
 from rq_ep.engine.requests import Sampling
-from rq_ep.engine.sampling import next_tokens
+from rq_ep.engine.tokens.logits_processors import TokenHistory, processed_logits
+from rq_ep.engine.tokens.sampling import next_tokens
 
 NUM_TOKENS = 50
 
@@ -83,3 +90,92 @@ def test_extreme_settings_draw_from_their_limits(temperature: float, top_p: floa
     for row_V in rows_RV:
         drawn_N = next_tokens(row_V.expand(400, 4), [Sampling(temperature, top_p, seed=3)] * 400, range(400))
         assert set(drawn_N.tolist()) == likely_tokens(row_V, temperature, top_p)
+
+
+def reference_logits(row_V: np.ndarray, sampling: Sampling, history: TokenHistory) -> np.ndarray:
+    """The rules in plain NumPy, in vLLM's order."""
+    row_V = row_V.astype(np.float64).copy()
+    if len(history.answer_ids) < sampling.min_tokens:
+        row_V[list(history.end_token_ids)] = -np.inf
+    for token_id, bias in sampling.logit_bias:
+        row_V[token_id] += bias
+    for token_id in {*history.prompt_ids, *history.answer_ids}:
+        penalty = sampling.repetition_penalty
+        row_V[token_id] = row_V[token_id] / penalty if row_V[token_id] > 0 else row_V[token_id] * penalty
+    for token_id in range(len(row_V)):
+        count = list(history.answer_ids).count(token_id)
+        row_V[token_id] -= sampling.frequency_penalty * count + sampling.presence_penalty * (count > 0)
+    return row_V
+
+
+def reference_support(row_V: np.ndarray, sampling: Sampling) -> set[int]:
+    """Tokens that may be drawn from processed logits: min-p, then top-k, then top-p, as vLLM orders them."""
+    with np.errstate(divide="ignore"):
+        mass_V = np.exp((row_V - row_V.max()) / sampling.temperature)
+    kept_V = mass_V >= sampling.min_p
+    if sampling.top_k:
+        kept_V &= mass_V >= np.sort(np.where(kept_V, mass_V, -1))[::-1][min(sampling.top_k, len(row_V)) - 1]
+    mass_V = np.where(kept_V, mass_V, 0.0)
+    mass_V /= mass_V.sum()
+    order_V = np.argsort(-mass_V, kind="stable")
+    before_V = np.cumsum(mass_V[order_V]) - mass_V[order_V]
+    return {
+        int(token) for token, before in zip(order_V, before_V, strict=True) if mass_V[token] and before < sampling.top_p
+    }
+
+
+SETTINGS = [
+    Sampling(1.0, logit_bias=((3, 4.0), (5, -100.0))),
+    Sampling(0.0, repetition_penalty=1.7),
+    Sampling(0.0, repetition_penalty=0.5, presence_penalty=-1.5),
+    Sampling(0.5, presence_penalty=1.0, frequency_penalty=0.7),
+    Sampling(1.5, top_k=3),
+    Sampling(1.5, top_k=NUM_TOKENS + 7),
+    Sampling(2.0, min_p=0.3),
+    Sampling(1.0, 0.6, top_k=5, min_p=0.1, repetition_penalty=1.2),
+    Sampling(1.0, min_tokens=4),
+    Sampling(0.0, min_tokens=3),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_settings_do_what_a_reference_in_numpy_does(scores_NV: torch.Tensor, sampling: Sampling) -> None:
+    history = TokenHistory([1, 2, 3, 3, 40], [3, 7, 7], frozenset({0, 7}))
+    processed_NV = processed_logits(scores_NV, [sampling] * 8, [history] * 8)
+    for row, processed_V in zip(scores_NV.numpy(), processed_NV.numpy(), strict=True):
+        expected_V = reference_logits(row, sampling, history)
+        assert np.allclose(processed_V, expected_V, atol=1e-5)
+        if not sampling.temperature:
+            assert int(next_tokens(torch.tensor(processed_V)[None], [sampling], [0])) == expected_V.argmax()
+            continue
+        drawn = next_tokens(torch.tensor(processed_V).expand(3000, -1), [sampling] * 3000, range(3000))
+        support = reference_support(expected_V, sampling)
+        assert set(drawn.tolist()) <= support
+        mass_V = np.exp((expected_V - expected_V.max()) / sampling.temperature)
+        assert {token for token in support if mass_V[token] > 0.02 * mass_V.sum()} <= set(drawn.tolist())
+
+
+def test_penalties_and_limits_agree_with_transformers(scores_NV: torch.Tensor) -> None:
+    ids = torch.tensor([[1, 2, 3, 3, 40]])
+    history = TokenHistory(ids[0].tolist())
+    for sampling, processor in (
+        (Sampling(repetition_penalty=1.3), RepetitionPenaltyLogitsProcessor(1.3)),
+        (Sampling(logit_bias=((3, 4.0), (5, -9.0))), SequenceBiasLogitsProcessor([[[3], 4.0], [[5], -9.0]])),
+    ):
+        ours = processed_logits(scores_NV[:1], [sampling], [history])
+        assert torch.allclose(ours, processor(ids, scores_NV[:1].clone()))
+    for sampling, warper in (
+        (Sampling(1.0, top_k=4), TopKLogitsWarper(4)),
+        (Sampling(1.0, min_p=0.2), MinPLogitsWarper(0.2)),
+    ):
+        allowed = set(warper(ids, scores_NV[:1].clone())[0].isfinite().nonzero().flatten().tolist())
+        assert reference_support(scores_NV[0].numpy().astype(np.float64), sampling) == allowed
+
+
+def test_a_row_that_asks_for_nothing_is_left_as_it_is(scores_NV: torch.Tensor) -> None:
+    samplings = [Sampling(), Sampling(frequency_penalty=1.0)]
+    histories = [TokenHistory(), TokenHistory([1], [2])]
+    before_NV = scores_NV.clone()
+    processed_NV = processed_logits(scores_NV[:2], samplings, histories)
+    assert torch.equal(processed_NV[0], before_NV[0])
+    assert torch.equal(scores_NV, before_NV)

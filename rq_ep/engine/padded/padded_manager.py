@@ -46,7 +46,6 @@ class PaddedManager:
         max_num_seqs: rows at once.
         max_num_batched_tokens: tokens of prompts between two rounds of answers, and of one chunk.
         kv_cache_tokens: positions of all rows, padding included; None: what a GPU has left, known after `warmup`.
-        eos_token_ids: tokens with which an answer ends itself.
         requests: the requests of this rank that are still wanted, by id.
         on_failure: called with an error that ends the loop; the others wait for this rank, so it must end the process.
     """
@@ -60,7 +59,6 @@ class PaddedManager:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         kv_cache_tokens: int | None,
-        eos_token_ids: Sequence[int],
         requests: Mapping[str, RequestState],
         on_failure: Callable[[BaseException], None],
     ) -> None:
@@ -68,7 +66,6 @@ class PaddedManager:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._kv_cache_tokens = kv_cache_tokens
-        self._eos_token_ids = frozenset(eos_token_ids)
         self._requests = requests
         self._on_failure = on_failure
         self.wake_up = threading.Event()
@@ -300,10 +297,11 @@ class PaddedManager:
         tokens_B = choose_tokens(logits_BV, states, [len(row.token_ids) for row in group.rows])
         for row, token in zip(group.rows, tokens_B.tolist(), strict=True):
             row.token_ids.append(token)
-        self.output_router.deliver_batch([self._output(row) for row in group.rows])
+        outputs = [self._output(row, state) for row, state in zip(group.rows, states, strict=True)]
+        self.output_router.deliver_batch(outputs)
 
-    def _output(self, row: SequenceRow) -> GenerationOutput:
-        ends_itself = row.token_ids[-1] in self._eos_token_ids and not row.request.ignore_eos
+    def _output(self, row: SequenceRow, state: RequestState | None) -> GenerationOutput:
+        ends_itself = state is not None and row.token_ids[-1] in state.end_token_ids
         has_ended = ends_itself or len(row.answer_ids) >= row.request.max_tokens
         assert row.started_s is not None
         return GenerationOutput(

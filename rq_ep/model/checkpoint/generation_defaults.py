@@ -38,10 +38,15 @@ class SamplingDefaults:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     not_applied: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f"requests that do not say get temperature {self.temperature:g} and top_p {self.top_p:g}"
+        others = {"top_k": self.top_k, "min_p": self.min_p, "repetition_penalty": self.repetition_penalty}
+        given = "".join(f", {name} {value:g}" for name, value in others.items() if value != NEUTRAL[name][0])
+        text = f"requests that do not say get temperature {self.temperature:g}, top_p {self.top_p:g}{given}"
         if self.not_applied:
             names = ", ".join(f"{name} {value!r:.40}" for name, value in self.not_applied.items())
             text += f"; not supported, and not applied: {names}"
@@ -62,13 +67,17 @@ def read_sampling_defaults(model: str | Path, choice: str = AUTO) -> SamplingDef
     if choice == VLLM:
         return SamplingDefaults()
     file = _file(model, choice)
-    limits = {"temperature": (0.0, 2.0), "top_p": (0.0, 1.0)}
-    applied = {
+    limits = {
+        "temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0),
+    }  # fmt: skip
+    applied: dict[str, Any] = {
         name: check_number(f"{file}: {name}", document[name], *limits[name])
         for name in limits
         if document.get(name) is not None
     }
-    others = {name: value for name, value in document.items() if name not in limits and not re.search(HARMLESS, name)}
+    if document.get("top_k") is not None:
+        applied["top_k"] = max(check_integer(f"{file}: top_k", document["top_k"], -1), 0)
+    others = {name: value for name, value in document.items() if name not in applied and not re.search(HARMLESS, name)}
     others = {name: value for name, value in others.items() if value not in (None, *NEUTRAL.get(name, ()))}
     return SamplingDefaults(**applied, not_applied=others)
 

@@ -174,20 +174,45 @@ class Service:
                 f"but this server takes at most {limit}: shorten the prompt or lower max_tokens",
                 param,
             )
-        sampling = Sampling(
-            temperature=self.defaults.temperature if body.temperature is None else float(body.temperature),
-            top_p=self.defaults.top_p if body.top_p is None else float(body.top_p),
-            seed=self._next_seed() if body.seed is None else body.seed,
-        )
+        if (body.min_tokens or 0) > max_tokens:
+            text = f"min_tokens is {body.min_tokens}, but at most {max_tokens} tokens are asked for (max_tokens)"
+            raise ApiError(400, text, "min_tokens")
         return Request(
             secrets.token_hex(12),
             prompt_ids,
             max_tokens,
-            sampling,
+            self._sampling(body),
             bool(body.ignore_eos),
             num_logprobs=body.num_logprobs,
             scores_prompt=body.echoes and body.num_logprobs is not None,
             images=dict(prompt.images),  # JSON knows no read-only mapping
+        )
+
+    def _sampling(self, body: GenerationBody) -> Sampling:
+        """How a request's tokens are to be chosen: as it says, else as the model's defaults do."""
+        assert self.limits is not None
+        biases = tuple((int(token_id), bias) for token_id, bias in (body.logit_bias or {}).items())
+        stop_token_ids = tuple(body.stop_token_ids or ())
+        for param, token_ids in (
+            ("logit_bias", [token_id for token_id, _ in biases]),
+            ("stop_token_ids", stop_token_ids),
+        ):
+            if (highest := max(token_ids, default=0)) >= self.limits.vocab_size:
+                text = f"{param}: token id {highest} lies outside the vocabulary of {self.limits.vocab_size}"
+                raise ApiError(400, text, param)
+        defaults = self.defaults
+        return Sampling(
+            temperature=defaults.temperature if body.temperature is None else float(body.temperature),
+            top_p=defaults.top_p if body.top_p is None else float(body.top_p),
+            seed=self._next_seed() if body.seed is None else body.seed,
+            top_k=max(defaults.top_k if body.top_k is None else body.top_k, 0),
+            min_p=defaults.min_p if body.min_p is None else float(body.min_p),
+            presence_penalty=float(body.presence_penalty or 0),
+            frequency_penalty=float(body.frequency_penalty or 0),
+            repetition_penalty=float(body.repetition_penalty or defaults.repetition_penalty),
+            logit_bias=biases,
+            min_tokens=body.min_tokens or 0,
+            stop_token_ids=stop_token_ids,
         )
 
     def _next_seed(self) -> int:
@@ -207,7 +232,9 @@ class Service:
                     return
 
     async def _chunks(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Chunk]:
-        text = TextChunker(self._new_detokenizer(), body.stops)
+        text = TextChunker(
+            self._new_detokenizer(), body.stops, body.include_stop_str_in_output, request.sampling.min_tokens
+        )
         if not body.echoes:
             text.skip(request.prompt_ids)
         elif not request.scores_prompt:

@@ -53,10 +53,10 @@ class Engine:
         self.answers: dict[str, list[int]] = {}
         self.ended: list[str] = []
         self.manager = PaddedManager(
-            self.forward, max_num_seqs=3, max_num_batched_tokens=8, kv_cache_tokens=room, eos_token_ids=[99],
+            self.forward, max_num_seqs=3, max_num_batched_tokens=8, kv_cache_tokens=room,
             requests=self.requests, on_failure=lambda error: None,
         )  # fmt: skip
-        self.manager.output_router = OutputProcessor(self.requests, frozenset({99}), self._take, lambda name: None)
+        self.manager.output_router = OutputProcessor(self.requests, self._take, lambda name: None)
 
     def _take(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -65,7 +65,7 @@ class Engine:
 
     def submit(self, name: str, num_prompt: int, max_tokens: int, first: int = 1) -> None:
         request = Request(name, list(range(first, first + num_prompt)), max_tokens)
-        self.requests[name] = RequestState(request)
+        self.requests[name] = RequestState(request, frozenset() if request.ignore_eos else frozenset({99}))
         self.manager.submit(request)
 
     def run(self, num_steps: int = 100) -> list[dict[str, int]]:

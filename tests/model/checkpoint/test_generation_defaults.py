@@ -74,14 +74,15 @@ def test_sampling_defaults_are_the_models_and_what_is_not_applied_is_named(tmp_p
     generation = {
         "_from_model_config": True, "transformers_version": "4.51.0", "bos_token_id": 1, "eos_token_id": EOS,
         "pad_token_id": 0, "do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0,
-        "repetition_penalty": 1.05, "max_new_tokens": None, "use_cache": True,
+        "repetition_penalty": 1.05, "typical_p": 0.9, "max_new_tokens": None, "use_cache": True,
     }  # fmt: skip
     defaults = read_sampling_defaults(folder(tmp_path, generation))
-    assert (defaults.temperature, defaults.top_p) == (0.6, 0.95)
-    assert defaults.not_applied == {"top_k": 20, "repetition_penalty": 1.05}
+    assert (defaults.temperature, defaults.top_p, defaults.top_k) == (0.6, 0.95, 20)
+    assert (defaults.min_p, defaults.repetition_penalty) == (0, 1.05)
+    assert defaults.not_applied == {"typical_p": 0.9}
     assert str(defaults) == (
-        "requests that do not say get temperature 0.6 and top_p 0.95; not supported, and not applied: top_k 20, "
-        "repetition_penalty 1.05"
+        "requests that do not say get temperature 0.6, top_p 0.95, top_k 20, repetition_penalty 1.05; not supported, "
+        "and not applied: typical_p 0.9"
     )
 
 

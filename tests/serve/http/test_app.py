@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from rq_ep.engine.progress import Progress
-from rq_ep.engine.requests import Output, Request, Score
+from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.model.checkpoint.generation_defaults import SamplingDefaults
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.metrics import Metrics
@@ -326,6 +326,19 @@ def test_both_names_of_the_limit_are_known(bench: Bench) -> None:
     assert [request.max_tokens for request in bench.ranks.taken] == [7, 6, 5]
 
 
+def test_settings_of_sampling_reach_the_rank(bench: Bench) -> None:
+    settings = {
+        "top_k": 5, "min_p": 0.1, "presence_penalty": -1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.5,
+        "min_tokens": 1,
+    }  # fmt: skip
+    bench.complete(**settings, logit_bias={"7": -3, "9": 1.5}, stop_token_ids=[4, 5], max_tokens=2)
+    bench.complete(top_k=-1)
+    full, plain = (request.sampling for request in bench.ranks.taken)
+    assert {name: getattr(full, name) for name in settings} == settings
+    assert (list(full.logit_bias), list(full.stop_token_ids)) == ([(7, -3), (9, 1.5)], [4, 5])
+    assert plain == Sampling(1.0, 1.0, plain.seed)
+
+
 def test_neutral_parameters_are_accepted(bench: Bench) -> None:
     body = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}}
     assert bench.complete(**body, user="me", safety_identifier="me", prompt_cache_key="a").status_code == 200
@@ -346,9 +359,16 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"max_tokens": 0}, "max_tokens", "only allowed with echo"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "is not supported"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty", "is not supported"),
-        ({"top_k": 20}, "top_k", "is not supported"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"min_p": 1.1}, "min_p", "less than or equal to 1"),
+        ({"min_tokens": 2, "max_tokens": 1}, "min_tokens", "min_tokens is 2, but at most 1 tokens are asked for"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "should match pattern"),
+        ({"logit_bias": {"3": 101}}, "logit_bias", "less than or equal to 100"),
+        ({"logit_bias": {"999": 1}}, "logit_bias", "token id 999 lies outside the vocabulary of 256"),
+        ({"stop_token_ids": [256]}, "stop_token_ids", "token id 256 lies outside the vocabulary of 256"),
+        ({"stop_token_ids": [True]}, "stop_token_ids", "valid integer"),
         ({"temprature": 1}, "temprature", "unknown parameter 'temprature'"),
         ({"temperature": "hot"}, "temperature", "temperature: Input should be a valid number"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),

@@ -39,9 +39,19 @@ class TextChunker:
     token that is cut is the last and is whole. An incomplete character at the end is U+FFFD, by the last token.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, stops: Sequence[str], includes_stop: bool = False, min_tokens: int = 0
+    ) -> None:
+        """
+        Args:
+            detokenizer: of this answer.
+            stops: strings that end it.
+            includes_stop: whether the one that has ended it is shown.
+            min_tokens: of the answer, in which none is looked for.
+        """
         self._detokenizer = detokenizer
-        self._stop_strings = StopStrings(stops)
+        self._stop_strings = StopStrings(stops, includes_stop)
+        self._num_free = min_tokens  # tokens that are still to come before stop strings are looked for
         self._num_read = 0  # characters the tokens so far have come to,
         self._num_shown = 0  # of which these were handed out
         self._waiting: list[ScoredToken] = []
@@ -74,10 +84,13 @@ class TextChunker:
         for at, token_id in enumerate(output.token_ids):
             is_end = output.finish_reason == "stop" and at == len(output.token_ids) - 1
             tokens.append(self._read(token_id, output.scores[at] if output.scores else None, is_end))
-        text = "".join(token.added.text for token in tokens)
-        if output.finish_reason is not None:
-            text += self._flush(tokens)
-        shown, is_stopped = self._stop_strings.push(text)
+        texts = [token.added.text for token in tokens]
+        num_free = min(self._num_free, len(texts))
+        self._num_free -= num_free
+        rest = self._flush(tokens) if output.finish_reason is not None else ""
+        free, _ = self._stop_strings.push("".join(texts[:num_free]), may_stop=False)
+        text, is_stopped = self._stop_strings.push("".join(texts[num_free:]) + rest)
+        shown = free + text
         if output.finish_reason is not None and not is_stopped:
             shown += self._stop_strings.flush()
         self._num_shown += len(shown)

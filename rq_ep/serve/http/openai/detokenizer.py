@@ -150,19 +150,29 @@ class StopStrings:
     """Cuts a stream of text before the stop string that is complete first; holds back what may begin one.
 
     Of several that end with the same character the longest counts. So the division of the text does not matter.
+
+    Args:
+        stops: the stop strings.
+        shows: whether the one that has ended the text is shown.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], shows: bool = False) -> None:
         self._stops = tuple(stops)
+        self._shows = shows
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Add text; return what may be shown, and whether a stop string has ended it."""
+    def push(self, text: str, may_stop: bool = True) -> tuple[str, bool]:
+        """Add text; return what may be shown, and whether a stop string has ended it. One may begin before it may end.
+
+        Args:
+            text: the new text.
+            may_stop: whether a stop string that is complete in it ends it.
+        """
         text = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if matches:
+        if matches and may_stop:
             self._held = ""
-            return text[: min(matches)[1]], True
+            return text[: min(matches)[0 if self._shows else 1]], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

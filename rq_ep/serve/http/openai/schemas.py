@@ -16,42 +16,37 @@ from pydantic_core import PydanticCustomError
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 
-# Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's, which load generators
-# send (`vllm bench serve` sends a repetition_penalty of 1).
+# Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "best_of": (1,),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": (),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "metadata": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (False, True),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_k": (-1, 0),
     "use_beam_search": (False,),
 }
 
 MAX_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # of tokens and their ids: enough, and short to quote
+MAX_BIASED = 1024  # tokens of a logit_bias; OpenAI takes 300
+MAX_STOP_TOKENS = 128
 MAX_MESSAGES = 10_000  # in a request, and parts in a message; OpenAI takes 2048
 
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,9})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -100,6 +95,15 @@ class GenerationBody(Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    top_k: int | None = Field(None, ge=-1, le=MAX_INT)  # 0 or -1: any number
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASED)] | None = None
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: bool = False
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -181,3 +181,15 @@ def test_the_division_into_parts_does_not_matter(text: str, stops: list[str], si
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     expected = (text[: min(ends)[1]], True) if ends else (text, False)
     assert cut([text[at : at + size] for at in range(0, len(text), size)], stops) == expected
+
+
+def test_a_stop_string_is_shown_where_it_is_asked_for() -> None:
+    stop_strings = StopStrings(["cd"], shows=True)
+    assert stop_strings.push("abc") == ("ab", False)
+    assert stop_strings.push("de") == ("cd", True)
+
+
+def test_a_stop_string_may_begin_before_it_may_end_the_text() -> None:
+    stop_strings = StopStrings(["cd"])
+    assert stop_strings.push("cdabc", may_stop=False) == ("cdab", False)
+    assert stop_strings.push("de") == ("", True)

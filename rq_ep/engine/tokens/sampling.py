@@ -33,12 +33,17 @@ def next_tokens(scores_NV: torch.Tensor, samplings: Sequence[Sampling], position
     device = scores_NV.device
     index_n = torch.tensor(rows, device=device)
     temperature_n1 = _column([samplings[row].temperature for row in rows], device)
-    top_p_n1 = _column([samplings[row].top_p for row in rows], device)
+    chosen = [samplings[row] for row in rows]
     keys = [_signed(_mix(_mix(samplings[row].seed) + positions[row])) for row in rows]
     chosen_nV = scores_NV[index_n]
     # The largest becomes 0, so that no temperature, however small, makes an infinity of it.
     scaled_nV = chosen_nV.double().sub_(chosen_nV.amax(dim=-1, keepdim=True)).div_(temperature_n1)
-    if bool((top_p_n1 < 1).any()):
+    if any(sampling.min_p > 0 for sampling in chosen):
+        scaled_nV = _keep_min_p(scaled_nV, _column([sampling.min_p for sampling in chosen], device))
+    if any(sampling.top_k > 0 for sampling in chosen):
+        scaled_nV = _keep_top_k(scaled_nV, chosen_nV, [sampling.top_k for sampling in chosen])
+    if any(sampling.top_p < 1 for sampling in chosen):
+        top_p_n1 = _column([sampling.top_p for sampling in chosen], device)
         scaled_nV = _keep_top_p(scaled_nV, chosen_nV.argsort(dim=-1, descending=True), top_p_n1)
     noise_nV = _gumbel(torch.tensor(keys, device=device), scores_NV.shape[1])
     tokens_N[index_n] = scaled_nV.add_(noise_nV).argmax(dim=-1)
@@ -48,6 +53,25 @@ def next_tokens(scores_NV: torch.Tensor, samplings: Sequence[Sampling], position
 def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
     """[N, 1] float64, which holds every temperature and top-p that a request can have."""
     return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def _keep_min_p(scaled_NV: torch.Tensor, min_p_N1: torch.Tensor) -> torch.Tensor:
+    """Rule out every token that is less than `min_p` times as likely as the likeliest; the largest value is 0."""
+    return scaled_NV.masked_fill_(scaled_NV < min_p_N1.log(), float("-inf"))
+
+
+def _keep_top_k(scaled_NV: torch.Tensor, scores_NV: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
+    """Rule out every token that is less likely than the k-th; 0 rules out none. Equals of the k-th stay.
+
+    Args:
+        scaled_NV: logits divided by the temperature, which makes equals of close ones.
+        scores_NV: the logits themselves.
+        top_k: N.
+    """
+    num_tokens = scores_NV.shape[1]
+    rank_N1 = torch.tensor([min(k or num_tokens, num_tokens) - 1 for k in top_k], device=scores_NV.device)[:, None]
+    ordered_NV = scores_NV.sort(dim=-1, descending=True).values
+    return scaled_NV.masked_fill_(scores_NV < ordered_NV.gather(1, rank_N1), float("-inf"))
 
 
 def _keep_top_p(scaled_NV: torch.Tensor, order_NV: torch.Tensor, top_p_N1: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Choosing the next token of a sequence from its logits."""
