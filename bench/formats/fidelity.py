@@ -27,7 +27,7 @@ from rq_ep.core.arrays import FloatArray
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibration.calibrate import calibrate
-from rq_ep.model.calibration.forward_stats import collect_forward_stats
+from rq_ep.model.calibration.forward_stats import collect_forward_stats, find_windows
 from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.calibration.quantize import MAX_ROWS
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         check_writable(path)
     quiet_libraries()
     names = args.formats.split(",")
-    loaded = LoadedModel.open(args.model, torch.float32, "cpu")
+    loaded = LoadedModel.open(Path(args.model), torch.float32, "cpu")
     rows: list[Row] = []
     kinds: list[Row] = []
     mixed: list[Mixed] = []
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
             )
             for kind in IMPORTANCES
         }  # fmt: skip
-        forward_stats = collect_forward_stats(loaded, args.calibrate_on, max_rows=MAX_ROWS)
+        forward_stats = collect_forward_stats(loaded, find_windows(loaded.model, args.calibrate_on), max_rows=MAX_ROWS)
         windows = make_windows(args.text, read_tokenizer(args.model), WindowSettings(max_tokens=args.max_tokens))
         model = RoundedModel.of(loaded, windows.batches, [record.kept_rows() for record in forward_stats.records])
         by_output = stats["output"]

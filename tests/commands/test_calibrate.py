@@ -6,6 +6,8 @@ import pytest
 
 from rq_ep.__main__ import main
 from rq_ep.core.stats import ExpertStats
+from rq_ep.model.calibration.loaded_model import LoadedModel
+from rq_ep.model.evaluation import evaluate
 from tests.serve.running import torchrun
 
 
@@ -52,7 +54,10 @@ def test_two_ranks_write_what_one_process_writes(tiny_checkpoint: Path, tmp_path
     assert sharded.model == expected.model
 
 
-def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:
+def test_users_mistakes_are_one_line_each_before_weights_are_read(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadedModel, "open", lambda *_, **__: pytest.fail("weights are read"))
     good = {"--model": str(tiny_checkpoint), "--text": str(tiny_checkpoint / "text"), "--out": str(tmp_path / "s")}
     for flag, value, message in (
         ("--model", str(tmp_path / "nowhere"), "no such directory"),
@@ -64,6 +69,8 @@ def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, tmp_path: Path,
         ("--sequence-length", "9999", "reads at most 512 tokens"),
         ("--seed", "-1", "--seed -1: must be at least 0"),
         ("--out", str(tmp_path), "is a directory"),
+        ("--trace", str(tmp_path), "is a directory"),
+        ("--experts", str(tmp_path / "nowhere"), "nowhere"),
     ):
         arguments = [word for pair in {**good, flag: value}.items() for word in pair]
         assert main(["calibrate", *arguments]) == 2
@@ -71,3 +78,18 @@ def test_users_mistakes_are_one_line_each(tiny_checkpoint: Path, tmp_path: Path,
         assert error.startswith("rq-ep calibrate: error: ")
         assert message in error
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["quantize --formats int4_g32 --out experts", "eval --num-ranks 2 --strategies eplb"]
+)
+def test_too_little_text_is_refused_before_weights_are_read(
+    command: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LoadedModel, "open", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr(evaluate, "load_whole_model", lambda *_, **__: pytest.fail("weights are read"))
+    text = str(tiny_checkpoint / "text")
+    assert main([*command.split(), "--model", str(tiny_checkpoint), "--text", text, "--max-tokens", "100"]) == 2
+    assert "--max-tokens 100: 4 domains (c, code, prose, table) need" in capsys.readouterr().err

@@ -17,13 +17,16 @@ from rq_ep.core.files.documents import check_writable
 from rq_ep.core.stats import ExpertStats
 from rq_ep.formats import WeightFormat, get_format
 from rq_ep.model.calibration.divergence import KLDivergence, kl_when_dropped_LE, kl_when_quantized_LEQ
-from rq_ep.model.calibration.forward_stats import ForwardStats, collect_forward_stats
+from rq_ep.model.calibration.forward_stats import ForwardStats, collect_forward_stats, find_windows
 from rq_ep.model.calibration.importance import wanda_E
 from rq_ep.model.calibration.layer_records import LayerRecord
-from rq_ep.model.calibration.loaded_model import LoadedModel
+from rq_ep.model.calibration.loaded_model import LoadedModel, find_source
 from rq_ep.model.calibration.output_error import output_errors_EQ
 from rq_ep.model.calibration.trace_builder import RoutingTraceBuilder
+from rq_ep.model.checkpoint.checkpoint_files import read_config
+from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
+from rq_ep.model.model_folder import folder_of
 from rq_ep.model.progress_callback import ProgressCallback, item_counter, no_progress
 from rq_ep.model.seam.expert_modules import ExpertsModule
 from rq_ep.model.settings import IMPORTANCES, CalibrationSettings
@@ -71,19 +74,16 @@ def calibrate(
             whose experts give infinite or undefined outputs.
     """
     settings = replace(settings or CalibrationSettings(), **options)
-    loaded = LoadedModel.open(
-        model, settings.dtype, settings.device, group, revision=settings.revision,
-        strict_weights=settings.strict_weights,
-    )  # fmt: skip
-    _check_supported(loaded, settings, trace_path)
+    source, group = find_source(model, settings, group)
+    packed = run_on_all_ranks(group, lambda: _check_inputs(source, settings, group, trace_path, packed_experts))
+    windows = find_windows(source, texts, settings, tokenizer=tokenizer, group=group)
+    loaded = LoadedModel.open(source, settings.dtype, settings.device, group, strict_weights=settings.strict_weights)
     formats = _formats_to_measure(loaded, settings.formats)
-    packed = run_on_all_ranks(loaded.group, lambda: _open_files(loaded, trace_path, packed_experts))
 
     trace_builder = RoutingTraceBuilder() if trace_path is not None and loaded.is_rank_zero else None
     forward_stats = collect_forward_stats(
-        loaded, texts, settings, tokenizer=tokenizer, trace_builder=trace_builder, resume_path=resume_path,
-        progress=progress,
-    )  # fmt: skip
+        loaded, windows, trace_builder=trace_builder, resume_path=resume_path, progress=progress
+    )
     if trace_builder is not None and trace_path is not None:
         trace_builder.build(loaded.experts[0].num_experts, _layers(loaded), loaded.identity).save(trace_path)
 
@@ -104,13 +104,30 @@ def calibrate(
     )
 
 
-def _check_supported(loaded: LoadedModel, settings: CalibrationSettings, trace_path: str | Path | None) -> None:
-    if settings.measure_kl and loaded.group is not None:
-        raise UserError(
-            f"--measure-kl changes expert by expert in one process, not on {loaded.group.size}: leave it out"
-        )
-    if trace_path is not None and loaded.is_encoder_decoder:
-        raise UserError("--trace: layers of an encoder and a decoder see different tokens; leave it out")
+def _check_inputs(
+    model: Path | PreTrainedModel,
+    settings: CalibrationSettings,
+    group: EPGroup | None,
+    trace_path: str | Path | None,
+    packed_experts: str | Path | None,
+) -> PackedExperts | None:
+    """Open the experts packed in advance, and check whatever needs no weights."""
+    for name in settings.formats or ():
+        get_format(name)  # raises if there is none
+    if settings.measure_kl and group is not None and group.size > 1:
+        raise UserError(f"--measure-kl changes expert by expert in one process, not on {group.size}: leave it out")
+    if trace_path is not None:
+        config = read_config(model) if isinstance(model, Path) else model.config
+        if config.is_encoder_decoder:
+            raise UserError("--trace: layers of an encoder and a decoder see different tokens; leave it out")
+        if group is None or group.rank == 0:
+            check_writable(trace_path)
+    if packed_experts is None:
+        return None
+    folder = model if isinstance(model, Path) else folder_of(model)
+    if folder is None:
+        raise UserError("--experts: the model was not loaded from a checkpoint directory")
+    return PackedExperts.open(packed_experts, model_identity(folder))
 
 
 def _formats_to_measure(loaded: LoadedModel, names: Sequence[str] | None) -> tuple[WeightFormat, ...]:
@@ -118,19 +135,6 @@ def _formats_to_measure(loaded: LoadedModel, names: Sequence[str] | None) -> tup
     if names is None:
         names = () if loaded.is_quantized else ("int8",)
     return tuple(get_format(name) for name in dict.fromkeys((loaded.native_format, *names)))
-
-
-def _open_files(
-    loaded: LoadedModel, trace_path: str | Path | None, packed_experts: str | Path | None
-) -> PackedExperts | None:
-    """Open the experts packed in advance, and check in time that the trace can be written."""
-    if trace_path is not None and loaded.is_rank_zero:
-        check_writable(trace_path)
-    if packed_experts is None:
-        return None
-    if loaded.identity is None:
-        raise UserError("--experts: the model was not loaded from a checkpoint directory")
-    return PackedExperts.open(packed_experts, loaded.identity)
 
 
 def _layers(loaded: LoadedModel) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
@@ -17,6 +17,7 @@ from rq_ep.model.calibration.layer_records import LayerRecord, Step, recording
 from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.calibration.resume import SAVE_EVERY_S, ResumeFile
 from rq_ep.model.calibration.trace_builder import RoutingTraceBuilder
+from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.progress_callback import ProgressCallback, no_progress
 from rq_ep.model.seam.expert_modules import ExpertsModule
@@ -43,20 +44,58 @@ class ForwardStats:
     records: list[LayerRecord]  # of each MoE layer
 
 
-@torch.no_grad()
-def collect_forward_stats(
-    loaded: LoadedModel,
+def find_windows(
+    model: Path | PreTrainedModel,
     texts: Texts,
     settings: WindowSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    group: EPGroup | None = None,
+) -> Windows:
+    """The windows of text that are to run through a model, which need not be loaded for it.
+
+    Args:
+        model: folder of a checkpoint, or a model in memory.
+        texts: domain -> texts; or texts (str); or paths (Path) of files and directories, see `windows.read_texts`.
+        settings: how much of the text to run; default: `WindowSettings()`.
+        tokenizer: default: the checkpoint's.
+        group: ranks, all of which call this and get the same.
+
+    Raises:
+        UserError: no text or tokenizer, sizes that do not fit.
+    """
+    settings = settings or WindowSettings()
+
+    def find() -> Windows:
+        config = read_config(model) if isinstance(model, Path) else model.config
+        check_sequence_length(settings.sequence_length, config, low=2 if config.is_encoder_decoder else 1)
+        return make_windows(texts, tokenizer or _tokenizer_of(model), settings)
+
+    windows = run_on_all_ranks(group, find)
+    if group is None or group.rank == 0:
+        _warn_if_small(windows)
+    return windows
+
+
+def _tokenizer_of(model: Path | PreTrainedModel) -> PreTrainedTokenizerBase:
+    path = model if isinstance(model, Path) else model.name_or_path
+    if not path:
+        raise UserError("tokenizer: a model that was not loaded from a checkpoint brings none; give one")
+    return read_tokenizer(path)
+
+
+@torch.no_grad()
+def collect_forward_stats(
+    loaded: LoadedModel,
+    windows: Windows,
+    *,
     max_rows: int = MAX_ROWS,
     trace_builder: RoutingTraceBuilder | None = None,
     resume_path: str | Path | None = None,
     save_every_s: float = SAVE_EVERY_S,
     progress: ProgressCallback = no_progress,
 ) -> ForwardStats:
-    """Run text through a model once, and record what its experts do.
+    """Run windows of text through a model once, and record what its experts do.
 
     A step is one batch. Every batch is a prefill step; every second one of a domain also gives `DECODE_STEPS` decode
     steps, each of the tokens at one position of its sequences, as if these were decoded together.
@@ -68,9 +107,7 @@ def collect_forward_stats(
 
     Args:
         loaded: the model.
-        texts: domain -> texts; or texts (str); or paths (Path) of files and directories, see `windows.read_texts`.
-        settings: how much of the text to run; default: `WindowSettings()`.
-        tokenizer: default: the checkpoint's.
+        windows: as `find_windows` gives them.
         max_rows: inputs to keep of each expert, as far as `MAX_ROW_BYTES` allow.
         trace_builder: gets the routing of every token; not of an encoder-decoder.
         resume_path: file in which progress is saved, so that the same call can resume after it was stopped; it is
@@ -79,11 +116,9 @@ def collect_forward_stats(
         progress: called with (stage, done, total).
 
     Raises:
-        UserError: no text or tokenizer, sizes that do not fit, experts that give infinite or undefined outputs.
+        UserError: experts that give infinite or undefined outputs, a rank that would resume elsewhere.
     """
     assert trace_builder is None or resume_path is None
-    settings = settings or WindowSettings()
-    windows = _make_windows(loaded, texts, settings, tokenizer)
     num_experts = loaded.experts[0].num_experts
     max_rows_by_bytes = MAX_ROW_BYTES // (4 * loaded.family.hidden_size * num_experts * len(loaded.experts))
     max_rows = max(1, min(max_rows, max_rows_by_bytes))
@@ -108,23 +143,6 @@ def collect_forward_stats(
     if resume_file is not None and loaded.is_rank_zero:
         resume_file.remove()
     return ForwardStats(windows, steps, records)
-
-
-def _make_windows(
-    loaded: LoadedModel, texts: Texts, settings: WindowSettings, tokenizer: PreTrainedTokenizerBase | None
-) -> Windows:
-    config = loaded.model.config
-    check_sequence_length(settings.sequence_length, config, low=2 if loaded.is_encoder_decoder else 1)
-    windows = run_on_all_ranks(loaded.group, lambda: make_windows(texts, tokenizer or _tokenizer_of(loaded), settings))
-    if loaded.is_rank_zero:
-        _warn_if_small(windows)
-    return windows
-
-
-def _tokenizer_of(loaded: LoadedModel) -> PreTrainedTokenizerBase:
-    if not loaded.model.name_or_path:
-        raise UserError("tokenizer: a model that was not loaded from a checkpoint brings none; give one")
-    return read_tokenizer(loaded.model.name_or_path)
 
 
 def _warn_if_small(windows: Windows) -> None:

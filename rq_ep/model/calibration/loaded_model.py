@@ -16,9 +16,26 @@ from rq_ep.model.load.sharded_model import load_sharded_model
 from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.model.model_folder import find_model, folder_of
 from rq_ep.model.seam.expert_modules import ExpertsModule, find_expert_modules
+from rq_ep.model.settings import CalibrationSettings, QuantizeSettings
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.parallel import EPGroup
 from rq_ep.parallel.default_group import default_group, own_device
+
+
+def find_source(
+    model: str | Path | PreTrainedModel, settings: CalibrationSettings | QuantizeSettings, group: EPGroup | None
+) -> tuple[Path | PreTrainedModel, EPGroup | None]:
+    """The folder of a checkpoint and the ranks over which its experts are to be sharded, or a model in memory.
+
+    Args:
+        model: checkpoint directory, name of the hub, or a model in memory.
+        settings: say the revision of a model of the hub, and the device.
+        group: the ranks, all of which call this; default: all processes of the launcher, or this one.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model, None
+    group = default_group(settings.device) if group is None else group
+    return find_model(model, settings.revision, group), group
 
 
 @dataclass(frozen=True)
@@ -36,35 +53,32 @@ class LoadedModel:
     @classmethod
     def open(
         cls,
-        model: str | Path | PreTrainedModel,
+        model: Path | PreTrainedModel,
         dtype: str | torch.dtype | None,
         device: str,
         group: EPGroup | None = None,
         *,
-        revision: str | None = None,
         strict_weights: bool = False,
     ) -> "LoadedModel":
         """Load the model of a checkpoint, or take one that is already in memory.
 
         Args:
-            model: checkpoint directory, name of the hub, or a model in memory.
+            model: as `find_source` gives it.
             dtype: to compute in; default: as the weights are stored.
             device: auto, cpu or cuda; a model in memory, or a group, stays where it is.
-            group: ranks over which the experts of a checkpoint are sharded; all of them call this. Default: all
-                processes of the launcher, or this one.
-            revision, strict_weights: as in `load`.
+            group: ranks over which the experts of a checkpoint are sharded; all of them call this. Default: this
+                process alone.
+            strict_weights: as in `load`.
 
         Raises:
             UserError: no such checkpoint, or one that cannot be served.
         """
         if isinstance(model, PreTrainedModel):
             return cls._in_memory(model)
-        group = default_group(device) if group is None else group
         dtype = None if dtype is None else torch_dtype(dtype)
-        model = find_model(model, revision, group)
         network: Any
         experts: tuple[ExpertsModule, ...]
-        if group.size == 1:
+        if group is None or group.size == 1:
             network = load_whole_model(model, dtype or "auto", own_device(device), strict_weights=strict_weights)
             experts, shards = find_expert_modules(network), None
         else:

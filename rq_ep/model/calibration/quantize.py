@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.formats import get_format
-from rq_ep.model.calibration.forward_stats import collect_forward_stats
-from rq_ep.model.calibration.loaded_model import LoadedModel
+from rq_ep.model.calibration.forward_stats import collect_forward_stats, find_windows
+from rq_ep.model.calibration.loaded_model import LoadedModel, find_source
 from rq_ep.model.calibration.rounding import ROUNDINGS, Rounding
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.load.attach import check_layers
@@ -71,10 +71,12 @@ def quantize(
         raise UserError(
             f"--rounding {settings.rounding} needs --text: give text of the kind you will serve, or round to nearest"
         )
-    loaded = LoadedModel.open(
-        model, settings.dtype, settings.device, group, revision=settings.revision,
-        strict_weights=settings.strict_weights,
-    )  # fmt: skip
+    source, group = find_source(model, settings, group)
+    windows = None
+    if settings.rounding != "nearest":
+        assert texts is not None
+        windows = find_windows(source, texts, settings, group=group)
+    loaded = LoadedModel.open(source, settings.dtype, settings.device, group, strict_weights=settings.strict_weights)
     if loaded.identity is None:
         raise UserError("quantize: the model was not loaded from a checkpoint directory")
     wanted_L = _wanted_experts(loaded, formats, placement)
@@ -87,9 +89,8 @@ def quantize(
     }
     missing = _missing_layers(loaded, packed, wanted_L, provenance)
     rows_LE: dict[int, list[Tensor]] = {}
-    if missing and settings.rounding != "nearest":
-        assert texts is not None
-        forward_stats = collect_forward_stats(loaded, texts, settings, max_rows=MAX_ROWS, progress=progress)
+    if missing and windows is not None:
+        forward_stats = collect_forward_stats(loaded, windows, max_rows=MAX_ROWS, progress=progress)
         rows_LE = {i: forward_stats.records[i].kept_rows() for i in missing}
     for done, i in enumerate(missing):
         progress("quantizing", done, len(missing))

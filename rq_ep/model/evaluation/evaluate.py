@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rq_ep.core.cost import CostModel
 from rq_ep.core.stats import ModelIdentity
+from rq_ep.model.checkpoint.checkpoint_files import read_config
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.dtypes import torch_dtype
@@ -88,10 +89,10 @@ def compare(
     for candidate in candidates:
         if candidate.placement is not None:
             candidate.placement.check_serves(identity, num_ranks, f"the placement of {candidate.label}")
+    check_sequence_length(settings.sequence_length, read_config(path), low=2)  # one token to read, one to predict
+    windows = make_windows(texts, read_tokenizer(path), settings)
     device = own_device(settings.device)
     dense = load_whole_model(path, torch_dtype(settings.dtype), device, strict_weights=settings.strict_weights)
-    check_sequence_length(settings.sequence_length, dense.config, low=2)  # one token to read, and one to predict
-    windows = make_windows(texts, read_tokenizer(path), settings)
     loader = _CandidateLoader(path, dense, identity, num_ranks, machine, packed_experts, settings)
     runs = []
     for done, candidate in enumerate(candidates):

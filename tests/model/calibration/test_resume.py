@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.calibration.forward_stats import ForwardStats, collect_forward_stats
+from rq_ep.model.calibration.forward_stats import ForwardStats, collect_forward_stats, find_windows
 from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.settings import WindowSettings
+from rq_ep.model.text.windows import Windows
 from rq_ep.parallel import EPGroup, run_local
 
 SETTINGS = WindowSettings(sequence_length=32, max_tokens=2048)
@@ -25,6 +26,10 @@ class Stopped(Exception):
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint: Path) -> LoadedModel:
     return LoadedModel.open(tiny_checkpoint, torch.float32, "cpu")
+
+
+def windows_of(tiny_checkpoint: Path, **changes: int) -> Windows:
+    return find_windows(tiny_checkpoint, tiny_checkpoint / "text" / "train", replace(SETTINGS, **changes))
 
 
 def until(stop: int):
@@ -47,28 +52,26 @@ def assert_same(a: ForwardStats, b: ForwardStats) -> None:
 
 def test_a_stopped_run_resumes_where_it_was(loaded: LoadedModel, tiny_checkpoint: Path, tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO")
-    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.resume"
-    whole = collect_forward_stats(loaded, text, SETTINGS)
+    windows, path = windows_of(tiny_checkpoint), tmp_path / "out.resume"
+    whole = collect_forward_stats(loaded, windows)
     for stop in (3, 6):
         with pytest.raises(Stopped):
-            collect_forward_stats(loaded, text, SETTINGS, resume_path=path, save_every_s=0, progress=until(stop))
+            collect_forward_stats(loaded, windows, resume_path=path, save_every_s=0, progress=until(stop))
     assert "going on after 3 batches" in caplog.text
     seen = []
-    again = collect_forward_stats(
-        loaded, text, SETTINGS, resume_path=path, progress=lambda _, done, total: seen.append(done)
-    )
+    again = collect_forward_stats(loaded, windows, resume_path=path, progress=lambda _, done, total: seen.append(done))
     assert seen == [7, 8]
     assert_same(whole, again)
     assert not path.exists()
 
 
 def test_ranks_resume_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.resume"
+    windows, path = windows_of(tiny_checkpoint), tmp_path / "out.resume"
     seen: list[int] = []
 
     def collect(group: EPGroup, **options: Any) -> ForwardStats:
         sharded = LoadedModel.open(tiny_checkpoint, torch.float32, "cpu", group)
-        return collect_forward_stats(sharded, text, SETTINGS, save_every_s=0, **options)
+        return collect_forward_stats(sharded, windows, save_every_s=0, **options)
 
     with pytest.raises(Stopped):
         run_local(2, partial(collect, resume_path=path, progress=until(3)))
@@ -85,13 +88,13 @@ def test_ranks_resume_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_another_run_or_a_damaged_file_starts_anew(
     loaded: LoadedModel, tiny_checkpoint: Path, tmp_path: Path, caplog
 ) -> None:
-    text, path = tiny_checkpoint / "text" / "train", tmp_path / "out.resume"
+    windows, path = windows_of(tiny_checkpoint), tmp_path / "out.resume"
     with pytest.raises(Stopped):
-        collect_forward_stats(loaded, text, SETTINGS, resume_path=path, save_every_s=0, progress=until(3))
-    other_settings = replace(SETTINGS, seed=1)
-    other = collect_forward_stats(loaded, text, other_settings, resume_path=path)
+        collect_forward_stats(loaded, windows, resume_path=path, save_every_s=0, progress=until(3))
+    other_windows = windows_of(tiny_checkpoint, seed=1)
+    other = collect_forward_stats(loaded, other_windows, resume_path=path)
     assert "is of another run: starting anew" in caplog.text
-    assert_same(other, collect_forward_stats(loaded, text, other_settings))
+    assert_same(other, collect_forward_stats(loaded, other_windows))
     path.write_bytes(b"nonsense")
-    collect_forward_stats(loaded, text, SETTINGS, resume_path=path)
+    collect_forward_stats(loaded, windows, resume_path=path)
     assert "is damaged" in caplog.text
