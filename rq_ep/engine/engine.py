@@ -19,7 +19,7 @@ from rq_ep.engine.rotary import SequenceRotary
 from rq_ep.engine.scoring import PromptScorer
 from rq_ep.engine.servable import PAGED
 from rq_ep.engine.step_agreement import GroupFlags, flags_exchange
-from rq_ep.engine.step_loop import StepLoop
+from rq_ep.engine.step_loop import Recover, StepLoop
 from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import MoverFlags
 from rq_ep.parallel import TorchGroup
@@ -53,6 +53,8 @@ class Engine:
             never move.
         on_agreement: called with what the ranks have agreed on, on the engine's thread, between the same two steps on
             every rank.
+        recover: called on the engine's thread when another rank has cut a step off, or the group is to change
+            (`regroup`): it returns when this rank may make steps again. None: such an error is a failure.
         heartbeat_s: how often an idle group meets, in seconds.
     """
 
@@ -68,6 +70,7 @@ class Engine:
         on_mark: Callable[[int], None] = lambda number: None,
         mover_flags: Callable[[], MoverFlags] | None = None,
         on_agreement: Callable[[GroupFlags], None] = lambda flags: None,
+        recover: Recover | None = None,
         heartbeat_s: float = 1.0,
     ) -> None:
         self.eos_token_ids = _eos_token_ids(model)
@@ -120,6 +123,7 @@ class Engine:
             on_mark=on_mark,
             mover_flags=mover_flags,
             on_agreement=on_agreement,
+            recover=recover,
             progress=self._tracker,
             heartbeat_s=heartbeat_s,
             wake_up=self._manager.wake_up,
@@ -164,6 +168,10 @@ class Engine:
     def mark(self, number: int) -> None:
         """Have `on_mark` of every rank called with this number, higher than any before; call it on one rank."""
         self._step_loop.mark(number)
+
+    def regroup(self, generation: int) -> None:
+        """Have `recover` called on every rank between two steps, once all know of this generation of the group."""
+        self._step_loop.regroup(generation)
 
     def stop(self) -> None:
         """Finish what is running and wait for the engine's thread. It ends once every rank has been asked to stop."""

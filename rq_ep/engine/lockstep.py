@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
+from transformers.generation.continuous_batching.cache_allocators.sliding_attention import (
+    SlidingAttentionCacheAllocator,
+)
 from transformers.generation.continuous_batching.continuous_api import (
     BackgroundThreadStatus,
     ContinuousBatchingManager,
@@ -17,7 +21,8 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
-from transformers.generation.continuous_batching.requests import RequestStatus
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestStatus
+from transformers.generation.continuous_batching.requests import RequestState as RequestRecord
 
 from rq_ep.engine.empty_step import WARMUP_TOKENS
 from rq_ep.engine.kv_cache import PAGE_SIZE, cache_config, pad_cache
@@ -55,6 +60,9 @@ class LockstepManager(ContinuousBatchingManager):
         self._requests = requests
         self._on_failure = on_failure
         self._has_failed = False
+        self._nonfinite = NonFiniteTokens()
+        self._is_running = False  # a forward pass
+        self._keeps_batch = False  # the one that was prepared last is to be run again
         self._step_loop: StepLoop | None = None
 
     @property
@@ -93,9 +101,8 @@ class LockstepManager(ContinuousBatchingManager):
             pad_cache(processor.cache, config)
             ios = processor.inputs_and_outputs
             assert isinstance(ios, ContinuousBatchingIOs)
-            nonfinite = NonFiniteTokens()
-            nonfinite.watch(processor.cache)
-            sampler = Sampler(ios, self._requests, nonfinite)
+            self._nonfinite.watch(processor.cache)
+            sampler = Sampler(ios, self._requests, self._nonfinite)
             processor.model_runner._sample = sampler  # type: ignore[method-assign,assignment]
         return processor
 
@@ -170,6 +177,9 @@ class LockstepManager(ContinuousBatchingManager):
         return bool(self.processor.has_pending_requests())
 
     def prepare(self) -> bool:
+        if self._keeps_batch:
+            self._keeps_batch = False
+            return True
         if self._rotary.recompute_after is not None:
             self._restart_outgrown(self._rotary.recompute_after)
         scheduler = self.processor.scheduler
@@ -182,16 +192,44 @@ class LockstepManager(ContinuousBatchingManager):
         scheduler = self.processor.scheduler
         for state in list(scheduler.active_requests.values()):
             if state.status == RequestStatus.DECODING and state.position_offset == num_tokens:
-                scheduler.finish_request(state.request_id)
-                scheduler.add_waiting_request(state.create_equivalent_initial_request())
-                scheduler.waiting_requests_order.rotate(1)
+                self._compute_anew(state)
+
+    def _compute_anew(self, state: RequestRecord) -> None:
+        scheduler = self.processor.scheduler
+        scheduler.finish_request(state.request_id)
+        scheduler.add_waiting_request(state.create_equivalent_initial_request())
+        scheduler.waiting_requests_order.rotate(1)
+
+    def restart(self) -> None:
+        """Keep the batch: writing the same keys and values to the same places of the cache again changes nothing.
+
+        Where a step overwrites what it has to read, its requests are computed anew instead.
+        """
+        self._nonfinite.take()
+        batch = self._ios.requests_in_batch
+        self._keeps_batch = not (self._is_running and any(map(self._overwrites, batch)))
+        self._is_running = False
+        if not self._keeps_batch:
+            for future in reversed(batch):
+                self._compute_anew(future.state)
+
+    def _overwrites(self, future: FutureRequestState) -> bool:
+        """Whether some tokens of a request in a step take the places of others that the first of them still sees."""
+        allocator = self.processor.cache.cache_allocators.get(SLIDING_ATTENTION)
+        if allocator is None:
+            return False
+        assert isinstance(allocator, SlidingAttentionCacheAllocator)
+        end = future.state.position_offset
+        return 1 < future.query_length < end and end > allocator.sliding_window
 
     def run(self) -> None:
+        self._is_running = True
         if self._rotary.follows_length:
             with self._rotary.lengths(self._rotary.batch_lengths(self._ios.requests_in_batch)):
                 self._generation_step()
         else:
             self._generation_step()
+        self._is_running = False
         self.current_batch += 1
         self.processor.update_batch()
 

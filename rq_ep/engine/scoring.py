@@ -32,7 +32,8 @@ def score_tokens(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) 
 class _Job:
     request: Request
     cache: Cache | None
-    num_done: int = 0
+    num_done: int = 0  # tokens that have been run
+    num_scored: int = 0  # and those whose scores were delivered: more, where a prompt has started again
 
 
 class PromptScorer:
@@ -80,6 +81,11 @@ class PromptScorer:
     def has_work(self) -> bool:
         return self._job is not None or bool(self._arrived)
 
+    def restart(self) -> None:
+        """Start the prompt under way again, as a step of it was cut off; no score is delivered twice."""
+        if self._job is not None:
+            self._job = _Job(self._job.request, self._new_cache(), num_scored=self._job.num_scored)
+
     @torch.no_grad()
     def step(self, is_wanted: Callable[[str], bool]) -> bool:
         """Score the next chunk, if there is one that is still wanted; whether the model was run.
@@ -116,7 +122,9 @@ class PromptScorer:
         is_last = job.num_done >= len(prompt_ids) - 1  # nothing follows the last token
         if is_last:
             self._job = None
-        self._on_scored(job.request, scores, is_last)
+        if job.num_done > job.num_scored:
+            job.num_scored = job.num_done
+            self._on_scored(job.request, scores, is_last)
 
     def _logits(self, token_ids: Sequence[int], job: _Job) -> torch.Tensor:
         batching_attention = self._model.config._attn_implementation

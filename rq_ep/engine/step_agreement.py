@@ -25,6 +25,7 @@ class StepFlags(NamedTuple):
     is_prefill: bool = False  # its step has tokens of prompts
     staged: int = 0  # how far its migration of experts has come (`MoverFlags`)
     failed: int = 0  # the last migration that it gives up
+    generation: int = 0  # the newest membership of the group that it knows of
 
 
 class GroupFlags(NamedTuple):
@@ -39,6 +40,7 @@ class GroupFlags(NamedTuple):
     any_prefill: bool
     staged: int  # the least
     failed: int  # the highest
+    generation: int = 0  # the least: where it is newer than that of the group, all ranks know of it
 
 
 class Action(Enum):
@@ -59,7 +61,9 @@ GatherFlags = Callable[[StepFlags], Sequence[StepFlags]]
 def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
     """Merge the flags of all ranks."""
     columns = zip(*flags_R, strict=True)
-    has_step, keeps_running, stops_now, has_requests, num_announced, mark, is_prefill, staged, failed = columns
+    has_step, keeps_running, stops_now, has_requests, num_announced, mark, is_prefill, staged, failed, generation = (
+        columns
+    )
     return GroupFlags(
         any_has_step=any(has_step),
         any_keeps_running=any(keeps_running),
@@ -70,6 +74,7 @@ def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
         any_prefill=any(is_prefill),
         staged=min(staged),
         failed=max(failed),
+        generation=min(generation),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from rq_ep.engine.progress import ProgressTracker
 from rq_ep.engine.requests import Batch
 from rq_ep.engine.step_agreement import StepFlags
-from rq_ep.engine.step_loop import StepLoop
+from rq_ep.engine.step_loop import Recover, StepLoop
 from rq_ep.moe.expert_mover import MoverFlags
 
 BATCH = Batch([("old", 1), ("new", 3)], True)
@@ -40,7 +40,9 @@ class Rank:
         prompts: int = 0,
         wanted: tuple[str, ...] = ("a prompt",),
         mover_flags: Callable[[], MoverFlags] | None = None,
+        recover: Recover | None = None,
     ) -> None:
+        self.other = other
         self.ready, self.pending = ready, pending
         self.keeps_running, self.stops_now = keeps_running, stops_now
         self.prompts, self.wanted = prompts, wanted
@@ -51,13 +53,14 @@ class Rank:
         self.announced: list[StepFlags] = []
         self.num_looks = 0  # at the requests of a batch
         self.loop = StepLoop(
-            gather_flags=lambda flags: self.announced.append(flags) or [flags, other],  # type: ignore[func-returns-value]
+            gather_flags=lambda flags: self.announced.append(flags) or [flags, self.other],  # type: ignore[func-returns-value]
             prompts=Prompts(self),
             is_wanted=self.wanted.__contains__,
             empty_step=lambda: self.do("empty step"),
             on_mark=lambda number: self.did.append(f"mark {number}"),
             mover_flags=mover_flags,
             on_agreement=lambda flags: None,
+            recover=recover,
             progress=ProgressTracker([], [], lambda: None),
             heartbeat_s=60.0,
             wake_up=self.event,
@@ -82,6 +85,9 @@ class Rank:
     def run(self) -> None:
         self.do("step")
 
+    def restart(self) -> None:
+        self.did.append("restart")
+
     def contents(self) -> Batch:
         return BATCH
 
@@ -104,6 +110,9 @@ class Prompts:
         self.rank.prompts -= 1
         self.rank.do("score")
         return is_wanted("a prompt")
+
+    def restart(self) -> None:
+        self.rank.did.append("restart of a prompt")
 
 
 # has_step, keeps_running, stops_now, has_requests, num_announced, mark

@@ -81,6 +81,7 @@ class PaddedManager:
         self._num_admitted = 0
         self._admits = True  # False from when a row has given way until a request ends
         self._next: tuple[RowGroup, int] | None = None  # the group of the next step, and how many tokens of each row
+        self._is_running = False  # a forward pass over that group
 
     def set_step_loop(self, step_loop: StepLoop) -> None:
         """Give the loop its steps, before it is started."""
@@ -200,7 +201,9 @@ class PaddedManager:
         now_s = time.perf_counter()
         for row in group.rows:
             row.started_s = now_s if row.started_s is None else row.started_s
+        self._is_running = True
         logits_BV = self._forward(group, num_tokens)
+        self._is_running = False
         if group is not self._prompt:
             self._deliver_tokens(group, logits_BV)
             self._groups.rotate(-1)
@@ -217,6 +220,20 @@ class PaddedManager:
                 self._insert(group)
         elif self._forward.device.type == "cuda":  # a step must be over when the group agrees on the next one
             torch.cuda.current_stream().synchronize()
+
+    def restart(self) -> None:
+        """Compute the rows whose forward pass was cut off anew: some layers have their tokens, and others do not."""
+        if not self._is_running:
+            return
+        assert self._next is not None
+        self._is_running = False
+        group, _ = self._next
+        if group is self._prompt:
+            self._prompt = None
+        else:
+            self._groups.remove(group)
+        for row in reversed(group.rows):
+            self._wait_again(row)
 
     # Rows that come and go
 
