@@ -191,7 +191,7 @@ def _one_node_LER(stats: ExpertStats, topology: Topology) -> BoolArray:
 
 
 def _first_ranks(topology: Topology) -> IntArray:
-    return np.arange(topology.num_nodes) * topology.ranks_per_node
+    return np.searchsorted(topology.nodes_R, np.arange(topology.num_nodes))
 
 
 def _replica(stats: ExpertStats, at: IntArray) -> str:

@@ -1,6 +1,8 @@
 """The ranks of an expert-parallel group, their nodes, and the home of each expert and expert group on them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,6 +18,7 @@ class Topology:
 
     num_ranks: int
     ranks_per_node: int = 0  # 0: all ranks share one node
+    node_sizes: tuple[int, ...] = ()  # ranks of each node, where ranks were left out; (): as `ranks_per_node` says
 
     def __post_init__(self) -> None:
         check_integer("--num-ranks", self.num_ranks, 1, MAX_RANKS)
@@ -25,12 +28,30 @@ class Topology:
 
     @property
     def num_nodes(self) -> int:
-        return -(-self.num_ranks // self.ranks_per_node)
+        return len(self.node_sizes) or -(-self.num_ranks // self.ranks_per_node)
 
     @property
     def nodes_R(self) -> IntArray:
         """[R] the node of each rank."""
+        if self.node_sizes:
+            return np.repeat(np.arange(len(self.node_sizes)), self.node_sizes)
         return np.arange(self.num_ranks) // self.ranks_per_node
+
+    @cached_property
+    def neighbors_GR2(self) -> IntArray:
+        """[3, R, 2] neighbors of each rank, in growing groups: itself, its node, all ranks; the first, and last + 1."""
+        ranks_R = np.arange(self.num_ranks)
+        groups = (ranks_R, self.nodes_R, np.zeros_like(ranks_R))
+        bounds = [[np.searchsorted(group_R, group_R, side) for side in ("left", "right")] for group_R in groups]
+        return np.stack(bounds).swapaxes(1, 2).copy()
+
+    def of(self, ranks: Sequence[int]) -> "Topology":
+        """The topology of some ranks alone, renumbered in their order; those of a node stay together."""
+        node_sizes = np.unique(self.nodes_R[list(ranks)], return_counts=True)[1].tolist()
+        largest = max(node_sizes)
+        if all(size == largest for size in node_sizes[:-1]):
+            return Topology(len(ranks), largest)
+        return Topology(len(ranks), largest, tuple(node_sizes))
 
 
 def home_ranks(num_experts: int, num_ranks: int) -> IntArray:

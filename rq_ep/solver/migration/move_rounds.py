@@ -10,7 +10,7 @@ every round serves all ranks that are that busy (Koenig, Ueber Graphen und ihre 
 edges of a bipartite graph need as many colours as its largest degree).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -83,7 +83,7 @@ class MoveRound(NamedTuple):
                 continue
             old = layers[layer]
             replicas = [Replica(rank, expert, name) for (rank, expert), name in formats.items()]
-            result[layer] = LayerPlacement.even(old.index, old.num_experts, replicas)
+            result[layer] = LayerPlacement.even(old.index, old.num_experts, replicas, old.replicas.mixed_formats)
         return result
 
 
@@ -103,8 +103,8 @@ def move_rounds(
     """The rounds that lead from `before` to `after`.
 
     Args:
-        before: replicas of each layer of `after`, at least one of every expert, on the same ranks; those of an expert
-            share a format, before and after.
+        before: replicas of each layer of `after`, on the same ranks. An expert that has none is read from the
+            checkpoint. Those of an expert share a format, before and after, where the layer does not mix formats.
         after: the goal.
         expert_bytes: format -> bytes of one expert.
         native_format: the one from which every other is made.
@@ -222,10 +222,16 @@ class _Migration:
         self._target = _slots(layer.replicas for layer in after.layers)
         self._holders = _ranks(self._stored)
         self._homes = _ranks(self._target)  # ranks that hold an expert in the end
-        self._formats = {slot.of: name for slot, name in self._stored.items()}
         goals = {slot.of: name for slot, name in self._target.items()}
-        self._new_format = {of: goals[of] for of, name in self._formats.items() if name != goals[of]}
+        self._formats = goals | {slot.of: name for slot, name in self._stored.items()}  # new where no rank holds it
+        mixing = _mixing(self._stored) | _mixing(self._target)  # each of their replicas goes its own way
+        self._new_format = {
+            of: goals[of] for of, name in self._formats.items() if name != goals[of] and of not in mixing
+        }
         self._missing = self._target.keys() - self._stored.keys()
+        self._missing |= {
+            slot for slot, name in self._target.items() if slot.of in mixing and self._stored.get(slot) != name
+        }
         self._surplus = self._stored.keys() - self._target.keys()
         per_byte = {
             slot: value(slot.of.layer, Replica(slot.rank, slot.of.expert, name)) / expert_bytes[name]
@@ -348,30 +354,36 @@ class _Migration:
     def _add(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> None:
         """New replicas where bytes are free; the ranks that have most left to send or to receive are all served."""
         sources = {slot: self._source_of(slot) for slot in pending}
-        num_sent, num_received = Counter(sources.values()), Counter(slot.rank for slot in pending)
+        num_sent = Counter(sources.values())
+        del num_sent[None]  # the checkpoint is never busy
+        num_received = Counter(slot.rank for slot in pending)
         most = max([*num_sent.values(), *num_received.values()], default=0)
         while True:
             pending = [
                 slot
                 for slot in pending
-                if slot.rank not in arrivals.receivers and sources[slot] not in arrivals.senders
+                if slot not in arrivals.moves
+                and slot.rank not in arrivals.receivers
+                and sources[slot] not in arrivals.senders
             ]
             first: dict[tuple[int, int], tuple[int, Slot]] = {}  # of each pair of ranks
             for place, slot in enumerate(pending):
                 size, source = self._bytes[self._target[slot]], sources[slot]
-                assert source is not None, f"no rank holds expert {slot.of.expert} any more"
                 if size <= arrivals.staging_R[slot.rank] and size <= arrivals.serving_R[slot.rank]:
-                    first.setdefault((source, slot.rank), (place, slot))
+                    # Each rank has a checkpoint of its own to read from.
+                    first.setdefault(
+                        (self._num_ranks + slot.rank if source is None else source, slot.rank), (place, slot)
+                    )
             if not first:
                 return
-            weight_RR = np.zeros((self._num_ranks, self._num_ranks))
-            for (source, rank), (place, _) in first.items():
-                num_critical = (num_sent[source] == most) + (num_received[rank] == most)
+            weight_RR = np.zeros((2 * self._num_ranks, self._num_ranks))
+            for (source, rank), (place, slot) in first.items():
+                num_critical = (num_sent.get(sources[slot], 0) == most) + (num_received[rank] == most)
                 weight_RR[source, rank] = num_critical * 2 * self._num_ranks + 2 - place / len(pending)
             for pair in zip(*(axis.tolist() for axis in linear_sum_assignment(weight_RR, maximize=True)), strict=True):
                 if pair in first:
                     slot = first[pair][1]
-                    arrivals.add(self._addition(arrivals, {slot: self._receive(slot, pair[0])}))
+                    arrivals.add(self._addition(arrivals, {slot: self._receive(slot, sources[slot])}))
 
     def _exchange(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> None:
         """New replicas on full ranks, which give up what arrives elsewhere at the same time."""
@@ -439,11 +451,12 @@ class _Migration:
 
         A choice stays as long as the rank can send.
         """
-        holders = self._holders[slot.of]
-        if (chosen := self._sources.get(slot)) in holders:
-            return chosen
         able = (self._target[slot], self._native)
-        if self._formats[slot.of] not in able:
+        chosen = self._sources.get(slot)
+        if chosen is not None and self._stored.get(Slot(slot.of, chosen)) in able:
+            return chosen
+        holders = [rank for rank in self._holders[slot.of] if self._stored[Slot(slot.of, rank)] in able]
+        if not holders:
             return None
         node = self._nodes_R[slot.rank]
         source = min(
@@ -471,11 +484,17 @@ def _slots(rows: Iterable[Iterable[Replica]]) -> dict[Slot, str]:
     return {Slot(Expert(layer, expert), rank): name for layer, row in enumerate(rows) for rank, expert, name in row}
 
 
-def _ranks(slots: Iterable[Slot]) -> dict[Expert, set[int]]:
-    ranks: dict[Expert, set[int]] = {}
+def _ranks(slots: Iterable[Slot]) -> defaultdict[Expert, set[int]]:
+    ranks: defaultdict[Expert, set[int]] = defaultdict(set)
     for slot in slots:
-        ranks.setdefault(slot.of, set()).add(slot.rank)
+        ranks[slot.of].add(slot.rank)
     return ranks
+
+
+def _mixing(slots: Mapping[Slot, str]) -> set[Expert]:
+    """The experts whose replicas are stored in several formats."""
+    stored = Counter(of for of, _ in {(slot.of, name) for slot, name in slots.items()})
+    return {of for of, number in stored.items() if number > 1}
 
 
 def _none(placement: Placement) -> IntArray:

@@ -90,7 +90,6 @@ def _assign(kept_RR: IntArray, fits_RR: BoolArray, topology: Topology, fallback_
     from scipy.optimize import linear_sum_assignment
 
     nodes_R = topology.nodes_R
-    size = topology.ranks_per_node
     forbidden = int(kept_RR.sum()) + 1
     cost_RR = np.where(fits_RR, -kept_RR, forbidden)
     to_R = np.arange(topology.num_ranks)
@@ -108,7 +107,7 @@ def _assign(kept_RR: IntArray, fits_RR: BoolArray, topology: Topology, fallback_
                     inner[one, other] = theirs[columns]
                     cost_HH[one, other] = cost_RR[mine[rows], theirs[columns]].sum()
         for one, other in zip(*linear_sum_assignment(cost_HH), strict=True):
-            to_R[one * size : one * size + len(inner[one, other])] = inner[one, other]
+            to_R[nodes_R == one] = inner[one, other]
     return to_R if fits_RR[np.arange(len(to_R)), to_R].all() else fallback_R
 
 

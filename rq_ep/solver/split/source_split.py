@@ -20,22 +20,23 @@ def in_source_order(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray
         counts_RE: [R, E] pairs of each source rank and expert.
         quotas_C: [C] pairs of each replica; those of an expert sum to its pairs.
     """
-    return _assigned(by_expert, counts_RE, quotas_C, (by_expert.num_ranks,))
+    return _assigned(by_expert, counts_RE, quotas_C, np.array([[[0, by_expert.num_ranks]] * by_expert.num_ranks]))
 
 
 def nearest_first(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, topology: Topology) -> IntArray:
     """[R, P] as `in_source_order`, but sources fill the replicas on their own rank first, then those on their node."""
-    return _assigned(by_expert, counts_RE, quotas_C, (1, topology.ranks_per_node, topology.num_ranks))
+    return _assigned(by_expert, counts_RE, quotas_C, topology.neighbors_GR2)
 
 
-def _assigned(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, group_sizes: tuple[int, ...]) -> IntArray:
+def _assigned(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, groups_GR2: IntArray) -> IntArray:
     counts_RE = np.require(counts_RE, np.int64, ("C", "W"))
     if counts_RE.shape != (by_expert.num_ranks, by_expert.num_experts):
         expected = f"{by_expert.num_ranks} ranks and {by_expert.num_experts} experts"
         raise UserError(f"counts of shape {counts_RE.shape}: the placement has {expected}")
+    assert groups_GR2.shape[1] == by_expert.num_ranks
     pairs_RP = np.empty((len(counts_RE), len(quotas_C)), np.int64)
     assign_sources(
-        counts_RE, by_expert.first_E, by_expert.ranks_C, by_expert.replicas_C, quotas_C, np.array(group_sizes), pairs_RP
+        counts_RE, by_expert.first_E, by_expert.ranks_C, by_expert.replicas_C, quotas_C, groups_GR2, pairs_RP
     )
     return pairs_RP
 
@@ -47,10 +48,10 @@ def assign_sources(
     ranks_C: IntArray,
     replicas_C: IntArray,
     quotas_C: IntArray,
-    group_sizes: IntArray,
+    groups_GR2: IntArray,
     pairs_RP: IntArray,
 ) -> None:
-    """Write `pairs_RP`: for each group size in turn, replicas take what is left of the sources in their group.
+    """Write `pairs_RP`: in groups that grow turn by turn, replicas take what is left of the sources in their group.
 
     Args:
         counts_RE: [R, E] pairs of each source rank and expert.
@@ -58,7 +59,7 @@ def assign_sources(
         ranks_C: [C] rank of each replica.
         replicas_C: [C] index into P.
         quotas_C: [C] pairs of each replica.
-        group_sizes: ascending sizes of groups of neighboring ranks; a replica serves the smaller group first.
+        groups_GR2: for each turn G and rank, the first rank of its group and the one behind its last.
         pairs_RP: [R, P] overwritten.
     """
     num_ranks, num_experts = counts_RE.shape
@@ -73,10 +74,10 @@ def assign_sources(
             continue
         left_R = counts_RE[:, expert].copy()
         left_n = quotas_C[first:end].copy()
-        for group_size in group_sizes:
+        for turn in range(len(groups_GR2)):
             for n in range(end - first):
-                start = ranks_C[first + n] // group_size * group_size
-                for source in range(start, min(start + group_size, num_ranks)):
+                group_2 = groups_GR2[turn, ranks_C[first + n]]
+                for source in range(group_2[0], group_2[1]):
                     if left_n[n] == 0:
                         break
                     amount = min(left_R[source], left_n[n])
