@@ -86,8 +86,9 @@ def make_app(
     async def health() -> dict[str, str]:
         if (reason := service.why_unavailable()) is not None:
             raise ApiError(503, reason)
-        stall = service.rebalancing.stall()
-        return {"status": "ok"} if stall is None else {"status": "ok", "rebalance": stall}
+        degradation, stall = service.members.degradation(), service.rebalancing.stall()
+        status = {"status": "ok"} if degradation is None else {"status": "degraded", "reason": degradation}
+        return status if stall is None else {**status, "rebalance": stall}
 
     app.include_router(ep_routes(service, bodies))
 

@@ -1,4 +1,4 @@
-"""Routes of expert parallelism: placement, load of experts and ranks, recordings, and the dashboard."""
+"""Routes of expert parallelism: placement, load of experts and ranks, members, recordings, and the dashboard."""
 
 from importlib.resources import files
 from typing import Any
@@ -9,7 +9,7 @@ from starlette.responses import HTMLResponse
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.openapi import body_schema
 from rq_ep.serve.http.openai.request_body import BodyReader
-from rq_ep.serve.http.openai.schemas import RebalanceBody
+from rq_ep.serve.http.openai.schemas import RanksBody, RebalanceBody
 from rq_ep.serve.http.service import Service
 
 
@@ -66,6 +66,22 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
             raise ApiError(503, f"not serving: {reason}")
         body = await bodies.read(http, RebalanceBody)
         return await service.rebalancing.command(body.action)
+
+    @router.get("/v1/ep/ranks")
+    async def ranks() -> dict[str, Any]:
+        """State, reason, generation, times and numbers of each rank, and what has happened to them lately."""
+        return {"model": service.model_name, **service.members.view()}
+
+    @router.post("/v1/ep/ranks", openapi_extra=body_schema(RanksBody))
+    async def change(http: Request) -> dict[str, Any]:
+        """Have ranks leave, once their requests have finished or have gone to other ranks, or have them come back.
+
+        The answer comes at once, with the states that ranks are in then.
+        """
+        if (reason := service.why_unavailable()) is not None:
+            raise ApiError(503, f"not serving: {reason}")
+        body = await bodies.read(http, RanksBody)
+        return {"model": service.model_name, **service.members.change(body)}
 
     @router.get("/dashboard", include_in_schema=False)
     async def dashboard() -> HTMLResponse:

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -16,10 +17,12 @@ from rq_ep.serve.http import connections
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_connections
 from rq_ep.serve.http.history import EVERY_S
+from rq_ep.serve.http.membership_view import MembershipView
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.openai.images import ImageProcessor
 from rq_ep.serve.http.openai.remote_images import ImageFetcher
 from rq_ep.serve.http.ranks import rank_connections
+from rq_ep.serve.http.ranks.membership import MemberState
 from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
@@ -64,8 +67,10 @@ class ServingProcess:
         self.rebalancing = RebalanceView(self.router.rebalance if is_rebalancing else None)
         if is_rebalancing:
             self.metrics.add_rebalancing(lambda: self.rebalancing.seconds_since_progress)
+        members = MembershipView(self.router.membership, self.router)
+        self.metrics.count_ranks((state.value for state in MemberState), members.count)
         self.service = Service(
-            config.model_name, config.seed, self.router, self.metrics, self.recording, self.rebalancing
+            config.model_name, config.seed, self.router, self.metrics, self.recording, self.rebalancing, members
         )
         self.service.info = {
             "settings": shown(config),
@@ -103,6 +108,16 @@ class ServingProcess:
                 self.service.take_placement(message)
                 if message.expert_bytes is not None:
                     self.metrics.weights(message.expert_bytes)
+
+    def on_rank_lost(self, rank: int, was_member: bool) -> None:
+        self.metrics.rank_lost(rank, was_member)
+        self.rebalancing.forget(rank)
+
+    def on_recovery(self, seconds: Mapping[str, float]) -> None:
+        self.metrics.recovery(seconds)
+
+    def on_resumption(self) -> None:
+        self.metrics.request_resumed()
 
     def on_end(self) -> None:
         self.ended.set()

@@ -1,7 +1,8 @@
 """The server's metrics for Prometheus. Times are taken on one clock, that of the HTTP process, from arrival on."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -63,6 +64,12 @@ class Metrics:
         self._balancedness = make(Gauge, "balancedness", "mean/max over ranks, mean of layers and recent steps")
         self._balancedness_min = make(Gauge, "balancedness_min", "balancedness of the worst layer")
         self._weights = make(Gauge, "expert_weight_bytes", "Expert weights of a rank", ["ep_rank", "precision"])
+        self._ranks = make(Gauge, "ranks", "Ranks by state", ["state"])
+        self._rank_failures = make(Counter, "rank_failures", "Members of the group that were lost")
+        self._recovery = make(Histogram, "recovery_seconds", "After a loss, by part", ["part"], buckets=_SLOW_S)
+        self._resumed = make(Counter, "requests_resumed", "Requests that went on on another rank")
+        for counter in (self._rank_failures, self._resumed):
+            counter.labels(model_name)  # shown before there is one
         self._make = make
         self._rebalance_status: RebalanceStatus | None = None
         self.balancedness: float | None = None
@@ -116,6 +123,27 @@ class Metrics:
         self.kv_usage_R[rank] = stats.kv_cache_usage
         self._steps.labels(*labels).inc(stats.num_steps)
         self._step_s.labels(*labels).inc(stats.steps_s)
+
+    def count_ranks(self, states: Iterable[str], count: Callable[[str], int]) -> None:
+        """Show how many ranks are in each state."""
+        for state in states:
+            self._ranks.labels(self._model, state).set_function(partial(count, state))
+
+    def rank_lost(self, rank: int, was_member: bool) -> None:
+        """A rank has no figures any more."""
+        if was_member:
+            self._rank_failures.labels(self._model).inc()
+        if self.kv_usage_R.pop(rank, None) is not None:
+            for gauge in (self._running, self._waiting, self._kv_usage):
+                gauge.remove(self._model, str(rank))
+
+    def recovery(self, seconds: Mapping[str, float]) -> None:
+        """Take the seconds of the parts of a recovery: detect, re-form, re-home, re-prefill (of a request), total."""
+        for part, duration in seconds.items():
+            self._recovery.labels(self._model, part).observe(duration)
+
+    def request_resumed(self) -> None:
+        self._resumed.labels(self._model).inc()
 
     def loads(self, loads: LoadSums) -> None:
         """Add the load of recent steps, and set each layer's mean imbalance."""

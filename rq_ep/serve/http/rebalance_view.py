@@ -69,6 +69,11 @@ class RebalanceView:
             self._moved_at_s = now_s
         self._movers[rank], self._last_at_s[rank] = mover, now_s
 
+    def forget(self, rank: int) -> None:
+        """A rank is lost."""
+        self._movers.pop(rank, None)
+        self._last_at_s.pop(rank, None)
+
     # For the routes
 
     @property

@@ -13,6 +13,7 @@ from rq_ep.engine.requests import Output, Request, Sampling
 from rq_ep.model.checkpoint.generation_defaults import SamplingDefaults
 from rq_ep.serve.http.history import History
 from rq_ep.serve.http.load_view import LoadView
+from rq_ep.serve.http.membership_view import MembershipView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.chat_template import render_chat
@@ -21,6 +22,7 @@ from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
 from rq_ep.serve.http.openai.images import ImageProcessor
 from rq_ep.serve.http.openai.prompt_encoder import PromptEncoder
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
+from rq_ep.serve.http.ranks.membership import Membership
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
 from rq_ep.serve.messages import PlacementServed
@@ -68,6 +70,7 @@ class Service:
         metrics: Metrics,
         recording: RecordingController,
         rebalancing: RebalanceView | None = None,
+        members: MembershipView | None = None,
     ) -> None:
         self.model_name = model_name
         self.metrics = metrics
@@ -82,6 +85,7 @@ class Service:
         self.history = History(metrics)
         self.recording = recording
         self.rebalancing = rebalancing or RebalanceView(None)
+        self.members = members or MembershipView(Membership(0))
         self._ranks = ranks
         self._seed = seed
         self._num_unseeded = 0

@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from rq_ep.serve.http.openai.api_errors import TYPES
-from rq_ep.serve.http.openai.schemas import Body, ChatBody, CompletionBody, RebalanceBody
+from rq_ep.serve.http.openai.schemas import Body, ChatBody, CompletionBody, RanksBody, RebalanceBody
 
 SCHEMA_REF = "#/components/schemas/{model}"
 
@@ -36,6 +36,7 @@ STATUSES = {
     "/v1/chat/completions": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
     "/v1/ep/record": (400, 401, 403, 409, 500, 503),
     "/v1/ep/rebalance": (400, 401, 403, 408, 409, 413, 415, 500, 503),
+    "/v1/ep/ranks": (400, 401, 403, 408, 409, 413, 415, 500, 503),
     "/v1/ep": (401, 503),
     "/v1/models/": (401, 404),
     "/v1/models": (401,),
@@ -53,7 +54,7 @@ def body_schema(kind: type[Body]) -> dict[str, Any]:
 def describe(app: FastAPI, model_name: str) -> dict[str, Any]:
     """The OpenAPI document of the app, which names the one model there is."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    kinds = (CompletionBody, ChatBody, RebalanceBody)
+    kinds = (CompletionBody, ChatBody, RebalanceBody, RanksBody)
     _, bodies = models_json_schema([(kind, "validation") for kind in kinds], ref_template=SCHEMA_REF)
     schemas = {**bodies["$defs"], "Error": ERROR}
     document["components"] = {"schemas": schemas}

@@ -85,6 +85,24 @@ class RebalanceBody(Body):
     action: Literal["start", "abort", "dry_run"]
 
 
+MAX_RANKS = 4096  # that can be named in a list
+RankList = Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1, max_length=MAX_RANKS)]
+
+
+class RanksBody(Body):
+    """Which ranks `/v1/ep/ranks` is to have leave, and how, or come back."""
+
+    remove: RankList | None = None
+    requests: Literal["finish", "move"] = "finish"
+    add: RankList | None = None
+
+    @model_validator(mode="after")
+    def check_one_of_them(self) -> "RanksBody":
+        if (self.remove is None) == (self.add is None):
+            raise ApiError(400, "give either `remove` or `add`, a list of ranks", "remove")
+        return self
+
+
 class GenerationBody(Body):
     """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
 

@@ -1,6 +1,6 @@
 """Which rank or event brought the group down, from the reports of its fall."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -18,20 +18,20 @@ class FailureReport:
     status: int = 500
 
 
-def blame(num_ranks: int, reports: Sequence[FailureReport]) -> FailureReport:
+def blame(ranks: Collection[int], reports: Sequence[FailureReport]) -> FailureReport:
     """The report of what happened first, or one that names the rank that does not answer.
 
     A launcher ends all ranks once one has died, within a tenth of a second: what comes later than the first report is
     its work, or the other ranks'.
 
     Args:
-        num_ranks: size of the group.
+        ranks: of the group.
         reports: in the order in which they came, at least one.
     """
     for report in reports:
         if not report.is_consequence:
             return report
     first = reports[0]
-    if silent := sorted(set(range(num_ranks)) - {report.rank for report in reports}):
+    if silent := sorted(set(ranks) - {report.rank for report in reports}):
         return FailureReport(silent[0], f"rank {silent[0]} does not answer ({first.text})")
     return FailureReport(first.rank, "; ".join(report.text for report in reports))

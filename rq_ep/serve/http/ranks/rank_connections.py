@@ -1,16 +1,17 @@
-"""The connections of the ranks to the HTTP process: who is let in, what each sends, and how its connection ends."""
+"""The connections of ranks and supervisors to the HTTP process: who is let in, what each sends, and how it ends."""
 
 import asyncio
 import logging
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
 from rq_ep.serve.control import read_messages
-from rq_ep.serve.frames import GREETING, Frames, Role, read_greeting
-from rq_ep.serve.messages import Bye, FromRank, MessageError, ToRank, encode
+from rq_ep.serve.frames import GREETING, Frames, Greeting, Role, read_greeting
+from rq_ep.serve.messages import Bye, FromRank, FromSupervisor, MessageError, ToRank, ToSupervisor, encode
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ MAX_UNGREETED = 64  # connections that have not greeted; one more ends the oldes
 
 
 class RankState(Enum):
-    """State of the connection to a rank."""
+    """State of the connection to a rank, or to a supervisor."""
 
     CONNECTING = auto()
     CONNECTED = auto()
@@ -34,31 +35,37 @@ OPEN = (RankState.CONNECTED, RankState.LEAVING)
 class RankListener(Protocol):
     """Is told what happens on the connections."""
 
-    def on_connect(self, rank: int) -> None:
-        """A rank has connected."""
+    def on_connect(self, rank: int, role: Role) -> None:
+        """A rank or its supervisor has connected."""
 
     def on_message(self, rank: int, message: FromRank) -> None:
         """A rank has sent a message."""
 
-    def on_leave(self) -> None:
-        """A rank has left, with a good-bye."""
+    def on_supervisor_message(self, rank: int, message: FromSupervisor) -> None:
+        """The supervisor of a rank has sent a message."""
+
+    def on_leave(self, rank: int, role: Role) -> None:
+        """A rank or its supervisor has left, with a good-bye."""
 
     def on_loss(self, rank: int, text: str) -> None:
         """A rank is lost; the text names it, and says whether it died or sent what is no message."""
 
+    def on_supervisor_loss(self, rank: int, text: str) -> None:
+        """The supervisor of a rank is lost."""
+
     def on_bug(self, error: BaseException) -> None:
-        """A message of a rank has raised an error of this process."""
+        """A message has raised an error of this process."""
 
 
 @dataclass
 class _Connection:
     state: RankState = RankState.CONNECTING
     writer: asyncio.StreamWriter | None = None
-    frames: Frames | None = None  # to the rank
+    frames: Frames | None = None  # to the other end
 
 
 class RankConnections:
-    """The connections of all ranks of a group; each rank connects once.
+    """The connections of all ranks of a group, and of their supervisors. Each end has one at a time.
 
     Args:
         num_ranks: size of the group.
@@ -69,31 +76,45 @@ class RankConnections:
     def __init__(self, num_ranks: int, token: str, listener: RankListener) -> None:
         self._token = token
         self._listener = listener
-        self._connections = [_Connection() for _ in range(num_ranks)]
+        self._num_ranks = num_ranks
+        self._connections = {(role, rank): _Connection() for role in Role for rank in range(num_ranks)}
+        self._nonces: set[bytes] = set()  # of all greetings, so that one which was overheard is of no use
         self._ungreeted: list[asyncio.Timeout] = []  # oldest first
         self._num_strangers = 0
 
-    @property
-    def num_open(self) -> int:
-        return sum(connection.state in OPEN for connection in self._connections)
+    def num_open(self, *roles: Role) -> int:
+        """Connections of these roles that are open."""
+        return sum(role in roles and self._connections[role, rank].state in OPEN for role, rank in self._connections)
 
-    def in_state(self, state: RankState) -> list[int]:
-        """The ranks whose connection is in a state, in order."""
-        return [rank for rank, connection in enumerate(self._connections) if connection.state is state]
+    def in_state(self, state: RankState, role: Role = Role.RANK) -> list[int]:
+        """The ranks whose connection, or that of whose supervisor, is in a state; in order."""
+        return [rank for rank in range(self._num_ranks) if self._connections[role, rank].state is state]
 
     def send(self, rank: int, message: ToRank) -> None:
         """Send a message to a rank, if it is connected."""
-        self._write(self._connections[rank], encode(message))
+        self._write(self._connections[Role.RANK, rank], encode(message))
 
-    def send_all(self, message: ToRank) -> None:
+    def send_all(self, message: ToRank, ranks: Iterable[int] | None = None) -> None:
+        """Send a message to ranks; None: to all."""
         body = encode(message)
-        for connection in self._connections:
-            self._write(connection, body)
+        for rank in range(self._num_ranks) if ranks is None else ranks:
+            self._write(self._connections[Role.RANK, rank], body)
+
+    def send_supervisor(self, rank: int, message: ToSupervisor) -> None:
+        """Send a message to the supervisor of a rank, if it is connected."""
+        self._write(self._connections[Role.SUPERVISOR, rank], encode(message))
 
     def _write(self, connection: _Connection, body: bytes) -> None:
         if connection.state in OPEN and connection.writer is not None and not connection.writer.is_closing():
             assert connection.frames is not None
             connection.writer.write(connection.frames.pack(body))
+
+    def drop(self, rank: int) -> None:
+        """Close the connection of a rank that is lost. No more is heard of it, not even the end."""
+        connection = self._connections[Role.RANK, rank]
+        if connection.state in OPEN and connection.writer is not None:
+            connection.state = RankState.LOST
+            connection.writer.transport.abort()
 
     async def listen(self, sock: socket.socket) -> asyncio.Server:
         """Accept connections on a bound socket."""
@@ -103,31 +124,38 @@ class RankConnections:
         """Read one connection, from its greeting to its end."""
         with suppress(asyncio.CancelledError):  # this process ends; asyncio would log it as an error
             try:
-                greeted = await self._read_greeting(reader)
-                # A rank connects once, so that a greeting which was overheard is of no use.
-                if greeted is None or self._connections[greeted[0]].state is not RankState.CONNECTING:
+                greeting = await self._read_greeting(reader)
+                if greeting is None:
                     self._log_stranger(writer)
                 else:
-                    await self._read_rank(*greeted, reader, writer)
+                    await self._read(greeting, reader, writer)
             finally:
                 writer.close()
                 with suppress(OSError):
                     await writer.wait_closed()
 
-    async def _read_rank(
-        self, rank: int, nonce: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        connection = self._connections[rank]
-        connection.state, connection.writer = RankState.CONNECTED, writer
-        connection.frames = Frames(self._token, nonce, is_to_rank=True)
-        self._listener.on_connect(rank)
+    async def _read(self, greeting: Greeting, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read the messages of a rank, or of a supervisor."""
+        role, rank, nonce = greeting
+        connection = self._connections[role, rank] = _Connection(
+            RankState.CONNECTED, writer, Frames(self._token, nonce, is_to_rank=True)
+        )
+        text = f"rank {rank} died (its process was killed or crashed)"
+        if role is Role.SUPERVISOR:
+            text = f"the supervisor of rank {rank} died"
         try:
-            async for message in read_messages(reader, Frames(self._token, nonce, is_to_rank=False)):
+            self._listener.on_connect(rank, role)
+            async for message in read_messages(reader, Frames(self._token, nonce, is_to_rank=False), role):
+                if connection.state not in OPEN:  # it was dropped
+                    return
                 if isinstance(message, Bye):
                     connection.state = RankState.LEAVING
-                self._listener.on_message(rank, message)
+                if role is Role.RANK:
+                    self._listener.on_message(rank, message)
+                else:
+                    self._listener.on_supervisor_message(rank, message)
         except MessageError as error:
-            self._listener.on_loss(rank, f"rank {rank}: sent {error}")
+            text = f"rank {rank}: {'its supervisor ' * (role is Role.SUPERVISOR)}sent {error}"
         except Exception as error:
             self._listener.on_bug(error)
             with suppress(OSError):
@@ -135,13 +163,13 @@ class RankConnections:
                     pass
         if connection.state is RankState.LEAVING:
             connection.state = RankState.GONE
-            self._listener.on_leave()
-        else:
+            self._listener.on_leave(rank, role)
+        elif connection.state is RankState.CONNECTED:
             connection.state = RankState.LOST
-            self._listener.on_loss(rank, f"rank {rank} died (its process was killed or crashed)")
+            (self._listener.on_loss if role is Role.RANK else self._listener.on_supervisor_loss)(rank, text)
 
-    async def _read_greeting(self, reader: asyncio.StreamReader) -> tuple[int, bytes] | None:
-        """Rank and nonce of a connection; None: it is of a stranger, or of one who does not greet in time."""
+    async def _read_greeting(self, reader: asyncio.StreamReader) -> Greeting | None:
+        """Who has connected; None: it is a stranger, or one who does not greet in time."""
         if len(self._ungreeted) >= MAX_UNGREETED:
             self._ungreeted.pop(0).reschedule(asyncio.get_running_loop().time())
         try:
@@ -155,9 +183,12 @@ class RankConnections:
         except (OSError, asyncio.IncompleteReadError):  # TimeoutError is an OSError
             return None
         greeted = read_greeting(self._token, greeting)
-        if greeted is None or greeted.role is not Role.RANK or greeted.rank >= len(self._connections):
+        if greeted is None or greeted.rank >= self._num_ranks or greeted.nonce in self._nonces:
             return None
-        return greeted.rank, greeted.nonce
+        if self._connections[greeted.role, greeted.rank].state in OPEN:
+            return None
+        self._nonces.add(greeted.nonce)
+        return greeted
 
     def _log_stranger(self, writer: asyncio.StreamWriter) -> None:
         self._num_strangers += 1

@@ -1,6 +1,7 @@
-"""The group as the HTTP process sees it: takes requests while it serves, drains it, and ends it when a rank fails.
+"""The group as the HTTP process sees it: takes requests while it serves, drains it, and ends it when it cannot go on.
 
-A group goes through these states; it may fail in each of the first four:
+What is done about a rank that dies, leaves or comes back is decided by `Membership`, and carried out here. A group goes
+through these states; it may fail in each of the first four:
 
     LOADING -> SERVING -> DRAINING -> STOPPING -> ENDED
                                       FAILING  -> FAILED
@@ -10,13 +11,25 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Protocol, assert_never
 
+from rq_ep.engine.progress import Progress
 from rq_ep.engine.requests import Output, Request
+from rq_ep.serve.frames import Role
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.ranks.blame import FailureReport, blame
+from rq_ep.serve.http.ranks.membership import (
+    CommandSupervisor,
+    Effect,
+    GenerationServes,
+    GiveUp,
+    Membership,
+    RankLost,
+    SendRegroup,
+)
 from rq_ep.serve.http.ranks.rank_connections import RankConnections, RankState
 from rq_ep.serve.http.ranks.routed_requests import RoutedRequest, RoutedRequests
 from rq_ep.serve.http.ranks.watchdog import TICK_S, Watchdog
@@ -32,6 +45,7 @@ from rq_ep.serve.messages import (
     DrainRequest,
     Failed,
     FromRank,
+    FromSupervisor,
     ImportanceReport,
     Loaded,
     Mark,
@@ -40,6 +54,9 @@ from rq_ep.serve.messages import (
     Outputs,
     PeerUnreachable,
     PlacementServed,
+    RankEnded,
+    RankGivenUp,
+    RankStarted,
     RankStats,
     Ready,
     RebalanceAnswer,
@@ -47,6 +64,7 @@ from rq_ep.serve.messages import (
     RebalanceStatus,
     Recorded,
     RecordingFailed,
+    Regroup,
     Regrouped,
     Stop,
     Wake,
@@ -98,6 +116,15 @@ class GroupObserver(Protocol):
     def on_rebalance(self, message: RebalanceStatus | RebalanceAnswer | PlacementServed) -> None:
         """Something has changed in the re-placements."""
 
+    def on_rank_lost(self, rank: int, was_member: bool) -> None:
+        """A rank is lost."""
+
+    def on_recovery(self, seconds: Mapping[str, float]) -> None:
+        """The members serve again after a loss, or a request goes on that was moved; seconds by part."""
+
+    def on_resumption(self) -> None:
+        """A request is moved to another rank."""
+
     def on_end(self) -> None:
         """Serving is over, in whatever way; called once."""
 
@@ -110,18 +137,30 @@ class RankRouter:
         token: the secret of this run, which the ranks prove that they know.
         observer: receives what the ranks report.
         max_queue_size: requests that may be unfinished at once.
-        stall_s: seconds after which a rank that is silent, or makes no progress, ends the group.
+        stall_s: seconds after which a rank that is silent, or makes no progress, counts as lost.
+        survives: the group goes on without a rank that is lost while it serves; else it fails.
     """
 
     def __init__(
-        self, num_ranks: int, token: str, observer: GroupObserver, *, max_queue_size: int, stall_s: float
+        self,
+        num_ranks: int,
+        token: str,
+        observer: GroupObserver,
+        *,
+        max_queue_size: int,
+        stall_s: float,
+        survives: bool = False,
     ) -> None:
         self._num_ranks = num_ranks
         self._observer = observer
         self._watchdog = Watchdog(stall_s)
         self.state = GroupState.LOADING
+        self.survives = survives
+        self.membership = Membership(num_ranks)
         self._connections = RankConnections(num_ranks, token, self)
-        self._requests = RoutedRequests(num_ranks, max_queue_size, self._send_cancel)
+        self._requests = RoutedRequests(max_queue_size, self._send_cancel, self._on_resumed)
+        self._served_s: dict[int, float] = {}  # since when each rank serves in its generation
+        self._held: list[MigrationPlanned] = []  # until all members serve in the generation
         self._num_announced = 0
         self._reports: list[FailureReport] = []  # in the order in which they came
         self._failure = ""  # why the group has failed
@@ -140,7 +179,10 @@ class RankRouter:
     @property
     def num_connected(self) -> int:
         """Ranks whose connection is open."""
-        return self._connections.num_open
+        return self._connections.num_open(Role.RANK)
+
+    def num_unfinished_on(self, rank: int) -> int:
+        return len(self._requests.on_rank(rank))
 
     def why_unavailable(self) -> str | None:
         """Why no request can be taken now; None if one can."""
@@ -156,7 +198,7 @@ class RankRouter:
         """
         if (reason := self.why_unavailable()) is not None:
             raise ApiError(503, f"not serving: {reason}")
-        routed = self._requests.add(request)
+        routed = self._requests.add(request, self.membership.open_ranks)
         try:
             await self._announce(routed)
             while True:
@@ -168,35 +210,66 @@ class RankRouter:
             self._requests.cancel(routed)
 
     async def _announce(self, routed: RoutedRequest) -> None:
-        """Hand over a request, and wake the other ranks: they may all be asleep."""
-        parts, last = request_in_parts(routed.request)
+        """Hand over a request, or the rest of it, and wake the other members: they may all be asleep."""
+        rest = routed.rest
+        parts, last = request_in_parts(rest)
         for part in parts:
             self._connections.send(routed.rank, part)
             await asyncio.sleep(0)  # writing them down takes time, in which other requests go on
+            if routed.id != rest.id:  # its rank is lost, and it is handed over to another one
+                return
         if routed not in self._requests:  # the group has failed meanwhile, or drains
             return
         self._num_announced += 1
         add, wake = AddRequest(last, self._num_announced), Wake(self._num_announced)
-        for rank in range(self._num_ranks):
+        for rank in self.membership.members:
             self._connections.send(rank, add if rank == routed.rank else wake)
 
     def _send_cancel(self, routed: RoutedRequest) -> None:
-        self._connections.send(routed.rank, Cancel(routed.request.id))
+        self._connections.send(routed.rank, Cancel(routed.id))
 
     def mark(self, number: int) -> None:
         """Have every rank receive a number between the same two steps, asleep or not."""
         self._connections.send(0, Mark(number))
-        self._connections.send_all(Wake(self._num_announced))
+        self._connections.send_all(Wake(self._num_announced), self.membership.members)
 
     def rebalance(self, command: RebalanceCommand) -> None:
-        """Pass a command on to rank 0."""
-        self._connections.send(0, command)
+        """Pass a command on to the leader."""
+        self._connections.send(self.membership.leader, command)
+
+    def remove_ranks(self, ranks: Collection[int], *, moves: bool) -> None:
+        """Have ranks leave once their requests have finished or, with `moves`, have gone to other ranks.
+
+        Raises:
+            ChangeRefused: nothing is changed.
+        """
+        self._carry_out(self.membership.remove(ranks))
+        for rank in self.membership.leaving:
+            if moves and rank in ranks:
+                for routed in self._requests.on_rank(rank):
+                    self._send_cancel(routed)
+                    self._move(routed)
+            self._note_drained(rank)
+
+    def add_ranks(self, ranks: Collection[int]) -> None:
+        """Have ranks come back.
+
+        Raises:
+            ChangeRefused: nothing is changed.
+        """
+        self._carry_out(self.membership.add(ranks))
 
     # As the listener of the connections
 
-    def on_connect(self, rank: int) -> None:
+    def on_connect(self, rank: int, role: Role) -> None:
         if self.state in (GroupState.FAILING, GroupState.FAILED):  # it comes late
-            self._connections.send(rank, Abort(self.why_unavailable() or ""))
+            self._send_to(rank, role, Abort(self.why_unavailable() or ""))
+        elif self.state is GroupState.STOPPING:
+            self._send_to(rank, role, Stop())
+        elif role is Role.SUPERVISOR:
+            self.membership.supervisor_connected(rank)
+        else:
+            self.membership.connected(rank)
 
     def on_message(self, rank: int, message: FromRank) -> None:
         match message:
@@ -204,16 +277,17 @@ class RankRouter:
                 for output in message.outputs:
                     self._requests.deliver(output)
             case RankStats():
-                self._watchdog.report(rank, message.progress)
-                self._observer.on_stats(rank, message)
+                if rank in self.membership.members:
+                    self._watchdog.report(rank, self._progress(rank, message))
+                    self._observer.on_stats(rank, message)
             case Recorded() | RecordingFailed():
                 self._observer.on_recorded(message)
             case MigrationPlanned():
-                if self.state in (GroupState.SERVING, GroupState.DRAINING):  # later the ranks were told to stop
-                    begin = BeginMigration(message.generation, message.placement, message.rounds)
-                    self._connections.send_all(begin)
+                if rank == self.membership.leader and not self.membership.is_pending(rank):  # else it is outdated
+                    self._held.append(message)
+                    self._begin_migrations()
             case ImportanceReport() | MigrationGivenUp():
-                self._connections.send(0, message)
+                self._connections.send(self.membership.leader, message)
             case RebalanceStatus() | RebalanceAnswer() | PlacementServed():
                 self._observer.on_rebalance(message)
             case Checked():
@@ -221,17 +295,24 @@ class RankRouter:
             case Ready():
                 if self.state is GroupState.LOADING:
                     self.state = GroupState.SERVING
+                    self.membership.start()
                 self._observer.on_ready(message)
-            case Loaded() | Regrouped():
-                pass
+            case Loaded():
+                self._carry_out(self.membership.loaded(rank, message.store))
             case PeerUnreachable():
-                self._report(FailureReport(rank, f"rank {rank}: {message.text}", is_consequence=True))
+                if self._goes_on:
+                    self.membership.unreachable(rank, message.text)
+                else:
+                    self._report(FailureReport(rank, f"rank {rank}: {message.text}", is_consequence=True))
+            case Regrouped():
+                self._served_s[rank] = time.monotonic()
+                self._carry_out(self.membership.regrouped(rank, message.generation, message.seconds))
             case CannotContinue():
-                self._report(FailureReport(None, message.reason))
+                self._carry_out(self.membership.cannot_continue(message.generation, message.reason))
             case DrainRequest():
                 self._start_draining(message.timeout_s)
             case Failed():
-                self._report(FailureReport(rank, f"rank {rank}: {message.text}", message.is_consequence))
+                self._lose(rank, f"rank {rank}: {message.text}", message.is_consequence)
             case Aborted():
                 self._report(FailureReport(rank, self._shutdown_text(rank, message), status=503))
             case Bye():
@@ -239,32 +320,159 @@ class RankRouter:
             case _:
                 assert_never(message)
 
-    def on_leave(self) -> None:
-        # Rank 0 is the first to connect: once it has gone, none will come.
-        have_all_left = 0 in self._connections.in_state(RankState.GONE) and self.num_connected == 0
-        if have_all_left and self.state is not GroupState.FAILING:  # which ends once the clients know of it
-            self._end(GroupState.ENDED)
+    def on_supervisor_message(self, rank: int, message: FromSupervisor) -> None:
+        match message:
+            case RankEnded():
+                if self._goes_on:
+                    self._carry_out(self.membership.ended(rank, message.status))
+                elif self.state is GroupState.LOADING:
+                    self._report(FailureReport(rank, f"rank {rank} {message.status}"))
+            case RankStarted():
+                self.membership.started(rank, message.num_restarts)
+            case RankGivenUp():
+                if self._goes_on:
+                    self._carry_out(self.membership.given_up(rank, message.reason))
+            case DrainRequest():
+                self._start_draining(message.timeout_s)
+            case Bye():
+                pass
+            case _:
+                assert_never(message)
+
+    def on_leave(self, rank: int, role: Role) -> None:
+        if role is Role.RANK and self._goes_on:
+            self._carry_out(self.membership.left(rank))
+        self._end_if_all_have_left()
 
     def on_loss(self, rank: int, text: str) -> None:
-        self._report(FailureReport(rank, text))
+        self._lose(rank, text)
+        self._end_if_all_have_left()
+
+    def on_supervisor_loss(self, rank: int, text: str) -> None:
+        if self._goes_on:
+            self._carry_out(self.membership.supervisor_lost(rank))
+        elif self.state is GroupState.LOADING:
+            self._report(FailureReport(rank, text))
+        self._end_if_all_have_left()
+
+    def _end_if_all_have_left(self) -> None:
+        is_over = self.state is GroupState.STOPPING or any(
+            # Rank 0 is the first to connect: once it has gone, none will come.
+            0 in self._connections.in_state(RankState.GONE, role) and self.state is not GroupState.FAILING
+            for role in Role
+        )
+        if is_over and self._connections.num_open(*Role) == 0:
+            self._end(GroupState.ENDED)
 
     def on_bug(self, error: BaseException) -> None:
         """End the group for an error of this process: it must not go on half."""
         log.error("an error of the HTTP process", exc_info=error)
         self._report(FailureReport(None, f"the HTTP process: {type(error).__name__}: {error}"))
 
-    # The end
+    def _progress(self, rank: int, stats: RankStats) -> Progress:
+        """The progress of a rank; while a change of the members is under way, since the change began."""
+        if not self.membership.is_pending(rank):
+            return stats.progress
+        return replace(stats.progress, stuck_s=min(stats.progress.stuck_s, self.membership.seconds_in_generation))
+
+    # The members
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the group goes on without a rank that is lost now."""
+        return self.survives and self.state in (GroupState.SERVING, GroupState.DRAINING)
+
+    def _lose(self, rank: int, text: str, is_consequence: bool = False) -> None:
+        if self._goes_on:
+            self._carry_out(self.membership.lost(rank, text))
+        elif self.state is not GroupState.STOPPING or rank in self.membership.members:
+            self._report(FailureReport(rank, text, is_consequence))
+
+    def _carry_out(self, effects: Sequence[Effect]) -> None:
+        """Do what a change of the members asks for."""
+        for effect in effects:
+            match effect:
+                case SendRegroup():
+                    self._regroup(effect.message)
+                case CommandSupervisor():
+                    self._connections.send_supervisor(effect.rank, effect.message)
+                case RankLost():
+                    self._cut_off(effect)
+                case GenerationServes():
+                    log.info("the members serve in generation %d: %s", self.membership.generation, effect.seconds)
+                    if effect.is_recovery:
+                        self._observer.on_recovery(effect.seconds)
+                    self._begin_migrations()
+                case GiveUp():
+                    self._report(FailureReport(None, effect.reason))
+                case _:
+                    assert_never(effect)
+
+    def _regroup(self, message: Regroup) -> None:
+        log.info("generation %d has the ranks %s", message.generation, message.members)
+        self._held.clear()
+        self._watchdog.clear()
+        self._connections.send_all(message, message.members)
+        self._connections.send_all(Wake(self._num_announced), message.members)  # one that joins has missed all so far
+
+    def _cut_off(self, lost: RankLost) -> None:
+        """Hear no more of a rank, and have its requests go on on other ranks."""
+        if lost.was_member:
+            log.warning("%s: the group goes on without it", lost.reason)
+        self._connections.drop(lost.rank)
+        self._watchdog.forget(lost.rank)
+        self._observer.on_rank_lost(lost.rank, lost.was_member)
+        for routed in self._requests.on_rank(lost.rank):
+            if self._requests.is_poison(routed, lost.was_serving):
+                first, second = routed.lost_ranks[-2:]
+                text = f"this request was on rank {first} and on rank {second} when they died: it is not tried again"
+                self._requests.fail(routed, ApiError(500, text))
+            else:
+                self._move(routed)
+
+    def _move(self, routed: RoutedRequest) -> None:
+        self._requests.move(routed, self.membership.open_ranks)
+        self._observer.on_resumption()
+        self.tasks.start(self._announce(routed))
+
+    def _on_resumed(self, routed: RoutedRequest) -> None:
+        start_s = max(routed.resumed_s, self._served_s.get(routed.rank, 0.0))
+        self._observer.on_recovery({"re-prefill": time.monotonic() - start_s})
+
+    def _begin_migrations(self) -> None:
+        """Have every rank begin the migrations that were planned, once all serve: later the ranks were told to stop."""
+        if self.membership.is_changing:
+            return
+        if self.state in (GroupState.SERVING, GroupState.DRAINING):
+            for planned in self._held:
+                begin = BeginMigration(planned.generation, planned.placement, planned.rounds)
+                self._connections.send_all(begin, self.membership.members)
+        self._held.clear()
 
     async def watch(self) -> None:
-        """End the group when a rank is silent or makes no progress."""
+        """Look now and then whether a rank is silent, makes no progress, or has no requests left and may leave."""
         while self.state not in (GroupState.FAILING, GroupState.FAILED):
             await asyncio.sleep(TICK_S)
             if (stall := self._watchdog.check()) is not None:
-                self._report(FailureReport(None, stall))
+                if self._goes_on:
+                    self._carry_out(self.membership.stalled(*stall))
+                else:
+                    self._report(FailureReport(None, stall.text))
+            if self._goes_on:
+                self._carry_out(self.membership.check())
+                for rank in self.membership.leaving:
+                    self._note_drained(rank)
+
+    def _note_drained(self, rank: int) -> None:
+        if not self._requests.on_rank(rank):
+            self._carry_out(self.membership.drained(rank))
+
+    # The end
 
     def _start_draining(self, timeout_s: float) -> None:
         if self.state in (GroupState.LOADING, GroupState.SERVING):  # every rank may get the signal
             self.state = GroupState.DRAINING
+            self.membership.may_grow = False
             self.tasks.start(self._drain(timeout_s))
 
     async def _drain(self, timeout_s: float) -> None:
@@ -279,7 +487,7 @@ class RankRouter:
             self._send_cancel(routed)
         self._requests.end_all(ApiError(503, "the server was shut down before this request had finished"))
         self.state = GroupState.STOPPING
-        self._connections.send_all(Stop())
+        self._send_everywhere(Stop())
 
     def _shutdown_text(self, rank: int, message: Aborted) -> str:
         """Why the group ends when a signal has ended a rank at once."""
@@ -302,14 +510,23 @@ class RankRouter:
         """Establish who is to blame; inform the clients and every rank that is left."""
         try:
             await asyncio.sleep(GRACE_S)
-            cause = blame(self._num_ranks, self._reports)
+            cause = blame(self.membership.members, self._reports)
             self._failure = cause.text
             log.error("the group has failed: %s", self._failure)
             prefix = "" if cause.status == 503 else "the server failed: "
             self._requests.end_all(ApiError(cause.status, prefix + self._failure))
-            self._connections.send_all(Abort(self._failure))
+            self._send_everywhere(Abort(self._failure))
         finally:
             self._end(GroupState.FAILED)
+
+    def _send_to(self, rank: int, role: Role, message: Stop | Abort) -> None:
+        send = self._connections.send if role is Role.RANK else self._connections.send_supervisor
+        send(rank, message)
+
+    def _send_everywhere(self, message: Stop | Abort) -> None:
+        for role in Role:
+            for rank in range(self._num_ranks):
+                self._send_to(rank, role, message)
 
     def _end(self, state: GroupState) -> None:
         if self.state not in (GroupState.ENDED, GroupState.FAILED):

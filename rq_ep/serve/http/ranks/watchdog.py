@@ -2,10 +2,19 @@
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from rq_ep.engine.progress import Progress
 
 TICK_S = 0.5
+
+
+class Stall(NamedTuple):
+    """A rank that keeps the others waiting."""
+
+    rank: int
+    text: str
+    seconds: float  # for which it has been silent, or without progress
 
 
 class Watchdog:
@@ -30,8 +39,12 @@ class Watchdog:
         """Watch a rank no more: it has said good-bye."""
         self._reports.pop(rank, None)
 
-    def check(self) -> str | None:
-        """Describe the rank that keeps the others waiting; None if all is well."""
+    def clear(self) -> None:
+        """Watch each rank anew from its next report on."""
+        self._reports.clear()
+
+    def check(self) -> Stall | None:
+        """The rank that keeps the others waiting; None if all is well."""
         now_s = self._clock()
         slept_s, self._checked_s = now_s - self._checked_s, now_s
         if slept_s > self._limit_s / 2 + TICK_S:  # this process was stopped itself, and received no reports
@@ -40,12 +53,14 @@ class Watchdog:
             return None
         silence_s, rank = max((now_s - report_s, -rank) for rank, (report_s, _) in self._reports.items())
         if silence_s > self._limit_s:
-            return f"rank {-rank} has not been heard for {silence_s:.0f} s (--stall-timeout); {self._where(-rank)}"
+            text = f"rank {-rank} has not been heard for {silence_s:.0f} s (--stall-timeout); {self._where(-rank)}"
+            return Stall(-rank, text, silence_s)
         progress_by_rank = {rank: progress for rank, (_, progress) in self._reports.items()}
         if all(progress.stuck_s > self._limit_s for progress in progress_by_rank.values()):
             last = min(progress_by_rank, key=lambda rank: (progress_by_rank[rank].order, rank))
             stuck_s = progress_by_rank[last].stuck_s
-            return f"rank {last} has not gone on for {stuck_s:.0f} s (--stall-timeout); {self._where(last)}"
+            text = f"rank {last} has not gone on for {stuck_s:.0f} s (--stall-timeout); {self._where(last)}"
+            return Stall(last, text, stuck_s)
         return None
 
     def _where(self, suspect: int) -> str:

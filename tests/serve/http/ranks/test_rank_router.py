@@ -3,7 +3,7 @@
 import asyncio
 import queue
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
@@ -95,6 +95,9 @@ class Stage:
         self.ready: list[Ready] = []
         self.rebalances: list[object] = []
         self.num_ends = 0
+        self.lost: list[tuple[int, bool]] = []
+        self.recoveries: list[dict[str, float]] = []
+        self.num_resumptions = 0
         self.router = RankRouter(NUM_RANKS, TOKEN, self, max_queue_size=4, stall_s=stall_s)
         self.address = ("", 0)
         self.ranks: list[FakeRank] = []
@@ -110,6 +113,15 @@ class Stage:
 
     def on_rebalance(self, message: object) -> None:
         self.rebalances.append(message)
+
+    def on_rank_lost(self, rank: int, was_member: bool) -> None:
+        self.lost.append((rank, was_member))
+
+    def on_recovery(self, seconds: Mapping[str, float]) -> None:
+        self.recoveries.append(dict(seconds))
+
+    def on_resumption(self) -> None:
+        self.num_resumptions += 1
 
     def on_end(self) -> None:
         self.num_ends += 1

@@ -23,7 +23,9 @@ def test_a_silent_rank_is_named_with_where_the_others_wait() -> None:
             watchdog.report(rank, Progress(5, 3, "all-to-all", clock.now_s))
         stall = watchdog.check()
         assert (stall is None) == (clock.now_s <= 10)
-    assert stall == (
+    assert stall is not None
+    assert (stall.rank, stall.seconds) == (1, 11.0)
+    assert stall.text == (
         "rank 1 has not been heard for 11 s (--stall-timeout); last seen in step 4, computing; "
         "rank 0 waits in step 5, MoE layer 3, all-to-all; rank 2 waits in step 5, MoE layer 3, all-to-all"
     )
@@ -34,7 +36,10 @@ def test_of_ranks_that_all_stand_still_the_last_one_is_blamed() -> None:
     watchdog.report(0, Progress(5, 3, "all-to-all", 12))
     watchdog.report(1, Progress(5, 3, None, 11))
     watchdog.report(2, Progress(5, 3, "all-to-all", 11))
-    assert "rank 1 has not gone on for 11 s" in (watchdog.check() or "")
+    stall = watchdog.check()
+    assert stall is not None
+    assert (stall.rank, stall.seconds) == (1, 11.0)
+    assert "rank 1 has not gone on for 11 s" in stall.text
     watchdog.report(2, Progress(6, None, None, 0.1))
     assert watchdog.check() is None, "one of them still goes on"
 

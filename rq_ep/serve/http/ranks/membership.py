@@ -1,0 +1,465 @@
+"""The members of a group that shrinks and grows: what happens to each rank, and what is to be done about it.
+
+A rank goes through these states, and is a member while it serves or leaves, and while the members take it in:
+
+    LOADING -> JOINING -> SERVING -> LEAVING -> REMOVED -> RESTARTING -> LOADING    (at first: LOADING -> SERVING)
+    LOADING, JOINING or SERVING -> LOST -> RESTARTING -> LOADING
+
+Every change of the members has a number, the generation, and is under way until every member serves in it. A loss is
+acted on at once, and supersedes what is under way; ranks join and leave only when nothing is.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+from rq_ep.serve.http.ranks.blame import FailureReport, blame
+from rq_ep.serve.messages import KillRank, Regroup, StartRank, StopRank
+
+UNREACHABLE_S = 5.0  # how long members may wait for one that does not answer, or for the news of its death
+CROSSING_S = 2.0  # a member that says so this soon after a `Regroup` said it before it had got that
+MAX_RETRIES = 1  # of the same members that cannot reach each other
+MAX_EVENTS = 200
+BY_REQUEST = "by request"
+
+
+class MemberState(Enum):
+    """State of a rank."""
+
+    LOADING = "loading"  # its process loads the model
+    JOINING = "joining"  # its model is loaded: the members take it in
+    SERVING = "serving"
+    LEAVING = "leaving"  # on purpose: it gets no new requests, or its process is about to end
+    REMOVED = "removed"  # on purpose: it has no process
+    LOST = "lost"  # its process has ended, or does not answer
+    RESTARTING = "restarting"  # its process was started, and has not connected yet
+
+
+HOLDING = (MemberState.SERVING, MemberState.LEAVING)  # a member in such a state holds experts
+ABSENT = (MemberState.LOST, MemberState.RESTARTING, MemberState.REMOVED)
+
+
+class ChangeRefused(ValueError):
+    """A change of the members that was asked for and cannot be made."""
+
+
+@dataclass(frozen=True)
+class SendRegroup:
+    """Send a message to all members."""
+
+    message: Regroup
+
+
+@dataclass(frozen=True)
+class CommandSupervisor:
+    """Send a message to the supervisor of a rank."""
+
+    rank: int
+    message: StartRank | StopRank | KillRank
+
+
+@dataclass(frozen=True)
+class RankLost:
+    """Cut a rank off, and send its requests on.
+
+    `was_serving`: it was, so that one of its requests may be what has ended it.
+    """
+
+    rank: int
+    reason: str
+    was_member: bool
+    was_serving: bool
+
+
+@dataclass(frozen=True)
+class GenerationServes:
+    """Every member serves in the generation. `seconds` has those of each part, the longest of all members."""
+
+    is_recovery: bool  # and not only ranks that join or leave
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """End the group."""
+
+    reason: str
+
+
+Effect: TypeAlias = SendRegroup | CommandSupervisor | RankLost | GenerationServes | GiveUp
+
+
+@dataclass
+class RankRecord:
+    """What is known of a rank."""
+
+    state: MemberState
+    reason: str
+    since: float  # seconds since the epoch
+    generation: int = 0  # the last one that it has served in
+    store: tuple[str, int] | None = None
+    num_failures: int = 0
+    num_restarts: int = 0
+    has_supervisor: bool = False
+    is_given_up: bool = False  # its supervisor does not start it again by itself
+    is_stopping: bool = False  # it is no member any more, and its supervisor was told to end it
+    num_ends_to_come: int = 0  # reports of its supervisor on ends that are known already
+
+
+class Membership:
+    """Turns what happens to ranks into effects, which the caller is to carry out in their order.
+
+    Args:
+        num_ranks: size of the group; ranks are never renumbered.
+        clock: seconds.
+        calendar: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        clock: Callable[[], float] = time.monotonic,
+        calendar: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
+        self._calendar = calendar
+        self.generation = 0
+        self.members: tuple[int, ...] = tuple(range(num_ranks))
+        self.joining: frozenset[int] = frozenset()  # the members that hold no experts yet
+        self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self.num_failures = 0
+        self.may_grow = False  # until every rank serves, for the first time
+        self.ranks = [RankRecord(MemberState.LOADING, "", calendar()) for _ in range(num_ranks)]
+        self._pending: set[int] = set()  # members that do not serve in the generation yet
+        self._drained: set[int] = set()  # members that leave, and have no requests any more
+        self._since_s = 0.0  # when the generation began,
+        self._started_s: float | None = None  # and when the first loss since the group last served as a whole came
+        self._seconds: dict[str, float] = {}
+        self._losses: list[str] = []
+        self._unreachable: dict[int, tuple[float, str]] = {}  # since when, and what the rank has said
+        self._num_retries = 0
+
+    # What others ask
+
+    @property
+    def leader(self) -> int:
+        """The lowest member that did not just join."""
+        return min(rank for rank in self.members if rank not in self.joining)
+
+    @property
+    def open_ranks(self) -> list[int]:
+        """The ranks that new requests may go to."""
+        return [rank for rank in self.members if self.ranks[rank].state is MemberState.SERVING]
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether some member does not serve in the generation yet."""
+        return bool(self._pending)
+
+    def is_pending(self, rank: int) -> bool:
+        """Whether a member does not serve in the generation yet."""
+        return rank in self._pending
+
+    @property
+    def leaving(self) -> list[int]:
+        """The members that leave once they have no requests."""
+        return [rank for rank in self.members if self.ranks[rank].state is MemberState.LEAVING]
+
+    @property
+    def seconds_in_generation(self) -> float:
+        return self._clock() - self._since_s
+
+    def degradation(self) -> str | None:
+        """Why fewer ranks serve than there are; None if all do."""
+        missing = [rank for rank, record in enumerate(self.ranks) if record.state is not MemberState.SERVING]
+        if not missing:
+            return None
+        about = []
+        for rank in missing:
+            record = self.ranks[rank]
+            about.append(f"rank {rank} is {record.state.value}" + (f" ({record.reason})" if record.reason else ""))
+        return f"{len(self.ranks) - len(missing)} of {len(self.ranks)} ranks serve: {'; '.join(about)}"
+
+    # What happens
+
+    def start(self) -> None:
+        """Every rank serves, for the first time."""
+        self.may_grow = True
+        for rank in self.members:
+            self._set(rank, MemberState.SERVING)
+
+    def connected(self, rank: int) -> None:
+        """A process of the rank has connected."""
+        if self.ranks[rank].state in (MemberState.LOST, MemberState.RESTARTING):
+            self._set(rank, MemberState.LOADING, self.ranks[rank].reason)
+
+    def loaded(self, rank: int, store: tuple[str, int]) -> list[Effect]:
+        """The rank has a model; if it is no member, it could join."""
+        record = self.ranks[rank]
+        record.store = store
+        if rank not in self.members and record.state is MemberState.LOADING:
+            self._set(rank, MemberState.JOINING, record.reason)
+            return self._advance()
+        return []
+
+    def lost(self, rank: int, reason: str, detect_s: float = 0.0) -> list[Effect]:
+        """The connection of the rank has ended without a good-bye, or what it sends makes no sense.
+
+        Args:
+            rank: of the group.
+            reason: why, with the name of the rank.
+            detect_s: for how long it had been silent already.
+        """
+        record = self.ranks[rank]
+        if record.state in ABSENT:
+            return []
+        record.num_ends_to_come += record.has_supervisor and not record.is_stopping
+        return self._end(rank, reason, detect_s)
+
+    def left(self, rank: int) -> list[Effect]:
+        """The connection of the rank has ended with a good-bye."""
+        if self.ranks[rank].is_stopping:
+            return self._end(rank, BY_REQUEST)
+        return self.lost(rank, f"rank {rank} has left")
+
+    def stalled(self, rank: int, reason: str, seconds: float) -> list[Effect]:
+        """The rank makes no progress: its supervisor ends its process, and it counts as lost."""
+        return [CommandSupervisor(rank, KillRank(reason)), *self.lost(rank, reason, seconds)]
+
+    def unreachable(self, rank: int, text: str) -> None:
+        """The rank, a member, waits: it cannot reach another one."""
+        is_late = rank in self._pending and self._clock() - self._since_s < CROSSING_S
+        if rank in self.members and not is_late:
+            self._unreachable.setdefault(rank, (self._clock(), text))
+
+    def check(self) -> list[Effect]:
+        """Act on members that have waited too long for another one; to be called now and then.
+
+        Those that do not answer count as lost. Where all answer, they try once more.
+        """
+        if not self._unreachable or self._clock() - min(self._unreachable.values())[0] < UNREACHABLE_S:
+            return []
+        reports = [FailureReport(rank, f"rank {rank}: {text}", True) for rank, (_, text) in self._unreachable.items()]
+        silent = [rank for rank in self.members if rank not in self._unreachable]
+        reason = blame(self.members, reports).text
+        if any(rank not in self.joining for rank in self._unreachable):
+            effects: list[Effect] = []
+            for rank in silent:
+                effects += self.stalled(rank, f"rank {rank} does not answer ({reports[0].text})", UNREACHABLE_S)
+            if effects:
+                return effects
+            if self._num_retries < MAX_RETRIES:
+                self._num_retries += 1
+                self._begin_recovery(0.0)
+                return self._new_generation(self.members, self.joining & self._pending)
+        return [GiveUp(reason)]
+
+    def regrouped(self, rank: int, generation: int, seconds: dict[str, float]) -> list[Effect]:
+        """The rank serves in a generation."""
+        if generation != self.generation or rank not in self._pending:
+            return []
+        self._pending.discard(rank)
+        self.ranks[rank].generation = generation
+        if self.ranks[rank].state is MemberState.JOINING:
+            self._set(rank, MemberState.SERVING)
+        for part, duration in seconds.items():
+            self._seconds[part] = max(self._seconds.get(part, 0.0), duration)
+        if self._pending:
+            return []
+        is_recovery = self._started_s is not None
+        if self._started_s is not None:
+            self._seconds["total"] = self._clock() - self._started_s
+        serves = GenerationServes(is_recovery, self._seconds)
+        self._started_s, self._num_retries = None, 0
+        self._losses.clear()
+        return [serves, *self._advance()]
+
+    def cannot_continue(self, generation: int, reason: str) -> list[Effect]:
+        """The members of a generation cannot serve the model."""
+        return [GiveUp(reason)] if generation == self.generation else []
+
+    # What supervisors report
+
+    def supervisor_connected(self, rank: int) -> None:
+        self.ranks[rank].has_supervisor = True
+        self.ranks[rank].num_ends_to_come = 0
+
+    def supervisor_lost(self, rank: int) -> list[Effect]:
+        """The supervisor of the rank has died, and with it its process."""
+        record = self.ranks[rank]
+        record.has_supervisor, record.is_given_up = False, True
+        reason = f"rank {rank}: its supervisor has died"
+        if record.state in (MemberState.RESTARTING, MemberState.REMOVED):
+            self._set(rank, MemberState.LOST, reason)
+        return self.lost(rank, reason)
+
+    def ended(self, rank: int, status: str) -> list[Effect]:
+        """The process of the rank has ended by itself. The end of its connection may come before this or after it."""
+        record, reason = self.ranks[rank], f"rank {rank} {status}"
+        is_known = record.num_ends_to_come > 0
+        record.num_ends_to_come -= is_known
+        if record.state is MemberState.LOST or (record.state is MemberState.RESTARTING and not is_known):
+            self._set(rank, MemberState.LOST, reason)
+        return [] if is_known or record.state in ABSENT else self._end(rank, reason)
+
+    def started(self, rank: int, num_restarts: int) -> None:
+        """The process of the rank was started again."""
+        record = self.ranks[rank]
+        record.num_restarts, record.num_ends_to_come, record.is_given_up = num_restarts, 0, False
+        if record.state is MemberState.LOST:
+            self._set(rank, MemberState.RESTARTING, record.reason)
+
+    def given_up(self, rank: int, reason: str) -> list[Effect]:
+        """The process of the rank has ended, and is not started again."""
+        record = self.ranks[rank]
+        effects = [] if record.state in ABSENT else self._end(rank, f"rank {rank}: {reason}")
+        record.is_given_up = True
+        if record.state is not MemberState.REMOVED:
+            self._set(rank, MemberState.LOST, f"rank {rank}: {reason}")
+        return effects
+
+    # What users ask for
+
+    def remove(self, ranks: Collection[int]) -> list[Effect]:
+        """Have ranks leave: members once they have no requests (`drained`), the others at once.
+
+        Raises:
+            ChangeRefused: nothing is changed.
+        """
+        for rank in sorted(set(ranks)):
+            record = self.ranks[rank]
+            if record.state in (MemberState.LEAVING, MemberState.REMOVED):
+                raise ChangeRefused(f"rank {rank} is {record.state.value} already")
+            if rank in self._pending & self.joining:
+                raise ChangeRefused(f"rank {rank} is joining: try again once it serves")
+            if not record.has_supervisor and record.state is not MemberState.SERVING:
+                raise ChangeRefused(f"rank {rank} has no process: {record.reason}")
+        if not set(self.open_ranks) - set(ranks):
+            raise ChangeRefused("at least one rank has to stay: end the server by SIGTERM instead")
+        effects: list[Effect] = []
+        for rank in sorted(set(ranks)):
+            if rank in self.members:
+                self._set(rank, MemberState.LEAVING, BY_REQUEST)
+            else:
+                effects.append(self._stop(rank))
+        return effects
+
+    def drained(self, rank: int) -> list[Effect]:
+        """A member that leaves has no requests any more."""
+        if rank in self.leaving:
+            self._drained.add(rank)
+        return self._advance()
+
+    def add(self, ranks: Collection[int]) -> list[Effect]:
+        """Have ranks come back that were removed, or were given up, and those stay that have not left yet.
+
+        Raises:
+            ChangeRefused: nothing is changed.
+        """
+        for rank in sorted(set(ranks)):
+            record = self.ranks[rank]
+            may_start = record.state is MemberState.REMOVED or record.is_given_up
+            if may_start and not record.has_supervisor:
+                raise ChangeRefused(f"the launcher has no process for rank {rank}: {record.reason or 'it has ended'}")
+            if not may_start and (record.state is not MemberState.LEAVING or record.is_stopping):
+                raise ChangeRefused(f"rank {rank} is {record.state.value}: there is nothing to add")
+        effects: list[Effect] = []
+        for rank in sorted(set(ranks)):
+            record = self.ranks[rank]
+            if record.state is MemberState.LEAVING:
+                self._stay(rank)
+            else:
+                record.is_given_up = False
+                self._set(rank, MemberState.RESTARTING, "added " + BY_REQUEST)
+                effects.append(CommandSupervisor(rank, StartRank()))
+        return effects
+
+    # The generations
+
+    def _end(self, rank: int, reason: str, detect_s: float = 0.0) -> list[Effect]:
+        """A rank has no process any more."""
+        record = self.ranks[rank]
+        was_member, was_serving = rank in self.members, rank not in self._pending
+        effects: list[Effect] = []
+        if record.state is MemberState.LEAVING:
+            if not record.is_stopping:
+                effects.append(self._stop(rank))
+            record.is_stopping = False
+            self._set(rank, MemberState.REMOVED, reason)
+        else:
+            self._set(rank, MemberState.LOST, reason)
+        record.store = None
+        if not was_member:
+            return [RankLost(rank, reason, False, False), *effects]
+        record.num_failures += 1
+        self.num_failures += 1
+        self._losses.append(reason)
+        self._begin_recovery(detect_s)
+        left = [other for other in self.members if other != rank]
+        joining = self.joining & self._pending - {rank}
+        if not set(left) - joining:
+            return [GiveUp(f"no rank is left that holds the model: {'; '.join(self._losses)}")]
+        if not any(self.ranks[other].state is MemberState.SERVING for other in left):
+            for other in set(left) - joining:
+                self._stay(other)
+        # The members are told first: they wait for the one that is lost.
+        return [*self._new_generation(left, joining), RankLost(rank, reason, True, was_serving), *effects]
+
+    def _begin_recovery(self, detect_s: float) -> None:
+        """Note when the first sign of a loss came."""
+        first_s = min((at_s for at_s, _ in self._unreachable.values()), default=self._clock())
+        detect_s = max(detect_s, self._clock() - first_s)
+        if self._started_s is None:
+            self._started_s = self._clock() - detect_s
+            self._seconds = {}
+        self._seconds["detect"] = max(self._seconds.get("detect", 0.0), detect_s)
+
+    def _advance(self) -> list[Effect]:
+        """Let ranks join and leave, if nothing is under way."""
+        going = [rank for rank in self.leaving if rank in self._drained]
+        coming = {
+            rank
+            for rank, record in enumerate(self.ranks)
+            if self.may_grow and record.state is MemberState.JOINING and rank not in self.members
+        }
+        if self._pending or not (going or coming):
+            return []
+        if self._started_s is None:
+            self._seconds = {}
+        members = sorted({*self.members, *coming} - set(going))
+        return [*self._new_generation(members, coming), *map(self._stop, going)]
+
+    def _new_generation(self, members: Sequence[int], joining: Collection[int]) -> list[Effect]:
+        self.generation += 1
+        self.members, self.joining = tuple(members), frozenset(joining)
+        self._pending = set(members)
+        self._drained &= self._pending
+        self._since_s = self._clock()
+        self._unreachable.clear()
+        store = self.ranks[self.leader].store
+        if store is None:
+            return [GiveUp(f"rank {self.leader} has no store in which the members could meet")]
+        return [SendRegroup(Regroup(self.generation, list(self.members), store, sorted(self.joining)))]
+
+    def _stop(self, rank: int) -> CommandSupervisor:
+        """Have the process of a rank end that is no member any more."""
+        record = self.ranks[rank]
+        record.is_stopping = record.state not in ABSENT
+        self._set(rank, MemberState.LEAVING if record.is_stopping else MemberState.REMOVED, BY_REQUEST)
+        return CommandSupervisor(rank, StopRank())
+
+    def _stay(self, rank: int) -> None:
+        """Call off the leave of a member."""
+        self._drained.discard(rank)
+        self._set(rank, MemberState.SERVING)
+
+    def _set(self, rank: int, state: MemberState, reason: str = "") -> None:
+        record = self.ranks[rank]
+        if record.state is not state:
+            record.since = self._calendar()
+            about = {"rank": rank, "state": state.value, "reason": reason, "generation": self.generation}
+            self.events.append({"time": record.since, **about})
+        record.state, record.reason = state, reason
