@@ -27,6 +27,7 @@ MODEL_HELP = (
     "HF_TOKEN, HF_HUB_OFFLINE)"
 )
 CACHES = ("paged", "padded")
+ON_RANK_FAILURE = ("continue", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -221,6 +222,17 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     stall_timeout: float = option(
         60.0, help="seconds a rank may be silent, or all ranks in one place", minimum=2, maximum=MAX_SECONDS
     )
+    on_rank_failure: str | None = option(
+        None,
+        help="continue: the group goes on without a rank that fails, and the rank is started again and joins it; stop: "
+        "the group ends; default: stop",
+        choices=ON_RANK_FAILURE,
+    )
+    max_rank_restarts: int = option(
+        3,
+        help="how often a rank is started again in a row; one that has served for 10 minutes has all of them again",
+        minimum=0,
+    )
     record_dir: str | None = option(None, help="directory for traces of /v1/ep/record; default: none are recorded")
     record_max_tokens: int = option(
         131072, help="tokens of a trace, 8 bytes a MoE layer and expert chosen: the first ones are kept", minimum=1
@@ -271,6 +283,16 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         if not restart_count or self.placement_out is None or not Path(self.placement_out).exists():
             return self
         return replace(self, placement=self.placement_out)
+
+    def for_ranks(self, num_ranks: int) -> "ServeConfig":
+        """These settings with what they leave to the number of ranks.
+
+        Raises:
+            UserError: one rank cannot go on without itself.
+        """
+        if num_ranks == 1 and self.on_rank_failure == "continue":
+            raise UserError("--on-rank-failure continue: needs more than one rank, and one was started: use stop")
+        return replace(self, on_rank_failure=self.on_rank_failure or "stop")
 
     @property
     def model_name(self) -> str:

@@ -1,10 +1,12 @@
 """What a user may say of rebalancing."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rq_ep.core.options import check_options, option, parse_bytes
-from rq_ep.core.strategy import RebalanceRule
+
+if TYPE_CHECKING:  # it imports NumPy, which a supervisor of a rank does without
+    from rq_ep.core.strategy import RebalanceRule
 
 REBALANCING = "rebalancing, the placement follows the load"
 
@@ -65,8 +67,8 @@ class RebalanceOptions:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def applied_to(self, rule: RebalanceRule) -> RebalanceRule:
+    def applied_to(self, rule: "RebalanceRule") -> "RebalanceRule":
         """The rule with what the user has said."""
-        names = {field.name for field in fields(RebalanceRule)} & {field.name for field in fields(RebalanceOptions)}
+        names = {field.name for field in fields(rule)} & {field.name for field in fields(RebalanceOptions)}
         said = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
         return replace(rule, **said)

@@ -9,6 +9,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.supervisor.http_parent import HttpProcess
+from rq_ep.serve.supervisor.supervisor import Supervisor
 
 
 class ServeParser(argparse.ArgumentParser):
@@ -41,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rank == 0:
                 print(preview(config, environment.world_size, environment.local_world_size))
             return 0
+        config = config.for_ranks(environment.world_size)
         set_up_logging(config.log_level if rank == 0 else "warning")
+        if config.on_rank_failure == "continue":
+            return Supervisor(config, environment).run()
         # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
         http, problem = None, None
         early_end = EarlyEnd(rank)

@@ -67,9 +67,14 @@ def exit_quickly(status: int) -> NoReturn:
 def exit_failed(reason: str | None) -> NoReturn:
     """Exit from any thread at once, as the others may be stuck in a collective. None: another rank has the reason."""
     if reason is not None:
-        with suppress(OSError):  # whoever read the log has died as well
-            os.write(2, f"rq_ep.serve: error: {reason}\n".encode())
+        print_error(reason)
     os._exit(EXIT_FAILURE)
+
+
+def print_error(reason: str) -> None:
+    """Print why this process ends, from any thread."""
+    with suppress(OSError):  # whoever read the log has died as well
+        os.write(2, f"rq_ep.serve: error: {reason}\n".encode())
 
 
 @contextmanager

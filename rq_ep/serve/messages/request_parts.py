@@ -5,8 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from rq_ep.engine.requests import Request
 from rq_ep.serve.messages.codec import MessageError
 from rq_ep.serve.messages.to_rank import ImageData, PromptPart
@@ -31,6 +29,8 @@ def request_in_parts(request: Request) -> tuple[list[PromptPart | ImageData], Re
 
 
 def _image_parts(request: Request, name: str, array: Any) -> Iterator[ImageData]:
+    import numpy as np  # here, as a supervisor has no images
+
     raw = np.ascontiguousarray(array).tobytes()
     for at in range(0, max(len(raw), 1), IMAGE_PART_BYTES):
         data = base64.b64encode(raw[at : at + IMAGE_PART_BYTES]).decode()
@@ -43,6 +43,8 @@ def images_of(parts: Sequence[ImageData]) -> dict[str, Any]:
     Raises:
         MessageError: they make none.
     """
+    import numpy as np
+
     raw: dict[str, bytearray] = {}
     for part in parts:
         raw.setdefault(part.name, bytearray()).extend(base64.b64decode(part.data))

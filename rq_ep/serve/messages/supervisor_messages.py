@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from rq_ep.serve.messages.from_rank import Bye, DrainRequest
+from rq_ep.serve.messages.from_rank import Aborted, Bye, DrainRequest
 from rq_ep.serve.messages.to_rank import Abort, Stop
 
 
@@ -46,7 +46,7 @@ class StopRank:
     """End the process of the rank in an orderly way, and start it only when a `StartRank` says so."""
 
 
-FromSupervisor: TypeAlias = RankEnded | RankStarted | RankGivenUp | DrainRequest | Bye
+FromSupervisor: TypeAlias = RankEnded | RankStarted | RankGivenUp | DrainRequest | Aborted | Bye
 ToSupervisor: TypeAlias = StartRank | KillRank | StopRank | Stop | Abort
 
 FROM_SUPERVISOR: Mapping[str, type] = {
@@ -54,6 +54,7 @@ FROM_SUPERVISOR: Mapping[str, type] = {
     "rank_started": RankStarted,
     "rank_given_up": RankGivenUp,
     "drain": DrainRequest,
+    "aborted": Aborted,
     "bye": Bye,
 }
 TO_SUPERVISOR: Mapping[str, type] = {

@@ -11,6 +11,7 @@ import sys
 from rq_ep.config import Environment, ServeConfig, as_mapping, child_environment
 from rq_ep.core.errors import UserError
 from rq_ep.serve.control import ControlClient
+from rq_ep.serve.frames import Role
 from rq_ep.serve.supervisor.rank_start import HubAddress
 
 log = logging.getLogger("rq_ep.serve")
@@ -24,17 +25,18 @@ class HttpProcess:
     Args:
         config: what to serve, and where.
         environment: rank 0's; its address is where the other ranks reach the HTTP process.
+        role: of this process: rank 0, or its supervisor.
 
     Raises:
         UserError: the port or the host cannot be had, or the file of API keys.
     """
 
-    def __init__(self, config: ServeConfig, environment: Environment) -> None:
+    def __init__(self, config: ServeConfig, environment: Environment, role: Role = Role.RANK) -> None:
         config = config.with_api_keys()
         with bind_http(config.host, config.port) as http, bind_control(environment) as control:
             self.hub = HubAddress(control.getsockname()[:2], secrets.token_hex(16))
             # Connected before the process exists: should this one die now, the HTTP process will read the end of it.
-            self.client = ControlClient(self.hub.address, 0, self.hub.token)
+            self.client = ControlClient(self.hub.address, 0, self.hub.token, role)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rq_ep.serve.http.http_process"],
                 stdin=subprocess.PIPE,

@@ -334,6 +334,8 @@ class RankRouter:
                     self._carry_out(self.membership.given_up(rank, message.reason))
             case DrainRequest():
                 self._start_draining(message.timeout_s)
+            case Aborted():
+                self._report(FailureReport(rank, self._shutdown_text(rank, message), status=503))
             case Bye():
                 pass
             case _:
