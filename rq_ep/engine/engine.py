@@ -116,7 +116,7 @@ class Engine:
                 on_failure=on_failure,
             )
         self._step_loop = StepLoop(
-            gather_flags=flags_exchange(group.control if group.size > 1 else None),
+            gather_flags=flags_exchange(group if group.size > 1 else None),
             prompts=self._scorer,
             is_wanted=self._requests.__contains__,
             empty_step=run_empty_step,

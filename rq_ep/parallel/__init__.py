@@ -1,4 +1,4 @@
-"""Groups of ranks and the exchange between them. Besides the engine only this package uses torch.distributed."""
+"""Groups of ranks and the exchange between them. Only this package uses torch.distributed."""
 
 from rq_ep.parallel.combine import Combine
 from rq_ep.parallel.dispatch_handle import DispatchHandle, Received

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from rq_ep.config import Environment
 from rq_ep.parallel.ep_group import EPGroup
 from rq_ep.parallel.local_group import single_group
-from rq_ep.parallel.torch_group import TorchGroup, choose_transport
+from rq_ep.parallel.processes.transport import choose_transport
+from rq_ep.parallel.torch_group import TorchGroup
 
 
 def default_group(device: str = "auto") -> EPGroup:

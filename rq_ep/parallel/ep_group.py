@@ -23,6 +23,10 @@ class PeerLost(RankFailure):
     """A collective could not be finished: another rank has ended or does not answer."""
 
 
+class Superseded(PeerLost):
+    """A generation of the group was given up before it had formed: a newer one has been announced."""
+
+
 class MessagesLost(PeerLost):
     """Messages from or to some ranks are lost, and none will come any more.
 
@@ -53,15 +57,18 @@ class Arrival(Protocol):
 
 
 class EPGroup(Protocol):
-    """One rank's side of the group that shares a model's experts. Every rank makes the same calls in the same order.
+    """One rank's side of the group that shares a model's experts. Every member makes the same calls in the same order.
 
-    Collectives raise `PeerLost` when another rank has ended or does not answer in time.
+    Ranks keep their numbers for ever. Those that take part now are the members; the others are holes, which send and
+    get nothing. Collectives raise `PeerLost` when another member has ended or does not answer in time.
     """
 
     @property
     def rank(self) -> int: ...
     @property
-    def size(self) -> int: ...
+    def size(self) -> int: ...  # R, holes among them
+    @property
+    def members(self) -> tuple[int, ...]: ...  # ascending
     @property
     def device(self) -> torch.device: ...
     @property
@@ -70,14 +77,17 @@ class EPGroup(Protocol):
     def receive_buffers(self) -> ReceiveBuffers: ...
 
     def gather_counts(self, counts_V: Tensor) -> IntArray:
-        """[R, V] int64 on the host: the counts of each rank, the same on every rank. Waits for the device."""
+        """[R, V] int64 on the host: the counts of each rank, the same on every rank; zeros for holes.
+
+        Waits for the device.
+        """
         ...
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
         """Send `input_splits[r]` rows to rank r and return the rows of all ranks, `output_splits[r]` of rank r.
 
         Raises:
-            ValueError: the splits do not fit this group or `send`.
+            ValueError: the splits do not fit this group or `send`, or a hole is to send or get rows.
         """
         ...
 
@@ -92,7 +102,7 @@ class EPGroup(Protocol):
         ...
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks."""
+        """Every rank's value, in the order of the ranks; None for holes."""
         ...
 
     def barrier(self) -> None: ...
@@ -121,9 +131,15 @@ class HostChannel(Protocol):
         ...
 
 
-def check_splits(send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], size: int) -> None:
+def check_splits(
+    send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], size: int, members: Sequence[int]
+) -> None:
     """Raise unless the splits fit: some backends end the process on a mismatch instead."""
     if len(input_splits) != size or len(output_splits) != size:
         raise ValueError(f"{len(input_splits)} input and {len(output_splits)} output splits for {size} ranks")
     if min(*input_splits, *output_splits) < 0 or sum(input_splits) != len(send):
         raise ValueError(f"input splits {input_splits}, output splits {output_splits} do not fit {len(send)} rows")
+    if len(members) < size:
+        holes = [rank for rank in range(size) if (input_splits[rank] or output_splits[rank]) and rank not in members]
+        if holes:
+            raise ValueError(f"rank {holes[0]} is no member, and cannot send or get rows")

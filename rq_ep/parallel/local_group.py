@@ -19,9 +19,14 @@ from rq_ep.parallel.receive_buffers import ReceiveBuffers
 T = TypeVar("T")
 
 
-def run_local(num_ranks: int, fn: Callable[["LocalGroup"], T], device: str | torch.device = "cpu") -> list[T]:
-    """Run `fn` on every rank of a group inside this process; returns each rank's result."""
-    return LocalWorld(num_ranks, device).run(fn)
+def run_local(
+    num_ranks: int,
+    fn: Callable[["LocalGroup"], T],
+    device: str | torch.device = "cpu",
+    members: Sequence[int] | None = None,
+) -> list[T]:
+    """Run `fn` on every member of a group inside this process; returns each member's result."""
+    return LocalWorld(num_ranks, device, members=members).run(fn)
 
 
 def single_group(device: str | torch.device = "cpu") -> "LocalGroup":
@@ -30,21 +35,25 @@ def single_group(device: str | torch.device = "cpu") -> "LocalGroup":
 
 
 class LocalWorld:
-    """The groups of all ranks of one process; they can be kept and run again and again."""
+    """The groups of all members of one process; they can be kept and run again and again."""
 
     def __init__(
-        self, num_ranks: int, device: str | torch.device = "cpu", clock: Callable[[], float] = time.perf_counter
+        self,
+        num_ranks: int,
+        device: str | torch.device = "cpu",
+        clock: Callable[[], float] = time.perf_counter,
+        members: Sequence[int] | None = None,
     ) -> None:
         """
         Args:
             num_ranks: R.
             device: of all ranks.
             clock: seconds of the process; a rank's clock leaves out the turns of the others.
+            members: ranks, ascending; default: all.
         """
-        self._scheduler = _Scheduler(num_ranks, clock)
-        self.groups = tuple(
-            LocalGroup(rank, num_ranks, torch.device(device), self._scheduler) for rank in range(num_ranks)
-        )
+        members = tuple(range(num_ranks) if members is None else members)
+        self._scheduler = _Scheduler(num_ranks, members, clock)
+        self.groups = tuple(LocalGroup(rank, num_ranks, torch.device(device), self._scheduler) for rank in members)
 
     def run(self, fn: Callable[["LocalGroup"], T]) -> list[T]:
         """Call `fn` with each rank's group, in the gradient mode, inference mode and stream of the caller.
@@ -78,12 +87,12 @@ class LocalWorld:
         threads = [Thread(target=body, args=(group,), daemon=True) for group in self.groups]
         for thread in threads:
             thread.start()
-        scheduler.turns[0].release()
+        scheduler.turns[self.groups[0].rank].release()
         for thread in threads:
             thread.join()
         if scheduler.error is not None:
             raise scheduler.error
-        return [results[rank] for rank in range(len(self.groups))]
+        return [results[group.rank] for group in self.groups]
 
 
 class LocalGroup:
@@ -95,11 +104,14 @@ class LocalGroup:
         self.rank = rank
         self.size = size
         self.device = device
+        self.members = scheduler.members
         self.receive_buffers = ReceiveBuffers(device)
         self._scheduler = scheduler
 
     def gather_counts(self, counts_V: Tensor) -> IntArray:
-        return np.stack(self._scheduler.gather(self.rank, "gather of counts", counts_V.cpu().numpy()))
+        counts_R = self._scheduler.gather(self.rank, "gather of counts", counts_V.cpu().numpy())
+        nothing_V = np.zeros(len(counts_V), np.int64)
+        return np.stack([nothing_V if counts_V is None else counts_V for counts_V in counts_R])
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
         return self.start_all_to_all(send, input_splits, output_splits).wait()
@@ -107,7 +119,7 @@ class LocalGroup:
     def start_all_to_all(
         self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
     ) -> "LocalArrival":
-        check_splits(send, input_splits, output_splits, self.size)
+        check_splits(send, input_splits, output_splits, self.size, self.members)
         number = self._scheduler.contribute(self.rank, "all-to-all", torch.split(send, list(input_splits)))
         return LocalArrival(self.rank, self._scheduler, number, output_splits, out)
 
@@ -140,9 +152,10 @@ class LocalArrival:
     out: Tensor | None
 
     def wait(self) -> Tensor:
-        pieces = [pieces[self.rank] for pieces in self.scheduler.collect(self.rank, self.number)]
-        if [len(piece) for piece in pieces] != list(self.output_splits):
-            sent = [len(piece) for piece in pieces]
+        of_ranks = self.scheduler.collect(self.rank, self.number)
+        sent = [0 if pieces is None else len(pieces[self.rank]) for pieces in of_ranks]
+        pieces = [pieces[self.rank] for pieces in of_ranks if pieces is not None]
+        if sent != list(self.output_splits):
             raise ValueError(
                 f"rank {self.rank} expects {list(self.output_splits)} rows of the ranks, but they send {sent}"
             )
@@ -172,8 +185,9 @@ class _Scheduler:
     Only the rank whose turn it is touches the state.
     """
 
-    def __init__(self, num_ranks: int, clock: Callable[[], float]) -> None:
+    def __init__(self, num_ranks: int, members: tuple[int, ...], clock: Callable[[], float]) -> None:
         self.num_ranks = num_ranks
+        self.members = members
         self.clock = clock
         self.others_s = [0.0] * num_ranks  # time of the other ranks' turns
         self.reset()
@@ -181,7 +195,7 @@ class _Scheduler:
     def reset(self) -> None:
         self.turns = [Semaphore(0) for _ in range(self.num_ranks)]
         self.error: BaseException | None = None
-        self._has_ended = [False] * self.num_ranks
+        self._has_ended = [rank not in self.members for rank in range(self.num_ranks)]
         self._waits_for = ["its turn"] * self.num_ranks
         self._num_collectives = [0] * self.num_ranks  # that each rank has joined
         self._contributions: dict[int, dict[int, tuple[str, Any]]] = {}  # collective -> rank -> operation, value
@@ -204,7 +218,7 @@ class _Scheduler:
         return self.clock() - self.others_s[rank]
 
     def gather(self, rank: int, operation: str, value: Any) -> list[Any]:
-        """Every rank's value, once all have joined the collective."""
+        """Every rank's value, once all members have joined the collective; None for the others."""
         return self.collect(rank, self.contribute(rank, operation, value))
 
     def contribute(self, rank: int, operation: str, value: Any) -> int:
@@ -216,17 +230,17 @@ class _Scheduler:
         return number
 
     def collect(self, rank: int, number: int) -> list[Any]:
-        """Every rank's value of a collective, once all have joined it."""
+        """Every rank's value of a collective, once all members have joined it; None for the others."""
         contributions = self._contributions[number]
-        while len(contributions) < self.num_ranks:
+        while len(contributions) < len(self.members):
             self._end_turn(rank, contributions[rank][0])
         if len({operation for operation, _ in contributions.values()}) > 1:
             calls = ", ".join(f"rank {other}: {contributions[other][0]}" for other in sorted(contributions))
             raise RankFailure(f"ranks call different collectives ({calls})")
         self._num_collected[number] = self._num_collected.get(number, 0) + 1
-        if self._num_collected[number] == self.num_ranks:
+        if self._num_collected[number] == len(self.members):
             del self._contributions[number], self._num_collected[number]
-        return [contributions[other][1] for other in range(self.num_ranks)]
+        return [contributions[other][1] if other in contributions else None for other in range(self.num_ranks)]
 
     def send(self, src: int, dst: int, message: Tensor) -> None:
         self._messages.setdefault((src, dst), deque()).append(message)
@@ -245,7 +259,7 @@ class _Scheduler:
         self._idle_turns += 1
         following = self._following(rank)
         if following is None or self._idle_turns > 2 * self.num_ranks:
-            waits = ", ".join(f"rank {other} for {what}" for other, what in enumerate(self._waits_for))
+            waits = ", ".join(f"rank {other} for {self._waits_for[other]}" for other in self.members)
             raise RankFailure(f"rank {rank} waits in vain ({waits})")
         end_s = self.clock()
         self.turns[following].release()

@@ -1,14 +1,13 @@
 """A group of processes over torch.distributed: NCCL where every rank has a GPU of its own, gloo elsewhere."""
 
 import logging
-import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,57 +15,26 @@ from torch import Tensor
 
 from rq_ep.config import Environment, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.errors import UserError, check_choice
-from rq_ep.parallel.ep_group import MessagesLost, PeerLost, PeerTensor, check_splits
+from rq_ep.core.errors import UserError
+from rq_ep.parallel.ep_group import MessagesLost, PeerLost, PeerTensor, Superseded, check_splits
+from rq_ep.parallel.processes.communicators import Communicators, Seat
+from rq_ep.parallel.processes.meeting import IsOver, connect_store, host_store, meet, unless_over
+from rq_ep.parallel.processes.transport import choose_transport, device_of, gpu_name
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 log = logging.getLogger(__name__)
-
-NO_TIMEOUT = timedelta(days=7)  # gloo wants one
 
 
 class RendezvousError(UserError):
     """The ranks cannot meet where the launcher says. It may be raised on some of them only."""
 
 
-class Transport(NamedTuple):
-    """Where tensors live and which backend moves them, and why."""
-
-    device_type: str
-    backend: str
-    reason: str
-
-
-def choose_transport(wanted: str, gpus: Sequence[str | None]) -> Transport:
-    """Choose device and backend for all ranks.
-
-    Args:
-        wanted: auto, cpu or cuda.
-        gpus: for each rank a name of the GPU it would use that is unique in the cluster; None without one.
-
-    Raises:
-        UserError: cuda is wanted where a rank has no GPU.
-    """
-    check_choice("device", wanted, ("auto", "cpu", "cuda"))
-    without = [rank for rank, gpu in enumerate(gpus) if gpu is None]
-    if wanted == "cuda" and without:
-        raise UserError(f"--device cuda: rank {without[0]} has no CUDA device; use --device cpu")
-    is_exclusive = not without and len(set(gpus)) == len(gpus)
-    if wanted == "cpu":
-        return Transport("cpu", "gloo", "as asked")
-    if is_exclusive:
-        return Transport("cuda", "nccl", "every rank has a GPU of its own")
-    if wanted == "cuda":
-        return Transport("cuda", "gloo", "ranks share a GPU, which NCCL refuses: tensors travel through host memory")
-    return Transport("cpu", "gloo", "not every rank has a GPU of its own")
-
-
 class TorchGroup:
-    """A group of processes.
+    """A group of processes whose members may change.
 
-    It has three communicators of its own: `control` (gloo, for objects, barriers and all that must not block a GPU),
-    one for collectives on tensors, and one for borrowed experts, which travel beside the collectives. More are opened
-    where they are asked for (`open_host_channel`).
+    What the members of one generation talk over are `Communicators`; a later generation has others. Objects, barriers
+    and integers of the host travel beside the tensors, and borrowed experts beside the collectives. Channels are
+    opened where they are asked for (`open_host_channel`), and live through all generations.
     """
 
     def __init__(
@@ -77,6 +45,7 @@ class TorchGroup:
         local_rank: int = 0,
         timeout_s: float = 300.0,
         owns_world: bool = False,
+        alone_as: tuple[int, int] | None = None,
     ) -> None:
         """Build the group on an initialised torch.distributed.
 
@@ -86,30 +55,33 @@ class TorchGroup:
             local_rank: number of this process on its node; chooses the GPU.
             timeout_s: after so many seconds without an answer a rank counts as lost.
             owns_world: `close` also ends torch.distributed.
+            alone_as: (rank, R): torch.distributed is not needed, as this rank is the only member at first.
         """
         self._owns_world = owns_world
+        self._timeout_s = timeout_s
+        self._local_rank = local_rank
         self.operation: str | None = None  # the one that this rank waits for now, read by a watchdog
-        members = None if ranks is None else list(ranks)
-        self._new_group: Callable[..., Any] = partial(
-            dist.new_group, members, timeout=timedelta(seconds=timeout_s), use_local_synchronization=members is not None
-        )
-        self._channels: list[Any] = []
-        self.control = self._new_group(backend="gloo")
-        self.rank: int = dist.get_rank(self.control)
-        self.size: int = dist.get_world_size(self.control)
+        self._num_channels = 0
+        self._hosted_store: Any = None
+        self._changing = threading.Lock()  # guards what follows, besides reads of `_communicators`
+        self._newest = 0  # generation that has begun to form here
+        self._aborted_below = 0  # generations that this rank has done with
 
-        transport = choose_transport(device, self.all_gather_object(_gpu_name(local_rank)))
-        self.device = _own_device(transport.device_type, local_rank)
-        self.backend = transport.backend
+        if alone_as is None:
+            ranks = range(dist.get_world_size()) if ranks is None else ranks
+            seat = Seat(list(ranks).index(dist.get_rank()), len(ranks), tuple(range(len(ranks))))
+            store = _store_of(ranks)
+        else:
+            rank, size = alone_as
+            seat, store = Seat(rank, size, (rank,)), dist.HashStore()  # type: ignore[attr-defined]
+        self.rank, self.size = seat.rank, seat.size
+        words = meet(store, seat.members, seat.rank, gpu_name(local_rank) or "", lambda: False, timeout_s)
+        transport = choose_transport(device, [word or None for word in words])
+        self.device = device_of(transport.device_type, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self._is_staged = self.device.type == "cuda" and self.backend == "gloo"
         self.receive_buffers = ReceiveBuffers(self.device)
-        self._data = self._new_group(backend=self.backend)
-        self._borrowing = self._new_group(backend=self.backend)
-        if self.backend == "nccl":  # NCCL wants every rank at a communicator's first use; transfers concern a few
-            for group in (self._data, self._borrowing):
-                dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+        self._communicators = Communicators(store, seat, self.device, transport.backend, timeout_s, 0)
         log.info("rank %d of %d: %s on %s (%s)", self.rank, self.size, self.backend, self.device, transport.reason)
 
     @classmethod
@@ -135,14 +107,120 @@ class TorchGroup:
                 _meet(environment, timeout)
         return cls(device, local_rank=environment.local_rank, timeout_s=timeout_s, owns_world=owns_world)
 
+    @classmethod
+    def alone(
+        cls, rank: int, size: int, device: str = "auto", *, local_rank: int = 0, timeout_s: float = 300.0
+    ) -> "TorchGroup":
+        """A group of `size` ranks of which this one is the only member, until it joins the others by `reform`."""
+        if Environment.from_os().is_one_node:
+            keep_gloo_on_loopback()
+        return cls(device, local_rank=local_rank, timeout_s=timeout_s, alone_as=(rank, size))
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self._communicators.seat.members
+
+    @property
+    def generation(self) -> int:
+        """The number of this membership; 0: the first one."""
+        return self._communicators.seat.generation
+
+    @property
+    def backend(self) -> str:
+        return self._communicators.backend
+
+    # A change of the members
+
+    def open_store(self) -> tuple[str, int]:
+        """Host a store in which members of later generations meet; returns its address."""
+        if self._hosted_store is None:
+            self._hosted_store = host_store(Environment.from_os())
+        address: tuple[str, int] = self._hosted_store[1]
+        return address
+
+    def abort(self, below: int | None = None) -> None:
+        """End the collectives and messages under way, here and, as connections end, on the other members.
+
+        Any thread may call this at any time. What is under way and what follows raises `PeerLost` until `reform`.
+
+        Args:
+            below: only those of generations below this one: the one that was announced may have formed already.
+                None: those of whatever generation there is, or that is forming.
+        """
+        with self._changing:
+            below = self._newest + 1 if below is None else below
+            self._aborted_below = max(self._aborted_below, below)
+            if self.generation < self._aborted_below:
+                self._communicators.abort(f"generation {self.generation} has ended")
+
+    def reform(
+        self,
+        generation: int,
+        members: Sequence[int],
+        store: tuple[str, int],
+        is_superseded: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Form the group anew; every member calls this. What is under way in an older generation ends.
+
+        Args:
+            generation: higher than any before.
+            members: ranks, this one among them.
+            store: where they meet: the address that `open_store` returned on one of them.
+            is_superseded: asked again and again whether a newer generation has been announced.
+
+        Raises:
+            Superseded: a newer generation has been announced, or `abort` was called.
+            PeerLost: a member or the store is gone, or a member has not come in time. A newer generation is needed.
+        """
+        seat = Seat(self.rank, self.size, tuple(sorted(members)), generation)
+        self.abort(generation)
+        with self._changing:
+            self._newest = generation
+        self._communicators.close()
+        if self._owns_world and dist.is_initialized():
+            dist.destroy_process_group()  # what it is made of leads to the first members
+
+        def make(is_over: IsOver) -> Communicators:
+            own = dist.PrefixStore(f"generation {generation}", connect_store(store))  # type: ignore[attr-defined]
+            word = (gpu_name(self._local_rank) or "") if self.device.type == "cuda" else ""
+            words = meet(own, seat.members, seat.rank, word, is_over, self._timeout_s)
+            is_nccl = all(words) and len(set(words)) == len(words)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # of this thread
+            return Communicators(
+                own, seat, self.device, "nccl" if is_nccl else "gloo", self._timeout_s, self._num_channels
+            )
+
+        self.operation = f"forming of generation {generation}"
+        try:
+            made = unless_over(make, lambda: is_superseded() or generation < self._aborted_below)
+        except RuntimeError as error:
+            kind = Superseded if isinstance(error, Superseded) else PeerLost
+            reason = str(error).partition("\n")[0]
+            raise kind(f"rank {self.rank}: generation {generation} could not be formed: {reason}") from error
+        finally:
+            self.operation = None
+        with self._changing:
+            if generation >= self._aborted_below:
+                self._communicators = made
+                return
+        made.close()
+        raise Superseded(f"rank {self.rank}: generation {generation} was given up before it had formed")
+
+    def raise_if_aborted(self) -> None:
+        """Raise `PeerLost` if this generation was aborted: what a GPU has computed since may be wrong."""
+        self._raise_if_aborted(self._communicators, "computation")
+
+    # Collectives and messages
+
     def gather_counts(self, counts_V: Tensor) -> IntArray:
-        counts_V = self._to_wire(counts_V)
-        counts_RV = counts_V.new_empty(self.size, len(counts_V))
-        # One hop, where a gather goes round the ring: with 4 ranks on 2 cores gloo takes half the time.
-        with self._naming("gather of counts"):
-            dist.all_to_all_single(counts_RV, counts_V.expand(self.size, -1).contiguous(), group=self._data)
-        result: IntArray = counts_RV.cpu().numpy()
-        return result
+        with self._naming("gather of counts") as communicators:
+            counts_V = self._to_wire(counts_V)
+            num_members = len(communicators.seat.members)
+            counts_MV = counts_V.new_empty(num_members, len(counts_V))
+            # One hop, where a gather goes round the ring: with 4 ranks on 2 cores gloo takes half the time.
+            communicators.all_to_all(counts_MV, counts_V.expand(num_members, -1).contiguous()).wait()
+            return communicators.of_ranks(counts_MV.cpu().numpy())
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
         return self.start_all_to_all(send, input_splits, output_splits).wait()
@@ -150,80 +228,87 @@ class TorchGroup:
     def start_all_to_all(
         self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
     ) -> "TorchArrival":
-        check_splits(send, input_splits, output_splits, self.size)
+        check_splits(send, input_splits, output_splits, self.size, self.members)
         target = send.new_empty(sum(output_splits), *send.shape[1:]) if out is None else out
         wire = self._to_wire(send).contiguous()
         landing = torch.empty_like(target, device="cpu") if self._is_staged else target
-        with self._naming("all-to-all"):
-            work = dist.all_to_all_single(
-                landing, wire, list(output_splits), list(input_splits), group=self._data, async_op=True
-            )
-        return TorchArrival(self, work, wire, landing, target)
+        with self._naming("all-to-all") as communicators:
+            work = communicators.all_to_all(landing, wire, output_splits, input_splits)
+        return TorchArrival(self, communicators, work, wire, landing, target)
 
     def start_transfers(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> "TorchTransfers":
         landings = [(torch.empty_like(to, device="cpu") if self._is_staged else to, to) for to, _ in receives]
         outgoing = [self._to_wire(piece) for piece, _ in sends]
-        with self._naming("weight transfer"):
-            works = self._start_messages(
+        with self._naming("weight transfer") as communicators:
+            works = communicators.start_messages(
                 [(piece, dst) for piece, (_, dst) in zip(outgoing, sends, strict=True)],
                 [(landing, src) for (landing, _), (_, src) in zip(landings, receives, strict=True)],
             )
-        return TorchTransfers(self, works, outgoing, landings)
-
-    def _start_messages(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> list[Any]:
-        group = self._borrowing
-        if self.backend == "gloo":  # receives first: a sender waits for them
-            return [dist.irecv(landing, group=group, group_src=src) for landing, src in receives] + [
-                dist.isend(piece, group=group, group_dst=dst) for piece, dst in sends
-            ]
-        operations = [dist.P2POp(dist.isend, piece, group=group, group_peer=dst) for piece, dst in sends]
-        operations += [dist.P2POp(dist.irecv, landing, group=group, group_peer=src) for landing, src in receives]
-        return dist.batch_isend_irecv(operations) if operations else []  # NCCL wants both ends in one launch
+        return TorchTransfers(self, communicators, works, outgoing, landings)
 
     def open_host_channel(self) -> "GlooChannel":
-        """A communicator for messages beside the collectives; every rank calls this.
+        """Communicators for messages beside the collectives, one in each generation; every member calls this.
 
         A rank that is slow there holds up no step. One that has ended closes its connections, which ends the waiting.
         """
-        self._channels.append(self._new_group(backend="gloo", timeout=NO_TIMEOUT))
-        return GlooChannel(self._channels[-1], self.rank)
+        self._communicators.open_channel()
+        self._num_channels += 1
+        return GlooChannel(self, self._num_channels - 1)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        with self._naming("gather of objects"):
-            dist.all_gather_object(values, value, group=self.control)
+        with self._naming("gather of objects") as communicators:
+            for rank, of_rank in zip(self.members, communicators.gather_objects(value), strict=True):
+                values[rank] = of_rank
         return values
 
+    def gather_ints(self, values: Sequence[int], operation: str) -> list[list[int]]:
+        """As many integers of each member, in their order; holes are left out."""
+        with self._naming(operation) as communicators:
+            return communicators.gather_ints(values)
+
     def barrier(self) -> None:
-        with self._naming("barrier"):
-            dist.barrier(group=self.control)
+        with self._naming("barrier") as communicators:
+            communicators.control.barrier().wait()
 
     def clock(self) -> float:
         return time.perf_counter()
 
     def close(self) -> None:
-        """End the communicators; every rank calls it when nothing is under way."""
-        if not dist.is_initialized():
-            return
-        if self._owns_world:
+        """End the communicators; every member calls it when nothing is under way."""
+        self._communicators.close()
+        self._hosted_store = None
+        if self._owns_world and dist.is_initialized():
             dist.destroy_process_group()
-        else:
-            for group in (*self._channels, self._borrowing, self._data, self.control):
-                dist.destroy_process_group(group)
+
+    @property
+    def _is_staged(self) -> bool:
+        return self.device.type == "cuda" and self.backend == "gloo"
 
     def _to_wire(self, tensor: Tensor) -> Tensor:
         return tensor.cpu() if self._is_staged else tensor
 
     @contextmanager
-    def _naming(self, operation: str) -> Iterator[None]:
+    def _naming(self, operation: str, communicators: Communicators | None = None) -> Iterator[Communicators]:
+        """Name the operation, here for a watchdog and in the error if it fails."""
+        communicators = communicators or self._communicators
         self.operation = operation
         try:
-            yield
+            self._raise_if_aborted(communicators, operation)
+            yield communicators
+            self._raise_if_aborted(communicators, operation)
+        except PeerLost:
+            raise
         except RuntimeError as error:
+            self._raise_if_aborted(communicators, operation)
             reason = str(error).partition("\n")[0]
             raise PeerLost(f"rank {self.rank}: {operation} failed, another rank may have ended: {reason}") from error
         finally:
             self.operation = None
+
+    def _raise_if_aborted(self, communicators: Communicators, operation: str) -> None:
+        if (why := communicators.why_aborted) is not None:
+            raise PeerLost(f"rank {self.rank}: {operation}: the group was aborted, {why}")
 
 
 @dataclass(frozen=True)
@@ -231,13 +316,14 @@ class TorchArrival:
     """An all-to-all under way; keeps alive the buffer it reads."""
 
     group: TorchGroup
+    communicators: Communicators
     work: dist.Work
     outgoing: Tensor
     landing: Tensor
     target: Tensor
 
     def wait(self) -> Tensor:
-        with self.group._naming("all-to-all"):
+        with self.group._naming("all-to-all", self.communicators):
             self.work.wait()
         return self.target if self.landing is self.target else self.target.copy_(self.landing)
 
@@ -247,14 +333,14 @@ class TorchTransfers:
     """Messages under way; keeps alive the buffers they read."""
 
     group: TorchGroup
+    communicators: Communicators
     works: Sequence[dist.Work]
     outgoing: Sequence[Tensor]
     landings: Sequence[tuple[Tensor, Tensor]]  # where a message arrives, where it belongs
 
     def wait(self) -> None:
-        with self.group._naming("weight transfer"):
-            for work in self.works:
-                work.wait()
+        with self.group._naming("weight transfer", self.communicators):
+            self.communicators.wait(self.works)
         for landing, target in self.landings:
             if landing is not target:
                 target.copy_(landing)
@@ -262,35 +348,35 @@ class TorchTransfers:
 
 @dataclass(frozen=True)
 class GlooChannel:
-    """Messages between ranks over a gloo group that nothing else uses."""
+    """Messages between ranks over communicators that nothing else uses: those of the group's present generation."""
 
-    group: dist.ProcessGroup
-    rank: int
+    group: TorchGroup
+    number: int
 
-    def exchange(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> None:
-        starts = [partial(dist.irecv, landing, group=self.group, group_src=src) for landing, src in receives]
-        starts += [partial(dist.isend, piece, group=self.group, group_dst=dst) for piece, dst in sends]
-        peers = [peer for _, peer in (*receives, *sends)]
-        lost: dict[int, str] = {}
-        works = []
-        for start, peer in zip(starts, peers, strict=True):
-            with _noting(lost, peer):
-                works.append((start(), peer))
-        for work, peer in works:
-            with _noting(lost, peer):
-                assert work is not None, "this process is a member of the group"
-                work.wait()
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def generation(self) -> int:
+        return self.group.generation
+
+    def exchange(
+        self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor], generation: int | None = None
+    ) -> None:
+        communicators = self.group._communicators
+        lost = communicators.exchange_messages(self.number, sends, receives, generation)
         if lost:
             text = "; ".join(f"no connection to rank {peer} ({reason})" for peer, reason in sorted(lost.items()))
             raise MessagesLost(f"rank {self.rank}: {text}", lost)
 
 
-@contextmanager
-def _noting(lost: dict[int, str], peer: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        lost[peer] = str(error).partition("\n")[0]
+def _store_of(ranks: Sequence[int]) -> Any:
+    """A part of torch.distributed's own store, for one more group of these ranks."""
+    shared = dist.distributed_c10d._get_default_store()
+    name = f"rq_ep group of ranks {list(ranks)}"
+    number = shared.add(f"{name} of rank {dist.get_rank()}", 1)  # as many as of the other ranks
+    return dist.PrefixStore(f"{name} number {number}", shared)  # type: ignore[attr-defined]
 
 
 def _meet(environment: Environment, timeout: timedelta) -> None:
@@ -309,16 +395,3 @@ def _meet(environment: Environment, timeout: timedelta) -> None:
             f"rank {environment.rank} cannot meet the others at MASTER_ADDR={addr}, MASTER_PORT={port} ({reason}): "
             "the address must be rank 0's, and the port free there"
         ) from None
-
-
-def _gpu_name(local_rank: int) -> str | None:
-    if not torch.cuda.is_available():
-        return None
-    device = _own_device("cuda", local_rank)
-    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-
-
-def _own_device(device_type: str, local_rank: int) -> torch.device:
-    return (
-        torch.device("cuda", local_rank % torch.cuda.device_count()) if device_type == "cuda" else torch.device("cpu")
-    )

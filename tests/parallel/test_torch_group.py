@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from rq_ep.core.errors import UserError
-from rq_ep.parallel.torch_group import RendezvousError, TorchGroup, choose_transport
+from rq_ep.parallel.processes.transport import choose_transport
+from rq_ep.parallel.torch_group import RendezvousError, TorchGroup
 
 
 @pytest.mark.parametrize(
