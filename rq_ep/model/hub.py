@@ -4,13 +4,16 @@ Cache, token, address and offline mode are huggingface_hub's: HF_HOME, HF_HUB_CA
 HF_HUB_OFFLINE.
 """
 
+import json
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from glob import escape
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,9 +23,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import SafetensorsFileMetadata  # type: ignore[attr-defined]
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.checkpoint.checkpoint_files import SINGLE, read_index
+from rq_ep.model.checkpoint.checkpoint_files import HEADERS_ONLY, SINGLE, read_index
 from rq_ep.model.checkpoint.tokenizer_files import SMALL_FILES
 
 log = logging.getLogger(__name__)
@@ -47,11 +51,65 @@ def fetch_snapshot(name: str, revision: str | None, *, weights: bool, offline: b
     with _hub_errors(name, revision):
         folder = _fetch(name, revision, SMALL_FILES, ["*/*"], offline)
         if weights:
-            shards = sorted(set((read_index(folder) or {}).values())) or [SINGLE]
+            shards = _shards(folder)
             patterns = [*map(escape, shards), "additional_chat_templates/*.jinja"]
             folder = _fetch(name, folder.name, patterns, [], offline)
             _check_there(name, folder, shards, offline or constants.HF_HUB_OFFLINE)
     return folder
+
+
+def fetch_headers(name: str, revision: str | None, into: Path) -> tuple[Path, int]:
+    """A folder that is read like that of `fetch_snapshot`, and how many bytes of weights are not in it.
+
+    Shards that the cache lacks are files with the header alone of the real one, and its size: the rest is a hole.
+
+    Args:
+        name: of the model, ORG/NAME.
+        revision: branch, tag or commit; default: main.
+        into: an empty directory.
+
+    Raises:
+        UserError: as `fetch_snapshot` does.
+    """
+    snapshot = fetch_snapshot(name, revision, weights=False, offline=False)
+    shards = _shards(snapshot)
+    if all((snapshot / shard).is_file() for shard in shards):
+        return snapshot, 0
+    if constants.HF_HUB_OFFLINE:
+        _check_there(name, snapshot, shards, offline=True)
+    folder = into / f"models--{name.replace('/', '--')}" / "snapshots" / snapshot.name  # tells the name of the model
+    folder.mkdir(parents=True)
+    for file in filter(Path.is_file, snapshot.rglob("*")):
+        link = folder / file.relative_to(snapshot)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    missing = [folder / shard for shard in shards if not (folder / shard).exists()]
+    with _hub_errors(name, revision), ThreadPoolExecutor(8) as pool:
+        read = partial(HfApi().parse_safetensors_file_metadata, name, revision=snapshot.name)
+        headers = pool.map(lambda path: read(str(path.relative_to(folder))), missing)
+        num_bytes = sum(_write_header(path, header) for path, header in zip(missing, headers, strict=True))
+    (folder / HEADERS_ONLY).touch()
+    return folder, num_bytes
+
+
+def _write_header(path: Path, header: SafetensorsFileMetadata) -> int:
+    """Write a safetensors file without its numbers; the bytes that it would have."""
+    tensors = {
+        key: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+        for key, info in header.tensors.items()
+    }
+    document = {"__metadata__": header.metadata or {}, **tensors}
+    text = json.dumps(document, separators=(",", ":")).encode()
+    size = 8 + len(text) + max((info.data_offsets[1] for info in header.tensors.values()), default=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(size)
+    return size
+
+
+def _shards(folder: Path) -> list[str]:
+    return sorted(set((read_index(folder) or {}).values())) or [SINGLE]
 
 
 def _fetch(name: str, revision: str | None, patterns: list[str], but: list[str], offline: bool) -> Path:

@@ -1,12 +1,15 @@
 """Where a model is read from: a folder, the root of a model in a cache of the hub, or a name of the hub."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
-from rq_ep.model.hub import fetch_snapshot
+from rq_ep.model.hub import fetch_headers, fetch_snapshot
 from rq_ep.parallel import EPGroup
 from rq_ep.parallel.agreement import is_first_of_node, run_long_on_all_ranks
 
@@ -46,6 +49,23 @@ def find_model(
         held = ", ".join(f"rank {commits.index(commit)} {commit or 'a folder'}" for commit in dict.fromkeys(commits))
         raise UserError(f"{model}: the nodes have different versions ({held}): give a commit as --revision")
     return folder
+
+
+@contextmanager
+def model_headers(model: str | Path, revision: str | None = None) -> Iterator[tuple[Path, int]]:
+    """While open: the folder of a model, and how many bytes of its weights are still to be downloaded.
+
+    Of a model of the hub the settings, the tokenizer and the headers of the weights are downloaded. With bytes left the
+    folder is temporary, and its weights must not be read.
+
+    Args:
+        model, revision: as in `find_model`.
+    """
+    if not is_hub_name(model):
+        yield find_model(model, revision), 0
+        return
+    with TemporaryDirectory(prefix="rq_ep-") as scratch:
+        yield fetch_headers(str(model), revision, Path(scratch))
 
 
 def folder_of(model: PreTrainedModel) -> Path | None:

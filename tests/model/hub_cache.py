@@ -36,6 +36,7 @@ class HubServer:
         self.folder = folder
         self.name = name
         self.fetched: list[str] = []  # files
+        self.num_sent = 0  # bytes of files
         self.status = 200  # of answers about the model
         self.error = ""  # X-Error-Code of answers with another status
         self.broken = ""  # a file whose connection breaks half-way
@@ -81,15 +82,19 @@ class HubServer:
                 status, headers["X-Error-Code"] = 404, "RevisionNotFound"
             siblings = [{"rfilename": file.name} for file in files]
             body = json.dumps({"id": self.name, "sha": COMMIT, "siblings": siblings}).encode()
+        elif not (file := self.folder / path.rpartition("/")[2]).exists():
+            status, headers["X-Error-Code"] = 404, "EntryNotFound"
         else:
-            file = self.folder / path.rpartition("/")[2]
             body = file.read_bytes()
             headers["ETag"] = f'"{digest(file)}"'
             if with_body:
                 self.fetched.append(file.name)
-            if first := int((request.headers.get("Range") or "bytes=0-")[6:].partition("-")[0]):
-                headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-                body, status = body[first:], 206
+            if wanted := request.headers.get("Range"):
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                part = body[int(first) : int(last) + 1 if last else None]
+                headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}"
+                body, status = part, 206
+            self.num_sent += len(body) * with_body
         request.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             request.send_header(key, value)

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +19,17 @@ import rq_ep
 from rq_ep.__main__ import main
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
+from rq_ep.core.stats import ModelIdentity
 from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
+from rq_ep.model.load.attach import place_uniformly
+from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.model_folder import find_model
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 from rq_ep.parallel import LocalGroup, run_local
 from rq_ep.serve.rank.dry_run import preview
+from rq_ep.strategies.standard import Standard
 from tests.model.families import FAMILIES, logits, prompt, random_model, save
 from tests.model.hub_cache import COMMIT, HubServer, make_hub_cache
 
@@ -81,6 +88,55 @@ def test_a_dry_run_and_a_calibration_take_a_name_of_the_hub(folder: Path, cache:
     assert config.model_name == NAME
     stats = rq_ep.calibrate(NAME, ["some words " * 40], max_tokens=32, sequence_length=16, formats=(), device="cpu")
     assert stats.model == model_identity(find_model(NAME))
+
+
+def test_a_dry_run_downloads_the_headers_of_weights_alone(
+    folder: Path, hub: HubServer, cache: Path, tmp_path: Path
+) -> None:
+    """What it says of bytes is what it says of the folder; a placement is not compared with unread weights."""
+    placement = place_uniformly(Standard(), OpenedModel.open(folder), 2, ModelIdentity("another", "hash"))
+    placement.save(tmp_path / "placement.json")
+    config = ServeConfig(model=NAME, device="cpu")
+    text = preview(replace(config, placement=str(tmp_path / "placement.json")), 2, 2)
+    shards = {path.name: path.stat().st_size for path in folder.glob("model-*.safetensors")}
+    assert sorted(name for name in hub.fetched if name in shards) == sorted(shards)
+    assert hub.num_sent < 0.8 * sum(shards.values())  # of small ones the first 100 kB hold much
+    assert not list(cache.rglob("*.safetensors"))
+    (told,) = re.findall(rf"^{NAME}: ([\d,]+) bytes of weights are still to be downloaded", text, re.MULTILINE)
+    assert abs(int(told.replace(",", "")) - sum(shards.values())) < 100 * len(shards)
+    assert "placement.json was made for this model is not compared: that takes its weights" in text
+    find_model(NAME)
+    here = preview(config, 2, 2)
+    assert "downloaded" not in here
+    assert len(bytes_of_ranks(here)) == 2
+    assert bytes_of_ranks(here) == bytes_of_ranks(text)
+    with pytest.raises(UserError, match=r"placement.json was made for model 'another'"):
+        preview(replace(config, placement=str(tmp_path / "placement.json")), 2, 2)
+
+
+def bytes_of_ranks(text: str) -> list[str]:
+    return re.findall(r"^rank \d: .*", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda shard: shard.unlink(), "refuses it .*404"),
+        (lambda shard: shard.write_bytes(b"nonsense" * 9), "cannot be downloaded .*SafetensorsParsingError"),
+    ],
+)
+def test_headers_that_the_hub_does_not_have_are_named(hub: HubServer, damage: Any, reason: str) -> None:
+    damage(sorted(hub.folder.glob("model-*"))[1])
+    with pytest.raises(UserError, match=rf"^{NAME}: .*({reason})"):
+        preview(ServeConfig(model=NAME, device="cpu"), 2, 2)
+
+
+def test_a_dry_run_offline_names_the_shard_that_the_cache_lacks(folder: Path, cache: Path) -> None:
+    root = make_hub_cache(folder, cache, NAME)
+    shard = sorted((root / "snapshots" / COMMIT).glob("model-*"))[1]
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"^{NAME}: .*lacks {shard.name} \(1 of \d+ missing\).*HF_HUB_OFFLINE"):
+        preview(ServeConfig(model=NAME, device="cpu"), 2, 2)
 
 
 def test_a_model_in_memory_that_transformers_loaded_from_the_hub_is_known_by_its_name(

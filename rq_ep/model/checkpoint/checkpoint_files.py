@@ -19,6 +19,7 @@ from rq_ep.model.seam.adapters import adapter_for
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEADERS_ONLY = ".headers-only"  # in a folder whose weights have not been downloaded
 REAL_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

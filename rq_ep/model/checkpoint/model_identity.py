@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rq_ep.core.errors import UserError
-from rq_ep.core.stats import ModelIdentity
-from rq_ep.model.checkpoint.checkpoint_files import read_config_json, weight_files
+from rq_ep.core.stats import UNKNOWN_HASH, ModelIdentity
+from rq_ep.model.checkpoint.checkpoint_files import HEADERS_ONLY, read_config_json, weight_files
 
 MAX_HEADER_BYTES = 100 << 20  # as safetensors itself
 NUM_SAMPLES = 64  # per file, evenly spaced; a file of up to 256 KiB is read whole
@@ -19,14 +19,17 @@ def model_identity(path: str | Path) -> ModelIdentity:
     """The identity of the checkpoint in directory `path`.
 
     It is the directory's name, or the model's on the hub, and a sha256 over the configuration and, for every weight
-    file, the header (names, types, shapes, offsets) and samples of the bytes.
+    file, the header (names, types, shapes, offsets) and samples of the bytes. Without these it is unknown.
 
     Raises:
         UserError: `path` is not a checkpoint directory, or one of its files is missing.
     """
     config = json.dumps(_relevant(read_config_json(path)), sort_keys=True)
     digest = sha256(config.encode())
-    for file in weight_files(path):
+    files = weight_files(path)
+    if Path(path, HEADERS_ONLY).exists():
+        return ModelIdentity(_model_id(Path(path).resolve()), UNKNOWN_HASH)
+    for file in files:
         _add_file(digest, file)
     return ModelIdentity(_model_id(Path(path).resolve()), digest.hexdigest())
 

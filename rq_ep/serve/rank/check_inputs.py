@@ -45,6 +45,11 @@ def with_model_folder(config: ServeConfig, group: EPGroup | None = None) -> Serv
     folder = find_model(config.model, config.revision, group)
     if folder != Path(config.model):
         log.info("%s is read from %s", config.model, folder)
+    return in_folder(config, folder)
+
+
+def in_folder(config: ServeConfig, folder: Path) -> ServeConfig:
+    """The settings with the folder in which their model is."""
     return replace(config, model=str(folder), served_model_name=config.model_name, revision=None)
 
 

@@ -14,8 +14,9 @@ from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniformly
 from rq_ep.model.load.memory import arriving_bytes, available_bytes, expert_bytes
 from rq_ep.model.load.opened_model import OpenedModel
+from rq_ep.model.model_folder import model_headers
 from rq_ep.model.seam.expert_modules import family_of
-from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, read_in_advance, with_model_folder
+from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, in_folder, read_in_advance
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 
 
@@ -30,8 +31,23 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     Raises:
         UserError: what a real start would refuse before it reads weights.
     """
+    with model_headers(config.model, config.revision) as (folder, missing_bytes):
+        text = _preview(in_folder(config, folder), num_ranks, num_ranks_here)
+    lines = [resolved(config), "", *_missing_lines(config, missing_bytes), text]
+    return "\n".join(lines)
+
+
+def _missing_lines(config: ServeConfig, missing_bytes: int) -> Iterator[str]:
+    """What of a model of the hub is not here yet, and what cannot be said without it."""
+    if missing_bytes:
+        yield f"{config.model}: {missing_bytes:,} bytes of weights are still to be downloaded; their headers were"
+        if named := [name for name in (config.placement, config.experts, config.stats) if name is not None]:
+            yield f"whether {', '.join(named)} was made for this model is not compared: that takes its weights"
+
+
+def _preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
+    """The preview of a model in a folder, behind the settings."""
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    given, config = config, with_model_folder(config)
     checked = check_inputs(config, device.type)
     rebalancing = RebalanceInputs.check(config, num_ranks)
     opened = OpenedModel.open(config.model, config.dtype, strict_weights=config.strict_weights)
@@ -39,8 +55,6 @@ def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     strategy = choose_strategy(chosen_strategy(config), placement)
     placement = _checked(config, placement, strategy, opened, num_ranks)
     lines = [
-        resolved(given),
-        "",
         f"placement: made by {placement.strategy}, served by {strategy.name}; {len(placement.layers)} MoE layers of "
         f"{placement.layers[0].num_experts} experts on {num_ranks} ranks",
         str(read_sampling_defaults(config.model, config.generation_config)),
