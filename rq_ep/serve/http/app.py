@@ -17,6 +17,7 @@ from rq_ep.serve.http.ep_routes import ep_routes
 from rq_ep.serve.http.guards import HeadAsGet, KeyGuard, OriginGuard
 from rq_ep.serve.http.metrics import RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.choices import merged
 from rq_ep.serve.http.openai.chunks import Chunk
 from rq_ep.serve.http.openai.openapi import body_schema, describe
 from rq_ep.serve.http.openai.request_body import CLIENT_CLOSED_REQUEST, BodyReader, unless_disconnected
@@ -44,23 +45,28 @@ def make_app(
 
     @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
     async def completions(http: Request) -> Response:
-        return await respond(http, CompletionBody, service.completion_prompt)
+        return await respond(http, CompletionBody, service.completion_prompts)
 
     @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
     async def chat_completions(http: Request) -> Response:
-        return await respond(http, ChatBody, service.chat_prompt)
+        return await respond(http, ChatBody, service.chat_prompts)
 
-    async def respond(http: Request, kind: type[Body], prompt: Callable[[Body], Awaitable[EncodedPrompt]]) -> Response:
+    async def respond(
+        http: Request, kind: type[Body], prompts: Callable[[Body], Awaitable[list[EncodedPrompt]]]
+    ) -> Response:
         times = service.metrics.arrival()
         service.check_available()
         body = await bodies.read(http, kind)
         service.check_model(body)
-        return await unless_disconnected(http, answer(body, prompt(body), times))
+        return await unless_disconnected(http, answer(body, prompts(body), times))
 
-    async def answer(body: GenerationBody, prompt: Awaitable[EncodedPrompt], times: RequestMetrics) -> Response:
-        request = service.request(await prompt, body)
-        response = ResponseBuilder(request, service.model_name, isinstance(body, ChatBody))
-        chunks = service.chunks(request, body, times)
+    async def answer(body: GenerationBody, prompts: Awaitable[list[EncodedPrompt]], times: RequestMetrics) -> Response:
+        requests = service.requests(await prompts, body)
+        response = ResponseBuilder(
+            requests, service.model_name, isinstance(body, ChatBody), body.n, body.num_tries,
+            body.num_logprobs is not None,
+        )  # fmt: skip
+        chunks = merged([service.chunks(request, body, times.of_another()) for request in requests])
         if not body.stream:
             return await response.whole(chunks)
         # The first chunk is awaited before the status is sent, so that a refusal is a status and not an event.
@@ -135,7 +141,7 @@ def make_app(
     return guarded
 
 
-async def _chain(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+async def _chain(first: tuple[int, Chunk], rest: AsyncIterator[tuple[int, Chunk]]) -> AsyncIterator[tuple[int, Chunk]]:
     async with aclosing(rest):  # type: ignore[type-var]
         yield first
         async for chunk in rest:

@@ -188,12 +188,16 @@ class Metrics:
 class RequestMetrics:
     """The times of one request."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, start_s: float | None = None) -> None:
         self._metrics = metrics
-        self._start_s = time.monotonic()
+        self._start_s = time.monotonic() if start_s is None else start_s
         self._first_s = 0.0
         self._last_s = 0.0
         self._num_tokens = 0
+
+    def of_another(self) -> "RequestMetrics":
+        """The times of one of several answers to what has arrived."""
+        return RequestMetrics(self._metrics, self._start_s)
 
     def prompt(self, num_tokens: int) -> None:
         """The request is taken, with a prompt of so many tokens."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -50,6 +50,7 @@ class ModelLimits:
 
     max_model_len: int
     vocab_size: int
+    max_queue_size: int = 1024
 
 
 class EncodedPrompt(NamedTuple):
@@ -127,13 +128,29 @@ class Service:
         assert self.limits is not None
         return PromptEncoder(self.tokenizer, self.limits.max_model_len)
 
-    async def completion_prompt(self, body: CompletionBody) -> EncodedPrompt:
-        """Token ids of a completion's prompt."""
-        if isinstance(body.prompt, str):
-            return EncodedPrompt(await self._encoder.encode(body.prompt, "prompt", add_special_tokens=True))
-        return EncodedPrompt(body.prompt)
+    async def completion_prompts(self, body: CompletionBody) -> list[EncodedPrompt]:
+        """Token ids of a completion's prompts."""
+        self._check_num_choices(len(body.prompt) * body.num_tries)
+        return [
+            EncodedPrompt(await self._encoder.encode(prompt, "prompt", add_special_tokens=True))
+            if isinstance(prompt, str)
+            else EncodedPrompt(prompt)
+            for prompt in body.prompt
+        ]
 
-    async def chat_prompt(self, body: ChatBody) -> EncodedPrompt:
+    def _check_num_choices(self, number: int) -> None:
+        """Refuse a body that asks for more answers than may ever be under way."""
+        assert self.limits is not None
+        if number > self.limits.max_queue_size:
+            text = f"{number} answers in one request, but at most {self.limits.max_queue_size} are made at once"
+            raise ApiError(400, f"{text} (--max-queue-size)", "n")
+
+    async def chat_prompts(self, body: ChatBody) -> list[EncodedPrompt]:
+        """The prompt of a chat."""
+        self._check_num_choices(body.n)
+        return [await self._chat_prompt(body)]
+
+    async def _chat_prompt(self, body: ChatBody) -> EncodedPrompt:
         """Token ids of a conversation, as the model's chat template writes it, and its images."""
         images, urls = self.images, body.image_urls
         if urls and images is None:
@@ -157,8 +174,18 @@ class Service:
             return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, sources)))
         return EncodedPrompt(await self._encoder.encode(text, "messages", add_special_tokens=False))
 
-    def request(self, prompt: EncodedPrompt, body: GenerationBody) -> Request:
-        """Fit a request into the model's limits, or refuse it with the limit and the count."""
+    def requests(self, prompts: Sequence[EncodedPrompt], body: GenerationBody) -> list[Request]:
+        """The requests of a body: those of its first prompt, then those of the next."""
+        return [self._request(prompt, body, number) for prompt in prompts for number in range(body.num_tries)]
+
+    def _request(self, prompt: EncodedPrompt, body: GenerationBody, number: int) -> Request:
+        """Fit a request into the model's limits, or refuse it with the limit and the count.
+
+        Args:
+            prompt: that is to be answered.
+            body: what is asked for.
+            number: of the answer, among those to this prompt.
+        """
         assert self.limits is not None
         prompt_ids = prompt.token_ids
         limit, num_prompt = self.limits.max_model_len, len(prompt_ids)
@@ -185,15 +212,15 @@ class Service:
             secrets.token_hex(12),
             prompt_ids,
             max_tokens,
-            self._sampling(body),
+            self._sampling(body, number),
             bool(body.ignore_eos),
-            num_logprobs=body.num_logprobs,
+            num_logprobs=0 if body.num_logprobs is None and body.num_tries > body.n else body.num_logprobs,
             scores_prompt=body.echoes and body.num_logprobs is not None,
             images=dict(prompt.images),  # JSON knows no read-only mapping
         )
 
-    def _sampling(self, body: GenerationBody) -> Sampling:
-        """How a request's tokens are to be chosen: as it says, else as the model's defaults do."""
+    def _sampling(self, body: GenerationBody, number: int) -> Sampling:
+        """How the tokens of a numbered answer are to be chosen: as its body says, else as the model's defaults do."""
         assert self.limits is not None
         biases = tuple((int(token_id), bias) for token_id, bias in (body.logit_bias or {}).items())
         stop_token_ids = tuple(body.stop_token_ids or ())
@@ -208,7 +235,7 @@ class Service:
         return Sampling(
             temperature=defaults.temperature if body.temperature is None else float(body.temperature),
             top_p=defaults.top_p if body.top_p is None else float(body.top_p),
-            seed=self._next_seed() if body.seed is None else body.seed,
+            seed=self._next_seed() if body.seed is None else body.seed + number,  # as vLLM does
             top_k=max(defaults.top_k if body.top_k is None else body.top_k, 0),
             min_p=defaults.min_p if body.min_p is None else float(body.min_p),
             presence_penalty=float(body.presence_penalty or 0),

@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -70,6 +70,7 @@ class ScriptedRanks:
         self.taken: list[Request] = []
         self.cancelled: list[str] = []
         self.is_slow = False
+        self.answer_of: Callable[[Request], bytes] | None = None
         self.marks: list[int] = []
 
     @property
@@ -86,6 +87,8 @@ class ScriptedRanks:
         self.taken.append(request)
         is_done = False
         answer = list(self.answer.encode()) if isinstance(self.answer, str) else self.answer
+        if self.answer_of is not None:
+            answer = list(self.answer_of(request))
         token_ids = answer + ([EOS] if self.end == "stop" else [])
         try:
             if request.scores_prompt:
@@ -117,7 +120,7 @@ class Bench:
         self.ranks = ScriptedRanks()
         metrics = Metrics(MODEL, lambda: self.ranks.num_unfinished)
         self.service = Service(MODEL, 7, self.ranks, metrics, RecordingController(self.ranks.mark, None, 50))
-        self.service.limits = ModelLimits(max_model_len=64, vocab_size=256)
+        self.service.limits = ModelLimits(max_model_len=64, vocab_size=256, max_queue_size=64)
         self.service.tokenizer = ByteTokenizer()
         self.app = make_app(self.service, max_body_bytes=2000)
 
@@ -326,6 +329,50 @@ def test_both_names_of_the_limit_are_known(bench: Bench) -> None:
     assert [request.max_tokens for request in bench.ranks.taken] == [7, 6, 5]
 
 
+def test_several_prompts_and_answers_come_in_order(bench: Bench) -> None:
+    bench.ranks.answer_of = lambda request: bytes(request.prompt_ids[:2]) + bytes([48 + request.sampling.seed % 10])
+    body = bench.complete(prompt=["ab", "xyz"], n=2, seed=10).json()
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [
+        (0, "ab0"), (1, "ab1"), (2, "xy0"), (3, "xy1"),
+    ]  # fmt: skip
+    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    *chunks, usage, done = events(
+        bench.complete(prompt=[[97, 98], [120]], n=2, seed=10, stream=True, stream_options={"include_usage": True})
+    )
+    assert (done, usage["usage"]["prompt_tokens"]) == ("[DONE]", 3)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    texts = ["".join(choice["text"] for choice in choices if choice["index"] == index) for index in range(4)]
+    assert texts == ["ab0", "ab1", "x0", "x1"]
+    ends = [choice["index"] for choice in choices if choice["finish_reason"] == "length"]
+    assert sorted(ends) == [0, 1, 2, 3]
+
+
+def test_several_answers_to_a_chat_each_begin_with_the_role(bench: Bench) -> None:
+    choices = bench.chat(n=3).json()["choices"]
+    assert [(choice["index"], choice["message"]["content"]) for choice in choices] == [(at, "hello") for at in range(3)]
+    *chunks, _ = events(bench.chat(n=3, stream=True))
+    firsts = [chunk["choices"][0]["index"] for chunk in chunks if "role" in chunk["choices"][0]["delta"]]
+    assert firsts == [0, 1, 2]
+
+
+def test_the_best_answer_is_the_likeliest_per_token(bench: Bench) -> None:
+    # A token's logprob is its id, negative: the answer of the lowest bytes is best, though it is the longest.
+    bench.ranks.answer_of = lambda request: {0: b"zz", 1: b"!!!!!", 2: b"aaa"}[request.sampling.seed]
+    body = bench.complete(best_of=3, n=2, seed=0).json()
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(0, "!!!!!"), (1, "aaa")]
+    assert body["choices"][0]["logprobs"] is None
+    assert body["usage"]["completion_tokens"] == 10, "all that were made"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_one_answer_ends_them_all(bench: Bench, stream: bool) -> None:
+    bench.ranks.end, bench.ranks.answer_of = "error", lambda request: b"abc" * (1 + 9 * (request.sampling.seed % 2))
+    response = bench.complete(n=2, seed=0, stream=stream)
+    message = events(response)[-1]["error"]["message"] if stream else error(response, 500)["message"]
+    assert message == "rank 1: it broke"
+    assert sorted(bench.ranks.cancelled) == sorted(request.id for request in bench.ranks.taken)
+
+
 def test_settings_of_sampling_reach_the_rank(bench: Bench) -> None:
     settings = {
         "top_k": 5, "min_p": 0.1, "presence_penalty": -1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.5,
@@ -352,10 +399,13 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
-        ({"n": 2}, "n", "n: Input should be 1"),
-        ({"n": True}, "n", "n: Input should be a number"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"n": True}, "n", "valid integer"),
+        ({"n": 33, "prompt": ["a", "b"]}, "n", "66 answers in one request, but at most 64 are made at once"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "unknown parameter 'stream_options.x'"),
-        ({"best_of": 2}, "best_of", "best_of=2 is not supported"),
+        ({"best_of": 2, "n": 3}, "best_of", "best_of is 2, but n=3 answers are asked for"),
+        ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"max_tokens": 0}, "max_tokens", "only allowed with echo"),
@@ -378,7 +428,8 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, "stop", "at least 1"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream is true"),
-        ({"prompt": ["a", "b"]}, "prompt", "2 prompts in one request"),
+        ({"prompt": ["a", 3]}, "prompt", "prompt 1: Input should be text or a list of token ids"),
+        ({"prompt": [[1], [2, -1]]}, "prompt", "prompt 1: -1 at place 1 is no token id"),
         ({"prompt": ""}, "prompt", "the prompt is empty"),
         ({"prompt": [1, 999]}, "prompt", "token id 999 lies outside the vocabulary of 256"),
         ({"prompt": [1, -1]}, "prompt", "prompt: .*-1 at place 1 is no token id"),
@@ -653,7 +704,7 @@ def test_models_are_listed(bench: Bench) -> None:
 
 def test_metrics_count(bench: Bench) -> None:
     bench.complete()
-    bench.complete(n=2)
+    bench.complete(n=0)
     metrics = bench.service.metrics
     metrics.weights([{"bf16": 10, "int8": 5}, {"bf16": 20}])
     metrics.loads(LOADS)

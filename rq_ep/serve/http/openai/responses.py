@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from rq_ep.engine.requests import Request
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.choices import best
 from rq_ep.serve.http.openai.chunks import Chunk, ScoredToken
 from rq_ep.serve.http.openai.logprobs import chat_logprobs, completion_logprobs
 from rq_ep.serve.http.openai.schemas import StreamOptions
@@ -21,83 +22,110 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 @dataclass(frozen=True)
 class ResponseBuilder:
-    """Builds the response to one request: a chat completion, or a plain one."""
+    """Builds the response to one body: a chat completion, or a plain one.
 
-    request: Request
+    Of `requests` there are `num_tries` in a row for each prompt. The best `num_choices` of them are its choices.
+    """
+
+    requests: Sequence[Request]
     model: str
     is_chat: bool
+    num_choices: int = 1
+    num_tries: int = 1
+    shows_logprobs: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        id_ = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.request.id}"
+        id_ = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.requests[0].id}"
         return {"id": id_, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more}
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        if self.request.num_logprobs is None:
+        if not self.shows_logprobs:
             return None
         return (chat_logprobs if self.is_chat else completion_logprobs)(tokens)
 
-    def _usage(self, num_tokens: int) -> dict[str, int]:
-        num_prompt = len(self.request.prompt_ids)
+    def _usage(self, num_tokens: int, choice: int | None = None) -> dict[str, int]:
+        """Of all choices, or of one."""
+        asked = self.requests[:: self.num_tries] if choice is None else [self.requests[choice]]
+        num_prompt = sum(len(request.prompt_ids) for request in asked)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_tokens,
             "total_tokens": num_prompt + num_tokens,
         }
 
-    async def whole(self, chunks: AsyncIterator[Chunk]) -> Response:
+    async def whole(self, chunks: AsyncIterator[tuple[int, Chunk]]) -> Response:
         """The response that is sent at once."""
-        all_ = [chunk async for chunk in chunks]
-        if self.request.num_logprobs is None:
-            return JSONResponse(self._body(all_))
+        answers: list[list[Chunk]] = [[] for _ in self.requests]
+        async for number, chunk in chunks:
+            answers[number].append(chunk)
+        if not self.shows_logprobs:
+            return JSONResponse(self._body(answers))
         return await asyncio.to_thread(
-            lambda: Response(_json_in_parts(self._body(all_)), media_type="application/json")
+            lambda: Response(_json_in_parts(self._body(answers)), media_type="application/json")
         )
 
-    def _body(self, all_: Sequence[Chunk]) -> dict[str, Any]:
+    def _body(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, Any]:
+        chosen = list(answers)
+        if self.num_tries > self.num_choices:
+            tries = [answers[at : at + self.num_tries] for at in range(0, len(answers), self.num_tries)]
+            chosen = [of_prompt[number] for of_prompt in tries for number in best(of_prompt, self.num_choices)]
+        choices = [self._whole_choice(index, chunks) for index, chunks in enumerate(chosen)]
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        num_tokens = sum(chunk.num_tokens for chunks in answers for chunk in chunks)
+        return self._frame(kind, choices, usage=self._usage(num_tokens))
+
+    def _whole_choice(self, index: int, all_: Sequence[Chunk]) -> dict[str, Any]:
         text = "".join(chunk.text for chunk in all_)
         logprobs = self._logprobs([token for chunk in all_ for token in chunk.tokens])
-        choice: dict[str, Any] = {"index": 0, "finish_reason": all_[-1].finish_reason, "logprobs": logprobs}
+        choice: dict[str, Any] = {"index": index, "finish_reason": all_[-1].finish_reason, "logprobs": logprobs}
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             choice["text"] = text
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return self._frame(kind, [choice], usage=self._usage(sum(chunk.num_tokens for chunk in all_)))
+        return choice
 
-    async def stream(self, chunks: AsyncIterator[Chunk], options: StreamOptions) -> AsyncIterator[str]:
+    async def stream(self, chunks: AsyncIterator[tuple[int, Chunk]], options: StreamOptions) -> AsyncIterator[str]:
         """Server-sent events of a response: its chunks, its usage as asked for, and the end mark.
 
         An error on the way becomes an event of its own, and the end mark is left out.
         """
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        num_tokens = 0
+        num_tokens = [0] * len(self.requests)
 
-        def usage() -> dict[str, Any]:
+        def usage(number: int) -> dict[str, Any]:
             if options.continuous_usage_stats:
-                return {"usage": self._usage(num_tokens)}
+                return {"usage": self._usage(num_tokens[number], number)}
             return {"usage": None} if options.include_usage else {}
 
         if self.is_chat:
-            yield _event(self._frame(kind, [self._choice("", None, (), is_first=True)], **usage()))
+            for number in range(len(self.requests)):
+                choice = self._choice(number, "", None, (), is_first=True)
+                yield _event(self._frame(kind, [choice], **usage(number)))
         try:
-            async for chunk in chunks:
-                num_tokens += chunk.num_tokens
+            async for number, chunk in chunks:
+                num_tokens[number] += chunk.num_tokens
                 if chunk.text or chunk.tokens or chunk.finish_reason is not None:
-                    choice = self._choice(chunk.text, chunk.finish_reason, chunk.tokens)
-                    yield _event(self._frame(kind, [choice], **usage()))
+                    choice = self._choice(number, chunk.text, chunk.finish_reason, chunk.tokens)
+                    yield _event(self._frame(kind, [choice], **usage(number)))
         except ApiError as error:
             yield _event(error.body())
             return
         if options.include_usage:
-            yield _event(self._frame(kind, [], usage=self._usage(num_tokens)))
+            yield _event(self._frame(kind, [], usage=self._usage(sum(num_tokens))))
         yield "data: [DONE]\n\n"
 
     def _choice(
-        self, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken], *, is_first: bool = False
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None,
+        tokens: Sequence[ScoredToken],
+        *,
+        is_first: bool = False,
     ) -> dict[str, Any]:
         logprobs = self._logprobs(tokens) if tokens else None
-        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
         if not self.is_chat:
             return {**choice, "text": text}
         role = {"role": "assistant"} if is_first else {}

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -19,7 +18,6 @@ from rq_ep.serve.http.openai.api_errors import ApiError
 # Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "best_of": (1,),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "function_call": ("none",),
@@ -40,6 +38,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 MAX_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # of tokens and their ids: enough, and short to quote
+MAX_CHOICES = 128  # to a prompt, as OpenAI's
+MAX_PROMPTS = 2048  # in a request, as OpenAI's
 MAX_BIASED = 1024  # tokens of a logit_bias; OpenAI takes 300
 MAX_STOP_TOKENS = 128
 MAX_MESSAGES = 10_000  # in a request, and parts in a message; OpenAI takes 2048
@@ -48,13 +48,6 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-def refuse_bool(value: Any) -> Any:
-    """True equals 1 where literals are compared."""
-    if isinstance(value, bool):
-        raise ValueError("Input should be a number, not true or false")
-    return value
 
 
 class Body(BaseModel):
@@ -107,7 +100,7 @@ class GenerationBody(Body):
     """What completions and chat completions share. `ignore_eos` is an extension that load generators use."""
 
     model: str
-    n: Annotated[Literal[1], BeforeValidator(refuse_bool)] | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)  # the newer name; GuideLLM sends both
     temperature: float | None = Field(None, ge=0, le=2)
@@ -159,6 +152,11 @@ class GenerationBody(Body):
         return False
 
     @property
+    def num_tries(self) -> int:
+        """Answers that are made to a prompt, of which the best `n` are given."""
+        return self.n
+
+    @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
@@ -171,12 +169,25 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
+def read_prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a completion, one or a list of them. Takes one pass, and names the first wrong token."""
+    if not (isinstance(value, list) and value and isinstance(value[0], str | list)):
+        return [read_prompt(value)]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
+    if len(value) == 1:
+        return [read_prompt(value[0])]
+    prompts = []
+    for number, prompt in enumerate(value):
+        try:
+            prompts.append(read_prompt(prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from None
+    return prompts
+
+
 def read_prompt(value: Any) -> str | list[int]:
-    """The prompt of a completion, which may come in a list of one. Takes one pass, and names the first wrong token."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise ValueError(f"{len(value)} prompts in one request: send a request for each")
-        value = value[0]
+    """One prompt, as text or token ids."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -187,16 +198,26 @@ def read_prompt(value: Any) -> str | list[int]:
     return value
 
 
-Prompt = Annotated[
-    str | list[int], PlainValidator(read_prompt, json_schema_input_type=str | list[int] | list[str] | list[list[int]])
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(read_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
 ]
 
 
 class CompletionBody(GenerationBody):
-    prompt: Prompt
+    prompt: Prompts
     max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def check_best_of(self) -> "CompletionBody":
+        if self.best_of is not None and self.best_of < self.n:
+            raise ApiError(400, f"best_of is {self.best_of}, but n={self.n} answers are asked for", "best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise ApiError(400, "best_of cannot be streamed: which answer is best shows at the end", "best_of")
+        return self
 
     @model_validator(mode="after")
     def check_max_tokens(self) -> "CompletionBody":
@@ -207,6 +228,10 @@ class CompletionBody(GenerationBody):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_tries(self) -> int:
+        return self.best_of or self.n
 
     @property
     def echoes(self) -> bool:
