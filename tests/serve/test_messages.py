@@ -108,6 +108,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
 ]
 MESSAGES_TO_RANK: list[ToRank] = [
     AddRequest(Request("a", [1, 2], 3, Sampling(0.5, 0.9, 7), True, 2, True), 4),
+    AddRequest(Request("b", [1], 3, Sampling(logit_bias=((5, -1.5),), stop_token_ids=(7,)), num_answered=1), 5),
     PromptPart("a", [1, 2]),
     ImageData("a", "pixel_values", "<f4", [2, 1], "AACAPwAAAEA="),
     Cancel("a"),

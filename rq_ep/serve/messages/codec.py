@@ -103,7 +103,10 @@ def _as_json(value: Any) -> Any:
 
 
 def _read_request(fields: Mapping[str, Any]) -> Request:
-    return Request(**{**fields, "sampling": Sampling(**fields["sampling"])})
+    sampling = dict(fields["sampling"])
+    sampling["logit_bias"] = tuple((token_id, bias) for token_id, bias in sampling["logit_bias"])
+    sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+    return Request(**{**fields, "sampling": Sampling(**sampling)})
 
 
 def _read_outputs(rows: Sequence[Sequence[Any]]) -> list[Output]:
