@@ -125,10 +125,10 @@ def test_the_glossary_covers_every_file_name() -> None:
     assert not missing, f"rq_ep/README.md says nothing of {', '.join(missing)}"
 
 
-def test_only_the_group_and_the_engine_import_torch_distributed() -> None:
+def test_only_the_group_imports_torch_distributed() -> None:
     pattern = re.compile(r"^\s*(import|from) torch\.distributed", re.MULTILINE)
     rooms = {path.parent.name for path in (ROOT / "rq_ep").rglob("*.py") if pattern.search(path.read_text())}
-    assert rooms == {"parallel", "engine"}
+    assert rooms == {"parallel", "processes"}
 
 
 def test_help_teaches_without_importing_torch() -> None:
