@@ -59,7 +59,12 @@ class ServingProcess:
         self.checked: asyncio.Future[Checked] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
         self.router = RankRouter(
-            num_ranks, token, self, max_queue_size=config.max_queue_size, stall_s=config.stall_timeout
+            num_ranks,
+            token,
+            self,
+            max_queue_size=config.max_queue_size,
+            stall_s=config.stall_timeout,
+            survives=config.on_rank_failure == "continue",
         )
         self.metrics = Metrics(config.model_name, lambda: self.router.num_unfinished)
         self.recording = RecordingController(self.router.mark, config.record_dir, config.record_max_tokens)
