@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -16,6 +16,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240
+RANK_MODULES = {"rq_ep.serve", "rq_ep.serve.rank.rank_process"}
 
 
 def free_port() -> int:
@@ -125,13 +126,26 @@ class Server:
         launcher = psutil.Process(self.process.pid)
         return [launcher, *launcher.children(recursive=True)]
 
+    def launched(self, rank: int) -> psutil.Process:
+        """What the launcher has started for a rank: its supervisor, or the rank."""
+        return self._of_rank(rank)[0]
+
     def rank(self, rank: int) -> psutil.Process:
-        """The process of a rank; a server started by hand is rank 0 itself."""
-        ranks = [process for process in self.tree() if process.environ().get("RANK") == str(rank)]
-        return ranks[0] if ranks else self.tree()[0]
+        """The process that serves as a rank."""
+        return self._of_rank(rank)[-1]
+
+    def _of_rank(self, rank: int) -> list[psutil.Process]:
+        """The processes of a rank, its supervisor first; a server of one rank, started by hand, is the rank itself."""
+        found = []
+        for process in self.tree():
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                if RANK_MODULES & set(process.cmdline()) and process.environ().get("RANK") == str(rank):
+                    found.append(process)
+        return found or self.tree()[:1]
 
     def signal(self, rank: int, number: signal.Signals) -> None:
-        self.rank(rank).send_signal(number)
+        """Signal a rank as its launcher would."""
+        self.launched(rank).send_signal(number)
 
     def wait(self, processes: list[psutil.Process], timeout_s: float) -> int:
         """Wait until all of these processes have ended; the launcher's exit status."""

@@ -1,7 +1,6 @@
 """What happens when something is wrong: one line for a user's error, a quick end of all when a rank dies."""
 
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -108,7 +107,8 @@ def test_a_killed_rank_ends_the_group_and_is_named(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "log"
-    with running(log, 2, "--model", str(tiny_checkpoint), "--device", "cpu") as server:
+    arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--on-rank-failure", "stop"]
+    with running(log, 2, *arguments) as server:
         processes = server.tree()
         body = {"model": str(tiny_checkpoint), "prompt": "a", "max_tokens": 480, "stream": True, "ignore_eos": True}
         port = server.url.rpartition(":")[2]
@@ -121,7 +121,7 @@ def test_a_killed_rank_ends_the_group_and_is_named(
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
             lines = answer.iter_lines()
             next(lines)
-            server.signal(1, signal.SIGKILL)
+            server.rank(1).kill()
             killed_s = time.monotonic()
             last = [line for line in lines if line][-1]
         assert time.monotonic() - killed_s < 60, "long before the collectives of the other ranks time out"

@@ -1,4 +1,4 @@
-"""Ranks that die or stop: clients learn of it soon and by name, and a launcher that may restart brings all back.
+"""Ranks that die or stop, where that ends the group: clients learn of it by name, and the launcher brings all back.
 
 One launcher for all: every fault ends a group, and the next test finds a new one.
 """
@@ -30,6 +30,7 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     log = tmp_path_factory.mktemp("faults") / "log"
     arguments = ["--model", str(tiny_checkpoint), "--served-model-name", MODEL, "--device", "cpu"]
     arguments += ["--max-num-batched-tokens", "4", "--max-body-bytes", "100000", "--stall-timeout", "15"]
+    arguments += ["--on-rank-failure", "stop"]
     with running(log, NUM_RANKS, *arguments, launcher=restarting) as server:
         yield server
 

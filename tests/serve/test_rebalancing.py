@@ -151,6 +151,7 @@ def test_a_rank_killed_amid_moves_brings_back_the_last_placement_and_a_shutdown_
         "--model", str(tiny_checkpoint), "--served-model-name", "tiny", "--strategy", "eplb", "--dtype", "float32",
         "--rebalance", "auto", "--rebalance-window", "32", "--rebalance-interval", "8", "--placement-out", str(saved),
         "--rebalance-bytes-per-step", "2KiB", "--device", "cpu",
+        "--on-rank-failure", "stop",
     ]  # fmt: skip
     with running(tmp_path / "log", 2, *settings, launcher=restarting) as server:
         with changing_traffic(server, text):
