@@ -130,6 +130,10 @@ class BorrowBuffers:
         """Add a layer that shares the slots, by its index in the model."""
         self._last_layer = max(self._last_layer, layer)
 
+    def discard(self) -> None:
+        """Forget what a step that was cut off has borrowed."""
+        self._last = None
+
     def is_last(self, layer: int) -> bool:
         """Whether a layer is the last of a forward pass, and so verifies itself what it has borrowed."""
         return layer == self._last_layer

@@ -21,6 +21,9 @@ from rq_ep.parallel import EPGroup, Received
 MAX_CONVERTED = 4  # experts of a layer that a rank keeps in a second format, once it has lent them in it
 
 
+Held = dict[int, tuple[WeightFormat, PackedExpert]]  # by expert
+
+
 @dataclass
 class StagedExpert:
     """An expert that arrives and does not serve yet."""
@@ -33,9 +36,10 @@ class StagedExpert:
 class ExpertBank:
     """The resident experts of one layer on one rank: a stack of packed experts for each format.
 
-    In a `movable` bank each expert has a buffer of its own. Experts arrive in buffers that do not serve: `stage` one,
-    write to it and verify it, on any thread, while this bank computes. `commit`, between two steps and without a copy,
-    lets the replicas of a new placement serve and frees the others.
+    Experts arrive in buffers that do not serve: `stage` one, write to it and verify it, on any thread, while this bank
+    computes. `commit`, between two steps, lets the replicas of a new placement serve and frees the others. In a
+    `movable` bank each expert has a buffer of its own, so that nothing is copied then. In another one the experts of a
+    format lie in one buffer, as fast kernels want it, and a commit makes a new one beside it.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class ExpertBank:
             device: where they lie.
             borrow_buffers: for borrowed experts, which layers may share; default: this bank's own, without a bound.
             layer: its index in the model.
-            movable: whether replicas may come and go.
+            movable: whether each replica has a buffer of its own, to come and go without a copy.
         """
         self.layer = layer
         self.layout = layout
@@ -172,7 +176,6 @@ class ExpertBank:
 
         On a GPU it comes from the current stream's memory: another stream waits for that one before it writes.
         """
-        assert self.movable, "this bank keeps its replicas"
         format_ = get_format(name)
         held = self._slots.get(expert)
         assert held is None or held.stack.format is not format_, f"expert {expert} is held in {name}"
@@ -218,33 +221,31 @@ class ExpertBank:
         Raises:
             MissingExpert: as `check_commit`; nothing has changed.
         """
-        held = self._after(replicas)
-        kept = {expert for expert in held if held[expert][1] is self._separate(expert)}
-        self._hold(held)
+        kept, arrived = self._after(replicas)
+        held = kept | arrived
+        if self.movable:
+            self._hold(held)
+        elif arrived or kept.keys() != self._slots.keys():
+            self._hold_stacked(held)
         with self._lock:
-            for expert in held.keys() - kept:
+            for expert in arrived:
                 del self._staged[expert]
         self._converted = {key: packed for key, packed in self._converted.items() if key[0] in kept}
 
     def _own(self, replicas: Replicas) -> list[Replica]:
         return [replicas[p] for p in replicas.on_rank(self.rank)]
 
-    def _separate(self, expert: int) -> PackedExpert | None:
-        """A resident expert of a movable bank; None for another."""
-        held = self._slots.get(expert)
-        return None if held is None else held.stack.separate[held.slot]
-
-    def _after(self, replicas: Replicas) -> dict[int, tuple[WeightFormat, PackedExpert]]:
-        """What this rank holds after a commit."""
-        assert self.movable, "this bank keeps its replicas"
+    def _after(self, replicas: Replicas) -> tuple[Held, Held]:
+        """What this rank holds after a commit: what it keeps, and what has arrived."""
         with self._lock:
             staged = dict(self._staged)
-        result = {}
+        kept: Held = {}
+        added: Held = {}
         for _, expert, name in self._own(replicas):
             arrived, resident = staged.get(expert), self._slots.get(expert)
             where = f"expert {expert} of layer {self.layer}"
             if resident is not None and resident.stack.format.name == name:
-                result[expert] = (resident.stack.format, resident.stack.separate[resident.slot])
+                kept[expert] = (resident.stack.format, resident.stack.expert(resident.slot))
             elif arrived is None:
                 raise MissingExpert(f"{where} in {name} is to serve on rank {self.rank}, which has not received it")
             elif arrived.format.name != name:
@@ -254,16 +255,30 @@ class ExpertBank:
             elif not arrived.is_verified:
                 raise MissingExpert(f"{where} in {name} is to serve on rank {self.rank}, which has not verified it")
             else:
-                result[expert] = (arrived.format, arrived.expert)
-        return result
+                added[expert] = (arrived.format, arrived.expert)
+        return kept, added
 
-    def _hold(self, held: Mapping[int, tuple[WeightFormat, PackedExpert]]) -> None:
+    def _hold(self, held: Held) -> None:
         """Let these experts serve and no others. Threads that read meanwhile see the old or the new ones."""
         stacks: dict[str, Stack] = {}
         slots: dict[int, ExpertSlot] = {}
         for format_ in sorted({format_ for format_, _ in held.values()}, key=lambda format_: format_.name):
             experts = sorted(expert for expert in held if held[expert][0] is format_)
             stack = Stack(format_, self.layout, None, tuple(held[expert][1] for expert in experts))
+            stacks[format_.name] = stack
+            slots |= {expert: ExpertSlot(stack, slot) for slot, expert in enumerate(experts)}
+        self._stacks, self._slots = stacks, slots
+
+    def _hold_stacked(self, held: Held) -> None:
+        """The same, with copies of all experts of a format in one buffer."""
+        stacks: dict[str, Stack] = {}
+        slots: dict[int, ExpertSlot] = {}
+        for format_ in sorted({format_ for format_, _ in held.values()}, key=lambda format_: format_.name):
+            experts = sorted(expert for expert in held if held[expert][0] is format_)
+            with torch.inference_mode(False):  # an engine commits in it, and others write to the buffer outside of it
+                stack = Stack.empty(format_, self.layout, len(experts), self._device)
+            for slot, expert in enumerate(experts):
+                stack.at(slot).copy_(held[expert][1].packed)
             stacks[format_.name] = stack
             slots |= {expert: ExpertSlot(stack, slot) for slot, expert in enumerate(experts)}
         self._stacks, self._slots = stacks, slots

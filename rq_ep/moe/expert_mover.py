@@ -5,6 +5,9 @@ every step how far it has come. When all have staged a round, all let it serve b
 round begins. If any rank fails, all give the migration up between the same two steps: the round that was committed last
 serves on every rank. A rank that fails or is asked to stop takes part in the messages of its round to their end, so
 that no other waits for it: a word before each piece says whether one comes.
+
+When the group changes its members, nothing is moved from `suspend` on, and `resume` gives up whatever is under way. A
+rank that has not heard of the last agreement then commits the round that others have committed: all had staged it.
 """
 
 import threading
@@ -77,7 +80,9 @@ class _Progress:
     def __init__(self, migration: Migration) -> None:
         self.migration = migration
         self.num_committed = 0  # rounds
+        self.num_staged = 0  # rounds that this rank is done with, well or not
         self.has_ended = False
+        self.is_dropped = False  # no other rank waits for its messages
 
 
 class _Transfer:
@@ -135,10 +140,13 @@ class ExpertMover:
         self._on_end = on_end
         self._changed = threading.Condition()  # guards what follows
         self._current: _Progress | None = None
-        self._to_stage: deque[_Progress] = deque()  # also those that have ended: other ranks wait for their messages
+        self._begun: deque[_Progress] = deque()  # also those that have ended: other ranks wait for their messages
         self._flags = NO_MIGRATION
         self._num_steps = 0
         self._is_idle = True  # no rank has tokens in the step under way
+        self._is_staging = False
+        self._is_suspended = False
+        self.committed = (0, 0)  # the migration of the last round that serves, and its rounds that do
         self._given_up = (0, "")  # the last generation that this rank gave up before it knew of others, and why
         self._closes = False
         # For whoever looks for a rank that is stuck; any thread may read them.
@@ -158,7 +166,7 @@ class ExpertMover:
         with self._changed:
             assert self._current is None, "a migration is under way"
             self._current = _Progress(migration)
-            self._to_stage.append(self._current)
+            self._begun.append(self._current)
             self._changed.notify_all()
 
     def abort(self, generation: int, reason: str) -> None:
@@ -191,6 +199,43 @@ class ExpertMover:
                     self._commit(current)
             self._changed.notify_all()
 
+    # While the group changes, on the engine's thread
+
+    def suspend(self) -> None:
+        """Move nothing more, and return when nothing is under way here; messages must have been ended by the group."""
+        with self._changed:
+            self._is_suspended = self._is_idle = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._is_staging)
+
+    def resume(self, committed: tuple[int, int], generation: int) -> None:
+        """Go on with what any rank has committed, and without what is left of the migrations begun so far.
+
+        Args:
+            committed: the highest of all ranks.
+            generation: higher than that of every migration so far, and lower than of those to come.
+        """
+        with self._changed:
+            current = self._current
+            if current is not None:
+                if committed == (current.migration.generation, current.num_committed + 1):
+                    self._commit(current)
+                if not current.has_ended:
+                    self._end(current, MigrationEnd.ABORTED)
+            for progress in self._begun:
+                progress.is_dropped = True
+            self.committed = committed
+            self._flags = MoverFlags(generation * ROUNDS_PER_GENERATION, generation)
+            self._is_suspended = False
+            self._changed.notify_all()
+
+    def wait_for_round(self) -> None:
+        """Return when this rank is done with its part of the round under way, well or not."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._current is None or self._current.num_staged > self._current.num_committed
+            )
+
     def close(self) -> None:
         """End the thread, when the engine has ended; a migration under way ends once no other rank waits for it."""
         with self._changed:
@@ -205,6 +250,7 @@ class ExpertMover:
         moves = migration.rounds[current.num_committed]
         after = moves.applied_to([layer.placement for layer in self._layers], migration.placement)
         current.num_committed += 1
+        self.committed = (migration.generation, current.num_committed)
         for position in moves.layers:
             self._layers[position].replace_placement(after[position], self._planner_of(after[position]))
         self._on_round(moves.layers)
@@ -224,25 +270,34 @@ class ExpertMover:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closes or self._to_stage)
-                if not self._to_stage:
+                self._changed.wait_for(lambda: self._closes or self._begun)
+                if not self._begun:
                     return
-                progress = self._to_stage.popleft()
+                progress = self._begun[0]
             for number, moves in enumerate(progress.migration.rounds):
                 with self._changed:
-                    self._changed.wait_for(
-                        lambda: progress.num_committed == number or progress.has_ended or self._closes  # noqa: B023
-                    )
-                    if progress.num_committed < number:
+                    self._changed.wait_for(lambda: self._may_stage(progress, number))  # noqa: B023
+                    if progress.is_dropped or progress.num_committed < number:
                         break
+                    self._is_staging = True
                 self._stage(progress, number, moves)
                 self.activity, self.is_exchanging = "", False
+                with self._changed:
+                    self._is_staging, progress.num_staged = False, number + 1
+                    self._changed.notify_all()
             with self._changed:
                 self._changed.wait_for(lambda: progress.has_ended or self._closes)  # noqa: B023
+                self._begun.popleft()
             self.activity = "frees what does not serve"
             for layer in self._layers:
                 layer.bank.discard_staged()
             self.activity = ""
+
+    def _may_stage(self, progress: _Progress, number: int) -> bool:
+        """Whether a round's turn has come, or never will."""
+        if progress.is_dropped or self._closes:
+            return True
+        return not self._is_suspended and (progress.num_committed == number or progress.has_ended)
 
     def _stage(self, progress: _Progress, number: int, moves: MoveRound) -> None:
         """This rank's part of a round: send, receive, convert, read, verify, and announce it."""

@@ -68,6 +68,10 @@ class Stack:
         """The bytes of the expert in a slot, uint8 [nbytes]."""
         return self.separate[slot].packed if self.packed is None else self.packed[slot]
 
+    def expert(self, slot: int) -> PackedExpert:
+        """The expert in a slot."""
+        return PackedExpert(self.at(slot), self.experts[slot]) if self.packed is not None else self.separate[slot]
+
     @cached_property
     def views(self) -> Views:
         """Tensors of all experts in the one buffer, [slots, ...]."""

@@ -68,6 +68,7 @@ class EPExperts(nn.Module):
         )
         self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
         self.output_norms: OutputNorms | None = None  # samples steps, if it is set
+        self.is_apart = False  # whether the rank has yet to join the others: every output is zero, and nobody is asked
 
     def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
         """Serve another placement of this layer from the next call on. Every rank does so between the same two calls.
@@ -84,6 +85,12 @@ class EPExperts(nn.Module):
         self.bank.commit(placement.replicas)
         self.placement, self.planner, self.sole_holders = placement, planner, sole_holders
 
+    def discard_step(self) -> None:
+        """Forget what a step that was cut off has left behind."""
+        self.bank.borrow_buffers.discard()
+        if self.output_norms is not None:
+            self.output_norms.discard()
+
     @torch.no_grad()
     def forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """out_TD [T, D]: for each row the weighted sum of its experts' outputs, in the row's dtype.
@@ -96,6 +103,8 @@ class EPExperts(nn.Module):
         Raises:
             RankFailure: this rank or another cannot go on; the message names rank and layer.
         """
+        if self.is_apart:
+            return torch.zeros_like(hidden_TD)
         try:
             return self._forward(hidden_TD, topk_ids_TK, topk_weights_TK)
         except UserError:

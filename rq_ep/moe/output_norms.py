@@ -38,6 +38,10 @@ class OutputNorms:
         self._has_run = False
         self._is_sampled = self._step % (DENSE if self._step < NUM_DENSE else SPARSE) == 0
 
+    def discard(self) -> None:
+        """Forget the step under way, which was cut off."""
+        self._sums, self._has_run = {}, False
+
     def sums_of(self, layer: int, num_experts: int, device: torch.device) -> Tensor | None:
         """[V, E] sums that a call of the layer adds to; None: it is not sampled."""
         self._has_run = True

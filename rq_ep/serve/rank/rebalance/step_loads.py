@@ -42,6 +42,11 @@ class StepLoads:
             self._counts = {}
         self._phase = PHASES.index("prefill" if is_prefill else "decode")
 
+    def discard(self) -> None:
+        """Forget the step under way, which was cut off, and those that nobody has taken: the group changes."""
+        self._counts = {}
+        self._steps.clear()
+
     def take(self) -> Iterator[tuple[IntArray, int]]:
         """The steps since the last call: [L, E] routed pairs, of all ranks together, and the index of the phase."""
         while self._steps:
