@@ -8,6 +8,7 @@ import numpy as np
 
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.errors import UserError, check_integer
+from rq_ep.core.moves import Held
 from rq_ep.core.options import check_options, option, parse_bytes
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
@@ -117,6 +118,7 @@ class PlacementProblem(SolverOptions):
     formats: tuple[str, ...] = ()  # formats that may be used; default: the native one alone
     cost: LayerCost | None = None  # weighs pairs and bytes by format, in seconds; None: a pair is a pair, a byte a byte
     rules: Rules = field(default_factory=Rules)
+    held: Held | None = None  # what ranks hold and need not receive; None: the placement that a search begins from
     on_progress: Callable[[float], None] = ignore_progress  # receives the fraction done, now and then
 
     def __post_init__(self) -> None:

@@ -30,7 +30,8 @@ def replan(problem: PlacementProblem, strategy: Strategy, current: Placement) ->
         layers = _with_fitting_formats(problem, current.layers)
         bytes_R = bytes_by_rank(layers, problem.topology.num_ranks, problem.stats.expert_bytes)
         beginning = Placement(tuple(layers), strategy.name, problem.topology, tuple(bytes_R.tolist()))
-        return strategy.place(problem, beginning)
+        held = [list(layer.replicas) for layer in current.layers]
+        return strategy.place(replace(problem, held=held), beginning)
     except UserError:  # from there, the search does not get inside the limits
         return None
 

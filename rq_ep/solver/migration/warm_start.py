@@ -12,7 +12,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certify
-from rq_ep.solver.migration.choose_migration import choose_migration, moved_bytes_LR
+from rq_ep.solver.migration.choose_migration import choose_migration
 from rq_ep.solver.migration.fit_formats import enforce_low_cap
 from rq_ep.solver.migration.plan_moves import plan_moves
 from rq_ep.solver.migration.survivors import Survivors, completed, remaining_ranks
@@ -53,21 +53,13 @@ def place_again(
         stay = certified(layers)
     capped = enforce_low_cap(problem, layers)
     with suppress(UserError):  # from there, the search may not get inside the budget
-        warm = strategy.place(_within(second, survivors, capped), _as_placement(problem, strategy.name, capped))
+        warm = strategy.place(replace(second, held=survivors.held), _as_placement(problem, strategy.name, capped))
         # Formats stay in that search, so its low pairs may be too many; a strategy may ignore what serves.
         if warm.low_precision_planned <= problem.max_low_precision_share + LOW_SLACK and not _same(warm, fresh[0]):
             fresh.append(warm)
         if capped is not layers:
             fresh.append(certified(capped))
     return choose_migration(problem, survivors.held, stay, fresh, certified, min_gain, refused)
-
-
-def _within(problem: PlacementProblem, survivors: Survivors, layers: Sequence[LayerPlacement]) -> PlacementProblem:
-    """The problem with the part of its cap on moved bytes that fetching missing experts leaves."""
-    if problem.max_moved_bytes is None:
-        return problem
-    fetched = int(moved_bytes_LR(survivors.held, layers, problem).sum())
-    return replace(problem, max_moved_bytes=max(problem.max_moved_bytes - fetched, 0))
 
 
 def _as_placement(problem: PlacementProblem, strategy: str, layers: Sequence[LayerPlacement]) -> Placement:

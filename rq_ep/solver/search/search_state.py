@@ -175,7 +175,7 @@ def _limits(context: SearchContext, initial: Solution) -> list[LayerLimits]:
     free_R = context.budget_R - np.einsum("ler,le->r", initial.held_LER, bytes_LE)
     present_LER, price, move_budget = np.ones(initial.held_LER.shape, bool), 0.0, UNLIMITED
     if current is not None:
-        present_LER = current.held_LER & (current.low_LE == initial.low_LE)[:, :, None]
+        present_LER = _present_LER(problem, context.formats, current, initial)
         price = problem.move_price * len(bytes_LE) / float(context.budget_R.sum())
         if problem.max_moved_bytes is not None:
             moved = int(((initial.held_LER & ~present_LER) * bytes_LE[:, :, None]).sum())
@@ -190,3 +190,15 @@ def _limits(context: SearchContext, initial: Solution) -> list[LayerLimits]:
             bytes_LE, context.allowed_LER, context.fixed_LER, present_LER, strict=True
         )
     ]
+
+
+def _present_LER(problem: PlacementProblem, formats: Formats, current: Solution, initial: Solution) -> BoolArray:
+    """[L, E, R] whether the rank holds the expert in its format of `initial`, or in the native one and converts it."""
+    if problem.held is None:
+        return current.held_LER & (current.low_LE == initial.low_LE)[:, :, None]
+    present_LER = np.zeros(initial.held_LER.shape, bool)
+    for i, replicas in enumerate(problem.held):
+        for rank, expert, name in replicas:
+            able = name == formats.native or (name == formats.low and initial.low_LE[i, expert])
+            present_LER[i, expert, rank] |= able
+    return present_LER
