@@ -6,7 +6,7 @@ set's mean. The fullest rank of the optimal split is the maximum of these means 
 as their proof, and the value is a lower bound. A change of a few replicas changes few means, so it is priced in
 microseconds, and most changes are refused without any split.
 
-Axes: G listed sets of ranks; X experts that a move changes. Loads are in units of the step's mean rank load.
+Axes: G listed sets of ranks; N sets of the largest means of a step; X experts that a move changes. Loads are in units of the step's mean rank load.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from rq_ep.solver.split.augmenting_paths import ReplicaIndex
 
 MAX_RANKS_ENUMERATED = 8
 MAX_CUTS = 512  # beside single ranks
+NUM_NEAREST = 4  # sets that price a move first
 
 
 class Cuts(NamedTuple):
@@ -30,7 +31,7 @@ class Cuts(NamedTuple):
     missing_EG: npt.NDArray[np.int16]  # replicas of the expert outside the set; at 0 the expert is confined to it
     means_SG: FloatArray  # load confined to the set, divided by its ranks
     tops_S: FloatArray  # the largest mean of each step
-    top_sets_S: IntArray  # the set that has it
+    nearest_SN: IntArray  # the sets of the largest means, the largest first
     num: IntArray  # [1] sets listed
 
 
@@ -51,7 +52,7 @@ def empty_cuts(num_ranks: int, num_experts: int, num_steps: int) -> Cuts:
         missing_EG=np.zeros((num_experts, capacity), np.int16),
         means_SG=np.zeros((num_steps, capacity)),
         tops_S=np.zeros(num_steps),
-        top_sets_S=np.zeros(num_steps, np.int64),
+        nearest_SN=np.zeros((num_steps, NUM_NEAREST), np.int64),
         num=np.zeros(1, np.int64),
     )
 
@@ -101,14 +102,23 @@ def add_cut(cuts: Cuts, index: ReplicaIndex, loads_SE: FloatArray, cut_R: BoolAr
 
 @compiled
 def update_tops(cuts: Cuts) -> None:
-    """Find the largest mean of each step."""
+    """Find the largest means of each step."""
+    num_nearest = min(NUM_NEAREST, cuts.num[0])
     for step in range(len(cuts.tops_S)):
-        best = 0
+        means_G, nearest_N = cuts.means_SG[step], cuts.nearest_SN[step]
+        num, least = 0, -np.inf
         for g in range(cuts.num[0]):
-            if cuts.means_SG[step, g] > cuts.means_SG[step, best]:
-                best = g
-        cuts.top_sets_S[step] = best
-        cuts.tops_S[step] = cuts.means_SG[step, best]
+            if num == num_nearest and means_G[g] <= least:
+                continue
+            position = min(num, num_nearest - 1)
+            while position > 0 and means_G[nearest_N[position - 1]] < means_G[g]:
+                nearest_N[position] = nearest_N[position - 1]
+                position -= 1
+            nearest_N[position] = g
+            num = min(num + 1, num_nearest)
+            least = means_G[nearest_N[num - 1]]
+        nearest_N[num:] = nearest_N[0]
+        cuts.tops_S[step] = means_G[nearest_N[0]]
 
 
 @compiled
@@ -153,12 +163,26 @@ def confinement_changes(cuts: Cuts, expert: int, off: int, on: int, changes_G: n
 
 
 @compiled
-def price_changes(cuts: Cuts, loads_SE: FloatArray, changes: Changes, values_S: FloatArray) -> None:
-    """Write each step's largest mean as it would be with the changes."""
-    num_experts, num = len(changes.experts_X), cuts.num[0]
+def price_changes(
+    cuts: Cuts, loads_SE: FloatArray, changes: Changes, values_S: FloatArray, limit: float = np.inf
+) -> bool:
+    """Write each step's largest mean as it would be with the changes; False as soon as their mean reaches a limit.
+
+    The sets that are nearest to being the largest are looked at first: they refuse most changes.
+    """
+    num_experts, num, num_steps = len(changes.experts_X), cuts.num[0], len(values_S)
     confinement_XG = np.empty((num_experts, num), np.int8)
     for x in range(num_experts):
         confinement_changes(cuts, changes.experts_X[x], changes.off_X[x], changes.on_X[x], confinement_XG[x])
+    total = 0.0
+    for step in range(num_steps):
+        value = 1.0  # the mean of all ranks
+        for g in cuts.nearest_SN[step]:
+            value = max(value, _changed_mean(cuts, loads_SE[step], changes, confinement_XG, step, g))
+        values_S[step] = value
+        total += value
+    if total >= limit * num_steps:
+        return False
     changed_sets = np.empty(num, np.int64)
     is_changed_G = np.zeros(num, np.bool_)
     num_changed, num_raised = 0, 0
@@ -175,21 +199,34 @@ def price_changes(cuts: Cuts, loads_SE: FloatArray, changes: Changes, values_S: 
                 is_changed_G[g] = True
         if is_raised:
             num_raised = num_changed
-    for step in range(len(values_S)):
+    for step in range(num_steps):
         value = cuts.tops_S[step]
         num_relevant = num_raised
-        if is_changed_G[cuts.top_sets_S[step]]:
+        if is_changed_G[cuts.nearest_SN[step, 0]]:
             value = 0.0
             num_relevant = num_changed
             for g in range(num):
                 if not is_changed_G[g]:
                     value = max(value, cuts.means_SG[step, g])
         for g in changed_sets[:num_relevant]:
-            change = 0.0
-            for x in range(num_experts):
-                change += confinement_XG[x, g] * loads_SE[step, changes.experts_X[x]]
-            value = max(value, cuts.means_SG[step, g] + change / cuts.sizes_G[g])
+            value = max(value, _changed_mean(cuts, loads_SE[step], changes, confinement_XG, step, g))
+        total += max(value - values_S[step], 0.0)
         values_S[step] = value
+        if total >= limit * num_steps:
+            return False
+    return True
+
+
+@compiled
+def _changed_mean(
+    cuts: Cuts, loads_E: FloatArray, changes: Changes, confinement_XG: npt.NDArray[np.int8], step: int, g: int
+) -> float:
+    """The mean of a set in a step of these loads, with the changes."""
+    change = 0.0
+    for x in range(len(changes.experts_X)):
+        change += confinement_XG[x, g] * loads_E[changes.experts_X[x]]
+    mean: float = cuts.means_SG[step, g] + change / cuts.sizes_G[g]
+    return mean
 
 
 @compiled

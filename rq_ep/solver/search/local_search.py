@@ -103,7 +103,8 @@ def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArra
         if moved > limits.move_budget[0]:
             continue
         goal = best - LEAST_GAIN - limits.price * moved
-        price_changes(cuts, loads_SE, changes, new_values_S)
+        if not price_changes(cuts, loads_SE, changes, new_values_S, goal):
+            continue
         if tail_weighted_mean(new_values_S, tail_weight) >= goal:
             continue
         new = Splits(_moved_index(index, move, held_ER), loads_SE, new_quotas_SP, new_loads_SR, new_values_S)

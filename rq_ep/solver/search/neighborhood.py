@@ -118,7 +118,7 @@ def _draw_expert(cuts: Cuts, loads_SE: FloatArray, draws_U: FloatArray) -> tuple
     while step < len(loads_SE) - 1 and left >= max(cuts.tops_S[step] - 1, 0.0):
         left -= max(cuts.tops_S[step] - 1, 0.0)
         step += 1
-    fullest = cuts.top_sets_S[step]
+    fullest = cuts.nearest_SN[step, 0]
     left, one = draws_U[1] * cuts.means_SG[step, fullest] * cuts.sizes_G[fullest], -1
     for expert in range(loads_SE.shape[1]):
         if cuts.missing_EG[expert, fullest] == 0 and loads_SE[step, expert] > 0:
