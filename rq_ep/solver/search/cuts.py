@@ -74,51 +74,57 @@ def initial_cuts(index: ReplicaIndex, loads_SE: FloatArray, num_ranks: int, proo
 def _add_cuts(cuts: Cuts, index: ReplicaIndex, loads_SE: FloatArray, sets_GR: BoolArray) -> None:
     for set_R in sets_GR:
         add_cut(cuts, index, loads_SE, set_R)
-    update_tops(cuts)
 
 
 @compiled
 def add_cut(cuts: Cuts, index: ReplicaIndex, loads_SE: FloatArray, cut_R: BoolArray) -> None:
-    """Add a set; the caller updates the tops."""
+    """Add a set."""
     g = cuts.num[0]
     size = 0
     for rank in range(len(cut_R)):
         cuts.outside_RG[rank, g] = 0 if cut_R[rank] else 1
         size += 1 if cut_R[rank] else 0
     cuts.sizes_G[g] = size
+    confined, num_confined = np.empty(loads_SE.shape[1], np.int64), 0
     for expert in range(loads_SE.shape[1]):
         missing = 0
         for p in index.by_expert_P[index.first_E[expert] : index.first_E[expert + 1]]:
             missing += cuts.outside_RG[index.ranks_P[p], g]
         cuts.missing_EG[expert, g] = missing
-    for step in range(len(loads_SE)):
-        confined = 0.0
-        for expert in range(loads_SE.shape[1]):
-            if cuts.missing_EG[expert, g] == 0:
-                confined += loads_SE[step, expert]
-        cuts.means_SG[step, g] = confined / size
+        if missing == 0:
+            confined[num_confined] = expert
+            num_confined += 1
     cuts.num[0] = g + 1
+    for step in range(len(loads_SE)):
+        load = 0.0
+        for i in range(num_confined):
+            load += loads_SE[step, confined[i]]
+        cuts.means_SG[step, g] = load / size
+    _compare(cuts, g)
+
+
+@compiled
+def _compare(cuts: Cuts, g: int) -> None:
+    """Enter a set among the nearest ones of each step, if it is one; the sets of lower numbers have been entered."""
+    means_SG, nearest_SN = cuts.means_SG, cuts.nearest_SN
+    for step in range(len(cuts.tops_S)):
+        position = min(g, NUM_NEAREST)
+        if position == NUM_NEAREST:
+            position -= 1
+            if means_SG[step, g] <= means_SG[step, nearest_SN[step, position]]:
+                continue
+        while position > 0 and means_SG[step, nearest_SN[step, position - 1]] < means_SG[step, g]:
+            nearest_SN[step, position] = nearest_SN[step, position - 1]
+            position -= 1
+        nearest_SN[step, position] = g
+        cuts.tops_S[step] = means_SG[step, nearest_SN[step, 0]]
 
 
 @compiled
 def update_tops(cuts: Cuts) -> None:
-    """Find the largest means of each step."""
-    num_nearest = min(NUM_NEAREST, cuts.num[0])
-    for step in range(len(cuts.tops_S)):
-        means_G, nearest_N = cuts.means_SG[step], cuts.nearest_SN[step]
-        num, least = 0, -np.inf
-        for g in range(cuts.num[0]):
-            if num == num_nearest and means_G[g] <= least:
-                continue
-            position = min(num, num_nearest - 1)
-            while position > 0 and means_G[nearest_N[position - 1]] < means_G[g]:
-                nearest_N[position] = nearest_N[position - 1]
-                position -= 1
-            nearest_N[position] = g
-            num = min(num + 1, num_nearest)
-            least = means_G[nearest_N[num - 1]]
-        nearest_N[num:] = nearest_N[0]
-        cuts.tops_S[step] = means_G[nearest_N[0]]
+    """Find the sets of the largest means of each step."""
+    for g in range(cuts.num[0]):
+        _compare(cuts, g)
 
 
 @compiled
@@ -163,6 +169,16 @@ def confinement_changes(cuts: Cuts, expert: int, off: int, on: int, changes_G: n
 
 
 @compiled
+def raise_values(cuts: Cuts, loads_SE: FloatArray, changes: Changes, g: int, values_S: FloatArray) -> None:
+    """Raise the steps' values to the mean that a set would have with the changes."""
+    confinement_XG = np.empty((len(changes.experts_X), cuts.num[0]), np.int8)
+    for x in range(len(confinement_XG)):
+        confinement_changes(cuts, changes.experts_X[x], changes.off_X[x], changes.on_X[x], confinement_XG[x])
+    for step in range(len(values_S)):
+        values_S[step] = max(values_S[step], _changed_mean(cuts, loads_SE, changes, confinement_XG, step, g))
+
+
+@compiled
 def price_changes(
     cuts: Cuts, loads_SE: FloatArray, changes: Changes, values_S: FloatArray, limit: float = np.inf
 ) -> bool:
@@ -178,7 +194,7 @@ def price_changes(
     for step in range(num_steps):
         value = 1.0  # the mean of all ranks
         for g in cuts.nearest_SN[step]:
-            value = max(value, _changed_mean(cuts, loads_SE[step], changes, confinement_XG, step, g))
+            value = max(value, _changed_mean(cuts, loads_SE, changes, confinement_XG, step, g))
         values_S[step] = value
         total += value
     if total >= limit * num_steps:
@@ -209,7 +225,7 @@ def price_changes(
                 if not is_changed_G[g]:
                     value = max(value, cuts.means_SG[step, g])
         for g in changed_sets[:num_relevant]:
-            value = max(value, _changed_mean(cuts, loads_SE[step], changes, confinement_XG, step, g))
+            value = max(value, _changed_mean(cuts, loads_SE, changes, confinement_XG, step, g))
         total += max(value - values_S[step], 0.0)
         values_S[step] = value
         if total >= limit * num_steps:
@@ -219,12 +235,12 @@ def price_changes(
 
 @compiled
 def _changed_mean(
-    cuts: Cuts, loads_E: FloatArray, changes: Changes, confinement_XG: npt.NDArray[np.int8], step: int, g: int
+    cuts: Cuts, loads_SE: FloatArray, changes: Changes, confinement_XG: npt.NDArray[np.int8], step: int, g: int
 ) -> float:
-    """The mean of a set in a step of these loads, with the changes."""
+    """The mean of a set in a step, with the changes."""
     change = 0.0
     for x in range(len(changes.experts_X)):
-        change += confinement_XG[x, g] * loads_E[changes.experts_X[x]]
+        change += confinement_XG[x, g] * loads_SE[step, changes.experts_X[x]]
     mean: float = cuts.means_SG[step, g] + change / cuts.sizes_G[g]
     return mean
 

@@ -13,7 +13,7 @@ from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.search.max_flow import TOLERANCE, Splits, augment, index_replicas, water_fill
 from rq_ep.solver.search.neighborhood import LayerLimits, exceeds_node_spread
-from rq_ep.solver.split.augmenting_paths import ReplicaIndex
+from rq_ep.solver.split.augmenting_paths import ReplicaIndex, rank_search
 
 GOOD_ENOUGH = 1.0005  # max/mean at which a step needs nothing more
 FULL_TOLERANCE = 0.002  # ranks within this of the fullest count as full, so that equally full ones are relieved in turn
@@ -119,8 +119,10 @@ def _split_all(splits: Splits) -> None:
 @compiled
 def _optimize_all(splits: Splits, cuts_SR: BoolArray) -> None:
     index, _, quotas_SP, loads_SR, values_S = splits
+    search = rank_search(loads_SR.shape[1])
     for step in range(len(values_S)):
-        values_S[step] = augment(index, quotas_SP[step], loads_SR[step], loads_SR[step].mean(), cuts_SR[step])
+        mean = loads_SR[step].mean()
+        values_S[step] = augment(index, quotas_SP[step], loads_SR[step], mean, cuts_SR[step], search)
 
 
 @compiled

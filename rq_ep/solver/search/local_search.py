@@ -21,7 +21,7 @@ from rq_ep.solver.search.cuts import (
     drop_cuts,
     initial_cuts,
     price_changes,
-    update_tops,
+    raise_values,
 )
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.max_flow import TOLERANCE, Splits, augment, index_replicas, water_fill
@@ -33,7 +33,7 @@ from rq_ep.solver.search.neighborhood import (
     moved_bytes,
     propose,
 )
-from rq_ep.solver.split.augmenting_paths import ReplicaIndex
+from rq_ep.solver.split.augmenting_paths import ReplicaIndex, rank_search
 
 LEAST_GAIN = 1e-5  # of the objective, that a move must gain
 MOVES_AT_ONCE = 1000  # between two looks at the clock
@@ -67,8 +67,9 @@ def improve(
         draws_AU = generator.random((min(num_moves, MOVES_AT_ONCE), NUM_DRAWS))
         _search(layer.splits, cuts, limits, draws_AU, tail_weight)
         num_moves -= len(draws_AU)
-    # Where all sets are listed nothing was split, and sums of changes carry rounding errors.
-    return LayerSplit.of(layer.loads_SE, layer.held_ER)
+    if num_ranks <= MAX_RANKS_ENUMERATED:  # nothing was split
+        return LayerSplit.of(layer.loads_SE, layer.held_ER)
+    return layer
 
 
 @compiled
@@ -174,7 +175,7 @@ def _split_again(
     """
     values_S = new.values_S
     by_load_R = np.empty(new.loads_SR.shape[1], np.int64)
-    cut_R = np.empty(new.loads_SR.shape[1], np.bool_)
+    cut_R, search = np.empty(new.loads_SR.shape[1], np.bool_), rank_search(new.loads_SR.shape[1])
     for step in np.argsort(-values_S, kind="mergesort"):
         quotas_P, loads_R = new.quotas_SP[step], new.loads_SR[step]
         quotas_P[:], loads_R[:] = old.quotas_SP[step], old.loads_SR[step]
@@ -183,15 +184,14 @@ def _split_again(
             quotas_P[replica] = 0.0
         for expert in changes.experts_X:
             water_fill(new.replicas, expert, new.loads_SE[step, expert], quotas_P, loads_R, by_load_R)
-        value = augment(new.replicas, quotas_P, loads_R, values_S[step], cut_R)
+        value = augment(new.replicas, quotas_P, loads_R, values_S[step], cut_R, search)
         is_new_cut = value > values_S[step] + 10 * TOLERANCE
         values_S[step] = value
         if is_new_cut:
             if cuts.num[0] == len(cuts.sizes_G):
                 drop_cuts(cuts, len(loads_R))
             add_cut(cuts, old.replicas, new.loads_SE, cut_R)
+            raise_values(cuts, new.loads_SE, changes, cuts.num[0] - 1, values_S)
             if tail_weighted_mean(values_S, tail_weight) >= goal:
-                update_tops(cuts)
                 return False
-    update_tops(cuts)
     return tail_weighted_mean(values_S, tail_weight) < goal

@@ -13,7 +13,7 @@ import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
-from rq_ep.solver.split.augmenting_paths import ReplicaIndex, push_or_cut, rank_search
+from rq_ep.solver.split.augmenting_paths import RankSearch, ReplicaIndex, push_or_cut
 
 TOLERANCE = 1e-5  # of the mean rank load: what differs by less is equal
 LEAST_PUSH = 1e-7  # a path that carries less is none: chains of rounding errors must end
@@ -92,12 +92,19 @@ def water_fill(
 
 
 @compiled
-def augment(index: ReplicaIndex, quotas_P: FloatArray, loads_R: FloatArray, target: float, cut_R: BoolArray) -> float:
+def augment(
+    index: ReplicaIndex,
+    quotas_P: FloatArray,
+    loads_R: FloatArray,
+    target: float,
+    cut_R: BoolArray,
+    search: RankSearch,
+) -> float:
     """Push load along augmenting paths until no rank exceeds `target`; raise it where a cut proves it too low.
 
-    Returns the final target. If it was raised, `cut_R` is overwritten by the ranks that prove it.
+    Returns the final target. If it was raised, `cut_R` is overwritten by the ranks that prove it. `search` is work
+    space.
     """
-    search = rank_search(len(loads_R))
     while True:
         num_cut, confined = push_or_cut(index, quotas_P, loads_R, target, TOLERANCE, LEAST_PUSH, search)
         if num_cut == 0:
