@@ -163,6 +163,10 @@ def test_from_a_current_placement_no_more_moves_than_pay_or_than_may() -> None:
     values = [placement.certificate["predicted"] for placement in (free, capped, dear)]
     assert values == sorted(values)
     assert values[0] < values[2]
+    # Where ranks hold nothing of it, to stay moves as much as to change.
+    changed = solve(replace(instance, move_price=1e3, held=[[]] * len(before.layers)), RQ, 64, 300, before)
+    assert changed.certificate["predicted"] < values[2]
+    assert sum(changed.bytes_R) <= sum(before.bytes_R)
 
 
 def test_experts_of_a_lost_rank_are_placed_again() -> None:

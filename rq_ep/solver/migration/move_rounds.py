@@ -203,6 +203,16 @@ class _Arrivals:
         self.low_pairs -= sign * addition.low_pairs
 
 
+class _FormatChange(NamedTuple):
+    """An expert that is to be stored in another format, on all ranks at once that keep it."""
+
+    of: Expert
+    added_low: int  # low pairs; negative where it becomes native
+    size: int  # bytes of a replica in the new format
+    ranks: tuple[int, ...]  # that hold it before and in the end, or one that holds it in the end
+    frees: bool  # whether it frees bytes; then the ranks convert what they hold
+
+
 class _Migration:
     """What ranks hold between two rounds, and what is left to do."""
 
@@ -235,7 +245,8 @@ class _Migration:
         self._surplus = self._stored.keys() - self._target.keys()
         per_byte = {
             slot: value(slot.of.layer, Replica(slot.rank, slot.of.expert, name)) / expert_bytes[name]
-            for slot, name in self._target.items()
+            for slot in self._missing
+            for name in (self._target[slot],)
         }
         self._order = sorted(self._missing, key=lambda slot: (-per_byte[slot], slot))  # of what is missing
         self._sources: dict[Slot, int] = {}  # the ranks that send what is missing, as far as they are chosen
@@ -250,22 +261,31 @@ class _Migration:
             if holders & self._homes[of]:
                 self._release(of)
         pairs_LE = np.zeros((len(before), 1 + max(of.expert for of in goals)), np.int64)
-        self._pairs_LE, self._low_pairs, self._max_low = pairs_LE.tolist(), 0, np.inf
+        self._low_pairs, self._max_low = 0, np.inf
         if low_cap is not None:
-            self._pairs_LE = low_cap.pairs_LE.tolist()
+            pairs_LE = low_cap.pairs_LE
             self._low_pairs, low_after = (
-                sum(self._pairs(of) for of, name in names.items() if name != native_format)
+                sum(int(pairs_LE[of]) for of, name in names.items() if name != native_format)
                 for names in (self._formats, goals)
             )
             self._max_low = max(low_cap.max_pairs, self._low_pairs, low_after)
+        changes = [self._format_change(of, int(pairs_LE[of])) for of in self._new_format]
         # More bits for the busiest first, fewer for the least busy.
-        self._changes = sorted(self._new_format, key=lambda of: (self._added_low(of), of))
+        self._changes = sorted(changes, key=lambda change: (change.added_low, change.of))
+        self._added_low = {change.of: change.added_low for change in changes}
+
+    def _format_change(self, of: Expert, pairs: int) -> _FormatChange:
+        old, new = self._formats[of], self._new_format[of]
+        ranks = sorted(self._homes[of] & self._holders[of]) or [min(self._homes[of])]
+        added_low = pairs * ((new != self._native) - (old != self._native))
+        frees = self._bytes[new] < self._bytes[old]
+        return _FormatChange(of, added_low, self._bytes[new], tuple(ranks), frees)
 
     def rounds(self) -> Iterator[MoveRound]:
         """Round after round, until the goal is reached."""
         while self._new_format or self._missing:
             self._order = [slot for slot in self._order if slot in self._missing]
-            self._changes = [of for of in self._changes if of in self._new_format]
+            self._changes = [change for change in self._changes if change.of in self._new_format]
             pending = [slot for slot in self._order if slot.of not in self._new_format]
             left_R = [limit - held for limit, held in zip(self._limit_R, self._bytes_R, strict=True)]
             arrivals = _Arrivals(
@@ -274,10 +294,10 @@ class _Migration:
                 self._max_low - self._low_pairs,
                 self._bytes,
             )
-            self._change_formats(arrivals, (of for of in self._changes if self._frees(of)))
+            self._change_formats(arrivals, (change for change in self._changes if change.frees))
             self._add(arrivals, pending)
             self._exchange(arrivals, pending)
-            self._change_formats(arrivals, (of for of in self._changes if not self._frees(of)))
+            self._change_formats(arrivals, (change for change in self._changes if not change.frees))
             if not arrivals.moves:
                 self._use_room(arrivals, pending)
             if not arrivals.moves:
@@ -294,7 +314,7 @@ class _Migration:
         """Let replicas serve; drop those in a former format of their expert, and as many as exceed the bytes."""
         changed = {slot.of for slot in moves if slot.of in self._new_format}
         for of in changed:
-            self._low_pairs += self._added_low(of)
+            self._low_pairs += self._added_low.pop(of)
             self._formats[of] = self._new_format.pop(of)
         for slot, move in moves.items():
             self._bytes_R[slot.rank] += self._bytes[move.format] - self._bytes.get(self._stored.get(slot, ""), 0)
@@ -333,23 +353,21 @@ class _Migration:
             self._spare_R[slot.rank] -= self._bytes[name]
         return slot.of.layer, Move(DROP, slot.rank, slot.of.expert, name)
 
-    def _frees(self, of: Expert) -> bool:
-        """Whether a pending change of the expert's format frees bytes."""
-        return self._bytes[self._new_format[of]] < self._bytes[self._formats[of]]
-
-    def _change_formats(self, arrivals: _Arrivals, changes: Iterable[Expert]) -> None:
-        """Experts that change their format, on all ranks at once that keep them."""
-        for of in changes:
-            size, ranks = self._bytes[self._new_format[of]], self._changing_ranks(of)
-            if self._added_low(of) > max(arrivals.low_pairs, 0) or any(arrivals.staging_R[r] < size for r in ranks):
+    def _change_formats(self, arrivals: _Arrivals, changes: Iterable[_FormatChange]) -> None:
+        """Experts that change their format; those that fetch it do so where nothing else arrives."""
+        for change in changes:
+            if change.added_low > max(arrivals.low_pairs, 0):
                 continue
-            moves = {(slot := Slot(of, rank)): self._receive(slot, self._source_of(slot)) for rank in ranks}
-            if arrivals.are_free(moves.values()):
-                self._add_if_it_fits(arrivals, moves)
+            if any(arrivals.staging_R[rank] < change.size for rank in change.ranks):
+                continue
+            if change.frees or arrivals.receivers.isdisjoint(change.ranks):
+                moves = self._changing(change)
+                if arrivals.are_free(moves.values()):
+                    self._add_if_it_fits(arrivals, moves)
 
-    def _changing_ranks(self, of: Expert) -> list[int]:
-        """The ranks on which an expert changes its format: all that keep it, or one that holds it in the end."""
-        return sorted(self._homes[of] & self._holders[of]) or [min(self._homes[of])]
+    def _changing(self, change: _FormatChange) -> dict[Slot, Move]:
+        slots = [Slot(change.of, rank) for rank in change.ranks]
+        return {slot: self._receive(slot, self._source_of(slot)) for slot in slots}
 
     def _add(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> None:
         """New replicas where bytes are free; the ranks that have most left to send or to receive are all served."""
@@ -415,13 +433,11 @@ class _Migration:
     def _use_room(self, arrivals: _Arrivals, pending: Sequence[Slot]) -> None:
         """Add what takes least of the room for longer than a round: sizes do not match exactly, or more bits come."""
         options: list[tuple[int, int, _Addition]] = []
-        changes = [[Slot(of, rank) for rank in self._changing_ranks(of)] for of in self._changes]
-        for slots in (*changes, *([slot] for slot in pending)):
-            if self._added_low(slots[0].of) > max(arrivals.low_pairs, 0):
-                continue
-            moves = {slot: self._receive(slot, self._source_of(slot)) for slot in slots}
+        changes = [change for change in self._changes if change.added_low <= max(arrivals.low_pairs, 0)]
+        additions = ({slot: self._receive(slot, self._source_of(slot))} for slot in pending)
+        for moves in (*map(self._changing, changes), *additions):
             addition = self._addition(arrivals, moves)
-            ranks = [slot.rank for slot in slots]
+            ranks = [slot.rank for slot in moves]
             arrivals.add(addition)
             if arrivals.is_staged(ranks):
                 options.append((-min(arrivals.serving_R[rank] for rank in ranks), len(options), addition))
@@ -441,7 +457,7 @@ class _Migration:
         (of,) = {slot.of for slot in moves}
         if not arrivals.experts[of] and not self._holders[of] & self._homes[of]:
             freed += [(rank, self._bytes[self._stored[Slot(of, rank)]]) for rank in self._holders[of]]
-        return _Addition(moves, freed, self._added_low(of))
+        return _Addition(moves, freed, self._added_low.get(of, 0))
 
     def _receive(self, slot: Slot, source: int | None) -> Move:
         return Move(RECEIVE, slot.rank, slot.of.expert, self._target[slot], source)
@@ -467,16 +483,6 @@ class _Migration:
             self._sources[slot] = source
             self._num_sent[source] += 1
         return source
-
-    def _pairs(self, of: Expert) -> int:
-        return self._pairs_LE[of.layer][of.expert]
-
-    def _added_low(self, of: Expert) -> int:
-        """Low pairs that a pending change of the expert's format adds; negative where it becomes native."""
-        new = self._new_format.get(of)
-        if new is None:
-            return 0
-        return self._pairs(of) * ((new != self._native) - (self._formats[of] != self._native))
 
 
 def _slots(rows: Iterable[Iterable[Replica]]) -> dict[Slot, str]:

@@ -6,7 +6,8 @@ set's mean. The fullest rank of the optimal split is the maximum of these means 
 as their proof, and the value is a lower bound. A change of a few replicas changes few means, so it is priced in
 microseconds, and most changes are refused without any split.
 
-Axes: G listed sets of ranks; N sets of the largest means of a step; X experts that a move changes. Loads are in units of the step's mean rank load.
+Axes: G listed sets of ranks; N sets of the largest means of a step; X experts that a move changes. Loads are in units
+of the step's mean rank load.
 """
 
 from typing import NamedTuple

@@ -194,8 +194,9 @@ def _limits(context: SearchContext, initial: Solution) -> list[LayerLimits]:
 
 def _present_LER(problem: PlacementProblem, formats: Formats, current: Solution, initial: Solution) -> BoolArray:
     """[L, E, R] whether the rank holds the expert in its format of `initial`, or in the native one and converts it."""
+    present_LER: BoolArray = current.held_LER & (current.low_LE == initial.low_LE)[:, :, None]
     if problem.held is None:
-        return current.held_LER & (current.low_LE == initial.low_LE)[:, :, None]
+        return present_LER
     present_LER = np.zeros(initial.held_LER.shape, bool)
     for i, replicas in enumerate(problem.held):
         for rank, expert, name in replicas:

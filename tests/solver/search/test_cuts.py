@@ -72,6 +72,22 @@ def test_a_change_is_priced_as_it_turns_out(num_ranks: int) -> None:
     assert (priced_S <= rebuilt.values_S + 2e-5).all()
 
 
+@pytest.mark.parametrize("num_ranks", [4, 12])
+def test_a_change_is_refused_early_exactly_where_its_mean_reaches_the_limit(num_ranks: int) -> None:
+    layer = layer_of(16, num_ranks, 9, seed=0)
+    held_ER, cuts = layer.held_ER, cuts_of(layer, layer.optimize())
+    generator = np.random.default_rng(0)
+    for one, two in (generator.permutation(16)[:2] for _ in range(40)):
+        off, on = (int(generator.choice(np.flatnonzero(held_ER[one] == held))) for held in (True, False))
+        added = int(generator.choice(np.flatnonzero(~held_ER[two])))
+        changes = Changes(np.array([one, two]), np.array([off, -1]), np.array([on, added]))
+        priced_S, again_S = np.empty_like(layer.values_S), np.empty_like(layer.values_S)
+        assert price_changes(cuts, layer.loads_SE, changes, priced_S)
+        assert not price_changes(cuts, layer.loads_SE, changes, again_S, priced_S.mean() - 1e-9)
+        assert price_changes(cuts, layer.loads_SE, changes, again_S, priced_S.mean() + 1e-9)
+        np.testing.assert_array_equal(again_S, priced_S)
+
+
 def test_of_sets_too_many_those_stay_that_come_close() -> None:
     layer = layer_of(24, 12, 14, seed=1)
     generator = np.random.default_rng(0)
