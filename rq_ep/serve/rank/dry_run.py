@@ -60,6 +60,10 @@ def _preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
         str(read_sampling_defaults(config.model, config.generation_config)),
         *(f"{config.model}: {note}" for note in opened.reader.notes),
     ]
+    if checked.why_text_only is None:
+        lines.append("images in chat: of data: URLs" + ", and fetched" * config.allow_remote_images)
+    elif checked.model_config.get_text_config() is not checked.model_config:
+        lines.append(f"served text-only: {checked.why_text_only}")
     if rebalancing is not None:
         lines.append(rebalancing.summary())
     if in_advance := read_in_advance(config):

@@ -22,9 +22,9 @@ TEMPLATE = """{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{
 {%- for part in m.content %}{{ '<|img|>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}{% endfor %}"""
 
 
-def png(width: int = 40, height: int = 30) -> bytes:
+def png(width: int = 40, height: int = 30, color: tuple[int, int, int] = (255, 0, 0)) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (width, height), (255, 0, 0)).save(file, "PNG")
+    Image.new("RGB", (width, height), color).save(file, "PNG")
     return file.getvalue()
 
 
@@ -60,16 +60,17 @@ def test_an_image_that_cannot_be_read_is_the_clients_fault(hostile: str) -> None
 
 
 def aria_processor() -> Any:
-    tokenizer = byte_tokenizer(512)
-    tokenizer.split_special_tokens = False
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|img|>"]})
-    tokenizer.image_token, tokenizer.image_token_id = "<|img|>", tokenizer.convert_tokens_to_ids("<|img|>")
-    return AriaProcessor(AriaImageProcessorPil(max_image_size=490), tokenizer, size_conversion={490: 4, 980: 4})
+    """Images of any size become 980 x 980 pixels and 4 tokens; text is bytes."""
+    bytes_only = byte_tokenizer(512)
+    tokenizer = type(bytes_only)(
+        tokenizer_object=bytes_only.backend_tokenizer, pad_token="<|pad|>", eos_token="<|eos|>", chat_template=TEMPLATE,
+        extra_special_tokens={"image_token": "<|img|>"},
+    )  # fmt: skip
+    return AriaProcessor(AriaImageProcessorPil(), tokenizer, size_conversion={980: 4})
 
 
 def test_images_of_a_chat_become_tokens_and_arrays_in_their_order() -> None:
     processor = aria_processor()
-    processor.tokenizer.chat_template = TEMPLATE
     picture = {"type": "image_url", "image_url": {"url": url(png())}}
     content = [{"type": "text", "text": "a"}, picture, {"type": "text", "text": "b"}, picture]
     message = ChatMessage.model_validate({"role": "user", "content": content})
