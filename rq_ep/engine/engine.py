@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rq_ep.engine.empty_step import empty_step, first_steps
 from rq_ep.engine.kv_cache import cache_size
 from rq_ep.engine.lockstep import LockstepManager, batching_config
-from rq_ep.engine.output_processor import OutputProcessor, RequestState
+from rq_ep.engine.nonfinite import NOT_FINITE
+from rq_ep.engine.output_processor import GRAMMAR_FAILED, OutputProcessor, RequestState
 from rq_ep.engine.padded.padded_manager import PaddedManager
 from rq_ep.engine.padded.row_groups import DenseForward
 from rq_ep.engine.progress import Progress, ProgressTracker
@@ -20,6 +22,7 @@ from rq_ep.engine.scoring import PromptScorer
 from rq_ep.engine.servable import PAGED
 from rq_ep.engine.step_agreement import GroupFlags, flags_exchange
 from rq_ep.engine.step_loop import Recover, StepLoop
+from rq_ep.engine.tokens.grammars import GrammarError, Grammars
 from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import MoverFlags
 from rq_ep.parallel import TorchGroup
@@ -55,6 +58,7 @@ class Engine:
             every rank.
         recover: called on the engine's thread when another rank has cut a step off, or the group is to change
             (`regroup`): it returns when this rank may make steps again. None: such an error is a failure.
+        read_tokenizer: reads the model's tokenizer, for answers that follow a grammar; None: none does.
         heartbeat_s: how often an idle group meets, in seconds.
     """
 
@@ -71,9 +75,13 @@ class Engine:
         mover_flags: Callable[[], MoverFlags] | None = None,
         on_agreement: Callable[[GroupFlags], None] = lambda flags: None,
         recover: Recover | None = None,
+        read_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
         heartbeat_s: float = 1.0,
     ) -> None:
         self.eos_token_ids = _eos_token_ids(model)
+        self._grammars: Grammars | None = None
+        if read_tokenizer is not None:
+            self._grammars = Grammars(read_tokenizer, vocab_size(model), self.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
         rotary = SequenceRotary(model)
         forward = DenseForward(model, rotary)
@@ -84,7 +92,7 @@ class Engine:
             forward.new_cache,
             min(SCORING_CHUNK, config.max_num_batched_tokens) if forward.takes_chunks else None,
             self._prompt_scored,
-            lambda request: self._outputs.prompt_broken(request),
+            lambda request: self._outputs.fail(request, NOT_FINITE),
         )
         self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
         # Prepared before the manager gives the model an attention that only its own batches can use.
@@ -144,7 +152,14 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Take a request; its tokens come through `on_outputs`. It must fit: `num_tokens <= max_request_tokens`."""
         end_token_ids = {*([] if request.ignore_eos else self.eos_token_ids), *request.sampling.stop_token_ids}
-        self._requests[request.id] = RequestState(request, frozenset(end_token_ids))
+        state = self._requests[request.id] = RequestState(request, frozenset(end_token_ids))
+        if request.grammar is not None:
+            try:
+                assert self._grammars is not None, "there is no tokenizer"
+                state.matcher = self._grammars.matcher(request.grammar, state.history.answer_ids)
+            except GrammarError as error:
+                self._outputs.fail(request, f"{GRAMMAR_FAILED}: {error}")
+                return
         if request.scores_prompt:
             self._scorer.add(request)
             self._step_loop.wake(0)
@@ -207,6 +222,13 @@ class Engine:
     def kv_cache_usage(self) -> float:
         """Share of the KV cache that requests hold."""
         return self._manager.kv_cache_usage
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """Tokens that the model knows."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.weight.shape[0]
 
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:

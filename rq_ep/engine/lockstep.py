@@ -26,7 +26,7 @@ from transformers.generation.continuous_batching.requests import RequestState as
 
 from rq_ep.engine.empty_step import WARMUP_TOKENS
 from rq_ep.engine.kv_cache import PAGE_SIZE, cache_config, pad_cache
-from rq_ep.engine.nonfinite import NonFiniteTokens
+from rq_ep.engine.nonfinite import NOT_FINITE, NonFiniteTokens
 from rq_ep.engine.output_processor import RequestState, choose_tokens
 from rq_ep.engine.requests import Batch, Request
 from rq_ep.engine.rotary import SequenceRotary
@@ -283,7 +283,7 @@ class Sampler:
         parts = batch_of(self._ios.requests_in_batch).parts
         for (request_id, _), is_finite_t in zip(parts, is_finite_T.split([size for _, size in parts]), strict=True):
             if (state := self._requests.get(request_id)) is not None:
-                state.is_broken |= not is_finite_t.all()
+                state.problem = state.problem if is_finite_t.all() else NOT_FINITE
 
 
 def batching_config(

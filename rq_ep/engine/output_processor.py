@@ -10,11 +10,13 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from rq_ep.engine.nonfinite import NOT_FINITE, is_finite
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.scoring import score_tokens
+from rq_ep.engine.tokens.grammars import GrammarError, GrammarMatcher
 from rq_ep.engine.tokens.logits_processors import TokenHistory, processed_logits
 from rq_ep.engine.tokens.sampling import next_tokens
 
 GREEDY = Sampling()
 NO_HISTORY = TokenHistory()
+GRAMMAR_FAILED = "the answer cannot follow its grammar"
 
 
 @dataclass
@@ -29,7 +31,31 @@ class RequestState:
     answer_ids: list[int] = field(default_factory=list)
     num_delivered: int = 0
     scores: list[Score] = field(default_factory=list)
-    is_broken: bool = False  # a step gave logits that are not finite
+    problem: str | None = None  # why it cannot go on
+    matcher: GrammarMatcher | None = None  # of the grammar that the answer follows
+
+    def go_to(self, position: int) -> None:
+        """Forget what was chosen at a position and after it: a step is made again."""
+        del self.answer_ids[position - len(self.request.prompt_ids) :]
+        if self.matcher is not None:
+            self.matcher.go_back(self.request.num_answered + len(self.answer_ids))
+
+    def choose(self, token_id: int) -> None:
+        """Take the next token."""
+        self.answer_ids.append(token_id)
+        if self.matcher is not None and self.problem is None:
+            try:
+                self.matcher.accept(token_id)
+            except GrammarError as error:
+                self.problem = f"{GRAMMAR_FAILED}: {error}"
+
+    def mask(self, logits_V: torch.Tensor) -> None:
+        """Leave the tokens that the grammar allows next."""
+        if self.matcher is not None and self.problem is None:
+            try:
+                self.matcher.mask(logits_V)
+            except GrammarError as error:
+                self.problem = f"{GRAMMAR_FAILED}: {error}"
 
     @property
     def history(self) -> TokenHistory:
@@ -51,20 +77,29 @@ def choose_tokens(
     Returns:
         [N] int64 token ids.
     """
+    for state, position in zip(states, positions, strict=True):
+        if state is not None:
+            state.go_to(position)
     samplings = [GREEDY if state is None else state.request.sampling for state in states]
     histories = [
         state.history if state is not None and state.request.sampling.processes_logits else NO_HISTORY
         for state in states
     ]
-    tokens_N = next_tokens(processed_logits(logits_NV, samplings, histories), samplings, positions)
-    for state, position, token in zip(states, positions, tokens_N.tolist(), strict=True):
+    processed_NV = processed_logits(logits_NV, samplings, histories)
+    if any(state is not None and state.matcher is not None for state in states):
+        processed_NV = processed_NV.clone() if processed_NV is logits_NV else processed_NV
+        for row_V, state in zip(processed_NV, states, strict=True):
+            if state is not None:
+                state.mask(row_V)
+    tokens_N = next_tokens(processed_NV, samplings, positions)
+    for state, token in zip(states, tokens_N.tolist(), strict=True):
         if state is not None:
-            del state.answer_ids[position - len(state.request.prompt_ids) :]  # of a step that is made again
-            state.answer_ids.append(token)
+            state.choose(token)
     for row, (state, has_finite_logits) in enumerate(zip(states, is_finite(logits_NV).tolist(), strict=True)):
         if state is None:
             continue
-        state.is_broken |= not has_finite_logits
+        if not has_finite_logits:
+            state.problem = NOT_FINITE
         if (num_top := state.request.num_logprobs) is not None:
             state.scores += score_tokens(logits_NV[row : row + 1], tokens_N[row : row + 1], num_top)
     return tokens_N
@@ -107,20 +142,20 @@ class OutputProcessor(OutputRouter):
             self._requests.pop(request.id, None)
         self._on_outputs([Output(request.id, [], "length" if is_all else None, prompt_scores=scores)])
 
-    def prompt_broken(self, request: Request) -> None:
-        """End a request whose prompt has no scores, as the model's logits are not finite."""
+    def fail(self, request: Request, reason: str) -> None:
+        """End a request with an error."""
         if self._requests.pop(request.id, None) is not None:
-            self._on_outputs([Output(request.id, [], "error", NOT_FINITE)])
+            self._on_outputs([Output(request.id, [], "error", reason)])
 
     def _new_output(self, output: GenerationOutput, state: RequestState) -> Output:
         token_ids = output.generated_tokens[state.num_delivered :]
         queued_s = None if state.num_delivered else output.lifespan[0] - output.created_time
         state.num_delivered = len(output.generated_tokens)
         scores, state.scores = state.scores, []
-        if state.is_broken:
+        if state.problem is not None:
             self._requests.pop(output.request_id, None)
             self._on_broken(output.request_id)
-            return Output(output.request_id, [], "error", NOT_FINITE)
+            return Output(output.request_id, [], "error", state.problem)
         if not output.is_finished():
             return Output(output.request_id, token_ids, scores=scores, queued_s=queued_s)
         self._requests.pop(output.request_id, None)

@@ -43,6 +43,7 @@ class Request:
     `num_logprobs` asks for the log-probability of every token, and of so many of the likeliest at its place;
     `scores_prompt` asks for them of the prompt's tokens too, and then `max_tokens` may be 0. `images` has what the
     model's processor made of images: arrays, by the names under which its forward takes them (padded cache only).
+    `grammar`, as llguidance writes it, is what the answer follows.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Request:
     scores_prompt: bool = False
     images: Mapping[str, Any] = field(default_factory=dict)
     num_answered: int = 0
+    grammar: str | None = None
 
     @property
     def num_tokens(self) -> int:

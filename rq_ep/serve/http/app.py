@@ -61,7 +61,7 @@ def make_app(
         return await unless_disconnected(http, answer(body, prompts(body), times))
 
     async def answer(body: GenerationBody, prompts: Awaitable[list[EncodedPrompt]], times: RequestMetrics) -> Response:
-        requests = service.requests(await prompts, body)
+        requests = await service.requests(await prompts, body)
         response = ResponseBuilder(
             requests, service.model_name, isinstance(body, ChatBody), body.n, body.num_tries,
             body.num_logprobs is not None,

@@ -16,6 +16,7 @@ from rq_ep.serve.http.load_view import LoadView
 from rq_ep.serve.http.membership_view import MembershipView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.bodies.answer_grammar import answer_grammar
 from rq_ep.serve.http.openai.chat_template import render_chat
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
 from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
@@ -29,6 +30,7 @@ from rq_ep.serve.messages import PlacementServed
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 CHARS_PER_MESSAGE = 100  # that are encoded in the time in which a template writes a message
+GRAMMAR_CHARS = 1 << 20  # so are grammars
 IMAGE_CHARS = 1 << 20  # images are read on the threads of long prompts
 MAX_ECHOED_TOKENS = 512  # with their scores, in a chunk: the event loop writes it at once
 
@@ -174,17 +176,27 @@ class Service:
             return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, sources)))
         return EncodedPrompt(await self._encoder.encode(text, "messages", add_special_tokens=False))
 
-    def requests(self, prompts: Sequence[EncodedPrompt], body: GenerationBody) -> list[Request]:
+    async def requests(self, prompts: Sequence[EncodedPrompt], body: GenerationBody) -> list[Request]:
         """The requests of a body: those of its first prompt, then those of the next."""
-        return [self._request(prompt, body, number) for prompt in prompts for number in range(body.num_tries)]
+        grammar = await self._grammar(body)
+        return [self._request(prompt, body, number, grammar) for prompt in prompts for number in range(body.num_tries)]
 
-    def _request(self, prompt: EncodedPrompt, body: GenerationBody, number: int) -> Request:
+    async def _grammar(self, body: GenerationBody) -> str | None:
+        """The grammar that answers are to follow; None: they are free."""
+        if (param := body.grammar_param) is None:
+            return None
+        wanted = body.structured_outputs or body.response_format
+        assert wanted is not None
+        return await self._encoder.run(GRAMMAR_CHARS, partial(answer_grammar, wanted, param))
+
+    def _request(self, prompt: EncodedPrompt, body: GenerationBody, number: int, grammar: str | None) -> Request:
         """Fit a request into the model's limits, or refuse it with the limit and the count.
 
         Args:
             prompt: that is to be answered.
             body: what is asked for.
             number: of the answer, among those to this prompt.
+            grammar: that it follows.
         """
         assert self.limits is not None
         prompt_ids = prompt.token_ids
@@ -217,6 +229,7 @@ class Service:
             num_logprobs=0 if body.num_logprobs is None and body.num_tries > body.n else body.num_logprobs,
             scores_prompt=body.echoes and body.num_logprobs is not None,
             images=dict(prompt.images),  # JSON knows no read-only mapping
+            grammar=grammar,
         )
 
     def _sampling(self, body: GenerationBody, number: int) -> Sampling:

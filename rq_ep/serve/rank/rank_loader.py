@@ -4,10 +4,10 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from rq_ep.config import ServeConfig
+from rq_ep.engine.engine import vocab_size
 from rq_ep.engine.servable import set_attention
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import LoadReport, report_of
@@ -71,11 +71,9 @@ def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int)
     """The description of a model that every rank can serve, for the HTTP process."""
     report = report_of(model)
     layout = ep_layers(report)[0].family.layout
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
     return Ready(
         max_model_len=max_model_len,
-        vocab_size=embedding.weight.shape[0],
+        vocab_size=vocab_size(model),
         expert_bytes=[expert_bytes(report.placement, layout, [rank]) for rank in range(group.size)],
         placement=report.placement.to_dict(),
         info={"backend": group.backend, "device": str(group.device), "dtype": str(model.dtype)},

@@ -15,6 +15,7 @@ from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.engine.requests import Output
 from rq_ep.engine.step_agreement import is_consequence
+from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.load_report import report_of
 from rq_ep.parallel import RankFailure, TorchGroup
 from rq_ep.parallel.agreement import report_user_error, run_on_all_ranks
@@ -208,6 +209,7 @@ class RankServer:
             on_outputs=self._send_outputs,
             on_failure=lambda error: fail(self._early_end, error),
             on_mark=recording.mark,
+            read_tokenizer=lambda: read_tokenizer(config.model),
             **self._engine_hooks(),
         )
         # Set before the ranks meet below: once rank 0 has said that all are ready, requests may come to any of them.

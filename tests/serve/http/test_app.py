@@ -373,6 +373,23 @@ def test_an_error_of_one_answer_ends_them_all(bench: Bench, stream: bool) -> Non
     assert sorted(bench.ranks.cancelled) == sorted(request.id for request in bench.ranks.taken)
 
 
+def test_the_form_of_an_answer_reaches_the_rank_as_a_grammar(bench: Bench) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for body in (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}},
+        {"structured_outputs": {"json": schema}},
+        {"guided_json": json.dumps(schema)},
+    ):
+        bench.complete(**body)
+        assert json.loads(bench.ranks.taken[-1].grammar or "")["grammars"] == [{"json_schema": schema}]
+    bench.chat(response_format={"type": "json_object"})
+    assert json.loads(bench.ranks.taken[-1].grammar or "")["grammars"] == [{"json_schema": {"type": "object"}}]
+    bench.chat(response_format={"type": "text"})
+    assert bench.ranks.taken[-1].grammar is None
+    bench.complete(guided_choice=["yes", "no"])
+    assert bench.ranks.taken[-1].grammar == 'start: "yes" | "no"'
+
+
 def test_settings_of_sampling_reach_the_rank(bench: Bench) -> None:
     settings = {
         "top_k": 5, "min_p": 0.1, "presence_penalty": -1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.5,
@@ -403,6 +420,15 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
         ({"n": 129}, "n", "less than or equal to 128"),
         ({"n": True}, "n", "valid integer"),
         ({"n": 33, "prompt": ["a", "b"]}, "n", "66 answers in one request, but at most 64 are made at once"),
+        ({"response_format": {"type": "xml"}}, "response_format", "response_format: Input tag 'xml'"),
+        ({"structured_outputs": {"regex": "a(b"}}, "structured_outputs", "regex parse error"),
+        ({"structured_outputs": {"json": {"type": "frob"}}}, "structured_outputs", "Invalid type: frob"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "structured_outputs: "),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "give one of json"),
+        ({"structured_outputs": {}}, "structured_outputs", "give one of json"),
+        ({"structured_outputs": {"choice": ["a"]}, "guided_regex": "a"}, "structured_outputs", "give one of both"),
+        ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos", "does not go with structured_outputs"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 1}, "min_tokens", "go with response_format"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "unknown parameter 'stream_options.x'"),
         ({"best_of": 2, "n": 3}, "best_of", "best_of is 2, but n=3 answers are asked for"),
         ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),

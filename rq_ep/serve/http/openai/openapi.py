@@ -7,7 +7,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from rq_ep.serve.http.openai.api_errors import TYPES
-from rq_ep.serve.http.openai.schemas import Body, ChatBody, CompletionBody, RanksBody, RebalanceBody
+from rq_ep.serve.http.openai.bodies.body import Body
+from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, RanksBody, RebalanceBody
 
 SCHEMA_REF = "#/components/schemas/{model}"
 

@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.schemas import Body
+from rq_ep.serve.http.openai.bodies.body import Body
 
 T = TypeVar("T")
 AnyBody = TypeVar("AnyBody", bound=Body)

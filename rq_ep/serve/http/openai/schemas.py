@@ -11,9 +11,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.bodies.answer_grammar import ResponseFormat, StructuredOutputs, TextFormat
+from rq_ep.serve.http.openai.bodies.body import Body
 
 # Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -26,7 +27,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (False, True),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "store": (False,),
@@ -48,22 +48,6 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_nulls_and_refuse_unknown(cls, data: Any) -> Any:
-        """Drop what is null, and name the first unknown key, and it alone: pydantic would make an error of each."""
-        if not isinstance(data, dict):
-            return data
-        data = {key: value for key, value in data.items() if value is not None}
-        for key in data:
-            if key not in cls.model_fields:
-                raise PydanticCustomError("extra_forbidden", "unknown parameter", {"key": key})
-        return data
 
 
 class StreamOptions(Body):
@@ -123,6 +107,8 @@ class GenerationBody(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -133,7 +119,16 @@ class GenerationBody(Body):
         for name, neutral in NEUTRAL.items():
             if data.get(name) is not None and not any(_same(data[name], value) for value in neutral):
                 raise ApiError(400, f"{name}={data[name]!r:.60} is not supported by this server: leave it out", name)
-        return {name: value for name, value in data.items() if name not in NEUTRAL}
+        return _with_guides({name: value for name, value in data.items() if name not in NEUTRAL})
+
+    @model_validator(mode="after")
+    def check_grammar(self) -> "GenerationBody":
+        """Refuse what contradicts an answer of a given form, which ends where the form is complete."""
+        param = self.grammar_param
+        if param is not None and (self.ignore_eos or self.min_tokens):
+            other = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise ApiError(400, f"{other} does not go with {param}, by which an answer ends", other)
+        return self
 
     @model_validator(mode="after")
     def check_stream_options(self) -> "GenerationBody":
@@ -145,6 +140,14 @@ class GenerationBody(Body):
     def num_logprobs(self) -> int | None:
         """How many alternatives to name at each token's place; None: no log-probabilities at all."""
         raise NotImplementedError
+
+    @property
+    def grammar_param(self) -> str | None:
+        """The parameter that says which form the answer has; None: any."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        wants_text = self.response_format is None or isinstance(self.response_format, TextFormat)
+        return None if wants_text else "response_format"
 
     @property
     def echoes(self) -> bool:
@@ -163,6 +166,18 @@ class GenerationBody(Body):
     @property
     def usage_options(self) -> StreamOptions:
         return self.stream_options or StreamOptions()
+
+
+def _with_guides(data: dict[str, Any]) -> dict[str, Any]:
+    """Read `guided_json` and its like, vLLM's older names, as `structured_outputs`."""
+    guides = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}
+    given = {guides[name]: value for name, value in data.items() if name in guides and value is not None}
+    if not given:
+        return data
+    rest = {name: value for name, value in data.items() if name not in guides}
+    if rest.get("structured_outputs") is not None:
+        raise ApiError(400, "structured_outputs: guided_* says it as well: give one of both", "structured_outputs")
+    return {**rest, "structured_outputs": given}
 
 
 def _same(value: Any, neutral: Any) -> bool:
