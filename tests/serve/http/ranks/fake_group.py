@@ -116,11 +116,11 @@ class FakeGroup:
 
     Args:
         num_ranks: size of the group.
-        max_queue_size: of the router.
+        router: of so many ranks, with another observer; None: one of its own.
     """
 
-    def __init__(self, num_ranks: int, max_queue_size: int = 100) -> None:
-        self.router = RankRouter(num_ranks, TOKEN, self, max_queue_size=max_queue_size, stall_s=60, survives=True)
+    def __init__(self, num_ranks: int, router: RankRouter | None = None) -> None:
+        self.router = router or RankRouter(num_ranks, TOKEN, self, max_queue_size=100, stall_s=60, survives=True)
         self.router._connections = self  # type: ignore[assignment]
         self.processes: list[FakeProcess | None] = [FakeProcess(True) for _ in range(num_ranks)]
         self.commands: list[tuple[int, ToSupervisor]] = []
