@@ -1,7 +1,7 @@
 """Serve a model: `torchrun --nproc-per-node R -m rq_ep.serve --model DIR`, or under any launcher like torchrun."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
@@ -9,6 +9,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.supervisor.http_parent import HttpProcess
+from rq_ep.serve.supervisor.rank_start import HubAddress
 from rq_ep.serve.supervisor.supervisor import Supervisor
 
 
@@ -19,11 +20,17 @@ class ServeParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    on_serving: Callable[[HubAddress], None] = lambda hub: None,
+    joined: HubAddress | None = None,
+) -> int:
     """Serve until asked to stop. Every rank calls this; returns its exit status.
 
     Args:
         argv: the command line without the program's name.
+        on_serving: called where the group goes on without ranks that fail, once this one serves.
+        joined: what `on_serving` was called with in a group that goes on without this rank, which joins it again.
     """
     parser = ServeParser(prog="rq_ep.serve", description=__doc__, allow_abbrev=False)
     add_flags(parser, ServeConfig)
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config.for_ranks(environment.world_size)
         set_up_logging(config.log_level if rank == 0 else "warning")
         if config.on_rank_failure == "continue":
-            return Supervisor(config, environment).run()
+            return Supervisor(config, environment, on_serving=on_serving, joined=joined).run()
         # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
         http, problem = None, None
         early_end = EarlyEnd(rank)

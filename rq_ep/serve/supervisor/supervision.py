@@ -112,19 +112,22 @@ WITHOUT_PROCESS = (RankPhase.WAITING, RankPhase.REMOVED, RankPhase.GIVEN_UP)
 
 
 class Supervision:
-    """The decisions on one rank. Its process has just been started for the first time.
+    """The decisions on one rank.
 
     Args:
         rank: the rank.
         max_restarts: how often it is started again, in a row.
         shutdown_timeout_s: how long running requests get to finish after a signal.
+        phase: at first: the rank's process was started with its group, or is to be asked for.
     """
 
-    def __init__(self, rank: int, max_restarts: int, shutdown_timeout_s: float) -> None:
+    def __init__(
+        self, rank: int, max_restarts: int, shutdown_timeout_s: float, phase: RankPhase = RankPhase.BEGINNING
+    ) -> None:
         self._rank = rank
         self._max_restarts = max_restarts
         self._shutdown_timeout_s = shutdown_timeout_s
-        self.phase = RankPhase.BEGINNING
+        self.phase = phase
         self._num_restarts = 0
         self._num_failures = 0  # in a row
         self._served_since_s = inf

@@ -6,7 +6,7 @@ imports neither torch nor transformers.
 
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from math import inf
 
@@ -14,6 +14,7 @@ from rq_ep.config import Environment, ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.frames import Role
+from rq_ep.serve.messages import StartRank
 from rq_ep.serve.process import print_error, signals_to, thread_errors_to, watch_launcher
 from rq_ep.serve.supervisor.http_parent import HttpProcess
 from rq_ep.serve.supervisor.rank_child import RANK_PROCESS, RankChild
@@ -26,6 +27,7 @@ from rq_ep.serve.supervisor.supervision import (
     Exit,
     HubClosed,
     KillProcess,
+    RankPhase,
     SignalReceived,
     StartProcess,
     Supervision,
@@ -39,19 +41,33 @@ class Supervisor:
         config: what to serve.
         environment: of this rank.
         command: the rank's process.
+        on_serving: called when the rank serves, with where its group can be joined.
+        joined: such a place; the group goes on without this rank, which joins it. None: the group starts.
     """
 
-    def __init__(self, config: ServeConfig, environment: Environment, command: Sequence[str] = RANK_PROCESS) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        environment: Environment,
+        command: Sequence[str] = RANK_PROCESS,
+        on_serving: Callable[[HubAddress], None] = lambda hub: None,
+        joined: HubAddress | None = None,
+    ) -> None:
         self._config = config
         self._environment = environment
         self._command = command
+        self._on_serving = on_serving
+        self._joined = joined
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._supervision = Supervision(
-            environment.rank, config.max_rank_restarts, shutdown_timeout_s=config.shutdown_timeout
+            environment.rank,
+            config.max_rank_restarts,
+            config.shutdown_timeout,
+            RankPhase.BEGINNING if joined is None else RankPhase.REMOVED,
         )
         self._hub: HubAddress | None = None
         self._client: ControlClient | None = None
-        self._child: RankChild
+        self._child: RankChild | None = None
 
     def run(self) -> int:
         """Supervise until the group ends. Returns the exit status."""
@@ -61,17 +77,12 @@ class Supervisor:
             watch_launcher(self._fail, self._environment.has_launcher),
             thread_errors_to(lambda error: self._fail(f"its supervisor: {type(error).__name__}: {error}")),
         ):
-            problem = None
-            # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
-            if self._environment.rank == 0:
-                try:
-                    http = HttpProcess(self._config, self._environment, Role.SUPERVISOR)
-                    cleanup.callback(http.close)
-                    self._adopt(http.hub, http.client)
-                except UserError as error:
-                    problem = str(error)  # raised once the ranks have met, on all of them
-            self._child = self._started(RankStart(self._config, self._hub, problem))
             cleanup.callback(self._part)
+            if self._joined is None:
+                self._begin(cleanup)
+            else:
+                self._connect(self._joined)
+                self._events.put(StartRank())
             while True:
                 for action in self._next_actions():
                     if isinstance(action, Exit):
@@ -79,6 +90,19 @@ class Supervisor:
                             print_error(action.reason)
                         return action.status
                     self._do(action)
+
+    def _begin(self, cleanup: ExitStack) -> None:
+        """Start the rank of a group that starts and, beside rank 0, the HTTP process."""
+        problem = None
+        # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
+        if self._environment.rank == 0:
+            try:
+                http = HttpProcess(self._config, self._environment, Role.SUPERVISOR)
+                cleanup.callback(http.close)
+                self._adopt(http.hub, http.client)
+            except UserError as error:
+                problem = str(error)  # raised once the ranks have met, on all of them
+        self._child = self._started(RankStart(self._config, self._hub, problem))
 
     def _next_actions(self) -> Sequence[Action]:
         """Wait for an event, or until something is due."""
@@ -96,10 +120,13 @@ class Supervisor:
                 rejoin = Rejoin(self._hub, action.num_restarts)
                 self._child = self._started(RankStart(self._config, rejoin=rejoin))
             case KillProcess():
+                assert self._child is not None
                 self._child.kill()
             case PassSignal() | Leave() | EndFailed():
+                assert self._child is not None
                 self._child.send(action)
             case Connect():
+                self._on_serving(action.hub)
                 if self._client is None:
                     self._connect(action.hub)
             case Exit():
@@ -127,7 +154,8 @@ class Supervisor:
         )
 
     def _part(self) -> None:
-        self._child.kill()  # none is left, unless this process ends by an error of its own
+        if self._child is not None:
+            self._child.kill()  # it has ended, unless this process ends by an error of its own
         if self._client is not None:
             self._client.close()
 
