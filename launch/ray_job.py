@@ -5,11 +5,13 @@
 
 What follows the program is handed to it unchanged. Every actor gets the environment torchrun would have set and calls
 the same `main(argv)`. The first rank that fails ends the group with its number and its error, and `--max-restarts`
-starts another one. SIGTERM (`ray job stop`) is passed on to rank 0, so that a server drains before it ends. Without a
-cluster address, Ray is started right here.
+starts another one; but a server that serves goes on without a rank whose actor or node has died, until a new actor has
+joined it. SIGTERM (`ray job stop`) is passed on to one rank, so that a server drains before it ends. Without a cluster
+address, Ray is started right here.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -17,13 +19,15 @@ import os
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 START_TIMEOUT_S = 300
@@ -51,10 +55,18 @@ class Rank:
         gpus = tuple(int(gpu) for gpu in ray.get_gpu_ids())
         return Seat(context.get_node_id(), gpus, os.getpid(), ray.util.get_node_ip_address(), port)
 
-    def run(self, program: str, argv: Sequence[str], environment: dict[str, str]) -> Any:
+    def run(self, program: str, argv: Sequence[str], environment: dict[str, str], serving: Queue, joined: Any) -> Any:
+        """Run the program. A server says on `serving` how its group can be joined, and joins one that is given."""
         os.environ.update(environment)
+        main = find_main(program)
+        if program == "serve":
+            from rq_ep.serve.supervisor.rank_start import HubAddress
+
+            main = functools.partial(
+                main, on_serving=lambda hub: serving.put(astuple(hub)), joined=joined and HubAddress(*joined)
+            )
         try:
-            return find_main(program)(list(argv))
+            return main(list(argv))
         except SystemExit as stop:  # argparse ends this way; an actor must not
             return stop.code or 0
 
@@ -101,17 +113,98 @@ def send_signal(pid: int, number: int) -> None:
 
 
 class Stopper:
-    """Handles SIGTERM: passes it on to rank 0, and remembers it, as a job that is to end must not be restarted."""
+    """Handles SIGTERM: passes it on to a rank, and remembers it, as a job that is to end must not be restarted."""
 
     def __init__(self) -> None:
         self.was_asked = False
-        self.rank_0: Seat | None = None  # once it has one
+        self.seat: Seat | None = None  # of a rank that runs, once there is one
 
     def __call__(self, number: int, _frame: object) -> None:
         self.was_asked = True
-        if self.rank_0 is not None:
-            affinity = NodeAffinitySchedulingStrategy(self.rank_0.node_id, soft=False)
-            send_signal.options(scheduling_strategy=affinity).remote(self.rank_0.pid, number)
+        if self.seat is not None:
+            affinity = NodeAffinitySchedulingStrategy(self.seat.node_id, soft=False)
+            send_signal.options(scheduling_strategy=affinity).remote(self.seat.pid, number)
+
+
+class Run:
+    """One run of the program on all ranks, in the bundles of a placement group."""
+
+    def __init__(self, options: argparse.Namespace, stopper: Stopper, group: PlacementGroup) -> None:
+        self._options = options
+        self._stopper = stopper
+        self._group = group
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._serving = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # how ranks can join
+        self._joined: Any = None  # what came there last: the program goes on without ranks that die
+        self._bundles: list[int] = []  # of each rank
+        self._seats: list[Seat] = []
+        self._runs: dict[ray.ObjectRef, int] = {}  # of the ranks that have an actor
+        self._coming: dict[ray.ObjectRef, tuple[int, Any]] = {}  # seats of new actors, of which rank
+        self._num_replaced: Counter[int] = Counter()
+
+    def results(self) -> tuple[list[Any] | None, str]:
+        """Every rank's result, or None and what went wrong."""
+        actors = [self._actor(bundle) for bundle in range(self._options.num_ranks)]
+        seats = ray.get([actor.seat.remote() for actor in actors])
+        self._bundles = sorted(range(len(actors)), key=lambda bundle: seats[bundle])
+        self._seats = [seats[bundle] for bundle in self._bundles]
+        if self._stopper.was_asked:
+            return None, "stopped before it had begun"
+        for rank, bundle in enumerate(self._bundles):
+            self._start(rank, actors[bundle])
+        results: dict[int, Any] = {}
+        deaths: list[str] = []
+        while self._runs:
+            self._stopper.seat = self._seats[min(self._runs.values())]
+            (finished,), _ = ray.wait([*self._runs, *self._coming])
+            rank, actor = self._coming.pop(finished, None) or (self._runs.pop(finished), None)
+            where = f"rank {rank} on {self._seats[rank].address}"
+            problem = None
+            try:
+                result = ray.get(finished)
+                if actor is not None:
+                    self._seats[rank] = result
+                    self._start(rank, actor)
+                else:
+                    results[rank] = result
+                    problem = f"{where} ended with exit code {result}" if result and isinstance(result, int) else None
+            except ray.exceptions.RayError as error:
+                problem = f"{where} failed: {_first_cause(error)}"
+                if self._goes_on():
+                    deaths.append(problem)
+                    print(f"ray_job: {problem}; the other ranks go on", file=sys.stderr)
+                    self._replace(rank)
+                    continue
+            if problem is not None:
+                if self._runs:
+                    ray.wait(list(self._runs), num_returns=len(self._runs), timeout=END_TIMEOUT_S)
+                return None, "; ".join([*deaths, problem])
+        return [results.get(rank) for rank in range(self._options.num_ranks)], ""
+
+    def _actor(self, bundle: int) -> Any:
+        return Rank.options(
+            num_cpus=self._options.cpus_per_rank,
+            num_gpus=self._options.gpus_per_rank,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
+        ).remote()
+
+    def _start(self, rank: int, actor: Any) -> None:
+        environment = environments(self._seats)[rank]
+        run = actor.run.remote(self._options.program, self._options.arguments, environment, self._serving, self._joined)
+        self._runs[run] = rank
+
+    def _goes_on(self) -> bool:
+        """Whether there are ranks left that serve without one that has died."""
+        while not self._serving.empty():
+            self._joined = self._serving.get()
+        return self._joined is not None and len(self._runs) > 0
+
+    def _replace(self, rank: int) -> None:
+        """Start an actor for a rank that has none, once its bundle has a node."""
+        if not self._stopper.was_asked and self._num_replaced[rank] < self._options.max_actor_restarts:
+            self._num_replaced[rank] += 1
+            actor = self._actor(self._bundles[rank])
+            self._coming[actor.seat.remote()] = (rank, actor)
 
 
 def run_once(options: argparse.Namespace, stopper: Stopper) -> tuple[list[Any] | None, str]:
@@ -122,43 +215,11 @@ def run_once(options: argparse.Namespace, stopper: Stopper) -> tuple[list[Any] |
     try:
         if not group.wait(START_TIMEOUT_S):
             return None, f"the cluster has no room for {options.num_ranks} x {bundle} within {START_TIMEOUT_S} s"
-        actors = [
-            Rank.options(
-                num_cpus=options.cpus_per_rank,
-                num_gpus=options.gpus_per_rank,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
-            ).remote()
-            for index in range(options.num_ranks)
-        ]
-        seated = zip(ray.get([actor.seat.remote() for actor in actors]), actors, strict=True)
-        ordered = sorted(seated, key=lambda pair: pair[0])
-        seats = [seat for seat, _ in ordered]
-        stopper.rank_0 = seats[0]
-        if stopper.was_asked:
-            return None, "stopped before it had begun"
-        runs = {
-            actor.run.remote(options.program, options.arguments, environment): rank
-            for rank, ((_, actor), environment) in enumerate(zip(ordered, environments(seats), strict=True))
-        }
-        results: dict[int, Any] = {}
-        waiting = list(runs)
-        while waiting:
-            finished, waiting = ray.wait(waiting)
-            rank = runs[finished[0]]
-            try:
-                result = results[rank] = ray.get(finished[0])
-                problem = f"ended with exit code {result}" if isinstance(result, int) and result != 0 else None
-            except ray.exceptions.RayError as error:
-                problem = f"failed: {_first_cause(error)}"
-            if problem is not None:
-                if waiting:
-                    ray.wait(waiting, num_returns=len(waiting), timeout=END_TIMEOUT_S)
-                return None, f"rank {rank} on {seats[rank].address} {problem}"
-        return [results[rank] for rank in range(options.num_ranks)], ""
+        return Run(options, stopper, group).results()
     except ray.exceptions.RayError as error:  # a node has gone while the ranks took their seats
         return None, _first_cause(error)
     finally:
-        stopper.rank_0 = None
+        stopper.seat = None
         remove_placement_group(group)  # ends the actors that are left
 
 
@@ -177,6 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus-per-rank", type=int, default=0, choices=(0, 1), help="0 runs on the CPU over gloo")
     parser.add_argument("--cpus-per-rank", type=int, default=1)
     parser.add_argument("--max-restarts", type=int, default=0, help="start a failed group again this often")
+    parser.add_argument(
+        "--max-actor-restarts", type=int, default=3, help="start an actor again this often while the other ranks serve"
+    )
     parser.add_argument("--json", type=Path, help="write rank 0's result here (benchmarks)")
     parser.add_argument("program", help="`serve`, `bench`, another module or a Python file that has main(argv)")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the program")

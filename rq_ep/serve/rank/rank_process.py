@@ -2,6 +2,7 @@
 
 from rq_ep.config import Environment
 from rq_ep.core.errors import UserError
+from rq_ep.serve.control import ControlClient
 from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.supervisor_link import SupervisorLink
@@ -16,6 +17,8 @@ def main() -> int:
     set_up_logging(start.config.log_level if rank == 0 else "warning")
     early_end = EarlyEnd(rank, link)
     with early_end.watching(has_launcher=False):
+        if start.hub is not None:  # at once, so that the HTTP process learns how the rank ends
+            early_end.client = ControlClient(start.hub.address, rank, start.hub.token)
         try:
             from rq_ep.serve.rank.rank_server import serve
 
