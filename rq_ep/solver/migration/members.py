@@ -13,7 +13,9 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
+from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replicas
+from rq_ep.core.rules import Rules
 from rq_ep.core.strategy import Planner, Strategy
 from rq_ep.core.topology import Topology
 
@@ -91,6 +93,17 @@ def lifted(
         topology=topology,
         bytes_R=of_all(placement.bytes_R),
         budget_bytes_R=budget_bytes_R,
+    )
+
+
+def lowered_problem(problem: PlacementProblem, members: Sequence[int]) -> PlacementProblem:
+    """The problem of the members alone. Rules, which name ranks, are left out."""
+    budget_R = problem.budget_bytes_R
+    return replace(
+        problem,
+        topology=problem.topology.of(members),
+        budget_bytes_R=None if budget_R is None else tuple(budget_R[rank] for rank in members),
+        rules=Rules(),
     )
 
 

@@ -228,8 +228,7 @@ class _Migration:
     ) -> None:
         self._bytes, self._native, self._room = expert_bytes, native_format, room_bytes
         self._num_ranks, self._nodes_R = after.topology.num_ranks, after.topology.nodes_R.tolist()
-        self._stored = _slots(before)
-        self._target = _slots(layer.replicas for layer in after.layers)
+        self._stored, self._target = _changing(before, [list(layer.replicas) for layer in after.layers])
         self._holders = _ranks(self._stored)
         self._homes = _ranks(self._target)  # ranks that hold an expert in the end
         goals = {slot.of: name for slot, name in self._target.items()}
@@ -260,12 +259,14 @@ class _Migration:
         for of, holders in self._holders.items():
             if holders & self._homes[of]:
                 self._release(of)
-        pairs_LE = np.zeros((len(before), 1 + max(of.expert for of in goals)), np.int64)
+        pairs_LE = np.zeros((len(before), after.layers[0].num_experts), np.int64)
         self._low_pairs, self._max_low = 0, np.inf
         if low_cap is not None:
             pairs_LE = low_cap.pairs_LE
+            low = {(i, one.expert) for i, row in enumerate(before) for one in row if one.format != native_format}
+            staying = sum(int(pairs_LE[of]) for of in low if of not in self._formats)
             self._low_pairs, low_after = (
-                sum(int(pairs_LE[of]) for of, name in names.items() if name != native_format)
+                staying + sum(int(pairs_LE[of]) for of, name in names.items() if name != native_format)
                 for names in (self._formats, goals)
             )
             self._max_low = max(low_cap.max_pairs, self._low_pairs, low_after)
@@ -485,9 +486,15 @@ class _Migration:
         return source
 
 
-def _slots(rows: Iterable[Iterable[Replica]]) -> dict[Slot, str]:
-    """The format that each replica is stored in."""
-    return {Slot(Expert(layer, expert), rank): name for layer, row in enumerate(rows) for rank, expert, name in row}
+def _changing(before: Held, after: Held) -> tuple[dict[Slot, str], dict[Slot, str]]:
+    """The format of each replica before and after, of the experts whose replicas change; the others have no part."""
+    stored: dict[Slot, str] = {}
+    target: dict[Slot, str] = {}
+    for layer, rows in enumerate(zip(before, after, strict=True)):
+        experts = {expert: Expert(layer, expert) for _, expert, _ in set(rows[0]) ^ set(rows[1])}
+        for row, slots in zip(rows, (stored, target), strict=True):
+            slots |= {Slot(experts[expert], rank): name for rank, expert, name in row if expert in experts}
+    return stored, target
 
 
 def _ranks(slots: Iterable[Slot]) -> defaultdict[Expert, set[int]]:

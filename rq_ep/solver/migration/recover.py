@@ -1,27 +1,29 @@
 """Recovery: members that go on without the other ranks, at once, with a replica of every expert inside their bytes.
 
-What the members hold stays where it is. An expert that none of them holds is read from the checkpoint. Where a rank has
-no room for it, spare replicas are given up first, then the experts that tolerate it best are stored in few bits.
+What the members hold stays where it is, as far as there is room. An expert that none of them holds is read from the
+checkpoint. It is a first answer, within a fraction of a second; `place_again` finds a better one beside the steps.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-import numpy as np
-
-from rq_ep.core.arrays import BoolArray, FloatArray
-from rq_ep.core.errors import UserError
 from rq_ep.core.moves import DROP, Move
-from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
-from rq_ep.core.problem import PlacementProblem
-from rq_ep.core.replicas import Replica
+from rq_ep.core.placement import Placement
+from rq_ep.core.problem import PlacementProblem, ignore_progress
+from rq_ep.solver.compiled import numba
+from rq_ep.solver.migration.members import lowered_problem
 from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds
-from rq_ep.solver.objective.precision import Formats, damage_LE, error_LE
+from rq_ep.solver.migration.restoration import Restoration
+from rq_ep.solver.objective.calibration_steps import calibration_steps
+from rq_ep.solver.objective.denoise_steps import denoise_steps
+from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution
 
-UNLIMITED = 2**60
+NUM_STEPS = 8  # calibration steps that the search looks at
+NUM_MOVES = 600  # attempted in each layer: a tenth of a second for 58 layers of 64 experts on 8 ranks
+PRICE = 1.0  # max/mean that moving as many bytes as the whole budget must gain: clients wait for these bytes
+MORE_MOVED = 0.5  # bytes moved for balance, in those that have to move
 
 
 class Recovery(NamedTuple):
@@ -34,8 +36,10 @@ class Recovery(NamedTuple):
 def recover(problem: PlacementProblem, placement: Placement, members: Sequence[int], room_bytes: int) -> Recovery:
     """The placement of the members, and the rounds that lead to it.
 
-    Until the rounds have been made, some experts may have no replica on a member: no step can run.
-    The cap on low pairs is kept; where it did not hold before, it is not exceeded further.
+    Where every expert has a replica on a member, nothing moves. Until the rounds have been made, some experts may have
+    none: no step can run. The rounds begin at `placement` as it is: replicas of other ranks stay in it until theirs are
+    dropped, so that every layer has every expert at all times, and only members send. The cap on low pairs is kept;
+    where it did not hold before, it is not exceeded further.
 
     Args:
         problem: loads, formats, cap and budgets of all ranks; where no load is known, every expert has the same.
@@ -46,205 +50,38 @@ def recover(problem: PlacementProblem, placement: Placement, members: Sequence[i
     Raises:
         UserError: the members cannot hold every expert; the message says how many bytes are missing.
     """
-    repair = _Repair(problem, placement, members)
-    repair.restore()
-    after = repair.placement()
+    restoration = Restoration(problem, placement, members)
+    if restoration.restore():
+        _balance(problem, members, restoration)
+    after = restoration.placement()
     is_member = set(members)
     held = [[one for one in layer.replicas if one.rank in is_member] for layer in placement.layers]
-    low_cap = LowCap(repair.pairs_LE, problem.max_low_precision_share * int(repair.pairs_LE.sum()))
+    low_cap = LowCap(restoration.pairs_LE, problem.max_low_precision_share * int(restoration.pairs_LE.sum()))
     stats = problem.stats
     rounds = move_rounds(held, after, stats.expert_bytes, stats.native_format, room_bytes, low_cap=low_cap)
     return Recovery(after, _with_drops(rounds, placement, is_member))
 
 
-class _Repair:
-    """What the members hold, and what they still lack."""
+def _balance(problem: PlacementProblem, members: Sequence[int], restoration: Restoration) -> None:
+    """Choose better ranks for what has to move, and better spare replicas to give up, by a short search.
 
-    def __init__(self, problem: PlacementProblem, placement: Placement, members: Sequence[int]) -> None:
-        self._problem, self._before, self._members = problem, placement, members
-        stats = problem.stats
-        self._formats = Formats.of(problem)
-        self._names = tuple(dict.fromkeys((stats.native_format, *problem.formats, *placement.formats)))
-        self._bytes_F = np.array([stats.expert_bytes[name] for name in self._names], np.int64)
-        number = {name: index for index, name in enumerate(self._names)}
-        num_layers, num_experts, num_ranks = len(placement.layers), stats.num_experts, placement.topology.num_ranks
-        self.format_LER = np.full((num_layers, num_experts, num_ranks), -1, np.int8)  # index into the names, or -1
-        for format_ER, layer in zip(self.format_LER, placement.layers, strict=True):
-            table = layer.replicas
-            format_ER[table.experts_P, table.ranks_P] = [number[name] for name in table.formats_P]
-        self.pairs_LE = stats.counts.sum(axis=0)
-        if not self.pairs_LE.any():
-            self.pairs_LE = np.ones((num_layers, num_experts), np.int64)
-        totals_L1 = self.pairs_LE.sum(axis=1, keepdims=True)
-        self._load_LE: FloatArray = np.divide(  # of the pairs of a layer
-            self.pairs_LE, totals_L1, out=np.full(self.pairs_LE.shape, 1 / num_experts), where=totals_L1 > 0
-        )
-        self._max_low = max(problem.max_low_precision_share * int(self.pairs_LE.sum()), self._low_pairs())
-        is_native_LE = (self.format_LER == 0).any(axis=2)
-        self._format_LE = np.where(is_native_LE, 0, self.format_LER.max(axis=2))  # that each expert comes back in
-        is_hole_R = np.ones(num_ranks, bool)
-        is_hole_R[list(members)] = False
-        self.format_LER[:, :, is_hole_R] = -1
-        # What is left of an expert in two formats is given up where its pairs would all be computed in the fewer bits.
-        self.format_LER[is_native_LE & ~(self.format_LER == 0).any(axis=2)] = -1
-        held_LER = self.format_LER >= 0
-        self._copies_LE = held_LER.sum(axis=2)
-        used_R = np.where(held_LER, self._bytes_F[self.format_LER], 0).sum(axis=(0, 1))
-        budget_R = np.array(problem.budget_bytes_R or [UNLIMITED] * num_ranks, np.int64)
-        self._free_R: list[int] = (np.maximum(budget_R, used_R) - used_R).tolist()
-        self._load_LR: FloatArray = np.einsum("ler,le->lr", held_LER, self._load_LE / np.maximum(self._copies_LE, 1))
-        self._spares: dict[int, list[tuple[float, int, int]]] = {}  # of a rank, as a heap, those worth least first
-        self._tolerant: list[tuple[int, int]] | None = None  # experts that may be stored in few bits, best last
-
-    def restore(self) -> None:
-        """Give every expert that has no replica one, the busiest first."""
-        missing = np.argwhere(self._copies_LE == 0)
-        order = np.argsort(-self._load_LE[self._copies_LE == 0], kind="stable")
-        rest = []
-        for i, expert in missing[order].tolist():
-            if not self._place(i, expert):
-                rest.append((i, expert))
-        while rest and self._lower_one():
-            rest = [one for one in rest if not self._place(*one)]
-        if rest:
-            raise UserError(self._too_small(rest))
-
-    def placement(self) -> Placement:
-        """The result as a placement of all ranks."""
-        before, stats = self._before, self._problem.stats
-        layers = []
-        for layer, format_ER in zip(before.layers, self.format_LER, strict=True):
-            experts, ranks = np.nonzero(format_ER >= 0)
-            formats = [self._names[name] for name in format_ER[experts, ranks].tolist()]
-            replicas = map(Replica, ranks.tolist(), experts.tolist(), formats)
-            after = LayerPlacement.even(layer.index, layer.num_experts, replicas, layer.replicas.mixed_formats)
-            layers.append(layer if list(after.replicas) == list(layer.replicas) else after)
-        bytes_R = bytes_by_rank(layers, before.topology.num_ranks, stats.expert_bytes)
-        low_share = self._low_pairs() / int(self.pairs_LE.sum())
-        return replace(
-            before, layers=tuple(layers), bytes_R=tuple(bytes_R.tolist()),
-            budget_bytes_R=self._problem.budget_bytes_R, low_precision_planned=low_share, certificate={},
-        )  # fmt: skip
-
-    def _low_pairs(self) -> float:
-        """Pairs computed in few bits where replicas of an expert share them evenly; missing experts have none."""
-        copies_LE = (self.format_LER >= 0).sum(axis=2)
-        low_LE = (self.format_LER > 0).sum(axis=2) / np.maximum(copies_LE, 1)
-        return float((low_LE * self.pairs_LE).sum())
-
-    def _place(self, i: int, expert: int) -> bool:
-        """Put an expert on the member of least load that has the bytes, or can give up spare replicas for them."""
-        size = int(self._bytes_F[self._format_LE[i, expert]])
-        by_load = sorted(self._members, key=lambda rank: (self._load_LR[i, rank], rank))
-        for makes_room in (False, True):
-            for rank in by_load:
-                if self._free_R[rank] >= size or (makes_room and self._give_up_spares(rank, size)):
-                    self._add(i, expert, rank)
-                    return True
-        return False
-
-    def _add(self, i: int, expert: int, rank: int) -> None:
-        self.format_LER[i, expert, rank] = self._format_LE[i, expert]
-        self._copies_LE[i, expert] += 1
-        self._free_R[rank] -= int(self._bytes_F[self._format_LE[i, expert]])
-        self._load_LR[i, rank] += self._load_LE[i, expert]
-
-    def _give_up_spares(self, rank: int, size: int) -> bool:
-        """Drop replicas of a rank that have others, those worth least first, until it has so many bytes; or none."""
-        if rank not in self._spares:
-            rows = np.argwhere((self.format_LER[:, :, rank] >= 0) & (self._copies_LE > 1)).tolist()
-            self._spares[rank] = [(self._worth(i, expert), i, expert) for i, expert in rows]
-            heapify(self._spares[rank])
-        spares, dropped, free = self._spares[rank], [], self._free_R[rank]
-        while spares and free < size:
-            worth, i, expert = heappop(spares)
-            if not self._is_spare(i, expert, rank):
-                continue
-            if (now := self._worth(i, expert)) > worth:
-                heappush(spares, (now, i, expert))  # another replica went since
-                continue
-            free += int(self._bytes_F[self.format_LER[i, expert, rank]])
-            dropped.append((i, expert))
-        if free < size:
-            for i, expert in dropped:
-                heappush(spares, (self._worth(i, expert), i, expert))
-            return False
-        for i, expert in dropped:
-            self.format_LER[i, expert, rank] = -1
-            copies = int(self._copies_LE[i, expert])
-            self._copies_LE[i, expert] = copies - 1
-            share = self._load_LE[i, expert] / copies
-            self._load_LR[i, rank] -= share
-            self._load_LR[i, self.format_LER[i, expert] >= 0] += share / (copies - 1)
-        self._free_R[rank] = free
-        return True
-
-    def _is_spare(self, i: int, expert: int, rank: int) -> bool:
-        """Whether others hold the expert in as many bits."""
-        if self._copies_LE[i, expert] < 2:
-            return False
-        name = self.format_LER[i, expert, rank]
-        return bool(name > 0 or (self.format_LER[i, expert] == 0).sum() > 1)
-
-    def _worth(self, i: int, expert: int) -> float:
-        """Load that other ranks take over when one replica fewer is there, for a byte."""
-        copies = int(self._copies_LE[i, expert])
-        size = int(self._bytes_F[self._format_LE[i, expert]])
-        return float(self._load_LE[i, expert]) / (copies * max(copies - 1, 1) * size)
-
-    def _lower_one(self) -> bool:
-        """Store one more expert in few bits; False: none may be."""
-        if self._tolerant is None:
-            self._tolerant = self._tolerant_experts()
-        if not self._tolerant:
-            return False
-        i, expert = self._tolerant.pop()
-        low = self._names.index(self._formats.low or "")
-        more = int(self._bytes_F[0] - self._bytes_F[low])
-        self._format_LE[i, expert] = low
-        for rank in np.flatnonzero(self.format_LER[i, expert] == 0).tolist():
-            self.format_LER[i, expert, rank] = low
-            self._free_R[rank] += more
-        return True
-
-    def _tolerant_experts(self) -> list[tuple[int, int]]:
-        """Native experts that may be stored low by the caps on pairs and on error; that of least damage last."""
-        problem, formats = self._problem, self._formats
-        if formats.low is None:
-            return []
-        stats = problem.stats
-        damages_LE = damage_LE(stats, formats.low)
-        mixes_LE: BoolArray = np.any(self.format_LER > 0, axis=2)
-        low_LE: BoolArray = self._format_LE > 0
-        left = self._max_low - self._low_pairs() - float(self.pairs_LE[low_LE & (self._copies_LE == 0)].sum())
-        more_LE = error_LE(stats, formats.low) - error_LE(stats, formats.native)
-        left_error = np.inf
-        if problem.max_error is not None:
-            left_error = problem.max_error - error_LE(stats, formats.native).sum() - more_LE[low_LE].sum()
-        tolerant = []
-        for flat in np.lexsort((self.pairs_LE.ravel(), damages_LE.ravel())).tolist():
-            i, expert = divmod(flat, stats.num_experts)
-            pairs, error = float(self.pairs_LE[i, expert]), float(more_LE[i, expert])
-            if low_LE[i, expert] or mixes_LE[i, expert] or pairs > left or error > left_error:
-                continue
-            tolerant.append((i, expert))
-            left, left_error = left - pairs, left_error - error
-        return tolerant[::-1]
-
-    def _too_small(self, rest: Sequence[tuple[int, int]]) -> str:
-        """The message for too few bytes, with how many would do."""
-        free, missing = {rank: self._free_R[rank] for rank in self._members}, 0
-        for i, expert in rest:
-            rank = max(free, key=lambda rank: (free[rank], -rank))
-            size = int(self._bytes_F[self._format_LE[i, expert]])
-            missing += max(size - max(free[rank], 0), 0)
-            free[rank] -= size
-        problem = self._problem
-        return (
-            f"ranks {','.join(map(str, self._members))} cannot hold every expert: {missing} bytes are missing. Raise "
-            f"--budget, or allow fewer bits with --formats (now {','.join(problem.formats)}) and "
-            f"--max-low-precision-share (now {problem.max_low_precision_share:g})"
-        )
+    It is left out where it would take too long or might not be served: without a compiler, where formats are mixed, and
+    where no expert had more than one replica.
+    """
+    low_LE = restoration.low_LE()
+    if numba is None or low_LE is None or restoration.before_LER.sum(axis=2).max() < 2:
+        return
+    before_LEM, after_LEM = (held_LER[:, :, members] for held_LER in (restoration.before_LER, restoration.held_LER))
+    to_move = int(((after_LEM & ~before_LEM) * restoration.bytes_LE[:, :, None]).sum())
+    alone = replace(
+        lowered_problem(problem, members), move_price=PRICE, max_moved_bytes=round((1 + MORE_MOVED) * to_move),
+        time_limit_s=None, num_workers=1,
+    )  # fmt: skip
+    context = replace(SearchContext.of(alone, NUM_MOVES, None), current=Solution(before_LEM, low_LE))
+    steps = denoise_steps(alone, calibration_steps(alone, NUM_STEPS))
+    state = SearchState(context, steps, Solution(after_LEM, low_LE)).add_replicas()
+    state.search(ignore_progress)
+    restoration.hold(state.held_LER, members)
 
 
 def _with_drops(rounds: Sequence[MoveRound], before: Placement, members: set[int]) -> tuple[MoveRound, ...]:
