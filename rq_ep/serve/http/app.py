@@ -22,10 +22,11 @@ from rq_ep.serve.http.openai.chunks import Chunk
 from rq_ep.serve.http.openai.openapi import body_schema, describe
 from rq_ep.serve.http.openai.request_body import CLIENT_CLOSED_REQUEST, BodyReader, unless_disconnected
 from rq_ep.serve.http.openai.responses import ResponseBuilder
-from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
+from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from rq_ep.serve.http.service import EncodedPrompt, Service
 
 Body = TypeVar("Body", bound=GenerationBody)
+TokenBody = TypeVar("TokenBody", TokenizeBody, DetokenizeBody)
 
 
 def make_app(
@@ -72,6 +73,22 @@ def make_app(
         # The first chunk is awaited before the status is sent, so that a refusal is a status and not an event.
         events = response.stream(_chain(await anext(chunks), chunks), body.usage_options)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
+    async def tokenize(http: Request) -> dict[str, Any]:
+        return await convert(http, TokenizeBody, service.tokenize)
+
+    @app.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
+    async def detokenize(http: Request) -> dict[str, Any]:
+        return await convert(http, DetokenizeBody, service.detokenize)
+
+    async def convert(
+        http: Request, kind: type[TokenBody], work: Callable[[TokenBody], Awaitable[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        service.check_available()
+        body = await bodies.read(http, kind)
+        service.check_model(body)
+        return await unless_disconnected(http, work(body))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

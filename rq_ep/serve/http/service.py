@@ -22,7 +22,14 @@ from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
 from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
 from rq_ep.serve.http.openai.images import ImageProcessor
 from rq_ep.serve.http.openai.prompt_encoder import PromptEncoder
-from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, GenerationBody
+from rq_ep.serve.http.openai.schemas import (
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+)
 from rq_ep.serve.http.ranks.membership import Membership
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
@@ -117,9 +124,9 @@ class Service:
         if (reason := self.why_unavailable()) is not None:
             raise ApiError(503, f"not serving: {reason}")
 
-    def check_model(self, body: GenerationBody) -> None:
-        """Refuse a request for another model."""
-        if body.model != self.model_name:
+    def check_model(self, body: GenerationBody | TokenizeBody | DetokenizeBody) -> None:
+        """Refuse a request for another model; not every body names one."""
+        if body.model is not None and body.model != self.model_name:
             raise self.no_such_model(body.model)
 
     def no_such_model(self, name: str) -> ApiError:
@@ -157,24 +164,47 @@ class Service:
         images, urls = self.images, body.image_urls
         if urls and images is None:
             raise ApiError(400, f"messages: {self.model_name} is served text-only: {self.why_text_only}", "messages")
+        text = await self._rendered(body.messages)
+        if images is not None and urls:
+            sources = await images.fetch(urls)
+            return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, sources)))
+        return EncodedPrompt(await self._encoder.encode(text, "messages", add_special_tokens=False))
+
+    async def _rendered(self, messages: Sequence[ChatMessage]) -> str:
+        """A conversation as the model's chat template writes it."""
         if not self.tokenizer.chat_template:
             raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
-
-        def render() -> str:
-            return render_chat(self.tokenizer, body.messages)
-
         try:
-            text = await self._encoder.run(CHARS_PER_MESSAGE * len(body.messages), render)
+            return await self._encoder.run(
+                CHARS_PER_MESSAGE * len(messages), partial(render_chat, self.tokenizer, messages)
+            )
         except ApiError:
             raise
         except Exception as error:  # templates raise what they like: roles in a wrong order, say
             reason = " ".join(str(error).split())
             message = f"the model's chat template refuses the messages: {reason:.400}"
             raise ApiError(400, message, "messages") from None
-        if images is not None and urls:
-            sources = await images.fetch(urls)
-            return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, sources)))
-        return EncodedPrompt(await self._encoder.encode(text, "messages", add_special_tokens=False))
+
+    async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+        """Token ids of a text or a conversation, in vLLM's form."""
+        assert self.limits is not None
+        is_chat = body.messages is not None
+        text = body.prompt if body.messages is None else await self._rendered(body.messages)
+        assert text is not None
+        adds = not is_chat if body.add_special_tokens is None else body.add_special_tokens
+        param = "messages" if is_chat else "prompt"
+        token_ids = await self._encoder.encode(text, param, add_special_tokens=adds)
+        names = self.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None
+        limit = self.limits.max_model_len
+        return {"count": len(token_ids), "max_model_len": limit, "tokens": token_ids, "token_strs": names}
+
+    async def detokenize(self, body: DetokenizeBody) -> dict[str, str]:
+        """The text of token ids, with special tokens, in vLLM's form."""
+        assert self.limits is not None
+        if (highest := max(body.tokens, default=0)) >= self.limits.vocab_size:
+            text = f"token id {highest} lies outside the vocabulary of {self.limits.vocab_size}"
+            raise ApiError(400, text, "tokens")
+        return {"prompt": await self._encoder.run(len(body.tokens), partial(self.tokenizer.decode, body.tokens))}
 
     async def requests(self, prompts: Sequence[EncodedPrompt], body: GenerationBody) -> list[Request]:
         """The requests of a body: those of its first prompt, then those of the next."""

@@ -373,6 +373,26 @@ def test_an_error_of_one_answer_ends_them_all(bench: Bench, stream: bool) -> Non
     assert sorted(bench.ranks.cancelled) == sorted(request.id for request in bench.ranks.taken)
 
 
+def test_text_and_conversations_become_tokens_and_text_again(bench: Bench) -> None:
+    bench.service.tokenizer = small_tokenizer("byte_level")
+    text = "ab c"
+    body = bench.call("POST", "/tokenize", json={"model": MODEL, "prompt": text, "return_token_strs": True}).json()
+    assert (body["count"], body["max_model_len"]) == (len(body["tokens"]), 64)
+    assert body["tokens"] == bench.service.tokenizer.encode(text)
+    assert body["token_strs"] == bench.service.tokenizer.convert_ids_to_tokens(body["tokens"])
+    again = bench.call("POST", "/detokenize", json={"tokens": body["tokens"]}).json()
+    assert again == {"prompt": text}
+
+
+def test_a_conversation_is_tokenized_as_its_template_writes_it(bench: Bench) -> None:
+    body = bench.call("POST", "/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
+    assert (bytes(body["tokens"]), body["token_strs"]) == (b"<user>hi", None)
+    for wrong, param in (({}, "prompt"), ({"prompt": "a", "messages": [{"role": "user", "content": "hi"}]}, "prompt")):
+        assert error(bench.call("POST", "/tokenize", json=wrong), 400)["param"] == param
+    assert "999 lies outside" in error(bench.call("POST", "/detokenize", json={"tokens": [1, 999]}), 400)["message"]
+    assert error(bench.call("POST", "/detokenize", json={"model": "x", "tokens": []}), 404)["param"] == "model"
+
+
 def test_the_form_of_an_answer_reaches_the_rank_as_a_grammar(bench: Bench) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     for body in (

@@ -8,7 +8,14 @@ from pydantic.json_schema import models_json_schema
 
 from rq_ep.serve.http.openai.api_errors import TYPES
 from rq_ep.serve.http.openai.bodies.body import Body
-from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, RanksBody, RebalanceBody
+from rq_ep.serve.http.openai.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    RanksBody,
+    RebalanceBody,
+    TokenizeBody,
+)
 
 SCHEMA_REF = "#/components/schemas/{model}"
 
@@ -35,6 +42,8 @@ EVENTS = "where `stream` is true: events whose data is a chunk of the answer as 
 STATUSES = {
     "/v1/completions": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
     "/v1/chat/completions": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
+    "/tokenize": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
+    "/detokenize": (400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
     "/v1/ep/record": (400, 401, 403, 409, 500, 503),
     "/v1/ep/rebalance": (400, 401, 403, 408, 409, 413, 415, 500, 503),
     "/v1/ep/ranks": (400, 401, 403, 408, 409, 413, 415, 500, 503),
@@ -55,7 +64,7 @@ def body_schema(kind: type[Body]) -> dict[str, Any]:
 def describe(app: FastAPI, model_name: str) -> dict[str, Any]:
     """The OpenAPI document of the app, which names the one model there is."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    kinds = (CompletionBody, ChatBody, RebalanceBody, RanksBody)
+    kinds = (CompletionBody, ChatBody, RebalanceBody, RanksBody, TokenizeBody, DetokenizeBody)
     _, bodies = models_json_schema([(kind, "validation") for kind in kinds], ref_template=SCHEMA_REF)
     schemas = {**bodies["$defs"], "Error": ERROR}
     document["components"] = {"schemas": schemas}

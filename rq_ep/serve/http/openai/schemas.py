@@ -344,3 +344,26 @@ class ChatBody(GenerationBody):
             for number, part in enumerate(message.content if isinstance(message.content, list) else ())
             if isinstance(part, ImageUrlPart)
         }
+
+
+class TokenizeBody(Body):
+    """What `/tokenize` is to turn into token ids: a text, or a conversation as the chat template writes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    add_special_tokens: bool | None = None  # default: for a text, as in completions, but not for a conversation
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def check_there_is_one(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(400, "give a prompt or messages, one of both", "prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """What `/detokenize` is to turn into text."""
+
+    model: str | None = None
+    tokens: list[TokenId] = Field(max_length=MAX_INT, fail_fast=True)
