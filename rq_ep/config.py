@@ -81,7 +81,7 @@ def keep_gloo_on_loopback() -> None:
 
 
 def bind_for_ranks(environment: Environment) -> socket.socket:
-    """Bind a free port for the ranks, which as few others as possible can reach.
+    """Bind a free port of this machine for the ranks, which as few others as possible can reach.
 
     On one node it is at the loopback interface; on several, at the interface of this machine that leads to MASTER_ADDR.
 

@@ -44,9 +44,10 @@ def find_model(
     downloads = is_first_of_node(group)
     found = run_long_on_all_ranks(group, lambda: find(offline=False) if downloads else None)
     folder = run_long_on_all_ranks(group, lambda: find(offline=True) if found is None else found)
-    commits = group.all_gather_object(folder.name if is_on_hub else None)
-    if len(set(commits)) > 1:
-        held = ", ".join(f"rank {commits.index(commit)} {commit or 'a folder'}" for commit in dict.fromkeys(commits))
+    commits = group.all_gather_object(folder.name if is_on_hub else "a folder")
+    rank_of = {commits[rank]: rank for rank in reversed(group.members)}  # the first that has it
+    if len(rank_of) > 1:
+        held = ", ".join(f"rank {rank} {commit}" for commit, rank in sorted(rank_of.items(), key=lambda pair: pair[1]))
         raise UserError(f"{model}: the nodes have different versions ({held}): give a commit as --revision")
     return folder
 

@@ -74,11 +74,11 @@ def is_first_of_node(group: EPGroup) -> bool:
 
 
 def report_user_error(group: EPGroup, program: str, error: UserError) -> int:
-    """Print an error that was raised on every rank once, and wait for the other ranks. Returns the exit status.
+    """Print an error that was raised on every rank once, and wait for the other members. Returns the exit status.
 
-    Launchers end the other ranks once one has left: all leave together, rank 0 having printed.
+    Launchers end the other ranks once one has left: all leave together, the first having printed.
     """
-    if group.rank == 0:
+    if group.rank == group.members[0]:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
     group.barrier()
     return EXIT_USER_ERROR

@@ -150,12 +150,15 @@ class Communicators:
         Returns:
             The ranks out of reach, and why they are: all of them, if this is not the `generation` that is wanted.
         """
-        if generation not in (None, self.seat.generation) or self.why_aborted is not None:
+        with self._lock:
+            has_ended = self.why_aborted is not None or generation not in (None, self.seat.generation)
+            group = None if has_ended else self.channels[channel]
+        if group is None:
             reason = self.why_aborted or f"generation {generation} has ended"
             return {peer: reason for _, peer in (*sends, *receives)}
         lost: dict[int, str] = {}
         works = []
-        for start, peer in self._starts(self.channels[channel], sends, receives):
+        for start, peer in self._starts(group, sends, receives):
             with _noting(lost, peer):
                 works.append((start(), peer))
         for work, peer in works:

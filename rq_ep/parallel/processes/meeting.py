@@ -85,8 +85,8 @@ def meet(store: Any, members: Sequence[int], rank: int, word: str, is_over: IsOv
             if is_over():
                 raise Superseded("another generation has been announced")
             if time.monotonic() > deadline_s:
-                missing = [member for member, key in zip(members, keys, strict=True) if not store.check([key])]
-                raise PeerLost(f"rank {missing[0]} has not come within {timeout_s:g} s" if missing else "come too late")
+                missing = [str(member) for member, key in zip(members, keys, strict=True) if not store.check([key])]
+                raise PeerLost(f"rank {', '.join(missing)} has not come within {timeout_s:g} s")
             time.sleep(tick_s)
             tick_s = min(tick_s * 1.5, LAST_TICK_S)
         return [store.get(key).decode() for key in keys]

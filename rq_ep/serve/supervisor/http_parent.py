@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 
-from rq_ep.config import Environment, ServeConfig, as_mapping, child_environment
+from rq_ep.config import Environment, ServeConfig, as_mapping, bind_for_ranks, child_environment
 from rq_ep.core.errors import UserError
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.frames import Role
@@ -33,7 +33,7 @@ class HttpProcess:
 
     def __init__(self, config: ServeConfig, environment: Environment, role: Role = Role.RANK) -> None:
         config = config.with_api_keys()
-        with bind_http(config.host, config.port) as http, bind_control(environment) as control:
+        with bind_http(config.host, config.port) as http, bind_for_ranks(environment) as control:
             self.hub = HubAddress(control.getsockname()[:2], secrets.token_hex(16))
             # Connected before the process exists: should this one die now, the HTTP process will read the end of it.
             self.client = ControlClient(self.hub.address, 0, self.hub.token, role)
@@ -82,31 +82,3 @@ def bind_http(host: str, port: int) -> socket.socket:
         # The resolver's errors are numbered below zero, and only their text says something.
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise UserError(f"cannot listen on {host}:{port} ({reason}): choose another --port or --host") from None
-
-
-def bind_control(environment: Environment) -> socket.socket:
-    """Bind a free port for the ranks, which as few others as possible can reach.
-
-    On one node it is at the loopback interface; on several, at the interface of this machine that leads to MASTER_ADDR.
-
-    Raises:
-        UserError: there is none.
-    """
-    name = "127.0.0.1" if environment.is_one_node else environment.master_addr
-    try:
-        found = [(family, where[:2]) for family, *_, where in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
-        family, (host, _) = min(found, key=lambda pair: pair[0] != socket.AF_INET)  # IPv4 where there are both
-        return socket.create_server((_own_address(family, str(host)), 0), family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(
-            f"MASTER_ADDR={name}: no interface of this machine leads there ({error.strerror or error}): set it to an "
-            "address of the machine of rank 0"
-        ) from None
-
-
-def _own_address(family: int, host: str) -> str:
-    """The address of this machine in packets to a host: the host itself, where it is this machine."""
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing
-        address: str = probe.getsockname()[0]
-    return address

@@ -5,10 +5,10 @@ import socket
 
 import pytest
 
-from rq_ep.config import Environment, ServeConfig
+from rq_ep.config import Environment, ServeConfig, bind_for_ranks
 from rq_ep.core.errors import UserError
 from rq_ep.serve.supervisor import http_parent
-from rq_ep.serve.supervisor.http_parent import HttpProcess, bind_control
+from rq_ep.serve.supervisor.http_parent import HttpProcess
 
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_PORT": "1"}
 
@@ -16,7 +16,7 @@ LAUNCHED = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_PORT": "1"}
 @pytest.mark.parametrize("master_addr", ["127.0.0.1", "localhost", socket.gethostname(), "nowhere.invalid"])
 def test_on_one_node_the_ranks_meet_on_the_loopback_interface(master_addr: str) -> None:
     environment = Environment.from_os({**LAUNCHED, "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": master_addr})
-    with bind_control(environment) as control:
+    with bind_for_ranks(environment) as control:
         assert control.getsockname()[0] == "127.0.0.1"
 
 
@@ -30,7 +30,7 @@ def test_on_several_nodes_they_meet_on_the_interface_of_master_addr_alone(
 ) -> None:
     environment = Environment.from_os({**LAUNCHED, **local_world_size, "MASTER_ADDR": master_addr})
     try:
-        control = bind_control(environment)
+        control = bind_for_ranks(environment)
     except UserError:
         assert "::1" in expected, "this machine has no IPv6"
         return
@@ -73,4 +73,4 @@ class FakeSubprocess:
 def test_a_master_addr_that_leads_nowhere_is_named() -> None:
     environment = Environment.from_os({**LAUNCHED, "MASTER_ADDR": "nowhere.invalid"})
     with pytest.raises(UserError, match=r"MASTER_ADDR=nowhere.invalid: no interface of this machine leads there"):
-        bind_control(environment)
+        bind_for_ranks(environment)
