@@ -11,6 +11,8 @@ import pytest
 import uvicorn
 
 from rq_ep.serve.http.app import make_app
+from rq_ep.serve.http.membership_view import MembershipView
+from tests.serve.http.ranks.fake_group import FakeGroup
 from tests.serve.http.test_app import LOADS, Bench
 from tests.serve.running import free_port
 
@@ -40,6 +42,9 @@ def url() -> Iterator[str]:
     bench, port = Bench(), free_port()
     bench.service.placement = PLACEMENT
     bench.service.load_view.add(LOADS)
+    router = FakeGroup(2).router
+    router.on_loss(1, "rank 1 died")
+    bench.service.members = MembershipView(router.membership, router)
     for num_unfinished in (1, 4):
         bench.complete()
         bench.service.metrics.loads(LOADS)
@@ -67,7 +72,17 @@ def test_it_draws_ranks_experts_and_times(url: str, tmp_path: Path) -> None:
     ]
     dumped = subprocess.run([BROWSER, *options, "--dump-dom", url], capture_output=True, text=True, timeout=120).stdout
     assert 'data-ready="yes"' in dumped
-    for shown in ("org/tiny", "layer 3", "layer 4", "1.50", "live", "int8", "rank 1: 10 pairs"):
+    for shown in (
+        "org/tiny",
+        "layer 3",
+        "layer 4",
+        "1.50",
+        "live",
+        "int8",
+        "rank 0: 30 pairs",
+        "rank 1: lost",
+        "1 of 2",
+    ):
         assert shown in dumped, dumped[-3000:]
     assert dumped.count('<path d="M') == 7, "four charts, seven lines"
     draw = [BROWSER, *options, f"--screenshot={picture}", "--window-size=1200,900", url]
