@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rq_ep.core.cost import CostModel, LayerCost
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement, bytes_by_rank
+from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.core.strategy import Strategy
@@ -64,6 +64,34 @@ def keep_stored_formats(
     expert_bytes = {name: get_format(name).nbytes(layout) for name in names}
     bytes_R = bytes_by_rank(layers, placement.topology.num_ranks, expert_bytes)
     return replace(placement, layers=tuple(layers), bytes_R=tuple(bytes_R.tolist()))
+
+
+def without_rank(placement: Placement, rank: int) -> Placement:
+    """A placement in which a rank holds nothing, and has the bytes that it had: others hold its experts, as it happens.
+
+    It describes a rank that is to join others, of which it does not know yet what they hold.
+    """
+    num_ranks = placement.topology.num_ranks
+    layers = []
+    for layer in placement.layers:
+        others = [replica for replica in layer.replicas if replica.rank != rank]
+        held = {replica.expert for replica in others}
+        moved = [
+            replica._replace(rank=(rank + 1) % num_ranks)
+            for replica in layer.replicas
+            if replica.rank == rank and replica.expert not in held
+        ]
+        layers.append(
+            LayerPlacement.even(layer.index, layer.num_experts, [*others, *moved], layer.replicas.mixed_formats)
+        )
+    bytes_R = tuple(0 if at == rank else size for at, size in enumerate(placement.bytes_R))
+    return replace(
+        placement,
+        layers=tuple(layers),
+        bytes_R=bytes_R,
+        budget_bytes_R=placement.budget_bytes_R or placement.bytes_R,
+        certificate={},
+    )
 
 
 def layer_cost(

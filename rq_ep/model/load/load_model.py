@@ -20,9 +20,17 @@ from rq_ep.costs import cost_model
 from rq_ep.formats import get_format
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
-from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly
+from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly, without_rank
 from rq_ep.model.load.load_report import LoadReport
-from rq_ep.model.load.memory import RankBytes, arriving_bytes, check_fits, expert_bytes, rank_bytes, step_bytes
+from rq_ep.model.load.memory import (
+    RankBytes,
+    arriving_bytes,
+    check_fits,
+    expert_bytes,
+    most_layer_bytes,
+    rank_bytes,
+    step_bytes,
+)
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.ranks import LoadRanks
 from rq_ep.model.model_folder import find_model
@@ -52,6 +60,8 @@ def load(
     max_dispatch_bytes: int | None = None,
     movable_formats: Sequence[str] | None = None,
     room_bytes: int = 0,
+    keeps_stacks: bool = False,
+    joins_later: bool = False,
     revision: str | None = None,
     strict_weights: bool = False,
 ) -> PreTrainedModel:
@@ -86,6 +96,9 @@ def load(
         movable_formats: the placement may be replaced while the model runs, by one with experts in its own formats and
             in these; default: it stays.
         room_bytes: of a rank, beside its budget, for experts that arrive meanwhile; they count when memory is checked.
+        keeps_stacks: experts of a layer stay in one buffer, as fast kernels want it, and are copied when some move.
+        joins_later: this rank is to join others that serve already: it reads no experts, and its layers give zeros
+            until then (`EPExperts.is_apart`).
         revision: branch, tag or commit of a model of the hub.
         strict_weights: refuse a checkpoint with tensors that the model does not know, instead of leaving them unread.
 
@@ -100,7 +113,7 @@ def load(
     folder = find_model(path, revision, ranks.group)
     arguments = _Arguments(
         folder, placement, strategy, dtype, attn_implementation, packed_experts, machine, telemetry, max_tokens,
-        max_dispatch_bytes, movable_formats, room_bytes, strict_weights,
+        max_dispatch_bytes, movable_formats, room_bytes, keeps_stacks, joins_later, strict_weights,
     )  # fmt: skip
     return run_on_all_ranks(ranks.group, lambda: _Loader(arguments, ranks).load())
 
@@ -121,6 +134,8 @@ class _Arguments:
     max_dispatch_bytes: int | None
     movable_formats: Sequence[str] | None
     room_bytes: int
+    keeps_stacks: bool
+    joins_later: bool
     strict_weights: bool
 
 
@@ -154,7 +169,7 @@ class _Loader:
             placement = place_uniformly(self._strategy, self._opened, ranks.num_ranks, identity)
         check_layers(placement, self._experts)
         placement.check_bytes({name: get_format(name).nbytes(layout) for name in placement.formats})
-        self._placement = placement
+        self._placement = without_rank(placement, ranks.local[0]) if arguments.joins_later else placement
 
     def load(self) -> PreTrainedModel:
         """Replace the experts, read all weights, and return the model with its `LoadReport`."""
@@ -189,6 +204,8 @@ class _Loader:
         arriving = 0
         if arguments.movable_formats is not None:
             arriving = arriving_bytes(self._placement, ranks.local, arguments.room_bytes)
+            if arguments.keeps_stacks:
+                arriving += most_layer_bytes(self._placement, self._family.layout, ranks.local)
         return rank_bytes(
             self._model, self._experts, resident, self._placement, self._strategy, self._family.layout, step,
             arguments.movable_formats, arriving,
@@ -197,7 +214,7 @@ class _Loader:
     def _replace_experts(self, max_borrowed_bytes: int) -> tuple[EPExperts | LocalExperts, ...]:
         """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
         ranks, telemetry = self._ranks, self._arguments.telemetry
-        movable = self._arguments.movable_formats is not None
+        movable = self._arguments.movable_formats is not None and not self._arguments.keeps_stacks
         borrow_buffers = [BorrowBuffers(self._family.layout, ranks.device, max_borrowed_bytes) for _ in ranks.local]
         exchange_settings = ExchangeSettings.for_device(ranks.device.type, self._arguments.max_dispatch_bytes)
         layers: list[EPExperts | LocalExperts] = []
@@ -229,6 +246,7 @@ class _Loader:
                     borrow_buffers=borrow_buffers[0],
                     movable=movable,
                 )
+                layer.is_apart = self._arguments.joins_later
             self._model.set_submodule(module.name, layer)
             layers.append(layer)
         return tuple(layers)

@@ -78,6 +78,14 @@ def arriving_bytes(placement: Placement, ranks: Sequence[int], room: int) -> int
     return sum(max(budget_R[rank] - placement.bytes_R[rank], 0) + room for rank in ranks)
 
 
+def most_layer_bytes(placement: Placement, layout: ExpertLayout, ranks: Sequence[int]) -> int:
+    """Bytes of the experts of one layer on `ranks` at most: they are there twice while a layer is copied."""
+    sizes = {name: get_format(name).nbytes(layout) for name in placement.formats}
+    return max(
+        sum(sizes[replica.format] for replica in layer.replicas if replica.rank in ranks) for layer in placement.layers
+    )
+
+
 def travelling_formats(strategy: Strategy, placement: Placement) -> set[str]:
     """Every format that an expert may be stored or lent in; beyond its cap, experts are lent as they are stored."""
     sent = strategy.transient_format

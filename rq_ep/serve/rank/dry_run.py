@@ -12,11 +12,12 @@ from rq_ep.engine.servable import PAGED
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniformly
-from rq_ep.model.load.memory import arriving_bytes, available_bytes, expert_bytes
+from rq_ep.model.load.memory import arriving_bytes, available_bytes, expert_bytes, most_layer_bytes
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.model_folder import model_headers
 from rq_ep.model.seam.expert_modules import family_of
 from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, in_folder, read_in_advance
+from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 
 
@@ -48,8 +49,10 @@ def _missing_lines(config: ServeConfig, missing_bytes: int) -> Iterator[str]:
 def _preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     """The preview of a model in a folder, behind the settings."""
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    config = config.for_ranks(num_ranks)
     checked = check_inputs(config, device.type)
     rebalancing = RebalanceInputs.check(config, num_ranks)
+    moves = rebalancing or MoveInputs.of_survivors(config, num_ranks)
     opened = OpenedModel.open(config.model, config.dtype, strict_weights=config.strict_weights)
     placement = None if config.placement is None else Placement.load(config.placement)
     strategy = choose_strategy(chosen_strategy(config), placement)
@@ -70,9 +73,7 @@ def _preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
         numbers = ", ".join(f"{number} in {name}" for name, number in sorted(in_advance.items()))
         lines.append(f"quantized in advance, read from {config.experts}: {numbers}")
     num_sharing = 1 if device.type == "cuda" else min(num_ranks, num_ranks_here)
-    return "\n".join(
-        [*lines, *_memory_lines(config, checked.cache, placement, opened, device, num_sharing, rebalancing)]
-    )
+    return "\n".join([*lines, *_memory_lines(config, checked.cache, placement, opened, device, num_sharing, moves)])
 
 
 def _checked(
@@ -96,7 +97,7 @@ def _memory_lines(
     opened: OpenedModel,
     device: torch.device,
     num_sharing: int,
-    rebalancing: RebalanceInputs | None,
+    moves: MoveInputs | None,
 ) -> Iterator[str]:
     """What each rank holds, and what that leaves of the memory that `num_sharing` ranks share."""
     layout = family_of(opened.experts[0].module).layout
@@ -108,7 +109,9 @@ def _memory_lines(
         held = expert_bytes(placement, layout, [rank])
         formats = ", ".join(f"{size:,} in {name}" for name, size in sorted(held.items())) or "none"
         total = sum(held.values())
-        arriving = 0 if rebalancing is None else arriving_bytes(placement, [rank], rebalancing.room_bytes)
+        arriving = 0 if moves is None else arriving_bytes(placement, [rank], moves.room_bytes)
+        if moves is not None and moves.keeps_stacks:
+            arriving += most_layer_bytes(placement, layout, [rank])
         moving = f", {arriving:,} for experts that arrive" if arriving else ""
         needed = total + others + arriving
         yield f"rank {rank}: {needed:,} bytes: experts {total:,} ({formats}), the rest {others:,}{moving}"

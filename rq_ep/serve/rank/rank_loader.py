@@ -1,7 +1,6 @@
 """Loading a rank's model for serving, and what the HTTP process and the log learn of it."""
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.host import keep_freed_memory
 from rq_ep.serve.messages import Ready
 from rq_ep.serve.rank.check_inputs import chosen_strategy
+from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -26,8 +26,8 @@ def load_served_model(
     config: ServeConfig,
     group: TorchGroup,
     loads: CallRecorder | None,
-    movable_formats: Sequence[str] | None = None,
-    room_bytes: int = 0,
+    moves: MoveInputs | None = None,
+    joins_later: bool = False,
 ) -> PreTrainedModel:
     """Load the model onto this rank; every rank calls this.
 
@@ -35,8 +35,8 @@ def load_served_model(
         config: what to serve.
         group: the ranks.
         loads: counts the load of every MoE layer; None: it is not counted here.
-        movable_formats: that experts may be stored in when the placement is replaced; None: it stays.
-        room_bytes: of this rank, beside its budget, for experts that arrive meanwhile.
+        moves: how the placement may be replaced; None: it stays.
+        joins_later: this rank joins others that serve already, and reads no experts.
 
     Raises:
         UserError: it cannot be loaded or served, on every rank where the model itself is at fault.
@@ -54,8 +54,10 @@ def load_served_model(
         telemetry=loads,
         max_tokens=config.max_num_batched_tokens,
         max_dispatch_bytes=config.max_dispatch_bytes,
-        movable_formats=movable_formats,
-        room_bytes=room_bytes,
+        movable_formats=None if moves is None else moves.formats,
+        room_bytes=0 if moves is None else moves.room_bytes,
+        keeps_stacks=moves is not None and moves.keeps_stacks,
+        joins_later=joins_later,
         strict_weights=config.strict_weights,
     )
     set_attention(model, config.attn_implementation)

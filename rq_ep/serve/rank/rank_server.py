@@ -3,20 +3,23 @@
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, NoReturn, assert_never
 
 from rq_ep.config import Environment, ServeConfig
+from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.engine.requests import Output
 from rq_ep.engine.step_agreement import is_consequence
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.load.load_report import report_of
+from rq_ep.model.load.load_report import LoadReport, report_of
+from rq_ep.moe import EPExperts, Telemetry
+from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import RankFailure, TorchGroup
 from rq_ep.parallel.agreement import report_user_error, run_on_all_ranks
 from rq_ep.parallel.host import short_collections
@@ -31,6 +34,7 @@ from rq_ep.serve.messages import (
     DrainRequest,
     ImageData,
     ImportanceReport,
+    Loaded,
     Mark,
     MessageError,
     MigrationGivenUp,
@@ -48,9 +52,11 @@ from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len, wi
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.load_totals import LoadTotals
 from rq_ep.serve.rank.rank_loader import ep_layers, load_served_model, log_ready, ready_message
-from rq_ep.serve.rank.rebalance.live_rebalancing import LiveRebalancing
+from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalancing
+from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 from rq_ep.serve.rank.rebalance.step_loads import StepLoads
+from rq_ep.serve.rank.recovery import GroupRecovery
 from rq_ep.serve.rank.stats_sampler import StatsSampler
 from rq_ep.serve.rank.trace_recording import TraceRecording
 from rq_ep.serve.supervisor.rank_start import HubAddress, Rejoin
@@ -80,9 +86,12 @@ def serve(
     """
     status = 0
     try:
-        with fails_after(early_end, config.rank_timeout):
-            group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
-            hub, problem = group.all_gather_object((hub, problem))[0]
+        if rejoin is not None:
+            group, hub = alone(config), rejoin.hub
+        else:
+            with fails_after(early_end, config.rank_timeout):
+                group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
+                hub, problem = group.all_gather_object((hub, problem))[0]
     except RendezvousError as error:
         return print_user_error(error)
     except RankFailure as error:
@@ -93,16 +102,28 @@ def serve(
         assert hub is not None
         client = early_end.client = early_end.client or ControlClient(hub.address, group.rank, hub.token)
         try:
-            with thread_errors_to(lambda error: fail(early_end, error)):
-                RankServer(config, group, client, hub, early_end).run()
+            server = RankServer(config, group, client, hub, early_end, joins_later=rejoin is not None)
+            with thread_errors_to(server.fail):
+                server.run()
         finally:
             client.close()
     except UserError as error:
+        if rejoin is not None:  # the others go on: it may be tried again
+            early_end.fail(str(error))
         early_end.signals.is_ending = True  # the launcher sends one once another rank has ended by the same error
         status = report_user_error(group, "rq_ep.serve", error)
     finally:
         group.close()
     return status
+
+
+def alone(config: ServeConfig) -> TorchGroup:
+    """The group of a rank that joins others later."""
+    environment = Environment.from_os()
+    return TorchGroup.alone(
+        environment.rank, environment.world_size, config.device, local_rank=environment.local_rank,
+        timeout_s=config.rank_timeout,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -138,20 +159,39 @@ class ServerState(Enum):
 
 
 class RankServer:
-    """A rank whose group has met: its engine, and its connection to the HTTP process."""
+    """A rank whose group has met: its engine, and its connection to the HTTP process.
+
+    Args:
+        config: the same on every rank.
+        group: the ranks that have met, or this one alone.
+        client: the connection.
+        hub: where it leads.
+        early_end: ends this process.
+        joins_later: the others serve already, and this rank joins them when it has loaded.
+    """
 
     def __init__(
-        self, config: ServeConfig, group: TorchGroup, client: ControlClient, hub: HubAddress, early_end: EarlyEnd
+        self,
+        config: ServeConfig,
+        group: TorchGroup,
+        client: ControlClient,
+        hub: HubAddress,
+        early_end: EarlyEnd,
+        joins_later: bool = False,
     ) -> None:
         self._config = config
         self._group = group
         self._client = client
         self._hub = hub
         self._early_end = early_end
+        self._joins_later = joins_later
         self._state = ServerState.LOADING
         self._stop = threading.Event()  # set in the state STOPPING
         self._engine: Engine | None = None
-        self._rebalancing: LiveRebalancing | None = None  # None: it is off, or the model is loading
+        self._loads = LoadTotals()  # of the group, where this rank leads it
+        self._step_loads: StepLoads | None = None  # where the group rebalances
+        self._rebalancing: LiveRebalancing | None = None  # None: no experts move, or the model is loading
+        self._recovery: GroupRecovery | None = None  # None: the group ends with the first rank that fails
         self._prompt_parts: dict[str, list[int]] = {}  # of requests that are still to come
         self._image_parts: dict[str, list[ImageData]] = {}
 
@@ -162,12 +202,12 @@ class RankServer:
             UserError: the checkpoint, the placement or a setting is at fault, on every rank alike.
         """
         self._client.listen(self._handle, self._on_close, self._on_malformed)
-        loads = LoadTotals() if self._group.rank == 0 else None
         try:
-            engine = self._start_engine(loads)
+            engine = self._start_engine()
             with short_collections():
                 rebalancing = self._rebalancing
-                self._wait(StatsSampler(engine, loads, MoverProgress if rebalancing is None else rebalancing.progress))
+                mover = MoverProgress if rebalancing is None else rebalancing.progress
+                self._wait(StatsSampler(engine, self._loads, mover))
                 if rebalancing is not None:
                     rebalancing.stop()
                 engine.stop()
@@ -176,19 +216,25 @@ class RankServer:
         except UserError:
             raise
         except BaseException as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End this process with an error; another rank that ends as the server stops is none."""
+        if self._state is not ServerState.STOPPING or not is_consequence(error):
             fail(self._early_end, error)
 
-    def _start_engine(self, loads: LoadTotals | None) -> Engine:
+    def _start_engine(self) -> Engine:
         group = self._group
         started_s = time.monotonic()
         config = with_model_folder(self._config, group)
         checked = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
-        rebalancing = run_on_all_ranks(group, lambda: RebalanceInputs.check(config, group.size))
-        if group.rank == 0:
+        rebalances = run_on_all_ranks(group, lambda: RebalanceInputs.check(config, group.size))
+        moves = rebalances or run_on_all_ranks(group, lambda: MoveInputs.of_survivors(config, group.size))
+        if self._is_first:
             self._client.send(Checked(config.model, checked.why_text_only))
-        step_loads = None if loads is None or rebalancing is None else StepLoads(loads)
-        formats, room = (None, 0) if rebalancing is None else (rebalancing.formats, rebalancing.room_bytes)
-        model = run_on_all_ranks(group, lambda: load_served_model(config, group, step_loads or loads, formats, room))
+        self._step_loads = None if rebalances is None else StepLoads(self._loads)
+        recorder = self._recorder() if self._is_first else None
+        model = run_on_all_ranks(group, lambda: load_served_model(config, group, recorder, moves, self._joins_later))
         assert model.generation_config is not None
         model.generation_config.eos_token_id = checked.end_token_ids
         report = report_of(model)
@@ -197,31 +243,32 @@ class RankServer:
             self._client.send,
         )  # fmt: skip
         layers = ep_layers(report)
-        if rebalancing is not None:
-            self._rebalancing = LiveRebalancing(
-                rebalancing, report, layers, group, step_loads, self._client.send, self._wake
-            )
+        if moves is not None:
+            leading = self._step_loads if self._is_first else None
+            self._rebalancing = LiveRebalancing(moves, report, layers, group, leading, self._client.send, self._wake)
+            if config.on_rank_failure == "continue":
+                self._recovery = self._make_recovery(report, layers, moves, recording)
         engine = Engine(
             model,
             layers,
             group,
             EngineConfig(config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_tokens, checked.cache),
             on_outputs=self._send_outputs,
-            on_failure=lambda error: fail(self._early_end, error),
+            on_failure=self.fail,
             on_mark=recording.mark,
             read_tokenizer=lambda: read_tokenizer(config.model),
             **self._engine_hooks(),
         )
         # Set before the ranks meet below: once rank 0 has said that all are ready, requests may come to any of them.
         self._engine = engine
-        max_tokens_R = group.all_gather_object(engine.max_request_tokens)
-        max_model_len = run_on_all_ranks(
-            group, lambda: choose_max_model_len(config, checked.model_config, min(max_tokens_R))
-        )
+        if self._recovery is not None:
+            self._client.send(Loaded(group.open_store()))
+        max_tokens = min(number for number in group.all_gather_object(engine.max_request_tokens) if number is not None)
+        max_model_len = run_on_all_ranks(group, lambda: choose_max_model_len(config, checked.model_config, max_tokens))
         engine.start()
         self._state = ServerState.SERVING
         self._early_end.serving(self._hub)
-        if group.rank == 0:
+        if self._is_first:
             ready = ready_message(model, group, max_model_len)
             log_ready(ready, model, group, checked.cache, time.monotonic() - started_s, engine.warmup_s)
             self._client.send(ready)
@@ -231,13 +278,53 @@ class RankServer:
         rebalancing = self._rebalancing
         if rebalancing is None:
             return {}
-        return {"mover_flags": rebalancing.flags, "on_agreement": rebalancing.on_agreement}
+        return {
+            "mover_flags": rebalancing.flags, "on_agreement": rebalancing.on_agreement, "recover": self._recovery,
+        }  # fmt: skip
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this rank speaks for the group at its start."""
+        return self._group.rank == 0 and not self._joins_later
+
+    def _recorder(self) -> CallRecorder:
+        """Counts the load of the group, on the rank that leads it."""
+        return self._step_loads or self._loads
+
+    def _make_recovery(
+        self, report: LoadReport, layers: Sequence[EPExperts], moves: MoveInputs, recording: TraceRecording
+    ) -> GroupRecovery:
+        rebalancing = self._rebalancing
+        assert rebalancing is not None
+
+        def counts_LE() -> IntArray | None:
+            return self._loads.recent_LE(len(layers))
+
+        def discard_step() -> None:
+            for layer in layers:
+                layer.discard_step()
+            if self._step_loads is not None:
+                self._step_loads.discard()
+
+        def on_change(change: GroupChange, mark: int) -> None:
+            leads = change.leader == self._group.rank
+            for layer in layers:
+                layer.telemetry = self._recorder() if leads else Telemetry(max_records=0)
+            rebalancing.regroup(change, leads, self._step_loads, counts_LE())
+            if leads:
+                rebalancing.served(change)
+            recording.regroup(mark, leads)
+
+        return GroupRecovery(
+            self._group, layers, report.placement, rebalancing, moves, self._client.send, counts_LE, discard_step,
+            on_change, self._config.rank_timeout,
+        )  # fmt: skip
 
     def _wait(self, sampler: StatsSampler) -> None:
         """Wait for the end; meanwhile pass on a signal, and send statistics."""
         has_asked = False
         sampled_s = 0.0
-        while not self._stop.wait(TICK_S if self._rebalancing is None else REBALANCING_TICK_S):
+        while not self._stop.wait(TICK_S if self._step_loads is None else REBALANCING_TICK_S):
             if self._rebalancing is not None:
                 self._rebalancing.tick()
             if self._early_end.signals.are_received and not has_asked:
@@ -266,6 +353,8 @@ class RankServer:
                 exit_failed(None)
             case Stop():
                 self._state = ServerState.STOPPING
+                if self._recovery is not None:
+                    self._recovery.stop()
                 self._stop.set()
             case PromptPart():
                 self._prompt_parts.setdefault(message.id, []).extend(message.token_ids)
@@ -286,7 +375,10 @@ class RankServer:
                 if not isinstance(message, ImportanceReport):
                     self._loaded_engine().wake(0)
             case Regroup():
-                raise MessageError("a message on the members of the group, which it cannot change")
+                if self._recovery is None:
+                    raise MessageError("a message on the members of the group, which cannot change")
+                self._recovery.announce(message)
+                self._loaded_engine().regroup(message.generation)
             case Cancel():
                 self._prompt_parts.pop(message.id, None)
                 self._image_parts.pop(message.id, None)

@@ -22,6 +22,8 @@ log = logging.getLogger("rq_ep.serve")
 
 NOTHING = "no step was made while recording, or the first had more tokens than --record-max-tokens allows a rank"
 
+CHANGED = "a rank has left or joined the group while it recorded: start again"
+
 Part = tuple[RoutingTrace, bool]  # the trace of a rank, and whether there was more
 
 
@@ -60,19 +62,37 @@ class TraceRecording:
         self._directory = directory
         self._max_tokens = -(-max_tokens // group.size)
         self._on_result = on_result
+        self._leads = group.rank == 0
         self._recorder: RoutingRecorder | None = None
         self._sequences: dict[str, int] = {}  # number of each request that was seen
+        self._problem = ""  # why the recording under way has no result
+
+    def regroup(self, mark: int, leads: bool) -> None:
+        """Give up a recording, under way or about to end: the ranks of the group have changed.
+
+        Args:
+            mark: the last one that any rank was given.
+            leads: whether this rank writes the files from now on.
+        """
+        self._leads = leads
+        if self._recorder is not None:
+            _end(self._recorder)
+            self._recorder = None
+        if mark:
+            self._problem = CHANGED
+        if mark and mark % 2 == 0 and leads:  # nobody waits for it, unless the change has cut its end off
+            self._on_result(RecordingFailed(CHANGED))
 
     def mark(self, number: int) -> None:
         """Start or end a recording; every rank calls this."""
         if number % 2:
-            self._sequences = {}
+            self._sequences, self._problem = {}, ""
             self._recorder = RoutingRecorder(self._model, self._max_tokens, self._step_info)
             self._recorder.__enter__()
             return
         recorder, self._recorder = self._recorder, None
         parts = self._group.all_gather_object(None if recorder is None else _end(recorder))
-        if self._group.rank == 0:
+        if self._leads:
             # On a thread: the next step need not wait for the disk.
             threading.Thread(target=self._write, args=(parts,), name="rq_ep recording", daemon=True).start()
 
@@ -86,8 +106,8 @@ class TraceRecording:
         self._on_result(self._result([part for part in parts if part is not None]))
 
     def _result(self, parts: list[Part]) -> Recorded | RecordingFailed:
-        if len(parts) < self._group.size:
-            return RecordingFailed(NOTHING)
+        if len(parts) < len(self._group.members):
+            return RecordingFailed(self._problem or NOTHING)
         traces, are_full = zip(*parts, strict=True)
         name = f"trace-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.safetensors"
         path = Path(self._directory or ".") / name

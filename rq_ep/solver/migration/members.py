@@ -11,6 +11,7 @@ import numpy as np
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LayerCost
+from rq_ep.core.moves import Move
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
@@ -18,6 +19,7 @@ from rq_ep.core.replicas import Replicas
 from rq_ep.core.rules import Rules
 from rq_ep.core.strategy import Planner, Strategy
 from rq_ep.core.topology import Topology
+from rq_ep.solver.migration.move_rounds import MoveRound
 
 
 def lowered_layer(layer: LayerPlacement, members: Sequence[int]) -> LayerPlacement:
@@ -107,6 +109,18 @@ def lowered_problem(problem: PlacementProblem, members: Sequence[int]) -> Placem
     )
 
 
+def lifted_rounds(rounds: Sequence[MoveRound], members: Sequence[int]) -> tuple[MoveRound, ...]:
+    """Rounds of moves between as many ranks as there are members, with the members' numbers."""
+
+    def of_all(moves: Sequence[tuple[int, Move]]) -> tuple[tuple[int, Move], ...]:
+        return tuple(
+            (position, move._replace(rank=members[move.rank], source=_lifted_source(move, members)))
+            for position, move in moves
+        )
+
+    return tuple(MoveRound(of_all(one.receives), of_all(one.drops)) for one in rounds)
+
+
 def planner_for_members(
     strategy: Strategy, layer: LayerPlacement, topology: Topology, cost: LayerCost | None, members: Sequence[int]
 ) -> Planner:
@@ -144,6 +158,10 @@ def planner_for_members(
         return DispatchPlan(_lifted_replicas(lowered_plan.replicas, ranks_M), pairs_RP, transfers)
 
     return plan
+
+
+def _lifted_source(move: Move, members: Sequence[int]) -> int | None:
+    return None if move.source is None else members[move.source]
 
 
 def _no_plan(reason: str) -> Planner:

@@ -230,7 +230,7 @@ class RankRouter:
 
     def mark(self, number: int) -> None:
         """Have every rank receive a number between the same two steps, asleep or not."""
-        self._connections.send(0, Mark(number))
+        self._connections.send(self.membership.leader, Mark(number))
         self._connections.send_all(Wake(self._num_announced), self.membership.members)
 
     def rebalance(self, command: RebalanceCommand) -> None:

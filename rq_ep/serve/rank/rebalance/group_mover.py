@@ -60,10 +60,57 @@ class GroupMover:
         self._to_begin: deque[Migration] = deque()
         self._is_moving = False
         self._newest = 0  # generation of those that were asked for
+        self._outcome: tuple[MigrationEnd, str] | None = None  # of the last one that has ended
         self._mover = ExpertMover(
             layers, channel, planner_of, read_expert, reads_formats=reads_formats,
             bytes_per_step=bytes_per_step, wake=wake, on_round=self._round_serves, on_end=self._ended,
         )  # fmt: skip
+
+    # While the group changes, on the engine's thread
+
+    @property
+    def committed(self) -> tuple[int, int]:
+        """The migration of the last round that serves here, and its rounds that do."""
+        return self._mover.committed
+
+    def suspend(self) -> None:
+        """Move nothing more, and return when nothing is under way here; messages must have been ended by the group."""
+        self._mover.suspend()
+
+    def resume(self, committed: tuple[int, int], generation: int) -> None:
+        """Go on with what any rank has committed, without what is left of the migrations begun or asked for so far.
+
+        Args:
+            committed: the highest of all ranks.
+            generation: higher than that of every migration so far, and lower than of those to come.
+        """
+        self._observer = None
+        self._to_begin.clear()
+        self._mover.resume(committed, generation)
+
+    def carry_out(
+        self, migration: Migration, gather: Callable[[MoverFlags], Sequence[MoverFlags]]
+    ) -> tuple[MigrationEnd, str]:
+        """Carry a migration out while no steps are made; returns its end and why this rank gave it up, if it did.
+
+        Args:
+            migration: every rank carries it out.
+            gather: the flags of all ranks.
+        """
+        self._outcome = None
+        self._mover.begin(migration)
+        while self._outcome is None:
+            self._mover.wait_for_round()
+            flags_R = gather(self._mover.flags)
+            staged, failed = min(flags.staged for flags in flags_R), max(flags.failed for flags in flags_R)
+            self._mover.between_steps(staged, failed, is_idle=True)
+        return self._outcome
+
+    def observe(self, observer: MigrationObserver | None) -> None:
+        """Have the migrations to come followed."""
+        self._observer = observer
+
+    # On any thread
 
     def begin(self, message: BeginMigration) -> None:
         """Begin a migration before one of the next steps."""
@@ -111,6 +158,7 @@ class GroupMover:
 
     def _ended(self, generation: int, end: MigrationEnd, reason: str) -> None:
         self._is_moving = False
+        self._outcome = end, reason
         is_committed = end is MigrationEnd.COMMITTED
         if self._observer is not None:
             self._observer.on_end(is_committed, reason)

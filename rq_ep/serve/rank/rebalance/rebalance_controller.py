@@ -73,6 +73,7 @@ class RebalanceController:
         planner: makes its decisions.
         host: is given what to do.
         clock: seconds.
+        generation: of the last migration before.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RebalanceController:
         planner: PlannerSide,
         host: MigrationHost,
         clock: Callable[[], float] = time.monotonic,
+        generation: int = 0,
     ) -> None:
         self._rebalancer = rebalancer
         self._expert_bytes = expert_bytes
@@ -89,7 +91,7 @@ class RebalanceController:
         self._host = host
         self._clock = clock
         self._state = RebalanceState.IDLE
-        self._generation = 0  # of the last migration that was begun
+        self._generation = generation  # of the last migration that was begun
         self._decision: Decision | None = None  # the last one
         self._decided_at = 0.0  # seconds since the epoch
         self._goal: Decision | None = None  # of the migration under way
@@ -143,6 +145,11 @@ class RebalanceController:
                 self._ask()
             case _:
                 self._ask()
+
+    def refuse(self, reason: str) -> None:
+        """Answer whoever waits for a decision that it will not be made."""
+        if self._dry_run is not None:
+            self._host.answer(self._dry_run, reason, None)
 
     def on_round(self, layers: Mapping[int, LayerPlacement]) -> None:
         """A round serves: layers by their position, as they are now."""

@@ -209,9 +209,9 @@ class MovingGroup:
         for rank, group in enumerate(self.world.groups):
             inputs = SimpleNamespace(
                 rule=rule, strategy=strategy, stats=stats, layout=LAYOUT,
-                measures_importance=False, reads_formats=False,
+                measures_importance=False, reads_formats=False, bytes_per_step=rule.bytes_per_step,
                 config=SimpleNamespace(placement_out=None),
-                planner_of=lambda family, placement: planner_of,
+                planner_of=lambda family, placement, members: planner_of,
                 read_expert=lambda rank=rank: partial(self._read, rank),
                 problem=lambda placement: PlacementProblem(
                     stats, placement.topology, (max(placement.bytes_R),) * NUM_RANKS, ("fp32", "int8")

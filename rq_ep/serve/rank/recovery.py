@@ -1,0 +1,246 @@
+"""Recovery of one rank: it goes on with the ranks that are left, or joins those that serve.
+
+It runs on the engine's thread, between two steps or in place of one that was cut off, and on all members together:
+
+1. The HTTP process says who the members are (`Regroup`). A rank that loses another one asks for that.
+2. They form the group anew. A newer `Regroup` starts over, at any point.
+3. They agree on what each of them holds: a round of a migration that some have committed is committed by all, and the
+   rest of it is given up.
+4. The leader, the lowest of those that have served before, decides where the experts are to be.
+5. The experts move, while no steps are made, until every one has a replica again.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+
+from rq_ep.core.arrays import IntArray
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement, bytes_by_rank
+from rq_ep.engine.step_loop import GroupNumbers
+from rq_ep.moe import EPExperts
+from rq_ep.moe.expert_mover import Migration, MigrationEnd, MoverFlags
+from rq_ep.parallel import TorchGroup
+from rq_ep.parallel.ep_group import PeerLost
+from rq_ep.serve.messages import CannotContinue, FromRank, PeerUnreachable, Regroup, Regrouped
+from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalancing
+from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
+from rq_ep.solver.migration.move_rounds import MoveRound
+from rq_ep.solver.migration.recover import recover
+
+MIGRATIONS_PER_GENERATION = 1_000_000  # their numbers rise with the generation of the group
+END_TIMEOUT_S = 10.0  # of the HTTP process, once it knows that the group cannot go on
+
+
+@dataclass(frozen=True)
+class MemberSummary:
+    """What a member tells the others first."""
+
+    committed: tuple[int, int]  # its mover's
+    mark: int
+    num_announced: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the leader has decided."""
+
+    home: Placement  # that served with all ranks
+    current: Placement  # what the members hold; on other ranks, what is missing
+    goal: Placement
+    rounds: tuple[MoveRound, ...]
+
+
+class GroupRecovery:
+    """One rank's part in changes of its group.
+
+    Args:
+        group: its ranks.
+        layers: of the model, in the order of its placement.
+        home: the placement that serves with all ranks; on a rank that joins, as it supposes.
+        moves: carries experts from rank to rank.
+        inputs: what that needs.
+        send: sends a message to the HTTP process.
+        counts: pairs of each expert [L, E], as far as this rank knows them.
+        discard_step: forgets what was recorded of a step that was cut off.
+        on_change: called when the group serves again, with what serves and the last mark that any rank was given.
+        timeout_s: for the HTTP process to say who the members are.
+    """
+
+    def __init__(
+        self,
+        group: TorchGroup,
+        layers: Sequence[EPExperts],
+        home: Placement,
+        moves: LiveRebalancing,
+        inputs: MoveInputs,
+        send: Callable[[FromRank], None],
+        counts: Callable[[], IntArray | None],
+        discard_step: Callable[[], None],
+        on_change: Callable[[GroupChange, int], None],
+        timeout_s: float,
+    ) -> None:
+        self._group = group
+        self._layers = layers
+        self._home = home
+        self._moves = moves
+        self._inputs = inputs
+        self._send = send
+        self._counts = counts
+        self._discard_step = discard_step
+        self._on_change = on_change
+        self._timeout_s = timeout_s
+        self._changed = threading.Condition()  # guards what follows
+        self._newest: Regroup | None = None
+        self._members = set(group.members)  # the newest ones that were announced
+        self._is_stopping = False
+
+    # On the thread of the connection
+
+    def announce(self, message: Regroup) -> None:
+        """Take what the HTTP process says of the members; what is under way ends where one of them is gone."""
+        with self._changed:
+            self._newest = message
+            has_lost = not self._members <= set(message.members)
+            self._members = set(message.members)
+            self._changed.notify_all()
+        if has_lost:
+            self._group.abort(below=message.generation)
+
+    def stop(self) -> None:
+        """Wait for no `Regroup` any more: the server stops."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+
+    # On the engine's thread
+
+    def __call__(self, error: BaseException | None, numbers: GroupNumbers) -> GroupNumbers:
+        """Return when this rank may make steps again.
+
+        Args:
+            error: that has cut a step off; None: the group changes between two steps.
+            numbers: of this rank.
+
+        Raises:
+            PeerLost: no new members were announced.
+            UserError: the members cannot hold the model.
+        """
+        self._discard_step()
+        tried = numbers.generation
+        with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the step
+            while True:
+                message = self._await_newer(tried, error)
+                tried = message.generation
+                try:
+                    return self._regroup(message, numbers)
+                except PeerLost as lost:
+                    error = lost
+
+    def _await_newer(self, generation: int, error: BaseException | None) -> Regroup:
+        """The newest members, of a later generation than this one."""
+
+        def is_known() -> bool:
+            return self._newest is not None and self._newest.generation > generation
+
+        with self._changed:
+            if not is_known():
+                assert error is not None
+                self._send(PeerUnreachable(str(error)))
+                self._changed.wait_for(lambda: is_known() or self._is_stopping, timeout=self._timeout_s)
+            if is_known():
+                assert self._newest is not None
+                return self._newest
+        assert error is not None
+        raise PeerLost(str(error)) from error
+
+    def _regroup(self, message: Regroup, numbers: GroupNumbers) -> GroupNumbers:
+        group, mover = self._group, self._moves.mover
+        generation, start_s = message.generation, time.perf_counter()
+        leader = min(set(message.members) - set(message.joining))
+        group.abort(below=generation)  # also the messages of a migration
+        mover.suspend()
+        group.reform(generation, message.members, message.store, lambda: self._newest is not message)
+        formed_s = time.perf_counter()
+
+        own = MemberSummary(mover.committed, numbers.mark, numbers.num_announced)
+        states = [state for state in group.all_gather_object(own) if state is not None]
+        migration = generation * MIGRATIONS_PER_GENERATION
+        mover.resume(max(state.committed for state in states), migration)
+        plan = self._shared_plan(leader)
+        self._home = plan.home
+        for layer, placed in zip(self._layers, plan.current.layers, strict=True):
+            layer.replace_placement(placed, self._moves.planner_of(placed))
+            layer.is_apart = False
+        if plan.rounds:
+            self._carry_out(Migration(migration + 1, plan.goal, plan.rounds))
+        served_s = time.perf_counter()
+
+        self._send(Regrouped(generation, {"re-form": formed_s - start_s, "re-home": served_s - formed_s}))
+        mark = max(state.mark for state in states)
+        change = GroupChange(group.members, leader, plan.goal, plan.home, migration + 1)
+        self._on_change(change, mark)
+        has_joined = group.rank in message.joining
+        num_announced = max(state.num_announced for state in states) if has_joined else numbers.num_announced
+        return GroupNumbers(generation, mark, num_announced)
+
+    def _shared_plan(self, leader: int) -> Plan:
+        """The leader's plan.
+
+        Raises:
+            UserError: the members cannot hold the model.
+        """
+        own: Plan | str | None = None
+        if self._group.rank == leader:
+            try:
+                own = self._plan()
+            except UserError as error:
+                own = str(error)
+        shared: Plan | str = self._group.all_gather_object(own)[leader]
+        if isinstance(shared, str):
+            self._cannot_continue(shared)
+        return shared
+
+    def _plan(self) -> Plan:
+        current = self._placement_now()
+        members = self._group.members
+        lost = any(replica.rank not in members for layer in current.layers for replica in layer.replicas)
+        if not lost:
+            return Plan(self._home, current, current, ())
+        problem = self._inputs.problem(self._home, self._counts())
+        recovery = recover(problem, current, members, self._inputs.room_bytes)
+        return Plan(self._home, current, recovery.placement, recovery.rounds)
+
+    def _placement_now(self) -> Placement:
+        """What serves; in the middle of a recovery, with what is still missing on ranks that are gone."""
+        layers = tuple(layer.placement for layer in self._layers)
+        bytes_R = bytes_by_rank(layers, self._group.size, self._inputs.stats.expert_bytes)
+        budget_R = self._home.budget_bytes_R or self._home.bytes_R
+        return replace(
+            self._home, layers=layers, bytes_R=tuple(bytes_R.tolist()), budget_bytes_R=budget_R, certificate={}
+        )
+
+    def _carry_out(self, migration: Migration) -> None:
+        """Have the experts move, until every one has a replica.
+
+        Raises:
+            UserError: one cannot be had any more.
+        """
+        end, reason = self._moves.mover.carry_out(migration, self._gather)
+        if end is MigrationEnd.ABORTED:
+            reasons = [text for text in self._group.all_gather_object(reason) if text]
+            self._cannot_continue("; ".join(reasons))
+
+    def _gather(self, flags: MoverFlags) -> list[MoverFlags]:
+        rows: list[list[Any]] = self._group.gather_ints(flags, "agreement on moves")
+        return [MoverFlags(*row) for row in rows]
+
+    def _cannot_continue(self, reason: str) -> NoReturn:
+        """Have the HTTP process end the group, this rank too."""
+        self._send(CannotContinue(self._group.generation, reason))
+        time.sleep(END_TIMEOUT_S)
+        raise UserError(reason)
