@@ -32,6 +32,7 @@ class EarlyEnd:
         self._rank = rank
         self._link = link
         self._is_survived = False  # whether the group goes on without this rank
+        self.is_failing = False  # whether this process ends by itself soon, and the HTTP process parts from it
         self.signals = ShutdownSignals(on_abort=self._abort)
         self.client: ControlClient | None = None  # once this rank is connected
 
@@ -65,6 +66,7 @@ class EarlyEnd:
             reason: the error, in one line.
             is_consequence: it only says that another rank has failed.
         """
+        self.is_failing = self._is_survived
         if self.client is not None:
             self.client.send(Failed(reason, is_consequence))
             time.sleep(DELIVERY_S if self._is_survived else ABORT_TIMEOUT_S)

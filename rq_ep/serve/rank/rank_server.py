@@ -394,7 +394,7 @@ class RankServer:
         return self._engine
 
     def _on_close(self) -> None:
-        if self._state is not ServerState.STOPPING:
+        if self._state is not ServerState.STOPPING and not self._early_end.is_failing:
             exit_failed(f"rank {self._group.rank}: the HTTP process has died" if self._group.rank == 0 else None)
 
     def _on_malformed(self, error: MessageError) -> None:
