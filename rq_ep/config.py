@@ -235,6 +235,12 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         several=True,
         metavar="NETWORK",
     )
+    prefix_caching: str = option(
+        "auto",
+        help="auto: a prompt that begins as an earlier one on its rank takes the keys and values of whole pages from "
+        "the paged cache; off: every prompt is computed",
+        choices=("auto", "off"),
+    )
     max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
     max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)
     http_timeout: float = option(

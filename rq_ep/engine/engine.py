@@ -38,6 +38,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024
     kv_cache_tokens: int | None = None
     cache: str = PAGED  # or padded (`servable.choose_cache`)
+    prefix_caching: bool = False  # where the paged cache can
 
 
 class Engine:
@@ -108,6 +109,8 @@ class Engine:
                     max_num_seqs=config.max_num_seqs,
                     max_num_batched_tokens=config.max_num_batched_tokens,
                     kv_cache_tokens=kv_cache_tokens,
+                    # Keys of a prefix depend on the length of its sequence there.
+                    shares_prefixes=config.prefix_caching and not rotary.follows_length,
                     seed=0,
                 ),
                 rotary=rotary,

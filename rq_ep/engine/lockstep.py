@@ -287,9 +287,22 @@ class Sampler:
 
 
 def batching_config(
-    *, max_num_seqs: int, max_num_batched_tokens: int, kv_cache_tokens: int | None, seed: int
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    kv_cache_tokens: int | None,
+    seed: int,
+    shares_prefixes: bool = False,
 ) -> ContinuousBatchingConfig:
-    """Sizes of a rank's batches and cache; `kv_cache_tokens` None: what the GPU has left."""
+    """Settings of a rank's batches and cache.
+
+    Args:
+        max_num_seqs: requests in a batch.
+        max_num_batched_tokens: tokens in a batch.
+        kv_cache_tokens: room of the cache; None: what the GPU has left.
+        seed: of nothing that a request's answer shows.
+        shares_prefixes: whether a prompt takes whole pages that an earlier one with the same beginning has filled.
+    """
     settings: dict[str, Any] = {} if kv_cache_tokens is None else {"num_blocks": -(-kv_cache_tokens // PAGE_SIZE)}
     return ContinuousBatchingConfig(
         page_size=PAGE_SIZE,
@@ -298,7 +311,7 @@ def batching_config(
         # A step must be over when the group agrees on the next one, and captured graphs cannot hold the exchange.
         use_async_batching=False,
         use_cuda_graph=False,
-        allow_block_sharing=False,
+        allow_block_sharing=shares_prefixes,
         auto_switch_to_flash=False,
         disable_nccl_graph_mixing=False,
         seed=seed,

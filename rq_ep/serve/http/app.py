@@ -67,7 +67,7 @@ def make_app(
             requests, service.model_name, isinstance(body, ChatBody), body.n, body.num_tries,
             body.num_logprobs is not None,
         )  # fmt: skip
-        chunks = merged([service.chunks(request, body, times.of_another()) for request in requests])
+        chunks = merged(service.answers(requests, body, times))
         if not body.stream:
             return await response.whole(chunks)
         # The first chunk is awaited before the status is sent, so that a refusal is a status and not an event.

@@ -18,6 +18,7 @@ from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.bodies.answer_grammar import answer_grammar
 from rq_ep.serve.http.openai.chat_template import render_chat
+from rq_ep.serve.http.openai.choices import after, setting
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
 from rq_ep.serve.http.openai.detokenizer import Detokenizer, detokenizers
 from rq_ep.serve.http.openai.images import ImageProcessor
@@ -50,7 +51,7 @@ class Ranks(Protocol):
 
     def why_unavailable(self) -> str | None: ...
 
-    def generate(self, request: Request) -> AsyncIterator[Output]: ...
+    def generate(self, request: Request, beside: str | None = None) -> AsyncIterator[Output]: ...
 
 
 @dataclass(frozen=True)
@@ -294,10 +295,33 @@ class Service:
         self._num_unseeded += 1
         return (self._seed << 32) + self._num_unseeded
 
-    async def chunks(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Chunk]:
-        """Generate an answer, cut at the first stop string; leaving early cancels it."""
+    def answers(
+        self, requests: Sequence[Request], body: GenerationBody, times: RequestMetrics
+    ) -> list[AsyncIterator[Chunk]]:
+        """The answers of a body's requests. Those to one prompt wait for its first one, whose cache they share."""
+        answers: list[AsyncIterator[Chunk]] = []
+        for at in range(0, len(requests), body.num_tries):
+            first, *others = requests[at : at + body.num_tries]
+            has_begun = asyncio.Event()
+            answers.append(setting(has_begun, self.chunks(first, body, times.of_another())))
+            answers += [
+                after(has_begun, self.chunks(request, body, times.of_another(), beside=first.id)) for request in others
+            ]
+        return answers
+
+    async def chunks(
+        self, request: Request, body: GenerationBody, times: RequestMetrics, beside: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        """Generate an answer, cut at the first stop string; leaving early cancels it.
+
+        Args:
+            request: to be answered.
+            body: that asks for it.
+            times: of the answer.
+            beside: an unfinished request with the same prompt.
+        """
         times.prompt(len(request.prompt_ids))
-        async with aclosing(self._chunks(request, body, times)) as chunks:  # type: ignore[type-var]
+        async with aclosing(self._chunks(request, body, times, beside)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 if chunk.finish_reason is not None:
                     times.finished(chunk.finish_reason)
@@ -305,7 +329,9 @@ class Service:
                 if chunk.finish_reason is not None:
                     return
 
-    async def _chunks(self, request: Request, body: GenerationBody, times: RequestMetrics) -> AsyncIterator[Chunk]:
+    async def _chunks(
+        self, request: Request, body: GenerationBody, times: RequestMetrics, beside: str | None
+    ) -> AsyncIterator[Chunk]:
         text = TextChunker(
             self._new_detokenizer(), body.stops, body.include_stop_str_in_output, request.sampling.min_tokens
         )
@@ -317,7 +343,7 @@ class Service:
             if reason is not None:
                 return
         num_echoed = 0
-        async with aclosing(self._ranks.generate(request)) as outputs:  # type: ignore[type-var]
+        async with aclosing(self._ranks.generate(request, beside)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 if output.prompt_scores is None:
                     times.tokens(len(output.token_ids), output.queued_s)

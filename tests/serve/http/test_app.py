@@ -68,6 +68,7 @@ class ScriptedRanks:
         self.answer, self.end = answer, end
         self.unavailable: str | None = None
         self.taken: list[Request] = []
+        self.beside: list[str | None] = []
         self.cancelled: list[str] = []
         self.is_slow = False
         self.answer_of: Callable[[Request], bytes] | None = None
@@ -83,8 +84,9 @@ class ScriptedRanks:
     def mark(self, number: int) -> None:
         self.marks.append(number)
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request, beside: str | None = None) -> AsyncIterator[Output]:
         self.taken.append(request)
+        self.beside.append(beside)
         is_done = False
         answer = list(self.answer.encode()) if isinstance(self.answer, str) else self.answer
         if self.answer_of is not None:
@@ -353,6 +355,17 @@ def test_several_answers_to_a_chat_each_begin_with_the_role(bench: Bench) -> Non
     *chunks, _ = events(bench.chat(n=3, stream=True))
     firsts = [chunk["choices"][0]["index"] for chunk in chunks if "role" in chunk["choices"][0]["delta"]]
     assert firsts == [0, 1, 2]
+
+
+def test_answers_to_one_prompt_follow_the_first_to_its_rank(bench: Bench) -> None:
+    bench.complete(prompt=["ab", "xyz"], n=3)
+    taken = {request.id: request for request in bench.ranks.taken}
+    first = [request.id for request, beside in zip(taken.values(), bench.ranks.beside, strict=True) if beside is None]
+    assert sorted(bytes(taken[id_].prompt_ids) for id_ in first) == [b"ab", b"xyz"]
+    for request, beside in zip(taken.values(), bench.ranks.beside, strict=True):
+        if beside is not None:
+            assert taken[beside].prompt_ids == request.prompt_ids
+            assert list(taken).index(beside) < list(taken).index(request.id), "the others wait until it has begun"
 
 
 def test_the_best_answer_is_the_likeliest_per_token(bench: Bench) -> None:

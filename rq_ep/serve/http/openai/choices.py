@@ -48,6 +48,25 @@ async def merged(answers: Sequence[AsyncIterator[Chunk]]) -> AsyncIterator[tuple
                 await reader
 
 
+async def setting(event: asyncio.Event, answer: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """An answer that sets an event when its first chunk has come, or it has ended."""
+    try:
+        async with aclosing(answer) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                event.set()
+                yield chunk
+    finally:
+        event.set()
+
+
+async def after(event: asyncio.Event, answer: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """An answer that begins when an event is set."""
+    await event.wait()
+    async with aclosing(answer) as chunks:  # type: ignore[type-var]
+        async for chunk in chunks:
+            yield chunk
+
+
 def best(answers: Sequence[Sequence[Chunk]], num: int) -> list[int]:
     """The numbers of the answers with the highest log-probability per token, the best one first.
 

@@ -190,15 +190,19 @@ class RankRouter:
             return None
         return UNAVAILABLE.get(self.state, self._failure)
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request, beside: str | None = None) -> AsyncIterator[Output]:
         """Send a request to the least loaded rank, and yield its outputs until it ends; leaving early cancels it.
+
+        Args:
+            request: to be answered.
+            beside: an unfinished request with the same prompt, which its rank has in its cache.
 
         Raises:
             ApiError: the server is not taking requests, or the group failed.
         """
         if (reason := self.why_unavailable()) is not None:
             raise ApiError(503, f"not serving: {reason}")
-        routed = self._requests.add(request, self.membership.open_ranks)
+        routed = self._requests.add(request, self.membership.open_ranks, beside)
         try:
             await self._announce(routed)
             while True:

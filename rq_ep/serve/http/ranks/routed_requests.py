@@ -121,8 +121,13 @@ class RoutedRequests:
         """The requests that are on a rank."""
         return [routed for routed in self if routed.rank == rank]
 
-    def add(self, request: Request, ranks: Collection[int]) -> RoutedRequest:
-        """Choose the least loaded of some ranks for a request.
+    def add(self, request: Request, ranks: Collection[int], beside: str | None = None) -> RoutedRequest:
+        """Choose the least loaded of some ranks for a request, or that of an unfinished one.
+
+        Args:
+            request: the new one.
+            ranks: to choose from.
+            beside: the unfinished one.
 
         Raises:
             ApiError: there are too many requests, or they ask for too many log-probabilities.
@@ -130,7 +135,9 @@ class RoutedRequests:
         if len(self) >= self._max_queue_size:
             raise ApiError(429, f"{len(self)} requests are waiting or running (--max-queue-size): try later")
         self._check_prompt_logprobs(request)
-        routed = self._by_id[request.id] = RoutedRequest(request, self._least_loaded(ranks))
+        other = None if beside is None else self._by_id.get(beside)
+        rank = self._least_loaded(ranks) if other is None or other.rank not in ranks else other.rank
+        routed = self._by_id[request.id] = RoutedRequest(request, rank)
         return routed
 
     def move(self, routed: RoutedRequest, ranks: Collection[int]) -> None:
