@@ -188,12 +188,12 @@ class Server(uvicorn.Server):
         yield
 
 
-def choose_max_connections(max_queue_size: int, num_ranks: int) -> int:
+def choose_max_connections(max_queue_size: int, num_others: int) -> int:
     """How many clients may be connected: more than can have a request, within what this process may open."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     wanted = max_queue_size + EXTRA_CONNECTIONS
-    possible = max(most - RESERVED_DESCRIPTORS - NUM_REFUSED - num_ranks, 16)
+    possible = max(most - RESERVED_DESCRIPTORS - NUM_REFUSED - num_others, 16)
     if most != resource.RLIM_INFINITY and possible < wanted:
         log.warning("only %d clients can be connected at once, as `ulimit -n` is %d: raise it", possible, most)
         return possible

@@ -138,7 +138,7 @@ class ServingProcess:
         """
         config = self.config
         app = make_app(self.service, config.max_body_bytes, config.api_key or (), config.allowed_origins or ())
-        max_connections = choose_max_connections(config.max_queue_size, self.num_ranks)
+        max_connections = choose_max_connections(config.max_queue_size, 2 * self.num_ranks)
         server = Server(app, ConnectionLimits(max_connections, config.http_timeout))
         ranks_server = await self.router.listen(control)
         serving = asyncio.ensure_future(server.serve(sockets=[http]))

@@ -225,7 +225,7 @@ def test_the_limit_of_connections_is_within_the_open_files(
     raised = []
     monkeypatch.setattr("resource.getrlimit", lambda _: (64, hard))
     monkeypatch.setattr("resource.setrlimit", lambda _, limits: raised.append(limits))
-    assert choose_max_connections(max_queue_size=1000, num_ranks=2) == expected
+    assert choose_max_connections(max_queue_size=1000, num_others=2) == expected
     assert raised == [(hard, hard)]
 
 

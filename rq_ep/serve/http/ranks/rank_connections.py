@@ -109,12 +109,18 @@ class RankConnections:
             assert connection.frames is not None
             connection.writer.write(connection.frames.pack(body))
 
-    def drop(self, rank: int) -> None:
-        """Close the connection of a rank that is lost. No more is heard of it, not even the end."""
-        connection = self._connections[Role.RANK, rank]
-        if connection.state in OPEN and connection.writer is not None:
-            connection.state = RankState.LOST
-            connection.writer.transport.abort()
+    def mute(self, rank: int, role: Role = Role.RANK) -> asyncio.StreamWriter | None:
+        """Hear no more of a rank, or of its supervisor, not even the end of its connection, which stays open."""
+        connection = self._connections[role, rank]
+        if connection.state not in OPEN:
+            return None
+        connection.state = RankState.LOST
+        return connection.writer
+
+    def drop(self, rank: int, role: Role = Role.RANK) -> None:
+        """Close the connection of a rank, or of its supervisor, and hear no more of it, not even the end."""
+        if (writer := self.mute(rank, role)) is not None:
+            writer.transport.abort()
 
     async def listen(self, sock: socket.socket) -> asyncio.Server:
         """Accept connections on a bound socket."""
@@ -137,6 +143,7 @@ class RankConnections:
     async def _read(self, greeting: Greeting, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Read the messages of a rank, or of a supervisor."""
         role, rank, nonce = greeting
+        _ask_now_and_then(writer)
         connection = self._connections[role, rank] = _Connection(
             RankState.CONNECTED, writer, Frames(self._token, nonce, is_to_rank=True)
         )
@@ -185,9 +192,13 @@ class RankConnections:
         greeted = read_greeting(self._token, greeting)
         if greeted is None or greeted.rank >= self._num_ranks or greeted.nonce in self._nonces:
             return None
-        if self._connections[greeted.role, greeted.rank].state in OPEN:
-            return None
         self._nonces.add(greeted.nonce)
+        if self._connections[greeted.role, greeted.rank].state in OPEN:
+            if greeted.role is Role.RANK:
+                return None
+            # A node that has vanished closes no connection, and the launcher has replaced the supervisor.
+            self.drop(greeted.rank, greeted.role)
+            self._listener.on_supervisor_loss(greeted.rank, f"the supervisor of rank {greeted.rank} was replaced")
         return greeted
 
     def _log_stranger(self, writer: asyncio.StreamWriter) -> None:
@@ -196,3 +207,11 @@ class RankConnections:
             "turned away %d connections at the port of the ranks that came from none of them, the last one from %s",
             self._num_strangers, writer.get_extra_info("peername"),
         )  # fmt: skip
+
+
+def _ask_now_and_then(writer: asyncio.StreamWriter) -> None:
+    """Have the kernel ask whether the other end is there: a node that vanishes closes no connection."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -316,6 +316,8 @@ class RankRouter:
             case DrainRequest():
                 self._start_draining(message.timeout_s)
             case Failed():
+                if self._goes_on:
+                    self._connections.mute(rank)  # it ends by itself, and names its error
                 self._lose(rank, f"rank {rank}: {message.text}", message.is_consequence)
             case Aborted():
                 self._report(FailureReport(rank, self._shutdown_text(rank, message), status=503))

@@ -161,8 +161,9 @@ class FakeGroup:
             case StartRank():
                 asyncio.get_running_loop().call_soon(self.start, rank, 1)
 
-    def drop(self, rank: int) -> None:
-        pass
+    def mute(self, rank: int) -> None: ...
+
+    def drop(self, rank: int) -> None: ...
 
     # The observer
 

@@ -5,7 +5,7 @@ import queue
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -28,9 +28,11 @@ from rq_ep.serve.messages import (
     DrainRequest,
     Failed,
     FromRank,
+    FromSupervisor,
     ImportanceReport,
+    KillRank,
+    Loaded,
     Mark,
-    MessageError,
     MigrationPlanned,
     Outputs,
     PromptPart,
@@ -40,8 +42,10 @@ from rq_ep.serve.messages import (
     RebalanceCommand,
     Recorded,
     RecordingFailed,
+    Regroup,
+    Regrouped,
     Stop,
-    ToRank,
+    StopRank,
     Wake,
     codec,
     encode,
@@ -59,9 +63,9 @@ T = TypeVar("T")
 class FakeRank:
     """A rank that keeps the messages it gets."""
 
-    def __init__(self, address: tuple[str, int], rank: int, token: str = TOKEN) -> None:
-        self.received: queue.Queue[ToRank | MessageError | None] = queue.Queue()  # None: the connection was closed
-        self.client = ControlClient(address, rank, token)
+    def __init__(self, address: tuple[str, int], rank: int, token: str = TOKEN, role: Role = Role.RANK) -> None:
+        self.received: queue.Queue[Any] = queue.Queue()  # None: the connection was closed
+        self.client = ControlClient(address, rank, token, role)
         self.client.listen(self.received.put, lambda: self.received.put(None), self.received.put)
 
     async def receive(self, message_type: type[T]) -> T:
@@ -70,7 +74,7 @@ class FakeRank:
         assert isinstance(message, message_type), message
         return message
 
-    def send(self, message: FromRank) -> None:
+    def send(self, message: FromRank | FromSupervisor) -> None:
         self.client.send(message)
 
     def send_outputs(self, *outputs: Output) -> None:
@@ -90,7 +94,7 @@ class FakeRank:
 class Stage:
     """A router that serves, and its ranks; the router's observer."""
 
-    def __init__(self, stall_s: float = 60.0) -> None:
+    def __init__(self, stall_s: float = 60.0, *, survives: bool = False) -> None:
         self.ended = asyncio.Event()
         self.ready: list[Ready] = []
         self.rebalances: list[object] = []
@@ -98,7 +102,7 @@ class Stage:
         self.lost: list[tuple[int, bool]] = []
         self.recoveries: list[dict[str, float]] = []
         self.num_resumptions = 0
-        self.router = RankRouter(NUM_RANKS, TOKEN, self, max_queue_size=4, stall_s=stall_s)
+        self.router = RankRouter(NUM_RANKS, TOKEN, self, max_queue_size=4, stall_s=stall_s, survives=survives)
         self.address = ("", 0)
         self.ranks: list[FakeRank] = []
 
@@ -138,14 +142,17 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(stall_s: float) -> AsyncIterator[Stage]:
-    it = Stage(stall_s)
+async def stage(stall_s: float, *, survives: bool = False) -> AsyncIterator[Stage]:
+    it = Stage(stall_s, survives=survives)
     sock = socket.create_server(("127.0.0.1", 0))
     it.address = sock.getsockname()
     server = await it.router.listen(sock)
     it.ranks = [FakeRank(it.address, rank) for rank in range(NUM_RANKS)]
     while it.router.num_connected < NUM_RANKS:
         await asyncio.sleep(0.01)
+    for number, rank in enumerate(it.ranks):
+        rank.send(Loaded(("host", number)))
+    await asyncio.sleep(0.05)
     it.ranks[0].send(READY)
     while it.router.why_unavailable() is not None:
         await asyncio.sleep(0.01)
@@ -159,9 +166,9 @@ async def stage(stall_s: float) -> AsyncIterator[Stage]:
             await asyncio.sleep(0.01)
 
 
-def play(scene: Callable[[Stage], Awaitable[None]], stall_s: float = 60.0) -> None:
+def play(scene: Callable[[Stage], Awaitable[None]], stall_s: float = 60.0, *, survives: bool = False) -> None:
     async def run() -> None:
-        async with stage(stall_s) as it:
+        async with stage(stall_s, survives=survives) as it:
             await scene(it)
 
     asyncio.run(asyncio.wait_for(run(), 2 * TIMEOUT_S))
@@ -638,3 +645,134 @@ def test_a_migration_of_rank_0_reaches_every_rank_and_a_command_or_report_rank_0
             assert await it.ranks[0].receive(ImportanceReport) == ImportanceReport([[0, [3], [0.5], [1]]])
 
     asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
+
+
+def regroup(generation: int, members: list[int], joining: Sequence[int] = ()) -> Regroup:
+    leader = min(rank for rank in members if rank not in joining)
+    return Regroup(generation, members, ("host", leader), list(joining))
+
+
+@pytest.mark.parametrize("how", ["killed", "raised", "makes no sense"])
+def test_a_rank_that_fails_is_left_out_and_may_connect_again(how: str) -> None:
+    async def scene(it: Stage) -> None:
+        task = it.ask("0")
+        await it.ranks[0].receive(AddRequest)
+        it.ranks[0].send_outputs(Output("0", [5]))
+        if how == "killed":
+            it.ranks[0].die()
+        elif how == "raised":
+            it.ranks[0].send(Failed("KeyError: 3", is_consequence=False))
+        else:
+            it.ranks[0].send_body(b"[]")
+        for rank in (2, 1):
+            await it.ranks[rank].receive(Wake)
+            assert await it.ranks[rank].receive(Regroup) == regroup(1, [1, 2])
+            assert await it.ranks[rank].receive(Wake) == Wake(1)
+        rest = (await it.ranks[1].receive(AddRequest)).request
+        assert (rest.id, rest.prompt_ids, rest.max_tokens) == ("0-1", [1, 5], 8)
+        for rank in it.ranks[1:]:
+            rank.send(Regrouped(1, {"re-form": 0.01}))
+        it.ranks[1].send_outputs(Output("0-1", [6], "length"))
+        assert [output.token_ids for output in await task] == [[5], [6]]
+        it.ranks[0].client.close()
+        it.ranks[0] = FakeRank(it.address, 0)
+        it.ranks[0].send(Loaded(("host", 7)))
+        for rank in (0, 1):
+            messages = [message async for message in until(it.ranks[rank], Regroup)]
+            assert messages[-1] == regroup(2, [0, 1, 2], [0])
+        assert await it.ranks[0].receive(Wake) == Wake(2), "it has missed all so far"
+        for rank in it.ranks:
+            rank.send(Regrouped(2, {}))
+        while it.router.membership.degradation() is not None:
+            await asyncio.sleep(0.01)
+
+    play(scene, survives=True)
+
+
+async def until(rank: FakeRank, kind: type) -> AsyncIterator[object]:
+    """What a rank receives until a message of a kind."""
+    while True:
+        message = await rank.receive(object)
+        yield message
+        if isinstance(message, kind):
+            return
+
+
+def test_a_supervisor_is_commanded_and_one_that_takes_its_place_is_let_in() -> None:
+    async def scene(it: Stage) -> None:
+        first = FakeRank(it.address, 2, role=Role.SUPERVISOR)
+        while not it.router.membership.ranks[2].has_supervisor:
+            await asyncio.sleep(0.01)
+        second = FakeRank(it.address, 2, role=Role.SUPERVISOR)
+        await first.receive(type(None))
+        first.client.close()
+        messages = [message async for message in until(it.ranks[0], Regroup)]
+        assert messages == [regroup(1, [0, 1])], "the rank's process has ended with its supervisor"
+        for rank in it.ranks[:2]:
+            rank.send(Regrouped(1, {}))
+        it.router.remove_ranks([2], moves=False)
+        await second.receive(StopRank)
+        second.client.close()
+
+    play(scene, survives=True)
+
+
+@pytest.mark.slow
+def test_a_rank_that_stalls_is_killed_and_the_others_go_on() -> None:
+    async def scene(it: Stage) -> None:
+        supervisor = FakeRank(it.address, 2, role=Role.SUPERVISOR)
+        watching = asyncio.ensure_future(it.router.watch())
+        for rank in it.ranks:
+            rank.send(STATS)
+        while it.router.membership.generation == 0:
+            for rank in it.ranks[:2]:
+                rank.send(STATS)
+            await asyncio.sleep(0.1)
+        kill = await supervisor.receive(KillRank)
+        assert kill.reason.startswith("rank 2 has not been heard for 2 s (--stall-timeout)")
+        for rank in it.ranks[:2]:
+            assert await rank.receive(Regroup) == regroup(1, [0, 1])
+            rank.send(Regrouped(1, {}))
+        while not it.recoveries:
+            await asyncio.sleep(0.01)
+        assert it.recoveries[0]["detect"] > 1.5
+        watching.cancel()
+        supervisor.client.close()
+
+    play(scene, stall_s=1.5, survives=True)
+
+
+def test_supervisors_are_told_of_the_end_and_awaited() -> None:
+    async def scene(it: Stage) -> None:
+        supervisors = [FakeRank(it.address, rank, role=Role.SUPERVISOR) for rank in range(NUM_RANKS)]
+        it.ranks[1].die()
+        await it.ranks[0].receive(Regroup)
+        supervisors[1].send(DrainRequest(TIMEOUT_S))
+        for supervisor in supervisors:
+            await supervisor.receive(Stop)
+        for rank in (it.ranks[0], it.ranks[2]):
+            rank.client.close()
+        await asyncio.sleep(0.1)
+        assert not it.ended.is_set()
+        for supervisor in supervisors:
+            supervisor.client.close()
+        await it.ended.wait()
+        assert it.router.state is GroupState.ENDED
+
+    play(scene, survives=True)
+
+
+def test_a_migration_that_was_planned_before_a_loss_is_not_begun() -> None:
+    async def scene(it: Stage) -> None:
+        it.ranks[2].die()
+        await it.ranks[0].receive(Regroup)
+        await it.ranks[0].receive(Wake)
+        it.ranks[0].send(MigrationPlanned(1, {"layers": []}, []))
+        it.ranks[0].send(Regrouped(1, {}))
+        it.ranks[0].send(MigrationPlanned(2, {"layers": []}, []))
+        await asyncio.sleep(0.1)
+        assert it.ranks[0].received.empty(), "rank 1 does not serve yet"
+        it.ranks[1].send(Regrouped(1, {}))
+        assert (await it.ranks[0].receive(BeginMigration)).generation == 2
+
+    play(scene, survives=True)
