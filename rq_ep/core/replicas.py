@@ -70,6 +70,12 @@ class Replicas:
         return np.lexsort((self.ranks_P, bits_P, self.experts_P))
 
     @cached_property
+    def first_E(self) -> IntArray:
+        """[E + 1] where the replicas of each expert begin in `by_expert_P`; E counts up to the last expert held."""
+        num_experts = int(self.experts_P.max(initial=-1)) + 1
+        return np.searchsorted(self.experts_P[self.by_expert_P], np.arange(num_experts + 1))
+
+    @cached_property
     def stored_formats(self) -> tuple[tuple[str, ...], IntArray]:
         """The formats in use, sorted, and [P] the index of each replica's format among them."""
         names = tuple(sorted(set(self.formats_P)))

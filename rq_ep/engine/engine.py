@@ -96,9 +96,19 @@ class Engine:
             lambda request: self._outputs.fail(request, NOT_FINITE),
         )
         self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
+
+        def announce_rows(num_rows: Sequence[int] | None) -> None:
+            by_member = None if num_rows is None else dict(zip(group.members, num_rows, strict=True))
+            rows_R = None if by_member is None else [by_member.get(rank, 0) for rank in range(group.size)]
+            for layer in layers:
+                layer.rows_R = rows_R
+
         # Prepared before the manager gives the model an attention that only its own batches can use.
         with first_steps(layers):
             run_empty_step = empty_step(model, layers)
+            announce_rows([0] * len(group.members))
+            run_empty_step()  # what a step of announced rows compiles is compiled now
+            announce_rows(None)
         kv_cache_tokens = cache_size(config.kv_cache_tokens, model.device.type)
         self._manager: LockstepManager | PaddedManager
         if config.cache == PAGED:
@@ -135,6 +145,7 @@ class Engine:
             mover_flags=mover_flags,
             on_agreement=on_agreement,
             recover=recover,
+            announce_rows=announce_rows,
             progress=self._tracker,
             heartbeat_s=heartbeat_s,
             wake_up=self._manager.wake_up,

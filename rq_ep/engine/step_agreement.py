@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.ep_group import PeerLost
 
+UNKNOWN = -1
+
 
 class StepFlags(NamedTuple):
     """What one rank announces before a step."""
@@ -20,6 +22,7 @@ class StepFlags(NamedTuple):
     has_requests: bool  # unfinished ones, in the batch or not
     num_announced: int  # requests of the whole group that this rank knows of
     mark: int  # the last mark it was given (`Engine.mark`)
+    num_rows: int = UNKNOWN  # that it enters every MoE layer with, if it makes a step
     is_prefill: bool = False  # its step has tokens of prompts
     staged: int = 0  # how far its migration of experts has come (`MoverFlags`)
     failed: int = 0  # the last migration that it gives up
@@ -35,6 +38,7 @@ class GroupFlags(NamedTuple):
     any_has_requests: bool
     all_know_the_same: bool  # of requests
     mark: int  # the newest
+    num_rows: tuple[int, ...] | None  # of each member in every MoE layer; None: one of them does not know its own
     any_prefill: bool
     staged: int  # the least
     failed: int  # the highest
@@ -58,10 +62,8 @@ GatherFlags = Callable[[StepFlags], Sequence[StepFlags]]
 
 def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
     """Merge the flags of all ranks."""
-    columns = zip(*flags_R, strict=True)
-    has_step, keeps_running, stops_now, has_requests, num_announced, mark, is_prefill, staged, failed, generation = (
-        columns
-    )
+    has_step, keeps_running, stops_now, has_requests, num_announced, *others = zip(*flags_R, strict=True)
+    mark, num_rows, is_prefill, staged, failed, generation = others
     return GroupFlags(
         any_has_step=any(has_step),
         any_keeps_running=any(keeps_running),
@@ -69,6 +71,7 @@ def merge(flags_R: Sequence[StepFlags]) -> GroupFlags:
         any_has_requests=any(has_requests),
         all_know_the_same=min(num_announced) == max(num_announced),
         mark=max(mark),
+        num_rows=None if UNKNOWN in num_rows else num_rows,
         any_prefill=any(is_prefill),
         staged=min(staged),
         failed=max(failed),

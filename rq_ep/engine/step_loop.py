@@ -7,12 +7,13 @@ and what a layer gives for a row does not depend on who else is in the step.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from rq_ep.engine.progress import ProgressTracker
 from rq_ep.engine.requests import Batch
 from rq_ep.engine.step_agreement import (
+    UNKNOWN,
     Action,
     GatherFlags,
     GroupFlags,
@@ -94,6 +95,8 @@ class StepLoop:
         on_agreement: called with what the group has agreed on, between the same two steps on every rank.
         recover: called when another rank has cut a step off, or when all ranks know of a new membership (`regroup`);
             None: such an error ends the loop.
+        announce_rows: called with the rows of each member in every MoE layer of the step that begins, and with None
+            when it has ended, or where a member does not know its own.
         progress: follows the steps.
         heartbeat_s: longest sleep of an idle group, in seconds.
         wake_up: set to end a sleep.
@@ -109,6 +112,7 @@ class StepLoop:
         on_mark: Callable[[int], None],
         mover_flags: Callable[[], MoverFlags] | None,
         on_agreement: Callable[[GroupFlags], None],
+        announce_rows: Callable[[Sequence[int] | None], None],
         recover: Recover | None = None,
         progress: ProgressTracker,
         heartbeat_s: float,
@@ -122,6 +126,7 @@ class StepLoop:
         self._mover_flags = mover_flags
         self._on_agreement = on_agreement
         self._recover = recover
+        self._announce_rows = announce_rows
         self._progress = progress
         self._heartbeat_s = heartbeat_s
         self._wake_up = wake_up
@@ -180,6 +185,7 @@ class StepLoop:
             num_announced=num_announced,
             mark=self._mark,
             generation=self._newest_generation,
+            num_rows=self._num_rows(batches),
         )
         if self._mover_flags is not None:
             is_prefill = self._is_scoring or (self._has_batch and batches.has_prompts())
@@ -195,7 +201,16 @@ class StepLoop:
             self._on_mark(group.mark)
         if not group.any_stops_now:
             self._on_agreement(group)
-        return self._act(next_action(flags.has_step, group, flags.staged), batches)
+        self._announce_rows(group.num_rows)
+        try:
+            return self._act(next_action(flags.has_step, group, flags.staged), batches)
+        finally:
+            self._announce_rows(None)
+
+    def _num_rows(self, batches: Batches) -> int:
+        if self._is_scoring:
+            return UNKNOWN
+        return sum(size for _, size in batches.contents().parts) if self._has_batch else 0
 
     def _change_group(self, error: BaseException | None, batches: Batches) -> None:
         """Keep what was prepared, and return when the group serves again."""

@@ -1,5 +1,6 @@
 """The expert-parallel MoE layer, which takes the place of a model's experts module."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,19 +17,20 @@ from rq_ep.moe.borrowing import BorrowBuffers
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.moe.output_norms import OutputNorms
-from rq_ep.moe.telemetry import CallRecorder, LayerCall, Telemetry
-from rq_ep.parallel import Combine, EPGroup, Exchange, RankFailure, RoutingCounts, SoleHolders
+from rq_ep.moe.telemetry import CallRecorder, LayerCall, PhaseTimer, Telemetry
+from rq_ep.parallel import Combine, EPGroup, Exchange, GatheredRows, RankFailure, RoutingCounts, SoleHolders
 
 
 class EPExperts(nn.Module):
     """This rank's part of a layer's experts. Every rank of the group calls it for every step, with zero rows too.
 
-    A small step takes three collectives - counts, rows, sums - and a larger one four, as the pairs' metadata goes ahead
-    of the rows. The host waits for a GPU once, for the counts, and once more in a step so uneven that rows come in
-    parts, for the pairs in each. Checksums of borrowed experts are computed beside the compute and looked at by the
-    next layer, after its counts; the last layer of a forward pass waits for its own. To wait for none, the planner
-    would have to run on the GPU and give the kernels their sizes there; every message already has the size of a bound
-    that the plan gives.
+    A small step whose rows the ranks have agreed on (`rows_R`) takes two collectives: rows with their routing, which go
+    to all ranks, and sums. Otherwise a small one takes three - counts, rows, sums - and a larger one four, as the
+    pairs' metadata goes ahead of the rows. The host waits for a GPU once, for the counts, and once more in a step so
+    uneven that rows come in parts, for the pairs in each. Checksums of borrowed experts are computed beside the compute
+    and looked at by the next layer, after its counts; the last layer of a forward pass waits for its own. To wait for
+    none, the planner would have to run on the GPU and give the kernels their sizes there; every message already has the
+    size of a bound that the plan gives.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class EPExperts(nn.Module):
         self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
         self.output_norms: OutputNorms | None = None  # samples steps, if it is set
         self.is_apart = False  # whether the rank has yet to join the others: every output is zero, and nobody is asked
+        self.rows_R: Sequence[int] | None = None  # of each rank in this step; None: the ranks have not agreed on them
 
     def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
         """Serve another placement of this layer from the next call on. Every rank does so between the same two calls.
@@ -114,6 +117,9 @@ class EPExperts(nn.Module):
             raise RankFailure(message) from error
 
     def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        row_bytes = hidden_TD.shape[1] * hidden_TD.dtype.itemsize
+        if self.rows_R is not None and self.exchange.gathers(self.rows_R, row_bytes):
+            return self._forward_gathered(hidden_TD, topk_ids_TK, topk_weights_TK, self.rows_R)
         timer = self.telemetry.timer(self.group)
         counts = RoutingCounts.gather(topk_ids_TK, self.sole_holders, self.group)
         timer.mark("gather")
@@ -122,9 +128,7 @@ class EPExperts(nn.Module):
         borrowed = self.bank.borrow(plan.transfers, self.group)
         handle = self.exchange.dispatch(hidden_TD, topk_ids_TK, topk_weights_TK, plan, counts)
         combine = Combine(handle)
-        norms_VE = None
-        if self.output_norms is not None:
-            norms_VE = self.output_norms.sums_of(self.placement.index, self.placement.num_experts, self.group.device)
+        norms_VE = self._norms_VE()
         for received in handle:
             timer.mark("dispatch")
             partial_MD = self.bank.compute(received, self.family, borrowed, norms_VE)
@@ -133,19 +137,41 @@ class EPExperts(nn.Module):
             timer.mark("combine")
         out_TD = combine.output()
         timer.mark("combine")
-        transfer_bytes_R = partial(transfer_bytes, plan, self.family)
-        self.telemetry.record(
-            LayerCall(
-                self.placement.index,
-                self.group.rank,
-                counts.counts_RE,
-                plan,
-                timer,
-                handle.received_bytes,
-                transfer_bytes_R,
-            )
-        )
+        self._record(counts.counts_RE, plan, timer, handle.received_bytes)
         return out_TD
+
+    def _forward_gathered(
+        self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows_R: Sequence[int]
+    ) -> Tensor:
+        timer = self.telemetry.timer(self.group)
+        gathered = GatheredRows.gather(hidden_TD, topk_ids_TK, topk_weights_TK, rows_R, self.group)
+        counts_RE = gathered.counts_RE(self.placement.num_experts)
+        timer.mark("gather")
+        plan = self.planner(counts_RE)
+        timer.mark("plan")
+        borrowed = self.bank.borrow(plan.transfers, self.group)
+        received = gathered.received(plan)
+        timer.mark("dispatch")
+        partial_MD = self.bank.compute(received, self.family, borrowed, self._norms_VE())
+        timer.mark("compute")
+        out_TD = gathered.combine(partial_MD)
+        timer.mark("combine")
+        self._record(counts_RE, plan, timer, gathered.received_bytes)
+        return out_TD
+
+    def _norms_VE(self) -> Tensor | None:
+        if self.output_norms is None:
+            return None
+        return self.output_norms.sums_of(self.placement.index, self.placement.num_experts, self.group.device)
+
+    def _record(
+        self, counts_RE: IntArray, plan: DispatchPlan, timer: PhaseTimer, received_bytes: Mapping[str, int]
+    ) -> None:
+        call = LayerCall(
+            self.placement.index, self.group.rank, counts_RE, plan, timer, received_bytes,
+            partial(transfer_bytes, plan, self.family),
+        )  # fmt: skip
+        self.telemetry.record(call)
 
     def extra_repr(self) -> str:
         held = len(self.bank.experts)

@@ -1,5 +1,6 @@
 """Dispatch: rows travel to the replicas that the plan chose."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,9 @@ from rq_ep.parallel.row_parts import METADATA_BYTES, Part, PartLimit, split_part
 class ExchangeSettings:
     """How rows travel; the same on every rank."""
 
+    # Bytes of all ranks' rows, up to which every rank gets all of them with their routing (`GatheredRows`), where the
+    # ranks know how many each has.
+    max_gathered_bytes: int
     # Bytes received by a rank, up to which rows and metadata are one message, with a row for every pair: a collective
     # saved is worth more than bytes saved.
     max_padded_bytes: int
@@ -38,8 +42,8 @@ class ExchangeSettings:
     def for_device(cls, kind: str, max_dispatch_bytes: int | None = None) -> "ExchangeSettings":
         """What suits a device of type `kind`, cpu or cuda."""
         if kind == "cuda":
-            return cls(1 << 20, counts_rows=False, overlaps=True, max_dispatch_bytes=max_dispatch_bytes)
-        return cls(1 << 16, counts_rows=True, overlaps=False, max_dispatch_bytes=max_dispatch_bytes)
+            return cls(1 << 20, 1 << 20, counts_rows=False, overlaps=True, max_dispatch_bytes=max_dispatch_bytes)
+        return cls(1 << 16, 1 << 16, counts_rows=True, overlaps=False, max_dispatch_bytes=max_dispatch_bytes)
 
 
 class Exchange:
@@ -59,6 +63,10 @@ class Exchange:
         """
         self.group = group
         self.settings = ExchangeSettings.for_device(group.device.type) if settings is None else settings
+
+    def gathers(self, rows_R: Sequence[int], row_bytes: int) -> bool:
+        """Whether a step of so many rows on each rank is small enough for every rank to get all of them."""
+        return sum(rows_R) * row_bytes <= self.settings.max_gathered_bytes
 
     def dispatch(
         self,

@@ -69,6 +69,11 @@ def test_greedy_answers_equal_generate(findings: list[dict[str, Any]], family: s
     assert findings[1]["served"][f"{family}/{strategy}"]["tokens"] == {}
 
 
+def test_small_steps_gather_no_counts(findings: list[dict[str, Any]]) -> None:
+    served = [answers for finding in findings for answers in finding["served"].values()]
+    assert [answers["gathers"] for answers in served] == [0] * len(served)
+
+
 def test_some_answers_ended_themselves(findings: list[dict[str, Any]]) -> None:
     reasons = [reason for served in findings[0]["served"].values() for reason in served["reasons"].values()]
     assert {"stop", "length"} == set(reasons)

@@ -58,8 +58,14 @@ def test_flags_are_merged_over_the_ranks() -> None:
         STOPPING._replace(mark=2, staged=5),
         INFORMED._replace(staged=6, failed=1),
     ]
-    assert merge(flags) == GroupFlags(True, True, True, True, False, 2, any_prefill=True, staged=5, failed=1)
-    assert merge([IDLE]) == GroupFlags(False, True, False, False, True, 0, any_prefill=False, staged=0, failed=0)
+    assert merge(flags) == GroupFlags(True, True, True, True, False, 2, None, any_prefill=True, staged=5, failed=1)
+    assert merge([IDLE]) == GroupFlags(False, True, False, False, True, 0, None, any_prefill=False, staged=0, failed=0)
+
+
+def test_all_ranks_know_the_rows_of_a_step_or_none_does() -> None:
+    flags = [BUSY._replace(num_rows=5), IDLE._replace(num_rows=0), BUSY._replace(num_rows=2)]
+    assert merge(flags).num_rows == (5, 0, 2)
+    assert merge([*flags, BUSY]).num_rows is None
 
 
 def test_one_rank_agrees_with_itself() -> None:

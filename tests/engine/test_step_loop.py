@@ -1,13 +1,13 @@
 """What a step does on a rank, beside another rank whose flags are given."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from rq_ep.engine.progress import ProgressTracker
 from rq_ep.engine.requests import Batch
-from rq_ep.engine.step_agreement import StepFlags
+from rq_ep.engine.step_agreement import UNKNOWN, StepFlags
 from rq_ep.engine.step_loop import Recover, StepLoop
 from rq_ep.moe.expert_mover import MoverFlags
 
@@ -50,6 +50,7 @@ class Rank:
         self.did: list[str] = []
         self.batches: list[Batch] = []  # as they are in each step
         self.event = RecordedEvent()
+        self.rows: list[Sequence[int] | None] = []  # as they are announced and, after the step, taken back
         self.announced: list[StepFlags] = []
         self.num_looks = 0  # at the requests of a batch
         self.loop = StepLoop(
@@ -61,6 +62,7 @@ class Rank:
             mover_flags=mover_flags,
             on_agreement=lambda flags: None,
             recover=recover,
+            announce_rows=self.rows.append,
             progress=ProgressTracker([], [], lambda: None),
             heartbeat_s=60.0,
             wake_up=self.event,
@@ -159,6 +161,18 @@ def test_scoring_takes_turns_with_batches() -> None:
         assert rank.step()
     assert rank.did == ["score", "step", "score", "step"]
     assert rank.batches == [Batch([("a prompt", 5)], True), BATCH] * 2
+
+
+@pytest.mark.parametrize(
+    ("ready", "prompts", "other", "rows"),
+    [(True, 0, 3, (4, 3)), (False, 0, 3, (0, 3)), (True, 1, 3, None), (True, 0, UNKNOWN, None)],
+)
+def test_rows_are_announced_for_one_step_if_every_rank_knows_its_own(
+    ready: bool, prompts: int, other: int, rows: tuple[int, int] | None
+) -> None:
+    rank = Rank(ready, ready, BUSY._replace(num_rows=other), prompts=prompts)
+    assert rank.step()
+    assert rank.rows == [rows, None]
 
 
 def test_an_empty_step_has_an_empty_batch() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -82,11 +83,17 @@ def answer(path: Path, strategy: str, group: TorchGroup, requests: Sequence[Requ
     """Run this rank's requests to their end; other ranks may have none, or stop long before."""
     answers = Answers(len(requests))
     engine = start(path, strategy, group, answers)
-    for request in requests:
-        engine.submit(request)
-    assert not requests or answers.all.wait(TIMEOUT_S), answers.tokens
-    engine.stop()
-    return {"tokens": answers.tokens, "reasons": answers.reasons, "errors": answers.errors}
+    with patch.object(group, "gather_counts", wraps=group.gather_counts) as gather_counts:
+        for request in requests:
+            engine.submit(request)
+        assert not requests or answers.all.wait(TIMEOUT_S), answers.tokens
+        engine.stop()
+    return {
+        "tokens": answers.tokens,
+        "reasons": answers.reasons,
+        "errors": answers.errors,
+        "gathers": gather_counts.call_count,
+    }
 
 
 def sampled_alike(path: Path, group: TorchGroup) -> list[list[int]]:

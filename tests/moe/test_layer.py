@@ -1,9 +1,13 @@
 """However rows travel, the layer computes the same, with borrowed experts too."""
 
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
 import pytest
 import torch
 
-from rq_ep.moe import EPExperts
+from rq_ep.moe import EPExperts, Telemetry
 from rq_ep.parallel import EPGroup, run_local
 from tests.moe import cases
 from tests.parallel.test_exchange import MODES, exchange
@@ -60,3 +64,38 @@ def test_a_row_that_is_not_finite_changes_no_other(mode: str, value: str) -> Non
     for well, damaged in run_local(len(ranks), main):
         assert torch.equal(damaged[2:], well[2:])
         assert not damaged[:2].isfinite().any()
+
+
+@pytest.mark.parametrize("routing", ["no_tokens", "one_hot_expert", "one_rank_empty", "more_ranks_than_experts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_steps_of_announced_rows_need_no_counts_and_give_the_same_bits(
+    variant_of: tuple[str, dict[str, Any]], routing: str, dtype: torch.dtype
+) -> None:
+    """Every strategy, with borrowed experts too: the same output, and the same counts and loads in the telemetry."""
+    name, variant = variant_of
+    family, ranks, num_experts = cases.FAMILIES["gated"], cases.batches(routing, dtype), cases.ROUTINGS[routing][0]
+    weights = cases.expert_weights(family, num_experts, dtype)
+    native = "fp32" if dtype == torch.float32 else "bf16"
+    counts_RE = cases.counts_of(ranks, num_experts)
+    layer, planner, _ = cases.planned(name, variant, family, counts_RE, (native,))
+    telemetry = Telemetry()
+
+    def main(group: EPGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        experts = EPExperts(family, layer, planner, group, telemetry=telemetry)
+        cases.fill(experts, weights)
+        batch = ranks[group.rank]
+        step = batch.hidden_TD, batch.ids_TK, batch.weights_TK
+        with patch.object(group, "gather_counts", wraps=group.gather_counts) as gather_counts:
+            usual = experts(*step)
+            experts.rows_R = [len(batch.hidden_TD) for batch in ranks]
+            small = experts(*step)
+            assert gather_counts.call_count == 1
+            experts.exchange = exchange(group, max_gathered_bytes=-1)
+            assert torch.equal(usual, experts(*step))
+            assert gather_counts.call_count == 2, "a step that is too large goes the usual way"
+        return usual, small
+
+    for usual, small in run_local(len(ranks), main):
+        assert torch.equal(usual, small)
+    assert np.array_equal(telemetry.counts()[:, 0], [counts_RE.sum(axis=0)] * 3)
+    assert len(np.unique(telemetry.loads(), axis=0)) == 1

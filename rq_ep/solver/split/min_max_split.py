@@ -38,10 +38,9 @@ class ByExpert:
         if last >= num_ranks:
             raise UserError(f"a replica on rank {last}: there are {num_ranks} ranks")
         replicas_C = replicas.by_expert_P
-        experts_C = replicas.experts_P[replicas_C]
-        num_experts = int(experts_C[-1]) + 1 if len(experts_C) else 0
-        first_E = np.searchsorted(experts_C, np.arange(num_experts + 1))
-        return cls(num_ranks, replicas_C, experts_C, replicas.ranks_P[replicas_C], first_E)
+        return cls(
+            num_ranks, replicas_C, replicas.experts_P[replicas_C], replicas.ranks_P[replicas_C], replicas.first_E
+        )
 
     @property
     def num_experts(self) -> int:

@@ -284,7 +284,7 @@ class MovingGroup:
 
     def agree(self) -> None:
         """What happens between two steps, on all ranks."""
-        flags = [StepFlags(True, True, False, True, 0, 0, False, *live.flags()) for live in self.lives]
+        flags = [StepFlags(True, True, False, True, 0, 0, 1, False, *live.flags()) for live in self.lives]
         for live in self.lives:
             live.on_agreement(merge(flags))
 
