@@ -227,7 +227,7 @@ def test_answers_are_the_same_whoever_dies(seed: int, monkeypatch: pytest.Monkey
 
     async def disturbed(stage: Stage) -> list[str]:
         texts = await answers(stage, random.Random(seed))
-        assert (stage.metric("requests_resumed_total") or 0) > 10
+        assert stage.metric("requests_resumed_total"), "some were on a rank that died"
         assert stage.metric("time_to_first_token_seconds_count") == 32, "once for each request that gets tokens"
         return texts
 
