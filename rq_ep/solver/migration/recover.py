@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from rq_ep.core.errors import UserError
 from rq_ep.core.moves import DROP, Move
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem, ignore_progress
@@ -50,8 +51,13 @@ def recover(problem: PlacementProblem, placement: Placement, members: Sequence[i
     Raises:
         UserError: the members cannot hold every expert; the message says how many bytes are missing.
     """
-    restoration = Restoration(problem, placement, members)
-    if restoration.restore():
+    try:
+        restoration = Restoration(problem, placement, members)
+        has_moved = restoration.restore()
+    except UserError:
+        restoration = Restoration(problem, placement, members, by_damage=False)
+        has_moved = restoration.restore()
+    if has_moved:
         _balance(problem, members, restoration)
     after = restoration.placement()
     is_member = set(members)

@@ -19,6 +19,7 @@ from rq_ep.core.replicas import Replica
 from rq_ep.solver.objective.precision import Formats, damage_LE, error_LE
 
 UNLIMITED = 2**60
+_GIVES = np.array([-1.0, 1.0])  # what a rank and the one that it gives a replica to carry more
 
 
 class Restoration:
@@ -28,10 +29,14 @@ class Restoration:
         problem: loads, formats, cap and budgets; where no load is known, every expert has the same.
         placement: what serves; replicas on other ranks are as good as gone.
         members: ascending.
+        by_damage: experts of least damage are stored in few bits; else those of fewest pairs, so that most can be, and
+            busier ones that are stored so are native again.
     """
 
-    def __init__(self, problem: PlacementProblem, placement: Placement, members: Sequence[int]) -> None:
-        self._problem, self._before, self._members = problem, placement, members
+    def __init__(
+        self, problem: PlacementProblem, placement: Placement, members: Sequence[int], by_damage: bool = True
+    ) -> None:
+        self._problem, self._before, self._members, self._by_damage = problem, placement, members, by_damage
         stats = problem.stats
         self._formats = Formats.of(problem)
         self._names = tuple(dict.fromkeys((stats.native_format, *problem.formats, *placement.formats)))
@@ -57,6 +62,13 @@ class Restoration:
         self.format_LER[:, :, is_hole_R] = -1
         # What is left of an expert in two formats is given up where its pairs would all be computed in the fewer bits.
         self.format_LER[is_native_LE & ~(self.format_LER == 0).any(axis=2)] = -1
+        if not by_damage:
+            by_pairs = np.argsort(self.pairs_LE, axis=None, kind="stable")
+            is_kept = np.cumsum(self.pairs_LE.ravel()[by_pairs]) <= self._max_low
+            becomes_native_LE = self._format_LE > 0
+            becomes_native_LE.ravel()[by_pairs[is_kept]] = False
+            self._format_LE[becomes_native_LE] = 0
+            self.format_LER[becomes_native_LE] = -1
         held_LER = self.before_LER = self.held_LER
         self._copies_LE = held_LER.sum(axis=2)
         used_R = np.where(held_LER, self._bytes_F[self.format_LER], 0).sum(axis=(0, 1))
@@ -99,12 +111,9 @@ class Restoration:
         """
         missing = np.argwhere(self._copies_LE == 0)
         order = np.argsort(-self._load_LE[self._copies_LE == 0], kind="stable")
-        rest = []
-        for i, expert in missing[order].tolist():
-            if not self._place(i, expert):
-                rest.append((i, expert))
-        while rest and self._lower_one():
-            rest = [one for one in rest if not self._place(*one)]
+        rest = self._place_all(missing[order].tolist())
+        while rest and (self._lower_one() or self._relocate(min(self.bytes_LE[i, expert] for i, expert in rest))):
+            rest = self._place_all(rest)
         if rest:
             raise UserError(self._too_small(rest))
         return len(missing) > 0
@@ -131,6 +140,16 @@ class Restoration:
         copies_LE = (self.format_LER >= 0).sum(axis=2)
         low_LE = (self.format_LER > 0).sum(axis=2) / np.maximum(copies_LE, 1)
         return float((low_LE * self.pairs_LE).sum())
+
+    def _place_all(self, experts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Place these experts; those that do not fit."""
+        rest, too_large = [], UNLIMITED
+        for i, expert in experts:
+            size = int(self._bytes_F[self._format_LE[i, expert]])
+            if size >= too_large or not self._place(i, expert):
+                rest.append((i, expert))
+                too_large = min(too_large, size)
+        return rest
 
     def _place(self, i: int, expert: int) -> bool:
         """Put an expert on the member of least load that has the bytes, or can give up spare replicas for them."""
@@ -207,6 +226,33 @@ class Restoration:
             self._free_R[rank] += more
         return True
 
+    def _relocate(self, size: int) -> bool:
+        """Let a rank have so many bytes by moving what it holds to others' free bytes; False: that is not possible."""
+        for rank in sorted(self._members, key=lambda rank: (-self._free_R[rank], rank)):
+            before, moved = list(self._free_R), []
+            for i, expert in np.argwhere(self.format_LER[:, :, rank] >= 0).tolist():
+                if self._free_R[rank] >= size:
+                    break
+                bytes_ = int(self._bytes_F[self.format_LER[i, expert, rank]])
+                taking = [
+                    other
+                    for other in self._members
+                    if self._free_R[other] >= bytes_ and self.format_LER[i, expert, other] < 0
+                ]
+                if taking:
+                    to = min(taking, key=lambda other: (self._free_R[other], other))
+                    self._free_R[to] -= bytes_
+                    self._free_R[rank] += bytes_
+                    moved.append((i, expert, to))
+            if self._free_R[rank] >= size:
+                for i, expert, to in moved:
+                    self._load_LR[i, [rank, to]] += self._load_LE[i, expert] / self._copies_LE[i, expert] * _GIVES
+                    self.format_LER[i, expert, to] = self.format_LER[i, expert, rank]
+                    self.format_LER[i, expert, rank] = -1
+                return True
+            self._free_R = before
+        return False
+
     def _tolerant_experts(self) -> list[tuple[int, int]]:
         """Native experts that may be stored low by the caps on pairs and on error; that of least damage last."""
         problem, formats = self._problem, self._formats
@@ -222,7 +268,8 @@ class Restoration:
         if problem.max_error is not None:
             left_error = problem.max_error - error_LE(stats, formats.native).sum() - more_LE[low_LE].sum()
         tolerant = []
-        for flat in np.lexsort((self.pairs_LE.ravel(), damages_LE.ravel())).tolist():
+        keys = [self.pairs_LE.ravel(), damages_LE.ravel()]
+        for flat in np.lexsort(keys if self._by_damage else keys[::-1]).tolist():
             i, expert = divmod(flat, stats.num_experts)
             pairs, error = float(self.pairs_LE[i, expert]), float(more_LE[i, expert])
             if low_LE[i, expert] or mixes_LE[i, expert] or pairs > left or error > left_error:
@@ -241,7 +288,7 @@ class Restoration:
             free[rank] -= size
         problem = self._problem
         return (
-            f"ranks {','.join(map(str, self._members))} cannot hold every expert: {missing} bytes are missing. Raise "
-            f"--budget, or allow fewer bits with --formats (now {','.join(problem.formats)}) and "
+            f"the ranks that are left ({len(self._members)}) cannot hold every expert: {missing} bytes are missing: "
+            f"raise --budget, or allow fewer bits with --formats (now {','.join(problem.formats)}) and "
             f"--max-low-precision-share (now {problem.max_low_precision_share:g})"
         )
