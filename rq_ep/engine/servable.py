@@ -13,7 +13,11 @@ from rq_ep.engine.kv_cache import has_uniform_heads
 
 PAGED, PADDED = CACHES
 # Families whose answers to images are tested: a forward that fails in a step would end the server.
-IMAGE_MODEL_TYPES = ("aria", "glm4v_moe", "qwen3_vl_moe")
+IMAGE_MODEL_TYPES = (
+    "aria", "deepseek_ocr2", "ernie4_5_vl_moe", "gemma4", "glm4v_moe", "glm5_next", "inkling2", "inkling_mm_model",
+    "internvl", "kimi_k25", "minimax_m3_vl", "mistral3", "mistral_large4", "muse_spark", "qwen3_omni_moe_thinker",
+    "qwen3_vl_moe", "unlimited_ocr",
+)  # fmt: skip
 
 
 def choose_cache(config: PretrainedConfig, wanted: str | None = None) -> str:
@@ -47,7 +51,7 @@ def choose_cache(config: PretrainedConfig, wanted: str | None = None) -> str:
 def why_text_only(config: PretrainedConfig, cache: str) -> str | None:
     """Why a model is served without images; None: it takes them, if its processor works here."""
     if config.model_type not in IMAGE_MODEL_TYPES:
-        return f"model type {config.model_type!r} takes no images here, unlike {', '.join(IMAGE_MODEL_TYPES)}"
+        return f"model type {config.model_type!r} takes no images here (rq_ep/model/FAMILIES.md says which do)"
     return None if cache == PADDED else f"images need the padded cache, and this is the {cache} one: say --cache padded"
 
 

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import rq_ep
-from rq_ep.engine.servable import choose_cache
+from rq_ep.engine.servable import IMAGE_MODEL_TYPES, choose_cache
 from rq_ep.model.seam.adapters import ADAPTERS, adapter_for
 from tests.model.family_table import REFUSED, TABLE, WRAPPERS, tiny_config
 
@@ -38,13 +38,14 @@ def page() -> str:
         "evidence for weights of real size. Of a multimodal model the **whole** is built, which answers text, or the",
         "**text part** where transformers has a class for it: then encoders stay unread. The cache",
         "([server](../serve/README.md)) is that of the layers in the tiny model; other models of a family may mix",
-        "other layers. Written by `python -m tests.model.family_page`.",
+        "other layers. Those with **images** take them in chats with `--cache padded`; tests hold these answers to",
+        "`generate` too. Written by `python -m tests.model.family_page`.",
         "",
-        "| `model_type` | built | cache | |",
-        "|---|---|---|---|",
+        "| `model_type` | built | cache | images | |",
+        "|---|---|---|---|---|",
         *(_row(family) for family in families),
         "",
-        f"Multimodal models around one of these, such as {_names(WRAPPERS)}, are built as a whole.",
+        f"Multimodal models around one of these, such as {_names(WRAPPERS)}, are built as a whole and take images.",
         "`switch_transformers`, which is not decorated, has an adapter: it is loaded, calibrated, placed and",
         "evaluated, but not served.",
         "",
@@ -66,8 +67,10 @@ def _row(family: str) -> str:
         name = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type]
         is_whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, name) == name
         built = "text part" if config.model_type in ADAPTERS or not is_whole else "whole"
-    cache = choose_cache(adapter_for(config.model_type).config(config))
-    return f"| `{config.model_type}` | {built} | {cache} | {NOTES.get(family, '')} |"
+    model_config = adapter_for(config.model_type).config(config)
+    cache = choose_cache(model_config)
+    images = "yes" if model_config.model_type in IMAGE_MODEL_TYPES else ""
+    return f"| `{config.model_type}` | {built} | {cache} | {images} | {NOTES.get(family, '')} |"
 
 
 if __name__ == "__main__":

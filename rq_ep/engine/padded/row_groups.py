@@ -3,8 +3,9 @@
 Axes: B rows, N tokens that each row has in a forward pass, T positions in the cache after it, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,7 @@ class DenseForward:
         self.takes_chunks = text_config.model_type not in WHOLE_PROMPT_MODEL_TYPES
         # Frequencies that follow the length of a sequence are the longest row's for all.
         self.takes_rows = is_joinable(new_cache(model)) and not rotary.follows_length
+        self._parameters = signature(model.forward).parameters  # a processor may make more than the model takes
         generative: Any = model
         self._kwargs = {"logits_to_keep": 1} if generative._supports_logits_to_keep() else {}
 
@@ -133,7 +135,7 @@ class DenseForward:
             "position_ids": position_ids_BN,
         }
         if rows[0].request.images and not width:  # a prompt is run alone
-            inputs |= self._image_inputs(rows[0], inputs["input_ids"])
+            inputs |= self._image_inputs(rows[0], inputs)
         with self._rotary.lengths(self._lengths(rows[0], num_tokens)):
             output = self._model(**inputs, past_key_values=group.cache, use_cache=True, **self._kwargs)
         group.cache = output.past_key_values
@@ -142,20 +144,24 @@ class DenseForward:
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         return logits_BV
 
-    def _image_inputs(self, row: SequenceRow, input_ids_1N: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _image_inputs(self, row: SequenceRow, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The images of a prompt, and where they change them the kinds of its tokens and its positions."""
-        tensors = {name: torch.as_tensor(array, device=self.device) for name, array in row.request.images.items()}
         images = {
-            name: tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
+            name: torch.as_tensor(array, device=self.device)
+            for name, array in row.request.images.items()
+            if name in self._parameters
         }
-        rope_index = getattr(self._model.base_model, "get_rope_index", None)
-        if rope_index is None:
-            return images
-        is_image_1N = (input_ids_1N == self._model.config.image_token_id).int()
-        position_ids_31N, delta_11 = rope_index(input_ids_1N, mm_token_type_ids=is_image_1N, **images)
-        row.position_delta = int(delta_11)
-        return {**images, "position_ids": position_ids_31N, "mm_token_type_ids": is_image_1N}
+        for name, tensor in images.items():
+            if tensor.is_floating_point():
+                images[name] = tensor.to(self._model.dtype)
+        if "mm_token_type_ids" in self._parameters:
+            images.setdefault("mm_token_type_ids", (inputs["input_ids"] == self._model.config.image_token_id).int())
+        if rope_index := getattr(self._model.base_model, "get_rope_index", None):
+            named = signature(rope_index).parameters
+            own = {name: tensor for name, tensor in {**inputs, **images}.items() if name in named}
+            images["position_ids"], delta_11 = rope_index(**own)
+            row.position_delta = int(delta_11)
+        return images
 
     def _lengths(self, row: SequenceRow, num_tokens: int) -> IntArray:
         """[N] lengths of a sequence when each of its tokens was run: those of a prompt are run with all of it."""

@@ -62,7 +62,14 @@ def read_processor(path: str | Path) -> Any:
         UserError: it has none, or one that does not work here, with the package that is missing.
     """
     with transformers_errors(f"the processor of images of {path}"):
-        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        try:
+            processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        except ImportError as error:
+            if "torchvision" not in str(error).lower():
+                raise
+            raise UserError(
+                f"the processor of images of {path} needs torchvision, which is not installed: pip install torchvision"
+            ) from None
     if not hasattr(processor, "image_processor"):
         raise UserError(f"{path}: no preprocessor_config.json or processor_config.json for images")
     return processor

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_torchvision_available
 
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.checkpoint_files import INDEX, SINGLE, Checkpoint
+from rq_ep.model.checkpoint.tokenizer_files import read_processor
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.whole_model import load_whole_model
@@ -283,3 +285,14 @@ def test_a_dry_run_of_a_damaged_folder_is_one_line(folder: Path, capsys: pytest.
     assert main(["--model", str(folder), "--device", "cpu", "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error == f"rq_ep.serve: error: {folder}/generation_config.json: eos_token_id None: must be a whole number\n"
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is there")
+def test_a_processor_of_images_that_needs_torchvision_says_so(tmp_path: Path) -> None:
+    byte_tokenizer(64).save_pretrained(tmp_path)
+    write(tmp_path / "config.json", {"model_type": "qwen3_vl_moe"})
+    types = {"image_processor": "Qwen2VLImageProcessor", "video_processor": "Qwen3VLVideoProcessor"}
+    parts = {name: {f"{name}_type": kind} for name, kind in types.items()}
+    write(tmp_path / "processor_config.json", {"processor_class": "Qwen3VLProcessor", **parts})
+    with pytest.raises(UserError, match="needs torchvision, which is not installed: pip install torchvision"):
+        read_processor(tmp_path)

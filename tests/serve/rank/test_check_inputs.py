@@ -74,7 +74,7 @@ def test_images_are_not_promised_where_none_can_be_taken(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = str(tiny_checkpoint)
-    with pytest.raises(UserError, match=r"--allow-remote-images: model type '\w+' takes no images here, unlike aria"):
+    with pytest.raises(UserError, match=r"--allow-remote-images: model type '\w+' takes no images here"):
         check_inputs(ServeConfig(model=model, allow_remote_images=True), "cpu")
     with pytest.raises(UserError, match=r"--allowed-image-networks 10.0.0.0/8: without --allow-remote-images"):
         check_inputs(ServeConfig(model=model, allowed_image_networks=("10.0.0.0/8",)), "cpu")

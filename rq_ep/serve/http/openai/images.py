@@ -114,5 +114,5 @@ class ImageProcessor:
                 f"{self._max_tokens} here (--max-num-batched-tokens)",
                 "messages",
             )
-        beside = ("attention_mask", "mm_token_type_ids", "token_type_ids")
+        beside = ("attention_mask", "token_type_ids")
         return token_ids, {name: array for name, array in made.items() if name not in beside}
