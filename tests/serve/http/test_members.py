@@ -127,7 +127,7 @@ def test_a_rank_is_removed_and_brought_back() -> None:
         ({"remove": [1], "requests": "drop"}, 400, "requests: Input should be 'finish' or 'move'", "requests"),
         ({"remove": [0, 1, 2, 3]}, 409, "remove: at least one rank has to stay", "remove"),
         ({"add": [1]}, 409, "add: rank 1 is serving: there is nothing to add", "add"),
-        ({"add": [3]}, 409, "add: the launcher has no process for rank 3: rank 3: its supervisor has died", "add"),
+        ({"add": [3]}, 409, "add: the launcher has no process for rank 3: rank 3: its supervisor has ended", "add"),
         ({"leave": [1]}, 400, "unknown parameter 'leave'", "leave"),
     ],
 )

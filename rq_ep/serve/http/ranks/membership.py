@@ -288,10 +288,10 @@ class Membership:
         self.ranks[rank].num_ends_to_come = 0
 
     def supervisor_lost(self, rank: int) -> list[Effect]:
-        """The supervisor of the rank has died, and with it its process."""
+        """The supervisor of the rank has ended, and with it its process."""
         record = self.ranks[rank]
         record.has_supervisor, record.is_given_up = False, True
-        reason = f"rank {rank}: its supervisor has died"
+        reason = f"rank {rank}: its supervisor has ended"
         if record.state in (MemberState.RESTARTING, MemberState.REMOVED):
             self._set(rank, MemberState.LOST, reason)
         return self.lost(rank, reason)

@@ -348,8 +348,9 @@ class RankRouter:
                 assert_never(message)
 
     def on_leave(self, rank: int, role: Role) -> None:
-        if role is Role.RANK and self._goes_on:
-            self._carry_out(self.membership.left(rank))
+        if self._goes_on:
+            left = self.membership.left if role is Role.RANK else self.membership.supervisor_lost
+            self._carry_out(left(rank))
         self._end_if_all_have_left()
 
     def on_loss(self, rank: int, text: str) -> None:
@@ -419,7 +420,7 @@ class RankRouter:
     def _regroup(self, message: Regroup) -> None:
         log.info("generation %d has the ranks %s", message.generation, message.members)
         self._held.clear()
-        self._watchdog.clear()
+        self._watchdog.watch(message.members)
         self._connections.send_all(message, message.members)
         self._connections.send_all(Wake(self._num_announced), message.members)  # one that joins has missed all so far
 

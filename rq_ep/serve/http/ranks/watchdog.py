@@ -1,7 +1,7 @@
 """Detects a rank that lives but makes no progress: stopped, swapped out, or in a collective that others never enter."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from rq_ep.engine.progress import Progress
@@ -18,7 +18,7 @@ class Stall(NamedTuple):
 
 
 class Watchdog:
-    """Keeps the time and content of each rank's last progress report. Ranks are watched from their first one on.
+    """Keeps the time and content of each rank's last progress report. At first, ranks are watched from their first on.
 
     Args:
         limit_s: how long a rank may be silent, or all of them without progress.
@@ -39,9 +39,9 @@ class Watchdog:
         """Watch a rank no more: it has said good-bye."""
         self._reports.pop(rank, None)
 
-    def clear(self) -> None:
-        """Watch each rank anew from its next report on."""
-        self._reports.clear()
+    def watch(self, ranks: Iterable[int]) -> None:
+        """Watch these ranks and no others, from now on."""
+        self._reports = dict.fromkeys(ranks, (self._clock(), Progress(0, None, None, 0.0)))
 
     def check(self) -> Stall | None:
         """The rank that keeps the others waiting; None if all is well."""

@@ -239,7 +239,7 @@ def test_a_supervisor_that_dies_takes_its_rank_along_for_good() -> None:
     membership = serving()
     assert losses(membership.supervisor_lost(2)) == [2]
     assert die(membership, 2) == []
-    with pytest.raises(ChangeRefused, match=r"the launcher has no process for rank 2: .* its supervisor has died"):
+    with pytest.raises(ChangeRefused, match=r"the launcher has no process for rank 2: .* its supervisor has ended"):
         membership.add([2])
     membership.supervisor_connected(2)  # the launcher has replaced it
     membership.started(2, 0)

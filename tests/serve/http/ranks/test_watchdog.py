@@ -44,6 +44,19 @@ def test_of_ranks_that_all_stand_still_the_last_one_is_blamed() -> None:
     assert watchdog.check() is None, "one of them still goes on"
 
 
+def test_ranks_that_are_to_be_watched_need_not_have_reported() -> None:
+    clock = Clock()
+    watchdog = Watchdog(10, clock)
+    watchdog.report(0, Progress(5, 3, None, 30.0))
+    watchdog.watch([1, 2])
+    for _ in range(11):
+        clock.now_s += 1
+        watchdog.report(2, Progress(1, None, None, 0.0))
+    stall = watchdog.check()
+    assert stall is not None
+    assert (stall.rank, stall.seconds) == (1, 11.0)
+
+
 def test_a_watchdog_that_slept_itself_blames_nobody() -> None:
     clock = Clock()
     watchdog = Watchdog(10, clock)
