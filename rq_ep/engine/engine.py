@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -157,6 +158,8 @@ class Engine:
         with first_steps(layers):
             self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
         self.warmup_s = time.perf_counter() - start_s
+        if recover is not None and group.device.type == "cuda":
+            model.register_forward_hook(lambda *_: _wait_unless_aborted(group))
         self.max_request_tokens = self._manager.max_request_tokens
 
     def start(self) -> None:
@@ -243,6 +246,16 @@ def vocab_size(model: PreTrainedModel) -> int:
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     return embedding.weight.shape[0]
+
+
+def _wait_unless_aborted(group: TorchGroup) -> None:
+    """Return when a forward pass is over on the GPU, where collectives that were cut off go unnoticed.
+
+    Raises:
+        PeerLost: it was cut off.
+    """
+    torch.cuda.current_stream(group.device).synchronize()
+    group.raise_if_aborted()
 
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:

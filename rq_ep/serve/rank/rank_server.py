@@ -62,6 +62,7 @@ from rq_ep.serve.rank.trace_recording import TraceRecording
 from rq_ep.serve.supervisor.rank_start import HubAddress, Rejoin
 
 TICK_S = 0.2
+POLL_S = 0.01
 REBALANCING_TICK_S = 0.02
 STATS_EVERY_S = 1.0
 
@@ -267,11 +268,15 @@ class RankServer:
         )
         # Set before the ranks meet below: once rank 0 has said that all are ready, requests may come to any of them.
         self._engine = engine
-        if self._recovery is not None:
+        if self._recovery is not None and not self._joins_later:
             self._client.send(Loaded(group.open_store()))
         max_tokens = min(number for number in group.all_gather_object(engine.max_request_tokens) if number is not None)
         max_model_len = run_on_all_ranks(group, lambda: choose_max_model_len(config, checked.model_config, max_tokens))
         engine.start()
+        if self._joins_later:
+            while engine.progress.step == 0:  # the others would wait for it
+                time.sleep(POLL_S)
+            self._client.send(Loaded(group.open_store()))
         self._state = ServerState.SERVING
         self._early_end.serving(self._hub)
         if self._is_first:
