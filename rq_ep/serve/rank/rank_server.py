@@ -60,6 +60,7 @@ from rq_ep.serve.rank.recovery import GroupRecovery
 from rq_ep.serve.rank.stats_sampler import StatsSampler
 from rq_ep.serve.rank.trace_recording import TraceRecording
 from rq_ep.serve.supervisor.rank_start import HubAddress, Rejoin
+from rq_ep.solver.migration.recover import warm_up
 
 TICK_S = 0.2
 POLL_S = 0.01
@@ -206,6 +207,8 @@ class RankServer:
         try:
             engine = self._start_engine()
             with short_collections():
+                if self._joins_later:
+                    self._offer_to_join(engine)
                 rebalancing = self._rebalancing
                 mover = MoverProgress if rebalancing is None else rebalancing.progress
                 self._wait(StatsSampler(engine, self._loads, mover))
@@ -234,6 +237,9 @@ class RankServer:
         if self._is_first:
             self._client.send(Checked(config.model, checked.why_text_only))
         self._step_loads = None if rebalances is None else StepLoads(self._loads)
+        warming_up = threading.Thread(target=warm_up, name="rq_ep warm-up", daemon=True)
+        if config.on_rank_failure == "continue":
+            warming_up.start()  # beside the reading of the weights
         recorder = self._recorder() if self._is_first else None
         model = run_on_all_ranks(group, lambda: load_served_model(config, group, recorder, moves, self._joins_later))
         assert model.generation_config is not None
@@ -272,11 +278,9 @@ class RankServer:
             self._client.send(Loaded(group.open_store()))
         max_tokens = min(number for number in group.all_gather_object(engine.max_request_tokens) if number is not None)
         max_model_len = run_on_all_ranks(group, lambda: choose_max_model_len(config, checked.model_config, max_tokens))
+        if warming_up.ident is not None:
+            warming_up.join()
         engine.start()
-        if self._joins_later:
-            while engine.progress.step == 0:  # the others would wait for it
-                time.sleep(POLL_S)
-            self._client.send(Loaded(group.open_store()))
         self._state = ServerState.SERVING
         self._early_end.serving(self._hub)
         if self._is_first:
@@ -284,6 +288,12 @@ class RankServer:
             log_ready(ready, model, group, checked.cache, time.monotonic() - started_s, engine.warmup_s)
             self._client.send(ready)
         return engine
+
+    def _offer_to_join(self, engine: Engine) -> None:
+        """Say that the others may take this rank in: from then on they wait for whatever it still has to do."""
+        while engine.progress.step == 0:
+            time.sleep(POLL_S)
+        self._client.send(Loaded(self._group.open_store()))
 
     def _engine_hooks(self) -> dict[str, Any]:
         rebalancing = self._rebalancing

@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.moves import DROP, Move
-from rq_ep.core.placement import Placement
+from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem, ignore_progress
+from rq_ep.core.replicas import Replica
+from rq_ep.core.stats import ExpertStats
+from rq_ep.core.topology import Topology
 from rq_ep.solver.compiled import numba
 from rq_ep.solver.migration.members import lowered_problem
 from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds
@@ -66,6 +69,20 @@ def recover(problem: PlacementProblem, placement: Placement, members: Sequence[i
     stats = problem.stats
     rounds = move_rounds(held, after, stats.expert_bytes, stats.native_format, room_bytes, low_cap=low_cap)
     return Recovery(after, _with_drops(rounds, placement, is_member))
+
+
+def warm_up() -> None:
+    """Have all loaded and compiled that a recovery takes, before it is needed: the first time takes seconds."""
+    sizes, topology = {"fp32": 2, "int8": 1}, Topology(3)
+    lost = [Replica(2, expert, "fp32") for expert in range(4)]
+    held = [Replica(rank, expert, "fp32") for expert in range(4, 8) for rank in (0, 1)]
+    layers = tuple(LayerPlacement.even(index, 8, [*held, *lost]) for index in range(2))
+    bytes_R = tuple(bytes_by_rank(layers, 3, sizes).tolist())
+    placement = Placement(layers, "rq", topology, bytes_R, bytes_R)
+    problem = PlacementProblem(
+        ExpertStats.uniform((0, 1), 8, sizes, "fp32"), topology, bytes_R, ("fp32", "int8"), max_low_precision_share=1.0
+    )
+    recover(problem, placement, (0, 1), room_bytes=2)
 
 
 def _balance(problem: PlacementProblem, members: Sequence[int], restoration: Restoration) -> None:
