@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rq_ep.config import Environment, keep_gloo_on_loopback
+from rq_ep.config import Environment, bind_for_ranks, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.parallel.ep_group import MessagesLost, PeerLost, PeerTensor, Superseded, check_splits
 from rq_ep.parallel.processes.communicators import Communicators, Seat
-from rq_ep.parallel.processes.meeting import IsOver, connect_store, host_store, meet, unless_over
+from rq_ep.parallel.processes.meeting import GenerationStore, IsOver, StoreHost, meet, unless_over
 from rq_ep.parallel.processes.transport import choose_transport, device_of, gpu_name
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
@@ -62,7 +62,7 @@ class TorchGroup:
         self._local_rank = local_rank
         self.operation: str | None = None  # the one that this rank waits for now, read by a watchdog
         self._num_channels = 0
-        self._hosted_store: Any = None
+        self._hosted_store: StoreHost | None = None
         self._changing = threading.Lock()  # guards what follows, besides reads of `_communicators`
         self._newest = 0  # generation that has begun to form here
         self._aborted_below = 0  # generations that this rank has done with
@@ -75,7 +75,7 @@ class TorchGroup:
             rank, size = alone_as
             seat, store = Seat(rank, size, (rank,)), dist.HashStore()  # type: ignore[attr-defined]
         self.rank, self.size = seat.rank, seat.size
-        words = meet(store, seat.members, seat.rank, gpu_name(local_rank) or "", lambda: False, timeout_s)
+        words = meet(store, seat.members, seat.rank, gpu_name(local_rank) or "", timeout_s)
         transport = choose_transport(device, [word or None for word in words])
         self.device = device_of(transport.device_type, local_rank)
         if self.device.type == "cuda":
@@ -134,9 +134,8 @@ class TorchGroup:
     def open_store(self) -> tuple[str, int]:
         """Host a store in which members of later generations meet; returns its address."""
         if self._hosted_store is None:
-            self._hosted_store = host_store(Environment.from_os())
-        address: tuple[str, int] = self._hosted_store[1]
-        return address
+            self._hosted_store = StoreHost(bind_for_ranks(Environment.from_os()))
+        return self._hosted_store.address
 
     def abort(self, below: int | None = None) -> None:
         """End the collectives and messages under way, here and, as connections end, on the other members.
@@ -176,20 +175,22 @@ class TorchGroup:
         self.abort(generation)
         with self._changing:
             self._newest = generation
-        self._communicators.close()
-        if self._owns_world and dist.is_initialized():
-            dist.destroy_process_group()  # what it is made of leads to the first members
+        # On a thread: gloo's take 10 ms each to close, in which they do nothing.
+        closing = threading.Thread(target=self._close, args=(self._communicators,), name="rq_ep closing", daemon=True)
+        closing.start()
 
         def make(is_over: IsOver) -> Communicators:
-            own = dist.PrefixStore(f"generation {generation}", connect_store(store))  # type: ignore[attr-defined]
-            word = (gpu_name(self._local_rank) or "") if self.device.type == "cuda" else ""
-            words = meet(own, seat.members, seat.rank, word, is_over, self._timeout_s)
-            is_nccl = all(words) and len(set(words)) == len(words)
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # of this thread
-            return Communicators(
-                own, seat, self.device, "nccl" if is_nccl else "gloo", self._timeout_s, self._num_channels
-            )
+            own = GenerationStore(store, generation, is_over)
+            try:
+                word = (gpu_name(self._local_rank) or "") if self.device.type == "cuda" else ""
+                words = meet(own, seat.members, seat.rank, word, self._timeout_s)
+                backend = "nccl" if all(words) and len(set(words)) == len(words) else "gloo"
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # of this thread
+                return Communicators(own, seat, self.device, backend, self._timeout_s, self._num_channels)
+            except BaseException:
+                own.close()
+                raise
 
         self.operation = f"forming of generation {generation}"
         try:
@@ -276,10 +277,14 @@ class TorchGroup:
 
     def close(self) -> None:
         """End the communicators; every member calls it when nothing is under way."""
-        self._communicators.close()
-        self._hosted_store = None
+        self._close(self._communicators)
+        if self._hosted_store is not None:
+            self._hosted_store.close()
+
+    def _close(self, communicators: Communicators) -> None:
+        communicators.close()
         if self._owns_world and dist.is_initialized():
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # its connections lead to the first members
 
     @property
     def _is_staged(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.parallel.ep_group import PeerTensor
+from rq_ep.parallel.processes.meeting import GenerationStore
 from rq_ep.parallel.processes.peer_connections import PeerConnections, open_sockets
 
 CONNECT_TIMEOUT_S = 30.0  # the members have met by then
@@ -215,7 +216,9 @@ class Communicators:
                 for group in (self.data, self.borrowing):
                     group.shutdown()
             self.why_aborted = self.why_aborted or "it was closed"
-            self.control = self.data = self.borrowing = self._store = None
+            self.control = self.data = self.borrowing = None
+            if isinstance(self._store, GenerationStore):
+                self._store.close()
             self.channels.clear()
             for connections in self._connections:
                 connections.close()
