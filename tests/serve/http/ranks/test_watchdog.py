@@ -52,7 +52,8 @@ def test_ranks_that_are_to_be_watched_need_not_have_reported() -> None:
     for _ in range(11):
         clock.now_s += 1
         watchdog.report(2, Progress(1, None, None, 0.0))
-    stall = watchdog.check()
+        stall = watchdog.check()
+        assert (stall is None) == (clock.now_s <= 10)
     assert stall is not None
     assert (stall.rank, stall.seconds) == (1, 11.0)
 
