@@ -73,6 +73,7 @@ class Batch(NamedTuple):
 
     parts: list[tuple[str, int]]
     is_prefill: bool  # some of the tokens are of prompts
+    has_images: bool = False  # whose tokens some families keep from the routed experts
 
 
 class Score(NamedTuple):

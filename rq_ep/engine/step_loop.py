@@ -208,9 +208,10 @@ class StepLoop:
             self._announce_rows(None)
 
     def _num_rows(self, batches: Batches) -> int:
-        if self._is_scoring:
-            return UNKNOWN
-        return sum(size for _, size in batches.contents().parts) if self._has_batch else 0
+        if not self._has_batch:
+            return UNKNOWN if self._is_scoring else 0
+        batch = batches.contents()
+        return UNKNOWN if batch.has_images else sum(size for _, size in batch.parts)
 
     def _change_group(self, error: BaseException | None, batches: Batches) -> None:
         """Keep what was prepared, and return when the group serves again."""
