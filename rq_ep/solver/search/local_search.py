@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rq_ep.core.arrays import BoolArray, FloatArray
+from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.compiled import compiled
 from rq_ep.solver.search.cuts import (
     MAX_RANKS_ENUMERATED,
@@ -30,6 +30,7 @@ from rq_ep.solver.search.neighborhood import (
     LayerLimits,
     ReplicaMove,
     changes_by_expert,
+    exceeds_node_spread,
     moved_bytes,
     propose,
 )
@@ -67,9 +68,53 @@ def improve(
         draws_AU = generator.random((min(num_moves, MOVES_AT_ONCE), NUM_DRAWS))
         _search(layer.splits, cuts, limits, draws_AU, tail_weight)
         num_moves -= len(draws_AU)
+    if limits.price > 0:
+        return _without_dear(layer, cuts, limits, tail_weight)
     if num_ranks <= MAX_RANKS_ENUMERATED:  # nothing was split
         return LayerSplit.of(layer.loads_SE, layer.held_ER)
     return layer
+
+
+def _without_dear(layer: LayerSplit, cuts: Cuts, limits: LayerLimits, tail_weight: float) -> LayerSplit:
+    """The layer without replicas that have to be moved and relieve less than their bytes cost."""
+    if not len(dear := _dear(layer.splits, cuts, limits, tail_weight)):
+        return layer if cuts.outside_RG.shape[0] > MAX_RANKS_ENUMERATED else LayerSplit.of(layer.loads_SE, layer.held_ER)
+    held_ER = layer.held_ER
+    experts, ranks = layer.index.experts_P[dear], layer.index.ranks_P[dear]
+    held_ER[experts, ranks] = False
+    without = LayerSplit.of(layer.loads_SE, held_ER)
+    bytes_R = np.bincount(ranks, limits.bytes_E[experts], len(limits.free_R)).astype(np.int64)
+    lost = tail_weighted_mean(without.values_S, tail_weight) - tail_weighted_mean(layer.values_S, tail_weight)
+    if lost >= limits.price * bytes_R.sum():  # the listed cuts have promised too much
+        return layer
+    limits.free_R[:] += bytes_R
+    limits.move_budget[0] += bytes_R.sum()
+    return without
+
+
+@compiled
+def _dear(splits: Splits, cuts: Cuts, limits: LayerLimits, tail_weight: float) -> IntArray:
+    """Replicas to drop, one of an expert at most, the lightest experts first; `cuts` is brought up to date."""
+    index, loads_SE = splits.replicas, splits.loads_SE
+    best, values_S = tail_weighted_mean(cuts.tops_S, tail_weight), np.empty_like(cuts.tops_S)
+    dear_P, num = np.empty(len(index.ranks_P), np.int64), 0
+    for expert in np.argsort(loads_SE.sum(axis=0), kind="mergesort"):
+        first, end = index.first_E[expert], index.first_E[expert + 1]
+        for p in index.by_expert_P[first:end]:
+            rank = index.ranks_P[p]
+            if end - first == 1 or limits.present_ER[expert, rank] or limits.fixed_ER[expert, rank]:
+                continue
+            if exceeds_node_spread(index, limits, expert, rank, -1):
+                continue
+            drop = Changes(np.array([expert]), np.array([rank]), np.array([-1]))
+            goal = best + limits.price * limits.bytes_E[expert] - LEAST_GAIN
+            if price_changes(cuts, loads_SE, drop, values_S, goal) and tail_weighted_mean(values_S, tail_weight) < goal:
+                best = tail_weighted_mean(values_S, tail_weight)
+                apply_changes(cuts, loads_SE, drop)
+                dear_P[num] = p
+                num += 1
+                break
+    return dear_P[:num]
 
 
 @compiled
