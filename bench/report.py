@@ -216,6 +216,21 @@ def _solver_more() -> str:
     return _table(header, lines)
 
 
+def _replan() -> str:
+    lines = []
+    for row in _load("replan_cpu_58_layers")["rows"]:
+        experts, ranks = row["change"].split()[0].split("x")
+        lines.append(
+            [
+                f"{experts}, {ranks}", f"{row['price']:g}", *(f"{row[key]:.3f}" for key in ("stale", "replanned", "fresh")),
+                *(f"{row[key]:.0%}" for key in ("gain_share", "moved_of_eplb")), str(row["rounds"]),
+                *(f"{row[key]:.1f}" for key in ("cpu_s", "fresh_cpu_s")),
+            ]
+        )  # fmt: skip
+    header = ["experts, ranks", "price", "stale", "planned again", "placed anew", "gain", "bytes, of EPLB's map change"]
+    return _table([*header, "rounds", "CPU s, again", "CPU s, anew"], lines)
+
+
 def _drift() -> str:
     rows = _key(_load("drift_h200_gpt-oss-120b")["rows"], "tokens_per_rank", "drift", "row")
     columns = ("standard", "llep", "llep auto", "rq", "rq_llep")
@@ -391,6 +406,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solver": _solver,
     "solver_58_layers": _solver_58_layers,
     "solver_more": _solver_more,
+    "replan": _replan,
     "drift": _drift,
     "breakeven": _breakeven,
     "breakeven_speed_up": _breakeven_speed_up,

@@ -68,28 +68,27 @@ def improve(
         draws_AU = generator.random((min(num_moves, MOVES_AT_ONCE), NUM_DRAWS))
         _search(layer.splits, cuts, limits, draws_AU, tail_weight)
         num_moves -= len(draws_AU)
-    if limits.price > 0:
-        return _without_dear(layer, cuts, limits, tail_weight)
-    if num_ranks <= MAX_RANKS_ENUMERATED:  # nothing was split
+    result = layer if limits.price == 0 else _without_dear(layer, cuts, limits, tail_weight)
+    if result is layer and num_ranks <= MAX_RANKS_ENUMERATED:  # nothing was split
         return LayerSplit.of(layer.loads_SE, layer.held_ER)
-    return layer
+    return result
 
 
 def _without_dear(layer: LayerSplit, cuts: Cuts, limits: LayerLimits, tail_weight: float) -> LayerSplit:
     """The layer without replicas that have to be moved and relieve less than their bytes cost."""
-    if not len(dear := _dear(layer.splits, cuts, limits, tail_weight)):
-        return layer if cuts.outside_RG.shape[0] > MAX_RANKS_ENUMERATED else LayerSplit.of(layer.loads_SE, layer.held_ER)
-    held_ER = layer.held_ER
-    experts, ranks = layer.index.experts_P[dear], layer.index.ranks_P[dear]
-    held_ER[experts, ranks] = False
-    without = LayerSplit.of(layer.loads_SE, held_ER)
-    bytes_R = np.bincount(ranks, limits.bytes_E[experts], len(limits.free_R)).astype(np.int64)
-    lost = tail_weighted_mean(without.values_S, tail_weight) - tail_weighted_mean(layer.values_S, tail_weight)
-    if lost >= limits.price * bytes_R.sum():  # the listed cuts have promised too much
-        return layer
-    limits.free_R[:] += bytes_R
-    limits.move_budget[0] += bytes_R.sum()
-    return without
+    before = tail_weighted_mean(layer.values_S, tail_weight)
+    dear_P = _dear(layer.splits, cuts, limits, tail_weight)
+    while len(dear_P):
+        held_ER, experts_P, ranks_P = layer.held_ER, layer.index.experts_P[dear_P], layer.index.ranks_P[dear_P]
+        held_ER[experts_P, ranks_P] = False
+        without = LayerSplit.of(layer.loads_SE, held_ER)
+        bytes_R = np.bincount(ranks_P, limits.bytes_E[experts_P], len(limits.free_R)).astype(np.int64)
+        if tail_weighted_mean(without.values_S, tail_weight) < before + limits.price * bytes_R.sum():
+            limits.free_R[:] += bytes_R
+            limits.move_budget[0] += bytes_R.sum()
+            return without
+        dear_P = dear_P[: len(dear_P) // 2]  # the listed cuts have promised too much
+    return layer
 
 
 @compiled

@@ -17,7 +17,7 @@ from rq_ep.solver.search.local_search import LEAST_GAIN, improve, tail_weighted_
 from rq_ep.solver.search.neighborhood import LayerLimits, exceeds_node_spread
 from rq_ep.solver.search.search_state import SearchState
 
-MAX_ITERATIONS = 100
+MIN_ITERATIONS, MAX_ITERATIONS = 2, 100  # fewer are not worth the costs of every replica
 MAX_WORK = 2**21  # iterations times layers, steps, experts and ranks: 8 for 8 layers of 64 experts on 8 ranks
 NUM_RANKS, NUM_REPLICAS = 2, 2  # ranks that are ruined in an iteration, and replicas that each drops; fewer gain less
 NUM_MOVES = 300  # attempted afterwards in each layer that has changed
@@ -28,7 +28,7 @@ def ruin_and_recreate(state: SearchState, on_progress: Callable[[float], None]) 
     effort, limits = state.context.effort, state.limits
     size = sum(layer.loads_SE.size * layer.loads_SR.shape[1] for layer in state.layers)
     num_iterations = min(MAX_WORK // max(size, 1), MAX_ITERATIONS)
-    if not num_iterations:
+    if num_iterations < MIN_ITERATIONS:
         return
     costs_LER = np.stack([_removal_costs(*pair, effort.tail_weight) for pair in zip(state.layers, limits, strict=True)])
     for iteration in range(num_iterations):

@@ -83,6 +83,27 @@ def test_moving_has_a_price_and_a_cap(num_ranks: int) -> None:
     assert 0 < moved(0.0, 3) <= 3
 
 
+@pytest.mark.parametrize("num_ranks", [6, 12])
+def test_what_was_moved_and_relieves_less_than_it_costs_is_dropped(num_ranks: int) -> None:
+    layer = layer_of(24, num_ranks, seed=3)
+    before_ER, load_E = layer.held_ER, layer.loads_SE.mean(axis=0)
+    emptiest_first = np.argsort(layer.loads_SR.mean(axis=0))
+    lightest, heaviest = int(load_E.argmin()), int(load_E.argmax())
+    useless, useful = (
+        (expert, next(int(rank) for rank in emptiest_first if not before_ER[expert, rank]))
+        for expert in (lightest, heaviest)
+    )
+    held_ER = before_ER.copy()
+    held_ER[useless] = held_ER[useful] = True
+    nothing_left = {"free_R": np.zeros(num_ranks, np.int64), "move_budget": np.array([0])}
+    limits = no_limits(24, num_ranks)._replace(present_ER=before_ER, price=0.02, **nothing_left)
+    after_ER = improved(LayerSplit.of(layer.loads_SE, held_ER), limits, num_moves=0).held_ER
+    np.testing.assert_array_equal(np.argwhere(after_ER & ~before_ER), [useful])
+    assert limits.move_budget[0] == limits.free_R[useless[1]] == 1
+    free = limits._replace(price=0.0)
+    np.testing.assert_array_equal(improved(LayerSplit.of(layer.loads_SE, held_ER), free, num_moves=0).held_ER, held_ER)
+
+
 def test_the_tail_can_count() -> None:
     values_S = np.arange(20) / 10 + 1
     assert tail_weighted_mean(values_S, 0.0) == pytest.approx(1.95)
