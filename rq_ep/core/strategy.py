@@ -42,7 +42,7 @@ class RebalanceRule:
     interval: int = 64  # steps between two decisions; after a change the next one waits for a whole window
     min_gain: float | None = 0.02  # on steps that were not planned for; None: whatever is planned is taken
     min_share: float = 0.25  # of what max/mean is above 1, that must go as well: what stays is mostly chance
-    price: float = 0.45  # what moving as many bytes as all experts take must gain besides
+    price: float = 0.3  # what moving as many bytes as all experts take must gain besides
     room_bytes: int | None = None  # of a rank, for what arrives; None: one expert of the largest format
     bytes_per_step: int | None = None  # that reach a rank in a step at most; None: no bound
 

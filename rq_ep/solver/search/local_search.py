@@ -51,6 +51,8 @@ def improve(
 ) -> LayerSplit:
     """Attempt random moves, and keep those that improve the objective (first improvement).
 
+    Where moving has a price, replicas that were moved and do not pay it are dropped in the end.
+
     Args:
         layer: where the search begins; not to be used afterwards.
         limits: where replicas may be, and the bytes left; kept current.
