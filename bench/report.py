@@ -222,7 +222,8 @@ def _replan() -> str:
         experts, ranks = row["change"].split()[0].split("x")
         lines.append(
             [
-                f"{experts}, {ranks}", f"{row['price']:g}", *(f"{row[key]:.3f}" for key in ("stale", "replanned", "fresh")),
+                f"{experts}, {ranks}", f"{row['price']:g}",
+                *(f"{row[key]:.3f}" for key in ("stale", "replanned", "fresh")),
                 *(f"{row[key]:.0%}" for key in ("gain_share", "moved_of_eplb")), str(row["rounds"]),
                 *(f"{row[key]:.1f}" for key in ("cpu_s", "fresh_cpu_s")),
             ]
