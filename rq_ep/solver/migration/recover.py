@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from rq_ep.core.errors import UserError
 from rq_ep.core.moves import DROP, Move
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
@@ -73,16 +75,14 @@ def recover(problem: PlacementProblem, placement: Placement, members: Sequence[i
 
 def warm_up() -> None:
     """Have all loaded and compiled that a recovery takes, before it is needed: the first time takes seconds."""
-    sizes, topology = {"fp32": 2, "int8": 1}, Topology(3)
-    lost = [Replica(2, expert, "fp32") for expert in range(4)]
-    held = [Replica(rank, expert, "fp32") for expert in range(4, 8) for rank in (0, 1)]
-    layers = tuple(LayerPlacement.even(index, 8, [*held, *lost]) for index in range(2))
-    bytes_R = tuple(bytes_by_rank(layers, 3, sizes).tolist())
+    sizes, topology = {"fp32": 2, "int8": 1}, Topology(4)
+    held = [Replica(rank, expert, "fp32") for rank in range(4) for expert in (rank, rank + 4, (rank + 1) % 4)]
+    layers = tuple(LayerPlacement.even(index, 8, held) for index in range(2))
+    bytes_R = tuple(bytes_by_rank(layers, 4, sizes).tolist())
     placement = Placement(layers, "rq", topology, bytes_R, bytes_R)
-    problem = PlacementProblem(
-        ExpertStats.uniform((0, 1), 8, sizes, "fp32"), topology, bytes_R, ("fp32", "int8"), max_low_precision_share=1.0
-    )
-    recover(problem, placement, (0, 1), room_bytes=2)
+    stats = ExpertStats.uniform((0, 1), 8, sizes, "fp32")
+    stats = replace(stats, counts=np.stack([np.arange(16).reshape(2, 8) ** power for power in (4, 6)]))
+    recover(PlacementProblem(stats, topology, (18,) * 4, ("fp32", "int8")), placement, (0, 1, 2), room_bytes=2)
 
 
 def _balance(problem: PlacementProblem, members: Sequence[int], restoration: Restoration) -> None:
