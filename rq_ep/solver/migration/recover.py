@@ -74,7 +74,10 @@ def recover(problem: PlacementProblem, placement: Placement, members: Sequence[i
 
 
 def warm_up() -> None:
-    """Have all loaded and compiled that a recovery takes, before it is needed: the first time takes seconds."""
+    """Have all loaded and compiled that a recovery takes, before it is needed: the first time takes seconds.
+
+    Loads are so uneven that every part of the search has something to do.
+    """
     sizes, topology = {"fp32": 2, "int8": 1}, Topology(4)
     held = [Replica(rank, expert, "fp32") for rank in range(4) for expert in (rank, rank + 4, (rank + 1) % 4)]
     layers = tuple(LayerPlacement.even(index, 8, held) for index in range(2))
