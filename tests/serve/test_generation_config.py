@@ -26,7 +26,7 @@ def test_an_answer_stops_at_the_tokenizers_end_token_and_is_greedy_by_the_models
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
     for name, changes in {
         "config.json": {"eos_token_id": 255},
-        "generation_config.json": {"eos_token_id": None, "temperature": 0.0, "top_k": 20},
+        "generation_config.json": {"eos_token_id": None, "temperature": 0.0, "top_k": 20, "typical_p": 0.9},
         "tokenizer_config.json": {"eos_token": chr(end)},
     }.items():
         document = json.loads((folder / name).read_text())
@@ -37,4 +37,7 @@ def test_an_answer_stops_at_the_tokenizers_end_token_and_is_greedy_by_the_models
     assert choice["choices"][0]["text"] == bytes(answer[: answer.index(end)]).decode()
     assert choice["choices"][0]["finish_reason"] == "stop"
     assert choice["usage"]["completion_tokens"] == answer.index(end) + 1
-    assert "get temperature 0 and top_p 1; not supported, and not applied: top_k 20" in (tmp_path / "log").read_text()
+    assert (
+        "get temperature 0, top_p 1, top_k 20; not supported, and not applied: typical_p 0.9"
+        in (tmp_path / "log").read_text()
+    )
