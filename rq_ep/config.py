@@ -259,7 +259,7 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     on_rank_failure: str | None = option(
         None,
         help="continue: the group goes on without a rank that fails, and the rank is started again and joins it; stop: "
-        "the group ends; default: stop",
+        "the group ends; default: continue, with one rank stop",
         choices=ON_RANK_FAILURE,
     )
     max_rank_restarts: int = option(
@@ -326,7 +326,8 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         """
         if num_ranks == 1 and self.on_rank_failure == "continue":
             raise UserError("--on-rank-failure continue: needs more than one rank, and one was started: use stop")
-        return replace(self, on_rank_failure=self.on_rank_failure or "stop")
+        default = "continue" if num_ranks > 1 else "stop"
+        return replace(self, on_rank_failure=self.on_rank_failure or default)
 
     @property
     def model_name(self) -> str:

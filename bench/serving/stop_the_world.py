@@ -6,6 +6,8 @@ The decisions, the rounds and the messages are those of `rq_ep.serve`. Only the 
 a migration, all of them make all of its moves on their engines' threads, between the same two steps.
 """
 
+import sys
+
 from rq_ep.moe.expert_mover import ExpertMover, Migration, _code, _Progress
 from rq_ep.serve.__main__ import main
 from rq_ep.serve.process import exit_quickly
@@ -36,4 +38,4 @@ class StopTheWorldMover(ExpertMover):
 
 if __name__ == "__main__":
     group_mover.ExpertMover = StopTheWorldMover
-    exit_quickly(main())
+    exit_quickly(main([*sys.argv[1:], "--on-rank-failure", "stop"]))  # else the rank would be another process

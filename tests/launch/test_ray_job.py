@@ -1,16 +1,19 @@
 """The Ray launcher, on a Ray of two CPU actors."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
-from tests.serve.running import ROOT, environment, naming_lack_of_memory, ray, running
+from rq_ep.core.placement import LayerPlacement, Placement
+from rq_ep.core.replicas import Replica
+from rq_ep.core.topology import Topology
+from rq_ep.formats import ExpertLayout, get_format
+from tests.serve.running import ROOT, Server, environment, naming_lack_of_memory, ray, running, until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -35,19 +38,48 @@ def test_dead_actor_ends_the_job_by_name() -> None:
     assert "ray_job: error: rank 1 on " in run.stderr
 
 
+def actors(server: Server) -> list[psutil.Process]:
+    """The actors of the ranks, in order."""
+    found = [process for process in server.tree() if process.cmdline()[:1] == ["ray::Rank.run"]]
+    return sorted(found, key=lambda process: process.pid)
+
+
+def members(server: Server) -> list[int]:
+    try:
+        members: list[int] = httpx.get(f"{server.url}/v1/ep/ranks", timeout=60).json()["members"]
+    except (httpx.TransportError, ValueError):
+        return []
+    return members
+
+
 @naming_lack_of_memory()
-def test_a_server_comes_back_when_rank_0_dies(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_server_goes_on_when_an_actor_dies_and_comes_back_when_all_have_died(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    replicas = [Replica(rank, expert, "bf16") for rank in range(2) for expert in range(8)]
+    layers = tuple(LayerPlacement.even(layer, 8, replicas) for layer in range(2))
+    layout = ExpertLayout({"gate_up_proj": (2 * 32, 64), "down_proj": (64, 32)})
+    budget = 2 * 8 * get_format("bf16").nbytes(layout)
+    Placement(layers, "eplb", Topology(2), (budget,) * 2).save(tmp_path / "placement.json")
     arguments = ["--model", str(tiny_checkpoint), "--served-model-name", "tiny", "--device", "cpu"]
+    arguments += ["--placement", str(tmp_path / "placement.json")]
     body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "stream": True, "ignore_eos": True}
     with running(tmp_path / "log", 2, *arguments, launcher=ray) as server:
         url = f"{server.url}/v1/completions"
-        rank_0 = min(process.pid for process in server.tree() if process.cmdline()[0].startswith("ray::Rank"))
         with httpx.stream("POST", url, json=body, timeout=120) as answer:
             lines = answer.iter_lines()
             next(lines)
-            os.kill(rank_0, signal.SIGKILL)
+            actors(server)[1].kill()
             last = [line for line in lines if line][-1]
-        assert "the server failed: rank 0 died" in last
+        assert last == "data: [DONE]"
+        until(lambda: members(server) == [0, 1] and "the other ranks go on" in server.log.read_text())
+        with httpx.stream("POST", url, json=body, timeout=120) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for actor in actors(server):
+                actor.kill()
+            last = [line for line in lines if line][-1]
+        assert "the server failed: " in last
         server.wait_until_ready()
         again = httpx.post(url, json={**body, "max_tokens": 3, "stream": False}, timeout=120).json()
         assert again["usage"]["completion_tokens"] == 3

@@ -236,7 +236,7 @@ def test_clients_that_come_and_go_lose_nothing(
     report = soak.soak(server.url, MODEL, process, jobs, expected, tokenizer, max_concurrency=12)
     assert (report["num_lost"], report["num_wrong"], report["num_unfinished"]) == (0, 0, 0), report
     assert report["num_left"] > 5
-    assert report["num_processes"] == [NUM_RANKS + 1] * 2
+    assert report["num_processes"] == [2 * NUM_RANKS + 1] * 2
 
 
 def test_errors_are_those_of_openai(client: openai.OpenAI, server: Server) -> None:
@@ -283,7 +283,7 @@ def test_metrics_tell_of_loads_and_bytes(server: Server) -> None:
 def test_sigterm_lets_streams_finish_and_leaves_nothing_behind(server: Server) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "temperature": 0, "stream": True, "ignore_eos": True}
     processes = server.tree()
-    assert len(processes) == 1 + NUM_RANKS + 1
+    assert len(processes) == 1 + 2 * NUM_RANKS + 1, "a supervisor for each rank"
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
         lines = answer.iter_lines()
         next(lines)
