@@ -220,8 +220,6 @@ class Communicators:
             if isinstance(self._store, GenerationStore):
                 self._store.close()
             self.channels.clear()
-            for connections in self._connections:
-                connections.close()
             self._connections.clear()
 
     def _gloo(self, name: str) -> Any:
@@ -252,7 +250,7 @@ class Communicators:
     def _find_connections(self, before: Collection[str]) -> None:
         """Take handles of the connections to the other members; every member calls this."""
         connections = PeerConnections(before)
-        connections.keep_between(self.gather_objects(connections.ends()))
+        connections.keep_between(self.gather_objects(connections.ends))
         with self._lock:
             self._connections.append(connections)
             if self.why_aborted is not None:
