@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -98,11 +99,15 @@ class Engine:
         )
         self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
 
+        exchanges = [layer.exchange for layer in layers]
+
         def announce_rows(num_rows: Sequence[int] | None) -> None:
-            by_member = None if num_rows is None else dict(zip(group.members, num_rows, strict=True))
-            rows_R = None if by_member is None else [by_member.get(rank, 0) for rank in range(group.size)]
-            for layer in layers:
-                layer.rows_R = rows_R
+            rows_R = None
+            if num_rows is not None:
+                rows_R = np.zeros(group.size, np.int64)
+                rows_R[list(group.members)] = num_rows
+            for exchange in exchanges:
+                exchange.rows_R = rows_R
 
         # Prepared before the manager gives the model an attention that only its own batches can use.
         with first_steps(layers):

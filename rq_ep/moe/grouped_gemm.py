@@ -10,11 +10,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rq_ep.core.arrays import IntArray
 from rq_ep.formats import ExpertLayout, Views, WeightFormat, blank
 from rq_ep.formats.kernels.blocked_product import has_fast_products
 from rq_ep.formats.kernels.unpack import has_triton
@@ -98,11 +98,11 @@ class GroupedRows:
     def spans(self) -> list[tuple[int, int]]:
         return list(pairwise((0, *self.ends)))
 
-    def sizes(self, num_slots: int) -> IntArray:
-        """Rows of the expert in each slot, [G]."""
-        sizes_G = np.zeros(num_slots, np.int64)
-        sizes_G[list(self.slots)] = np.diff(self.ends, prepend=0)
-        return sizes_G
+    def ends_by_slot(self, num_slots: int) -> npt.NDArray[np.int32]:
+        """Where the rows of the expert in each slot end, [G]."""
+        ends_G = np.zeros(num_slots, np.int32)
+        ends_G[list(self.slots)] = self.ends
+        return np.maximum.accumulate(ends_G)
 
 
 class Kernel(NamedTuple):
@@ -153,10 +153,9 @@ def _are_several_native(grouped: GroupedRows, stack: Stack, name: str) -> bool:
 
 def _grouped_native(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
     x_ND = grouped.x_ND
-    sizes_G = grouped.sizes(len(stack))
-    ends_G = torch.from_numpy(sizes_G.cumsum().astype(np.int32)).to(x_ND.device, non_blocking=True)
+    ends_G = torch.from_numpy(grouped.ends_by_slot(len(stack))).to(x_ND.device, non_blocking=True)
     weight = stack.views[name] if stack.layout.is_transposed else stack.views[name].transpose(1, 2)
-    return _add_bias(F.grouped_mm(x_ND, weight, offs=ends_G), sizes_G, stack, name)
+    return _add_bias(F.grouped_mm(x_ND, weight, offs=ends_G), grouped, stack, name)
 
 
 def _are_several_separate(grouped: GroupedRows, stack: Stack, name: str) -> bool:
@@ -194,7 +193,7 @@ def _grouped_low_bits(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
     assert isinstance(stack.format, Quantized)
     matrix = operand(stack.format, stack.format.parts(stack.views, name, stack.layout))
     out_NO = grouped_product(grouped.x_ND, matrix, grouped.slots, grouped.ends)
-    return _add_bias(out_NO, grouped.sizes(len(stack)), stack, name)
+    return _add_bias(out_NO, grouped, stack, name)
 
 
 def _one_by_one(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
@@ -206,9 +205,11 @@ def _one_by_one(grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _add_bias(out_NO: Tensor, sizes_G: IntArray, stack: Stack, name: str) -> Tensor:
+def _add_bias(out_NO: Tensor, grouped: GroupedRows, stack: Stack, name: str) -> Tensor:
     if (bias := stack.views.get(f"{name}_bias")) is not None:
-        sizes = torch.from_numpy(sizes_G).to(out_NO.device, non_blocking=True)
+        sizes = torch.from_numpy(np.diff(grouped.ends_by_slot(len(stack)), prepend=0)).to(
+            out_NO.device, non_blocking=True
+        )
         out_NO += torch.repeat_interleave(bias, sizes, 0, output_size=len(out_NO))
     return out_NO
 

@@ -1,6 +1,6 @@
 """The expert-parallel MoE layer, which takes the place of a model's experts module."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -24,13 +24,13 @@ from rq_ep.parallel import Combine, EPGroup, Exchange, GatheredRows, RankFailure
 class EPExperts(nn.Module):
     """This rank's part of a layer's experts. Every rank of the group calls it for every step, with zero rows too.
 
-    A small step whose rows the ranks have agreed on (`rows_R`) takes two collectives: rows with their routing, which go
-    to all ranks, and sums. Otherwise a small one takes three - counts, rows, sums - and a larger one four, as the
-    pairs' metadata goes ahead of the rows. The host waits for a GPU once, for the counts, and once more in a step so
-    uneven that rows come in parts, for the pairs in each. Checksums of borrowed experts are computed beside the compute
-    and looked at by the next layer, after its counts; the last layer of a forward pass waits for its own. To wait for
-    none, the planner would have to run on the GPU and give the kernels their sizes there; every message already has the
-    size of a bound that the plan gives.
+    A small step whose rows the ranks have agreed on (`Exchange.rows_R`) takes two collectives: rows with their routing,
+    which go to all ranks, and sums. Otherwise a small one takes three - counts, rows, sums - and a larger one four, as
+    the pairs' metadata goes ahead of the rows. The host waits for a GPU once, for the counts, and once more in a step
+    so uneven that rows come in parts, for the pairs in each. Checksums of borrowed experts are computed beside the
+    compute and looked at by the next layer, after its counts; the last layer of a forward pass waits for its own. To
+    wait for none, the planner would have to run on the GPU and give the kernels their sizes there; every message
+    already has the size of a bound that the plan gives.
     """
 
     def __init__(
@@ -71,7 +71,6 @@ class EPExperts(nn.Module):
         self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
         self.output_norms: OutputNorms | None = None  # samples steps, if it is set
         self.is_apart = False  # whether the rank has yet to join the others: every output is zero, and nobody is asked
-        self.rows_R: Sequence[int] | None = None  # of each rank in this step; None: the ranks have not agreed on them
 
     def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
         """Serve another placement of this layer from the next call on. Every rank does so between the same two calls.
@@ -118,8 +117,9 @@ class EPExperts(nn.Module):
 
     def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         row_bytes = hidden_TD.shape[1] * hidden_TD.dtype.itemsize
-        if self.rows_R is not None and self.exchange.gathers(self.rows_R, row_bytes):
-            return self._forward_gathered(hidden_TD, topk_ids_TK, topk_weights_TK, self.rows_R)
+        rows_R = self.exchange.rows_to_gather(row_bytes)
+        if rows_R is not None:
+            return self._forward_gathered(hidden_TD, topk_ids_TK, topk_weights_TK, rows_R)
         timer = self.telemetry.timer(self.group)
         counts = RoutingCounts.gather(topk_ids_TK, self.sole_holders, self.group)
         timer.mark("gather")
@@ -141,7 +141,7 @@ class EPExperts(nn.Module):
         return out_TD
 
     def _forward_gathered(
-        self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows_R: Sequence[int]
+        self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows_R: IntArray
     ) -> Tensor:
         timer = self.telemetry.timer(self.group)
         gathered = GatheredRows.gather(hidden_TD, topk_ids_TK, topk_weights_TK, rows_R, self.group)

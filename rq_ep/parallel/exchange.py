@@ -1,6 +1,5 @@
 """Dispatch: rows travel to the replicas that the plan chose."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,10 +62,12 @@ class Exchange:
         """
         self.group = group
         self.settings = ExchangeSettings.for_device(group.device.type) if settings is None else settings
+        self.rows_R: IntArray | None = None  # rows of each rank in this step; None: the ranks have not agreed on them
 
-    def gathers(self, rows_R: Sequence[int], row_bytes: int) -> bool:
-        """Whether a step of so many rows on each rank is small enough for every rank to get all of them."""
-        return sum(rows_R) * row_bytes <= self.settings.max_gathered_bytes
+    def rows_to_gather(self, row_bytes: int) -> IntArray | None:
+        """[R] rows of each rank, if they are known and so few that every rank shall get all of them."""
+        rows_R = self.rows_R
+        return None if rows_R is None or int(rows_R.sum()) * row_bytes > self.settings.max_gathered_bytes else rows_R
 
     def dispatch(
         self,

@@ -3,9 +3,7 @@
 Axes: M rows of all ranks, by rank; J local replicas of a rank.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +18,7 @@ from rq_ep.parallel.row_parts import METADATA_BYTES
 from rq_ep.solver.compiled import compiled
 
 Ids = npt.NDArray[np.int32]
+Weights = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,14 @@ class GatheredRows:
     """
 
     group: EPGroup
-    rows_R: tuple[int, ...]
+    rows_R: IntArray
     rows_MD: Tensor
-    weights_MK: Tensor  # fp32, on the device
     ids_MK: Ids
-    host_weights_MK: npt.NDArray[np.float32]
+    weights_MK: Weights
 
     @classmethod
     def gather(
-        cls, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows_R: Sequence[int], group: EPGroup
+        cls, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows_R: IntArray, group: EPGroup
     ) -> "GatheredRows":
         """Send this rank's rows to all, and receive theirs; every rank calls this.
 
@@ -53,29 +51,24 @@ class GatheredRows:
         """
         assert len(hidden_TD) == rows_R[group.rank], f"{len(hidden_TD)} rows: rank {group.rank} announced {rows_R}"
         top_k = topk_ids_TK.shape[1]
-        rows_MD = hidden_TD
         metadata = torch.cat([topk_ids_TK.int(), topk_weights_TK.float().view(torch.int32)], 1)
-        if group.size > 1:
+        if group.size == 1:
+            rows_MD = hidden_TD
+        else:
             rows = hidden_TD.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps strides without rows
             message = torch.cat([metadata.view(torch.uint8), rows.view(torch.uint8)], 1)
-            arrived = group.all_to_all(message.repeat(len(group.members), 1), to_members(group, len(rows)), rows_R)
+            arrived = group.all_to_all(
+                message.repeat(len(group.members), 1), to_members(group, len(rows)), rows_R.tolist()
+            )
             metadata = arrived[:, : top_k * METADATA_BYTES].contiguous().view(torch.int32)
             rows_MD = arrived[:, top_k * METADATA_BYTES :].contiguous().view(hidden_TD.dtype)
-        host = metadata.cpu()
-        return cls(
-            group=group,
-            rows_R=tuple(rows_R),
-            rows_MD=rows_MD,
-            weights_MK=metadata[:, top_k:].view(torch.float32),
-            ids_MK=np.ascontiguousarray(host[:, :top_k].numpy()),
-            host_weights_MK=host[:, top_k:].view(torch.float32).numpy(),
-        )
+        host = metadata.cpu().numpy()
+        weights_MK = np.ascontiguousarray(host[:, top_k:]).view(np.float32)
+        return cls(group, rows_R, rows_MD, np.ascontiguousarray(host[:, :top_k]), weights_MK)
 
     def counts_RE(self, num_experts: int) -> IntArray:
         """[R, E] pairs from each source rank to each expert."""
-        counts_RE = np.zeros((self.group.size, num_experts), np.int64)
-        count_by_source(self.ids_MK, self.ends_R, counts_RE)
-        return counts_RE
+        return count_by_source(self.ids_MK, self.rows_R, num_experts)
 
     def received(self, plan: DispatchPlan) -> Received:
         """What this rank computes.
@@ -84,19 +77,17 @@ class GatheredRows:
             plan: made from these very counts.
         """
         replicas, local = plan.replicas, plan.replicas.on_rank(self.group.rank)
-        pairs_J = plan.pairs_RP[:, local.start : local.stop].sum(axis=0)
-        ends_J = np.cumsum(pairs_J)
-        pair_N = np.empty(int(pairs_J.sum()), np.int64)
-        fits = take_pairs(
-            self.ids_MK, self._order_N(plan), self.ends_R, np.require(plan.pairs_RP, np.int64, ("C", "W")),
-            replicas.first_E, replicas.by_expert_P, local.start, ends_J - pairs_J, pair_N,
+        row_N, weight_N, ends_J, fits = take_pairs(
+            self.ids_MK, self.weights_MK, self._order_N(plan), self.rows_R,
+            np.require(plan.pairs_RP, np.int64, ("C", "W")), replicas.first_E, replicas.by_expert_P,
+            local.start, local.stop,
         )  # fmt: skip
         assert fits, "the plan has fewer pairs of an expert than were routed to it"
-        chosen_N = torch.from_numpy(pair_N).to(self.rows_MD.device, non_blocking=True)
+        device = self.rows_MD.device
         return Received(
             rows_MD=self.rows_MD,
-            row_N=chosen_N // max(self.ids_MK.shape[1], 1),
-            weight_N=self.weights_MK.reshape(-1).index_select(0, chosen_N),
+            row_N=torch.from_numpy(row_N).to(device, non_blocking=True),
+            weight_N=torch.from_numpy(weight_N).to(device, non_blocking=True),
             experts=tuple(replicas.experts_P[local.start : local.stop].tolist()),
             offsets=(0, *ends_J.tolist()),
         )
@@ -108,10 +99,10 @@ class GatheredRows:
             partial_MD: [M, D] fp32, for each row the weighted sum over this rank's replicas; changed in place.
         """
         group, dtype = self.group, self.rows_MD.dtype
-        num_own, end = self.rows_R[group.rank], int(self.ends_R[group.rank])
-        out_TD = partial_MD[end - num_own : end]
+        num_own, start = int(self.rows_R[group.rank]), int(self.rows_R[: group.rank].sum())
+        out_TD = partial_MD[start : start + num_own]
         if group.size > 1:
-            sums = group.all_to_all(partial_MD.to(dtype), self.rows_R, to_members(group, num_own))
+            sums = group.all_to_all(partial_MD.to(dtype), self.rows_R.tolist(), to_members(group, num_own))
             for rank, sums_TD in zip(group.members, sums.view(len(group.members), *out_TD.shape), strict=True):
                 if rank != group.rank:
                     out_TD += sums_TD
@@ -121,23 +112,19 @@ class GatheredRows:
     def received_bytes(self) -> dict[str, int]:
         """Bytes that the other ranks send to this one: rows with their routing, and sums."""
         row_bytes = self.rows_MD.shape[1] * self.rows_MD.dtype.itemsize
-        others, own = sum(self.rows_R) - self.rows_R[self.group.rank], self.rows_R[self.group.rank]
+        own = int(self.rows_R[self.group.rank])
+        others = len(self.rows_MD) - own
         routing_bytes = self.ids_MK.shape[1] * METADATA_BYTES
         return {
             "dispatch": others * (row_bytes + routing_bytes),
             "combine": (len(self.group.members) - 1) * own * row_bytes,
         }
 
-    @cached_property
-    def ends_R(self) -> IntArray:
-        """[R] where the rows of each rank end."""
-        return np.cumsum(self.rows_R)
-
     def _order_N(self, plan: DispatchPlan) -> IntArray:
         """The order in which pairs fill replicas: that of rows; by weight those of experts that mix formats."""
         if not plan.replicas.mixing_experts:
             return np.arange(self.ids_MK.size)
-        by_weight = self.host_weights_MK * np.isin(self.ids_MK, plan.replicas.mixing_experts)
+        by_weight = self.weights_MK * np.isin(self.ids_MK, plan.replicas.mixing_experts)
         source_M = np.repeat(np.arange(len(self.rows_R)), self.rows_R)
         return np.lexsort((by_weight.ravel(), np.repeat(source_M, self.ids_MK.shape[1])))
 
@@ -148,66 +135,74 @@ def to_members(group: EPGroup, num_rows: int) -> list[int]:
 
 
 @compiled
-def count_by_source(ids_MK: Ids, ends_R: IntArray, counts_RE: IntArray) -> None:
-    """Add up the pairs of each source rank and expert.
+def count_by_source(ids_MK: Ids, rows_R: IntArray, num_experts: int) -> IntArray:
+    """[R, E] pairs of each source rank and expert.
 
     Args:
         ids_MK: the experts of each row.
-        ends_R: where the rows of each source end.
-        counts_RE: changed in place.
+        rows_R: rows of each source.
+        num_experts: E.
     """
-    source = 0
-    for row in range(len(ids_MK)):
-        while row >= ends_R[source]:
-            source += 1
-        for expert in ids_MK[row]:
-            counts_RE[source, expert] += 1
+    counts_RE = np.zeros((len(rows_R), num_experts), np.int64)
+    row = 0
+    for source in range(len(rows_R)):
+        for _ in range(rows_R[source]):
+            for expert in ids_MK[row]:
+                counts_RE[source, expert] += 1
+            row += 1
+    return counts_RE
 
 
 @compiled
 def take_pairs(
     ids_MK: Ids,
+    weights_MK: Weights,
     order_N: IntArray,
-    ends_R: IntArray,
+    rows_R: IntArray,
     pairs_RP: IntArray,
     first_E: IntArray,
     by_expert_P: IntArray,
     first_local: int,
-    next_J: IntArray,
-    pair_N: IntArray,
-) -> bool:
-    """Write the pairs m * K + k of one rank's replicas: by replica, then source, then in their order.
-
-    False: the plan has fewer pairs of an expert than a source has.
+    end_local: int,
+) -> tuple[IntArray, Weights, IntArray, bool]:
+    """The pairs of one rank's replicas: by replica, then source, then in their order.
 
     Args:
         ids_MK: the experts of each row.
-        order_N: all pairs, by source; those of an expert fill its replicas in this order.
-        ends_R: where the rows of each source end.
+        weights_MK: their weights.
+        order_N: all pairs m * K + k, by source; those of an expert fill its replicas in this order.
+        rows_R: rows of each source.
         pairs_RP: the plan.
         first_E: where each expert's replicas begin in `by_expert_P`.
         by_expert_P: replicas, in the order in which they are filled.
         first_local: the rank's first replica.
-        next_J: where the pairs of each of its replicas begin; changed in place.
-        pair_N: overwritten.
+        end_local: one more than its last.
+
+    Returns:
+        Rows of its pairs; their weights; where the pairs of each of its replicas end; and false where the plan has
+        fewer pairs of an expert than a source has.
     """
-    top_k, source = max(ids_MK.shape[1], 1), -1
-    left_P, next_E = pairs_RP[0].copy(), first_E.copy()
-    for pair in order_N:
-        row = pair // top_k
-        while source < 0 or row >= ends_R[source]:
-            source += 1
-            left_P[:] = pairs_RP[source]
-            next_E[:] = first_E
-        expert = ids_MK[row, pair % top_k]
-        while next_E[expert] < first_E[expert + 1] and left_P[by_expert_P[next_E[expert]]] == 0:
-            next_E[expert] += 1
-        if next_E[expert] == first_E[expert + 1]:
-            return False
-        replica = by_expert_P[next_E[expert]]
-        left_P[replica] -= 1
-        local = replica - first_local
-        if 0 <= local < len(next_J):
-            pair_N[next_J[local]] = pair
-            next_J[local] += 1
-    return True
+    ends_J = pairs_RP[:, first_local:end_local].sum(axis=0).cumsum()
+    next_J = np.zeros_like(ends_J)
+    next_J[1:] = ends_J[:-1]
+    num_pairs = ends_J[-1] if len(ends_J) else 0
+    row_N, weight_N = np.empty(num_pairs, np.int64), np.empty(num_pairs, np.float32)
+    top_k, start = ids_MK.shape[1], 0
+    for source in range(len(rows_R)):
+        left_P, next_E = pairs_RP[source].copy(), first_E.copy()
+        end = start + rows_R[source] * top_k
+        for pair in order_N[start:end]:
+            row, k = pair // top_k, pair % top_k
+            expert = ids_MK[row, k]
+            while next_E[expert] < first_E[expert + 1] and left_P[by_expert_P[next_E[expert]]] == 0:
+                next_E[expert] += 1
+            if next_E[expert] == first_E[expert + 1]:
+                return row_N, weight_N, ends_J, False
+            replica = by_expert_P[next_E[expert]]
+            left_P[replica] -= 1
+            if first_local <= replica < end_local:
+                position = next_J[replica - first_local]
+                row_N[position], weight_N[position] = row, weights_MK[row, k]
+                next_J[replica - first_local] += 1
+        start = end
+    return row_N, weight_N, ends_J, True

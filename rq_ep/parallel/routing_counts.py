@@ -61,7 +61,7 @@ class RoutingCounts:
         num_experts, num_ranks = len(sole_holders.rank_E), sole_holders.num_ranks
         counts_E = count_pairs(topk_ids_TK, num_experts)
         if num_ranks == 1:
-            return cls(group.gather_counts(counts_E), np.zeros((1, 1), np.int64), sole_holders)
+            return cls(counts_E.cpu().numpy()[None], np.zeros((1, 1), np.int64), sole_holders)
         visits_TR = torch.zeros(len(topk_ids_TK), num_ranks + 1, dtype=torch.int32, device=topk_ids_TK.device)
         visits_TR.scatter_(1, sole_holders.on_device_E[topk_ids_TK], 1)  # the last column: experts that several hold
         counts_RV = group.gather_counts(torch.cat([counts_E, visits_TR.sum(0)[:num_ranks]]))

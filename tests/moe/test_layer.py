@@ -79,6 +79,7 @@ def test_small_steps_of_announced_rows_need_no_counts_and_give_the_same_bits(
     counts_RE = cases.counts_of(ranks, num_experts)
     layer, planner, _ = cases.planned(name, variant, family, counts_RE, (native,))
     telemetry = Telemetry()
+    rows_R = np.array([len(batch.hidden_TD) for batch in ranks])
 
     def main(group: EPGroup) -> tuple[torch.Tensor, torch.Tensor]:
         experts = EPExperts(family, layer, planner, group, telemetry=telemetry)
@@ -87,10 +88,11 @@ def test_small_steps_of_announced_rows_need_no_counts_and_give_the_same_bits(
         step = batch.hidden_TD, batch.ids_TK, batch.weights_TK
         with patch.object(group, "gather_counts", wraps=group.gather_counts) as gather_counts:
             usual = experts(*step)
-            experts.rows_R = [len(batch.hidden_TD) for batch in ranks]
+            experts.exchange.rows_R = rows_R
             small = experts(*step)
             assert gather_counts.call_count == 1
             experts.exchange = exchange(group, max_gathered_bytes=-1)
+            experts.exchange.rows_R = rows_R
             assert torch.equal(usual, experts(*step))
             assert gather_counts.call_count == 2, "a step that is too large goes the usual way"
         return usual, small

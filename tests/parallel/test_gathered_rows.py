@@ -54,7 +54,7 @@ def test_pairs_are_those_of_the_reference_in_the_order_of_the_usual_dispatch(
             plan: DispatchPlan = plan,
         ) -> tuple[np.ndarray, list[Received], list[torch.Tensor]]:  # fmt: skip
             step = hidden_RTD[group.rank], ids_RTK[group.rank], weights_RTK[group.rank]
-            gathered = GatheredRows.gather(*step, rows_R, group)
+            gathered = GatheredRows.gather(*step, np.array(rows_R), group)
             received = gathered.received(plan)
             out_TD = gathered.combine(summed(received))
             handle = Exchange(group).dispatch(*step, plan)
@@ -87,10 +87,10 @@ def test_pairs_are_those_of_the_reference_in_the_order_of_the_usual_dispatch(
 def test_ranks_that_are_no_members_are_left_out() -> None:
     """Rank 1 of three is a hole. Expert 0 is on rank 0, expert 1 on rank 2; each row chooses both."""
     plan = DispatchPlan(Replicas.of([Replica(0, 0, "fp32"), Replica(2, 1, "fp32")]), np.array([[2, 2], [0, 0], [1, 1]]))
-    rows_R = (2, 0, 1)
+    rows_R = np.array([2, 0, 1])
 
     def main(group: EPGroup) -> tuple[list[int], list[float]]:
-        hidden_TD = torch.full((rows_R[group.rank], 4), 1.0 + group.rank)
+        hidden_TD = torch.full((int(rows_R[group.rank]), 4), 1.0 + group.rank)
         ids_TK, weights_TK = torch.tensor([[0, 1]] * len(hidden_TD)), torch.tensor([[1.0, 10.0]] * len(hidden_TD))
         gathered = GatheredRows.gather(hidden_TD, ids_TK, weights_TK, rows_R, group)
         received = gathered.received(plan)
@@ -104,7 +104,7 @@ def test_a_plan_for_other_counts_is_caught() -> None:
     ids_TK = torch.tensor([[0], [1]])
 
     def main(group: EPGroup) -> None:
-        GatheredRows.gather(torch.ones(2, 4), ids_TK, torch.ones(2, 1), (2,), group).received(plan)
+        GatheredRows.gather(torch.ones(2, 4), ids_TK, torch.ones(2, 1), np.array([2]), group).received(plan)
 
     with pytest.raises(AssertionError, match="fewer pairs of an expert"):
         run_local(1, main)
@@ -112,7 +112,9 @@ def test_a_plan_for_other_counts_is_caught() -> None:
 
 def test_a_rank_with_other_rows_than_it_announced_is_caught_before_anything_is_sent() -> None:
     def main(group: EPGroup) -> None:
-        GatheredRows.gather(torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), (1, 2), group)
+        GatheredRows.gather(
+            torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), np.array([1, 2]), group
+        )
 
     with pytest.raises(AssertionError, match="2 rows: rank 0 announced"):
         run_local(2, main)
