@@ -172,13 +172,15 @@ class Metrics:
         progress.labels(self._model).set_function(seconds_since_progress)
 
     def rebalancing(self, status: RebalanceStatus) -> None:
-        """Take the state of re-placements."""
+        """Take the state of re-placements; a rank that leads from now on counts from zero on."""
         before, self._rebalance_status = self._rebalance_status, status
+        results, moved_bytes = ({}, 0) if before is None else (before.results, before.moved_bytes)
+        if status.moved_bytes < moved_bytes or sum(status.results.values()) < sum(results.values()):
+            results, moved_bytes = {}, 0
         self._generation.labels(self._model).set(status.generation)
         for result, number in status.results.items():
-            known = 0 if before is None else before.results.get(result, 0)
-            self._rebalances.labels(self._model, result).inc(number - known)
-        self._moved_bytes.labels(self._model).inc(status.moved_bytes - (0 if before is None else before.moved_bytes))
+            self._rebalances.labels(self._model, result).inc(number - results.get(result, 0))
+        self._moved_bytes.labels(self._model).inc(status.moved_bytes - moved_bytes)
 
     def arrival(self) -> "RequestMetrics":
         """Start the clock of a request that has just arrived."""

@@ -146,15 +146,17 @@ def test_what_failed_and_when_it_is_tried_again_is_shown(bench: RebalancingBench
 def test_metrics_count_what_was_decided_and_moved(bench: RebalancingBench) -> None:
     metrics = bench.service.metrics
     metrics.add_rebalancing(lambda: 2.5)
-    for results, moved in (({"committed": 1}, 300), ({"committed": 2, "stayed": 1}, 700)):
+    first, second = ({"committed": 1}, 300), ({"committed": 2, "stayed": 1}, 700)
+    of_another_leader = ({}, 0), ({"committed": 1}, 50)
+    for results, moved in (first, second, *of_another_leader):
         metrics.rebalancing(status(results=results, moved_bytes=moved))
     text = bench.get("/metrics").text
     model = 'model_name="org/tiny"'
     for line in (
         f"rq_ep_placement_generation{{{model}}} 3.0",
-        f'rq_ep_rebalance_total{{{model},result="committed"}} 2.0',
+        f'rq_ep_rebalance_total{{{model},result="committed"}} 3.0',
         f'rq_ep_rebalance_total{{{model},result="stayed"}} 1.0',
-        f"rq_ep_rebalance_moved_bytes_total{{{model}}} 700.0",
+        f"rq_ep_rebalance_moved_bytes_total{{{model}}} 750.0",
         f"rq_ep_rebalance_seconds_since_progress{{{model}}} 2.5",
     ):
         assert line in text
