@@ -159,6 +159,14 @@ def test_a_broken_environment_is_named(change: dict[str, str], message: str) -> 
         Environment.from_os({**given, **change})
 
 
+def test_a_group_goes_on_without_a_rank_unless_there_is_one_or_it_is_to_stop() -> None:
+    chosen = [ServeConfig(model="m").for_ranks(num_ranks).on_rank_failure for num_ranks in (1, 2)]
+    assert chosen == ["stop", "continue"]
+    assert ServeConfig(model="m", on_rank_failure="stop").for_ranks(2).on_rank_failure == "stop"
+    with pytest.raises(UserError, match="--on-rank-failure continue: needs more than one rank"):
+        ServeConfig(model="m", on_rank_failure="continue").for_ranks(1)
+
+
 def test_a_half_set_environment_is_named() -> None:
     with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT"):
         Environment.from_os({"RANK": "0", "WORLD_SIZE": "2"})

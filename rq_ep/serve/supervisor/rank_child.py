@@ -21,18 +21,26 @@ class RankChild:
         start: how the rank begins.
         on_event: called with each report and, last, with the end, on a thread of its own.
         command: what to start.
+
+    Raises:
+        OSError: no process can be had.
     """
 
     def __init__(
         self, start: RankStart, on_event: Callable[[Report | RankExited], None], command: Sequence[str] = RANK_PROCESS
     ) -> None:
         self._socket, self._theirs = socket.socketpair()
-        self._process: subprocess.Popen[bytes] = subprocess.Popen(
-            command,
-            stdin=self._theirs.fileno(),
-            env=child_environment(),
-            process_group=0,  # launchers signal the group of the process that they have started: this one passes it on
-        )
+        try:
+            self._process: subprocess.Popen[bytes] = subprocess.Popen(
+                command,
+                stdin=self._theirs.fileno(),
+                env=child_environment(),
+                process_group=0,  # launchers signal the group of what they have started, which passes it on
+            )
+        except OSError:
+            self._socket.close()
+            self._theirs.close()
+            raise
         self.send(start)
         threading.Thread(target=self._wait, name="rq_ep rank's end", daemon=True).start()
         threading.Thread(target=self._read, args=(on_event,), name="rq_ep rank's reports", daemon=True).start()

@@ -165,9 +165,10 @@ class Supervision:
             case CannotGoOn():
                 return self._end(EXIT_FAILURE, now_s, EndFailed(event.reason), f"rank {self._rank}: {event.reason}")
             case HubClosed():
-                # The rank notices it as well. Rank 0 stands beside the HTTP process, and names it.
-                reason = "rank 0: the HTTP process has died" if self._rank == 0 else None
-                return self._end(EXIT_FAILURE, now_s, None, reason)
+                # A rank notices it as well, once it has met the others. Rank 0 names it.
+                reason = "the HTTP process has died"
+                command = EndFailed(reason) if self.phase is RankPhase.BEGINNING else None
+                return self._end(EXIT_FAILURE, now_s, command, f"rank 0: {reason}" if self._rank == 0 else None)
             case Stop():
                 return self._end(0, now_s, timeout_s=STOP_TIMEOUT_S)
             case Abort():

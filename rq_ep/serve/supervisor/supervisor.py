@@ -4,6 +4,7 @@ Launchers end all processes that they have started when one of them ends: this o
 imports neither torch nor transformers.
 """
 
+import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.frames import Role
 from rq_ep.serve.messages import StartRank
-from rq_ep.serve.process import print_error, signals_to, thread_errors_to, watch_launcher
+from rq_ep.serve.process import EXIT_FAILURE, print_error, signals_to, thread_errors_to, watch_launcher
 from rq_ep.serve.supervisor.http_parent import HttpProcess
 from rq_ep.serve.supervisor.rank_child import RANK_PROCESS, RankChild
 from rq_ep.serve.supervisor.rank_start import EndFailed, HubAddress, Leave, PassSignal, RankStart, Rejoin
@@ -27,11 +28,14 @@ from rq_ep.serve.supervisor.supervision import (
     Exit,
     HubClosed,
     KillProcess,
+    RankExited,
     RankPhase,
     SignalReceived,
     StartProcess,
     Supervision,
 )
+
+log = logging.getLogger("rq_ep.serve")
 
 
 class Supervisor:
@@ -118,7 +122,11 @@ class Supervisor:
             case StartProcess():
                 assert self._hub is not None
                 rejoin = Rejoin(self._hub, action.num_restarts)
-                self._child = self._started(RankStart(self._config, rejoin=rejoin))
+                try:
+                    self._child = self._started(RankStart(self._config, rejoin=rejoin))
+                except OSError as error:  # no memory, say: later there may be some
+                    log.warning("rank %d cannot be started: %s", self._environment.rank, error)
+                    self._events.put(RankExited(EXIT_FAILURE))
             case KillProcess():
                 assert self._child is not None
                 self._child.kill()

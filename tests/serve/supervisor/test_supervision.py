@@ -187,6 +187,7 @@ def test_a_rank_that_does_not_end_is_killed(event: Event, timeout_s: float) -> N
 def test_rank_0_names_the_http_process_that_has_died() -> None:
     run = Run(SERVING, KILLED, rank=0)
     assert run.on(HubClosed()) == [Exit(1, "rank 0: the HTTP process has died")]
+    assert Run(rank=0).on(HubClosed()) == [EndFailed("the HTTP process has died")], "it waits for the other ranks"
 
 
 def test_a_stalled_rank_is_killed_and_started_again() -> None:

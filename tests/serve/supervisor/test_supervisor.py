@@ -164,6 +164,22 @@ def test_the_hub_kills_removes_and_starts_the_rank(hub: FakeHub) -> None:
     assert run.wait() == 1
 
 
+def test_a_rank_that_cannot_be_started_now_is_tried_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Supervised(hub, "serve obey", "serve ending exit:0")
+    assert hub.connected.wait(20)
+    start = subprocess.Popen
+
+    def fail(*_: Any, **__: Any) -> None:
+        monkeypatch.setattr(subprocess, "Popen", start)
+        raise BlockingIOError("no process is free")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    run.child.kill()
+    expected = [RankEnded("was killed by SIGKILL"), RankStarted(1), RankEnded("ended with exit code 1"), RankStarted(2)]
+    assert [hub.next() for _ in expected] == expected
+    assert run.wait() == 0
+
+
 def test_signals_reach_the_rank_and_the_second_one_aborts(hub: FakeHub, capfd: pytest.CaptureFixture[str]) -> None:
     run = Supervised(hub, "serve obey")
     assert hub.connected.wait(20)

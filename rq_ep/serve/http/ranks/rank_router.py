@@ -334,9 +334,11 @@ class RankRouter:
                 elif self.state is GroupState.LOADING:
                     self._report(FailureReport(rank, f"rank {rank} {message.status}"))
             case RankStarted():
+                log.info("rank %d is started again (%d)", rank, message.num_restarts)
                 self.membership.started(rank, message.num_restarts)
             case RankGivenUp():
                 if self._goes_on:
+                    log.warning("rank %d is not started again: %s", rank, message.reason)
                     self._carry_out(self.membership.given_up(rank, message.reason))
             case DrainRequest():
                 self._start_draining(message.timeout_s)
