@@ -75,13 +75,15 @@ class TorchGroup:
             rank, size = alone_as
             seat, store = Seat(rank, size, (rank,)), dist.HashStore()  # type: ignore[attr-defined]
         self.rank, self.size = seat.rank, seat.size
-        words = meet(store, seat.members, seat.rank, gpu_name(local_rank) or "", timeout_s)
+        with _as_peer_lost(f"rank {self.rank}: the ranks cannot meet"):
+            words = meet(store, seat.members, seat.rank, gpu_name(local_rank) or "", timeout_s)
         transport = choose_transport(device, [word or None for word in words])
         self.device = device_of(transport.device_type, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.receive_buffers = ReceiveBuffers(self.device)
-        self._communicators = Communicators(store, seat, self.device, transport.backend, timeout_s, 0)
+        with _as_peer_lost(f"rank {self.rank}: the group could not be formed"):
+            self._communicators = Communicators(store, seat, self.device, transport.backend, timeout_s, 0)
         log.info("rank %d of %d: %s on %s (%s)", self.rank, self.size, self.backend, self.device, transport.reason)
 
     @classmethod
@@ -194,11 +196,8 @@ class TorchGroup:
 
         self.operation = f"forming of generation {generation}"
         try:
-            made = unless_over(make, lambda: is_superseded() or generation < self._aborted_below)
-        except RuntimeError as error:
-            kind = Superseded if isinstance(error, Superseded) else PeerLost
-            reason = str(error).partition("\n")[0]
-            raise kind(f"rank {self.rank}: generation {generation} could not be formed: {reason}") from error
+            with _as_peer_lost(f"rank {self.rank}: generation {generation} could not be formed"):
+                made = unless_over(make, lambda: is_superseded() or generation < self._aborted_below)
         finally:
             self.operation = None
         with self._changing:
@@ -252,7 +251,8 @@ class TorchGroup:
 
         A rank that is slow there holds up no step. One that has ended closes its connections, which ends the waiting.
         """
-        self._communicators.open_channel()
+        with self._naming("opening of a channel") as communicators:
+            communicators.open_channel()
         self._num_channels += 1
         return GlooChannel(self, self._num_channels - 1)
 
@@ -304,10 +304,10 @@ class TorchGroup:
             self._raise_if_aborted(communicators, operation)
         except PeerLost:
             raise
-        except RuntimeError as error:
+        except RuntimeError:
             self._raise_if_aborted(communicators, operation)
-            reason = str(error).partition("\n")[0]
-            raise PeerLost(f"rank {self.rank}: {operation} failed, another rank may have ended: {reason}") from error
+            with _as_peer_lost(f"rank {self.rank}: {operation} failed, another rank may have ended"):
+                raise
         finally:
             self.operation = None
 
@@ -374,6 +374,17 @@ class GlooChannel:
         if lost:
             text = "; ".join(f"no connection to rank {peer} ({reason})" for peer, reason in sorted(lost.items()))
             raise MessagesLost(f"rank {self.rank}: {text}", lost)
+
+
+@contextmanager
+def _as_peer_lost(what: str) -> Iterator[None]:
+    """Say in the errors of torch what could not be done."""
+    try:
+        yield
+    except RuntimeError as error:
+        kind = Superseded if isinstance(error, Superseded) else PeerLost
+        reason = str(error).partition("\n")[0]
+        raise kind(f"{what}: {reason}") from error
 
 
 def _store_of(ranks: Sequence[int]) -> Any:

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,26 @@ def test_forming_ends_at_once_when_a_member_has_met_and_then_died(ends_by: str) 
     group.reform(2, [0], store)
     group.barrier()
     group.close()
+
+
+@pytest.mark.slow
+def test_a_collective_has_a_timeout_and_a_channel_has_none() -> None:
+    groups = [TorchGroup.alone(rank, 2, "cpu", timeout_s=1) for rank in range(2)]
+    channels = [group.open_host_channel() for group in groups]
+    store = groups[0].open_store()
+    landing = torch.zeros(1)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda group: group.reform(1, [0, 1], store), groups))
+        receiving = pool.submit(channels[0].exchange, [], [(landing, 1)])
+        with pytest.raises(PeerLost, match=r"gather of counts failed.* 1000ms"):
+            groups[0].gather_counts(torch.zeros(1, dtype=torch.int64))
+        with pytest.raises(PeerLost, match=r"weight transfer failed.* 1000ms"):
+            groups[0].start_transfers([], [(torch.zeros(8), 1)]).wait()
+        channels[1].exchange([(torch.ones(1), 0)], [])
+        receiving.result()
+    assert landing.item() == 1
+    for group in groups:
+        group.close()
 
 
 def test_the_ranks_of_one_process_may_have_holes() -> None:

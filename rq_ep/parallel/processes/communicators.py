@@ -39,11 +39,12 @@ class Seat(NamedTuple):
 
 
 class Communicators:
-    """`control` (gloo, for objects, barriers and all that must not block a GPU), `data` for collectives on tensors,
-    `borrowing` for borrowed experts, which travel beside the collectives, and channels of gloo.
+    """The communicators of one generation.
 
-    They are objects of torch's backends that are entered nowhere: a thread that still waits in those of a generation
-    is none of the next one's business.
+    `control` (gloo) is for objects, barriers and all that must not block a GPU, `data` for collectives on tensors, and
+    `borrowing` for borrowed experts, which travel beside those; each channel has one of gloo. They are objects of
+    torch's backends that are entered nowhere: a thread that still waits in those of a generation is none of the next
+    one's business.
 
     Args:
         store: for these alone; all members have met there, and make them at once.
@@ -248,7 +249,7 @@ class Communicators:
         self.channels.append(self._gloo(f"channel {len(self.channels)}"))
 
     def _find_connections(self, before: Collection[str]) -> None:
-        """Take handles of the connections to the other members; every member calls this."""
+        """Find the connections to the other members; every member calls this."""
         connections = PeerConnections(before)
         connections.keep_between(self.gather_objects(connections.ends))
         with self._lock:

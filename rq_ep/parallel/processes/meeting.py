@@ -172,18 +172,12 @@ def meet(store: Any, members: Sequence[int], rank: int, word: str, timeout_s: fl
         The words of all members.
 
     Raises:
-        PeerLost: a member has not come in time, or the store is gone.
+        RuntimeError: a member has not come in time, or the store is gone.
     """
     keys = [f"rank {member}" for member in members]
-    try:
-        store.set(f"rank {rank}", word)
-        store.wait(keys, timedelta(seconds=timeout_s))
-        return [store.get(key).decode() for key in keys]
-    except PeerLost:
-        raise
-    except RuntimeError as error:  # of torch
-        reason = str(error).partition("\n")[0]
-        raise PeerLost(f"rank {rank}: the ranks have not met: {reason}") from None
+    store.set(f"rank {rank}", word)
+    store.wait(keys, timedelta(seconds=timeout_s))
+    return [store.get(key).decode() for key in keys]
 
 
 def unless_over(work: Callable[[IsOver], T], is_over: IsOver) -> T:
