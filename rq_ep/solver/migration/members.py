@@ -100,12 +100,15 @@ def lifted(
 
 def lowered_problem(problem: PlacementProblem, members: Sequence[int]) -> PlacementProblem:
     """The problem of the members alone. Rules, which name ranks, are left out."""
-    budget_R = problem.budget_bytes_R
+    budget_R, held, new_rank = problem.budget_bytes_R, problem.held, {rank: i for i, rank in enumerate(members)}
+    if held is not None:
+        held = [[one._replace(rank=new_rank[one.rank]) for one in row if one.rank in new_rank] for row in held]
     return replace(
         problem,
         topology=problem.topology.of(members),
         budget_bytes_R=None if budget_R is None else tuple(budget_R[rank] for rank in members),
         rules=Rules(),
+        held=held,
     )
 
 

@@ -14,6 +14,7 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.migration.choose_migration import choose_migration
 from rq_ep.solver.migration.fit_formats import enforce_low_cap
+from rq_ep.solver.migration.members import lifted, lowered, lowered_problem
 from rq_ep.solver.migration.plan_moves import plan_moves
 from rq_ep.solver.migration.survivors import Survivors, completed, remaining_ranks
 
@@ -60,6 +61,30 @@ def place_again(
         if capped is not layers:
             fresh.append(certified(capped))
     return choose_migration(problem, survivors.held, stay, fresh, certified, min_gain, refused)
+
+
+def place_for_members(
+    strategy: Strategy, problem: PlacementProblem, placement: Placement, members: Sequence[int]
+) -> Placement:
+    """What the members of a group are best to hold, on all ranks, beginning with what they do: seconds.
+
+    It is no worse than what the strategy places for the members alone.
+
+    Args:
+        strategy: places.
+        problem: loads, formats, cap and budgets of all ranks.
+        placement: that serves; every expert has a replica on a member.
+        members: ascending.
+
+    Raises:
+        UserError: the budget is too small.
+    """
+    alone, current = lowered_problem(problem, members), lowered(placement, members)
+    held = [list(layer.replicas) for layer in current.layers]
+    mixed_formats = tuple(layer.replicas.mixed_formats for layer in current.layers)
+    survivors = Survivors(tuple(range(len(members))), held, mixed_formats, num_missing=0)
+    best = place_again(strategy, alone, survivors, min_gain=0.0)
+    return lifted(best, members, problem.topology, problem.budget_bytes_R)
 
 
 def _as_placement(problem: PlacementProblem, strategy: str, layers: Sequence[LayerPlacement]) -> Placement:

@@ -17,8 +17,13 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
+from rq_ep.solver.certificate.certify import certify
+from rq_ep.solver.migration.members import lowered, lowered_problem
 from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
 from rq_ep.solver.migration.recover import Recovery, recover
+from rq_ep.solver.migration.warm_start import place_for_members
+from rq_ep.strategies.rq import ReplicateQuantize
+from tests.solver import instances
 
 SIZES = {"bf16": 1000, "int8": 504}
 ROOM = 1000
@@ -269,6 +274,22 @@ def test_a_second_loss_during_a_recovery_and_the_way_back_when_all_have_joined_a
     goal = replace(placement, budget_bytes_R=problem.budget_bytes_R)
     back = move_rounds(held, goal, SIZES, "bf16", ROOM)
     replay(grown.placement, goal, range(num_ranks), back, problem.budget_bytes_R)
+
+
+def test_what_members_hold_in_the_end_is_as_balanced_as_what_is_placed_for_them_alone() -> None:
+    problem = instances.problem(np.stack([instances.skewed(16, 4000, seed, 24) for seed in (1, 2)], axis=1), 4)
+    problem = replace(problem, budget_bytes_R=(10_000,) * 4)
+    strategy, members = ReplicateQuantize(max_moves=300), [0, 1, 3]
+    recovery = recover(problem, strategy.place(problem), members, ROOM)
+    after = place_for_members(strategy, problem, recovery.placement, members)
+    fresh = strategy.place(lowered_problem(problem, members))
+    assert after.certificate["predicted"] <= fresh.certificate["predicted"]
+    first = certify(lowered_problem(problem, members), strategy, lowered(recovery.placement, members).layers)
+    assert fresh.certificate["predicted"] < first.certificate["predicted"] < 1.1 * fresh.certificate["predicted"]
+    assert after.topology == problem.topology
+    assert after.bytes_R[2] == 0
+    held = [list(layer.replicas) for layer in recovery.placement.layers]
+    replay(recovery.placement, after, members, move_rounds(held, after, SIZES, "bf16", ROOM), problem.budget_bytes_R)
 
 
 def test_the_same_loss_has_the_same_answer() -> None:

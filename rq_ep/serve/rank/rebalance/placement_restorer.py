@@ -12,8 +12,8 @@ from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.serve.messages import FromRank, ImportanceReport, MigrationGivenUp, MigrationPlanned, RebalanceCommand
 from rq_ep.serve.rank.rebalance.leading_rank import Served
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
-from rq_ep.solver.migration.members import lifted, lowered
 from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
+from rq_ep.solver.migration.warm_start import place_for_members
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -66,11 +66,11 @@ class PlacementRestorer:
     def _chosen_goal(self) -> Placement | None:
         if len(self._members) == self._placement.topology.num_ranks:
             return self._home
-        strategy, current = self._inputs.strategy, lowered(self._placement, self._members)
+        strategy = self._inputs.strategy
         if not strategy.begins_from_current:  # it would move most experts
             return None
-        goal = strategy.place(self._inputs.problem(current, self._counts_LE), current)
-        return lifted(goal, self._members, self._placement.topology, self._placement.budget_bytes_R)
+        problem = self._inputs.problem(self._placement, self._counts_LE)
+        return place_for_members(strategy, problem, self._placement, self._members)
 
     def _rounds_to(self, goal: Placement) -> list[MoveRound]:
         before = [list(layer.replicas) for layer in self._placement.layers]
