@@ -17,7 +17,7 @@ from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
-from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd
+from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags
 from rq_ep.moe.integrity import DamagedExpert
 from rq_ep.parallel.ep_group import PeerTensor
 from rq_ep.solver.migration.move_rounds import move_rounds
@@ -435,4 +435,50 @@ def test_each_rank_asks_for_a_step_when_it_has_something_to_announce() -> None:
     group.movers[1].abort(1, "asked to")
     assert [woken.is_set() for woken in group.woken] == [False, True, False]
     assert group.run(1) is MigrationEnd.ABORTED
+    group.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_that_lose_another_one_agree_on_the_round_that_some_have_committed(seed: int) -> None:
+    before = drawn(seed)
+    plan = migration(before, drawn(seed + 100))
+    group = Group(before)
+    group.begin(plan)
+    movers = group.movers
+    first, behind = movers[0], movers[1]
+    for mover in movers:
+        mover.wait_for_round()
+    assert [mover.committed for mover in movers] == [(0, 0)] * NUM_RANKS
+    first.between_steps(first.flags.staged, 0)  # the others have not heard of the agreement
+    assert (first.committed, behind.committed) == ((1, 1), (0, 0))
+    for mover in movers:
+        mover.suspend()
+    for mover in movers:
+        mover.resume((1, 1), 1000)
+    after_round = states(before, plan)[1]
+    for layers in group.layers:
+        assert [list(layer.placement.replicas) for layer in layers] == after_round
+    assert {mover.committed for mover in movers} == {(1, 1)}
+    assert {mover.flags for mover in movers} == {MoverFlags(1000 << 20, 1000)}
+    now = placed(after_round)
+    final = drawn(seed + 200)
+    group.begin(migration(now, final, generation=1001))
+    assert group.run(1001) is MigrationEnd.COMMITTED
+    assert group.served[-1] == [list(layer.replicas) for layer in final.layers]
+    group.close()
+
+
+def test_a_mover_that_is_suspended_stages_nothing_and_drops_what_was_begun() -> None:
+    before = drawn(1)
+    group = Group(before)
+    for mover in group.movers:
+        mover.suspend()
+    group.begin(migration(before, drawn(101)))
+    time.sleep(0.02)
+    assert not any(layer.bank.staged for layers in group.layers for layer in layers)
+    for mover in group.movers:
+        mover.resume((0, 0), 7)
+    assert sorted(group.ends) == [(rank, 1, MigrationEnd.ABORTED) for rank in range(NUM_RANKS)]
+    group.begin(migration(before, drawn(102), generation=8))
+    assert group.run(8) is MigrationEnd.COMMITTED
     group.close()

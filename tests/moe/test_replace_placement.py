@@ -87,7 +87,7 @@ def test_after_every_round_a_layer_equals_one_that_was_built_so(strategy: str, d
         )
         rows = [drawn(random, num_experts, num_ranks, formats) for _ in range(2)]
         layers = [
-            local(strategy, layer, num_ranks, weights, family, True)
+            local(strategy, layer, num_ranks, weights, family, movable=seed % 2 == int(dtype == torch.float32))
             for layer in placed(rows, num_experts, num_ranks, sizes).layers
         ]
         for _ in range(2):
@@ -197,6 +197,23 @@ def test_a_commit_keeps_what_stays_where_it_lies_and_frees_the_rest(weights: Wei
     assert bank.staged_bytes == 0
     bank.commit(replicas_of())
     assert (bank.nbytes, bank.experts) == (0, ())
+
+
+def test_a_commit_keeps_a_stack_where_it_lies_unless_its_experts_change(weights: Weights) -> None:
+    bank = ExpertBank(cases.FAMILIES["gated"].layout, replicas_of((0, "fp32"), (1, "fp32")), 0)
+    for expert in bank.experts:
+        bank.put(expert, weights[expert])
+    place = bank.packed(0).data_ptr()
+    bank.commit(replicas_of((0, "fp32"), (1, "fp32")))
+    assert bank.packed(0).data_ptr() == place
+    arrive(bank, weights, 3, "fp32")
+    with torch.inference_mode():  # as an engine does
+        bank.commit(replicas_of((1, "fp32"), (3, "fp32")))
+    assert bank.experts == (1, 3)
+    assert bank.packed(3).data_ptr() - bank.packed(1).data_ptr() == bank.packed(1).nbytes, "one buffer, for kernels"
+    assert not bank.packed(1).is_inference()
+    for expert in bank.experts:
+        assert torch.equal(bank.packed(expert), get_format("fp32").pack(weights[expert], bank.layout))
 
 
 def test_an_expert_is_not_lent_as_it_was_converted_from_other_bits(weights: Weights) -> None:
