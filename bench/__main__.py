@@ -29,6 +29,7 @@ BENCHES = {
     "overhead": Bench("bench.layer.overhead", "what a layer spends besides its matrix products, and moving an expert"),
     "solver": Bench("bench.solver.solver", "the placement solver against EPLB and a lower bound, on synthetic traces"),
     "replan": Bench("bench.solver.replan", "a placement planned again after a change of domain: gain, bytes, CPU time"),
+    "recover": Bench("bench.solver.recover", "the loss of a rank: how fast the others go on, and how well balanced"),
     "breakeven": Bench("bench.lending.breakeven", "from which imbalance on lending experts pays, in modelled time"),
     "drift": Bench("bench.lending.drift", "strategies placed for one load that serve another, in modelled time"),
     "formats": Bench("bench.formats.formats", "bytes, rounding error and speed of every weight format"),
