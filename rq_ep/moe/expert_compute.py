@@ -4,10 +4,9 @@ Axes: G groups of a grouped GEMM, one for each local replica that has pairs.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +49,12 @@ def add_outputs(
     spans = [(received.offsets[replica], received.offsets[replica + 1]) for replica in grouped.replicas]
     row_N = _gather(received.row_N, spans)
     weight_N = _gather(received.weight_N, spans)
-    ends_G = np.cumsum([end - start for start, end in spans])
+    ends_G = list(accumulate(end - start for start, end in spans))
     limit = max_bytes or MAX_WORKSPACE_BYTES[partial_MD.device.type]
     step = max(1, limit // _row_bytes(family, received.rows_MD.dtype))
     for start in range(0, len(row_N), step):
         rows = row_N[start : start + step]
-        ends = (ends_G - start).clip(0, len(rows)).tolist()
+        ends = [min(max(end - start, 0), len(rows)) for end in ends_G]
         up_NF = multiply(received.rows_MD.index_select(0, rows), grouped.stack, grouped.slots, ends, family.up)
         out_ND = multiply(family.apply_gate(up_NF), grouped.stack, grouped.slots, ends, family.down)
         add_rows(partial_MD, rows, family.normalized(out_ND), weight_N[start : start + step])

@@ -4,6 +4,7 @@ Axes: M rows of all ranks, by rank; J local replicas of a rank.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,21 +51,23 @@ class GatheredRows:
             group: the ranks.
         """
         assert len(hidden_TD) == rows_R[group.rank], f"{len(hidden_TD)} rows: rank {group.rank} announced {rows_R}"
-        top_k = topk_ids_TK.shape[1]
-        metadata = torch.cat([topk_ids_TK.int(), topk_weights_TK.float().view(torch.int32)], 1)
+        ids_TK, weights_TK = topk_ids_TK.int(), topk_weights_TK.float()
         if group.size == 1:
-            rows_MD = hidden_TD
-        else:
-            rows = hidden_TD.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps strides without rows
-            message = torch.cat([metadata.view(torch.uint8), rows.view(torch.uint8)], 1)
-            arrived = group.all_to_all(
-                message.repeat(len(group.members), 1), to_members(group, len(rows)), rows_R.tolist()
-            )
-            metadata = arrived[:, : top_k * METADATA_BYTES].contiguous().view(torch.int32)
-            rows_MD = arrived[:, top_k * METADATA_BYTES :].contiguous().view(hidden_TD.dtype)
-        host = metadata.cpu().numpy()
-        weights_MK = np.ascontiguousarray(host[:, top_k:]).view(np.float32)
-        return cls(group, rows_R, rows_MD, np.ascontiguousarray(host[:, :top_k]), weights_MK)
+            return cls(group, rows_R, hidden_TD, on_host(ids_TK), on_host(weights_TK))
+        pieces = [piece.clone(memory_format=torch.contiguous_format) for piece in (ids_TK, weights_TK, hidden_TD)]
+        message = torch.cat([piece.view(torch.uint8) for piece in pieces], 1)  # `contiguous` keeps strides without rows
+        arrived = group.all_to_all(
+            message.repeat(len(group.members), 1), to_members(group, len(message)), rows_R.tolist()
+        )
+        routing_bytes = ids_TK.shape[1] * METADATA_BYTES
+        ids_MK, weights_MK = arrived[:, :routing_bytes].cpu().tensor_split(2, dim=1)
+        return cls(
+            group=group,
+            rows_R=rows_R,
+            rows_MD=arrived[:, routing_bytes:].contiguous().view(hidden_TD.dtype),
+            ids_MK=on_host(ids_MK).view(np.int32),
+            weights_MK=on_host(weights_MK).view(np.float32),
+        )
 
     def counts_RE(self, num_experts: int) -> IntArray:
         """[R, E] pairs from each source rank to each expert."""
@@ -127,6 +130,11 @@ class GatheredRows:
         by_weight = self.weights_MK * np.isin(self.ids_MK, plan.replicas.mixing_experts)
         source_M = np.repeat(np.arange(len(self.rows_R)), self.rows_R)
         return np.lexsort((by_weight.ravel(), np.repeat(source_M, self.ids_MK.shape[1])))
+
+
+def on_host(tensor: Tensor) -> Any:
+    """The values as a contiguous array."""
+    return np.ascontiguousarray(tensor.cpu().numpy())
 
 
 def to_members(group: EPGroup, num_rows: int) -> list[int]:
