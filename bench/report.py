@@ -13,6 +13,7 @@ from typing import Any
 from bench.formats.formats_table import markdown
 from bench.serving.rebalance_figures import goals
 from bench.serving.serve import medians
+from rq_ep.core.cost import LAYER_PHASES
 from rq_ep.core.files.documents import read_json, replacing
 from rq_ep.strategies import strategy_class
 
@@ -368,6 +369,16 @@ def _serve(name: str) -> str:
     return _table(["at once", "contestant", "output tokens/s", "p99 TTFT, ms", "p99 ITL, ms"], lines)
 
 
+def _step() -> str:
+    parts = ("agreement", *LAYER_PHASES, "attention, router, ...", "rest")
+    lines = []
+    for row in _load("step_cpu2")["rows"]:
+        totals = [f"{row[f'{key}_ms']:.1f} ({row[f'{key}_ratio']:.2f})" for key in ("step", "cpu")]
+        cells = [totals[0], f"{row['p99_ms']:.0f}", totals[1], *(f"{row[f'{part}_ms']:.1f}" for part in parts)]
+        lines.append([str(row["at_once"]), row["way"], *cells])
+    return _table(["at once", "way", "step, ms", "p99", "CPU, ms", *parts], lines)
+
+
 def _rebalance_goals() -> str:
     return _table(["", "goal", "reached", "peers"], goals(_load("rebalance_cpu2")["parts"]))
 
@@ -421,6 +432,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats_overview": _formats_overview,
     "serve": lambda: _serve("serve_cpu2"),
     "cache": lambda: _serve("cache_cpu2"),
+    "step": _step,
     "rebalance_goals": _rebalance_goals,
     "rebalance_domains": _rebalance_domains,
     "rebalance_cost": _rebalance_cost,
