@@ -29,7 +29,7 @@ from rq_ep.parallel.ep_group import PeerLost
 from rq_ep.serve.messages import CannotContinue, FromRank, PeerUnreachable, Regroup, Regrouped
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalancing
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
-from rq_ep.solver.migration.move_rounds import MoveRound
+from rq_ep.solver.migration.move_rounds import MoveRound, with_early_drops
 from rq_ep.solver.migration.recover import recover
 
 MIGRATIONS_PER_GENERATION = 1_000_000  # their numbers rise with the generation of the group
@@ -213,7 +213,10 @@ class GroupRecovery:
             return Plan(self._home, current, current, ())
         problem = self._inputs.problem(self._home, self._counts())
         recovery = recover(problem, current, members, self._inputs.room_bytes)
-        return Plan(self._home, current, recovery.placement, recovery.rounds)
+        rounds = recovery.rounds
+        if not self._inputs.strategy.serves_replicas:
+            rounds = tuple(with_early_drops(rounds))
+        return Plan(self._home, current, recovery.placement, rounds)
 
     def _placement_now(self) -> Placement:
         """What serves; in the middle of a recovery, with what is still missing on ranks that are gone."""

@@ -119,6 +119,21 @@ def move_rounds(
     return list(_Migration(before, after, expert_bytes, native_format, room_bytes, value, low_cap).rounds())
 
 
+def with_early_drops(rounds: Sequence[MoveRound]) -> list[MoveRound]:
+    """The rounds for a strategy that serves one replica of each expert: it is dropped once another one has arrived.
+
+    Args:
+        rounds: in which an expert arrives once at most.
+    """
+    arrivals = {(layer, move.expert): at for at, one in enumerate(rounds) for layer, move in one.receives}
+    drops: list[list[tuple[int, Move]]] = [[] for _ in rounds]
+    for at, one in enumerate(rounds):
+        for layer, move in one.drops:
+            drops[min(at, arrivals.get((layer, move.expert), at))].append((layer, move))
+    early = [MoveRound(one.receives, tuple(dropped)) for one, dropped in zip(rounds, drops, strict=True)]
+    return [one for one in early if one.receives or one.drops]
+
+
 def _stored(replicas: Iterable[Replica]) -> dict[tuple[int, int], str]:
     return {(one.rank, one.expert): one.format for one in replicas}
 

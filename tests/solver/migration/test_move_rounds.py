@@ -10,7 +10,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
-from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds
+from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds, with_early_drops
 
 SIZES = {"bf16": 1000, "int8": 504}
 ROOM = 1000
@@ -158,3 +158,15 @@ def test_too_little_room_is_said_with_the_bytes_that_would_do() -> None:
     after = placed([[Replica(1, 0, "bf16"), Replica(0, 1, "bf16")]], 2, 2, 1000)
     with pytest.raises(UserError, match=r"--rebalance-room 999: too little .* raise it to 1000 bytes"):
         move_rounds(before, after, SIZES, "bf16", 999)
+
+
+def test_a_replica_can_be_dropped_as_soon_as_another_one_serves() -> None:
+    before = [[Replica(2 * (expert % 2), expert, "bf16") for expert in range(8)] for _ in range(3)]
+    after = placed([[Replica(expert % 3, expert, "bf16") for expert in range(8)] for _ in range(3)], 8, 3, 20_000)
+    rounds = move_rounds(before, after, SIZES, "bf16", ROOM)
+    assert any(len(layer.replicas) > 8 for one in rounds[:1] for layer in one.applied_to(placed(before, 8, 3).layers))
+    layers = list(placed(before, 8, 3).layers)
+    for one in with_early_drops(rounds):
+        layers = one.applied_to(layers)
+        assert all(len(layer.replicas) == 8 for layer in layers)
+    assert [list(layer.replicas) for layer in layers] == [list(layer.replicas) for layer in after.layers]

@@ -12,7 +12,7 @@ from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.serve.messages import FromRank, ImportanceReport, MigrationGivenUp, MigrationPlanned, RebalanceCommand
 from rq_ep.serve.rank.rebalance.leading_rank import Served
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
-from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
+from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds, with_early_drops
 from rq_ep.solver.migration.warm_start import place_for_members
 
 log = logging.getLogger("rq_ep.serve")
@@ -75,7 +75,8 @@ class PlacementRestorer:
     def _rounds_to(self, goal: Placement) -> list[MoveRound]:
         before = [list(layer.replicas) for layer in self._placement.layers]
         inputs = self._inputs
-        return move_rounds(before, goal, inputs.stats.expert_bytes, inputs.native_format, inputs.room_bytes)
+        rounds = move_rounds(before, goal, inputs.stats.expert_bytes, inputs.native_format, inputs.room_bytes)
+        return rounds if inputs.strategy.serves_replicas else with_early_drops(rounds)
 
     def on_round(self, layers: Mapping[int, LayerPlacement]) -> None:
         self._events.put(lambda: self._take_round(layers))
