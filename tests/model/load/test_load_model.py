@@ -147,6 +147,21 @@ def test_a_rank_reads_and_holds_its_own_experts(family: str, checkpoints: dict[s
     assert sum(report.bytes_read - others for report in reports) == all_experts
 
 
+def test_a_rank_that_joins_later_reads_no_experts_and_adds_nothing_until_then(checkpoints: dict[str, Path]) -> None:
+    path = checkpoints["mixtral"]
+
+    def loaded(group: Any) -> Any:
+        return load(path, group=group, joins_later=True, movable_formats=["fp32"], keeps_stacks=True).rq_ep
+
+    for report in run_local(2, loaded):
+        assert (report.expert_bytes, report.rank_bytes.arriving > 0) == ({}, True)
+        for layer in report.layers:
+            assert (layer.bank.experts, layer.bank.movable) == ((), False)
+            hidden_TD = torch.ones(3, layer.family.hidden_size)
+            out_TD = layer(hidden_TD, torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))  # asks nobody
+            assert torch.equal(out_TD, torch.zeros_like(hidden_TD))
+
+
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     config = type(FAMILIES["qwen3_moe"])(**{**FAMILIES["qwen3_moe"].to_dict(), "tie_word_embeddings": True})
     dense = random_model(config)

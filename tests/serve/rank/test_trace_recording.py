@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from rq_ep.engine.requests import Batch
+from rq_ep.moe import EPExperts
 from rq_ep.parallel import single_group
 from rq_ep.serve.messages import Recorded, RecordingFailed
-from rq_ep.serve.rank.trace_recording import NOTHING, TraceRecording
+from rq_ep.serve.rank.trace_recording import CHANGED, NOTHING, TraceRecording
 from rq_ep.sim.traces import RoutingTrace
+from tests.moe.cases import FAMILIES, round_robin
 from tests.serve.running import until
 
 
@@ -77,3 +80,19 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     assert isinstance(result, RecordingFailed)
     assert f"{tmp_path}/file/" in result.reason
     assert "cannot be written" in result.reason
+
+
+def test_a_recording_ends_by_name_when_the_ranks_of_the_group_change() -> None:
+    results: list[Recorded | RecordingFailed] = []
+    model = nn.Module()
+    group = single_group()
+    model.experts = EPExperts(FAMILIES["gated"], round_robin("fp32", 1, 4), lambda counts_RE: None, group)  # type: ignore[arg-type,return-value]
+    recording = TraceRecording(None, model, group, lambda: Batch([], False), "traces", 10, results.append)  # type: ignore[arg-type]
+    recording.mark(1)
+    recording.regroup(1, leads=True)
+    assert not results, "nobody waits for it yet"
+    recording.mark(2)
+    until(lambda: len(results) == 1, 10)
+    recording.mark(3)
+    recording.regroup(4, leads=True)  # its end was cut off: no rank comes to it again
+    assert results == [RecordingFailed(CHANGED)] * 2
