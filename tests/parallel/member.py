@@ -116,6 +116,7 @@ def reform_often(state: State, generations: range, members: list[int], store: tu
     reform(state, generations[0], members, store)
     time.sleep(0.5)  # what is old closes beside
     before = in_use()
+    state.group.barrier()  # the next generation closes connections of this one
     for generation in generations[1:]:
         reform(state, generation, members, store)
         state.group.barrier()

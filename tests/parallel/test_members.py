@@ -86,7 +86,7 @@ def test_a_group_lives_through_deaths_and_joins(group: Group) -> None:
     assert "MessagesLost: rank 0: no connection to rank 1" in group.on([0], tasks.channel_failure)[0]
     assert "the group was aborted" in group.on([0], tasks.gather_counts)[0]
     assert group.on(survivors, tasks.reform, 1, survivors, store) == [(0, 1, 3)] * 3
-    assert time.monotonic() - killed_s < 5
+    assert time.monotonic() - killed_s < 20, "no timeout was waited for"
     check_everything(group, survivors)
     texts = group.on([1], tasks.wrong_peer, 2)[0]
     assert texts[0] == "ValueError: rank 2 is no member, and cannot send or get rows"
