@@ -26,6 +26,8 @@ MODEL_HELP = (
     "directory of a Hugging Face checkpoint, or ORG/NAME of the hub, which is downloaded into its cache (HF_HOME, "
     "HF_TOKEN, HF_HUB_OFFLINE)"
 )
+TOOL_CALL_PARSERS = ("hermes", "qwen3_coder", "llama3_json", "mistral", "deepseek_v3", "deepseek_v31")
+REASONING_PARSERS = ("qwen3", "deepseek_r1")
 CACHES = ("paged", "padded")
 ON_RANK_FAILURE = ("continue", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -240,6 +242,18 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         help="auto: a prompt that begins as an earlier one on its rank takes the keys and values of whole pages from "
         "the paged cache; off: every prompt is computed",
         choices=("auto", "off"),
+    )
+    tool_call_parser: str = option(
+        "auto",
+        help="format in which the model writes calls of tools; auto: the one whose marks its chat template has; none: "
+        "tools can be called where tool_choice demands it, which needs no parser",
+        choices=("auto", "none", *TOOL_CALL_PARSERS),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        help="marks of the model's reasoning, which becomes reasoning_content; auto: qwen3, that is <think> and "
+        "</think>, where its chat template has them; none: reasoning is content",
+        choices=("auto", "none", *REASONING_PARSERS),
     )
     max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
     max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)

@@ -64,7 +64,7 @@ def make_app(
     async def answer(body: GenerationBody, prompts: Awaitable[list[EncodedPrompt]], times: RequestMetrics) -> Response:
         requests = await service.requests(await prompts, body)
         response = ResponseBuilder(
-            requests, service.model_name, isinstance(body, ChatBody), body.n, body.num_tries,
+            requests, service.model_name, service.message_parsers(requests, body), body.n, body.num_tries,
             body.num_logprobs is not None,
         )  # fmt: skip
         chunks = merged(service.answers(requests, body, times))

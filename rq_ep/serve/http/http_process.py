@@ -21,6 +21,7 @@ from rq_ep.serve.http.membership_view import MembershipView
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.openai.images import ImageProcessor
 from rq_ep.serve.http.openai.remote_images import ImageFetcher
+from rq_ep.serve.http.openai.tool_parsers.answer_parsers import AnswerParsers
 from rq_ep.serve.http.ranks import rank_connections
 from rq_ep.serve.http.ranks.membership import MemberState
 from rq_ep.serve.http.ranks.rank_router import RankRouter
@@ -166,6 +167,8 @@ class ServingProcess:
             processor = await asyncio.to_thread(load_processor, model)
             self.service.images = ImageProcessor(processor, config.max_num_batched_tokens, fetcher)
         self.service.tokenizer = await asyncio.to_thread(load_tokenizer, model)
+        template = self.service.tokenizer.chat_template
+        self.service.parsers = AnswerParsers.of(template, config.tool_call_parser, config.reasoning_parser)
         gc.freeze()  # a collection walks what requests have made, not all modules
 
     async def _sample(self) -> None:

@@ -16,7 +16,8 @@ from rq_ep.serve.http.load_view import LoadView
 from rq_ep.serve.http.membership_view import MembershipView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.bodies.answer_grammar import answer_grammar
+from rq_ep.serve.http.openai.bodies.answer_grammar import Guide, answer_grammar
+from rq_ep.serve.http.openai.bodies.tools import FunctionTool
 from rq_ep.serve.http.openai.chat_template import render_chat
 from rq_ep.serve.http.openai.choices import after, setting
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
@@ -31,6 +32,9 @@ from rq_ep.serve.http.openai.schemas import (
     GenerationBody,
     TokenizeBody,
 )
+from rq_ep.serve.http.openai.tool_parsers.answer_parsers import AnswerParsers
+from rq_ep.serve.http.openai.tool_parsers.forced_calls import calls_schema
+from rq_ep.serve.http.openai.tool_parsers.message_parser import MessageParser
 from rq_ep.serve.http.ranks.membership import Membership
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
@@ -39,6 +43,7 @@ from rq_ep.serve.messages import PlacementServed
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 CHARS_PER_MESSAGE = 100  # that are encoded in the time in which a template writes a message
 GRAMMAR_CHARS = 1 << 20  # so are grammars
+PROMPT_END = 32  # tokens of a prompt that show whether it begins the reasoning of the answer
 IMAGE_CHARS = 1 << 20  # images are read on the threads of long prompts
 MAX_ECHOED_TOKENS = 512  # with their scores, in a chunk: the event loop writes it at once
 
@@ -89,6 +94,7 @@ class Service:
         self.tokenizer: Any = None
         self.images: ImageProcessor | None = None
         self.why_text_only: str | None = "it takes no images"
+        self.parsers = AnswerParsers()
         self.defaults = SamplingDefaults()
         self.info: dict[str, Any] = {}
         self.placement: dict[str, Any] | None = None
@@ -100,10 +106,14 @@ class Service:
         self._ranks = ranks
         self._seed = seed
         self._num_unseeded = 0
+        self._detokenizers: dict[tuple[str, ...], Callable[[], Detokenizer]] = {}
 
-    @cached_property
-    def _new_detokenizer(self) -> Callable[[], Detokenizer]:
-        return detokenizers(self.tokenizer)
+    def _new_detokenizer(self, body: GenerationBody) -> Detokenizer:
+        """The detokenizer of an answer."""
+        marks = self.parsers.marks(body)
+        if marks not in self._detokenizers:
+            self._detokenizers[marks] = detokenizers(self.tokenizer, marks)
+        return self._detokenizers[marks]()
 
     def take_placement(self, served: PlacementServed) -> None:
         """Take what serves from now on: some layers, or all of a placement."""
@@ -165,19 +175,21 @@ class Service:
         images, urls = self.images, body.image_urls
         if urls and images is None:
             raise ApiError(400, f"messages: {self.model_name} is served text-only: {self.why_text_only}", "messages")
-        text = await self._rendered(body.messages)
+        self.parsers.check(body)
+        text = await self._rendered(body.messages, body.tools)
         if images is not None and urls:
             sources = await images.fetch(urls)
             return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, sources)))
         return EncodedPrompt(await self._encoder.encode(text, "messages", add_special_tokens=False))
 
-    async def _rendered(self, messages: Sequence[ChatMessage]) -> str:
-        """A conversation as the model's chat template writes it."""
+    async def _rendered(self, messages: Sequence[ChatMessage], tools: Sequence[FunctionTool] | None = None) -> str:
+        """A conversation and its tools as the model's chat template writes them."""
         if not self.tokenizer.chat_template:
             raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
         try:
             return await self._encoder.run(
-                CHARS_PER_MESSAGE * len(messages), partial(render_chat, self.tokenizer, messages)
+                CHARS_PER_MESSAGE * (len(messages) + len(tools or ())),
+                partial(render_chat, self.tokenizer, messages, tools),
             )
         except ApiError:
             raise
@@ -216,7 +228,10 @@ class Service:
         """The grammar that answers are to follow; None: they are free."""
         if (param := body.grammar_param) is None:
             return None
-        wanted = body.structured_outputs or body.response_format
+        wanted: Guide | None = body.structured_outputs or body.response_format
+        if isinstance(body, ChatBody) and body.must_call:
+            schemas, name = body.schemas, body.called_name
+            wanted = calls_schema(schemas, body.max_calls) if name is None else schemas[name]
         assert wanted is not None
         return await self._encoder.run(GRAMMAR_CHARS, partial(answer_grammar, wanted, param))
 
@@ -295,6 +310,15 @@ class Service:
         self._num_unseeded += 1
         return (self._seed << 32) + self._num_unseeded
 
+    def message_parsers(self, requests: Sequence[Request], body: GenerationBody) -> list[MessageParser]:
+        """What parses the answers to a chat; nothing does to a completion."""
+        if not isinstance(body, ChatBody):
+            return []
+        prompt_end = self.tokenizer.decode(
+            requests[0].prompt_ids[-PROMPT_END:], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return [self.parsers.message_parser(body, prompt_end) for _ in requests]
+
     def answers(
         self, requests: Sequence[Request], body: GenerationBody, times: RequestMetrics
     ) -> list[AsyncIterator[Chunk]]:
@@ -333,7 +357,7 @@ class Service:
         self, request: Request, body: GenerationBody, times: RequestMetrics, beside: str | None
     ) -> AsyncIterator[Chunk]:
         text = TextChunker(
-            self._new_detokenizer(), body.stops, body.include_stop_str_in_output, request.sampling.min_tokens
+            self._new_detokenizer(body), body.stops, body.include_stop_str_in_output, request.sampling.min_tokens
         )
         if not body.echoes:
             text.skip(request.prompt_ids)

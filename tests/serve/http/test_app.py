@@ -40,11 +40,19 @@ class ByteTokenizer:
         return bytes(token_ids).decode(errors="replace")
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool,
+        tokenize: bool,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         if conversation[0]["role"] == "assistant":
             raise ValueError("the user begins")
-        return "".join(f"<{message['role']}>{message['content']}" for message in conversation)
+        shown = tools if tools and self.chat_template != "yes" else []
+        return "".join(tool["function"]["name"] for tool in shown) + "".join(
+            f"<{message['role']}>{message['content']}" for message in conversation
+        )
 
 
 def score(token_id: int) -> Score:

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any, Protocol
 
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.bodies.tools import FunctionTool
 from rq_ep.serve.http.openai.schemas import ChatMessage, FunctionCall, TextPart, ToolCall
 
 MARKER = re.compile(r"qz(\d+)zq")
@@ -25,7 +26,7 @@ class ChatTokenizer(Protocol):
     chat_template: Any
 
     def apply_chat_template(
-        self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool
+        self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool, **more: Any
     ) -> Any: ...
 
 
@@ -48,7 +49,11 @@ class Form:
         written: dict[str, Any] = {"role": message.role, "content": self._content(message)}
         if message.tool_calls:
             written["tool_calls"] = [self._call(call) for call in message.tool_calls]
-        others = {name: getattr(message, name) for name in ("name", "tool_call_id", "reasoning_content")}
+        others = {
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+            "reasoning_content": message.reasoning_content or message.reasoning,
+        }
         return written | {name: value for name, value in others.items() if value is not None}
 
     def _content(self, message: ChatMessage) -> str | list[dict[str, str]] | None:
@@ -69,39 +74,52 @@ class Form:
         return {**identity, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
-def render_chat(tokenizer: ChatTokenizer, messages: Sequence[ChatMessage]) -> str:
-    """The prompt that the template makes of a conversation.
+def render_chat(
+    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], tools: Sequence[FunctionTool] | None = None
+) -> str:
+    """The prompt that the template makes of a conversation and of the tools that may be used in it.
 
     Raises:
-        ApiError: the template leaves out a message, or a part of one.
+        ApiError: the template leaves out a message or a part of one, or a tool.
         Exception: whatever a template raises that refuses the messages.
     """
     system = "developer" if "developer" in str(tokenizer.chat_template) else "system"
 
-    def write(messages: Sequence[ChatMessage], form: Form) -> str:
+    def write(messages: Sequence[ChatMessage], form: Form, tools: list[dict[str, Any]]) -> str:
         conversation = [form.message(message) for message in messages]
         for message in conversation:
             message["role"] = system if message["role"] == "developer" else message["role"]
-        text: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        more = {"tools": tools} if tools else {}
+        text: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False, **more)
         return text
 
     marked, places = _mark(messages)
+    given = [tool.described() for tool in tools or ()]
+    marked_tools = [tool.described(f"qt{number}tq") for number, tool in enumerate(tools or ())]
     refusals: list[Exception] = []
     left_out: list[str] = []
     for form in _forms(messages):
         try:
-            text = write(marked, form)
+            text = write(marked, form, marked_tools)
         except Exception as error:
             refusals.append(error)
             continue
         shown = set(MARKER.findall(text)) - set(IN_REPR.findall(text))
         missing = [place for number, place in enumerate(places) if str(number) not in shown]
         if not missing:
-            return write(messages, form)
+            _check_tools(text, marked_tools)
+            return write(messages, form, given)
         left_out = min(left_out or missing, missing, key=len)
     if refusals and not left_out:
         raise refusals[0]
     raise ApiError(400, f"{left_out[0]}: this model's chat template leaves it out of the prompt", "messages")
+
+
+def _check_tools(text: str, tools: Sequence[dict[str, Any]]) -> None:
+    """Refuse tools whose marked names a prompt does not show."""
+    for number, tool in enumerate(tools):
+        if tool["function"]["name"] not in text:
+            raise ApiError(400, f"tools.{number}: this model's chat template leaves it out of the prompt", "tools")
 
 
 def _forms(messages: Sequence[ChatMessage]) -> Iterator[Form]:

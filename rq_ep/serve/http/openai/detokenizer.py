@@ -1,7 +1,7 @@
 """Incremental detokenization: whole characters only, and never beyond a stop string."""
 
 from codecs import utf_8_decode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,14 +30,15 @@ class Detokenizer(Protocol):
         """What a token would add here; a special one reads as its name."""
 
 
-def detokenizers(tokenizer: Any) -> Callable[[], Detokenizer]:
+def detokenizers(tokenizer: Any, marks: Collection[str] = ()) -> Callable[[], Detokenizer]:
     """What makes a detokenizer for each answer.
 
     Args:
         tokenizer: of transformers, or an object with `decode(token_ids, skip_special_tokens=...)`.
+        marks: names of special tokens that are text all the same.
     """
-    table = TokenTable.of(tokenizer)
-    return partial(PrefixDetokenizer, tokenizer) if table is None else partial(ByteDetokenizer, table)
+    table = TokenTable.of(tokenizer, marks)
+    return partial(PrefixDetokenizer, tokenizer, marks) if table is None else partial(ByteDetokenizer, table)
 
 
 class ByteDetokenizer:
@@ -95,9 +96,11 @@ class PrefixDetokenizer:
 
     MAX_WINDOW = 16  # tokens
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, marks: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        vocabulary = tokenizer.get_vocab() if marks else {}
+        self._marks = {token_id: mark for mark in marks if (token_id := vocabulary.get(mark)) is not None}
         self._window: list[int] = []
         self._num_given = 0  # characters of the window's text
 
@@ -110,6 +113,9 @@ class PrefixDetokenizer:
         self._num_given = len(text) - _num_uncertain(text)
 
     def push(self, token_id: int) -> TokenText:
+        if (mark := self._marks.get(token_id)) is not None:
+            text = self.flush().text + mark
+            return TokenText(text, text.encode())
         if token_id in self._special_ids:
             return NO_TEXT
         added = self._added(token_id)
@@ -173,7 +179,7 @@ class StopStrings:
         if matches and may_stop:
             self._held = ""
             return text[: min(matches)[0 if self._shows else 1]], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -183,6 +189,6 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

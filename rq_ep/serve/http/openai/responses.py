@@ -16,24 +16,30 @@ from rq_ep.serve.http.openai.choices import best
 from rq_ep.serve.http.openai.chunks import Chunk, ScoredToken
 from rq_ep.serve.http.openai.logprobs import chat_logprobs, completion_logprobs
 from rq_ep.serve.http.openai.schemas import StreamOptions
+from rq_ep.serve.http.openai.tool_parsers.answer_text import Part
+from rq_ep.serve.http.openai.tool_parsers.message_parser import MessageParser
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class ResponseBuilder:
-    """Builds the response to one body: a chat completion, or a plain one.
+    """Builds the response to one body: a chat completion, with a parser for the answer to each request, or a plain one.
 
     Of `requests` there are `num_tries` in a row for each prompt. The best `num_choices` of them are its choices.
     """
 
     requests: Sequence[Request]
     model: str
-    is_chat: bool
+    parsers: Sequence[MessageParser] = ()
     num_choices: int = 1
     num_tries: int = 1
     shows_logprobs: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.parsers)
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         id_ = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.requests[0].id}"
@@ -57,33 +63,40 @@ class ResponseBuilder:
     async def whole(self, chunks: AsyncIterator[tuple[int, Chunk]]) -> Response:
         """The response that is sent at once."""
         answers: list[list[Chunk]] = [[] for _ in self.requests]
+        parts: list[list[Part]] = [[] for _ in self.requests]
         async for number, chunk in chunks:
             answers[number].append(chunk)
+            if self.is_chat:
+                parts[number] += self.parsers[number].parts(chunk.text, chunk.finish_reason is not None)
         if not self.shows_logprobs:
-            return JSONResponse(self._body(answers))
+            return JSONResponse(self._body(answers, parts))
         return await asyncio.to_thread(
-            lambda: Response(_json_in_parts(self._body(answers)), media_type="application/json")
+            lambda: Response(_json_in_parts(self._body(answers, parts)), media_type="application/json")
         )
 
-    def _body(self, answers: Sequence[Sequence[Chunk]]) -> dict[str, Any]:
-        chosen = list(answers)
+    def _body(self, answers: Sequence[Sequence[Chunk]], parts: Sequence[Sequence[Part]]) -> dict[str, Any]:
+        chosen: Sequence[int] = range(len(answers))
         if self.num_tries > self.num_choices:
-            tries = [answers[at : at + self.num_tries] for at in range(0, len(answers), self.num_tries)]
-            chosen = [of_prompt[number] for of_prompt in tries for number in best(of_prompt, self.num_choices)]
-        choices = [self._whole_choice(index, chunks) for index, chunks in enumerate(chosen)]
+            chosen = [
+                at + number
+                for at in range(0, len(answers), self.num_tries)
+                for number in best(answers[at : at + self.num_tries], self.num_choices)
+            ]
+        choices = [
+            self._whole_choice(index, number, answers[number], parts[number]) for index, number in enumerate(chosen)
+        ]
         kind = "chat.completion" if self.is_chat else "text_completion"
         num_tokens = sum(chunk.num_tokens for chunks in answers for chunk in chunks)
         return self._frame(kind, choices, usage=self._usage(num_tokens))
 
-    def _whole_choice(self, index: int, all_: Sequence[Chunk]) -> dict[str, Any]:
-        text = "".join(chunk.text for chunk in all_)
+    def _whole_choice(self, index: int, number: int, all_: Sequence[Chunk], parts: Sequence[Part]) -> dict[str, Any]:
+        reason = all_[-1].finish_reason
         logprobs = self._logprobs([token for chunk in all_ for token in chunk.tokens])
-        choice: dict[str, Any] = {"index": index, "finish_reason": all_[-1].finish_reason, "logprobs": logprobs}
-        if self.is_chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return choice
+        if not self.is_chat:
+            text = "".join(chunk.text for chunk in all_)
+            return {"index": index, "finish_reason": reason, "logprobs": logprobs, "text": text}
+        message, reason = self.parsers[number].message(parts, reason)
+        return {"index": index, "finish_reason": reason, "logprobs": logprobs, "message": message}
 
     async def stream(self, chunks: AsyncIterator[tuple[int, Chunk]], options: StreamOptions) -> AsyncIterator[str]:
         """Server-sent events of a response: its chunks, its usage as asked for, and the end mark.
@@ -100,14 +113,16 @@ class ResponseBuilder:
 
         if self.is_chat:
             for number in range(len(self.requests)):
-                choice = self._choice(number, "", None, (), is_first=True)
+                choice = self._choice(number, {"delta": {"role": "assistant", "content": ""}}, None, ())
                 yield _event(self._frame(kind, [choice], **usage(number)))
         try:
             async for number, chunk in chunks:
                 num_tokens[number] += chunk.num_tokens
-                if chunk.text or chunk.tokens or chunk.finish_reason is not None:
-                    choice = self._choice(number, chunk.text, chunk.finish_reason, chunk.tokens)
-                    yield _event(self._frame(kind, [choice], **usage(number)))
+                added, reason = self._added(number, chunk)
+                if any(added.values()) or chunk.tokens or reason is not None:
+                    yield _event(
+                        self._frame(kind, [self._choice(number, added, reason, chunk.tokens)], **usage(number))
+                    )
         except ApiError as error:
             yield _event(error.body())
             return
@@ -115,21 +130,20 @@ class ResponseBuilder:
             yield _event(self._frame(kind, [], usage=self._usage(sum(num_tokens))))
         yield "data: [DONE]\n\n"
 
+    def _added(self, number: int, chunk: Chunk) -> tuple[dict[str, Any], str | None]:
+        """What a chunk adds to a choice, and the reason of its end."""
+        if not self.is_chat:
+            return {"text": chunk.text}, chunk.finish_reason
+        parser = self.parsers[number]
+        parts = parser.parts(chunk.text, chunk.finish_reason is not None)
+        delta, reason = parser.delta(parts, chunk.finish_reason)
+        return {"delta": delta}, reason
+
     def _choice(
-        self,
-        index: int,
-        text: str,
-        finish_reason: str | None,
-        tokens: Sequence[ScoredToken],
-        *,
-        is_first: bool = False,
+        self, index: int, added: dict[str, Any], finish_reason: str | None, tokens: Sequence[ScoredToken]
     ) -> dict[str, Any]:
         logprobs = self._logprobs(tokens) if tokens else None
-        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
-        if not self.is_chat:
-            return {**choice, "text": text}
-        role = {"role": "assistant"} if is_first else {}
-        return {**choice, "delta": {**role, "content": text} if text or is_first else {}}
+        return {"index": index, "logprobs": logprobs, "finish_reason": finish_reason, **added}
 
 
 def _json_in_parts(body: dict[str, Any]) -> bytes:

@@ -1,5 +1,7 @@
 """Bodies of requests, after OpenAI's reference. What is not supported is refused, never ignored."""
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,6 +17,7 @@ from pydantic import (
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.bodies.answer_grammar import ResponseFormat, StructuredOutputs, TextFormat
 from rq_ep.serve.http.openai.bodies.body import Body
+from rq_ep.serve.http.openai.bodies.tools import ANY_ARGUMENTS, MAX_TOOLS, FunctionTool, NamedToolChoice, ToolChoice
 
 # Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -26,13 +29,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "metadata": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (False, True),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
 }
 
@@ -297,6 +297,7 @@ class ChatMessage(_MessagePart):
     )
     name: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's newer name for it
     # These would be lost.
     audio: None = None
     function_call: None = None
@@ -324,6 +325,51 @@ class ChatBody(GenerationBody):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None  # default: auto, if there are tools
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+
+    @model_validator(mode="after")
+    def check_tools(self) -> "ChatBody":
+        """Refuse a choice among tools that there are not, and calls where another form is wanted."""
+        names = [tool.function.name for tool in self.tools or ()]
+        if repeated := next((name for name, number in Counter(names).items() if number > 1), None):
+            raise ApiError(400, f"tools: there are two of the name {repeated!r:.60}", "tools")
+        if isinstance(self.tool_choice, NamedToolChoice) and (name := self.tool_choice.function.name) not in names:
+            raise ApiError(400, f"tool_choice: there is no tool {name!r:.60} in tools", "tool_choice")
+        if self.tool_choice == "required" and not names:
+            raise ApiError(400, "tool_choice is 'required', but there are no tools", "tool_choice")
+        if self.may_call and (param := super().grammar_param) is not None:
+            raise ApiError(400, f"{param} rules out calls of tools: give tool_choice 'none' with it", param)
+        return self
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def must_call(self) -> bool:
+        return self.may_call and self.tool_choice not in (None, "auto")
+
+    @property
+    def called_name(self) -> str | None:
+        """The function that is to be called; None: any, or none."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedToolChoice) else None
+
+    @property
+    def max_calls(self) -> int | None:
+        return None if self.parallel_tool_calls else 1
+
+    @property
+    def schemas(self) -> dict[str, Mapping[str, Any]]:
+        """Name of a tool's function -> JSON schema of its parameters."""
+        return {tool.function.name: tool.function.parameters or ANY_ARGUMENTS for tool in self.tools or ()}
+
+    @property
+    def grammar_param(self) -> str | None:
+        return "tool_choice" if self.must_call else super().grammar_param
 
     @model_validator(mode="after")
     def check_top_logprobs(self) -> "ChatBody":

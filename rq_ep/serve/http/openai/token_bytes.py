@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 # Decoders that treat every token by itself, but for the bytes of a character and a space at the start of the text.
@@ -45,18 +45,19 @@ class TokenTable(dict[int, TokenEntry]):
     Args:
         tokenizer: of the `tokenizers` library.
         is_byte_level: whether the characters of its vocabulary stand for bytes.
+        marks: names of special tokens that add themselves.
     """
 
-    def __init__(self, tokenizer: Any, is_byte_level: bool) -> None:
+    def __init__(self, tokenizer: Any, is_byte_level: bool, marks: Collection[str] = ()) -> None:
         super().__init__()
         self._tokenizer = tokenizer
         self._added = tokenizer.get_added_tokens_decoder()
-        self._special = {token.content for token in self._added.values() if token.special}
+        self._special = {token.content for token in self._added.values() if token.special} - set(marks)
         self._is_byte_level = is_byte_level
         self._has_byte_tokens = b"ByteFallback" in tokenizer.decoder.__getstate__()
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "TokenTable | None":
+    def of(cls, tokenizer: Any, marks: Collection[str] = ()) -> "TokenTable | None":
         """The table of a tokenizer of transformers; None if its decoder is not known to treat tokens by themselves."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or backend.decoder is None:
@@ -67,7 +68,7 @@ class TokenTable(dict[int, TokenEntry]):
             return None
         if any(step["type"] == "Strip" and (step["start"], step["stop"]) not in {(0, 0), (1, 0)} for step in steps):
             return None
-        return cls(backend, kinds == "ByteLevel")
+        return cls(backend, kinds == "ByteLevel", marks)
 
     def __missing__(self, token_id: int) -> TokenEntry:
         token = self._tokenizer.id_to_token(token_id)

@@ -1,11 +1,14 @@
 """Conversations under chat templates of every kind: all of it is in the prompt, or the request is refused by name."""
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.bodies.tools import FunctionTool
 from rq_ep.serve.http.openai.chat_template import render_chat
 from rq_ep.serve.http.openai.schemas import ChatMessage
 
@@ -45,10 +48,14 @@ PRINTED_CALLS = """{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% 
 {{- c.function.name }}({{ c.function.arguments }}){% endfor %}{% endfor %}"""
 
 
-def prompt(template: str, *messages: dict[str, Any]) -> str:
+def prompt(template: str, *messages: dict[str, Any], tools: Sequence[dict[str, Any]] = ()) -> str:
     tokenizer = byte_tokenizer(100)
     tokenizer.chat_template = template
-    return render_chat(tokenizer, [ChatMessage.model_validate(message) for message in messages])
+    return render_chat(
+        tokenizer,
+        [ChatMessage.model_validate(message) for message in messages],
+        [FunctionTool.model_validate(tool) for tool in tools],
+    )
 
 
 @pytest.mark.parametrize("template", [TEXT, PARTS, FIRST_PART, TEXT_OR_PARTS, TRIMMED])
@@ -87,6 +94,14 @@ def test_calls_of_tools_reach_templates_in_the_form_they_read(template: str, exp
 def test_what_the_template_leaves_out_is_refused_by_name(template: str, messages: Any, named: str) -> None:
     with pytest.raises(ApiError, match=named):
         prompt(template, *messages)
+
+
+def test_tools_reach_the_template_as_they_came_or_are_refused_by_name() -> None:
+    look = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}, "of_tomorrow": 1}}
+    assert prompt("{{ tools | tojson }}" + TEXT, USER, tools=[look]) == f"{json.dumps([look])}<user>What is a list?"
+    for template in (TEXT, "{{ tools[0].function.name }}" + TEXT):
+        with pytest.raises(ApiError, match=r"tools\.[01]: this model's chat template leaves it out"):
+            prompt(template, USER, tools=[look, {"type": "function", "function": {"name": "n"}}])
 
 
 def test_a_template_may_refuse_and_may_cut_out_earlier_thinking() -> None:

@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from llguidance import LLMatcher, grammar_from
@@ -55,11 +56,14 @@ class StructuredOutputs(Body):
         return self
 
 
-def answer_grammar(wanted: ResponseFormat | StructuredOutputs, param: str) -> str | None:
+Guide = ResponseFormat | StructuredOutputs | Mapping[str, Any]
+
+
+def answer_grammar(wanted: Guide, param: str) -> str | None:
     """The grammar in llguidance's form; None: any text will do. Takes time for a large one.
 
     Args:
-        wanted: what a body says.
+        wanted: what a body says, or a JSON schema.
         param: where it says so.
 
     Raises:
@@ -83,6 +87,8 @@ def answer_grammar(wanted: ResponseFormat | StructuredOutputs, param: str) -> st
             kind, text = "json_schema", schema
         case StructuredOutputs():
             kind, text = "json_schema", json.dumps(wanted.json_ or ANY_OBJECT)
+        case Mapping():
+            kind, text = "json_schema", json.dumps(wanted)
     if len(text) > MAX_GUIDE_CHARS:
         raise ApiError(400, f"{param}: {len(text)} characters, at most {MAX_GUIDE_CHARS} are taken", param)
     try:

@@ -1,0 +1,47 @@
+"""The tools that a chat may use, and the choice among them, after OpenAI's reference."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_TOOLS = 1024  # in a request; OpenAI takes 128
+ANY_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
+
+FunctionName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class _ToolPart(BaseModel):
+    """A part of a tool; fields beyond these reach the chat template too."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class FunctionDefinition(_ToolPart):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(_ToolPart):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def described(self, name: str | None = None) -> dict[str, Any]:
+        """The tool as chat templates read it, under another name if one is given."""
+        described = self.model_dump(exclude_unset=True)
+        return described if name is None else {**described, "function": {**described["function"], "name": name}}
+
+
+class FunctionReference(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: FunctionName
+
+
+class NamedToolChoice(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: FunctionReference
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice

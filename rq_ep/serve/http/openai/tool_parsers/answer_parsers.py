@@ -1,0 +1,103 @@
+"""The formats in which models write reasoning and calls of tools: which there are, and which a model has."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.schemas import ChatBody, GenerationBody
+from rq_ep.serve.http.openai.tool_parsers import deepseek_v3, mistral
+from rq_ep.serve.http.openai.tool_parsers.answer_text import AnswerText, Parsing
+from rq_ep.serve.http.openai.tool_parsers.deepseek_v3 import read_deepseek_v3, read_deepseek_v31
+from rq_ep.serve.http.openai.tool_parsers.forced_calls import read_named, read_required
+from rq_ep.serve.http.openai.tool_parsers.hermes import read_hermes
+from rq_ep.serve.http.openai.tool_parsers.llama3_json import TAG, read_llama3_json
+from rq_ep.serve.http.openai.tool_parsers.message_parser import MessageParser, Reader
+from rq_ep.serve.http.openai.tool_parsers.mistral import read_mistral
+from rq_ep.serve.http.openai.tool_parsers.qwen3_coder import read_qwen3_coder
+from rq_ep.serve.http.openai.tool_parsers.reasoning_parser import MARKS, REASONING_PARSERS, ReasoningParser
+from rq_ep.serve.http.openai.tool_parsers.tagged_arguments import Schemas
+
+
+@dataclass(frozen=True)
+class ToolParser:
+    """A format of calls.
+
+    Args:
+        read: reads an answer, with the schemas of the functions that it may call.
+        signs: texts that chat templates of models with this format have, all of them.
+        marks: special tokens by which calls are told, so that they must be shown.
+    """
+
+    read: Callable[[AnswerText, Schemas], Parsing[None]]
+    signs: Sequence[str]
+    marks: Sequence[str] = ()
+
+
+# By vLLM's names. The first one whose signs a template has is the model's.
+TOOL_PARSERS = {
+    "qwen3_coder": ToolParser(read_qwen3_coder, ("<tool_call>", "<function=")),
+    "hermes": ToolParser(lambda text, _: read_hermes(text), ("<tool_call>", '"arguments"')),
+    "deepseek_v3": ToolParser(
+        lambda text, _: read_deepseek_v3(text), (deepseek_v3.CALLS, deepseek_v3.BLOCK), deepseek_v3.MARKS
+    ),
+    "deepseek_v31": ToolParser(lambda text, _: read_deepseek_v31(text), (deepseek_v3.CALLS,), deepseek_v3.MARKS),
+    "mistral": ToolParser(
+        lambda text, _: read_mistral(text), (mistral.OPENING,), (mistral.OPENING, mistral.CALL_ID, mistral.ARGUMENTS)
+    ),
+    "llama3_json": ToolParser(lambda text, _: read_llama3_json(text), (TAG, '"parameters"'), (TAG,)),
+}
+
+
+@dataclass(frozen=True)
+class AnswerParsers:
+    """How a server reads the answers to chats; None: they have no such part."""
+
+    tool: ToolParser | None = None
+    reasoning: ReasoningParser | None = None
+
+    @classmethod
+    def of(cls, chat_template: Any, tool: str = "auto", reasoning: str = "auto") -> "AnswerParsers":
+        """The parsers of given names; auto: those whose marks the chat template has; none: no parser."""
+        template = str(chat_template or "")
+        tool_parser = TOOL_PARSERS.get(tool)
+        if tool == "auto":
+            fitting = (kind for kind in TOOL_PARSERS.values() if all(sign in template for sign in kind.signs))
+            tool_parser = next(fitting, None)
+        if reasoning == "auto":
+            reasoning = "qwen3" if "</think>" in template else "none"
+        return cls(tool_parser, REASONING_PARSERS.get(reasoning))
+
+    def marks(self, body: GenerationBody) -> tuple[str, ...]:
+        """Special tokens that are text of an answer, as they tell its parts."""
+        if not isinstance(body, ChatBody) or body.grammar_param is not None:
+            return ()
+        of_calls = self.tool.marks if self.tool is not None and body.may_call else ()
+        return (*of_calls, *(MARKS if self.reasoning is not None else ()))
+
+    def check(self, body: ChatBody) -> None:
+        """Refuse a choice among tools that no parser would see."""
+        if body.may_call and not body.must_call and self.tool is None:
+            text = "tool_choice 'auto' needs --tool-call-parser: this model's chat template has no known form of calls"
+            raise ApiError(400, f"{text}; 'required' and named functions do without", "tool_choice")
+
+    def message_parser(self, body: ChatBody, prompt_end: str) -> MessageParser:
+        """The parser of an answer.
+
+        Args:
+            body: that asks for it. An answer whose form is given has no reasoning before it.
+            prompt_end: the last characters of the prompt.
+        """
+        readers: list[Reader] = []
+        name = body.called_name
+        if self.reasoning is not None and body.grammar_param is None:
+            readers.append(self.reasoning.reader(prompt_end))
+        if body.must_call:
+            readers.append(read_required if name is None else partial(read_named, name=name))
+        elif body.may_call and self.tool is not None:
+            read_calls, schemas = self.tool.read, body.schemas
+            readers.append(lambda text: read_calls(text, schemas))
+        return MessageParser(
+            readers, body.max_calls, body.include_reasoning, is_named=body.must_call and name is not None
+        )
