@@ -127,6 +127,7 @@ MESSAGES_FROM_SUPERVISOR: list[FromSupervisor] = [
     RankStarted(1),
     RankGivenUp("it has ended 4 times (--max-rank-restarts 3)"),
     DrainRequest(5),
+    Aborted("SIGTERM", was_loading=False),
     Bye(),
 ]
 MESSAGES_TO_SUPERVISOR: list[ToSupervisor] = [StartRank(), KillRank("stalled"), StopRank(), Stop(), Abort("x")]
