@@ -289,7 +289,8 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
 
     formats: tuple[str, ...] | None = option(
         None,
-        help="weight formats that rebalancing may use, by commas, calibrated or not; default: those of the placement",
+        help="weight formats that rebalancing, and ranks that go on without another one, may use, by commas, "
+        "calibrated or not; default: those of the placement",
         group=REBALANCING,
     )
     stats: str | None = option(
@@ -301,7 +302,7 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     )
     max_low_precision_share: float | None = option(
         None,
-        help="cap of rebalancing on the share of routed pairs computed below the native format; default: the "
+        help="cap of both on the share of routed pairs computed below the native format; default: the "
         "placement's, or 0.25",
         minimum=0,
         maximum=1,

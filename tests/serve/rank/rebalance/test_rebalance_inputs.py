@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import is_intact
 from rq_ep.model.calibration.quantize import quantize
 from rq_ep.serve.rank.dry_run import preview
+from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 
 RQ = StrategyConfig("rq")
@@ -42,6 +44,17 @@ def test_a_setting_that_cannot_be_obeyed_is_refused(settings: Any, num_ranks: in
     with pytest.raises(UserError) as raised:
         RebalanceInputs.check(config(**settings), num_ranks)
     assert message in str(raised.value)
+
+
+def test_a_group_that_goes_on_without_ranks_may_use_formats_without_rebalancing(tiny_checkpoint: Path) -> None:
+    given = config(model=str(tiny_checkpoint), rebalance="off", formats=("int8",), on_rank_failure="continue")
+    assert RebalanceInputs.check(given, 2) is None
+    inputs = MoveInputs.of_survivors(given, 2)
+    assert inputs is not None
+    assert (inputs.formats, inputs.room_bytes) == (("bf16", "int8"), inputs.stats.expert_bytes["bf16"])
+    assert inputs.keeps_stacks
+    assert MoveInputs.of_survivors(replace(given, on_rank_failure="stop"), 2) is None
+    assert MoveInputs.of_survivors(given, 1) is None
 
 
 def test_without_settings_there_is_nothing_to_check() -> None:
