@@ -15,18 +15,14 @@ from torch import Tensor
 
 from rq_ep.config import Environment, bind_for_ranks, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.errors import UserError
 from rq_ep.parallel.ep_group import MessagesLost, PeerLost, PeerTensor, Superseded, check_splits
 from rq_ep.parallel.processes.communicators import Communicators, Seat
 from rq_ep.parallel.processes.meeting import GenerationStore, IsOver, StoreHost, meet, unless_over
 from rq_ep.parallel.processes.transport import choose_transport, device_of, gpu_name
+from rq_ep.parallel.processes.world import begin_world, store_in_world
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 log = logging.getLogger(__name__)
-
-
-class RendezvousError(UserError):
-    """The ranks cannot meet where the launcher says. It may be raised on some of them only."""
 
 
 class TorchGroup:
@@ -70,7 +66,7 @@ class TorchGroup:
         if alone_as is None:
             ranks = range(dist.get_world_size()) if ranks is None else ranks
             seat = Seat(list(ranks).index(dist.get_rank()), len(ranks), tuple(range(len(ranks))))
-            store = _store_of(ranks)
+            store = store_in_world(ranks)
         else:
             rank, size = alone_as
             seat, store = Seat(rank, size, (rank,)), dist.HashStore()  # type: ignore[attr-defined]
@@ -106,7 +102,7 @@ class TorchGroup:
                 store = dist.HashStore()  # type: ignore[attr-defined]
                 dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)
             else:
-                _meet(environment, timeout)
+                begin_world(environment, timeout)
         return cls(device, local_rank=environment.local_rank, timeout_s=timeout_s, owns_world=owns_world)
 
     @classmethod
@@ -385,29 +381,3 @@ def _as_peer_lost(what: str) -> Iterator[None]:
         kind = Superseded if isinstance(error, Superseded) else PeerLost
         reason = str(error).partition("\n")[0]
         raise kind(f"{what}: {reason}") from error
-
-
-def _store_of(ranks: Sequence[int]) -> Any:
-    """A part of torch.distributed's own store, for one more group of these ranks."""
-    shared = dist.distributed_c10d._get_default_store()
-    name = f"rq_ep group of ranks {list(ranks)}"
-    number = shared.add(f"{name} of rank {dist.get_rank()}", 1)  # as many as of the other ranks
-    return dist.PrefixStore(f"{name} number {number}", shared)  # type: ignore[attr-defined]
-
-
-def _meet(environment: Environment, timeout: timedelta) -> None:
-    """Initialise torch.distributed over the store at the launcher's address."""
-    addr, port = environment.master_addr, environment.master_port
-    host = f"[{addr}]" if ":" in addr else addr
-    url = f"tcp://{host}:{port}?rank={environment.rank}&world_size={environment.world_size}"
-    try:
-        shared, rank, size = next(dist.rendezvous(url, timeout=timeout))  # type: ignore[attr-defined]
-        # torchrun may keep its store when it restarts ranks, with the addresses of the ones before.
-        own = dist.PrefixStore(f"attempt {environment.restart_count}", shared)  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
-    except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
-        reason = str(error).partition("\n")[0]
-        raise RendezvousError(
-            f"rank {environment.rank} cannot meet the others at MASTER_ADDR={addr}, MASTER_PORT={port} ({reason}): "
-            "the address must be rank 0's, and the port free there"
-        ) from None

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from rq_ep.core.errors import UserError
 from rq_ep.parallel.processes.transport import choose_transport
-from rq_ep.parallel.torch_group import RendezvousError, TorchGroup
+from rq_ep.parallel.processes.world import RendezvousError
+from rq_ep.parallel.torch_group import TorchGroup
 
 
 @pytest.mark.parametrize(

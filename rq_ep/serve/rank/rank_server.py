@@ -23,7 +23,7 @@ from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import RankFailure, TorchGroup
 from rq_ep.parallel.agreement import report_user_error, run_on_all_ranks
 from rq_ep.parallel.host import short_collections
-from rq_ep.parallel.torch_group import RendezvousError
+from rq_ep.parallel.processes.world import RendezvousError
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.messages import (
     Abort,

@@ -1,0 +1,44 @@
+"""torch.distributed's own group of all processes: where the first members of a group meet."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from rq_ep.config import Environment
+from rq_ep.core.errors import UserError
+
+
+class RendezvousError(UserError):
+    """The ranks cannot meet where the launcher says. It may be raised on some of them only."""
+
+
+def begin_world(environment: Environment, timeout: timedelta) -> None:
+    """Initialise torch.distributed over the store at the launcher's address.
+
+    Raises:
+        RendezvousError: the ranks cannot meet.
+    """
+    addr, port = environment.master_addr, environment.master_port
+    host = f"[{addr}]" if ":" in addr else addr
+    url = f"tcp://{host}:{port}?rank={environment.rank}&world_size={environment.world_size}"
+    try:
+        shared, rank, size = next(dist.rendezvous(url, timeout=timeout))  # type: ignore[attr-defined]
+        # torchrun may keep its store when it restarts ranks, with the addresses of the ones before.
+        own = dist.PrefixStore(f"attempt {environment.restart_count}", shared)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
+        reason = str(error).partition("\n")[0]
+        raise RendezvousError(
+            f"rank {environment.rank} cannot meet the others at MASTER_ADDR={addr}, MASTER_PORT={port} ({reason}): "
+            "the address must be rank 0's, and the port free there"
+        ) from None
+
+
+def store_in_world(ranks: Sequence[int]) -> Any:
+    """A part of torch.distributed's own store, for one more group of these ranks."""
+    shared = dist.distributed_c10d._get_default_store()
+    name = f"rq_ep group of ranks {list(ranks)}"
+    number = shared.add(f"{name} of rank {dist.get_rank()}", 1)  # as many as of the other ranks
+    return dist.PrefixStore(f"{name} number {number}", shared)  # type: ignore[attr-defined]
