@@ -17,6 +17,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from rq_ep.serve.http.ranks.blame import FailureReport, blame
+from rq_ep.serve.http.ranks.rank_connections import DIED
 from rq_ep.serve.messages import KillRank, Regroup, StartRank, StopRank
 
 UNREACHABLE_S = 5.0  # how long members may wait for one that does not answer, or for the news of its death
@@ -301,7 +302,9 @@ class Membership:
         record, reason = self.ranks[rank], f"rank {rank} {status}"
         is_known = record.num_ends_to_come > 0
         record.num_ends_to_come -= is_known
-        if record.state is MemberState.LOST or (record.state is MemberState.RESTARTING and not is_known):
+        if record.state is MemberState.LOST and record.reason.startswith(f"rank {rank} {DIED}"):
+            record.reason = reason  # an error that the rank has named, or its stall, says more
+        elif record.state is MemberState.RESTARTING and not is_known:
             self._set(rank, MemberState.LOST, reason)
         return [] if is_known or record.state in ABSENT else self._end(rank, reason)
 

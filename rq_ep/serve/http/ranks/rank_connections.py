@@ -16,6 +16,7 @@ from rq_ep.serve.messages import Bye, FromRank, FromSupervisor, MessageError, To
 log = logging.getLogger(__name__)
 
 GREETING_S = 5.0  # how long a connection may take to greet; a rank does it at once
+DIED = "died"  # what is known of a rank whose connection has ended
 MAX_UNGREETED = 64  # connections that have not greeted; one more ends the oldest
 
 
@@ -147,7 +148,7 @@ class RankConnections:
         connection = self._connections[role, rank] = _Connection(
             RankState.CONNECTED, writer, Frames(self._token, nonce, is_to_rank=True)
         )
-        text = f"rank {rank} died (its process was killed or crashed)"
+        text = f"rank {rank} {DIED} (its process was killed or crashed)"
         if role is Role.SUPERVISOR:
             text = f"the supervisor of rank {rank} died"
         try:

@@ -348,6 +348,7 @@ def test_a_stalled_rank_is_killed_and_counts_as_lost() -> None:
     assert isinstance(serves, GenerationServes)
     assert serves.seconds == {"detect": 60.0, **PARTS, "total": 62.0}
     assert membership.ended(1, KILLED) == []
+    assert membership.ranks[1].reason == "rank 1 has not gone on", "which says more"
 
 
 def test_members_that_wait_for_one_that_does_not_answer_go_on_without_it() -> None:
