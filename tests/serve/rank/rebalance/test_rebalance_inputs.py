@@ -153,11 +153,13 @@ def test_a_preview_counts_the_room_for_what_arrives_in_the_bytes_of_every_rank(t
         return int(line.split()[2].replace(",", ""))
 
     model = str(tiny_checkpoint)
-    plain = bytes_of_rank_0(config(model=model, rebalance="off"))
+    plain = bytes_of_rank_0(config(model=model, rebalance="off", on_rank_failure="stop"))
     assert bytes_of_rank_0(config(model=model, room_bytes=10**6)) == plain + 10**6
     inputs = RebalanceInputs.check(config(model=model), 2)
     assert inputs is not None
     assert bytes_of_rank_0(config(model=model)) == plain + inputs.stats.expert_bytes["bf16"], "one expert by default"
+    survives = bytes_of_rank_0(config(model=model, rebalance="off"))
+    assert survives == plain + (1 + 4) * inputs.stats.expert_bytes["bf16"], "one expert, and a layer while it is copied"
 
 
 @pytest.mark.parametrize("text", ["", '{"format": "rq_ep.placement/1", "layers": [', '{"format": "another"}', "{}"])
