@@ -17,7 +17,6 @@ from rq_ep.serve.http.membership_view import MembershipView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.bodies.answer_grammar import Guide, answer_grammar
-from rq_ep.serve.http.openai.bodies.tools import FunctionTool
 from rq_ep.serve.http.openai.chat_template import render_chat
 from rq_ep.serve.http.openai.choices import after, setting
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
@@ -176,20 +175,20 @@ class Service:
         if urls and images is None:
             raise ApiError(400, f"messages: {self.model_name} is served text-only: {self.why_text_only}", "messages")
         self.parsers.check(body)
-        text = await self._rendered(body.messages, body.tools)
+        text = await self._rendered(body, body.messages)
         if images is not None and urls:
             sources = await images.fetch(urls)
             return EncodedPrompt(*await self._encoder.run(IMAGE_CHARS, partial(images.encode, text, sources)))
         return EncodedPrompt(await self._encoder.encode(text, "messages", add_special_tokens=False))
 
-    async def _rendered(self, messages: Sequence[ChatMessage], tools: Sequence[FunctionTool] | None = None) -> str:
-        """A conversation and its tools as the model's chat template writes them."""
+    async def _rendered(self, body: ChatBody | TokenizeBody, messages: Sequence[ChatMessage]) -> str:
+        """The conversation of a body, with its tools, as the model's chat template writes it."""
         if not self.tokenizer.chat_template:
             raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
         try:
             return await self._encoder.run(
-                CHARS_PER_MESSAGE * (len(messages) + len(tools or ())),
-                partial(render_chat, self.tokenizer, messages, tools),
+                CHARS_PER_MESSAGE * (len(messages) + len(body.tools or ())),
+                partial(render_chat, self.tokenizer, messages, body.tools, body.chat_template_kwargs),
             )
         except ApiError:
             raise
@@ -202,7 +201,7 @@ class Service:
         """Token ids of a text or a conversation, in vLLM's form."""
         assert self.limits is not None
         is_chat = body.messages is not None
-        text = body.prompt if body.messages is None else await self._rendered(body.messages)
+        text = body.prompt if body.messages is None else await self._rendered(body, body.messages)
         assert text is not None
         adds = not is_chat if body.add_special_tokens is None else body.add_special_tokens
         param = "messages" if is_chat else "prompt"

@@ -7,6 +7,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from rq_ep.serve.http.openai.schemas import ChatMessage
 from rq_ep.serve.http.openai.tool_parsers.answer_parsers import AnswerParsers
@@ -179,7 +180,11 @@ def test_the_openapi_document_describes_tools(bench: Bench) -> None:
     assert {"FunctionTool", "FunctionDefinition", "NamedToolChoice"} <= set(schemas)
 
 
-def test_openais_client_streams_calls_and_takes_the_answer_back(bench: Bench) -> None:
+class Number(BaseModel):
+    n: int
+
+
+def test_openais_client_parses_calls_and_forms_and_takes_the_answer_back(bench: Bench) -> None:
     async def talk() -> Any:
         transport = httpx.ASGITransport(bench.app)
         async with httpx.AsyncClient(transport=transport) as http:
@@ -188,9 +193,12 @@ def test_openais_client_streams_calls_and_takes_the_answer_back(bench: Bench) ->
             async with client.chat.completions.stream(model=MODEL, messages=messages, tools=TOOLS[:1]) as stream:
                 kinds = {event.type async for event in stream}
                 answer = await stream.get_final_completion()
-            return kinds, answer.choices[0].message
+            bench.ranks.answer = '{"n": 2}'
+            form = await client.chat.completions.parse(model=MODEL, messages=messages, response_format=Number)
+            return kinds, answer.choices[0].message, form.choices[0].message.parsed
 
-    kinds, message = bench.run(talk())
+    kinds, message, parsed = bench.run(talk())
+    assert parsed == Number(n=2)
     assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done", "content.delta"} <= kinds
     assert message.tool_calls[0].function.parsed_arguments == {"n": 1}
     assert ChatMessage.model_validate(message.model_dump()).reasoning == "Hm."

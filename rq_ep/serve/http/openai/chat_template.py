@@ -7,8 +7,9 @@ template cuts out of a text itself, as earlier thinking, is its own business.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import product
 from typing import Any, Protocol
 
@@ -75,21 +76,31 @@ class Form:
 
 
 def render_chat(
-    tokenizer: ChatTokenizer, messages: Sequence[ChatMessage], tools: Sequence[FunctionTool] | None = None
+    tokenizer: ChatTokenizer,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[FunctionTool] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt that the template makes of a conversation and of the tools that may be used in it.
+    """The prompt that the template makes of a conversation.
+
+    Args:
+        tokenizer: has the template.
+        messages: the conversation.
+        tools: that may be used in it.
+        settings: variables of the template, such as `enable_thinking`.
 
     Raises:
-        ApiError: the template leaves out a message or a part of one, or a tool.
+        ApiError: the template leaves out a message or a part of one, a tool, or a setting.
         Exception: whatever a template raises that refuses the messages.
     """
+    _check_settings(tokenizer, settings or {})
     system = "developer" if "developer" in str(tokenizer.chat_template) else "system"
 
     def write(messages: Sequence[ChatMessage], form: Form, tools: list[dict[str, Any]]) -> str:
         conversation = [form.message(message) for message in messages]
         for message in conversation:
             message["role"] = system if message["role"] == "developer" else message["role"]
-        more = {"tools": tools} if tools else {}
+        more = {**(settings or {}), **({"tools": tools} if tools else {})}
         text: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False, **more)
         return text
 
@@ -113,6 +124,15 @@ def render_chat(
     if refusals and not left_out:
         raise refusals[0]
     raise ApiError(400, f"{left_out[0]}: this model's chat template leaves it out of the prompt", "messages")
+
+
+def _check_settings(tokenizer: ChatTokenizer, settings: Mapping[str, Any]) -> None:
+    """Refuse variables that the template does not read, and those that are not a client's."""
+    words = set(re.findall(r"\w+", str(tokenizer.chat_template)))
+    words -= {"messages", *signature(tokenizer.apply_chat_template).parameters}
+    if unknown := next((name for name in settings if name not in words), None):
+        text = f"chat_template_kwargs: this model's chat template has no setting {unknown!r:.60}"
+        raise ApiError(400, text, "chat_template_kwargs")
 
 
 def _check_tools(text: str, tools: Sequence[dict[str, Any]]) -> None:

@@ -17,12 +17,11 @@ from pydantic import (
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.bodies.answer_grammar import ResponseFormat, StructuredOutputs, TextFormat
 from rq_ep.serve.http.openai.bodies.body import Body
-from rq_ep.serve.http.openai.bodies.tools import ANY_ARGUMENTS, MAX_TOOLS, FunctionTool, NamedToolChoice, ToolChoice
+from rq_ep.serve.http.openai.bodies.tools import ANY_ARGUMENTS, NamedToolChoice, ToolChoice, Tools
 
 # Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "function_call": ("none",),
     "functions": (),
@@ -325,10 +324,11 @@ class ChatBody(GenerationBody):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None  # default: auto, if there are tools
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def check_tools(self) -> "ChatBody":
@@ -398,6 +398,8 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    tools: Tools | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None  # default: for a text, as in completions, but not for a conversation
     return_token_strs: bool = False
 

@@ -48,13 +48,14 @@ PRINTED_CALLS = """{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% 
 {{- c.function.name }}({{ c.function.arguments }}){% endfor %}{% endfor %}"""
 
 
-def prompt(template: str, *messages: dict[str, Any], tools: Sequence[dict[str, Any]] = ()) -> str:
+def prompt(template: str, *messages: dict[str, Any], tools: Sequence[dict[str, Any]] = (), **settings: Any) -> str:
     tokenizer = byte_tokenizer(100)
     tokenizer.chat_template = template
     return render_chat(
         tokenizer,
         [ChatMessage.model_validate(message) for message in messages],
         [FunctionTool.model_validate(tool) for tool in tools],
+        settings,
     )
 
 
@@ -102,6 +103,15 @@ def test_tools_reach_the_template_as_they_came_or_are_refused_by_name() -> None:
     for template in (TEXT, "{{ tools[0].function.name }}" + TEXT):
         with pytest.raises(ApiError, match=r"tools\.[01]: this model's chat template leaves it out"):
             prompt(template, USER, tools=[look, {"type": "function", "function": {"name": "n"}}])
+
+
+def test_settings_reach_a_template_that_reads_them_or_are_refused_by_name() -> None:
+    template = TEXT + "{% if not enable_thinking %}<think></think>{% endif %}"
+    assert prompt(template, USER, enable_thinking=True) == "<user>What is a list?"
+    assert prompt(template, USER, enable_thinking=False).endswith("<think></think>")
+    for name in ("thinking", "messages", "chat_template", "tokenize"):
+        with pytest.raises(ApiError, match=f"chat_template_kwargs: .* no setting '{name}'"):
+            prompt(template + "{# messages chat_template tokenize #}", USER, **{name: "x"})
 
 
 def test_a_template_may_refuse_and_may_cut_out_earlier_thinking() -> None:

@@ -33,6 +33,9 @@ class FunctionTool(_ToolPart):
         return described if name is None else {**described, "function": {**described["function"], "name": name}}
 
 
+Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
 class FunctionReference(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     name: FunctionName
