@@ -22,6 +22,7 @@ from bench.solver.synthetic_traces import draw_trace
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import check_choice, check_integer
 from rq_ep.core.files.documents import check_writable, write_json
+from rq_ep.parallel.host import short_collections
 from rq_ep.solver.migration.members import lowered, lowered_problem
 from rq_ep.solver.migration.recover import recover, warm_up
 from rq_ep.solver.migration.warm_start import place_for_members
@@ -40,9 +41,10 @@ def measure(case: Case, args: argparse.Namespace, seed: int) -> list[dict[str, A
     before = score(placement, trace.held_out_SLE).integer
     for lost in range(0, case.num_ranks, -(-case.num_ranks // args.lost)):
         members = [rank for rank in range(case.num_ranks) if rank != lost]
-        started_s = time.process_time()
-        first, rounds = recover(problem, placement, members, max(sizes.values()))
-        recover_s = time.process_time() - started_s
+        with short_collections():  # as in a server
+            started_s = time.process_time()
+            first, rounds = recover(problem, placement, members, max(sizes.values()))
+            recover_s = time.process_time() - started_s
         settled = place_for_members(STRATEGY, problem, first, members)
         settle_s = time.process_time() - started_s - recover_s
         fresh = STRATEGY.place(lowered_problem(problem, members))

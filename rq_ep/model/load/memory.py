@@ -174,5 +174,23 @@ def available_bytes(device: torch.device) -> int | None:
         return None
 
 
+def spare_bytes(device: torch.device, num_sharing: int) -> int | None:
+    """Memory that a rank which serves may fill besides: half of what is free; None where the system does not say.
+
+    Args:
+        device: a GPU, which the rank has for itself, or a CPU.
+        num_sharing: ranks that share the memory of a CPU.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    return kib * 1024 // (2 * num_sharing)
+
+
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.3g} GiB"

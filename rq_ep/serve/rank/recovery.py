@@ -12,7 +12,7 @@ It runs on the engine's thread, between two steps or in place of one that was cu
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, bytes_by_rank
 from rq_ep.engine.step_loop import GroupNumbers
+from rq_ep.model.load.memory import spare_bytes
 from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import Migration, MigrationEnd, MoverFlags
 from rq_ep.parallel import TorchGroup
@@ -43,6 +44,7 @@ class MemberSummary:
     committed: tuple[int, int]  # its mover's
     mark: int
     num_announced: int
+    spare_bytes: int | None  # memory for more experts; None: not known
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Plan:
     current: Placement  # what the members hold; on other ranks, what is missing
     goal: Placement
     rounds: tuple[MoveRound, ...]
+
+
+def within_memory(placement: Placement, spare: Mapping[int, int | None]) -> tuple[int, ...]:
+    """[R] bytes of experts that ranks may hold, with so much memory left on the members."""
+    return tuple(held + (spare.get(rank) or 0) for rank, held in enumerate(placement.bytes_R))
 
 
 class GroupRecovery:
@@ -167,11 +174,12 @@ class GroupRecovery:
         group.reform(generation, message.members, message.store, lambda: self._newest is not message)
         formed_s = time.perf_counter()
 
-        own = MemberSummary(mover.committed, numbers.mark, numbers.num_announced)
+        spare = spare_bytes(group.device, len(group.members))
+        own = MemberSummary(mover.committed, numbers.mark, numbers.num_announced, spare)
         states = [state for state in group.all_gather_object(own) if state is not None]
         migration = generation * MIGRATIONS_PER_GENERATION
         mover.resume(max(state.committed for state in states), migration)
-        plan = self._shared_plan(leader)
+        plan = self._shared_plan(leader, [state.spare_bytes for state in states])
         self._home = plan.home
         for layer, placed in zip(self._layers, plan.current.layers, strict=True):
             layer.replace_placement(placed, self._moves.planner_of(placed))
@@ -188,7 +196,7 @@ class GroupRecovery:
         num_announced = max(state.num_announced for state in states) if has_joined else numbers.num_announced
         return GroupNumbers(generation, mark, num_announced)
 
-    def _shared_plan(self, leader: int) -> Plan:
+    def _shared_plan(self, leader: int, spare_M: Sequence[int | None]) -> Plan:
         """The leader's plan.
 
         Raises:
@@ -197,7 +205,7 @@ class GroupRecovery:
         own: Plan | str | None = None
         if self._group.rank == leader:
             try:
-                own = self._plan()
+                own = self._plan(spare_M)
             except UserError as error:
                 own = str(error)
         shared: Plan | str = self._group.all_gather_object(own)[leader]
@@ -205,27 +213,31 @@ class GroupRecovery:
             self._cannot_continue(shared)
         return shared
 
-    def _plan(self) -> Plan:
+    def _plan(self, spare_M: Sequence[int | None]) -> Plan:
         current = self._placement_now()
         members = self._group.members
         lost = any(replica.rank not in members for layer in current.layers for replica in layer.replicas)
         if not lost:
             return Plan(self._home, current, current, ())
         problem = self._inputs.problem(self._home, self._counts())
-        recovery = recover(problem, current, members, self._inputs.room_bytes)
-        rounds = recovery.rounds
+        if self._inputs.config.placement is None or self._home.budget_bytes_R is None:  # nobody has set a budget
+            memory_R = None if None in spare_M else within_memory(current, dict(zip(members, spare_M, strict=True)))
+            problem = replace(problem, budget_bytes_R=memory_R)
+        goal, rounds = recover(problem, current, members, self._inputs.room_bytes)
         if not self._inputs.strategy.serves_replicas:
             rounds = tuple(with_early_drops(rounds))
-        return Plan(self._home, current, recovery.placement, rounds)
+        return Plan(self._home, current, replace(goal, budget_bytes_R=self._budget_R(goal.bytes_R)), rounds)
 
     def _placement_now(self) -> Placement:
         """What serves; in the middle of a recovery, with what is still missing on ranks that are gone."""
         layers = tuple(layer.placement for layer in self._layers)
         bytes_R = bytes_by_rank(layers, self._group.size, self._inputs.stats.expert_bytes)
-        budget_R = self._home.budget_bytes_R or self._home.bytes_R
-        return replace(
-            self._home, layers=layers, bytes_R=tuple(bytes_R.tolist()), budget_bytes_R=budget_R, certificate={}
-        )
+        held_R = tuple(bytes_R.tolist())
+        return replace(self._home, layers=layers, bytes_R=held_R, budget_bytes_R=self._budget_R(held_R), certificate={})
+
+    def _budget_R(self, held_R: Sequence[int]) -> tuple[int, ...]:
+        """What ranks may hold without all of them, and hold now if that is more."""
+        return tuple(map(max, self._home.budget_bytes_R or self._home.bytes_R, held_R))
 
     def _carry_out(self, migration: Migration) -> None:
         """Have the experts move, until every one has a replica.

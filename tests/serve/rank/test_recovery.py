@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
@@ -14,12 +15,13 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.engine.step_loop import GroupNumbers
+from rq_ep.model.load.memory import available_bytes, spare_bytes
 from rq_ep.parallel.ep_group import PeerLost
 from rq_ep.serve.messages import CannotContinue, FromRank, PeerUnreachable, Regroup, Regrouped
 from rq_ep.serve.rank import recovery
 from rq_ep.serve.rank.rebalance.group_mover import GroupMover
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange
-from rq_ep.serve.rank.recovery import GroupRecovery
+from rq_ep.serve.rank.recovery import GroupRecovery, within_memory
 from tests.moe.test_expert_mover import NUM_EXPERTS, NUM_RANKS, SIZES, Channel, Layer, Wires, packed, placed
 
 STORE = ("127.0.0.1", 1)
@@ -55,6 +57,7 @@ class Group:
     """A rank's side of them, with what `TorchGroup` has for changes of its members."""
 
     size = NUM_RANKS
+    device = torch.device("cpu")
 
     def __init__(self, world: World, rank: int) -> None:
         self.world, self.rank = world, rank
@@ -109,6 +112,7 @@ class Rank:
         )  # fmt: skip
         self.mover = mover
         inputs: Any = SimpleNamespace(
+            config=SimpleNamespace(placement="placement.json"), strategy=SimpleNamespace(serves_replicas=True),
             stats=STATS, room_bytes=SIZES["fp32"],
             problem=lambda home, counts: PlacementProblem(STATS, home.topology, home.budget_bytes_R, ("fp32",)),
         )  # fmt: skip
@@ -212,3 +216,11 @@ def test_a_rank_that_nobody_tells_of_new_members_asks_for_them_and_ends() -> Non
     run([rank])
     assert isinstance(rank.result, PeerLost)
     assert rank.sent == [PeerUnreachable("cut off")]
+
+
+def test_where_nobody_has_set_a_budget_members_may_fill_half_of_the_memory_that_is_left() -> None:
+    spare, memory = (spare_bytes(torch.device("cpu"), 2), available_bytes(torch.device("cpu")))
+    assert spare is not None
+    assert memory is not None
+    assert 0 < spare < memory / 4
+    assert within_memory(replace(BEFORE, bytes_R=(1000, 0, 1000)), {0: 500, 1: 700}) == (1500, 700, 1000)
