@@ -26,7 +26,7 @@ MODEL_HELP = (
     "directory of a Hugging Face checkpoint, or ORG/NAME of the hub, which is downloaded into its cache (HF_HOME, "
     "HF_TOKEN, HF_HUB_OFFLINE)"
 )
-TOOL_CALL_PARSERS = ("hermes", "qwen3_coder", "llama3_json", "mistral", "deepseek_v3", "deepseek_v31")
+TOOL_CALL_PARSERS = ("hermes", "qwen3_coder", "llama3_json", "mistral", "deepseek_v3", "deepseek_v31", "glm45")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 CACHES = ("paged", "padded")
 ON_RANK_FAILURE = ("continue", "stop")

@@ -36,6 +36,8 @@ CALLS = {
     f'"parameters": {G}}} Done.',
     "mistral": f'Hm.\n[TOOL_CALLS][{{"name": "f", "arguments": {F}}}, {{"name": "g", "arguments": {G}}}] Done.',
     "deepseek_v3": f"Hm.\n{ds.CALLS}{V3_CALL % ('f', F)}\n{V3_CALL % ('g', G)}{ds.END_OF_CALLS} Done.",
+    "glm45": "Hm.\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>s</arg_key>\n"
+    '<arg_value>}]"{ \u00e9</arg_value>\n</tool_call>\n<tool_call>g</tool_call> Done.',
     "deepseek_v31": f"Hm.\n{ds.CALLS}{V31_CALL % ('f', F)}{V31_CALL % ('g', G)}{ds.END_OF_CALLS} Done.",
 }
 
@@ -51,6 +53,11 @@ NO_CALLS = {
     "mistral": ["[TOOL_CALLS]", "[TOOL_CALLS] f(x)", '[TOOL_CALLS][{"name": "f", "arguments": [}]', "[TOOL_CALLS]f{a}"],
     "deepseek_v3": [ds.CALLS, f"{ds.CALLS}{ds.CALL}f", f"{ds.CALLS}{V3_CALL % ('f', '{a}')}",
                     f"{ds.CALLS}{V31_CALL % ('f', '{}')}"],
+    "glm45": ["<tool_call>", "<tool_call>f", '<tool_call>{"name": "f"}</tool_call>',
+              "<tool_call>f<arg_key>a</tool_call>",
+              "<tool_call>f<arg_key>a</arg_key>1</tool_call> b",
+              "<tool_call>f<arg_key>a</arg_key><arg_value>1</tool_call>",
+              "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value> b"],
     "deepseek_v31": [f"a{ds.CALLS} b", f"{ds.CALLS}{V31_CALL % ('f', '{a}')}"],
 }  # fmt: skip
 
@@ -190,13 +197,14 @@ def test_what_is_no_list_of_calls_is_content_where_calls_are_required() -> None:
 @pytest.mark.parametrize(
     ("template", "name"),
     [
-        ('<tool_call> {"name": x, "arguments": y}', "hermes"),
+        ('<tool_call> "{\\"name\\": x, \\"arguments\\": y}"', "hermes"),
         ("<tool_call><function=", "qwen3_coder"),
         (f"{ds.CALLS} ```json", "deepseek_v3"),
         (ds.CALLS, "deepseek_v31"),
         ("[TOOL_CALLS]", "mistral"),
         ('<|python_tag|> "parameters"', "llama3_json"),
-        ("<tool_call> <arg_key>", None),
+        ("<tool_call> <arg_key>", "glm45"),
+        ("<tool_call>", None),
         (None, None),
     ],
 )

@@ -11,6 +11,7 @@ from rq_ep.serve.http.openai.tool_parsers import deepseek_v3, mistral
 from rq_ep.serve.http.openai.tool_parsers.answer_text import AnswerText, Parsing
 from rq_ep.serve.http.openai.tool_parsers.deepseek_v3 import read_deepseek_v3, read_deepseek_v31
 from rq_ep.serve.http.openai.tool_parsers.forced_calls import read_named, read_required
+from rq_ep.serve.http.openai.tool_parsers.glm45 import read_glm45
 from rq_ep.serve.http.openai.tool_parsers.hermes import read_hermes
 from rq_ep.serve.http.openai.tool_parsers.llama3_json import TAG, read_llama3_json
 from rq_ep.serve.http.openai.tool_parsers.message_parser import MessageParser, Reader
@@ -38,7 +39,8 @@ class ToolParser:
 # By vLLM's names. The first one whose signs a template has is the model's.
 TOOL_PARSERS = {
     "qwen3_coder": ToolParser(read_qwen3_coder, ("<tool_call>", "<function=")),
-    "hermes": ToolParser(lambda text, _: read_hermes(text), ("<tool_call>", '"arguments"')),
+    "glm45": ToolParser(read_glm45, ("<tool_call>", "<arg_key>")),
+    "hermes": ToolParser(lambda text, _: read_hermes(text), ("<tool_call>", "arguments")),
     "deepseek_v3": ToolParser(
         lambda text, _: read_deepseek_v3(text), (deepseek_v3.CALLS, deepseek_v3.BLOCK), deepseek_v3.MARKS
     ),
@@ -46,7 +48,7 @@ TOOL_PARSERS = {
     "mistral": ToolParser(
         lambda text, _: read_mistral(text), (mistral.OPENING,), (mistral.OPENING, mistral.CALL_ID, mistral.ARGUMENTS)
     ),
-    "llama3_json": ToolParser(lambda text, _: read_llama3_json(text), (TAG, '"parameters"'), (TAG,)),
+    "llama3_json": ToolParser(lambda text, _: read_llama3_json(text), (TAG, "parameters"), (TAG,)),
 }
 
 
