@@ -169,6 +169,7 @@ class ServingProcess:
         self.service.tokenizer = await asyncio.to_thread(load_tokenizer, model)
         template = self.service.tokenizer.chat_template
         self.service.parsers = AnswerParsers.of(template, config.tool_call_parser, config.reasoning_parser)
+        log.info("%s", self.service.parsers)
         gc.freeze()  # a collection walks what requests have made, not all modules
 
     async def _sample(self) -> None:

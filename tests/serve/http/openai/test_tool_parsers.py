@@ -210,6 +210,7 @@ def test_what_is_no_list_of_calls_is_content_where_calls_are_required() -> None:
 )
 def test_a_chat_template_shows_the_format_of_calls(template: str | None, name: str | None) -> None:
     assert AnswerParsers.of(template).tool is (None if name is None else TOOL_PARSERS[name])
+    assert f"read as {name or 'none'} (--tool" in str(AnswerParsers.of(template))
     assert AnswerParsers.of(template, "none").tool is None
     assert AnswerParsers.of(template, "mistral").tool is TOOL_PARSERS["mistral"]
 

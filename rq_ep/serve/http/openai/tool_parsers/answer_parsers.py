@@ -71,6 +71,11 @@ class AnswerParsers:
             reasoning = "qwen3" if "</think>" in template else "none"
         return cls(tool_parser, REASONING_PARSERS.get(reasoning))
 
+    def __str__(self) -> str:
+        names = {id(kind): name for table in (TOOL_PARSERS, REASONING_PARSERS) for name, kind in table.items()}
+        tool, reasoning = (names.get(id(kind), "none") for kind in (self.tool, self.reasoning))
+        return f"calls of tools are read as {tool} (--tool-call-parser), reasoning as {reasoning} (--reasoning-parser)"
+
     def marks(self, body: GenerationBody) -> tuple[str, ...]:
         """Special tokens that are text of an answer, as they tell its parts."""
         if not isinstance(body, ChatBody) or body.grammar_param is not None:
