@@ -130,7 +130,7 @@ def _check_settings(tokenizer: ChatTokenizer, settings: Mapping[str, Any]) -> No
     """Refuse variables that the template does not read, and those that are not a client's."""
     words = set(re.findall(r"\w+", str(tokenizer.chat_template)))
     words -= {"messages", *signature(tokenizer.apply_chat_template).parameters}
-    if unknown := next((name for name in settings if name not in words), None):
+    if (unknown := next((name for name in settings if name not in words), None)) is not None:
         text = f"chat_template_kwargs: this model's chat template has no setting {unknown!r:.60}"
         raise ApiError(400, text, "chat_template_kwargs")
 

@@ -109,7 +109,7 @@ def test_settings_reach_a_template_that_reads_them_or_are_refused_by_name() -> N
     template = TEXT + "{% if not enable_thinking %}<think></think>{% endif %}"
     assert prompt(template, USER, enable_thinking=True) == "<user>What is a list?"
     assert prompt(template, USER, enable_thinking=False).endswith("<think></think>")
-    for name in ("thinking", "messages", "chat_template", "tokenize"):
+    for name in ("", "thinking", "messages", "chat_template", "tokenize"):
         with pytest.raises(ApiError, match=f"chat_template_kwargs: .* no setting '{name}'"):
             prompt(template + "{# messages chat_template tokenize #}", USER, **{name: "x"})
 
