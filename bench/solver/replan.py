@@ -179,7 +179,8 @@ def measure(change: Change, prices: Sequence[float], learns: bool) -> list[dict[
     to_gain = figures["stale"] - figures["fresh"]
     budget, of_eplb = sum(change.problem.budget_bytes_R or current.bytes_R), eplb_bytes(change)
     rows = []
-    for price in prices:
+    by_rule = (STRATEGY.rebalance_rule or RebalanceRule()).price_among(change.problem.stats.num_experts)
+    for price in prices or (by_rule, 0.0):
         decision, cpu_s = decision_of(change, current, price)
         goal = decision.placement or current
         line = timeline(change, current, decision.rounds, goal)
@@ -260,13 +261,14 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench replan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    price = (STRATEGY.rebalance_rule or RebalanceRule()).price
     parser.add_argument("--cases", nargs="+", default=["64x8:0.1", "256x32:0.1"], metavar="ExR:CAP[:SLOTS]")
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096], metavar="N", help="of all ranks in a step")
     parser.add_argument("--low", default="int8:504", metavar="NAME", help="the low format")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="layers that share the bytes")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="changes of each case")
-    parser.add_argument("--prices", nargs="+", type=float, default=[price, 0.0], metavar="P", help="of moved bytes")
+    parser.add_argument(
+        "--prices", nargs="+", type=float, default=[], metavar="P", help="of moved bytes [the rule's, 0]"
+    )
     parser.add_argument("--domains", nargs="+", default=[], metavar="NAME=STATS,HELD_OUT", help="recorded, by prefill")
     parser.add_argument("--num-ranks", type=int, default=4, metavar="R", help="of recorded domains")
     parser.add_argument("--cap", type=float, default=0.25, metavar="SHARE", help="of low pairs, of recorded domains")

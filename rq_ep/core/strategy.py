@@ -31,6 +31,11 @@ class Summary(NamedTuple):
     source: str = ""  # paper or code
 
 
+# By `python -m bench replan`: dearer bytes leave layers of few experts uneven, cheaper ones move more than pays.
+PRICE_OF_EXPERT = 0.015
+MAX_PRICE = 0.45
+
+
 @dataclass(frozen=True, kw_only=True)
 class RebalanceRule:
     """When a placement that serves is replaced, and what a change must gain.
@@ -42,9 +47,14 @@ class RebalanceRule:
     interval: int = 64  # steps between two decisions; after a change the next one waits for a whole window
     min_gain: float | None = 0.02  # on steps that were not planned for; None: whatever is planned is taken
     min_share: float = 0.25  # of what max/mean is above 1, that must go as well: what stays is mostly chance
-    price: float = 0.3  # what moving as many bytes as all experts take must gain besides
+    # What moving as many bytes as all experts take must gain besides; None: by the experts of a layer (`price_among`).
+    price: float | None = None
     room_bytes: int | None = None  # of a rank, for what arrives; None: one expert of the largest format
     bytes_per_step: int | None = None  # that reach a rank in a step at most; None: no bound
+
+    def price_among(self, num_experts: int) -> float:
+        """The price in layers of so many experts; of few, each is a large part of the bytes, and has to move."""
+        return min(PRICE_OF_EXPERT * num_experts, MAX_PRICE) if self.price is None else self.price
 
 
 class Strategy(ABC):

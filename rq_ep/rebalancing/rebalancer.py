@@ -77,7 +77,7 @@ class Rebalancer:
         if problem.budget_bytes_R is None:
             problem = replace(problem, budget_bytes_R=placement.budget_bytes_R or placement.bytes_R)
         self.current = placement
-        self._problem = replace(problem, move_price=rule.price)
+        self._problem = replace(problem, move_price=rule.price_among(problem.stats.num_experts))
         self._strategy = strategy
         self._rule = rule
         self._window = LoadWindow(rule.window)
