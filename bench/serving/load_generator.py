@@ -73,7 +73,7 @@ async def drive(
 
     async def send(job: Job) -> Answer:
         async with gate:
-            answer = await _ask(client, model, job)
+            answer = await ask(client, model, job)
             on_answer(answer)
             return answer
 
@@ -86,7 +86,8 @@ async def drive(
         return await asyncio.gather(*tasks)
 
 
-async def _ask(client: httpx.AsyncClient, model: str, job: Job) -> Answer:
+async def ask(client: httpx.AsyncClient, model: str, job: Job) -> Answer:
+    """Send one job, greedy and without end tokens, and wait for its answer."""
     body = {
         "model": model, "prompt": list(job.prompt_ids), "max_tokens": job.max_tokens, "temperature": 0,
         "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},

@@ -22,7 +22,7 @@ NAME = "bench"  # of the model, in requests
 
 @contextmanager
 def server(
-    num_ranks: int, arguments: Sequence[str], log: Path, module: str = "rq_ep.serve"
+    num_ranks: int, arguments: Sequence[str], log: Path, module: str = "rq_ep.serve", max_restarts: int = 0
 ) -> Iterator[tuple[str, psutil.Process]]:
     """Start a server, wait until it is well, and end it afterwards; its address, and the launcher's process.
 
@@ -31,12 +31,15 @@ def server(
         arguments: of `rq_ep.serve`; host and port are chosen here.
         log: where its output goes.
         module: that each rank runs.
+        max_restarts: how often torchrun starts a group again that has failed.
 
     Raises:
         UserError: it does not start; the end of its log says why.
     """
     port, rendezvous = _free_port(), _free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+    if max_restarts:
+        command += [f"--max-restarts={max_restarts}", "--monitor-interval=0.1"]
     command += [f"--master-port={rendezvous}", "-m", module, "--port", str(port), "--served-model-name", NAME]
     with log.open("wb") as file:
         process = _start([*command, *arguments], file)
