@@ -21,8 +21,10 @@ server counts as resumed, and are taken to be the ones that paused longest.
 
 import argparse
 import asyncio
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -39,7 +41,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from rq_ep.solver.migration.members import lowered
+from safetensors.torch import load_file, save_file
 
 from bench.result import result_document
 from bench.serving.faults_figure import draw
@@ -57,6 +59,7 @@ from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.placing.place import place
 from rq_ep.sim.simulator import simulate
+from rq_ep.solver.migration.members import lowered
 from rq_ep.strategies import make_strategy
 
 QUICK = {"kills": 2, "cycles": 1, "rounds": 1, "calibration_tokens": 8192, "requests": 64}
@@ -125,7 +128,9 @@ class Workload:
         self.options = options
         self.console = Console(stderr=True)
         self.folder = Path(mkdtemp(prefix="rq_ep-bench-faults-"))
-        self.tokenizer = read_tokenizer(options.model)
+        self.model = str(self.folder / "model")
+        in_fp32(options.model, Path(self.model))
+        self.tokenizer = read_tokenizer(self.model)
         self.draw = random.Random(options.seed)
         self._text = Path(options.text or Path(options.model) / "text/train")
         self._expected: dict[Job, list[tuple[int, float]]] = {}
@@ -136,8 +141,8 @@ class Workload:
         if self._stats is None:
             self.console.print("calibrating")
             self._stats = calibrate(
-                self.options.model, [self._text], max_tokens=self.options.calibration_tokens, sequence_length=256,
-                formats=("bf16", "int8"), dtype="float32",
+                self.model, [self._text], max_tokens=self.options.calibration_tokens, sequence_length=256,
+                formats=("fp32", "int8"), dtype="float32",
             )  # fmt: skip
         return self._stats
 
@@ -146,7 +151,7 @@ class Workload:
         """Requests of mixed lengths, and the dense model's answers."""
         if not self._expected:
             self.console.print("answering as the dense model")
-            model = load_whole_model(self.options.model, torch.float32, torch.device("cpu"))
+            model = load_whole_model(self.model, torch.float32, torch.device("cpu"))
             model.generation_config.eos_token_id = None  # clients ask to go on after end tokens
             texts = [self.tokenizer.encode(Path(__file__).read_text())]
             jobs = [*random_jobs(texts, 40, 64, 48, 0), *random_jobs(texts, 10, 200, 16, 1)]
@@ -169,7 +174,7 @@ class Workload:
     @property
     def exact(self) -> list[str]:
         """Arguments of a server whose experts keep all their bits with a rank less."""
-        return ["--placement", self.saved(SPARE, "bf16")]
+        return ["--placement", self.saved(SPARE, "fp32")]
 
 
 @dataclass
@@ -179,7 +184,12 @@ class Loaded:
     url: str
     launcher: psutil.Process
     answers: list[Answer] = field(default_factory=list)
-    client: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False))
+    client: httpx.AsyncClient = field(
+        # A connection that is kept may be closed by the server just when it is used again.
+        default_factory=lambda: httpx.AsyncClient(
+            timeout=TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+        )
+    )
 
     async def get(self, path: str) -> Any:
         return (await self.client.get(self.url + path)).json()
@@ -251,7 +261,7 @@ def killed(bench: Workload, name: str, number: int, arguments: Sequence[str]) ->
     """Kill ranks of a server one after another; the figures of each, and the answers' fate."""
     options = bench.options
     _ = bench.expected
-    settings = ["--model", options.model, "--device", "cpu", *CONTINUE, *arguments]
+    settings = ["--model", bench.model, "--device", "cpu", *CONTINUE, *arguments]
     with server(options.num_ranks, settings, bench.folder / f"{name}.log") as (url, launcher):
         rows, answers = asyncio.run(_kill_ranks(bench, url, launcher, number))
     wrong = [
@@ -309,7 +319,7 @@ def restart(bench: Workload) -> dict[str, Any]:
     """The whole group starts again: until it is well, and until it has answered."""
     options = bench.options
     number = min(options.kills, 3)
-    settings = ["--model", options.model, "--device", "cpu", "--dtype", "float32", "--on-rank-failure", "stop"]
+    settings = ["--model", bench.model, "--device", "cpu", "--dtype", "float32", "--on-rank-failure", "stop"]
     rows = []
     with server(options.num_ranks, [*settings, *bench.exact], bench.folder / "restart.log", max_restarts=number) as (
         url,
@@ -334,7 +344,7 @@ def steady(bench: Workload) -> dict[str, Any]:
     """What it costs to be able to go on, while nothing happens."""
     options = bench.options
     jobs = list(bench.expected) * (options.requests // len(bench.expected) + 1)
-    settings = ["--model", options.model, "--device", "cpu", "--dtype", "float32", *bench.exact, "--on-rank-failure"]
+    settings = ["--model", bench.model, "--device", "cpu", "--dtype", "float32", *bench.exact, "--on-rank-failure"]
     rows: list[dict[str, Any]] = []
     with (
         server(options.num_ranks, [*settings, "continue"], bench.folder / "continue.log") as (able, _),
@@ -359,8 +369,8 @@ def steady(bench: Workload) -> dict[str, Any]:
 def balance(bench: Workload) -> dict[str, Any]:
     """max/mean of held-out steps, with a rank less and with all again."""
     options = bench.options
-    settings = ["--model", options.model, "--device", "cpu", "--dtype", "float32", *CONTINUE]
-    path = bench.saved(1.0, "bf16", "int8")
+    settings = ["--model", bench.model, "--device", "cpu", "--dtype", "float32", *CONTINUE]
+    path = bench.saved(1.0, "fp32", "int8")
     before = Placement.load(path)
     lost = options.num_ranks - 1
     settings += ["--placement", path]
@@ -380,7 +390,7 @@ def balance(bench: Workload) -> dict[str, Any]:
 
         fewer, after = asyncio.run(placements())
     members = range(lost)
-    fresh = place(bench.stats, lost, strategy="rq", formats=("bf16", "int8"), budget=bench.budget(1.0))
+    fresh = place(bench.stats, lost, strategy="rq", formats=("fp32", "int8"), budget=bench.budget(1.0))
     return {
         "with_fewer": _imbalance(bench, lowered(fewer, members)),
         "fresh": _imbalance(bench, fresh),
@@ -392,14 +402,14 @@ def balance(bench: Workload) -> dict[str, Any]:
 def _imbalance(bench: Workload, placement: Placement) -> float:
     """max/mean of the recorded steps as `rq` splits them, mean over steps and layers."""
     counts = list(bench.stats.counts)
-    return float(simulate(make_strategy("rq"), placement, counts, "bf16").imbalances.mean())
+    return float(simulate(make_strategy("rq"), placement, counts, "fp32").imbalances.mean())
 
 
 def cycles(bench: Workload) -> dict[str, Any]:
     """Ranks leave and come back; what the processes hold at the end and after the first cycle."""
     options = bench.options
-    settings = ["--model", options.model, "--device", "cpu", "--dtype", "float32", *CONTINUE]
-    settings += ["--placement", bench.saved(2.2, "bf16")]  # half of the ranks hold all
+    settings = ["--model", bench.model, "--device", "cpu", "--dtype", "float32", *CONTINUE]
+    settings += ["--placement", bench.saved(2.2, "fp32")]  # half of the ranks hold all
     with server(options.num_ranks, settings, bench.folder / "cycles.log") as (url, launcher):
         held, answers = asyncio.run(_cycle(bench, url, launcher))
     wrong = [
@@ -431,6 +441,17 @@ async def _cycle(bench: Workload, url: str, launcher: psutil.Process) -> tuple[l
 def _held(process: psutil.Process) -> dict[str, int]:
     """What a process holds."""
     return {"bytes": process.memory_info().rss, "fds": process.num_fds(), "threads": process.num_threads()}
+
+
+def in_fp32(model: str, out: Path) -> None:
+    """Write a checkpoint of the same weights in fp32, the format in which experts then are by default."""
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors*", "text"))
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(Path(model).glob("*.safetensors")):
+        tensors |= {name: tensor.float() for name, tensor in load_file(path).items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
 
 
 PARTS: Mapping[str, Callable[[Workload], dict[str, Any]]] = {
