@@ -15,8 +15,8 @@ balance  max/mean of held-out steps by the placement that serves with a rank les
          the same with all ranks, before and after.
 cycles   Ranks leave and come back by requests, under load: 4 -> 3 -> 2 -> 3 -> 4. What has grown after that?
 
-A pause is the time from the signal to the next token of a stream. The streams of the lost rank are those that the
-server counts as resumed, and are taken to be the ones that paused longest.
+A pause is the longest time without a token that a stream has in the 5 s after the signal. The streams of the lost rank
+are those that the server counts as resumed, and are taken to be the ones that paused longest.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
@@ -66,6 +67,7 @@ QUICK = {"kills": 2, "cycles": 1, "rounds": 1, "calibration_tokens": 8192, "requ
 SPARE = 1.5  # bytes of a rank, over those of standard EP, where answers must stay exact with a rank less
 CONTINUE = ("--on-rank-failure", "continue", "--max-rank-restarts", "1000")
 SETTLE_S = 2.0  # of load before a kill, at least
+WATCHED_S = 5.0  # after a kill
 BACK_TIMEOUT_S = 120.0
 POLL_S = 0.1
 
@@ -310,9 +312,13 @@ async def _kill_ranks(
 
 
 def pauses_after(answers: Sequence[Answer], at_s: float) -> list[float]:
-    """Seconds from a moment to the next token of each stream that was under way then."""
-    under_way = [answer for answer in answers if answer.sent_s < at_s < answer.end_s]
-    return [min(one for one in answer.token_s if one > at_s) - at_s for answer in under_way if answer.token_s]
+    """The longest time without a token, from a moment on, of each stream that was under way then."""
+    pauses = []
+    for answer in answers:
+        if answer.sent_s < at_s < answer.end_s:
+            times = [at_s, *(one for one in answer.token_s if at_s < one < at_s + WATCHED_S)]
+            pauses.append(max((later - earlier for earlier, later in pairwise(times)), default=WATCHED_S))
+    return pauses
 
 
 def restart(bench: Workload) -> dict[str, Any]:
