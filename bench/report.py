@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from bench.formats.formats_table import markdown
-from bench.serving.rebalance_figures import goals
+from bench.serving import faults_figures, rebalance_figures
 from bench.serving.serve import medians
 from rq_ep.core.cost import LAYER_PHASES
 from rq_ep.core.files.documents import read_json, replacing
@@ -380,7 +380,11 @@ def _step() -> str:
 
 
 def _rebalance_goals() -> str:
-    return _table(["", "goal", "reached", "peers"], goals(_load("rebalance_cpu2")["parts"]))
+    return _table(["", "goal", "reached", "peers"], rebalance_figures.goals(_load("rebalance_cpu2")["parts"]))
+
+
+def _faults() -> str:
+    return _table(["", "goal", "reached", "peers"], faults_figures.goals(_load("faults_cpu2")["parts"]))
 
 
 def _rebalance_domains() -> str:
@@ -433,6 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": lambda: _serve("serve_cpu2"),
     "cache": lambda: _serve("cache_cpu2"),
     "step": _step,
+    "faults": _faults,
     "rebalance_goals": _rebalance_goals,
     "rebalance_domains": _rebalance_domains,
     "rebalance_cost": _rebalance_cost,

@@ -30,14 +30,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
 import torch
 from rich.console import Console
@@ -46,6 +44,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.result import result_document
 from bench.serving.faults_figure import draw
+from bench.serving.faults_figures import goals, pauses_after, spread
 from bench.serving.load_generator import TIMEOUT_S, Answer, Job, ask, drive, figures, random_jobs
 from bench.serving.server_process import NAME, server
 from bench.serving.soak import dense_answer, is_right
@@ -67,7 +66,6 @@ QUICK = {"kills": 2, "cycles": 1, "rounds": 1, "calibration_tokens": 8192, "requ
 SPARE = 1.5  # bytes of a rank, over those of standard EP, where answers must stay exact with a rank less
 CONTINUE = ("--on-rank-failure", "continue", "--max-rank-restarts", "1000")
 SETTLE_S = 2.0  # of load before a kill, at least
-WATCHED_S = 5.0  # after a kill
 BACK_TIMEOUT_S = 120.0
 POLL_S = 0.1
 
@@ -277,9 +275,9 @@ def killed(bench: Workload, name: str, number: int, arguments: Sequence[str]) ->
         "num_failed": len(failed),
         "num_wrong": len(wrong),
         "errors": sorted({str(answer.error) for answer in failed})[:3],
-        "pauses_s": {who: _spread([p for row in rows for p in row[who]]) for who in ("survivors", "lost")},
+        "pauses_s": {who: spread([p for row in rows for p in row[who]]) for who in ("survivors", "lost")},
         "parts_s": _parts(rows),
-        "back_s": _spread([row["back_s"] for row in rows]),
+        "back_s": spread([row["back_s"] for row in rows]),
         "token_s": sorted(token_s - first_s for answer in answers for token_s in answer.token_s),
         "events": [{"at_s": row["at_s"] - first_s, "back_s": row["back_s"], "rank": row["rank"]} for row in rows],
     }
@@ -311,16 +309,6 @@ async def _kill_ranks(
     return rows, loaded.answers
 
 
-def pauses_after(answers: Sequence[Answer], at_s: float) -> list[float]:
-    """The longest time without a token, from a moment on, of each stream that was under way then."""
-    pauses = []
-    for answer in answers:
-        if answer.sent_s < at_s < answer.end_s:
-            times = [at_s, *(one for one in answer.token_s if at_s < one < at_s + WATCHED_S)]
-            pauses.append(max((later - earlier for earlier, later in pairwise(times)), default=WATCHED_S))
-    return pauses
-
-
 def restart(bench: Workload) -> dict[str, Any]:
     """The whole group starts again: until it is well, and until it has answered."""
     options = bench.options
@@ -343,7 +331,7 @@ def restart(bench: Workload) -> dict[str, Any]:
                     rows.append(answer.token_s[0] - killed_s)
                     break
                 time.sleep(POLL_S)
-    return {"interruption_s": _spread(rows)}
+    return {"interruption_s": spread(rows)}
 
 
 def steady(bench: Workload) -> dict[str, Any]:
@@ -470,15 +458,9 @@ PARTS: Mapping[str, Callable[[Workload], dict[str, Any]]] = {
 }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"median": median(values), "p90": float(np.percentile(values, 90)), "worst": max(values), "num": len(values)}
-
-
 def _parts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = sorted({part for row in rows for part in row["parts"]})
-    return {name: _spread([row["parts"][name] for row in rows if name in row["parts"]]) for name in names}
+    return {name: spread([row["parts"][name] for row in rows if name in row["parts"]]) for name in names}
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -490,44 +472,3 @@ def show(result: Mapping[str, Any]) -> None:
     for row in goals(parts):
         table.add_row(*row)
     wide_console(140).print(table)
-
-
-def goals(parts: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """What is to be reached, and what was."""
-    rows = []
-    for name in ("kills", "moving"):
-        if name in parts:
-            part = parts[name]
-            survivors, lost = part["pauses_s"]["survivors"], part["pauses_s"]["lost"]
-            reached = f"{part['num_failed']} failed, {part['num_wrong']} wrong of {part['num_answers']}"
-            rows.append((f"{name}: {len(part['rows'])} x kill -9", "0 failed, 0 wrong", reached, "requests lost"))
-            peers = "SGLang 6.2-6.8 s, EEP 11 + 8 s"
-            rows.append(("pause of survivors' streams, median / worst", "1 s / 2 s", _pause(survivors), peers))
-            rows.append(("pause of the lost rank's streams", "+ its prefill", _pause(lost), "requests lost"))
-            rows.append(("until all ranks serve again", "", _pause(part["back_s"]), ""))
-    if "restart" in parts:
-        restart_s = parts["restart"]["interruption_s"]["median"]
-        reached = f"{restart_s:.1f} s"
-        if "kills" in parts and parts["kills"]["pauses_s"]["survivors"]:
-            reached += f", {restart_s / parts['kills']['pauses_s']['survivors']['median']:.0f} x"
-        rows.append(("whole-group restart, and times of a pause", ">= 10 x", reached, "6.7 x"))
-    if "steady" in parts:
-        part = parts["steady"]
-        reached = f"{part['tokens_ratio']:.3f} (noise {part['noise']:.3f})"
-        rows.append(("tokens/s, able to go on / not", ">= 0.99", reached, "EEP 0.956, SGLang 0.982"))
-    if "balance" in parts:
-        part = parts["balance"]
-        rows.append(
-            ("max/mean with a rank less, and fresh", "1 %", f"{part['with_fewer']:.3f}, {part['fresh']:.3f}", "-")
-        )
-        rows.append(("max/mean after its return, and before", "1 %", f"{part['after']:.3f}, {part['before']:.3f}", "-"))
-    if "cycles" in parts:
-        part = parts["cycles"]
-        growth = ", ".join(f"{name} {value:+.1%}" for name, value in part["growth"].items())
-        reached = f"{growth}; {part['num_failed']} failed, {part['num_wrong']} wrong of {part['num_answers']}"
-        rows.append((f"{len(part['held'])} cycles by requests", "<= 1 %, 0 lost", reached, "-"))
-    return rows
-
-
-def _pause(found: Mapping[str, float] | None) -> str:
-    return "none" if found is None else f"{found['median']:.2f} s / {found['worst']:.2f} s ({found['num']:.0f})"

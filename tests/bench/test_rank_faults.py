@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.serving.faults import WATCHED_S, goals, pauses_after
+from bench.serving.faults_figures import WATCHED_S, goals, pauses_after
 from bench.serving.load_generator import Answer, Job
 
 JOB = Job((1, 2), 4)
