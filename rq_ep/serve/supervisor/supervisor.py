@@ -76,10 +76,11 @@ class Supervisor:
     def run(self) -> int:
         """Supervise until the group ends. Returns the exit status."""
         with (
-            ExitStack() as cleanup,
             signals_to(lambda name: self._events.put(SignalReceived(name))),
             watch_launcher(self._fail, self._environment.has_launcher),
             thread_errors_to(lambda error: self._fail(f"its supervisor: {type(error).__name__}: {error}")),
+            # Last, so that a launcher's signal cannot change the exit status while the HTTP process ends.
+            ExitStack() as cleanup,
         ):
             cleanup.callback(self._part)
             if self._joined is None:
