@@ -212,7 +212,7 @@ def test_it_ends_with_the_http_process(hub: FakeHub, script: str) -> None:
     hub.close()
     if script != "serve kill":
         child.kill()  # as it would end by itself
-    assert run.wait() == (1 if script == "serve kill" else 137)
+    assert run.wait() in ((1,) if script == "serve kill" else (1, 137))  # by the supervisor's word, if that comes first
     assert not child.is_running()
 
 
