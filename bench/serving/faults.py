@@ -44,7 +44,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.result import result_document
 from bench.serving.faults_figure import draw
-from bench.serving.faults_figures import goals, pauses_after, spread
+from bench.serving.faults_figures import goals, mean_of_each, pauses_after, spread
 from bench.serving.load_generator import TIMEOUT_S, Answer, Job, ask, drive, figures, random_jobs
 from bench.serving.server_process import NAME, server
 from bench.serving.soak import dense_answer, is_right
@@ -203,6 +203,11 @@ class Loaded:
         rows = (line.rpartition(" ") for line in text.splitlines() if line.startswith(name))
         return {labels.removeprefix(name): float(value) for labels, _, value in rows}
 
+    async def recoveries(self) -> dict[str, tuple[float, float]]:
+        """Part of a recovery -> how often there was one, and seconds in all."""
+        seconds, numbers = [await self.metric(f"rq_ep_recovery_seconds_{kind}") for kind in ("sum", "count")]
+        return {labels.split('part="')[1].split('"')[0]: (numbers[labels], seconds[labels]) for labels in seconds}
+
     async def until_all_serve(self) -> float:
         """Wait until every rank serves; the seconds that it took."""
         return await self.until(lambda states: set(states) == {"serving"})
@@ -292,14 +297,13 @@ async def _kill_ranks(
             await asyncio.sleep(SETTLE_S + bench.draw.random() * 2)
             rank = bench.draw.randrange(bench.options.num_ranks)
             resumed = sum((await loaded.metric("rq_ep_requests_resumed_total")).values())
-            before = await loaded.metric("rq_ep_recovery_seconds_sum")
+            before = await loaded.recoveries()
             loaded.rank(rank).send_signal(signal.SIGKILL)
             at_s = time.perf_counter()
             await loaded.until(lambda states: states[rank] != "serving")  # noqa: B023
             back_s = await loaded.until_all_serve()
-            after = await loaded.metric("rq_ep_recovery_seconds_sum")
             num_resumed = int(sum((await loaded.metric("rq_ep_requests_resumed_total")).values()) - resumed)
-            parts = {part: after[part] - before.get(part, 0.0) for part in after}
+            parts = mean_of_each(before, await loaded.recoveries())
             rows.append({"rank": rank, "at_s": at_s, "back_s": back_s, "num_resumed": num_resumed, "parts": parts})
             bench.console.print(f"kill {at + 1} of {number}: rank {rank}, back after {back_s:.1f} s")
     for row in rows:

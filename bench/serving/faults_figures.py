@@ -22,6 +22,18 @@ def pauses_after(answers: Sequence[Answer], at_s: float) -> list[float]:
     return pauses
 
 
+def mean_of_each(
+    before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]
+) -> dict[str, float]:
+    """Mean seconds of what came between two readings, by name; readings are numbers and seconds in all."""
+    means = {}
+    for name, (number, seconds) in after.items():
+        old_number, old_seconds = before.get(name, (0.0, 0.0))
+        if number > old_number:
+            means[name] = (seconds - old_seconds) / (number - old_number)
+    return means
+
+
 def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Median, tail and number of some seconds; None: there are none."""
     if not values:
