@@ -44,7 +44,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.result import result_document
 from bench.serving.faults_figure import draw
-from bench.serving.faults_figures import goals, mean_of_each, pauses_after, spread
+from bench.serving.faults_figures import binned, goals, mean_of_each, pauses_after, spread
 from bench.serving.load_generator import TIMEOUT_S, Answer, Job, ask, drive, figures, random_jobs
 from bench.serving.server_process import NAME, server
 from bench.serving.soak import dense_answer, is_right
@@ -65,6 +65,7 @@ from rq_ep.strategies import make_strategy
 QUICK = {"kills": 2, "cycles": 1, "rounds": 1, "calibration_tokens": 8192, "requests": 64}
 SPARE = 1.5  # bytes of a rank, over those of standard EP, where answers must stay exact with a rank less
 CONTINUE = ("--on-rank-failure", "continue", "--max-rank-restarts", "1000")
+TIGHT = 1.2  # where some experts have to lose bits with a rank less
 SETTLE_S = 2.0  # of load before a kill, at least
 BACK_TIMEOUT_S = 120.0
 POLL_S = 0.1
@@ -283,7 +284,7 @@ def killed(bench: Workload, name: str, number: int, arguments: Sequence[str]) ->
         "pauses_s": {who: spread([p for row in rows for p in row[who]]) for who in ("survivors", "lost")},
         "parts_s": _parts(rows),
         "back_s": spread([row["back_s"] for row in rows]),
-        "token_s": sorted(token_s - first_s for answer in answers for token_s in answer.token_s),
+        "tokens_by_bin": binned([token_s - first_s for answer in answers for token_s in answer.token_s]),
         "events": [{"at_s": row["at_s"] - first_s, "back_s": row["back_s"], "rank": row["rank"]} for row in rows],
     }
 
@@ -368,10 +369,12 @@ def balance(bench: Workload) -> dict[str, Any]:
     """max/mean of held-out steps, with a rank less and with all again."""
     options = bench.options
     settings = ["--model", bench.model, "--device", "cpu", "--dtype", "float32", *CONTINUE]
-    path = bench.saved(1.0, "fp32", "int8")
+    path = bench.saved(TIGHT, "fp32", "int8")
     before = Placement.load(path)
     lost = options.num_ranks - 1
-    settings += ["--placement", path]
+    stats = bench.folder / "stats.safetensors"
+    bench.stats.save(stats)
+    settings += ["--placement", path, "--stats", str(stats)]
     with server(options.num_ranks, settings, bench.folder / "balance.log") as (url, launcher):
         loaded = Loaded(url, launcher)
 
@@ -388,7 +391,7 @@ def balance(bench: Workload) -> dict[str, Any]:
 
         fewer, after = asyncio.run(placements())
     members = range(lost)
-    fresh = place(bench.stats, lost, strategy="rq", formats=("fp32", "int8"), budget=bench.budget(1.0))
+    fresh = place(bench.stats, lost, strategy="rq", formats=("fp32", "int8"), budget=bench.budget(TIGHT))
     return {
         "with_fewer": _imbalance(bench, lowered(fewer, members)),
         "fresh": _imbalance(bench, fresh),

@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.layer.figure import COLOURS
+from bench.serving.faults_figures import BIN_S
 from rq_ep.core.files.documents import replacing
 
-BIN_S = 0.25
 NUM_SHOWN = 3  # kills
 
 
@@ -19,13 +19,12 @@ def draw(part: Mapping[str, Any], path: str | Path) -> None:
     """Write a PNG: tokens/s around the first kills, each from the signal to the rank's return in grey."""
     events = part["events"][:NUM_SHOWN]
     end_s = events[-1]["at_s"] + events[-1]["back_s"] + 3.0
-    token_s = np.array(part["token_s"])
-    edges = np.arange(0.0, end_s + BIN_S, BIN_S)
-    rates = np.histogram(token_s, edges)[0] / BIN_S
+    rates = np.array(part["tokens_by_bin"]) / BIN_S
+    begin_s = BIN_S * np.arange(len(rates))
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.step(edges[:-1], rates, where="post", color=COLOURS[0], linewidth=1.2)
+    axes.step(begin_s, rates, where="post", color=COLOURS[0], linewidth=1.2)
     for event in events:
         axes.axvspan(event["at_s"], event["at_s"] + event["back_s"], color="#eeeeee")
         axes.axvline(event["at_s"], color=COLOURS[1], linewidth=1)

@@ -10,6 +10,7 @@ import numpy as np
 from bench.serving.load_generator import Answer
 
 WATCHED_S = 5.0  # after a kill
+BIN_S = 0.25  # of the picture
 
 
 def pauses_after(answers: Sequence[Answer], at_s: float) -> list[float]:
@@ -32,6 +33,12 @@ def mean_of_each(
         if number > old_number:
             means[name] = (seconds - old_seconds) / (number - old_number)
     return means
+
+
+def binned(times_s: Sequence[float]) -> list[int]:
+    """How many of these times fall in each `BIN_S`, from 0 on."""
+    counts: list[int] = np.bincount((np.array(times_s) / BIN_S).astype(int)).tolist()
+    return counts
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.serving.faults_figures import WATCHED_S, goals, mean_of_each, pauses_after
+from bench.serving.faults_figures import WATCHED_S, binned, goals, mean_of_each, pauses_after
 from bench.serving.load_generator import Answer, Job
 
 JOB = Job((1, 2), 4)
@@ -41,3 +41,7 @@ def test_the_table_compares_a_pause_with_the_restart_of_the_whole_group() -> Non
 def test_seconds_are_means_of_what_came_in_between() -> None:
     before, after = {"a": (2.0, 3.0), "b": (1.0, 1.0)}, {"a": (4.0, 4.0), "b": (1.0, 1.0), "c": (1.0, 0.5)}
     assert mean_of_each(before, after) == {"a": 0.5, "c": 0.5}
+
+
+def test_tokens_are_counted_by_bins() -> None:
+    assert binned([0.0, 0.1, 0.3, 1.0]) == [2, 1, 0, 0, 1]
