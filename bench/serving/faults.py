@@ -22,7 +22,6 @@ are those that the server counts as resumed, and are taken to be the ones that p
 import argparse
 import asyncio
 import json
-import os
 import random
 import shutil
 import signal
@@ -30,6 +29,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
@@ -42,15 +42,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from bench.result import result_document
 from bench.serving.faults_figure import draw
 from bench.serving.faults_figures import binned, goals, mean_of_each, pauses_after, spread
 from bench.serving.load_generator import TIMEOUT_S, Answer, Job, ask, drive, figures, random_jobs
+from bench.serving.parts import run_parts
 from bench.serving.server_process import NAME, server
 from bench.serving.soak import dense_answer, is_right
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import check_choice, check_integer
-from rq_ep.core.files.documents import check_writable, read_json, write_json
+from rq_ep.core.files.documents import check_writable
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
@@ -106,20 +106,11 @@ def main(argv: Sequence[str]) -> None:
         check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
     for path in filter(None, (options.json, options.png)):
         check_writable(path)
-    parts: dict[str, Any] = {}
-    if options.json and len(asked) < len(PARTS) and Path(options.json).exists():
-        parts = read_json(options.json, "result", "leave --json out")["parts"]
     bench = Workload(options)
-    for name in asked:
-        started_s = time.monotonic()
-        parts[name] = PARTS[name](bench)
-        parts[name] |= {"seconds": time.monotonic() - started_s, "load_average": os.getloadavg()[0]}
-        result = result_document("faults", argv, options, parts=parts)
-        if options.json:
-            write_json(options.json, result)
+    result = run_parts("faults", argv, options, asked, {name: partial(part, bench) for name, part in PARTS.items()})
     show(result)
-    if options.png and "kills" in parts:
-        draw(parts["kills"], options.png)
+    if options.png and "kills" in result["parts"]:
+        draw(result["parts"]["kills"], options.png)
 
 
 class Workload:

@@ -21,13 +21,13 @@ proportion), because a phase has some hundred steps. At most two servers are up 
 
 import argparse
 import asyncio
-import os
 import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
@@ -39,8 +39,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.result import result_document
 from bench.serving.load_generator import Answer, Job, drive, random_jobs
+from bench.serving.parts import run_parts
 from bench.serving.rebalance_figure import draw
 from bench.serving.rebalance_figures import (
     STEP_TOKENS,
@@ -60,7 +60,7 @@ from bench.serving.soak import dense_answer, is_right
 from bench.serving.wide_model import widen
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer
-from rq_ep.core.files.documents import check_writable, read_json, write_json
+from rq_ep.core.files.documents import check_writable
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
@@ -130,19 +130,11 @@ def main(argv: Sequence[str]) -> None:
         check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
     for path in filter(None, (options.json, options.png)):
         check_writable(path)
-    parts: dict[str, Any] = {}
-    if options.json and len(asked) < len(PARTS) and Path(options.json).exists():
-        parts = read_json(options.json, "result", "leave --json out")["parts"]
     bench = Workload(options)
-    for name in asked:
-        started_s = time.monotonic()
-        parts[name] = {"domains": domains, "cost": cost, "answers": answers}[name](bench)
-        parts[name] |= {"seconds": time.monotonic() - started_s, "load_average": os.getloadavg()[0]}
-        result = result_document("rebalance", argv, options, parts=parts)
-        if options.json:
-            write_json(options.json, result)
+    parts = {"domains": domains, "cost": cost, "answers": answers}
+    result = run_parts("rebalance", argv, options, asked, {name: partial(parts[name], bench) for name in PARTS})
     show(result)
-    if options.png and "domains" in parts:
+    if options.png and "domains" in result["parts"]:
         draw(result, options.png)
 
 

@@ -1,0 +1,41 @@
+"""A bench of several parts, of which some may be run: each keeps the others of an earlier result."""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.result import result_document
+from rq_ep.core.files.documents import read_json, write_json
+
+
+def run_parts(
+    bench: str,
+    argv: Sequence[str],
+    options: argparse.Namespace,
+    asked: Collection[str],
+    parts: Mapping[str, Callable[[], dict[str, Any]]],
+) -> dict[str, Any]:
+    """Run the parts that are asked for, and write the result after each. Returns it.
+
+    Args:
+        bench: its name.
+        argv: its arguments.
+        options: the same, parsed; `json` is where the result goes, with the other parts of a file that is there.
+        asked: names of parts.
+        parts: all of them, by name.
+    """
+    found: dict[str, Any] = {}
+    if options.json and len(asked) < len(parts) and Path(options.json).exists():
+        found = read_json(options.json, "result", "leave --json out")["parts"]
+    result: dict[str, Any] = {}
+    for name in asked:
+        started_s = time.monotonic()
+        found[name] = parts[name]()
+        found[name] |= {"seconds": time.monotonic() - started_s, "load_average": os.getloadavg()[0]}
+        result = result_document(bench, argv, options, parts=found)
+        if options.json:
+            write_json(options.json, result)
+    return result
