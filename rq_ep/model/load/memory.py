@@ -174,22 +174,28 @@ def available_bytes(device: torch.device) -> int | None:
         return None
 
 
-def spare_bytes(device: torch.device, num_sharing: int) -> int | None:
-    """Memory that a rank which serves may fill besides: half of what is free; None where the system does not say.
+def spare_bytes(free: int | None, device: torch.device, num_sharing: int) -> int | None:
+    """Memory that a rank which serves may fill besides: half of what is free, and not known where that is not.
 
     Args:
+        free: bytes, by `free_bytes`.
         device: a GPU, which the rank has for itself, or a CPU.
         num_sharing: ranks that share the memory of a CPU.
     """
+    return None if free is None else free // (2 if device.type == "cuda" else 2 * num_sharing)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that its rank could still fill, or of a CPU's machine; None where the system does not say."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    return kib * 1024 // (2 * num_sharing)
+    return kib * 1024
 
 
 def _gib(num_bytes: int) -> str:

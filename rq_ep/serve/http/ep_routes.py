@@ -76,12 +76,12 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
     async def change(http: Request) -> dict[str, Any]:
         """Have ranks leave, once their requests have finished or have gone to other ranks, or have them come back.
 
-        The answer comes at once, with the states that ranks are in then.
+        The answer has the states that ranks are in then. Ranks stay whose experts the others cannot hold: status 409.
         """
         if (reason := service.why_unavailable()) is not None:
             raise ApiError(503, f"not serving: {reason}")
         body = await bodies.read(http, RanksBody)
-        return {"model": service.model_name, **service.members.change(body)}
+        return {"model": service.model_name, **await service.members.change(body)}
 
     @router.get("/dashboard", include_in_schema=False)
     async def dashboard() -> HTMLResponse:

@@ -54,7 +54,7 @@ class MembershipView:
             "events": list(membership.events),
         }
 
-    def change(self, body: RanksBody) -> dict[str, Any]:
+    async def change(self, body: RanksBody) -> dict[str, Any]:
         """Have ranks leave or come back. Returns the view.
 
         Raises:
@@ -70,7 +70,7 @@ class MembershipView:
             if body.remove is None:
                 router.add_ranks(ranks)
             else:
-                router.remove_ranks(ranks, moves=body.requests == "move")
+                await router.remove_ranks(ranks, moves=body.requests == "move")
         except ChangeRefused as refusal:
             raise ApiError(409, f"{param}: {refusal}", param) from None
         return self.view()

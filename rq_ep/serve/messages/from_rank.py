@@ -62,6 +62,7 @@ class RankStats:
     steps_s: float
     loads: LoadSums | None = None  # from rank 0 alone: every rank plans the same
     mover: MoverProgress = NO_MOVER
+    free_bytes: int | None = None  # memory of its device; None: not known
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,14 @@ class CannotContinue:
 
 
 @dataclass(frozen=True)
+class MembersChecked:
+    """Whether the members of the question of a number could hold the model, and if not, why."""
+
+    number: int
+    refusal: str | None
+
+
+@dataclass(frozen=True)
 class DrainRequest:
     """The process got a signal to shut down: unfinished requests have `timeout_s` left."""
 
@@ -217,6 +226,7 @@ FromRank: TypeAlias = (
     | PeerUnreachable
     | Regrouped
     | CannotContinue
+    | MembersChecked
     | DrainRequest
     | Failed
     | Aborted
@@ -240,6 +250,7 @@ FROM_RANK: Mapping[str, type] = {
     "peer_unreachable": PeerUnreachable,
     "regrouped": Regrouped,
     "cannot_continue": CannotContinue,
+    "members_checked": MembersChecked,
     "drain": DrainRequest,
     "failed": Failed,
     "aborted": Aborted,

@@ -84,6 +84,15 @@ class Regroup:
 
 
 @dataclass(frozen=True)
+class CheckMembers:
+    """Could these ranks hold the model without the others? A `MembersChecked` of this number follows."""
+
+    number: int
+    members: list[int]  # of whom this rank would be the leader
+    free_bytes: list[int | None]  # memory of the device of each; None: not known
+
+
+@dataclass(frozen=True)
 class Stop:
     """End well: the requests have ended."""
 
@@ -107,6 +116,7 @@ ToRank: TypeAlias = (
     | MigrationGivenUp
     | ImportanceReport
     | Regroup
+    | CheckMembers
     | Stop
     | Abort
 )
@@ -123,6 +133,7 @@ TO_RANK: Mapping[str, type] = {
     "given_up": MigrationGivenUp,
     "importance": ImportanceReport,
     "regroup": Regroup,
+    "check_members": CheckMembers,
     "stop": Stop,
     "abort": Abort,
 }

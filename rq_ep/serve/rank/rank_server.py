@@ -31,6 +31,7 @@ from rq_ep.serve.messages import (
     BeginMigration,
     Cancel,
     Checked,
+    CheckMembers,
     DrainRequest,
     ImageData,
     ImportanceReport,
@@ -211,7 +212,7 @@ class RankServer:
                     self._offer_to_join(engine)
                 rebalancing = self._rebalancing
                 mover = MoverProgress if rebalancing is None else rebalancing.progress
-                self._wait(StatsSampler(engine, self._loads, mover))
+                self._wait(StatsSampler(engine, self._loads, self._group.device, mover))
                 if rebalancing is not None:
                     rebalancing.stop()
                 engine.stop()
@@ -400,6 +401,11 @@ class RankServer:
                     raise MessageError("a message on the members of the group, which cannot change")
                 self._recovery.announce(message)
                 self._loaded_engine().regroup(message.generation)
+            case CheckMembers():
+                if self._recovery is None:
+                    raise MessageError("a question on the members of the group, which cannot change")
+                # On a thread: it takes as long as the plan of a recovery, and requests come meanwhile.
+                threading.Thread(target=self._recovery.check, args=(message,), name="rq_ep check", daemon=True).start()
             case Cancel():
                 self._prompt_parts.pop(message.id, None)
                 self._image_parts.pop(message.id, None)

@@ -22,16 +22,24 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement, bytes_by_rank
 from rq_ep.engine.step_loop import GroupNumbers
-from rq_ep.model.load.memory import spare_bytes
+from rq_ep.model.load.memory import free_bytes, spare_bytes
 from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import Migration, MigrationEnd, MoverFlags
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.ep_group import PeerLost
-from rq_ep.serve.messages import CannotContinue, FromRank, PeerUnreachable, Regroup, Regrouped
+from rq_ep.serve.messages import (
+    CannotContinue,
+    CheckMembers,
+    FromRank,
+    MembersChecked,
+    PeerUnreachable,
+    Regroup,
+    Regrouped,
+)
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalancing
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.solver.migration.move_rounds import MoveRound, with_early_drops
-from rq_ep.solver.migration.recover import recover
+from rq_ep.solver.migration.recover import Recovery, recover
 
 MIGRATIONS_PER_GENERATION = 1_000_000  # their numbers rise with the generation of the group
 END_TIMEOUT_S = 10.0  # of the HTTP process, once it knows that the group cannot go on
@@ -44,7 +52,7 @@ class MemberSummary:
     committed: tuple[int, int]  # its mover's
     mark: int
     num_announced: int
-    spare_bytes: int | None  # memory for more experts; None: not known
+    free_bytes: int | None  # memory of its device; None: not known
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,17 @@ class GroupRecovery:
             self._is_stopping = True
             self._changed.notify_all()
 
+    # On a thread of its own
+
+    def check(self, message: CheckMembers) -> None:
+        """Say whether these ranks alone could hold the model: by the plan that they would make if the others left."""
+        refusal = None
+        try:
+            self._recovered(self._placement_now(), message.members, message.free_bytes)
+        except UserError as error:
+            refusal = str(error)
+        self._send(MembersChecked(message.number, refusal))
+
     # On the engine's thread
 
     def __call__(self, error: BaseException | None, numbers: GroupNumbers) -> GroupNumbers:
@@ -174,12 +193,11 @@ class GroupRecovery:
         group.reform(generation, message.members, message.store, lambda: self._newest is not message)
         formed_s = time.perf_counter()
 
-        spare = spare_bytes(group.device, len(group.members))
-        own = MemberSummary(mover.committed, numbers.mark, numbers.num_announced, spare)
+        own = MemberSummary(mover.committed, numbers.mark, numbers.num_announced, free_bytes(group.device))
         states = [state for state in group.all_gather_object(own) if state is not None]
         migration = generation * MIGRATIONS_PER_GENERATION
         mover.resume(max(state.committed for state in states), migration)
-        plan = self._shared_plan(leader, [state.spare_bytes for state in states])
+        plan = self._shared_plan(leader, [state.free_bytes for state in states])
         self._home = plan.home
         for layer, placed in zip(self._layers, plan.current.layers, strict=True):
             layer.replace_placement(placed, self._moves.planner_of(placed))
@@ -196,7 +214,7 @@ class GroupRecovery:
         num_announced = max(state.num_announced for state in states) if has_joined else numbers.num_announced
         return GroupNumbers(generation, mark, num_announced)
 
-    def _shared_plan(self, leader: int, spare_M: Sequence[int | None]) -> Plan:
+    def _shared_plan(self, leader: int, free_M: Sequence[int | None]) -> Plan:
         """The leader's plan.
 
         Raises:
@@ -205,7 +223,7 @@ class GroupRecovery:
         own: Plan | str | None = None
         if self._group.rank == leader:
             try:
-                own = self._plan(spare_M)
+                own = self._plan(free_M)
             except UserError as error:
                 own = str(error)
         shared: Plan | str = self._group.all_gather_object(own)[leader]
@@ -213,20 +231,29 @@ class GroupRecovery:
             self._cannot_continue(shared)
         return shared
 
-    def _plan(self, spare_M: Sequence[int | None]) -> Plan:
+    def _plan(self, free_M: Sequence[int | None]) -> Plan:
         current = self._placement_now()
         members = self._group.members
         lost = any(replica.rank not in members for layer in current.layers for replica in layer.replicas)
         if not lost:
             return Plan(self._home, current, current, ())
-        problem = self._inputs.problem(self._home, self._counts())
-        if self._inputs.config.placement is None or self._home.budget_bytes_R is None:  # nobody has set a budget
-            memory_R = None if None in spare_M else within_memory(current, dict(zip(members, spare_M, strict=True)))
-            problem = replace(problem, budget_bytes_R=memory_R)
-        goal, rounds = recover(problem, current, members, self._inputs.room_bytes)
+        goal, rounds = self._recovered(current, members, free_M)
         if not self._inputs.strategy.serves_replicas:
             rounds = tuple(with_early_drops(rounds))
         return Plan(self._home, current, replace(goal, budget_bytes_R=self._budget_R(goal.bytes_R)), rounds)
+
+    def _recovered(self, current: Placement, members: Sequence[int], free_M: Sequence[int | None]) -> Recovery:
+        """Where the experts of `current` are to be with these members alone.
+
+        Raises:
+            UserError: they cannot hold the model.
+        """
+        problem = self._inputs.problem(self._home, self._counts())
+        if self._inputs.config.placement is None or self._home.budget_bytes_R is None:  # nobody has set a budget
+            spare_M = [spare_bytes(free, self._group.device, len(members)) for free in free_M]
+            memory_R = None if None in spare_M else within_memory(current, dict(zip(members, spare_M, strict=True)))
+            problem = replace(problem, budget_bytes_R=memory_R)
+        return recover(problem, current, members, self._inputs.room_bytes)
 
     def _placement_now(self) -> Placement:
         """What serves; in the middle of a recovery, with what is still missing on ranks that are gone."""

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
+
 from rq_ep.engine.engine import Engine
 from rq_ep.engine.progress import MoverProgress
+from rq_ep.model.load.memory import free_bytes
 from rq_ep.serve.messages import RankStats
 from rq_ep.serve.rank.load_totals import LoadTotals
 
@@ -14,14 +17,20 @@ class StatsSampler:
     Args:
         engine: the rank's.
         loads: the load of all ranks, on rank 0; None elsewhere.
+        device: of the rank.
         mover: how far this rank's migration of experts has come.
     """
 
     def __init__(
-        self, engine: Engine, loads: LoadTotals | None, mover: Callable[[], MoverProgress] = MoverProgress
+        self,
+        engine: Engine,
+        loads: LoadTotals | None,
+        device: torch.device,
+        mover: Callable[[], MoverProgress] = MoverProgress,
     ) -> None:
         self._engine = engine
         self._loads = loads
+        self._device = device
         self._mover = mover
         self._reported_steps = (0, 0.0)
 
@@ -38,4 +47,5 @@ class StatsSampler:
             steps_s=steps_s - reported_s,
             loads=None if self._loads is None else self._loads.take(),
             mover=self._mover(),
+            free_bytes=free_bytes(self._device),
         )

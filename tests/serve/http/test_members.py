@@ -10,15 +10,17 @@ import httpx
 import pytest
 
 from rq_ep.config import ServeConfig
+from rq_ep.engine.progress import Progress
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.http_process import ServingProcess
 from rq_ep.serve.http.ranks import routed_requests
-from rq_ep.serve.messages import RankGivenUp, StartRank
+from rq_ep.serve.messages import CheckMembers, RankGivenUp, RankStats, StartRank
 from tests.serve.http.ranks.fake_group import TOKEN, FakeGroup, run_at_random
 from tests.serve.http.test_app import ByteTokenizer
 
 NUM_RANKS = 4
 MODEL = "tiny"
+STATS = RankStats(0, 0, 0.0, Progress(7, 1, None, 0.0), 0, 0.0, free_bytes=5)
 
 
 class Stage:
@@ -112,6 +114,41 @@ def test_a_rank_is_removed_and_brought_back() -> None:
         await asyncio.sleep(0.01)
         stage.settle()
         assert await stage.get("/health") == {"status": "ok"}
+
+    play(scene)
+
+
+def test_ranks_whose_experts_the_others_cannot_hold_stay() -> None:
+    async def scene(stage: Stage) -> None:
+        stage.group.num_needed = 3
+        answer = await stage.change(remove=[2, 3])
+        error = answer.json()["error"]
+        assert (answer.status_code, error["message"]) == (409, "remove: 7 bytes are missing")
+        assert stage.process.router.membership.open_ranks == [0, 1, 2, 3]
+
+        stage.process.router.on_message(1, STATS)
+        assert (await stage.change(remove=[3])).status_code == 200
+        question = next(message for _, message in reversed(stage.group.sent) if isinstance(message, CheckMembers))
+        assert (question.members, question.free_bytes) == ([0, 1, 2], [None, 5, None])
+
+        stage.group.kill(2)  # before rank 3 has left
+        stage.settle()
+        await asyncio.sleep(0.01)
+        assert stage.process.router.membership.members == (0, 1, 3)
+        assert (await stage.get("/v1/ep/ranks"))["ranks"][3]["reason"] == "it stays: 7 bytes are missing"
+
+    play(scene)
+
+
+def test_a_question_to_a_rank_that_dies_goes_to_the_next_one() -> None:
+    async def scene(stage: Stage) -> None:
+        stage.group.answers_checks = False
+        asking = asyncio.ensure_future(stage.change(remove=[3]))
+        await asyncio.sleep(0.01)
+        assert not asking.done()
+        stage.group.answers_checks = True
+        stage.group.kill(0)
+        assert (await asking).status_code == 200
 
     play(scene)
 

@@ -15,9 +15,17 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.engine.step_loop import GroupNumbers
-from rq_ep.model.load.memory import available_bytes, spare_bytes
+from rq_ep.model.load.memory import available_bytes, free_bytes, spare_bytes
 from rq_ep.parallel.ep_group import PeerLost
-from rq_ep.serve.messages import CannotContinue, FromRank, PeerUnreachable, Regroup, Regrouped
+from rq_ep.serve.messages import (
+    CannotContinue,
+    CheckMembers,
+    FromRank,
+    MembersChecked,
+    PeerUnreachable,
+    Regroup,
+    Regrouped,
+)
 from rq_ep.serve.rank import recovery
 from rq_ep.serve.rank.rebalance.group_mover import GroupMover
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange
@@ -211,6 +219,18 @@ def test_members_that_cannot_hold_the_model_say_why(
         assert reason in message.reason
 
 
+def test_a_rank_says_beforehand_whether_it_and_others_could_hold_the_model() -> None:
+    for budget, reason in ((12, None), (4, "the ranks that are left (2) cannot hold every expert")):
+        rank, _ = survivors(budget * SIZES["fp32"], before=WITHOUT_SPARES)
+        rank.recovery.check(CheckMembers(3, [0, 1], [None, None]))
+        (answer,) = rank.sent
+        assert isinstance(answer, MembersChecked)
+        assert (answer.number, answer.refusal is None) == (3, reason is None)
+        assert reason is None or f"{reason}: {4 * SIZES['fp32']} bytes are missing" in str(answer.refusal)
+        assert held(rank) == [list(layer.replicas) for layer in WITHOUT_SPARES.layers], "nothing has moved"
+        rank.mover.close()
+
+
 def test_a_rank_that_nobody_tells_of_new_members_asks_for_them_and_ends() -> None:
     rank, _ = survivors(budget=24 * SIZES["fp32"])
     run([rank])
@@ -219,7 +239,8 @@ def test_a_rank_that_nobody_tells_of_new_members_asks_for_them_and_ends() -> Non
 
 
 def test_where_nobody_has_set_a_budget_members_may_fill_half_of_the_memory_that_is_left() -> None:
-    spare, memory = (spare_bytes(torch.device("cpu"), 2), available_bytes(torch.device("cpu")))
+    cpu = torch.device("cpu")
+    spare, memory = spare_bytes(free_bytes(cpu), cpu, 2), available_bytes(cpu)
     assert spare is not None
     assert memory is not None
     assert 0 < spare < memory / 4

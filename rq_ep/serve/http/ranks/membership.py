@@ -84,13 +84,21 @@ class GenerationServes:
 
 
 @dataclass(frozen=True)
+class AskToLeave:
+    """Find out whether the other members could hold the model without these; `may_leave` takes the answer."""
+
+    ranks: tuple[int, ...]
+    generation: int
+
+
+@dataclass(frozen=True)
 class GiveUp:
     """End the group."""
 
     reason: str
 
 
-Effect: TypeAlias = SendRegroup | CommandSupervisor | RankLost | GenerationServes | GiveUp
+Effect: TypeAlias = SendRegroup | CommandSupervisor | RankLost | GenerationServes | AskToLeave | GiveUp
 
 
 @dataclass
@@ -136,6 +144,7 @@ class Membership:
         self.ranks = [RankRecord(MemberState.LOADING, "", calendar()) for _ in range(num_ranks)]
         self._pending: set[int] = set()  # members that do not serve in the generation yet
         self._drained: set[int] = set()  # members that leave, and have no requests any more
+        self._asked: AskToLeave | None = None  # that has no answer yet
         self._since_s = 0.0  # when the generation began,
         self._started_s: float | None = None  # and when the first loss since the group last served as a whole came
         self._seconds: dict[str, float] = {}
@@ -326,11 +335,15 @@ class Membership:
 
     # What users ask for
 
-    def remove(self, ranks: Collection[int]) -> list[Effect]:
-        """Have ranks leave: members once they have no requests (`drained`), the others at once.
+    def staying(self, ranks: Collection[int]) -> list[int]:
+        """The members without these ranks, those that leave already, and those that hold no experts yet."""
+        return sorted(set(self.members) - set(ranks) - set(self.leaving) - (self.joining & self._pending))
+
+    def check_removal(self, ranks: Collection[int]) -> None:
+        """Check whether ranks may be asked to leave.
 
         Raises:
-            ChangeRefused: nothing is changed.
+            ChangeRefused: they may not.
         """
         for rank in sorted(set(ranks)):
             record = self.ranks[rank]
@@ -342,6 +355,14 @@ class Membership:
                 raise ChangeRefused(f"rank {rank} has no process: {record.reason}")
         if not set(self.open_ranks) - set(ranks):
             raise ChangeRefused("at least one rank has to stay: end the server by SIGTERM instead")
+
+    def remove(self, ranks: Collection[int]) -> list[Effect]:
+        """Have ranks leave: the members among them once they have no requests (`drained`), the others at once.
+
+        Raises:
+            ChangeRefused: nothing is changed.
+        """
+        self.check_removal(ranks)
         effects: list[Effect] = []
         for rank in sorted(set(ranks)):
             if rank in self.members:
@@ -355,6 +376,21 @@ class Membership:
         if rank in self.leaving:
             self._drained.add(rank)
         return self._advance()
+
+    def may_leave(self, asked: AskToLeave, refusal: str | None) -> list[Effect]:
+        """Whether members may go, or why they have to stay."""
+        self._asked = None
+        going = [rank for rank in asked.ranks if rank in self.leaving]
+        if asked.generation != self.generation or not going:  # other members would be left now
+            return self._advance()
+        if refusal is not None:
+            for rank in going:
+                self._stay(rank, f"it stays: {refusal}")
+            return self._advance()
+        if self._started_s is None:
+            self._seconds = {}
+        members = sorted(set(self.members) - set(going))
+        return [*self._new_generation(members, ()), *map(self._stop, going)]
 
     def add(self, ranks: Collection[int]) -> list[Effect]:
         """Have ranks come back that were removed, or were given up, and those stay that have not left yet.
@@ -421,19 +457,24 @@ class Membership:
         self._seconds["detect"] = max(self._seconds.get("detect", 0.0), detect_s)
 
     def _advance(self) -> list[Effect]:
-        """Let ranks join and leave, if nothing is under way."""
-        going = [rank for rank in self.leaving if rank in self._drained]
+        """Let ranks join, or ask whether some may leave, if nothing is under way."""
+        going = tuple(rank for rank in self.leaving if rank in self._drained)
         coming = {
             rank
             for rank, record in enumerate(self.ranks)
             if self.may_grow and record.state is MemberState.JOINING and rank not in self.members
         }
-        if self._pending or not (going or coming):
+        if self._pending:
             return []
-        if self._started_s is None:
-            self._seconds = {}
-        members = sorted({*self.members, *coming} - set(going))
-        return [*self._new_generation(members, coming), *map(self._stop, going)]
+        if coming:
+            if self._started_s is None:
+                self._seconds = {}
+            return self._new_generation(sorted({*self.members, *coming}), coming)
+        asked = AskToLeave(going, self.generation)
+        if not going or asked == self._asked:
+            return []
+        self._asked = asked
+        return [asked]
 
     def _new_generation(self, members: Sequence[int], joining: Collection[int]) -> list[Effect]:
         self.generation += 1
@@ -454,10 +495,10 @@ class Membership:
         self._set(rank, MemberState.LEAVING if record.is_stopping else MemberState.REMOVED, BY_REQUEST)
         return CommandSupervisor(rank, StopRank())
 
-    def _stay(self, rank: int) -> None:
+    def _stay(self, rank: int, reason: str = "") -> None:
         """Call off the leave of a member."""
         self._drained.discard(rank)
-        self._set(rank, MemberState.SERVING)
+        self._set(rank, MemberState.SERVING, reason)
 
     def _set(self, rank: int, state: MemberState, reason: str = "") -> None:
         record = self.ranks[rank]

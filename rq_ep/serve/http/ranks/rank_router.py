@@ -22,6 +22,8 @@ from rq_ep.serve.frames import Role
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.ranks.blame import FailureReport, blame
 from rq_ep.serve.http.ranks.membership import (
+    AskToLeave,
+    ChangeRefused,
     CommandSupervisor,
     Effect,
     GenerationServes,
@@ -31,6 +33,7 @@ from rq_ep.serve.http.ranks.membership import (
     SendRegroup,
 )
 from rq_ep.serve.http.ranks.rank_connections import RankConnections, RankState
+from rq_ep.serve.http.ranks.removal_checks import RemovalChecks
 from rq_ep.serve.http.ranks.routed_requests import RoutedRequest, RoutedRequests
 from rq_ep.serve.http.ranks.watchdog import TICK_S, Watchdog
 from rq_ep.serve.messages import (
@@ -49,6 +52,7 @@ from rq_ep.serve.messages import (
     ImportanceReport,
     Loaded,
     Mark,
+    MembersChecked,
     MigrationGivenUp,
     MigrationPlanned,
     Outputs,
@@ -159,6 +163,7 @@ class RankRouter:
         self.membership = Membership(num_ranks)
         self._connections = RankConnections(num_ranks, token, self)
         self._requests = RoutedRequests(max_queue_size, self._send_cancel, self._on_resumed)
+        self._checks = RemovalChecks(self.membership, lambda rank, message: self._connections.send(rank, message))
         self._served_s: dict[int, float] = {}  # since when each rank serves in its generation
         self._held: list[MigrationPlanned] = []  # until all members serve in the generation
         self._num_announced = 0
@@ -241,12 +246,17 @@ class RankRouter:
         """Pass a command on to the leader."""
         self._connections.send(self.membership.leader, command)
 
-    def remove_ranks(self, ranks: Collection[int], *, moves: bool) -> None:
+    async def remove_ranks(self, ranks: Collection[int], *, moves: bool) -> None:
         """Have ranks leave once their requests have finished or, with `moves`, have gone to other ranks.
 
         Raises:
-            ChangeRefused: nothing is changed.
+            ChangeRefused: nothing is changed; the others cannot hold the model, for example.
         """
+        self.membership.check_removal(ranks)
+        if not set(ranks).isdisjoint(self.membership.members):
+            refusal = await self._checks.refusal(ranks)
+            if refusal is not None:
+                raise ChangeRefused(refusal)
         self._carry_out(self.membership.remove(ranks))
         for rank in self.membership.leaving:
             if moves and rank in ranks:
@@ -283,6 +293,7 @@ class RankRouter:
             case RankStats():
                 if rank in self.membership.members:
                     self._watchdog.report(rank, self._progress(rank, message))
+                    self._checks.note_free(rank, message.free_bytes)
                     self._observer.on_stats(rank, message)
             case Recorded() | RecordingFailed():
                 self._observer.on_recorded(message)
@@ -313,6 +324,8 @@ class RankRouter:
                 self._carry_out(self.membership.regrouped(rank, message.generation, message.seconds))
             case CannotContinue():
                 self._carry_out(self.membership.cannot_continue(message.generation, message.reason))
+            case MembersChecked():
+                self._checks.take(message)
             case DrainRequest():
                 self._start_draining(message.timeout_s)
             case Failed():
@@ -414,6 +427,8 @@ class RankRouter:
                     if effect.is_recovery:
                         self._observer.on_recovery(effect.seconds)
                     self._begin_migrations()
+                case AskToLeave():
+                    self.tasks.start(self._ask_to_leave(effect))
                 case GiveUp():
                     self._report(FailureReport(None, effect.reason))
                 case _:
@@ -425,6 +440,15 @@ class RankRouter:
         self._watchdog.watch(message.members)
         self._connections.send_all(message, message.members)
         self._connections.send_all(Wake(self._num_announced), message.members)  # one that joins has missed all so far
+        self._checks.ask_again()
+
+    async def _ask_to_leave(self, asked: AskToLeave) -> None:
+        """Have ranks leave whose requests have ended, unless the others cannot hold the model any more."""
+        refusal = await self._checks.refusal(asked.ranks)
+        if refusal is not None:
+            log.warning("%s do not leave: %s", ", ".join(f"rank {rank}" for rank in asked.ranks), refusal)
+        if self._goes_on:
+            self._carry_out(self.membership.may_leave(asked, refusal))
 
     def _cut_off(self, lost: RankLost) -> None:
         """Hear no more of a rank, and have its requests go on on other ranks."""
@@ -542,4 +566,5 @@ class RankRouter:
     def _end(self, state: GroupState) -> None:
         if self.state not in (GroupState.ENDED, GroupState.FAILED):
             self.state = state
+            self._checks.end("the server ends")
             self._observer.on_end()

@@ -4,21 +4,24 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rq_ep.engine.requests import Output, Request, Score
 from rq_ep.serve.frames import Role
-from rq_ep.serve.http.ranks.membership import MemberState
+from rq_ep.serve.http.ranks.membership import ChangeRefused, MemberState
 from rq_ep.serve.http.ranks.rank_connections import RankState
 from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.messages import (
     AddRequest,
     Cancel,
+    CheckMembers,
     FromRank,
     FromSupervisor,
     ImageData,
     Loaded,
+    MembersChecked,
     Outputs,
     PromptPart,
     RankEnded,
@@ -129,6 +132,8 @@ class FakeGroup:
         self.num_losses = 0
         self.recoveries: list[dict[str, float]] = []
         self.has_ended = False
+        self.num_needed = 1  # ranks that can hold the model
+        self.answers_checks = True
         for rank in range(num_ranks):
             self.router.on_connect(rank, Role.RANK)
             self.router.on_connect(rank, Role.SUPERVISOR)
@@ -145,7 +150,12 @@ class FakeGroup:
 
     def send(self, rank: int, message: ToRank) -> None:
         self.sent.append((rank, message))
-        if (process := self.processes[rank]) is not None:
+        if isinstance(message, CheckMembers) and self.processes[rank] is not None:
+            refusal = None if len(message.members) >= self.num_needed else "7 bytes are missing"
+            answer = MembersChecked(message.number, refusal)
+            if self.answers_checks:
+                asyncio.get_running_loop().call_soon(self.router.on_message, rank, answer)
+        elif (process := self.processes[rank]) is not None:
             process.take(message)
 
     def send_all(self, message: ToRank, ranks: Iterable[int] | None = None) -> None:
@@ -259,7 +269,8 @@ async def run_at_random(group: FakeGroup, chance: random.Random, tasks: Iterable
             process.step() if chance.random() < 0.5 else None
             group.kill(rank, loses_messages=chance.random() < 0.5, is_supervisor_first=chance.random() < 0.5)
         elif event < 0.1 and len(set(group.serving) - {rank}) > 0 and rank in group.serving:
-            group.router.remove_ranks([rank], moves=chance.random() < 0.5)
+            with suppress(ChangeRefused):  # as the ranks have changed meanwhile
+                await group.router.remove_ranks([rank], moves=chance.random() < 0.5)
         elif event < 0.25:
             for leaving in group.router.membership.leaving:
                 group.router._note_drained(leaving)

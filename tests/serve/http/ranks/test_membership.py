@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from rq_ep.serve.http.ranks.membership import (
+    AskToLeave,
     ChangeRefused,
     CommandSupervisor,
     Effect,
@@ -252,7 +253,9 @@ def test_a_leave_waits_for_the_requests_and_ends_the_process() -> None:
     assert membership.remove([2]) == []
     assert membership.open_ranks == [0, 1, 3]
     assert membership.members == (0, 1, 2, 3), "it serves what it has"
-    effects = membership.drained(2)
+    assert membership.drained(2) == [AskToLeave((2,), 0)]
+    assert membership.drained(2) == [], "there is no answer yet"
+    effects = membership.may_leave(AskToLeave((2,), 0), None)
     assert effects == [SendRegroup(Regroup(1, [0, 1, 3], store(0), [])), CommandSupervisor(2, StopRank())]
     with pytest.raises(ChangeRefused, match="rank 2 is leaving: there is nothing to add"):
         membership.add([2])
@@ -264,6 +267,22 @@ def test_a_leave_waits_for_the_requests_and_ends_the_process() -> None:
     membership.started(2, 1)
     membership.connected(2)
     assert regroups(membership.loaded(2, store(2))) == [Regroup(2, [0, 1, 2, 3], store(0), [2])]
+
+
+def test_a_rank_without_which_the_others_cannot_hold_the_model_any_more_stays() -> None:
+    membership = serving()
+    membership.remove([2])
+    (asked,) = membership.drained(2)
+    assert isinstance(asked, AskToLeave)
+    die(membership, 3)
+    assert membership.may_leave(asked, None) == [], "the answer was about others, of whom one has died"
+    assert membership.members == (0, 1, 2)
+    asked_again = settle(membership)[-1]
+    assert asked_again == AskToLeave((2,), 1)
+    assert membership.may_leave(asked_again, "5 bytes are missing") == []
+    assert (membership.open_ranks, membership.ranks[2].reason) == ([0, 1, 2], "it stays: 5 bytes are missing")
+    membership.remove([2])
+    assert membership.drained(2) == [asked_again], "it may be asked to leave again"
 
 
 def test_a_leave_can_be_called_off() -> None:
@@ -300,7 +319,8 @@ def test_ranks_leave_only_once_nothing_is_under_way() -> None:
     die(membership, 1)
     membership.remove([3])
     assert membership.drained(3) == []
-    effects = settle(membership)
+    assert settle(membership)[-1] == AskToLeave((3,), 1)
+    effects = membership.may_leave(AskToLeave((3,), 1), None)
     assert regroups(effects) == [Regroup(2, [0, 2], store(0), [])]
     assert commands(effects) == [(3, StopRank)]
 
@@ -434,8 +454,9 @@ def test_whatever_happens_members_are_told_of_themselves_and_somebody_holds_the_
 def play_at_random(seed: int) -> None:
     chance, membership = random.Random(seed), serving(4)
     told: Regroup | None = None
+    asked: list[AskToLeave] = []
     for _ in range(200):
-        rank, action = chance.randrange(4), chance.randrange(11)
+        rank, action = chance.randrange(4), chance.randrange(12)
         record = membership.ranks[rank]
         effects: list[Effect] = []
         try:
@@ -457,10 +478,13 @@ def play_at_random(seed: int) -> None:
                 effects = membership.add([rank])
             elif action == 9 and record.is_stopping:
                 effects = membership.left(rank)
+            elif action == 10 and asked:
+                effects = membership.may_leave(asked.pop(0), chance.choice([None, None, "5 bytes are missing"]))
             else:
                 effects = membership.regrouped(rank, membership.generation, PARTS)
         except ChangeRefused:
             assert effects == []
+        asked += [effect for effect in effects if isinstance(effect, AskToLeave)]
         for message in regroups(effects):
             assert message.generation == (told.generation if told else 0) + 1
             told = message

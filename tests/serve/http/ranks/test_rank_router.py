@@ -710,7 +710,7 @@ def test_a_supervisor_is_commanded_and_one_that_takes_its_place_is_let_in() -> N
         assert messages == [regroup(1, [0, 1])], "the rank's process has ended with its supervisor"
         for rank in it.ranks[:2]:
             rank.send(Regrouped(1, {}))
-        it.router.remove_ranks([2], moves=False)
+        await it.router.remove_ranks([2], moves=False)
         await second.receive(StopRank)
         second.client.close()
 

@@ -281,7 +281,7 @@ def test_a_rank_that_leaves_hands_its_requests_over_if_asked_to() -> None:
         await settle()
         group.step(0)
         leaver = group.process(0)
-        group.router.remove_ranks([0], moves=True)
+        await group.router.remove_ranks([0], moves=True)
         await settle()
         assert leaver.cancelled == ["a"]
         assert group.router.membership.members == (1, 2)
@@ -300,7 +300,7 @@ def test_a_rank_that_leaves_finishes_its_requests_first() -> None:
         group = FakeGroup(2)
         task = ask(group, REQUEST)
         await settle()
-        group.router.remove_ranks([0], moves=False)
+        await group.router.remove_ranks([0], moves=False)
         watching = asyncio.ensure_future(group.router.watch())
         later = ask(group, replace(REQUEST, id="b"))
         for _ in range(20):
