@@ -74,6 +74,7 @@ class Restoration:
         used_R = np.where(held_LER, self._bytes_F[self.format_LER], 0).sum(axis=(0, 1))
         budget_R = np.array(problem.budget_bytes_R or [UNLIMITED] * num_ranks, np.int64)
         self._free_R: list[int] = (np.maximum(budget_R, used_R) - used_R).tolist()
+        self._capacity = int(np.maximum(budget_R, used_R)[list(members)].sum())
         self._load_LR: FloatArray = np.einsum("ler,le->lr", held_LER, self._load_LE / np.maximum(self._copies_LE, 1))
         self._spares: dict[int, list[tuple[float, int, int]]] = {}  # of a rank, as a heap, those worth least first
         self._tolerant: list[tuple[int, int]] | None = None  # experts that may be stored in few bits, best last
@@ -112,10 +113,10 @@ class Restoration:
         missing = np.argwhere(self._copies_LE == 0)
         order = np.argsort(-self._load_LE[self._copies_LE == 0], kind="stable")
         rest = self._place_all(missing[order].tolist())
-        while rest and (self._lower_one() or self._relocate(min(self.bytes_LE[i, expert] for i, expert in rest))):
+        while rest:
+            if not self._make_room(rest):
+                raise UserError(self._too_small(rest))
             rest = self._place_all(rest)
-        if rest:
-            raise UserError(self._too_small(rest))
         return len(missing) > 0
 
     def placement(self) -> Placement:
@@ -211,12 +212,25 @@ class Restoration:
         size = int(self._bytes_F[self._format_LE[i, expert]])
         return float(self._load_LE[i, expert]) / (copies * max(copies - 1, 1) * size)
 
-    def _lower_one(self) -> bool:
-        """Store one more expert in few bits; False: none may be."""
+    def _make_room(self, rest: Sequence[tuple[int, int]]) -> bool:
+        """Store in few bits one expert at least, or as many as it takes for one replica of each to fit by the bytes.
+
+        Where none may be stored so, free bytes are brought together on a rank. False: that does not help either.
+        """
+        bytes_LE = self.bytes_LE
+        lacking = int(bytes_LE.sum()) - self._capacity
+        while saved := self._lower_one():
+            lacking -= saved
+            if lacking <= 0:
+                return True
+        return lacking <= 0 and self._relocate(min(int(bytes_LE[i, expert]) for i, expert in rest))
+
+    def _lower_one(self) -> int:
+        """Store one more expert in few bits. Returns the bytes that a replica of it saves; 0: none may be."""
         if self._tolerant is None:
             self._tolerant = self._tolerant_experts()
         if not self._tolerant:
-            return False
+            return 0
         i, expert = self._tolerant.pop()
         low = self._names.index(self._formats.low or "")
         more = int(self._bytes_F[0] - self._bytes_F[low])
@@ -224,7 +238,7 @@ class Restoration:
         for rank in np.flatnonzero(self.format_LER[i, expert] == 0).tolist():
             self.format_LER[i, expert, rank] = low
             self._free_R[rank] += more
-        return True
+        return more
 
     def _relocate(self, size: int) -> bool:
         """Let a rank have so many bytes by moving what it holds to others' free bytes; False: that is not possible."""
