@@ -20,12 +20,13 @@ from rq_ep.engine.padded.row_groups import DenseForward
 from rq_ep.engine.progress import Progress, ProgressTracker
 from rq_ep.engine.requests import Batch, Output, Request, Score
 from rq_ep.engine.rotary import SequenceRotary
+from rq_ep.engine.routed_experts import RoutedExpertsCapturer, SequenceRouting
 from rq_ep.engine.scoring import PromptScorer
 from rq_ep.engine.servable import PAGED
 from rq_ep.engine.step_agreement import GroupFlags, flags_exchange
 from rq_ep.engine.step_loop import Recover, StepLoop
 from rq_ep.engine.tokens.grammars import GrammarError, Grammars
-from rq_ep.moe import EPExperts
+from rq_ep.moe import EPExperts, StepRouting
 from rq_ep.moe.expert_mover import MoverFlags
 from rq_ep.parallel import TorchGroup
 
@@ -86,6 +87,7 @@ class Engine:
         if read_tokenizer is not None:
             self._grammars = Grammars(read_tokenizer, vocab_size(model), self.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
+        self._routed_experts = RoutedExpertsCapturer(layers, layers[0].placement.num_experts, self._requests)
         rotary = SequenceRotary(model)
         forward = DenseForward(model, rotary)
         self._scorer = PromptScorer(
@@ -110,11 +112,15 @@ class Engine:
                 exchange.rows_R = rows_R
 
         # Prepared before the manager gives the model an attention that only its own batches can use.
-        with first_steps(layers):
+        shapes: list[set[torch.Size]] = []
+        watching = StepRouting(layers, lambda ids_L, _: shapes.append({ids_TK.shape for ids_TK in ids_L}))
+        with first_steps(layers), watching:
             run_empty_step = empty_step(model, layers)
             announce_rows([0] * len(group.members))
             run_empty_step()  # what a step of announced rows compiles is compiled now
             announce_rows(None)
+        # Whether all layers get a step's tokens, with as many experts each.
+        self.routes_evenly = not watching.has_gaps and len(shapes[0]) == 1
         kv_cache_tokens = cache_size(config.kv_cache_tokens, model.device.type)
         self._manager: LockstepManager | PaddedManager
         if config.cache == PAGED:
@@ -131,6 +137,7 @@ class Engine:
                 ),
                 rotary=rotary,
                 requests=self._requests,
+                routed_experts=self._routed_experts,
                 on_failure=on_failure,
             )
         else:
@@ -152,12 +159,15 @@ class Engine:
             on_agreement=on_agreement,
             recover=recover,
             announce_rows=announce_rows,
+            around_batch=self._routed_experts.step,
             progress=self._tracker,
             heartbeat_s=heartbeat_s,
             wake_up=self._manager.wake_up,
         )
         self._manager.set_step_loop(self._step_loop)
-        self._outputs = OutputProcessor(self._requests, on_outputs, on_broken=self._manager.cancel_request)
+        self._outputs = OutputProcessor(
+            self._requests, on_outputs, self._manager.cancel_request, self._routed_experts.collect
+        )
         self._manager.output_router = self._outputs
         start_s = time.perf_counter()
         with first_steps(layers):
@@ -182,6 +192,9 @@ class Engine:
             except GrammarError as error:
                 self._outputs.fail(request, f"{GRAMMAR_FAILED}: {error}")
                 return
+        if request.routed_from is not None:
+            state.routing = SequenceRouting(request.num_tokens, request.routed_from)
+            self._routed_experts.ask()
         if request.scores_prompt:
             self._scorer.add(request)
             self._step_loop.wake(0)

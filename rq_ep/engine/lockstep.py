@@ -30,6 +30,7 @@ from rq_ep.engine.nonfinite import NOT_FINITE, NonFiniteTokens
 from rq_ep.engine.output_processor import RequestState, choose_tokens
 from rq_ep.engine.requests import Batch, Request
 from rq_ep.engine.rotary import SequenceRotary
+from rq_ep.engine.routed_experts import RoutedExpertsCapturer
 from rq_ep.engine.step_loop import StepLoop
 
 
@@ -42,6 +43,7 @@ class LockstepManager(ContinuousBatchingManager):
         batching: sizes of batches and cache.
         rotary: the rotary embeddings of the model.
         requests: the requests of this rank that are still wanted, by id.
+        routed_experts: of those that ask for them.
         on_failure: called with an error that ends the loop; the others wait for this rank, so it must end the process.
     """
 
@@ -53,11 +55,13 @@ class LockstepManager(ContinuousBatchingManager):
         *,
         rotary: SequenceRotary,
         requests: Mapping[str, RequestState],
+        routed_experts: RoutedExpertsCapturer,
         on_failure: Callable[[BaseException], None],
     ) -> None:
         super().__init__(model, generation_config, batching)  # type: ignore[arg-type]
         self._rotary = rotary
         self._requests = requests
+        self._routed_experts = routed_experts
         self._on_failure = on_failure
         self._has_failed = False
         self._nonfinite = NonFiniteTokens()
@@ -98,7 +102,10 @@ class LockstepManager(ContinuousBatchingManager):
         finally:
             self.model.config = config
         if is_first:
-            pad_cache(processor.cache, config)
+            cache = processor.cache
+            pad_cache(cache, config)
+            search = self._routed_experts.match_prefix(cache.search_prefix_match)
+            cache.search_prefix_match = search  # type: ignore[method-assign,assignment]
             ios = processor.inputs_and_outputs
             assert isinstance(ios, ContinuousBatchingIOs)
             self._nonfinite.watch(processor.cache)
@@ -249,7 +256,9 @@ class LockstepManager(ContinuousBatchingManager):
 def batch_of(futures: Sequence[Any]) -> Batch:
     """The requests of a batch, from transformers' records of it."""
     parts = [(future.state.request_id, future.query_length) for future in futures]
-    return Batch(parts, has_prompts(futures))
+    # Positions are those behind the step.
+    starts = [future.state.position_offset - future.query_length for future in futures]
+    return Batch(parts, has_prompts(futures), starts=starts)
 
 
 def has_prompts(futures: Sequence[Any]) -> bool:

@@ -1,7 +1,7 @@
 """The state of a rank's unfinished requests, and the outputs that each step gives them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
@@ -9,6 +9,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from rq_ep.engine.nonfinite import NOT_FINITE, is_finite
 from rq_ep.engine.requests import Output, Request, Sampling, Score
+from rq_ep.engine.routed_experts import SequenceRouting
 from rq_ep.engine.scoring import score_tokens
 from rq_ep.engine.tokens.grammars import GrammarError, GrammarMatcher
 from rq_ep.engine.tokens.logits_processors import TokenHistory, processed_logits
@@ -33,12 +34,17 @@ class RequestState:
     scores: list[Score] = field(default_factory=list)
     problem: str | None = None  # why it cannot go on
     matcher: GrammarMatcher | None = None  # of the grammar that the answer follows
+    routing: SequenceRouting | None = None  # where its experts are asked for
 
     def go_to(self, position: int) -> None:
         """Forget what was chosen at a position and after it: a step is made again."""
         del self.answer_ids[position - len(self.request.prompt_ids) :]
         if self.matcher is not None:
             self.matcher.go_back(self.request.num_answered + len(self.answer_ids))
+
+    def token_ids(self) -> list[int]:
+        """Its tokens so far."""
+        return [*self.request.prompt_ids, *self.answer_ids]
 
     def choose(self, token_id: int) -> None:
         """Take the next token."""
@@ -112,6 +118,7 @@ class OutputProcessor(OutputRouter):
         requests: the requests still wanted, by id; a request that ends is taken out.
         on_outputs: called with the outputs of a step.
         on_broken: called with the id of a request that has ended with an error while its batch goes on with it.
+        collect_routing: called before outputs are made, to complete what requests know of their experts.
     """
 
     def __init__(
@@ -119,18 +126,21 @@ class OutputProcessor(OutputRouter):
         requests: dict[str, RequestState],
         on_outputs: Callable[[list[Output]], None],
         on_broken: Callable[[str], None],
+        collect_routing: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._requests = requests
         self._on_outputs = on_outputs
         self._on_broken = on_broken
+        self._collect_routing = collect_routing
 
     def deliver(self, output: GenerationOutput) -> None:
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         wanted = [(output, state) for output in outputs if (state := self._requests.get(output.request_id)) is not None]
-        if new := [self._new_output(output, state) for output, state in wanted]:
+        self._collect_routing()
+        if new := [made for output, state in wanted for made in self._new_outputs(output, state)]:
             self._on_outputs(new)
 
     def prompt_scored(self, request: Request, scores: list[Score], is_last: bool) -> None:
@@ -146,6 +156,13 @@ class OutputProcessor(OutputRouter):
         """End a request with an error."""
         if self._requests.pop(request.id, None) is not None:
             self._on_outputs([Output(request.id, [], "error", reason)])
+
+    def _new_outputs(self, output: GenerationOutput, state: RequestState) -> list[Output]:
+        made = self._new_output(output, state)
+        if state.routing is None or made.finish_reason == "error":
+            return [made]
+        *parts, last = state.routing.take()
+        return [*(Output(made.request_id, [], routed=part) for part in parts), replace(made, routed=last)]
 
     def _new_output(self, output: GenerationOutput, state: RequestState) -> Output:
         token_ids = output.generated_tokens[state.num_delivered :]

@@ -43,7 +43,8 @@ class Request:
     `num_logprobs` asks for the log-probability of every token, and of so many of the likeliest at its place;
     `scores_prompt` asks for them of the prompt's tokens too, and then `max_tokens` may be 0. `images` has what the
     model's processor made of images: arrays, by the names under which its forward takes them (padded cache only).
-    `grammar`, as llguidance writes it, is what the answer follows.
+    `grammar`, as llguidance writes it, is what the answer follows. `routed_from` asks for the experts of its tokens
+    from that one on; all but the last have some.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Request:
     images: Mapping[str, Any] = field(default_factory=dict)
     num_answered: int = 0
     grammar: str | None = None
+    routed_from: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -74,6 +76,7 @@ class Batch(NamedTuple):
     parts: list[tuple[str, int]]
     is_prefill: bool  # some of the tokens are of prompts
     has_images: bool = False  # whose tokens some families keep from the routed experts
+    starts: Sequence[int] = ()  # of each part, the place of its first token in its sequence
 
 
 class Score(NamedTuple):
@@ -84,6 +87,14 @@ class Score(NamedTuple):
     top_logprobs: list[float]
 
 
+class RoutedExperts(NamedTuple):
+    """The experts of consecutive tokens: logical ids, by token, MoE layer, and place among the router's choices."""
+
+    shape: list[int]  # [T, L, K]
+    dtype: str  # NumPy's
+    data: str  # base64
+
+
 @dataclass(frozen=True)
 class Output:
     """New tokens of a request since its last output, and whether it ended.
@@ -91,7 +102,9 @@ class Output:
     `finish_reason` is `stop` (the model's end token, which is the last of `token_ids`), `length`, or `error`.
     `scores` has one entry for each of `token_ids` where the request asks for them. `prompt_scores` has one for each
     token of the prompt but its first, and comes in parts, in outputs of their own before the first tokens. `queued_s`,
-    with the first tokens, is the time from its arrival on the rank to its first step.
+    with the first tokens, is the time from its arrival on the rank to its first step. `routed`, where the request asks
+    for it, has the experts of the tokens before the last of `token_ids` that have not come yet; many of them come in
+    outputs of their own before.
     """
 
     request_id: str
@@ -101,3 +114,4 @@ class Output:
     scores: list[Score] = field(default_factory=list)
     prompt_scores: list[Score] | None = None
     queued_s: float | None = None
+    routed: RoutedExperts | None = None

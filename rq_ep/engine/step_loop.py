@@ -8,6 +8,7 @@ and what a layer gives for a row does not depend on who else is in the step.
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 from rq_ep.engine.progress import ProgressTracker
@@ -97,6 +98,7 @@ class StepLoop:
             None: such an error ends the loop.
         announce_rows: called with the rows of each member in every MoE layer of the step that begins, and with None
             when it has ended, or where a member does not know its own.
+        around_batch: called with what returns the batch of a step; the step is made inside of what it returns.
         progress: follows the steps.
         heartbeat_s: longest sleep of an idle group, in seconds.
         wake_up: set to end a sleep.
@@ -114,6 +116,7 @@ class StepLoop:
         on_agreement: Callable[[GroupFlags], None],
         announce_rows: Callable[[Sequence[int] | None], None],
         recover: Recover | None = None,
+        around_batch: Callable[[Callable[[], Batch]], AbstractContextManager[None]] = lambda _: nullcontext(),
         progress: ProgressTracker,
         heartbeat_s: float,
         wake_up: threading.Event,
@@ -127,6 +130,7 @@ class StepLoop:
         self._on_agreement = on_agreement
         self._recover = recover
         self._announce_rows = announce_rows
+        self._around_batch = around_batch
         self._progress = progress
         self._heartbeat_s = heartbeat_s
         self._wake_up = wake_up
@@ -241,6 +245,7 @@ class StepLoop:
 
     def _run(self, batches: Batches) -> None:
         if not self._is_scoring:
-            batches.run()
+            with self._around_batch(batches.contents):
+                batches.run()
         elif not self._prompts.step(self._is_wanted):
             self._empty_step()  # nobody wants the prompt any more, and the group waits for this rank

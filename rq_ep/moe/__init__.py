@@ -5,7 +5,7 @@ from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
 from rq_ep.moe.layer import EPExperts
 from rq_ep.moe.local_experts import LocalExperts
-from rq_ep.moe.routing_recorder import RoutingRecorder, StepInfo
+from rq_ep.moe.routing_recorder import RoutingRecorder, StepInfo, StepRouting
 from rq_ep.moe.telemetry import Telemetry
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "LocalExperts",
     "RoutingRecorder",
     "StepInfo",
+    "StepRouting",
     "Telemetry",
 ]

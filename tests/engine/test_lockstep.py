@@ -55,8 +55,10 @@ def test_an_error_of_the_thread_before_its_first_step_is_handed_over(monkeypatch
 
 def test_a_batch_with_a_prompt_is_prefill_and_one_of_answers_alone_is_not() -> None:
     answer, prompt = (
-        SimpleNamespace(state=SimpleNamespace(request_id=name, generated_tokens=tokens), query_length=length)
-        for name, tokens, length in (("old", [1], 1), ("new", [], 3))
+        SimpleNamespace(
+            state=SimpleNamespace(request_id=name, generated_tokens=tokens, position_offset=end), query_length=length
+        )
+        for name, tokens, end, length in (("old", [1], 8, 1), ("new", [], 3, 3))
     )
-    assert batch_of([answer, prompt]) == Batch([("old", 1), ("new", 3)], True)
-    assert batch_of([answer]) == Batch([("old", 1)], False)
+    assert batch_of([answer, prompt]) == Batch([("old", 1), ("new", 3)], True, starts=[7, 0])
+    assert batch_of([answer]) == Batch([("old", 1)], False, starts=[7])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rq_ep.engine.progress import MoverProgress, Progress
-from rq_ep.engine.requests import Output, Request, Sampling, Score
+from rq_ep.engine.requests import Output, Request, RoutedExperts, Sampling, Score
 from rq_ep.serve.messages import (
     FROM_RANK,
     FROM_SUPERVISOR,
@@ -82,7 +82,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
     Ready(64, 256, [{"bf16": 100}], {"format": "rq_ep.placement/1"}, {"device": "cpu"}),
     Outputs(
         [
-            Output("a", [5], queued_s=0.5),
+            Output("a", [5], queued_s=0.5, routed=RoutedExperts([1, 2, 1], "|u1", "AAE=")),
             Output("b", [6], "length", None, SCORES, SCORES),
             Output("c", [], "error", "x"),
         ]

@@ -191,7 +191,8 @@ class PaddedManager:
         assert self._next is not None
         group, num_tokens = self._next
         has_images = any(row.request.images and not row.num_computed for row in group.rows)
-        return Batch([(row.request.id, num_tokens) for row in group.rows], self.has_prompts(), has_images)
+        parts = [(row.request.id, num_tokens) for row in group.rows]
+        return Batch(parts, self.has_prompts(), has_images, [row.num_computed for row in group.rows])
 
     def has_prompts(self) -> bool:
         return self._next is not None and self._next[0] is self._prompt

@@ -65,7 +65,7 @@ def make_app(
         requests = await service.requests(await prompts, body)
         response = ResponseBuilder(
             requests, service.model_name, service.message_parsers(requests, body), body.n, body.num_tries,
-            body.num_logprobs is not None,
+            body.num_logprobs is not None, body.return_routed_experts,
         )  # fmt: skip
         chunks = merged(service.answers(requests, body, times))
         if not body.stream:

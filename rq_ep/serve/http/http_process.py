@@ -90,7 +90,9 @@ class ServingProcess:
         self.checked.set_result(checked)
 
     def on_ready(self, ready: Ready) -> None:
-        self.service.limits = ModelLimits(ready.max_model_len, ready.vocab_size, self.config.max_queue_size)
+        self.service.limits = ModelLimits(
+            ready.max_model_len, ready.vocab_size, self.config.max_queue_size, ready.routes_evenly
+        )
         self.service.info |= ready.info
         self.service.placement = ready.placement
         self.metrics.weights(ready.expert_bytes)

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -37,6 +37,7 @@ from rq_ep.serve.http.openai.tool_parsers.message_parser import MessageParser
 from rq_ep.serve.http.ranks.membership import Membership
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
+from rq_ep.serve.http.routing_collector import RoutingCollector
 from rq_ep.serve.messages import PlacementServed
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
@@ -65,6 +66,7 @@ class ModelLimits:
     max_model_len: int
     vocab_size: int
     max_queue_size: int = 1024
+    routes_evenly: bool = True  # whether every token has as many experts in each layer
 
 
 class EncodedPrompt(NamedTuple):
@@ -105,6 +107,7 @@ class Service:
         self._ranks = ranks
         self._seed = seed
         self._num_unseeded = 0
+        self._routing = RoutingCollector()
         self._detokenizers: dict[tuple[str, ...], Callable[[], Detokenizer]] = {}
 
     def _new_detokenizer(self, body: GenerationBody) -> Detokenizer:
@@ -265,6 +268,8 @@ class Service:
         if (body.min_tokens or 0) > max_tokens:
             text = f"min_tokens is {body.min_tokens}, but at most {max_tokens} tokens are asked for (max_tokens)"
             raise ApiError(400, text, "min_tokens")
+        if body.return_routed_experts:
+            self._check_routed_experts(prompt, max_tokens)
         return Request(
             secrets.token_hex(12),
             prompt_ids,
@@ -275,7 +280,21 @@ class Service:
             scores_prompt=body.echoes and body.num_logprobs is not None,
             images=dict(prompt.images),  # JSON knows no read-only mapping
             grammar=grammar,
+            routed_from=0 if body.return_routed_experts else None,
         )
+
+    def _check_routed_experts(self, prompt: EncodedPrompt, max_tokens: int) -> None:
+        """Refuse to return the experts of tokens where not every token has some in every layer."""
+        assert self.limits is not None
+        reason = None
+        if not self.limits.routes_evenly:
+            reason = "the MoE layers of this model do not all get every token, with as many experts"
+        elif prompt.images:
+            reason = "tokens of images are not all routed: leave out the images"
+        elif max_tokens == 0:
+            reason = "max_tokens is 0: ask for at least 1 token"
+        if reason is not None:
+            raise ApiError(400, f"return_routed_experts: {reason}", "return_routed_experts")
 
     def _sampling(self, body: GenerationBody, number: int) -> Sampling:
         """How the tokens of a numbered answer are to be chosen: as its body says, else as the model's defaults do."""
@@ -366,16 +385,25 @@ class Service:
             if reason is not None:
                 return
         num_echoed = 0
-        async with aclosing(self._ranks.generate(request, beside)) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                if output.prompt_scores is None:
-                    times.tokens(len(output.token_ids), output.queued_s)
-                    yield text.chunk(output)
-                    continue
-                scores = [*([] if num_echoed else [None]), *output.prompt_scores]
-                for start in range(0, max(len(scores), 1), MAX_ECHOED_TOKENS):  # the last part may be empty
-                    part = scores[start : start + MAX_ECHOED_TOKENS]
-                    token_ids = request.prompt_ids[num_echoed : num_echoed + len(part)]
-                    num_echoed += len(part)
-                    reason = output.finish_reason if start + len(part) == len(scores) else None
-                    yield await asyncio.to_thread(text.echo, token_ids, part, reason)
+        outputs = self._ranks.generate(request, beside)
+        with self._routing.answer() as routing:
+            async with aclosing(outputs):  # type: ignore[type-var]
+                async for output in outputs:
+                    if output.routed is not None:
+                        routing.add(output.routed)
+                        if not output.token_ids:
+                            continue
+                    if output.prompt_scores is None:
+                        times.tokens(len(output.token_ids), output.queued_s)
+                        chunk = text.chunk(output)
+                        if request.routed_from is not None and chunk.finish_reason is not None:
+                            chunk = replace(chunk, routed_experts=await asyncio.to_thread(routing.encoded))
+                        yield chunk
+                        continue
+                    scores = [*([] if num_echoed else [None]), *output.prompt_scores]
+                    for start in range(0, max(len(scores), 1), MAX_ECHOED_TOKENS):  # the last part may be empty
+                        part = scores[start : start + MAX_ECHOED_TOKENS]
+                        token_ids = request.prompt_ids[num_echoed : num_echoed + len(part)]
+                        num_echoed += len(part)
+                        reason = output.finish_reason if start + len(part) == len(scores) else None
+                        yield await asyncio.to_thread(text.echo, token_ids, part, reason)

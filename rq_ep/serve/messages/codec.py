@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from rq_ep.engine.progress import MoverProgress, Progress
-from rq_ep.engine.requests import Output, Request, Sampling, Score
+from rq_ep.engine.requests import Output, Request, RoutedExperts, Sampling, Score
 from rq_ep.serve.messages.from_rank import FROM_RANK, FromRank, Loaded, LoadSums, Outputs, RankStats
 from rq_ep.serve.messages.supervisor_messages import FROM_SUPERVISOR, TO_SUPERVISOR, FromSupervisor, ToSupervisor
 from rq_ep.serve.messages.to_rank import TO_RANK, AddRequest, Regroup, ToRank
@@ -121,9 +121,18 @@ def _read_output(
     scores: Sequence[Any],
     prompt_scores: Sequence[Any] | None,
     queued_s: float | None,
+    routed: Sequence[Any] | None,
 ) -> Output:
-    prompt = None if prompt_scores is None else [Score(*score) for score in prompt_scores]
-    return Output(request_id, token_ids, finish_reason, error, [Score(*score) for score in scores], prompt, queued_s)
+    return Output(
+        request_id,
+        token_ids,
+        finish_reason,
+        error,
+        [Score(*score) for score in scores],
+        None if prompt_scores is None else [Score(*score) for score in prompt_scores],
+        queued_s,
+        None if routed is None else RoutedExperts(*routed),
+    )
 
 
 def _read_address(value: Any) -> tuple[str, int]:

@@ -27,6 +27,7 @@ class Ready:
     expert_bytes: list[dict[str, int]]  # of each rank, by weight format
     placement: dict[str, Any]  # as `placement.json` holds it
     info: dict[str, Any]
+    routes_evenly: bool = True  # whether every token has as many experts in each MoE layer
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def ep_layers(report: LoadReport) -> list[EPExperts]:
     return [layer for layer in report.layers if isinstance(layer, EPExperts)]
 
 
-def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int) -> Ready:
+def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int, routes_evenly: bool) -> Ready:
     """The description of a model that every rank can serve, for the HTTP process."""
     report = report_of(model)
     layout = ep_layers(report)[0].family.layout
@@ -79,6 +79,7 @@ def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int)
         expert_bytes=[expert_bytes(report.placement, layout, [rank]) for rank in range(group.size)],
         placement=report.placement.to_dict(),
         info={"backend": group.backend, "device": str(group.device), "dtype": str(model.dtype)},
+        routes_evenly=routes_evenly,
     )
 
 

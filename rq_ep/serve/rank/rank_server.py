@@ -285,7 +285,7 @@ class RankServer:
         self._state = ServerState.SERVING
         self._early_end.serving(self._hub)
         if self._is_first:
-            ready = ready_message(model, group, max_model_len)
+            ready = ready_message(model, group, max_model_len, engine.routes_evenly)
             log_ready(ready, model, group, checked.cache, time.monotonic() - started_s, engine.warmup_s)
             self._client.send(ready)
         return engine

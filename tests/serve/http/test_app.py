@@ -1,6 +1,7 @@
 """The routes, in process, over ranks that answer from a script."""
 
 import asyncio
+import base64
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from rq_ep.engine.progress import Progress
-from rq_ep.engine.requests import Output, Request, Sampling, Score
+from rq_ep.engine.requests import Output, Request, RoutedExperts, Sampling, Score
 from rq_ep.model.checkpoint.generation_defaults import SamplingDefaults
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.metrics import Metrics
@@ -59,6 +60,14 @@ def score(token_id: int) -> Score:
     """The likeliest token is always `!`; a token 255 is no number."""
     logprob = math.nan if token_id == 255 else -token_id / 64
     return Score(logprob, [33, token_id], [-0.25, logprob])
+
+
+def routed_experts(request: Request, number: int) -> RoutedExperts:
+    """Those before the answer's token of this number, of two layers: the token's place in each, and its place + 100."""
+    end = len(request.prompt_ids) + number
+    places = range(end - 1 if number else 0, end)
+    data = bytes(place + more for place in places for more in (0, 100))
+    return RoutedExperts([len(places), 2, 1], "|u1", base64.b64encode(data).decode())
 
 
 LOADS: LoadSums = {  # as LoadTotals.take gives them
@@ -116,7 +125,8 @@ class ScriptedRanks:
                     raise ApiError(500, "rank 1: it broke")
                 is_done = is_last
                 scores = [] if request.num_logprobs is None else [score(token_id)]
-                yield Output(request.id, [token_id], self.end if is_last else None, scores=scores)
+                routed = None if request.routed_from is None else routed_experts(request, at)
+                yield Output(request.id, [token_id], self.end if is_last else None, scores=scores, routed=routed)
                 await asyncio.sleep(60 if self.is_slow else 0)
         finally:
             if not is_done:

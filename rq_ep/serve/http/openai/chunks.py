@@ -30,6 +30,7 @@ class Chunk:
     num_tokens: int  # generated
     finish_reason: str | None
     tokens: tuple[ScoredToken, ...] = ()
+    routed_experts: str | None = None  # of the whole answer, with the last chunk
 
 
 class TextChunker:

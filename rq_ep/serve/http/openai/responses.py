@@ -35,6 +35,7 @@ class ResponseBuilder:
     num_choices: int = 1
     num_tries: int = 1
     shows_logprobs: bool = False
+    shows_routed_experts: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -68,7 +69,7 @@ class ResponseBuilder:
             answers[number].append(chunk)
             if self.is_chat:
                 parts[number] += self.parsers[number].parts(chunk.text, chunk.finish_reason is not None)
-        if not self.shows_logprobs:
+        if not (self.shows_logprobs or self.shows_routed_experts):
             return JSONResponse(self._body(answers, parts))
         return await asyncio.to_thread(
             lambda: Response(_json_in_parts(self._body(answers, parts)), media_type="application/json")
@@ -92,11 +93,12 @@ class ResponseBuilder:
     def _whole_choice(self, index: int, number: int, all_: Sequence[Chunk], parts: Sequence[Part]) -> dict[str, Any]:
         reason = all_[-1].finish_reason
         logprobs = self._logprobs([token for chunk in all_ for token in chunk.tokens])
+        more = {"routed_experts": all_[-1].routed_experts} if self.shows_routed_experts else {}
         if not self.is_chat:
             text = "".join(chunk.text for chunk in all_)
-            return {"index": index, "finish_reason": reason, "logprobs": logprobs, "text": text}
+            return {"index": index, "finish_reason": reason, "logprobs": logprobs, "text": text, **more}
         message, reason = self.parsers[number].message(parts, reason)
-        return {"index": index, "finish_reason": reason, "logprobs": logprobs, "message": message}
+        return {"index": index, "finish_reason": reason, "logprobs": logprobs, "message": message, **more}
 
     async def stream(self, chunks: AsyncIterator[tuple[int, Chunk]], options: StreamOptions) -> AsyncIterator[str]:
         """Server-sent events of a response: its chunks, its usage as asked for, and the end mark.
@@ -120,6 +122,8 @@ class ResponseBuilder:
                 num_tokens[number] += chunk.num_tokens
                 added, reason = self._added(number, chunk)
                 if any(added.values()) or chunk.tokens or reason is not None:
+                    if chunk.routed_experts is not None:
+                        added["routed_experts"] = chunk.routed_experts
                     yield _event(
                         self._frame(kind, [self._choice(number, added, reason, chunk.tokens)], **usage(number))
                     )

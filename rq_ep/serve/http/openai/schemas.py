@@ -108,6 +108,7 @@ class GenerationBody(Body):
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    return_routed_experts: bool = False  # as SGLang's; they come as vLLM's
 
     @model_validator(mode="before")
     @classmethod

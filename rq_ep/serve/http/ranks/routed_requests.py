@@ -34,8 +34,9 @@ class RoutedRequest:
     has_prompt_scores: bool = False  # whether some have come: those of a prompt of one token are none
     num_resumptions: int = 0
     lost_ranks: list[int] = field(default_factory=list)  # on which it was while they served
-    num_given: int = 0  # tokens, or parts of the scores of its prompt, that its rank has given
+    num_given: int = 0  # tokens, or parts of what is told of its prompt, that its rank has given
     num_repeated: int = 0  # scores of the prompt that this rank gives once more
+    num_routed: int = 0  # tokens whose experts have come
     resumed_s: float = 0.0  # by `time.monotonic`
 
     @property
@@ -57,6 +58,7 @@ class RoutedRequest:
             max_tokens=request.max_tokens - len(answered),
             scores_prompt=request.scores_prompt and not (is_scored and request.max_tokens > 0),
             num_answered=len(answered),
+            routed_from=None if request.routed_from is None else request.routed_from + self.num_routed,
         )
 
     async def next_output(self) -> Output:
@@ -69,7 +71,8 @@ class RoutedRequest:
     def take(self, output: Output) -> Output | None:
         """Note an output of its rank. Returns what of it is new to the client; None: nothing."""
         self.token_ids += output.token_ids
-        self.num_given += max(len(output.token_ids), output.prompt_scores is not None)
+        self.num_given += max(len(output.token_ids), output.prompt_scores is not None or output.routed is not None)
+        self.num_routed += 0 if output.routed is None else output.routed.shape[0]
         if output.prompt_scores is None:
             return output
         num_skipped = min(self.num_repeated, len(output.prompt_scores))

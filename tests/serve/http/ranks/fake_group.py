@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rq_ep.engine.requests import Output, Request, Score
+from rq_ep.engine.requests import Output, Request, RoutedExperts, Score
 from rq_ep.serve.frames import Role
 from rq_ep.serve.http.ranks.membership import ChangeRefused, MemberState
 from rq_ep.serve.http.ranks.rank_connections import RankState
@@ -69,7 +69,11 @@ def answer(request: Request, num_scored: int = 0) -> Iterator[Output]:
         ends_itself = ids[-1] == END_TOKEN and not request.ignore_eos
         reason = "stop" if ends_itself else "length" if at == request.max_tokens - 1 else None
         scores = [] if request.num_logprobs is None else [score_of(ids)]
-        yield Output(request.id, ids[-1:], reason, scores=scores, queued_s=None if at else 0.0)
+        routed = None
+        if request.routed_from is not None:  # the experts of a token are the token
+            rows = ids[request.routed_from if at == 0 else -2 : -1]
+            routed = RoutedExperts([len(rows), 1, 1], "|u1", bytes(rows).hex())
+        yield Output(request.id, ids[-1:], reason, scores=scores, queued_s=None if at else 0.0, routed=routed)
         if reason is not None:
             return
 

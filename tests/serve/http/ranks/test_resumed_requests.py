@@ -53,20 +53,24 @@ REQUEST = Request("a", [97, 98, 99], 20, Sampling(seed=3), ignore_eos=True)
 def test_the_rest_of_an_answer_comes_from_another_rank() -> None:
     async def scene() -> None:
         group = FakeGroup(3)
-        task = ask(group, REQUEST)
+        request = replace(REQUEST, routed_from=0)
+        task = ask(group, request)
         await settle()
         for _ in range(5):
             group.step(0)
         group.kill(0)
         await settle()
-        expected = tokens(list(answer(REQUEST)))
-        rest = replace(REQUEST, id="a-1", prompt_ids=[97, 98, 99, *expected[:5]], max_tokens=15, num_answered=5)
+        expected = tokens(list(answer(request)))
+        prompt_ids = [97, 98, 99, *expected[:5]]
+        rest = replace(request, id="a-1", prompt_ids=prompt_ids, max_tokens=15, num_answered=5, routed_from=7)
         assert group.process(1).taken == [rest]
         group.deliver(2)
         for _ in range(15):
             group.step(1)
         outputs = await task
         assert tokens(outputs) == expected
+        routed = [token for output in outputs if output.routed for token in bytes.fromhex(output.routed.data)]
+        assert routed == [97, 98, 99, *expected[:-1]]
         assert [output.finish_reason for output in outputs] == [None] * 19 + ["length"]
         assert group.num_resumptions == 1
         assert [set(seconds) for seconds in group.recoveries] == [

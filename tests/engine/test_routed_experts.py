@@ -1,0 +1,102 @@
+"""The experts that requests are told of are those of one forward pass over the whole sequence."""
+
+import base64
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from rq_ep.engine import routed_experts
+from rq_ep.engine.engine import EngineConfig
+from rq_ep.engine.requests import Output, Request, RoutedExperts
+from rq_ep.engine.routed_experts import SequenceRouting
+from rq_ep.model.load.load_model import load
+from rq_ep.moe import RoutingRecorder
+from rq_ep.parallel import TorchGroup
+from tests.engine.cases import CONFIGS
+from tests.engine.test_prefix_caching import PAGES, PREFIX, Ended, ask
+from tests.engine.worker import start
+from tests.model.families import random_model, save
+
+REQUESTS = [
+    Request("unasked", [*PREFIX, 5], 6, ignore_eos=True),
+    Request("first", [*PREFIX, 5], 40, ignore_eos=True, routed_from=0),  # none of the cached pages is known
+    Request("same", [*PREFIX, 5], 6, ignore_eos=True, routed_from=0),
+    Request("moved", [*PREFIX, 5, 6, 7], 4, ignore_eos=True, routed_from=72, num_answered=2),
+]
+
+
+class Told(Ended):
+    """Answers with the experts of their tokens."""
+
+    def __init__(self, num_expected: int) -> None:
+        super().__init__(num_expected)
+        self.routed: dict[str, list[np.ndarray]] = {}
+
+    def add(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            if output.routed is not None:
+                self.routed.setdefault(output.request_id, []).append(decoded(output.routed))
+        super().add(outputs)
+
+
+def decoded(routed: RoutedExperts) -> Any:
+    return np.frombuffer(base64.b64decode(routed.data), routed.dtype).reshape(routed.shape)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_next"])  # paged, padded
+def test_the_experts_of_a_request_are_those_of_its_tokens(family: str, gloo_of_one: TorchGroup, tmp_path: Path) -> None:
+    path = save(random_model(CONFIGS[family]), tmp_path)
+    told = Told(len(REQUESTS))
+    engine = start(path, "standard", gloo_of_one, told, config=EngineConfig(4, 48, 1024, prefix_caching=True))
+    assert engine.routes_evenly
+    with patch.object(routed_experts, "PART_BYTES", 200):
+        for request in REQUESTS:
+            ask(engine, told, request)
+    engine.stop()
+    assert "unasked" not in told.routed
+    model = load(path, strategy="standard", group=gloo_of_one)
+    for request in REQUESTS[1:]:
+        tokens = [*request.prompt_ids, *told.tokens[request.id]]
+        with RoutingRecorder(model) as recorder, torch.no_grad():
+            model(input_ids=torch.tensor([tokens[:-1]]))
+        assert request.routed_from is not None
+        expected = recorder.trace().ids_NLK[request.routed_from :]
+        np.testing.assert_array_equal(np.concatenate(told.routed[request.id]), expected, request.id)
+
+
+def test_cached_pages_are_taken_as_far_as_their_experts_are_known(gloo_of_one: TorchGroup, tmp_path: Path) -> None:
+    path = save(random_model(CONFIGS["mixtral"]), tmp_path)
+    computed: list[int] = []
+
+    def count(model: Any) -> None:
+        model.get_decoder().register_forward_pre_hook(
+            lambda _, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+
+    told = Told(3)
+    config = EngineConfig(4, 128, 1024, prefix_caching=True)
+    engine = start(path, "standard", gloo_of_one, told, prepare=count, config=config)
+    sums = []
+    for request in REQUESTS[:3]:
+        computed.clear()
+        ask(engine, told, replace(request, max_tokens=2))
+        sums.append(sum(computed))
+    engine.stop()
+    assert sums == [len(PREFIX) + 2, len(PREFIX) + 2, len(PREFIX) + 2 - PAGES]
+
+
+def test_a_step_that_is_made_again_changes_nothing() -> None:
+    routing = SequenceRouting(8, 0)
+    ids_TLK = np.arange(12, dtype=np.uint8).reshape(6, 1, 2)
+    routing.add(0, ids_TLK[:4])
+    assert [part.shape for part in routing.take()] == [[4, 1, 2]]
+    routing.add(0, np.zeros_like(ids_TLK[:3]))
+    assert routing.take() == []
+    routing.add(2, np.concatenate([np.zeros_like(ids_TLK[:2]), ids_TLK[4:]]))
+    (part,) = routing.take()
+    np.testing.assert_array_equal(decoded(part), ids_TLK[4:])
