@@ -15,4 +15,4 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-pytest "$@"
+pytest --numprocesses 2 --dist loadgroup "$@"  # one worker for tests that start processes, one for the others

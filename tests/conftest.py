@@ -5,6 +5,7 @@ from inspect import getsource
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from rq_ep.model import tiny
 from rq_ep.model.text import byte_tokenizer as tokenizer
@@ -33,13 +34,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that read the trained checkpoint: `launch/test.sh --fast` leaves them out."""
+    """Mark what reads the trained checkpoint, which `launch/test.sh --fast` leaves out; say what runs in turn."""
     if config.getoption("--strategy"):
         names = {"strategy_name", "variant_of"}
         items[:] = [item for item in items if names & set(getattr(item, "fixturenames", ()))]
+    is_parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
         if "tiny_checkpoint" in getattr(item, "fixturenames", ()):
             item.add_marker("trains")
+        if is_parallel:  # one worker starts processes, the others have a core left; a module's fixtures are made once
+            group = "processes" if item.get_closest_marker("dist") else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -51,5 +56,6 @@ def tiny_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     code = sha256("".join(map(getsource, (tiny, corpus, tokenizer))).encode()).hexdigest()[:12]
     cache = getattr(request.config, "cache", None)
     home = cache.mkdir("tiny-checkpoint") if cache else tmp_path_factory.mktemp("tiny-checkpoint")
-    tiny.tiny_model(home / code, TINY_RECIPE)
+    with FileLock(home / "lock"):  # of the workers that run tests, one trains it
+        tiny.tiny_model(home / code, TINY_RECIPE)
     return home / code
