@@ -26,8 +26,17 @@ MODEL_HELP = (
     "directory of a Hugging Face checkpoint, or ORG/NAME of the hub, which is downloaded into its cache (HF_HOME, "
     "HF_TOKEN, HF_HUB_OFFLINE)"
 )
-TOOL_CALL_PARSERS = ("hermes", "qwen3_coder", "llama3_json", "mistral", "deepseek_v3", "deepseek_v31", "glm45")
-REASONING_PARSERS = ("qwen3", "deepseek_r1")
+TOOL_CALL_PARSERS = (
+    "hermes",
+    "qwen3_coder",
+    "llama3_json",
+    "mistral",
+    "deepseek_v3",
+    "deepseek_v31",
+    "glm45",
+    "gpt_oss",
+)
+REASONING_PARSERS = ("qwen3", "deepseek_r1", "gpt_oss")
 CACHES = ("paged", "padded")
 ON_RANK_FAILURE = ("continue", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -252,7 +261,7 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     reasoning_parser: str = option(
         "auto",
         help="marks of the model's reasoning, which becomes reasoning_content; auto: qwen3, that is <think> and "
-        "</think>, where its chat template has them; none: reasoning is content",
+        "</think>, or gpt_oss, that is Harmony, where its chat template has them; none: reasoning is content",
         choices=("auto", "none", *REASONING_PARSERS),
     )
     max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)

@@ -188,7 +188,7 @@ class Engine:
         if request.grammar is not None:
             try:
                 assert self._grammars is not None, "there is no tokenizer"
-                state.matcher = self._grammars.matcher(request.grammar, state.history.answer_ids)
+                state.matcher = self._grammars.matcher(request.grammar, state.history.answer_ids, request.reasoning)
             except GrammarError as error:
                 self._outputs.fail(request, f"{GRAMMAR_FAILED}: {error}")
                 return

@@ -11,7 +11,7 @@ from rq_ep.engine.nonfinite import NOT_FINITE, is_finite
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.routed_experts import SequenceRouting
 from rq_ep.engine.scoring import score_tokens
-from rq_ep.engine.tokens.grammars import GrammarError, GrammarMatcher
+from rq_ep.engine.tokens.grammars import AnswerMatcher, GrammarError
 from rq_ep.engine.tokens.logits_processors import TokenHistory, processed_logits
 from rq_ep.engine.tokens.sampling import next_tokens
 
@@ -33,7 +33,7 @@ class RequestState:
     num_delivered: int = 0
     scores: list[Score] = field(default_factory=list)
     problem: str | None = None  # why it cannot go on
-    matcher: GrammarMatcher | None = None  # of the grammar that the answer follows
+    matcher: AnswerMatcher | None = None  # of the grammar that the answer follows
     routing: SequenceRouting | None = None  # where its experts are asked for
 
     def go_to(self, position: int) -> None:

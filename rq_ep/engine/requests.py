@@ -35,6 +35,17 @@ class Sampling:
         return bool(is_penalized or self.logit_bias or self.min_tokens)
 
 
+class ReasoningTokens(NamedTuple):
+    """The tokens of reasoning before an answer of a given form.
+
+    `opening` begins it, as the first token of the answer; None: the answer begins within. The last of `closing` ends
+    it, where the others begin the header that it ends: Harmony's header of the final channel may have more between.
+    """
+
+    opening: int | None
+    closing: list[int]
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt to be continued by at most `max_tokens` tokens.
@@ -43,8 +54,8 @@ class Request:
     `num_logprobs` asks for the log-probability of every token, and of so many of the likeliest at its place;
     `scores_prompt` asks for them of the prompt's tokens too, and then `max_tokens` may be 0. `images` has what the
     model's processor made of images: arrays, by the names under which its forward takes them (padded cache only).
-    `grammar`, as llguidance writes it, is what the answer follows. `routed_from` asks for the experts of its tokens
-    from that one on; all but the last have some.
+    `grammar`, as llguidance writes it, is what the answer follows, behind the `reasoning` that may precede it.
+    `routed_from` asks for the experts of its tokens from that one on; all but the last have some.
     """
 
     id: str
@@ -57,6 +68,7 @@ class Request:
     images: Mapping[str, Any] = field(default_factory=dict)
     num_answered: int = 0
     grammar: str | None = None
+    reasoning: ReasoningTokens | None = None
     routed_from: int | None = None
 
     @property

@@ -9,7 +9,7 @@ from llguidance import LLMatcher, grammar_from
 from transformers import PreTrainedTokenizerBase
 
 from rq_ep.engine.output_processor import RequestState, choose_tokens
-from rq_ep.engine.requests import Request, Sampling
+from rq_ep.engine.requests import ReasoningTokens, Request, Sampling
 from rq_ep.engine.tokens.grammars import GrammarError, Grammars
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 
@@ -60,6 +60,38 @@ def test_noise_becomes_json_of_the_schema(grammars: Grammars, tokenizer: PreTrai
     assert len(value["name"]) <= 5
     assert value["n"] in (1, 2, 30)
     assert drawn(grammars, grammar, seed, 7, answer) == answer, "it goes on on another rank as it would have"
+
+
+HARMONY_CLOSING = [1, 2, 3]  # as a header of the final channel: some tokens may stand before the last
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing", "reasoning"),
+    [
+        (None, [3], [7, 1, 3]),
+        (9, [3], [9, 3]),
+        (9, [3], []),
+        (None, HARMONY_CLOSING, [1, 7, 3, 2, 1, 2, 8, 3]),
+    ],
+)
+def test_an_answer_of_a_given_form_may_reason_first(
+    grammars: Grammars, opening: int | None, closing: list[int], reasoning: list[int]
+) -> None:
+    answer = [*reasoning, *b"yes"]
+    matcher = grammars.matcher(grammar_from("choice", '["yes"]'), [], ReasoningTokens(opening, closing))
+    for start in (0, max(len(reasoning) - 1, 0), 1):  # steps are made again
+        matcher.go_back(start)
+        for number in range(start, len(answer)):
+            logits_V = torch.zeros(262)
+            matcher.mask(logits_V)
+            allowed = set(torch.nonzero(logits_V == 0).flatten().tolist())
+            if number == 0 and opening is not None:
+                assert allowed == {opening, ord("y")}
+            elif number < len(reasoning):
+                assert set(range(262)) - allowed == {258}, "reasoning ends no answer"
+            else:
+                assert allowed == {answer[number]}
+            matcher.accept(answer[number])
 
 
 def test_choices_and_expressions_are_followed(grammars: Grammars, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rq_ep.engine.progress import MoverProgress, Progress
-from rq_ep.engine.requests import Output, Request, RoutedExperts, Sampling, Score
+from rq_ep.engine.requests import Output, ReasoningTokens, Request, RoutedExperts, Sampling, Score
 from rq_ep.serve.messages import (
     FROM_RANK,
     FROM_SUPERVISOR,
@@ -113,6 +113,7 @@ MESSAGES_FROM_RANK: list[FromRank] = [
 MESSAGES_TO_RANK: list[ToRank] = [
     AddRequest(Request("a", [1, 2], 3, Sampling(0.5, 0.9, 7), True, 2, True), 4),
     AddRequest(Request("b", [1], 3, Sampling(logit_bias=((5, -1.5),), stop_token_ids=(7,)), num_answered=1), 5),
+    AddRequest(Request("c", [1], 3, grammar="{}", reasoning=ReasoningTokens(None, [5]), routed_from=1), 6),
     PromptPart("a", [1, 2]),
     ImageData("a", "pixel_values", "<f4", [2, 1], "AACAPwAAAEA="),
     Cancel("a"),

@@ -169,8 +169,10 @@ class ServingProcess:
             processor = await asyncio.to_thread(load_processor, model)
             self.service.images = ImageProcessor(processor, config.max_num_batched_tokens, fetcher)
         self.service.tokenizer = await asyncio.to_thread(load_tokenizer, model)
-        template = self.service.tokenizer.chat_template
-        self.service.parsers = AnswerParsers.of(template, config.tool_call_parser, config.reasoning_parser)
+        tokenizer = self.service.tokenizer
+        self.service.parsers = AnswerParsers.of(
+            tokenizer.chat_template, config.tool_call_parser, config.reasoning_parser, tokenizer
+        )
         log.info("%s", self.service.parsers)
         gc.freeze()  # a collection walks what requests have made, not all modules
 

@@ -268,6 +268,9 @@ class Service:
         if (body.min_tokens or 0) > max_tokens:
             text = f"min_tokens is {body.min_tokens}, but at most {max_tokens} tokens are asked for (max_tokens)"
             raise ApiError(400, text, "min_tokens")
+        reasoning = None
+        if grammar is not None and isinstance(body, ChatBody):
+            reasoning = self.parsers.reasoning_before_form(self._prompt_end(prompt_ids))
         if body.return_routed_experts:
             self._check_routed_experts(prompt, max_tokens)
         return Request(
@@ -280,6 +283,7 @@ class Service:
             scores_prompt=body.echoes and body.num_logprobs is not None,
             images=dict(prompt.images),  # JSON knows no read-only mapping
             grammar=grammar,
+            reasoning=reasoning,
             routed_from=0 if body.return_routed_experts else None,
         )
 
@@ -332,10 +336,15 @@ class Service:
         """What parses the answers to a chat; nothing does to a completion."""
         if not isinstance(body, ChatBody):
             return []
-        prompt_end = self.tokenizer.decode(
-            requests[0].prompt_ids[-PROMPT_END:], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        prompt_end = self._prompt_end(requests[0].prompt_ids)
         return [self.parsers.message_parser(body, prompt_end) for _ in requests]
+
+    def _prompt_end(self, prompt_ids: Sequence[int]) -> str:
+        """The last characters of a prompt."""
+        text: str = self.tokenizer.decode(
+            prompt_ids[-PROMPT_END:], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def answers(
         self, requests: Sequence[Request], body: GenerationBody, times: RequestMetrics

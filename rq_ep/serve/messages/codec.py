@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from rq_ep.engine.progress import MoverProgress, Progress
-from rq_ep.engine.requests import Output, Request, RoutedExperts, Sampling, Score
+from rq_ep.engine.requests import Output, ReasoningTokens, Request, RoutedExperts, Sampling, Score
 from rq_ep.serve.messages.from_rank import FROM_RANK, FromRank, Loaded, LoadSums, Outputs, RankStats
 from rq_ep.serve.messages.supervisor_messages import FROM_SUPERVISOR, TO_SUPERVISOR, FromSupervisor, ToSupervisor
 from rq_ep.serve.messages.to_rank import TO_RANK, AddRequest, Regroup, ToRank
@@ -106,7 +106,8 @@ def _read_request(fields: Mapping[str, Any]) -> Request:
     sampling = dict(fields["sampling"])
     sampling["logit_bias"] = tuple((token_id, bias) for token_id, bias in sampling["logit_bias"])
     sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-    return Request(**{**fields, "sampling": Sampling(**sampling)})
+    reasoning = None if (tokens := fields["reasoning"]) is None else ReasoningTokens(*tokens)
+    return Request(**{**fields, "sampling": Sampling(**sampling), "reasoning": reasoning})
 
 
 def _read_outputs(rows: Sequence[Sequence[Any]]) -> list[Output]:

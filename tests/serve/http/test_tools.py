@@ -1,5 +1,6 @@
 """Chats that call tools and reason, in process, over ranks that answer from a script; read by OpenAI's own client."""
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
+from rq_ep.engine.requests import ReasoningTokens
 from rq_ep.serve.http.openai.schemas import ChatMessage
 from rq_ep.serve.http.openai.tool_parsers.answer_parsers import AnswerParsers
 from tests.serve.http.test_app import MODEL, Bench, error, events
@@ -66,6 +68,24 @@ def test_reasoning_may_be_left_out(bench: Bench) -> None:
     body = {"tools": TOOLS, "include_reasoning": False}
     assert "reasoning" not in bench.chat(**body).text
     assert "reasoning" not in bench.chat(**body, stream=True).text
+
+
+@pytest.mark.parametrize("body", [{"response_format": {"type": "json_object"}}, {"tool_choice": NAMED, "tools": TOOLS}])
+def test_an_answer_of_a_given_form_may_reason_first(bench: Bench, body: dict[str, Any]) -> None:
+    bench.service.parsers = replace(bench.service.parsers, reasoning_ids={"<think>": 1, "</think>": 2})
+    bench.ranks.answer = '<think>Hm.</think>{"n": 1}'
+    message = choice(bench, **body).message
+    call = message.tool_calls[0].function.arguments if message.tool_calls else None
+    assert (message.reasoning_content, message.content or call) == ("Hm.", '{"n": 1}')
+    assert bench.ranks.taken[-1].reasoning == ReasoningTokens(1, [2])
+    choice(bench, **body, messages=[{"role": "user", "content": "<think>"}])
+    assert bench.ranks.taken[-1].reasoning == ReasoningTokens(None, [2])
+    choice(bench, **body, messages=[{"role": "user", "content": "</think>\n"}])
+    assert bench.ranks.taken[-1].reasoning is None
+    bench.service.parsers = AnswerParsers.of(None, "hermes", "qwen3", bench.service.tokenizer)  # bytes are tokens
+    assert bench.service.parsers.reasoning_ids == {}
+    choice(bench, **body)
+    assert bench.ranks.taken[-1].reasoning is None
 
 
 def test_reasoning_that_the_prompt_begins(bench: Bench) -> None:

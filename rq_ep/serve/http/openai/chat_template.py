@@ -50,10 +50,12 @@ class Form:
         written: dict[str, Any] = {"role": message.role, "content": self._content(message)}
         if message.tool_calls:
             written["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        reasoning = message.reasoning_content or message.reasoning
         others = {
             "name": message.name,
             "tool_call_id": message.tool_call_id,
-            "reasoning_content": message.reasoning_content or message.reasoning,
+            "reasoning_content": reasoning,
+            "thinking": None if message.text else reasoning,  # gpt-oss's name, which does not go with a content
         }
         return written | {name: value for name, value in others.items() if value is not None}
 

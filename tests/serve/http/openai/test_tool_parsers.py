@@ -38,6 +38,9 @@ CALLS = {
     "deepseek_v3": f"Hm.\n{ds.CALLS}{V3_CALL % ('f', F)}\n{V3_CALL % ('g', G)}{ds.END_OF_CALLS} Done.",
     "glm45": "Hm.\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>s</arg_key>\n"
     '<arg_value>}]"{ \u00e9</arg_value>\n</tool_call>\n<tool_call>g</tool_call> Done.',
+    "gpt_oss": "<|channel|>commentary<|message|>Hm.\n<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+    f"<|constrain|>json<|message|>{F}<|call|><|start|>assistant to=functions.g<|channel|>commentary json<|message|>{G}"
+    "<|call|><|start|>assistant<|channel|>final<|message|> Done.<|return|>",
     "deepseek_v31": f"Hm.\n{ds.CALLS}{V31_CALL % ('f', F)}{V31_CALL % ('g', G)}{ds.END_OF_CALLS} Done.",
 }
 
@@ -53,6 +56,8 @@ NO_CALLS = {
     "mistral": ["[TOOL_CALLS]", "[TOOL_CALLS] f(x)", '[TOOL_CALLS][{"name": "f", "arguments": [}]', "[TOOL_CALLS]f{a}"],
     "deepseek_v3": [ds.CALLS, f"{ds.CALLS}{ds.CALL}f", f"{ds.CALLS}{V3_CALL % ('f', '{a}')}",
                     f"{ds.CALLS}{V31_CALL % ('f', '{}')}"],
+    "gpt_oss": ["a <|channel|>", "<|channel|>final", "to=functions.f {}",
+                "<|channel|>commentary to=functions.f<|message|>{a}<|call|>"],
     "glm45": ["<tool_call>", "<tool_call>f", '<tool_call>{"name": "f"}</tool_call>',
               "<tool_call>f<arg_key>a</tool_call>",
               "<tool_call>f<arg_key>a</arg_key>1</tool_call> b",
@@ -161,6 +166,16 @@ def test_arguments_in_tags_have_the_types_of_the_schema(text: str, value: Any) -
         ("qwen3", "<think>", "a</thin", "a</thin", None),
         ("deepseek_r1", "", "a</think>b", "a", "b"),
         ("deepseek_r1", "</think>", "a", None, "a"),
+        (
+            "gpt_oss",
+            "",
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
+            "a",
+            "b",
+        ),
+        ("gpt_oss", "", "<|channel|>analysis<|message|>a", "a", None),
+        ("gpt_oss", "", "<|channel|>commentary to=functions.f<|message|>{}<|call|>", None, "{}"),
+        ("gpt_oss", "", "a", None, "a"),
     ],
 )
 def test_reasoning_ends_where_its_mark_does(
@@ -204,6 +219,7 @@ def test_what_is_no_list_of_calls_is_content_where_calls_are_required() -> None:
         ("[TOOL_CALLS]", "mistral"),
         ('<|python_tag|> "parameters"', "llama3_json"),
         ("<tool_call> <arg_key>", "glm45"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "gpt_oss"),
         ("<tool_call>", None),
         (None, None),
     ],

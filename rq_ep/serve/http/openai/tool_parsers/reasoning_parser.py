@@ -1,30 +1,61 @@
-"""Reasoning before an answer, between `<think>` and `</think>`."""
+"""Reasoning before an answer: between `<think>` and `</think>`, or as Harmony has it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from rq_ep.serve.http.openai.tool_parsers.answer_text import AnswerText, Parsing, Reasoning
+from rq_ep.serve.http.openai.tool_parsers.harmony import HarmonyReasoning
+from rq_ep.serve.http.openai.tool_parsers.message_parser import Reader
 
-MARKS = OPENING, CLOSING = "<think>", "</think>"
+OPENING, CLOSING = "<think>", "</think>"
+
+
+class ReasoningParser(Protocol):
+    """How a model tells its reasoning from its answer."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Special tokens that tell it."""
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        """The tokens that end it: the last one, some time behind the others."""
+
+    def opening(self, prompt_end: str) -> str | None:
+        """The token by which an answer may begin with reasoning; empty: it begins within; None: it does not reason.
+
+        Args:
+            prompt_end: the last characters of the prompt.
+        """
+
+    def reader(self, prompt_end: str, before_form: bool = False) -> Reader:
+        """What reads the reasoning at the beginning of an answer.
+
+        Args:
+            prompt_end: the last characters of the prompt.
+            before_form: whether an answer of a given form follows, which is read by others.
+        """
 
 
 @dataclass(frozen=True)
-class ReasoningParser:
+class ThinkParser:
     """
     Args:
         always_reasons: an answer begins with reasoning though neither prompt nor answer has the opening mark.
     """
 
     always_reasons: bool
+    marks: ClassVar = (OPENING, CLOSING)
+    closing: ClassVar = (CLOSING,)
 
-    def reader(self, prompt_end: str) -> Callable[[AnswerText], Parsing[None]]:
-        """What reads the reasoning at the beginning of an answer.
-
-        Args:
-            prompt_end: the last characters of the prompt.
-        """
+    def opening(self, prompt_end: str) -> str | None:
         end = prompt_end.rstrip()
-        begins_inside = end.endswith(OPENING) or (self.always_reasons and not end.endswith(CLOSING))
+        if end.endswith(CLOSING):
+            return None
+        return "" if self.always_reasons or end.endswith(OPENING) else OPENING
+
+    def reader(self, prompt_end: str, before_form: bool = False) -> Reader:
+        begins_inside = self.opening(prompt_end) == ""
 
         def read(text: AnswerText) -> Parsing[None]:
             opening = yield from text.skip(OPENING)
@@ -34,4 +65,8 @@ class ReasoningParser:
         return read
 
 
-REASONING_PARSERS = {"qwen3": ReasoningParser(False), "deepseek_r1": ReasoningParser(True)}
+REASONING_PARSERS: dict[str, ReasoningParser] = {
+    "qwen3": ThinkParser(False),
+    "deepseek_r1": ThinkParser(True),
+    "gpt_oss": HarmonyReasoning(),
+}
