@@ -1,7 +1,8 @@
 """Recovery: members that go on without the other ranks, at once, with a replica of every expert inside their bytes.
 
 What the members hold stays where it is, as far as there is room. An expert that none of them holds is read from the
-checkpoint. It is a first answer, within a fraction of a second; `place_again` finds a better one beside the steps.
+checkpoint. It is a first answer, within a fraction of a second; `place_again` finds a better one beside the steps. No
+answer is prepared for each rank that may be lost: that would save that fraction and no more (`bench recover`).
 """
 
 from collections import defaultdict

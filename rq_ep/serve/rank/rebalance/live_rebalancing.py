@@ -141,7 +141,7 @@ class LiveRebalancing:
             elif leads:
                 self._leader = PlacementRestorer(
                     self._inputs, change.placement, change.home, change.members, change.migration + 1, counts_LE,
-                    self._send,
+                    self._send, PlannerProcess,
                 )  # fmt: skip
             self.mover.observe(self._leader)
 

@@ -2,18 +2,17 @@
 
 import logging
 import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
+from rq_ep.rebalancing.settle import Settlement, SettleRequest
 from rq_ep.serve.messages import FromRank, ImportanceReport, MigrationGivenUp, MigrationPlanned, RebalanceCommand
 from rq_ep.serve.rank.rebalance.leading_rank import Served
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
-from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds, with_early_drops
-from rq_ep.solver.migration.warm_start import place_for_members
+from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure
+from rq_ep.serve.rank.rebalance.rebalance_controller import PlannerSide
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -29,6 +28,7 @@ class PlacementRestorer:
         generation: of the migration.
         counts_LE: pairs of each expert, as far as they are known.
         send: sends a message to the HTTP process.
+        make_planner: starts what finds the placement.
     """
 
     def __init__(
@@ -40,43 +40,23 @@ class PlacementRestorer:
         generation: int,
         counts_LE: IntArray | None,
         send: Callable[[FromRank], None],
+        make_planner: Callable[[], PlannerSide],
     ) -> None:
         self._inputs = inputs
         self._placement = placement
-        self._home = home
         self._members = members
         self._generation = generation
-        self._counts_LE = counts_LE
         self._send = send
         self._served = Served(inputs, send)
         self._layers = list(placement.layers)  # as they serve
         self._goal: Placement | None = None
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._plan, name="rq_ep restorer", daemon=True).start()  # it may take seconds
-
-    def _plan(self) -> None:
-        try:
-            goal = self._chosen_goal()
-            if goal is not None:
-                rounds = self._rounds_to(goal)
-                self._events.put(lambda: self._begin(goal, rounds))
-        except UserError as error:
-            log.warning("the placement stays as it is: %s", error)
-
-    def _chosen_goal(self) -> Placement | None:
-        if len(self._members) == self._placement.topology.num_ranks:
-            return self._home
-        strategy = self._inputs.strategy
-        if not strategy.begins_from_current:  # it would move most experts
-            return None
-        problem = self._inputs.problem(self._placement, self._counts_LE)
-        return place_for_members(strategy, problem, self._placement, self._members)
-
-    def _rounds_to(self, goal: Placement) -> list[MoveRound]:
-        before = [list(layer.replicas) for layer in self._placement.layers]
-        inputs = self._inputs
-        rounds = move_rounds(before, goal, inputs.stats.expert_bytes, inputs.native_format, inputs.room_bytes)
-        return rounds if inputs.strategy.serves_replicas else with_early_drops(rounds)
+        self._planner: PlannerSide | None = None  # while it is at work
+        problem = inputs.problem(placement, counts_LE)
+        request = SettleRequest(problem, inputs.strategy, placement, home, tuple(members), inputs.room_bytes)
+        if request.is_needed:
+            self._planner = make_planner()
+            self._planner.ask(request)
 
     def on_round(self, layers: Mapping[int, LayerPlacement]) -> None:
         self._events.put(lambda: self._take_round(layers))
@@ -91,17 +71,26 @@ class PlacementRestorer:
     def tick(self) -> None:
         while not self._events.empty():
             self._events.get()()
+        if self._planner is not None and (answer := self._planner.take()) is not None:
+            self.close()
+            self._begin(answer)
 
     def close(self) -> None:
-        """Nothing is left to be done."""
+        if self._planner is not None:
+            self._planner.close()
+            self._planner = None
 
     # On the main thread
 
-    def _begin(self, goal: Placement, rounds: Sequence[MoveRound]) -> None:
-        if rounds:
-            self._goal = goal
+    def _begin(self, answer: Answer) -> None:
+        if isinstance(answer, PlannerFailure):
+            log.warning("the placement stays as it is: %s", answer.reason)
+            return
+        assert isinstance(answer, Settlement)
+        if rounds := answer.rounds:
+            self._goal = answer.placement
             log.info("experts go to where they are balanced among ranks %s, in %d rounds", self._members, len(rounds))
-            self._send(MigrationPlanned(self._generation, goal.to_dict(), list(rounds)))
+            self._send(MigrationPlanned(self._generation, answer.placement.to_dict(), list(rounds)))
 
     def _take_round(self, layers: Mapping[int, LayerPlacement]) -> None:
         for position, layer in layers.items():

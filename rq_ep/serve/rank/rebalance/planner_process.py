@@ -1,4 +1,4 @@
-"""Rank 0's planner process: decides on re-placements beside the engine, at low priority and on one thread.
+"""The planner process of the rank that leads: finds placements beside the engine, at low priority and on one thread.
 
 Requests and answers are pickles in its pipes, which nobody else holds. It ends when its input does: with its parent.
 """
@@ -19,6 +19,7 @@ from rq_ep.config import child_environment
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.rebalancing.rebalancer import Decision, RebalanceRequest, decide
+from rq_ep.rebalancing.settle import Settlement, SettleRequest, settle
 
 NICENESS = 10  # a tenth of a core where all are busy; at 19, where it gets a hundredth, no decision comes in time
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -38,14 +39,15 @@ class PlannerFailure:
     """The process has ended without an answer, or has answered with an error."""
 
     reason: str
-    of_decision: bool  # else of a placement that was to be saved
+    of_decision: bool  # or of another placement that was asked for; else of one that was to be saved
 
 
-Answer = Decision | PlannerFailure
+Request = RebalanceRequest | SettleRequest | SaveRequest
+Answer = Decision | Settlement | PlannerFailure
 
 
 class PlannerProcess:
-    """The parent's side. One decision is asked for at a time; nothing here waits for the process.
+    """The parent's side. One placement is asked for at a time; nothing here waits for the process.
 
     The process starts at once, as its imports take seconds; one that has died is started again for the next request.
 
@@ -57,16 +59,17 @@ class PlannerProcess:
         # Not by `-m`: what a module run so pickles is of `__main__`.
         self._command = command or [sys.executable, "-c", f"from {__name__} import main; main()"]
         self._process: subprocess.Popen[bytes] | None = None
-        self._requests: queue.SimpleQueue[RebalanceRequest | SaveRequest | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="rq_ep planner", daemon=True).start()
 
-    def ask(self, request: RebalanceRequest | SaveRequest) -> None:
-        """Have a decision made, or a placement saved."""
+    def ask(self, request: Request) -> None:
+        """Have a decision made, a placement found, or one saved."""
         self._requests.put(request)
 
     def take(self) -> Answer | None:
-        """The answer to the last request for a decision, or the failure of any; None if there is none yet."""
+        """The answer to the last request for a placement, or the failure of any; None if there is none yet."""
         try:
             return self._answers.get_nowait()
         except queue.Empty:
@@ -78,7 +81,8 @@ class PlannerProcess:
             process.kill()
 
     def close(self) -> None:
-        """End the process and its thread."""
+        """End the process and its thread; what was asked for last is not begun any more."""
+        self._is_closed = True
         self._requests.put(None)
         self.kill()
 
@@ -87,15 +91,15 @@ class PlannerProcess:
     def _run(self) -> None:
         with suppress(OSError):  # the request that it is started for will say so
             self._started()
-        while (request := self._requests.get()) is not None:
+        while (request := self._requests.get()) is not None and not self._is_closed:
             answer = self._answer(request)
             if answer is not None:
                 self._answers.put(answer)
         if self._process is not None:
             self._end(self._process)
 
-    def _answer(self, request: RebalanceRequest | SaveRequest) -> Answer | None:
-        of_decision = isinstance(request, RebalanceRequest)
+    def _answer(self, request: Request) -> Answer | None:
+        of_decision = not isinstance(request, SaveRequest)
         try:
             process = self._started()
         except OSError as error:  # no memory for one, say
@@ -139,15 +143,17 @@ class PlannerProcess:
             return process.wait()
 
 
-def _handle(request: RebalanceRequest | SaveRequest) -> Answer | None:
+def _handle(request: Request) -> Answer | None:
     try:
         if isinstance(request, RebalanceRequest):
             return decide(request)
+        if isinstance(request, SettleRequest):
+            return settle(request)
         request.placement.save(request.path)
         return None
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return PlannerFailure(reason, isinstance(request, RebalanceRequest))
+        return PlannerFailure(reason, not isinstance(request, SaveRequest))
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, on_end: Callable[[], Any]) -> None:

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
-from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, RebalanceRequest
+from rq_ep.rebalancing.rebalancer import Decision, Rebalancer
 from rq_ep.serve.messages import RebalanceStatus
-from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure, SaveRequest
+from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure, Request
 
 PLANNER_TIMEOUT_S = 120.0  # after which the planner is ended, and started again for the next decision
 BACK_OFF_S = 10.0  # after a failure, in which nothing is decided; twice as long after each further one in a row,
@@ -39,7 +39,7 @@ class RebalanceState(Enum):
 class PlannerSide(Protocol):
     """What a `PlannerProcess` does."""
 
-    def ask(self, request: RebalanceRequest | SaveRequest) -> None: ...
+    def ask(self, request: Request) -> None: ...
     def take(self) -> Answer | None: ...
     def kill(self) -> None: ...
     def close(self) -> None: ...
@@ -242,6 +242,7 @@ class RebalanceController:
             if number is not None:
                 self._host.answer(number, answer.reason, None)
             return
+        assert isinstance(answer, Decision)
         self._decision, self._decided_at = answer, time.time()
         if was_aborted:
             self._results["aborted"] += 1

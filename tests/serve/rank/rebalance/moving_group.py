@@ -42,7 +42,7 @@ from rq_ep.serve.messages import (
 )
 from rq_ep.serve.rank.load_totals import LoadTotals
 from rq_ep.serve.rank.rebalance.live_rebalancing import LiveRebalancing
-from rq_ep.serve.rank.rebalance.planner_process import Answer, SaveRequest
+from rq_ep.serve.rank.rebalance.planner_process import Answer, Request
 from rq_ep.serve.rank.rebalance.step_loads import StepLoads
 from rq_ep.strategies import make_strategy
 from tests.moe import cases
@@ -152,7 +152,7 @@ class ScriptedPlanner:
         self.answers: list[Answer] = []
         self.num_asked = 0
 
-    def ask(self, request: RebalanceRequest | SaveRequest) -> None:
+    def ask(self, request: Request) -> None:
         self.num_asked += isinstance(request, RebalanceRequest)
 
     def take(self) -> Answer | None:

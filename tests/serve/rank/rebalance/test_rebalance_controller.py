@@ -11,7 +11,7 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, RebalanceRequest
-from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure, SaveRequest
+from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure, Request
 from rq_ep.serve.rank.rebalance.rebalance_controller import (
     ANOTHER_RANK,
     BACK_OFF_S,
@@ -61,7 +61,7 @@ class Stage:
 
     # The planner
 
-    def ask(self, request: RebalanceRequest | SaveRequest) -> None:
+    def ask(self, request: Request) -> None:
         assert isinstance(request, RebalanceRequest)
         self.asked.append(request)
 
