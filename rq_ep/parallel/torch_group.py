@@ -1,11 +1,8 @@
 """A group of processes over torch.distributed: NCCL where every rank has a GPU of its own, gloo elsewhere."""
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rq_ep.config import Environment, bind_for_ranks, keep_gloo_on_loopback
+from rq_ep.config import Environment, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
-from rq_ep.parallel.ep_group import MessagesLost, PeerLost, PeerTensor, Superseded, check_splits
+from rq_ep.parallel.ep_group import PeerTensor, check_splits
 from rq_ep.parallel.processes.communicators import Communicators, Seat
-from rq_ep.parallel.processes.meeting import GenerationStore, IsOver, StoreHost, meet, unless_over
+from rq_ep.parallel.processes.generations import Generations, as_peer_lost
+from rq_ep.parallel.processes.meeting import meet
+from rq_ep.parallel.processes.transfers import GlooChannel, TorchArrival, TorchTransfers
 from rq_ep.parallel.processes.transport import choose_transport, device_of, gpu_name
 from rq_ep.parallel.processes.world import begin_world, store_in_world
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
@@ -53,16 +52,6 @@ class TorchGroup:
             owns_world: `close` also ends torch.distributed.
             alone_as: (rank, R): torch.distributed is not needed, as this rank is the only member at first.
         """
-        self._owns_world = owns_world
-        self._timeout_s = timeout_s
-        self._local_rank = local_rank
-        self.operation: str | None = None  # the one that this rank waits for now, read by a watchdog
-        self._num_channels = 0
-        self._hosted_store: StoreHost | None = None
-        self._changing = threading.Lock()  # guards what follows, besides reads of `_communicators`
-        self._newest = 0  # generation that has begun to form here
-        self._aborted_below = 0  # generations that this rank has done with
-
         if alone_as is None:
             ranks = range(dist.get_world_size()) if ranks is None else ranks
             seat = Seat(list(ranks).index(dist.get_rank()), len(ranks), tuple(range(len(ranks))))
@@ -71,15 +60,16 @@ class TorchGroup:
             rank, size = alone_as
             seat, store = Seat(rank, size, (rank,)), dist.HashStore()  # type: ignore[attr-defined]
         self.rank, self.size = seat.rank, seat.size
-        with _as_peer_lost(f"rank {self.rank}: the ranks cannot meet"):
+        with as_peer_lost(f"rank {self.rank}: the ranks cannot meet"):
             words = meet(store, seat.members, seat.rank, gpu_name(local_rank) or "", timeout_s)
         transport = choose_transport(device, [word or None for word in words])
         self.device = device_of(transport.device_type, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.receive_buffers = ReceiveBuffers(self.device)
-        with _as_peer_lost(f"rank {self.rank}: the group could not be formed"):
-            self._communicators = Communicators(store, seat, self.device, transport.backend, timeout_s, 0)
+        with as_peer_lost(f"rank {self.rank}: the group could not be formed"):
+            first = Communicators(store, seat, self.device, transport.backend, timeout_s, 0)
+        self._generations = Generations(first, self.device, local_rank, timeout_s, owns_world)
         log.info("rank %d of %d: %s on %s (%s)", self.rank, self.size, self.backend, self.device, transport.reason)
 
     @classmethod
@@ -116,24 +106,27 @@ class TorchGroup:
 
     @property
     def members(self) -> tuple[int, ...]:
-        return self._communicators.seat.members
+        return self._generations.current.seat.members
 
     @property
     def generation(self) -> int:
         """The number of this membership; 0: the first one."""
-        return self._communicators.seat.generation
+        return self._generations.current.seat.generation
 
     @property
     def backend(self) -> str:
-        return self._communicators.backend
+        return self._generations.current.backend
+
+    @property
+    def operation(self) -> str | None:
+        """The one that this rank waits for now, read by a watchdog."""
+        return self._generations.operation
 
     # A change of the members
 
     def open_store(self) -> tuple[str, int]:
         """Host a store in which members of later generations meet; returns its address."""
-        if self._hosted_store is None:
-            self._hosted_store = StoreHost(bind_for_ranks(Environment.from_os()))
-        return self._hosted_store.address
+        return self._generations.open_store()
 
     def abort(self, below: int | None = None) -> None:
         """End the collectives and messages under way, here and, as connections end, on the other members.
@@ -144,11 +137,7 @@ class TorchGroup:
             below: only those of generations below this one: the one that was announced may have formed already.
                 None: those of whatever generation there is, or that is forming.
         """
-        with self._changing:
-            below = self._newest + 1 if below is None else below
-            self._aborted_below = max(self._aborted_below, below)
-            if self.generation < self._aborted_below:
-                self._communicators.abort(f"generation {self.generation} has ended")
+        self._generations.abort(below)
 
     def reform(
         self,
@@ -169,48 +158,16 @@ class TorchGroup:
             Superseded: a newer generation has been announced, or `abort` was called.
             PeerLost: a member or the store is gone, or a member has not come in time. A newer generation is needed.
         """
-        seat = Seat(self.rank, self.size, tuple(sorted(members)), generation)
-        self.abort(generation)
-        with self._changing:
-            self._newest = generation
-        # On a thread: gloo's take 10 ms each to close, in which they do nothing.
-        closing = threading.Thread(target=self._close, args=(self._communicators,), name="rq_ep closing", daemon=True)
-        closing.start()
-
-        def make(is_over: IsOver) -> Communicators:
-            own = GenerationStore(store, generation, is_over)
-            try:
-                word = (gpu_name(self._local_rank) or "") if self.device.type == "cuda" else ""
-                words = meet(own, seat.members, seat.rank, word, self._timeout_s)
-                backend = "nccl" if all(words) and len(set(words)) == len(words) else "gloo"
-                if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)  # of this thread
-                return Communicators(own, seat, self.device, backend, self._timeout_s, self._num_channels)
-            except BaseException:
-                own.close()
-                raise
-
-        self.operation = f"forming of generation {generation}"
-        try:
-            with _as_peer_lost(f"rank {self.rank}: generation {generation} could not be formed"):
-                made = unless_over(make, lambda: is_superseded() or generation < self._aborted_below)
-        finally:
-            self.operation = None
-        with self._changing:
-            if generation >= self._aborted_below:
-                self._communicators = made
-                return
-        made.close()
-        raise Superseded(f"rank {self.rank}: generation {generation} was given up before it had formed")
+        self._generations.reform(generation, members, store, is_superseded)
 
     def raise_if_aborted(self) -> None:
         """Raise `PeerLost` if this generation was aborted: what a GPU has computed since may be wrong."""
-        self._raise_if_aborted(self._communicators, "computation")
+        self._generations.raise_if_aborted()
 
     # Collectives and messages
 
     def gather_counts(self, counts_V: Tensor) -> IntArray:
-        with self._naming("gather of counts") as communicators:
+        with self._generations.running("gather of counts") as communicators:
             counts_V = self._to_wire(counts_V)
             num_members = len(communicators.seat.members)
             counts_MV = counts_V.new_empty(num_members, len(counts_V))
@@ -223,49 +180,46 @@ class TorchGroup:
 
     def start_all_to_all(
         self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | None = None
-    ) -> "TorchArrival":
+    ) -> TorchArrival:
         check_splits(send, input_splits, output_splits, self.size, self.members)
         target = send.new_empty(sum(output_splits), *send.shape[1:]) if out is None else out
         wire = self._to_wire(send).contiguous()
         landing = torch.empty_like(target, device="cpu") if self._is_staged else target
-        with self._naming("all-to-all") as communicators:
+        with self._generations.running("all-to-all") as communicators:
             work = communicators.all_to_all(landing, wire, output_splits, input_splits)
-        return TorchArrival(self, communicators, work, wire, landing, target)
+        return TorchArrival(self._generations, communicators, work, wire, landing, target)
 
-    def start_transfers(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> "TorchTransfers":
+    def start_transfers(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> TorchTransfers:
         landings = [(torch.empty_like(to, device="cpu") if self._is_staged else to, to) for to, _ in receives]
         outgoing = [self._to_wire(piece) for piece, _ in sends]
-        with self._naming("weight transfer") as communicators:
+        with self._generations.running("weight transfer") as communicators:
             works = communicators.start_messages(
                 [(piece, dst) for piece, (_, dst) in zip(outgoing, sends, strict=True)],
                 [(landing, src) for (landing, _), (_, src) in zip(landings, receives, strict=True)],
             )
-        return TorchTransfers(self, communicators, works, outgoing, landings)
+        return TorchTransfers(self._generations, communicators, works, outgoing, landings)
 
-    def open_host_channel(self) -> "GlooChannel":
+    def open_host_channel(self) -> GlooChannel:
         """Communicators for messages beside the collectives, one in each generation; every member calls this.
 
         A rank that is slow there holds up no step. One that has ended closes its connections, which ends the waiting.
         """
-        with self._naming("opening of a channel") as communicators:
-            communicators.open_channel()
-        self._num_channels += 1
-        return GlooChannel(self, self._num_channels - 1)
+        return GlooChannel(self._generations, self._generations.open_channel())
 
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        with self._naming("gather of objects") as communicators:
+        with self._generations.running("gather of objects") as communicators:
             for rank, of_rank in zip(self.members, communicators.gather_objects(value), strict=True):
                 values[rank] = of_rank
         return values
 
     def gather_ints(self, values: Sequence[int], operation: str) -> list[list[int]]:
         """As many integers of each member, in their order; holes are left out."""
-        with self._naming(operation) as communicators:
+        with self._generations.running(operation) as communicators:
             return communicators.gather_ints(values)
 
     def barrier(self) -> None:
-        with self._naming("barrier") as communicators:
+        with self._generations.running("barrier") as communicators:
             communicators.control.barrier().wait()
 
     def clock(self) -> float:
@@ -273,14 +227,7 @@ class TorchGroup:
 
     def close(self) -> None:
         """End the communicators; every member calls it when nothing is under way."""
-        self._close(self._communicators)
-        if self._hosted_store is not None:
-            self._hosted_store.close()
-
-    def _close(self, communicators: Communicators) -> None:
-        communicators.close()
-        if self._owns_world and dist.is_initialized():
-            dist.destroy_process_group()  # its connections lead to the first members
+        self._generations.close()
 
     @property
     def _is_staged(self) -> bool:
@@ -288,96 +235,3 @@ class TorchGroup:
 
     def _to_wire(self, tensor: Tensor) -> Tensor:
         return tensor.cpu() if self._is_staged else tensor
-
-    @contextmanager
-    def _naming(self, operation: str, communicators: Communicators | None = None) -> Iterator[Communicators]:
-        """Name the operation, here for a watchdog and in the error if it fails."""
-        communicators = communicators or self._communicators
-        self.operation = operation
-        try:
-            self._raise_if_aborted(communicators, operation)
-            yield communicators
-            self._raise_if_aborted(communicators, operation)
-        except PeerLost:
-            raise
-        except RuntimeError:
-            self._raise_if_aborted(communicators, operation)
-            with _as_peer_lost(f"rank {self.rank}: {operation} failed, another rank may have ended"):
-                raise
-        finally:
-            self.operation = None
-
-    def _raise_if_aborted(self, communicators: Communicators, operation: str) -> None:
-        if (why := communicators.why_aborted) is not None:
-            raise PeerLost(f"rank {self.rank}: {operation}: the group was aborted, {why}")
-
-
-@dataclass(frozen=True)
-class TorchArrival:
-    """An all-to-all under way; keeps alive the buffer it reads."""
-
-    group: TorchGroup
-    communicators: Communicators
-    work: dist.Work
-    outgoing: Tensor
-    landing: Tensor
-    target: Tensor
-
-    def wait(self) -> Tensor:
-        with self.group._naming("all-to-all", self.communicators):
-            self.work.wait()
-        return self.target if self.landing is self.target else self.target.copy_(self.landing)
-
-
-@dataclass(frozen=True)
-class TorchTransfers:
-    """Messages under way; keeps alive the buffers they read."""
-
-    group: TorchGroup
-    communicators: Communicators
-    works: Sequence[dist.Work]
-    outgoing: Sequence[Tensor]
-    landings: Sequence[tuple[Tensor, Tensor]]  # where a message arrives, where it belongs
-
-    def wait(self) -> None:
-        with self.group._naming("weight transfer", self.communicators):
-            self.communicators.wait(self.works)
-        for landing, target in self.landings:
-            if landing is not target:
-                target.copy_(landing)
-
-
-@dataclass(frozen=True)
-class GlooChannel:
-    """Messages between ranks over communicators that nothing else uses: those of the group's present generation."""
-
-    group: TorchGroup
-    number: int
-
-    @property
-    def rank(self) -> int:
-        return self.group.rank
-
-    @property
-    def generation(self) -> int:
-        return self.group.generation
-
-    def exchange(
-        self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor], generation: int | None = None
-    ) -> None:
-        communicators = self.group._communicators
-        lost = communicators.exchange_messages(self.number, sends, receives, generation)
-        if lost:
-            text = "; ".join(f"no connection to rank {peer} ({reason})" for peer, reason in sorted(lost.items()))
-            raise MessagesLost(f"rank {self.rank}: {text}", lost)
-
-
-@contextmanager
-def _as_peer_lost(what: str) -> Iterator[None]:
-    """Say in the errors of torch what could not be done."""
-    try:
-        yield
-    except RuntimeError as error:
-        kind = Superseded if isinstance(error, Superseded) else PeerLost
-        reason = str(error).partition("\n")[0]
-        raise kind(f"{what}: {reason}") from error

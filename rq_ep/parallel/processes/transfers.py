@@ -1,0 +1,70 @@
+"""Tensors under way between processes, and where to wait for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
+from rq_ep.parallel.processes.communicators import Communicators
+from rq_ep.parallel.processes.generations import Generations
+
+
+@dataclass(frozen=True)
+class TorchArrival:
+    """An all-to-all under way; keeps alive the buffer it reads."""
+
+    generations: Generations
+    communicators: Communicators
+    work: dist.Work
+    outgoing: Tensor
+    landing: Tensor
+    target: Tensor
+
+    def wait(self) -> Tensor:
+        with self.generations.running("all-to-all", self.communicators):
+            self.work.wait()
+        return self.target if self.landing is self.target else self.target.copy_(self.landing)
+
+
+@dataclass(frozen=True)
+class TorchTransfers:
+    """Messages under way; keeps alive the buffers they read."""
+
+    generations: Generations
+    communicators: Communicators
+    works: Sequence[dist.Work]
+    outgoing: Sequence[Tensor]
+    landings: Sequence[tuple[Tensor, Tensor]]  # where a message arrives, where it belongs
+
+    def wait(self) -> None:
+        with self.generations.running("weight transfer", self.communicators):
+            self.communicators.wait(self.works)
+        for landing, target in self.landings:
+            if landing is not target:
+                target.copy_(landing)
+
+
+@dataclass(frozen=True)
+class GlooChannel:
+    """Messages between ranks over communicators that nothing else uses: those of the present generation."""
+
+    generations: Generations
+    number: int
+
+    @property
+    def rank(self) -> int:
+        return self.generations.current.seat.rank
+
+    @property
+    def generation(self) -> int:
+        return self.generations.current.seat.generation
+
+    def exchange(
+        self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor], generation: int | None = None
+    ) -> None:
+        lost = self.generations.current.exchange_messages(self.number, sends, receives, generation)
+        if lost:
+            text = "; ".join(f"no connection to rank {peer} ({reason})" for peer, reason in sorted(lost.items()))
+            raise MessagesLost(f"rank {self.rank}: {text}", lost)
