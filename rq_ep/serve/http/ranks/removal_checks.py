@@ -1,10 +1,11 @@
 """Whether ranks may leave: the rank that would lead the others is asked whether they could hold the model."""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from rq_ep.serve.http.ranks.membership import Membership
+from rq_ep.serve.http.ranks.rank_connections import RankConnections
 from rq_ep.serve.messages import CheckMembers, MembersChecked
 
 
@@ -22,12 +23,12 @@ class RemovalChecks:
 
     Args:
         membership: of the group.
-        send: sends a message to a rank.
+        connections: to the ranks.
     """
 
-    def __init__(self, membership: Membership, send: Callable[[int, CheckMembers], None]) -> None:
+    def __init__(self, membership: Membership, connections: RankConnections) -> None:
         self._membership = membership
-        self._send = send
+        self._connections = connections
         self._free_bytes: dict[int, int | None] = {}  # of the device of each rank
         self._questions: list[Question] = []
         self._num_asked = 0
@@ -68,7 +69,7 @@ class RemovalChecks:
         staying = self._membership.staying(question.ranks)
         if staying:
             free = [self._free_bytes.get(rank) for rank in staying]
-            self._send(staying[0], CheckMembers(question.number, staying, free))
+            self._connections.send(staying[0], CheckMembers(question.number, staying, free))
         else:
             self._answer(question, "no other rank is left")
 

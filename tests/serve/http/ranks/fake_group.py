@@ -128,7 +128,8 @@ class FakeGroup:
 
     def __init__(self, num_ranks: int, router: RankRouter | None = None) -> None:
         self.router = router or RankRouter(num_ranks, TOKEN, self, max_queue_size=100, stall_s=60, survives=True)
-        self.router._connections = self  # type: ignore[assignment]
+        for name in ("send", "send_all", "send_supervisor", "mute", "drop", "num_open", "in_state"):
+            setattr(self.router._connections, name, getattr(self, name))
         self.processes: list[FakeProcess | None] = [FakeProcess(True) for _ in range(num_ranks)]
         self.commands: list[tuple[int, ToSupervisor]] = []
         self.sent: list[tuple[int, ToRank]] = []
@@ -277,7 +278,7 @@ async def run_at_random(group: FakeGroup, chance: random.Random, tasks: Iterable
                 await group.router.remove_ranks([rank], moves=chance.random() < 0.5)
         elif event < 0.25:
             for leaving in group.router.membership.leaving:
-                group.router._note_drained(leaving)
+                group.router._changes._note_drained(leaving)
         else:
             group.step(rank)
     raise AssertionError("the requests have not ended")

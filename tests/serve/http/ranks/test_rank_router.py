@@ -16,7 +16,8 @@ from rq_ep.serve.control import ControlClient
 from rq_ep.serve.frames import GREETING, HEADER, Frames, Role, make_greeting
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.ranks import rank_connections, routed_requests
-from rq_ep.serve.http.ranks.rank_router import GroupState, RankRouter
+from rq_ep.serve.http.ranks.group_life import GroupState
+from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.http.ranks.routed_requests import MAX_UNREAD_OUTPUTS
 from rq_ep.serve.messages import (
     Abort,

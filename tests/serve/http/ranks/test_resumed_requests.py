@@ -12,7 +12,7 @@ import pytest
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.ranks import routed_requests
-from rq_ep.serve.http.ranks.rank_router import GroupState
+from rq_ep.serve.http.ranks.group_life import GroupState
 from rq_ep.serve.messages import DrainRequest, request_parts
 from tests.serve.http.ranks.fake_group import FakeGroup, answer, run_at_random
 
