@@ -39,6 +39,8 @@ BENCHES = {
     "rebalance": Bench("bench.serving.rebalance", "a placement that follows the load: gain, cost, wrong answers"),
     "step": Bench("bench.serving.decode_step", "where the time of a decode step goes, by both ways to dispatch it"),
     "faults": Bench("bench.serving.faults", "ranks that die, leave and come back: failed answers, pauses, cost"),
+    "load": Bench("bench.serving.load", "a model about as large as the machine: calibrated, placed, loaded, served"),
+    "balance": Bench("bench.serving.balance", "what balance is worth end to end: prompts through HTTP"),
     "gpu": Bench("bench.gpu.gpu", "all evidence that one device gives, stage by stage, in nine minutes"),
     "decode": Bench("bench.gpu.decode", "tokens per second of one rank by format, against transformers' own"),
     "waits": Bench("bench.gpu.waits", "how often the host waits for the device in a call of a layer"),

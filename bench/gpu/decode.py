@@ -224,7 +224,7 @@ def _manager_rate(
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
     manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
     manager.start()
-    seconds, num_tokens = answer(manager, number, requests)
+    seconds, num_tokens, _ = answer(manager, number, requests)
     manager.stop(block=True)
     return num_tokens / seconds
 

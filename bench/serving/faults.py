@@ -46,7 +46,7 @@ from bench.serving.faults_figure import draw
 from bench.serving.faults_figures import binned, goals, mean_of_each, pauses_after, spread
 from bench.serving.load_generator import TIMEOUT_S, Answer, Job, ask, drive, figures, random_jobs
 from bench.serving.parts import run_parts
-from bench.serving.server_process import NAME, server
+from bench.serving.server_process import NAME, rank_processes, server
 from bench.serving.soak import dense_answer, is_right
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import check_choice, check_integer
@@ -213,10 +213,8 @@ class Loaded:
         return time.perf_counter() - started_s
 
     def rank(self, rank: int) -> psutil.Process:
-        """The process that computes as this rank: what its supervisor has started, or the launcher itself."""
-        started = [one for one in self.launcher.children() if one.environ().get("RANK") == str(rank)]
-        below = [one for one in started[0].children() if not any("http_process" in word for word in one.cmdline())]
-        return below[0] if below else started[0]
+        """The process that computes as this rank."""
+        return rank_processes(self.launcher)[rank]
 
 
 @asynccontextmanager

@@ -151,11 +151,17 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
         "total_token_throughput": (total_input + total_output) / duration_s,
     }
     for name, values in times_ms.items():
-        if values:
-            results |= {f"mean_{name}_ms": float(np.mean(values)), f"std_{name}_ms": float(np.std(values))}
-            results[f"median_{name}_ms"] = float(np.median(values))
-            results |= {f"p{at}_{name}_ms": float(np.percentile(values, at)) for at in PERCENTILES}
+        results |= latencies_ms(name, values)
     return results
+
+
+def latencies_ms(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean, deviation, median and percentiles of latencies of one kind; nothing where there are none."""
+    if not values:
+        return {}
+    shown = {f"mean_{name}_ms": float(np.mean(values)), f"std_{name}_ms": float(np.std(values))}
+    shown[f"median_{name}_ms"] = float(np.median(values))
+    return shown | {f"p{at}_{name}_ms": float(np.percentile(values, at)) for at in PERCENTILES}
 
 
 def random_jobs(texts: Sequence[Sequence[int]], num_jobs: int, input_len: int, output_len: int, seed: int) -> list[Job]:

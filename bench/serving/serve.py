@@ -27,7 +27,8 @@ from rich.table import Table
 from bench.result import result_document
 from bench.serving.load_generator import Job, drive, figures, random_jobs
 from bench.serving.serve_figure import draw
-from bench.serving.server_process import NAME, server
+from bench.serving.served_loads import ServedLoads
+from bench.serving.server_process import NAME, pin_ranks, server
 from bench.serving.transformers_serving import TransformersServing
 from rq_ep.commands.console import wide_console
 from rq_ep.config import CACHES
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cache", default="", help="as of the server; by commas, a server of every strategy with each")
     made.add_argument("--dtype", default="auto", help="as of the server [auto]")
     made.add_argument("--device", default="auto", help="as of the server [auto]")
+    made.add_argument("--pin", action="store_true", help="bind each rank to a core")
     made.add_argument("--text", default=None, help="text that prompts are cut from; default: this program's")
     made.add_argument("--num-prompts", type=int, default=64, help="requests of a run [64]")
     made.add_argument("--random-input-len", type=int, default=64, help="mean tokens of a prompt, +- half [64]")
@@ -117,7 +119,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             name = strategy if len(caches) == 1 else f"{strategy} {cache}"
             console.print(f"starting {name} (log: {logs / name}.log)")
             arguments = _arguments(options, strategy, placements.get(strategy), cache)
-            contestants[name] = stack.enter_context(server(options.num_ranks, arguments, logs / f"{name}.log"))[0]
+            url, launcher = stack.enter_context(server(options.num_ranks, arguments, logs / f"{name}.log"))
+            contestants[name] = url
+            if options.pin:
+                pin_ranks(launcher)
         for name in peers:
             console.print(f"starting {name} (log: {logs / name}.log)")
             contestants[name] = stack.enter_context(TransformersServing(options, logs / f"{name}.log"))
@@ -125,7 +130,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             order = list(contestants) if number % 2 else list(reversed(contestants))
             for rate, concurrency in loads:
                 for name in order:
-                    run_figures = measure(contestants[name], jobs, rate, concurrency, options.seed)
+                    run_figures = measure(
+                        contestants[name], jobs, rate, concurrency, options.seed, has_begun=number > 0
+                    )
                     if run_figures is None:
                         continue
                     console.print(
@@ -137,8 +144,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"contestants": list(contestants), "rows": rows}
 
 
-def measure(contestant: Any, jobs: Sequence[Job], rate: float, concurrency: int, seed: int) -> dict[str, Any] | None:
-    """The figures of one run; None where a peer knows no rates.
+def measure(
+    contestant: Any, jobs: Sequence[Job], rate: float, concurrency: int, seed: int, has_begun: bool
+) -> dict[str, Any] | None:
+    """The figures of one run, with the loads of a server that has answered requests before; None: no rates known.
 
     Raises:
         UserError: a request failed.
@@ -146,10 +155,12 @@ def measure(contestant: Any, jobs: Sequence[Job], rate: float, concurrency: int,
     if isinstance(contestant, TransformersServing):
         return contestant.run(jobs, concurrency) if math.isinf(rate) else None
     limit = None if math.isinf(rate) else rate
+    before = ServedLoads.read(contestant) if has_begun else None
     answers = asyncio.run(drive(contestant, NAME, jobs, max_concurrency=concurrency, rate=limit, seed=seed))
     if failed := [answer.error for answer in answers if answer.error]:
         raise UserError(f"{len(failed)} of {len(jobs)} requests failed: {failed[0]}")
-    return figures(answers)
+    loads = {} if before is None else ServedLoads.read(contestant).since(before)
+    return figures(answers) | loads
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
@@ -211,7 +222,8 @@ def _arguments(options: argparse.Namespace, strategy: str, placement: str | None
     settings = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     placed = [] if placement is None else ["--placement", placement]
     cached = [] if cache is None else ["--cache", cache]
-    return [*settings, "--strategy", strategy, *placed, *cached, "--log-level", "warning"]
+    # All runs send the same prompts, which are to be computed each time.
+    return [*settings, "--strategy", strategy, *placed, *cached, "--prefix-caching", "off", "--log-level", "warning"]
 
 
 def _number(flag: str, text: str) -> float:

@@ -1,11 +1,12 @@
 """A server of one strategy under torchrun, for as long as a benchmark needs it."""
 
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -53,6 +54,24 @@ def server(
         _, alive = psutil.wait_procs(tree, STOP_TIMEOUT_S)
         for left in alive:
             left.kill()
+
+
+def rank_processes(launcher: psutil.Process) -> dict[int, psutil.Process]:
+    """Rank of a group under way -> the process that computes as it: what its supervisor has started, if it has one."""
+    ranks = {}
+    for started in launcher.children():
+        below = [one for one in started.children() if not any("http_process" in word for word in one.cmdline())]
+        ranks[int(started.environ()["RANK"])] = below[0] if below else started
+    return ranks
+
+
+def pin_ranks(launcher: psutil.Process) -> None:
+    """Bind each rank of a group, with all of its threads, to a core of its own as far as there are enough."""
+    cores = sorted(os.sched_getaffinity(0))
+    for rank, process in rank_processes(launcher).items():
+        for thread in process.threads():
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread.id, {cores[rank % len(cores)]})
 
 
 def _start(command: list[str], log: IO[bytes]) -> psutil.Process:

@@ -18,7 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench.serving.load_generator import Job
+import psutil
+
+from bench.serving.load_generator import Job, latencies_ms
+from bench.serving.server_process import pin_ranks
 from rq_ep.config import child_environment
 from rq_ep.core.errors import UserError
 
@@ -62,6 +65,8 @@ class TransformersServing:
             except TimeoutError:
                 self._process.kill()
                 raise UserError(f"--peers transformers: it does not start, see {self._log}") from None
+        if self._options.pin:
+            pin_ranks(psutil.Process(self._process.pid))
         self._socket.settimeout(TIMEOUT_S)
         self._file = self._socket.makefile("rw")
         return self
@@ -77,7 +82,7 @@ class TransformersServing:
             self._process.terminate()
 
     def run(self, jobs: Sequence[Job], max_concurrency: int) -> dict[str, Any]:
-        """Throughput of all jobs, of which so many are under way at once.
+        """Throughput of all jobs, of which so many are under way at once, and times to their first tokens.
 
         Raises:
             UserError: the group has ended.
@@ -88,15 +93,17 @@ class TransformersServing:
         line = self._file.readline()
         if not line:
             raise UserError(f"--peers transformers: it has ended, see {self._log}")
-        duration_s, total_output = json.loads(line)
+        duration_s, total_output, ttft_s = json.loads(line)
         total_input = sum(len(job.prompt_ids) for job in jobs)
         return {
             "duration": duration_s,
             "completed": len(jobs),
+            "total_input": total_input,
             "total_output": total_output,
             "request_throughput": len(jobs) / duration_s,
             "output_throughput": total_output / duration_s,
             "total_token_throughput": (total_input + total_output) / duration_s,
+            **latencies_ms("ttft", [1e3 * seconds for seconds in ttft_s]),
         }
 
 
@@ -152,25 +159,29 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def answer(manager: Any, max_concurrency: int, jobs: Sequence[Sequence[Any]]) -> tuple[float, int]:
-    """Seconds and tokens of all jobs."""
+def answer(manager: Any, max_concurrency: int, jobs: Sequence[Sequence[Any]]) -> tuple[float, int, list[float]]:
+    """Seconds and tokens of all jobs, and the seconds to the first token of each."""
     start_s = time.perf_counter()
     waiting = iter(enumerate(jobs))
+    sent_s: dict[str, float] = {}
 
     def submit_next() -> None:
         for number, (prompt_ids, max_tokens) in islice(waiting, 1):
-            manager.add_request(prompt_ids, request_id=str(number), max_new_tokens=max_tokens)
+            sent_s[str(number)] = time.perf_counter()
+            manager.add_request(prompt_ids, str(number), max_tokens, record_timestamps=True)
 
     for _ in range(max_concurrency):
         submit_next()
     num_tokens = 0
+    ttft_s = []
     for _ in jobs:
         result = manager.get_result(timeout=TIMEOUT_S)
         assert result is not None
         assert result.error is None, result.error
         num_tokens += len(result.generated_tokens)
+        ttft_s.append(result.timestamps[0] - sent_s[result.request_id])
         submit_next()
-    return time.perf_counter() - start_s, num_tokens
+    return time.perf_counter() - start_s, num_tokens, ttft_s
 
 
 if __name__ == "__main__":

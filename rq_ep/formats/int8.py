@@ -26,7 +26,8 @@ class Int8(Quantized):
         return {"levels": ((num_out, num_in), torch.int8), "scale": ((num_out,), torch.float32)}
 
     def quantize(self, weight_OI: Tensor) -> Parts:
-        scale_O = (weight_OI.abs().amax(1) / _MAX_LEVEL).clamp_(min=torch.finfo(torch.float32).tiny)
+        largest_O = torch.maximum(weight_OI.amax(1), -weight_OI.amin(1))  # without a copy, as `abs` makes
+        scale_O = (largest_O / _MAX_LEVEL).clamp_(min=torch.finfo(torch.float32).tiny)
         levels = (weight_OI / scale_O[:, None]).round_().clamp_(-_MAX_LEVEL, _MAX_LEVEL)
         return {"levels": levels.to(torch.int8), "scale": scale_O}
 

@@ -122,5 +122,6 @@ class Quantized(ABC):
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raise a `UserError` unless every element of tensor `name` is a finite number."""
-    if not weight.isfinite().all():
+    lowest, highest = weight.aminmax()  # much faster than `isfinite`; what is not finite shows in one of the two
+    if not (lowest.isfinite() & highest.isfinite()):
         raise UserError(f"tensor {name!r} of an expert holds infinite or undefined weights: check the model")

@@ -1,9 +1,12 @@
-"""Settings of the C library's allocator and of Python's garbage collector for a process that serves or measures."""
+"""Settings of the C library's allocator, of Python's garbage collector and of torch's threads, for a whole process."""
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -36,3 +39,21 @@ def short_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def all_cores(num_sharing: int) -> Iterator[None]:
+    """While open, torch computes with this process's part of the cores, if that is more than it was given.
+
+    Launchers give each rank one thread, which is right for steps and leaves cores idle while weights are packed.
+
+    Args:
+        num_sharing: processes that share the cores.
+    """
+    num_threads = torch.get_num_threads()
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(num_threads, num_cores // num_sharing))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel
 
+from rq_ep.config import Environment
 from rq_ep.core.cost import CostModel
 from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import Placement
@@ -39,6 +40,7 @@ from rq_ep.moe import BorrowBuffers, EPExperts, ExpertBank, LocalExperts
 from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import EPGroup, Exchange, ExchangeSettings
 from rq_ep.parallel.agreement import run_on_all_ranks
+from rq_ep.parallel.host import all_cores
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +179,8 @@ class _Loader:
         needed = self._rank_bytes(resident)
         check_fits(needed, self._ranks.local[0], self._ranks.device)
         layers = self._replace_experts(needed.borrowed)
-        self._read_experts(layers)
+        with all_cores(Environment.from_os().local_world_size):
+            self._read_experts(layers)
         self._opened.fill(self._ranks.device)
         assert sum(resident.values()) == sum(bank.nbytes for layer in layers for bank in _banks(layer))
         report = LoadReport(

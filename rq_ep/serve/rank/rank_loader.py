@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from rq_ep.config import ServeConfig
 from rq_ep.engine.engine import vocab_size
 from rq_ep.engine.servable import set_attention
+from rq_ep.formats.kernels.blocked_product import has_fast_products
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import LoadReport, report_of
 from rq_ep.model.load.memory import expert_bytes
@@ -93,6 +94,11 @@ def log_ready(
         group.size, group.device.type, group.backend, torch.get_num_threads(), model.dtype, cache,
         ready.max_model_len, load_s, warmup_s,
     )  # fmt: skip
+    if group.device.type == "cpu" and not has_fast_products(model.dtype):
+        log.info(
+            "this CPU multiplies in %s more slowly than in float32: --dtype float32 takes more memory for attention "
+            "and dense layers, and less time", model.dtype,
+        )  # fmt: skip
     for rank, by_format in enumerate(ready.expert_bytes):
         sizes = ", ".join(f"{size / 2**20:.2f} MiB {name}" for name, size in sorted(by_format.items()))
         log.info("rank %d: experts %s", rank, sizes or "none")
