@@ -29,7 +29,6 @@ FROZEN_OPTIONS = {
         "--max-low-precision-share", "--tokens-per-step", "--num-redundant-experts", "--out", "--objective",
         "--tail-weight", "--machine", "--max-error", "--rules", "--time-limit", "--workers", "--what-if", "--for",
         "--current", "--lost-ranks", "--max-moved-bytes", "--move-price", "--min-gain", "--moves",
-        "--mixed-replicas",
     },
     "simulate": {"--stats", "--placement", "--strategies", "--num-ranks", "--calibration", "--max-steps"},
     "eval": {"--model", "--placement", "--text"},

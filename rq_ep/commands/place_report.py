@@ -26,14 +26,16 @@ def report(placement: "Placement") -> None:
     from rq_ep.commands.console import wide_console
 
     console = wide_console()
+    certificate = placement.certificate
     _print_summary(console, placement)
+    console.print(_formats_table(certificate["formats"], certificate["replicas_by_format"]))
     console.print(_layers_table(placement))
     console.print(_ranks_table(placement))
-    for row in placement.certificate.get("what_if", ()):
+    for row in certificate.get("what_if", ()):
         held_out = f", {row['held_out']:.3f} on the other half" if "held_out" in row else ""
         text = f"what if: {row['change']}: predicted {row['predicted']:.3f}{held_out}, bound {row['bound']:.3f}"
         console.print(text, soft_wrap=True)
-    for warning in placement.certificate.get("warnings", ()):
+    for warning in certificate.get("warnings", ()):
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
@@ -81,19 +83,6 @@ def _print_summary(console: "Console", placement: "Placement") -> None:
             f"(cap {placement.low_precision_cap:.0%})",
             soft_wrap=True,
         )
-    if mixed := certificate.get("mixed_replicas"):
-        unmixed = (
-            f"; predicted {certificate['predicted_unmixed']:.3f} without" if "predicted_unmixed" in certificate else ""
-        )
-        console.print(
-            f"  {'mixed':<12}{mixed['experts']:7}  experts with replicas in two formats{unmixed}; "
-            f"low pairs at most {mixed['low_share_at_most']:.1%}, if each sent half of its pairs there",
-            soft_wrap=True,
-        )
-    elif "predicted_unmixed" in certificate:
-        console.print(
-            f"  {'mixed':<12}{0:7}  experts: replicas in two formats were not found to gain anything", soft_wrap=True
-        )
     for name, value in certificate.items():
         if name in ("importance", "layers_without_replica", "searched_from"):
             console.print(f"  {name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)
@@ -116,6 +105,19 @@ def _migration_summary(replaced: "dict[str, Any]") -> str:
         f"{replaced['choice']}, {replaced['moved_bytes']:,} bytes; {staying}; moving all {whole['predicted']:.3f} for "
         f"{whole['moved_bytes']:,} bytes"
     )
+
+
+def _formats_table(formats: "dict[str, dict[str, float]]", replicas: "dict[str, int]") -> Any:
+    """Of each allowed format, what it stores and the damage that is expected of that."""
+    from rich.table import Table
+
+    measured = [key for key in ("error", "kl") if any(key in row for row in formats.values())]
+    table = Table("format", "experts", "replicas", "pairs", *measured, "", title="Formats", box=None, padding=(0, 1))
+    for name, row in formats.items():
+        damage = (f"{row[key]:.2e}" if key in row else "-" for key in measured)
+        note = "" if row["experts"] else "allowed, never used"
+        table.add_row(name, str(row["experts"]), str(replicas.get(name, 0)), f"{row['pairs']:.1%}", *damage, note)
+    return table
 
 
 def _layers_table(placement: "Placement") -> Any:

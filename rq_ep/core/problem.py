@@ -42,13 +42,6 @@ class SolverOptions:
         minimum=0,
         group=LIMITS,
     )
-    mixed_replicas: bool = option(
-        False,
-        help="native experts may have further replicas in the smallest format, which compute at most half of the "
-        "expert's pairs in a step, those of the lowest gates, and count against both caps with what they compute; for "
-        "rq alone; pays where ranks hold few experts, seldom where many share the bytes, and takes several searches",
-        group=LIMITS,
-    )
     num_redundant_experts: int = option(
         0, help="extra replicas per layer, for strategies that count replicas instead of bytes", minimum=0, group=LIMITS
     )
@@ -160,18 +153,7 @@ class PlacementProblem(SolverOptions):
             )
         if self.cost is not None and (missing := [name for name in self.formats if name not in self.cost.pair_s]):
             raise UserError(f"--machine: has no times for format {', '.join(missing)}")
-        if self.mixed_replicas:
-            self._check_mixing()
         self.rules.allowed_LER(self.stats, self.topology)  # raises where the rules cannot be kept
-
-    def _check_mixing(self) -> None:
-        allowed = f"--formats {','.join(self.formats)} with --max-low-precision-share {self.max_low_precision_share:g}"
-        has_low = any(self.stats.expert_bytes[name] < self.native_bytes for name in self.formats)
-        if not has_low or not self.max_low_precision_share:
-            raise UserError(f"--mixed-replicas: {allowed} allow one format: add int8, calibrated, or leave it out")
-        if self.objective != "prefill" or self.cost is not None:
-            other = "--machine" if self.cost is not None else f"--objective {self.objective}"
-            raise UserError(f"--mixed-replicas balances pairs, whatever their format: leave {other} out, or it")
 
     def placement(self, strategy: str, layers: Sequence[LayerPlacement], **notes: Any) -> Placement:
         """Put layers together: add up bytes and low-precision pairs; refuse what breaks the budget or the rules."""

@@ -73,7 +73,6 @@ class Strategy(ABC):
     lends: ClassVar[bool] = False  # whether its plans may transfer experts for a step
     serves_replicas: ClassVar[bool] = True  # whether its planner takes layers with several replicas of an expert
     counts_replicas: ClassVar[bool] = False  # whether its `place` takes `num_redundant_experts`
-    may_mix_formats: ClassVar[bool] = False  # whether its `place` takes `mixed_replicas`
     needs_low_format: ClassVar[bool] = False  # whether its `place` needs a format below the native one, calibrated
     begins_from_current: ClassVar[bool] = False  # whether its `place` makes few moves from the placement that serves
     rebalance_rule: ClassVar[RebalanceRule | None] = None  # None: what serves is kept, whatever the load

@@ -111,12 +111,6 @@ def _strategy(settings: PlacementSettings, equal_slots: bool) -> Strategy:
             f"--num-redundant-experts {settings.num_redundant_experts}: only {able} counts replicas; strategy "
             f"{strategy.name!r} goes by --budget"
         )
-    if settings.mixed_replicas and (equal_slots or not strategy.may_mix_formats):
-        able = " and ".join(names_where(lambda kind: kind.may_mix_formats))
-        why = "--for: these engines store one format" if equal_slots else f"strategy {strategy.name!r} cannot"
-        raise UserError(
-            f"--mixed-replicas: {why}; only {able} splits an expert over two formats, leave it out or place so"
-        )
     if not equal_slots:
         return strategy
     if strategy != Eplb():

@@ -7,40 +7,18 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
-from rq_ep.core.errors import check_integer
+from rq_ep.core.errors import UserError, check_integer
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replicas
 from rq_ep.core.strategy import Planner, RebalanceRule, SplitRule, Strategy, Summary
 from rq_ep.core.topology import Topology
-from rq_ep.solver.search.mixed_replicas import place_mixed
 from rq_ep.solver.search.solve import solve
 from rq_ep.solver.split.min_max_split import ByExpert, split
 from rq_ep.solver.split.one_rank_per_expert import route_to_one_rank
 from rq_ep.solver.split.source_split import nearest_first
-from rq_ep.solver.split.two_format_split import TwoFormatSplit
 from rq_ep.strategies.eplb import eplb_candidates
-
-
-@dataclass(frozen=True)
-class _OneFormat:
-    """As `TwoFormatSplit`, where all replicas of an expert share a format."""
-
-    by_expert: ByExpert
-
-    @classmethod
-    def of(cls, replicas: Replicas, num_ranks: int) -> "_OneFormat":
-        return cls(ByExpert.of(replicas, num_ranks))
-
-    def split(self, totals_E: IntArray) -> IntArray:
-        return split(self.by_expert, totals_E).quotas_C
-
-    def route_to_one_rank(self, totals_E: IntArray, read_s_P: FloatArray) -> IntArray:
-        return route_to_one_rank(self.by_expert, totals_E, read_s_P)
-
-    def assign_sources(self, counts_RE: IntArray, quotas_C: IntArray, topology: Topology) -> IntArray:
-        return nearest_first(self.by_expert, counts_RE, quotas_C, topology)
 
 
 class Choice(NamedTuple):
@@ -56,22 +34,27 @@ class StaticPlanner:
 
     replicas: Replicas
     topology: Topology
-    split: _OneFormat | TwoFormatSplit
+    by_expert: ByExpert
     cost: LayerCost | None  # None: pairs alone decide
     read_s_P: FloatArray  # seconds of reading each replica
     many_pairs: float  # from which on arithmetic takes longer than reading every replica
 
     @classmethod
     def of(cls, layer: LayerPlacement, topology: Topology, cost: LayerCost | None) -> "StaticPlanner":
+        """Raises a `UserError` where the replicas of an expert differ in format."""
         replicas, num_ranks = layer.replicas, topology.num_ranks
-        split = (TwoFormatSplit if replicas.mixing_experts else _OneFormat).of(replicas, num_ranks)
+        if replicas.mixing_experts:
+            raise UserError(
+                f"layer {layer.index}: expert {replicas.mixing_experts[0]} is stored in several formats, which only "
+                "rq_paper splits: serve the placement with --strategy rq_paper, or place again"
+            )
         read_s_P, many_pairs = np.zeros(len(replicas)), 0.0
         if len(replicas) == layer.num_experts:
             cost = None  # there is nothing to choose
         if cost is not None:
             read_s_P = np.array([cost.stream_s[name] + cost.overhead_s.get(name, 0.0) for name in replicas.formats_P])
             many_pairs = read_s_P.sum() / min(cost.pair_s[name] for name in replicas.formats_P)
-        planner = cls(replicas, topology, split, cost, read_s_P, many_pairs)
+        planner = cls(replicas, topology, ByExpert.of(replicas, num_ranks), cost, read_s_P, many_pairs)
         planner.by_pairs(np.zeros((num_ranks, layer.num_experts), np.int64))  # what is compiled is compiled now
         return planner
 
@@ -86,17 +69,17 @@ class StaticPlanner:
         totals_E = counts_RE.sum(axis=0)
         if totals_E.sum() >= self.many_pairs:
             return Choice(balanced, False)
-        read_once = self._plan(counts_RE, self.split.route_to_one_rank(totals_E, self.read_s_P))
+        read_once = self._plan(counts_RE, route_to_one_rank(self.by_expert, totals_E, self.read_s_P))
         if self.cost.step(read_once).layer_s < self.cost.step(balanced).layer_s:
             return Choice(read_once, True)
         return Choice(balanced, False)
 
     def by_pairs(self, counts_RE: IntArray) -> DispatchPlan:
         """The exact min-max split of pairs."""
-        return self._plan(counts_RE, self.split.split(counts_RE.sum(axis=0)))
+        return self._plan(counts_RE, split(self.by_expert, counts_RE.sum(axis=0)).quotas_C)
 
     def _plan(self, counts_RE: IntArray, quotas_C: IntArray) -> DispatchPlan:
-        return DispatchPlan(self.replicas, self.split.assign_sources(counts_RE, quotas_C, self.topology))
+        return DispatchPlan(self.replicas, nearest_first(self.by_expert, counts_RE, quotas_C, self.topology))
 
 
 @dataclass(frozen=True)
@@ -104,8 +87,7 @@ class ReplicateQuantize(Strategy):
     """Places by `rq_ep.solver` inside a byte budget for each rank; plans the exact min-max split of each step.
 
     With a cost of the layer, steps of so few pairs that ranks wait for weights instead are planned on one replica of
-    each expert, where that is modelled to be shorter. Of an expert in two formats at most half of the pairs of a step
-    go to the fewer bits, those of the lowest gates.
+    each expert, where that is modelled to be shorter.
     """
 
     name: ClassVar[str] = "rq"
@@ -115,7 +97,6 @@ class ReplicateQuantize(Strategy):
         "ours, after Replicate-and-Quantize, arXiv 2602.19938",
     )
     split: ClassVar[SplitRule | None] = "exact"
-    may_mix_formats: ClassVar[bool] = True
     begins_from_current: ClassVar[bool] = True
     rebalance_rule: ClassVar[RebalanceRule | None] = RebalanceRule()
 
@@ -127,12 +108,9 @@ class ReplicateQuantize(Strategy):
         check_integer("max_moves", self.max_moves)
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:
-        def solve_uniform(part: PlacementProblem) -> Placement:
-            return solve(part, self, self.max_steps, self.max_moves, current, [] if current else eplb_candidates(part))
-
-        if problem.mixed_replicas and current is None:
-            return place_mixed(problem, self, self.max_steps, solve_uniform)
-        return solve_uniform(problem)  # from one that serves, formats stay
+        return solve(
+            problem, self, self.max_steps, self.max_moves, current, [] if current else eplb_candidates(problem)
+        )
 
     def planner(self, layer: LayerPlacement, topology: Topology, cost: LayerCost | None = None) -> Planner:
         return StaticPlanner.of(layer, topology, cost)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.__main__ import main
 from bench.solver.score import score
 from bench.solver.synthetic_traces import LAWS, draw_trace
 from rq_ep.core.placement import LayerPlacement, Placement
@@ -59,3 +60,13 @@ def test_scores() -> None:
     assert scored.fractional == pytest.approx((1 + 4 / 2.5) / 2, abs=1e-3)
     assert scored.integer == pytest.approx((3 / 2.5 + 4 / 2.5) / 2)
     assert scored.cvar90 == pytest.approx(4 / 2.5)
+
+
+def test_low_formats_together_are_beside_each_alone(tmp_path: Path) -> None:
+    out = tmp_path / "low.json"
+    steps = ["--calibration-steps", "8", "--held-out-steps", "8", "--tokens", "128"]
+    main(["low-formats", "--cases", "8x2:0.25", "--budgets", "0.6", "--layers", "1", *steps, "--json", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert {tuple(row["formats"]) for row in rows} == {("int8:504",), ("int4",), ("int8:504", "int4")}
+    for row in rows:
+        assert row["max_error"] is None or row["error"] <= row["max_error"] * (1 + 1e-9)

@@ -73,11 +73,12 @@ def test_a_file_gives_what_flags_leave_out(stats: str, tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("strategy", ["standard", "eplb", "llep", "rq_paper", "rq_llep"])
-def test_other_strategies(stats: str, tmp_path: Path, strategy: str) -> None:
+def test_other_strategies(stats: str, tmp_path: Path, strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "placement.json"
     arguments = ["place", "--stats", stats, "--num-ranks", "3", "--strategy", strategy, "--no-plot", "--out", str(out)]
     assert main(arguments) == 0
     assert Placement.load(out).strategy == strategy
+    assert ("allowed, never used" in capsys.readouterr().out) == (strategy in ("standard", "eplb", "llep"))
     assert not out.with_suffix(".png").exists()
 
 

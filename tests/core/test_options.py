@@ -102,6 +102,5 @@ def test_a_function_shows_the_options_that_it_passes_on() -> None:
 
 def test_place_shows_its_options() -> None:
     parameters = inspect.signature(rq_ep.place).parameters
-    assert parameters["mixed_replicas"].default is False
     assert parameters["max_low_precision_share"].default == 0.25
     assert "max_error: cap on the experts' relative output errors" in (rq_ep.place.__doc__ or "")

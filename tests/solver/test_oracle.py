@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rq_ep.solver.objective.calibration_steps import calibration_steps
-from rq_ep.solver.objective.precision import Formats, low_experts
+from rq_ep.solver.objective.precision import ByteSavings, Formats
 from rq_ep.solver.search.layer_state import LayerSplit
 from rq_ep.solver.search.solve import solve
 from tests.solver.instances import RQ, problem, skewed
@@ -40,7 +40,7 @@ def check_against_the_optimum(
     (steps,) = calibration_steps(instance, 64)
     predicted = solve(instance, RQ, 64, 1000).layers[0].predicted
     pairs_E = instance.stats.counts.sum(axis=(0, 1))
-    may_be_low_E = low_experts(instance, Formats.of(instance))[0]
+    may_be_low_E = ByteSavings.of(instance, Formats.of(instance)).format_LE()[0] > 0
     limits = steps.loads_SE, np.array(budget), 1000, 504, pairs_E, share
     best = best_placement(*limits, may_be_low_E, time_limit_s=10)
     assert LayerSplit.of(steps.loads_SE, best.held_ER).value == pytest.approx(best.value, abs=1e-3)

@@ -37,12 +37,12 @@ def held_LER(placement: Placement) -> np.ndarray:
 def test_a_load_is_pairs_or_bytes_or_seconds_or_by_phase() -> None:
     counts_SE = np.array([[6, 0, 2], [4, 2, 2]])
     instance = problem(counts_SE[:, None], 2)
-    formats, low_E = Formats.of(instance), np.array([False, False, True])
+    formats, format_E = Formats.of(instance), np.array([0, 0, 1])
     steps = LayerSteps(counts_SE, 2, np.array([0, 1]))
 
     def loads(**settings: object) -> list[list[float]]:
         changed = replace(instance, **settings)  # type: ignore[arg-type]
-        load_SE = loads_SE(changed, formats, steps, low_E)
+        load_SE = loads_SE(changed, formats, steps, format_E)
         np.testing.assert_allclose(load_SE.sum(axis=1), 2)
         return (load_SE / load_SE.max(axis=1, keepdims=True)).round(3).tolist()
 
@@ -63,7 +63,7 @@ def test_the_chosen_objective_is_what_gets_better(monkeypatch: pytest.MonkeyPatc
     variants = [replace(instance, objective=name) for name in ("prefill", "decode")]  # type: ignore[arg-type]
     held = [held_LER(solve(variant, RQ, 64, 600))[0] for variant in variants]
     for own, other in ((0, 1), (1, 0)):
-        load_SE = loads_SE(variants[own], Formats.of(instance), steps, np.zeros(16, bool))
+        load_SE = loads_SE(variants[own], Formats.of(instance), steps, np.zeros(16, np.int64))
         assert LayerSplit.of(load_SE, held[own]).value < LayerSplit.of(load_SE, held[other]).value
 
 

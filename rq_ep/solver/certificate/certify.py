@@ -16,7 +16,7 @@ from rq_ep.solver.certificate.generalization import generalization, mean_of
 from rq_ep.solver.certificate.layer_bounds import bounds_of, holds_for
 from rq_ep.solver.objective.calibration_steps import LayerSteps, layer_steps, spread_steps
 from rq_ep.solver.objective.objective import busiest_S, described, evaluator_of, step_balance
-from rq_ep.solver.objective.precision import Formats
+from rq_ep.solver.objective.precision import Formats, error_LE
 from rq_ep.solver.objective.step_balance import EvenSplit
 
 MAX_NAMED = 8  # layers in a warning
@@ -28,16 +28,16 @@ def certified(
     max_steps: int,
     formats: Formats,
     held_LER: BoolArray,
-    low_LE: BoolArray,
+    format_LE: IntArray,
 ) -> Placement:
-    """The certified placement in which rank r holds expert e where `held_LER` is true, low where `low_LE` is.
+    """The certified placement in which rank r holds expert e where `held_LER` is true, in its format of `formats`.
 
     `max_steps` is the number of calibration steps that the solver looked at.
     """
     stats = problem.stats
     layers = [
-        LayerPlacement.even(number, stats.num_experts, Replicas.from_mask(held_ER, formats.names_of(low_E)))
-        for number, held_ER, low_E in zip(stats.layers, held_LER, low_LE, strict=True)
+        LayerPlacement.even(number, stats.num_experts, Replicas.from_mask(held_ER, formats.names_of(format_E)))
+        for number, held_ER, format_E in zip(stats.layers, held_LER, format_LE, strict=True)
     ]
     return certify(problem, strategy, layers, max_steps)
 
@@ -94,7 +94,7 @@ def certify(
         "load": _load_R(problem, layers).tolist(),
         "bytes_by_format": _bytes_by_format(problem, layers),
         "replicas_by_format": dict(sorted(Counter(name for la in layers for name in la.replicas.formats_P).items())),
-        **_mixing(problem, layers),
+        "formats": _by_format(problem, layers),
         **notes,
     }
     return replace(placement, layers=tuple(layers), certificate=certificate)
@@ -118,20 +118,26 @@ def _oddities(problem: PlacementProblem, placement: Placement) -> list[str]:
     return warnings
 
 
-def _mixing(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> dict[str, Any]:
-    """How many experts have replicas in two formats, and the low pairs if each sent half of its pairs to few bits."""
-    num_mixing, at_most = 0, 0.0
-    pairs_LE = problem.stats.counts.sum(axis=0)
-    for layer, pairs_E in zip(layers, pairs_LE, strict=True):
-        table, mixing = layer.replicas, list(layer.replicas.mixing_experts)
-        is_low_P = np.array([name != problem.stats.native_format for name in table.formats_P])
-        low_E = np.bincount(table.experts_P, layer.shares_P * is_low_P, minlength=layer.num_experts)
-        low_E[mixing] = 0.5
-        num_mixing += len(mixing)
-        at_most += float(low_E @ pairs_E)
-    if not num_mixing:
-        return {}
-    return {"mixed_replicas": {"experts": num_mixing, "low_share_at_most": at_most / max(int(pairs_LE.sum()), 1)}}
+def _by_format(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> dict[str, dict[str, float]]:
+    """What each allowed format stores: experts, their share of the pairs, and the expected damage, where measured.
+
+    `error` is what the experts add to the mean output error that `--max-error` caps, `kl` the sum of what each was
+    measured to do to the answers alone. Where an expert comes in several formats, each counts by its share.
+    """
+    stats = problem.stats
+    of_pairs_LE = stats.counts.sum(axis=0) / max(int(stats.counts.sum()), 1)
+    rows: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys([*problem.formats, *sorted({name for la in layers for name in la.replicas.formats_P})]):
+        shares_LE = np.zeros(of_pairs_LE.shape)
+        for shares_E, layer in zip(shares_LE, layers, strict=True):
+            is_P = np.array([other == name for other in layer.replicas.formats_P])
+            np.add.at(shares_E, layer.replicas.experts_P[is_P], layer.shares_P[is_P])
+        rows[name] = {"experts": int((shares_LE > 0).sum()), "pairs": float((shares_LE * of_pairs_LE).sum())}
+        if stats.error is not None and name in stats.formats:
+            rows[name]["error"] = float((shares_LE * error_LE(stats, name)).sum())
+        if stats.kl is not None and name in stats.formats:
+            rows[name]["kl"] = float((shares_LE * stats.kl[:, :, stats.formats.index(name)]).sum())
+    return rows
 
 
 def with_shares(layer: LayerPlacement, pairs_P: IntArray) -> LayerPlacement:

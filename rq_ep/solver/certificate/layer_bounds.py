@@ -18,7 +18,7 @@ from rq_ep.solver.objective.objective import is_plain, least_ratio_S
 
 def holds_for(problem: PlacementProblem) -> str:
     """The placements that the bound holds for, in the words of the certificate."""
-    return "any placement, any split" if is_plain(problem) else "any placement with the same experts low"
+    return "any placement, any split" if is_plain(problem) else "any placement with experts in the same formats"
 
 
 def bounds_of(
@@ -26,8 +26,8 @@ def bounds_of(
 ) -> tuple[Bound, list[Bound]]:
     """The bound of every placement inside the problem's limits, and that of each layer in the bytes it takes here.
 
-    Where pairs weigh differently, both hold for placements that store the same experts low. Where experts are lent,
-    which takes room beside the placement's bytes, no number of bytes bounds.
+    Where pairs weigh differently, both hold for placements that store experts in the same formats. Where experts are
+    lent, which takes room beside the placement's bytes, no number of bytes bounds.
     """
     if is_plain(problem):
         return _inside_limits(problem, placement, steps, is_lending)
@@ -59,7 +59,7 @@ def _inside_limits(
         low_bytes=min(low, native),
         max_bytes=None if budget_R is None else sum(budget_R),
         max_low_pairs=problem.max_low_precision_share * float(pairs_LE.sum()),
-        mixes=problem.mixed_replicas or any(layer.replicas.mixed_formats for layer in placement.layers),
+        mixes=any(layer.replicas.mixed_formats for layer in placement.layers),
     )
     overall = lower_bound(steps, pairs_LE, limits, fewest_LE, most_LE)
     bounds = []
@@ -77,7 +77,7 @@ def _inside_limits(
 def _step_by_step(
     problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps]
 ) -> tuple[Bound, list[Bound]]:
-    """The mean, or whole experts that some rank must read: for placements that store the same experts low."""
+    """The mean, or whole experts that some rank must read: for placements that store experts in the same formats."""
     pairs = zip(placement.layers, steps, strict=True)
     values = [mean_of([least_ratio_S(problem, layer, of_layer)]) for layer, of_layer in pairs]
     bounds = [

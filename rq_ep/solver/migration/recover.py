@@ -95,8 +95,8 @@ def _balance(problem: PlacementProblem, members: Sequence[int], restoration: Res
     It is left out where it would take too long or might not be served: without a compiler, where formats are mixed, and
     where no expert had more than one replica.
     """
-    low_LE = restoration.low_LE()
-    if numba is None or low_LE is None or restoration.before_LER.sum(axis=2).max() < 2:
+    format_LE = restoration.format_LE()
+    if numba is None or format_LE is None or restoration.before_LER.sum(axis=2).max() < 2:
         return
     before_LEM, after_LEM = (held_LER[:, :, members] for held_LER in (restoration.before_LER, restoration.held_LER))
     to_move = int(((after_LEM & ~before_LEM) * restoration.bytes_LE[:, :, None]).sum())
@@ -104,9 +104,9 @@ def _balance(problem: PlacementProblem, members: Sequence[int], restoration: Res
         lowered_problem(problem, members), move_price=PRICE, max_moved_bytes=round((1 + MORE_MOVED) * to_move),
         time_limit_s=None, num_workers=1,
     )  # fmt: skip
-    context = replace(SearchContext.of(alone, NUM_MOVES, None), current=Solution(before_LEM, low_LE))
+    context = replace(SearchContext.of(alone, NUM_MOVES, None), current=Solution(before_LEM, format_LE))
     steps = denoise_steps(alone, calibration_steps(alone, NUM_STEPS))
-    state = SearchState(context, steps, Solution(after_LEM, low_LE)).add_replicas()
+    state = SearchState(context, steps, Solution(after_LEM, format_LE)).add_replicas()
     state.search(ignore_progress)
     restoration.hold(state.held_LER, members)
 

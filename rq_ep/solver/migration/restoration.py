@@ -16,7 +16,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
-from rq_ep.solver.objective.precision import Formats, damage_LE, error_LE
+from rq_ep.solver.objective.precision import Formats, damage_FLE, error_LE
 
 UNLIMITED = 2**60
 _GIVES = np.array([-1.0, 1.0])  # what a rank and the one that it gives a replica to carry more
@@ -91,14 +91,13 @@ class Restoration:
         bytes_LE: IntArray = self._bytes_F[self._format_LE]
         return bytes_LE
 
-    def low_LE(self) -> BoolArray | None:
-        """[L, E] the experts stored low; None if formats are mixed, or others than the native and the low one."""
-        used = {self._names[name] for name in np.unique(self._format_LE).tolist()}
+    def format_LE(self) -> IntArray | None:
+        """[L, E] the format of each expert among the problem's; None if formats are mixed, or others are used."""
+        allowed = {name: number for number, name in enumerate(self._formats.names)}
+        number_F = np.array([allowed.get(name, -1) for name in self._names], np.int64)
+        format_LE: IntArray = number_F[self._format_LE]
         mixes = (self.held_LER & (self.format_LER != self._format_LE[:, :, None])).any()
-        if mixes or not {self._formats.native, self._formats.low}.issuperset(used):
-            return None
-        low_LE: BoolArray = self._format_LE > 0
-        return low_LE
+        return None if mixes or format_LE.min() < 0 else format_LE
 
     def hold(self, held_LEM: BoolArray, members: Sequence[int]) -> None:
         """Hold other replicas, each in the format of its expert."""
@@ -226,16 +225,17 @@ class Restoration:
         return lacking <= 0 and self._relocate(min(int(bytes_LE[i, expert]) for i, expert in rest))
 
     def _lower_one(self) -> int:
-        """Store one more expert in few bits. Returns the bytes that a replica of it saves; 0: none may be."""
+        """Store one more expert in the fewest bits. Returns the bytes that a replica of it saves; 0: none may be."""
         if self._tolerant is None:
             self._tolerant = self._tolerant_experts()
         if not self._tolerant:
             return 0
         i, expert = self._tolerant.pop()
         low = self._names.index(self._formats.low or "")
-        more = int(self._bytes_F[0] - self._bytes_F[low])
+        before = int(self._format_LE[i, expert])
+        more = int(self._bytes_F[before] - self._bytes_F[low])
         self._format_LE[i, expert] = low
-        for rank in np.flatnonzero(self.format_LER[i, expert] == 0).tolist():
+        for rank in np.flatnonzero(self.format_LER[i, expert] == before).tolist():
             self.format_LER[i, expert, rank] = low
             self._free_R[rank] += more
         return more
@@ -268,28 +268,28 @@ class Restoration:
         return False
 
     def _tolerant_experts(self) -> list[tuple[int, int]]:
-        """Native experts that may be stored low by the caps on pairs and on error; that of least damage last."""
+        """Experts that the caps on pairs and on error allow in the fewest bits; that of least damage last."""
         problem, formats = self._problem, self._formats
         if formats.low is None:
             return []
         stats = problem.stats
-        damages_LE = damage_LE(stats, formats.low)
-        mixes_LE: BoolArray = np.any(self.format_LER > 0, axis=2)
+        damages_LE = damage_FLE(stats, formats)[-1]
+        errors_FLE = np.stack([error_LE(stats, name) for name in self._names])
+        stored_LE = np.take_along_axis(errors_FLE, self._format_LE[None], axis=0)[0]
+        more_LE = errors_FLE[self._names.index(formats.low)] - stored_LE
         low_LE: BoolArray = self._format_LE > 0
+        mixes_LE = (self.held_LER & (self.format_LER != self._format_LE[:, :, None])).any(axis=2)
+        may_be_lower_LE: BoolArray = (self.bytes_LE > formats.low_bytes) & ~mixes_LE
         left = self._max_low - self._low_pairs() - float(self.pairs_LE[low_LE & (self._copies_LE == 0)].sum())
-        more_LE = error_LE(stats, formats.low) - error_LE(stats, formats.native)
-        left_error = np.inf
-        if problem.max_error is not None:
-            left_error = problem.max_error - error_LE(stats, formats.native).sum() - more_LE[low_LE].sum()
+        left_error = np.inf if problem.max_error is None else problem.max_error - stored_LE.sum()
         tolerant = []
         keys = [self.pairs_LE.ravel(), damages_LE.ravel()]
         for flat in np.lexsort(keys if self._by_damage else keys[::-1]).tolist():
             i, expert = divmod(flat, stats.num_experts)
-            pairs, error = float(self.pairs_LE[i, expert]), float(more_LE[i, expert])
-            if low_LE[i, expert] or mixes_LE[i, expert] or pairs > left or error > left_error:
-                continue
-            tolerant.append((i, expert))
-            left, left_error = left - pairs, left_error - error
+            pairs, error = 0.0 if low_LE[i, expert] else float(self.pairs_LE[i, expert]), float(more_LE[i, expert])
+            if may_be_lower_LE[i, expert] and pairs <= left and error <= left_error:
+                tolerant.append((i, expert))
+                left, left_error = left - pairs, left_error - error
         return tolerant[::-1]
 
     def _too_small(self, rest: Sequence[tuple[int, int]]) -> str:

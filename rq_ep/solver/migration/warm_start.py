@@ -138,12 +138,8 @@ def _refused(layers: Sequence[LayerPlacement], problem: PlacementProblem, strate
     serves_one = strategy.split == "home" or not strategy.serves_replicas
     if serves_one and any(len(layer.replicas) > layer.num_experts for layer in layers):
         return f"{strategy.name} serves one replica of each expert"
-    if (
-        strategy.split == "exact"
-        and not problem.mixed_replicas
-        and any(layer.replicas.mixing_experts for layer in layers)
-    ):
-        return "it stores experts in two formats, which takes --mixed-replicas"
+    if strategy.split == "exact" and any(layer.replicas.mixing_experts for layer in layers):
+        return f"it stores an expert in several formats, which {strategy.name} does not split"
     try:
         share = problem.placement(strategy.name, layers).low_precision_planned
     except UserError as error:

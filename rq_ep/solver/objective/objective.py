@@ -63,7 +63,7 @@ def busiest_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerStep
 
 
 def least_ratio_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps) -> FloatArray:
-    """[S] lower bound on max/mean of every placement that stores the same experts low, whatever its bytes.
+    """[S] lower bound on max/mean of every placement that stores experts in the same formats, whatever its bytes.
 
     An active expert is read whole by some rank; and of m active ones some rank reads at least ceil(m / ranks), no less
     than the smallest of them.
@@ -79,11 +79,11 @@ def least_ratio_S(problem: PlacementProblem, layer: LayerPlacement, steps: Layer
 
 def _weights(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps) -> tuple[FloatArray, BoolArray]:
     """[S, E] weight of each expert in each step, and [S] whether the weights are those of reading, not of pairs."""
-    native = problem.stats.native_format
-    low_E = np.zeros(layer.num_experts, bool)
-    for replica in layer.replicas:
-        low_E[replica.expert] |= replica.format != native
+    formats, format_E = Formats.of(problem), np.zeros(layer.num_experts, np.int64)
+    for _, expert, name in layer.replicas:
+        if name in formats.names:  # else a cap of 0 leaves the native one alone
+            format_E[expert] = max(format_E[expert], formats.names.index(name))
     reads_S = np.full(len(steps.counts_SE), problem.objective == "decode")
     if problem.objective == "mixed" and steps.phase_S is not None:
         reads_S = steps.phase_S == PHASES.index("decode")
-    return weights_SE(problem, Formats.of(problem), steps, low_E), reads_S
+    return weights_SE(problem, formats, steps, format_E), reads_S

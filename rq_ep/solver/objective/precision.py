@@ -1,62 +1,92 @@
-"""The experts stored in low precision: those of least expected damage, up to the caps on pairs and error."""
+"""The weight format of every expert: fewest bytes for the least expected damage, up to the caps on pairs and error.
+
+Axes: F formats, the native one first, then those of ever fewer bytes; N experts of all layers together; A steps, each
+of which takes one expert to a format of fewer bytes.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 
 STORED_DISCOUNT = 0.5  # to make an expert native again takes its weights from elsewhere; to make it low does not
+ROUNDING = 1e-9  # by which a sum in another order may exceed the damage of all experts
+ASSUMED_NATIVE_BITS = 16  # of a weight, where no error was measured: then it is taken to halve with every bit
 
 
 @dataclass(frozen=True)
 class Formats:
-    """The native format, and the low one: the smallest of the smaller formats that a problem allows."""
+    """The formats that a problem allows: the native one, then those of fewer bytes, the smallest last."""
 
-    native: str
-    native_bytes: int
-    low: str | None
-    low_bytes: int
+    names: tuple[str, ...]
+    bytes_F: IntArray
 
     @classmethod
     def of(cls, problem: PlacementProblem) -> "Formats":
         size, native = problem.stats.expert_bytes, problem.stats.native_format
         smaller = [name for name in problem.formats if size[name] < size[native]]
-        low = min(smaller, key=lambda name: (size[name], name)) if smaller else None
         if problem.max_low_precision_share == 0:
-            low = None
-        return cls(native, size[native], low, size[low] if low else size[native])
+            smaller = []
+        names = (native, *sorted(smaller, key=lambda name: (size[name], name), reverse=True))
+        return cls(names, np.array([size[name] for name in names], np.int64))
 
-    def bytes_of(self, low: BoolArray) -> IntArray:
-        """Bytes of one replica of each expert, low ones marked."""
-        return np.where(low, self.low_bytes, self.native_bytes)
+    @property
+    def native(self) -> str:
+        return self.names[0]
 
-    def names_of(self, low_E: BoolArray) -> list[str]:
-        """The format of each expert, low ones marked."""
-        return [self.low if low and self.low else self.native for low in low_E.tolist()]
+    @property
+    def native_bytes(self) -> int:
+        return int(self.bytes_F[0])
+
+    @property
+    def low(self) -> str | None:
+        """The smallest of the formats below the native one; None if there is none."""
+        return self.names[-1] if len(self.names) > 1 else None
+
+    @property
+    def low_bytes(self) -> int:
+        return int(self.bytes_F[-1])
+
+    def only(self, number: int) -> "Formats":
+        """The native format and the one of this number alone."""
+        return Formats((self.names[0], self.names[number]), self.bytes_F[[0, number]])
+
+    def bytes_of(self, format_LE: IntArray) -> IntArray:
+        """Bytes of one replica of each expert."""
+        sizes: IntArray = self.bytes_F[format_LE]
+        return sizes
+
+    def names_of(self, format_E: IntArray) -> list[str]:
+        """The name of the format of each expert."""
+        return [self.names[number] for number in format_E.tolist()]
 
 
-def damage_LE(stats: ExpertStats, low: str) -> FloatArray:
-    """[L, E] expected damage of storing an expert low; infinite for one that calibration never visited.
+def damage_FLE(stats: ExpertStats, formats: Formats) -> FloatArray:
+    """[F, L, E] expected damage of storing an expert in a format; infinite for one that calibration never visited.
 
     It is the KL divergence of the model's output where that was measured for each expert. Else it is the expert's
-    contribution times its relative output error, as a share of the layer's, so that layers of larger outputs are not
-    spared for that; errors that were not measured are taken to be equal. How often an expert is used does not say how
-    much it matters.
+    contribution times its relative output error, as a share of what the smallest format does to the layer, so that
+    layers of larger outputs are not spared for that; errors that were not measured are taken to be equal for all
+    experts. How often an expert is used does not say how much it matters.
     """
-    damages_LE: FloatArray
-    if stats.kl is not None:
-        damages_LE = stats.kl[:, :, stats.formats.index(low)].copy()
-    else:
-        damages_LE = contributions_LE(stats)
-        if stats.error is not None:
-            damages_LE = damages_LE * stats.error[:, :, stats.formats.index(low)]
-        damages_LE = damages_LE / np.maximum(damages_LE.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    damages_FLE = np.zeros((len(formats.names), stats.num_layers, stats.num_experts))
+    for number, name in enumerate(formats.names[1:], 1):
+        if stats.kl is not None:
+            damages_FLE[number] = stats.kl[:, :, stats.formats.index(name)]
+        elif stats.error is not None:
+            damages_FLE[number] = contributions_LE(stats) * stats.error[:, :, stats.formats.index(name)]
+        else:
+            bits = ASSUMED_NATIVE_BITS * (formats.bytes_F[number] - formats.low_bytes) / formats.native_bytes
+            damages_FLE[number] = contributions_LE(stats) * 0.5**bits
+    if stats.kl is None:
+        damages_FLE /= np.maximum(damages_FLE[-1].sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     if stats.visits is not None and stats.visits.any():
-        damages_LE[stats.visits == 0] = np.inf
-    return damages_LE
+        damages_FLE[1:, stats.visits == 0] = np.inf
+    return damages_FLE
 
 
 def contributions_LE(stats: ExpertStats) -> FloatArray:
@@ -65,28 +95,96 @@ def contributions_LE(stats: ExpertStats) -> FloatArray:
     return next(array for array in measured if array is not None).astype(np.float64)
 
 
-def low_experts(problem: PlacementProblem, formats: Formats, stored_low_LE: BoolArray | None = None) -> BoolArray:
-    """[L, E] experts to store low: those of least damage in all layers, up to the caps on pairs and on error.
+@dataclass(frozen=True)
+class ByteSavings:
+    """Experts that go to formats of fewer bytes, step by step, up to the caps of a problem.
 
-    Experts that are stored low already are taken at `STORED_DISCOUNT` times their damage.
+    Those steps come first that save a byte for the least damage: the greedy solution of the multiple-choice knapsack
+    problem (Kellerer et al., Knapsack Problems, 2004, chapter 11). A step that would exceed a cap is left out.
+
+    Neither pairs of experts below the native format nor damage exceed `max_low_precision_share` of all. The cap on
+    damage keeps an expert of few pairs that matters from being taken only because its pairs fit. The errors add up to
+    `max_error` at most. An expert of infinite damage stays as it is.
     """
-    stats = problem.stats
-    if formats.low is None:
-        return np.zeros((stats.num_layers, stats.num_experts), bool)
-    damages_LE = damage_LE(stats, formats.low)
-    pairs_LE = stats.counts.sum(axis=0)
-    errors_LE = error_LE(stats, formats.low) - error_LE(stats, formats.native)
-    max_error = np.inf if problem.max_error is None else problem.max_error - error_LE(stats, formats.native).sum()
-    rank_LE = damages_LE if stored_low_LE is None else np.where(stored_low_LE, STORED_DISCOUNT, 1.0) * damages_LE
-    low = least_damage_first(
-        damages_LE.ravel(),
-        pairs_LE.ravel(),
-        problem.max_low_precision_share,
-        errors_LE.ravel(),
-        max_error,
-        rank_LE.ravel(),
-    )
-    return low.reshape(pairs_LE.shape)
+
+    shape: tuple[int, int]
+    experts_A: IntArray  # of all layers together
+    formats_A: IntArray  # that the expert gets
+    saved_A: IntArray  # bytes of one replica of each expert, with all steps before
+
+    @classmethod
+    def of(cls, problem: PlacementProblem, formats: Formats, stored_LE: IntArray | None = None) -> "ByteSavings":
+        """Take all steps that the caps allow.
+
+        Args:
+            problem: statistics and caps.
+            formats: those to use.
+            stored_LE: the formats that experts are stored in; to get there counts `STORED_DISCOUNT` of its damage.
+        """
+        stats = problem.stats
+        damage_FN = damage_FLE(stats, formats).reshape(len(formats.names), -1)
+        errors_FN = np.stack([error_LE(stats, name).ravel() for name in formats.names])
+        pairs_N = stats.counts.sum(axis=0).ravel()
+        totals_F = damage_FN[:, np.isfinite(damage_FN[-1])].sum(axis=1)
+        # A share of what a format would do to all experts counts as the same share of what the smallest would do.
+        scale_F = np.divide(totals_F[-1], totals_F, out=np.ones(len(totals_F)), where=totals_F > 0)
+        max_pairs = problem.max_low_precision_share * int(pairs_N.sum())
+        max_damage = problem.max_low_precision_share * float(totals_F[-1]) * (1 + ROUNDING)
+        max_error = np.inf if problem.max_error is None else problem.max_error - float(errors_FN[0].sum())
+        format_N = np.zeros(len(pairs_N), np.int64)
+        taken, saved, pairs, damage, error = [], 0, 0, 0.0, 0.0
+        for expert, before, after in _steps(damage_FN, pairs_N, formats, stored_LE) if max_pairs else ():
+            scaled_F = damage_FN[:, expert] * scale_F
+            more_pairs = pairs + (int(pairs_N[expert]) if before == 0 else 0)
+            more_damage = damage + float(scaled_F[after] - scaled_F[before])
+            more_error = error + float(errors_FN[after, expert] - errors_FN[before, expert])
+            fits = more_pairs <= max_pairs and more_damage <= max_damage and more_error <= max_error
+            if fits and format_N[expert] == before:
+                format_N[expert] = after
+                pairs, damage, error = more_pairs, more_damage, more_error
+                saved += int(formats.bytes_F[before] - formats.bytes_F[after])
+                taken.append((expert, after, saved))
+        experts_A, formats_A, saved_A = np.array(taken, np.int64).reshape(-1, 3).T
+        return cls((stats.num_layers, stats.num_experts), experts_A, formats_A, saved_A)
+
+    @property
+    def most(self) -> int:
+        """Bytes that all steps save together."""
+        return int(self.saved_A.max(initial=0))
+
+    def format_LE(self, saved: float | None = None) -> IntArray:
+        """[L, E] the formats after the first steps that save so many bytes or, by default, after all."""
+        number = int(np.searchsorted(self.saved_A, self.most if saved is None else saved)) + 1
+        format_LE = np.zeros(self.shape, np.int64)
+        format_LE.ravel()[self.experts_A[:number]] = self.formats_A[:number]  # of two steps of an expert, the later one
+        return format_LE
+
+
+class _Step(NamedTuple):
+    """An expert goes from a format to one of fewer bytes."""
+
+    expert: int
+    before: int
+    after: int
+
+
+def _steps(damage_FN: FloatArray, pairs_N: IntArray, formats: Formats, stored_LE: IntArray | None) -> list[_Step]:
+    """The steps of all experts along their convex hulls of damage over bytes, by rising damage of a byte saved."""
+    experts, rows = np.arange(damage_FN.shape[1]), []
+    before_N = np.zeros(len(experts), np.int64)
+    for _ in formats.names[1:]:
+        saved_FN = formats.bytes_F[before_N] - formats.bytes_F[:, None]
+        more_FN = damage_FN - damage_FN[before_N, experts]
+        price_FN = np.divide(more_FN, saved_FN, out=np.full(more_FN.shape, np.inf), where=saved_FN > 0)
+        after_N = len(price_FN) - 1 - np.argmin(price_FN[::-1], axis=0)
+        price_N = price_FN[after_N, experts]
+        if stored_LE is not None:
+            price_N = np.where(after_N <= stored_LE.ravel(), STORED_DISCOUNT, 1.0) * price_N
+        rows.append(np.stack([price_N, pairs_N, experts, before_N, after_N])[:, np.isfinite(price_N)])
+        before_N = np.where(np.isfinite(price_N), after_N, before_N)
+    columns = np.concatenate(rows, axis=1) if rows else np.zeros((5, 0))
+    order_A = np.lexsort(columns[[2, 1, 0]])
+    return [_Step(*row) for row in columns[2:, order_A].astype(np.int64).T.tolist()]
 
 
 def error_LE(stats: ExpertStats, name: str) -> FloatArray:
@@ -96,34 +194,3 @@ def error_LE(stats: ExpertStats, name: str) -> FloatArray:
     contribution_LE = contributions_LE(stats)
     added: FloatArray = contribution_LE * stats.error[:, :, stats.formats.index(name)]
     return added / max(float(contribution_LE.sum()), np.finfo(np.float64).tiny)
-
-
-def least_damage_first(
-    damage_E: FloatArray,
-    pairs_E: IntArray,
-    max_share: float,
-    errors_E: FloatArray | None = None,
-    max_error: float = np.inf,
-    order_E: FloatArray | None = None,
-) -> BoolArray:
-    """[E] experts to store low, by rising `order_E` (default: damage), while their pairs and damage keep to a share.
-
-    Neither their pairs nor their damage exceed `max_share` of all. Greedy knapsack: an expert that would exceed it, or
-    of infinite damage, is skipped. The cap on damage keeps an expert of few pairs that matters from being taken only
-    because its pairs fit. The `errors_E` of the experts taken add up to `max_error` at most.
-    """
-    low_E = np.zeros(len(damage_E), bool)
-    allowed_pairs, allowed_damage = (
-        max_share * int(pairs_E.sum()),
-        max_share * float(damage_E[np.isfinite(damage_E)].sum()),
-    )
-    errors = np.zeros(len(damage_E)) if errors_E is None else errors_E
-    pairs, damage, error = 0, 0.0, 0.0
-    if not allowed_pairs:
-        return low_E
-    for expert in np.lexsort((pairs_E, damage_E if order_E is None else order_E)).tolist():
-        more = (pairs + int(pairs_E[expert]), damage + float(damage_E[expert]), error + float(errors[expert]))
-        if more[0] <= allowed_pairs and more[1] <= allowed_damage and more[2] <= max_error:
-            low_E[expert] = True
-            pairs, damage, error = more
-    return low_E

@@ -19,7 +19,6 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.replicas import Replicas
 from rq_ep.solver.split.min_max_split import ByExpert, split_steps
 from rq_ep.solver.split.one_rank_per_expert import route_to_one_rank
-from rq_ep.solver.split.two_format_split import TwoFormatSplit, split_steps_in_two_formats
 
 # A certificate's `split` -> what it says.
 SPLITS = {
@@ -128,21 +127,14 @@ class ExactSplit(_ClosedSplit):
     def balance(self, replicas: Replicas, counts_SE: IntArray) -> StepBalance:
         num_ranks, by_expert = self.num_ranks, ByExpert.of(replicas, self.num_ranks)
         counts_SE = np.ascontiguousarray(counts_SE)
-        if replicas.mixing_experts:
-            virtual = TwoFormatSplit.of(replicas, num_ranks).virtual
-            fullest_S, pairs_C = split_steps_in_two_formats(counts_SE, virtual, num_ranks, len(replicas))
-        elif len(replicas) > by_expert.num_experts:
+        if len(replicas) > by_expert.num_experts:
             fullest_S, pairs_C, _ = split_steps(counts_SE, by_expert.first_E, by_expert.ranks_C, num_ranks)
         else:
             return EvenSplit(num_ranks).balance(replicas, counts_SE)
         return StepBalance(fullest_S * num_ranks / counts_SE.sum(axis=1), _in_replica_order(by_expert, pairs_C))
 
     def _quotas_to_read(self, replicas: Replicas) -> Callable[[IntArray, FloatArray], IntArray]:
-        read_once: Callable[[IntArray, FloatArray], IntArray]
-        if replicas.mixing_experts:
-            read_once = TwoFormatSplit.of(replicas, self.num_ranks).route_to_one_rank
-        else:
-            read_once = partial(route_to_one_rank, ByExpert.of(replicas, self.num_ranks))
+        read_once = partial(route_to_one_rank, ByExpert.of(replicas, self.num_ranks))
         return lambda counts_E, read_E: read_once(counts_E, read_E[replicas.experts_P])
 
 

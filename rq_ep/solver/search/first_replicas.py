@@ -10,7 +10,7 @@ from rq_ep.solver.objective.precision import Formats
 
 
 def assign_first_replicas(
-    mean_LE: FloatArray, low_LE: BoolArray, formats: Formats, budget_R: IntArray, group_size: int
+    mean_LE: FloatArray, format_LE: IntArray, formats: Formats, budget_R: IntArray, grouping: int
 ) -> IntArray | None:
     """[L, E] a rank for every expert, or None if they do not fit.
 
@@ -19,25 +19,26 @@ def assign_first_replicas(
 
     Args:
         mean_LE: load of each expert, to place the heaviest first.
-        low_LE: experts stored in the low format.
-        formats: the two formats.
+        format_LE: number of each expert's format.
+        formats: what the problem allows.
         budget_R: bytes of each rank, over all layers.
-        group_size: low experts that a rank gets at a time; a group that makes room for a whole native replica helps
-            where ranks have few experts.
+        grouping: 0: a rank gets one expert at a time; 1: as many of a format as make room for a whole native replica,
+            which helps where ranks have few experts; 2: one more.
     """
     free_R = budget_R.copy()
-    ranks_LE = np.empty(low_LE.shape, np.int64)
-    for mean_E, low_E, ranks_E in zip(mean_LE, low_LE, ranks_LE, strict=True):
-        num_low = int(low_E.sum())
-        num_low_R = _experts_per_rank(num_low, formats.low_bytes, group_size, free_R)
-        if num_low_R is None:
-            return None
-        num_native_R = _experts_per_rank(len(low_E) - num_low, formats.native_bytes, 1, free_R)
-        if num_native_R is None:
-            return None
+    ranks_LE = np.empty(format_LE.shape, np.int64)
+    sizes = formats.bytes_F.tolist()
+    for mean_E, format_E, ranks_E in zip(mean_LE, format_LE, ranks_LE, strict=True):
+        by_format: list[tuple[int, IntArray]] = []
+        for number, size in reversed(list(enumerate(sizes))):
+            group_size = sizes[0] // (sizes[0] - size) + grouping - 1 if number and grouping else 1
+            number_R = _experts_per_rank(int((format_E == number).sum()), size, group_size, free_R)
+            if number_R is None:
+                return None
+            by_format.append((number, number_R))
         load_R = np.zeros(len(budget_R))
-        for is_low, number_R in ((False, num_native_R), (True, num_low_R)):
-            experts = np.flatnonzero(low_E == is_low)
+        for number, number_R in reversed(by_format):
+            experts = np.flatnonzero(format_E == number)
             for expert in experts[np.argsort(-mean_E[experts], kind="stable")].tolist():
                 rank = int(np.where(number_R > 0, load_R, np.inf).argmin())
                 ranks_E[expert] = rank

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import combinations
 
 import numpy as np
 
@@ -53,16 +54,25 @@ def add_replicas(layers: Sequence[LayerSplit], limits: Sequence[LayerLimits], is
         layer.optimize()
 
 
-def promote_to_native(
-    held_LER: BoolArray, low_LE: BoolArray, damage_LE: FloatArray, formats: Formats, free_R: IntArray
-) -> BoolArray:
-    """[L, E] low experts that remain when those of most damage get the free bytes: all replicas of one, or none."""
-    low_LE, free_R = low_LE.copy(), free_R.copy()
-    more = formats.native_bytes - formats.low_bytes
-    by_damage = np.argsort(-damage_LE, axis=None, kind="stable")
-    for i, expert in zip(*(axis.tolist() for axis in np.unravel_index(by_damage, damage_LE.shape)), strict=True):
-        held_R = held_LER[i, expert]
-        if low_LE[i, expert] and (free_R[held_R] >= more).all():
-            low_LE[i, expert] = False
+def raise_formats(
+    held_LER: BoolArray, format_LE: IntArray, damage_FLE: FloatArray, formats: Formats, free_R: IntArray
+) -> IntArray:
+    """[L, E] the formats after experts got more bytes of those left: all replicas of one, or none.
+
+    Where a byte spares most damage, it goes first.
+    """
+    format_LE, free_R = format_LE.copy(), free_R.copy()
+    layers, experts = np.nonzero(format_LE)
+    rises = []
+    for before, after in combinations(reversed(range(len(formats.names))), 2):
+        more = int(formats.bytes_F[after] - formats.bytes_F[before])
+        if more > 0:
+            spared = (damage_FLE[before, layers, experts] - damage_FLE[after, layers, experts]) / more
+            rises += [(-spared[at], at, before, after, more) for at in range(len(layers))]
+    for _, at, before, after, more in sorted(rises):
+        expert = layers[at], experts[at]
+        held_R = held_LER[expert]
+        if format_LE[expert] == before and (free_R[held_R] >= more).all():
+            format_LE[expert] = after
             free_R[held_R] -= more
-    return low_LE
+    return format_LE

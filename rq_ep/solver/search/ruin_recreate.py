@@ -30,7 +30,7 @@ def ruin_and_recreate(state: SearchState, on_progress: Callable[[float], None]) 
     num_iterations = min(MAX_WORK // max(size, 1), MAX_ITERATIONS)
     if num_iterations < MIN_ITERATIONS:
         return
-    costs_LER = np.stack([_removal_costs(*pair, effort.tail_weight) for pair in zip(state.layers, limits, strict=True)])
+    costs_LER = np.stack([removal_costs(*pair, effort.tail_weight) for pair in zip(state.layers, limits, strict=True)])
     for iteration in range(num_iterations):
         if state.value <= GOOD_ENOUGH or effort.is_over():
             break
@@ -47,7 +47,7 @@ def ruin_and_recreate(state: SearchState, on_progress: Callable[[float], None]) 
         is_better = state.value < before - LEAST_GAIN
         for i in changed:
             if is_better:
-                costs_LER[i] = _removal_costs(state.layers[i], limits[i], effort.tail_weight)
+                costs_LER[i] = removal_costs(state.layers[i], limits[i], effort.tail_weight)
             else:
                 state.layers[i] = LayerSplit.of(state.layers[i].loads_SE, held_LER[i])
         if not is_better:
@@ -55,20 +55,20 @@ def ruin_and_recreate(state: SearchState, on_progress: Callable[[float], None]) 
         on_progress((iteration + 1) / num_iterations)
 
 
-def _removal_costs(layer: LayerSplit, limits: LayerLimits, tail_weight: float) -> FloatArray:
+def removal_costs(layer: LayerSplit, limits: LayerLimits, tail_weight: float) -> FloatArray:
     """[E, R] what the objective loses with a replica, per byte; infinite where the replica must stay."""
     cost_ER = np.full(limits.allowed_ER.shape, np.inf)
     cuts = initial_cuts(layer.index, layer.loads_SE, layer.loads_SR.shape[1], layer.optimize())
     now, without_S = tail_weighted_mean(layer.values_S, tail_weight), np.empty_like(layer.values_S)
     for expert, rank in np.argwhere(layer.held_ER & ~limits.fixed_ER).tolist():
-        if _is_removable(layer, limits, expert, rank):
+        if is_removable(layer, limits, expert, rank):
             removal = Changes(np.array([expert]), np.array([rank]), np.array([-1]))
             price_changes(cuts, layer.loads_SE, removal, without_S)
             cost_ER[expert, rank] = (tail_weighted_mean(without_S, tail_weight) - now) / limits.bytes_E[expert]
     return cost_ER
 
 
-def _is_removable(layer: LayerSplit, limits: LayerLimits, expert: int, rank: int) -> bool:
+def is_removable(layer: LayerSplit, limits: LayerLimits, expert: int, rank: int) -> bool:
     """Whether the expert has other replicas, and these keep to the spread over nodes."""
     others = layer.index.first_E[expert + 1] - layer.index.first_E[expert] - 1
     return bool(others > 0 and not exceeds_node_spread(layer.index, limits, expert, rank, -1))
@@ -84,7 +84,7 @@ def _ruin(state: SearchState, costs_LER: FloatArray, generator: np.random.Genera
             if not num_left or np.isinf(costs_LER[i, expert, rank]):
                 break
             layer, limits = state.layers[i], state.limits[i]
-            if not _is_removable(layer, limits, expert, rank):  # another replica of the expert has been dropped
+            if not is_removable(layer, limits, expert, rank):  # another replica of the expert has been dropped
                 continue
             held_ER = layer.held_ER
             held_ER[expert, rank] = False

@@ -12,7 +12,7 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.expert_weights import loads_SE, weights_SE
-from rq_ep.solver.objective.precision import Formats
+from rq_ep.solver.objective.precision import Formats, damage_FLE
 from rq_ep.solver.search.first_replicas import complete_first_replicas, drop_beyond_node_spread
 from rq_ep.solver.search.greedy_fill import add_replicas
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
@@ -25,10 +25,10 @@ UNLIMITED = 2**60
 
 @dataclass(frozen=True)
 class Solution:
-    """A placement of all layers: which rank holds which expert, and which experts are stored in the low format."""
+    """A placement of all layers: which rank holds which expert, and the format that each is stored in."""
 
     held_LER: BoolArray
-    low_LE: BoolArray
+    format_LE: IntArray  # number among the formats of the problem
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class SearchContext:
 
     problem: PlacementProblem
     formats: Formats
+    damage_FLE: FloatArray
     budget_R: IntArray
     allowed_LER: BoolArray
     fixed_LER: BoolArray
@@ -60,6 +61,7 @@ class SearchContext:
         return cls(
             problem,
             formats,
+            damage_FLE(stats, formats),
             np.array(problem.budget_bytes_R or [UNLIMITED] * topology.num_ranks, np.int64),
             problem.rules.allowed_LER(stats, topology),
             problem.rules.fixed_LER(stats, topology),
@@ -67,18 +69,22 @@ class SearchContext:
             serving,
         )
 
+    def damage(self, format_LE: IntArray) -> float:
+        """The expected damage of all experts in these formats."""
+        return float(np.take_along_axis(self.damage_FLE, format_LE[None], axis=0).sum())
+
     def complete(
-        self, held_LER: BoolArray, mean_LE: FloatArray, low_LE: BoolArray, budget_R: IntArray
+        self, held_LER: BoolArray, mean_LE: FloatArray, format_LE: IntArray, budget_R: IntArray
     ) -> BoolArray | None:
         """[L, E, R] `held_LER` with a replica of every expert, inside the rules; None if that does not fit."""
         if self.problem.rules.spread_nodes:
             held_LER = drop_beyond_node_spread(held_LER, self.problem.topology.nodes_R)
-        bytes_LE = self.formats.bytes_of(low_LE)
+        bytes_LE = self.formats.bytes_of(format_LE)
         return complete_first_replicas(held_LER, mean_LE, bytes_LE, budget_R, self.allowed_LER, self.fixed_LER)
 
     def keeps_limits(self, solution: Solution) -> bool:
         """Whether a solution is inside the budget and the rules."""
-        bytes_LE = self.formats.bytes_of(solution.low_LE)
+        bytes_LE = self.formats.bytes_of(solution.format_LE)
         if (np.einsum("ler,le->r", solution.held_LER, bytes_LE) > self.budget_R).any():
             return False
         try:
@@ -92,15 +98,14 @@ def solution_of(problem: PlacementProblem, formats: Formats, layers: Sequence[La
     """The layers as a solution; None if they use formats that the problem may not, or mix them for one expert."""
     stats = problem.stats
     held_LER = np.zeros((stats.num_layers, stats.num_experts, problem.topology.num_ranks), bool)
-    low_LE = np.zeros(held_LER.shape[:2], bool)
+    format_LE = np.zeros(held_LER.shape[:2], np.int64)
     for i, layer in enumerate(layers):
         table = layer.replicas
-        if table.mixing_experts or not {formats.native, formats.low}.issuperset(table.formats_P):
+        if table.mixing_experts or not set(formats.names).issuperset(table.formats_P):
             return None
         held_LER[i, table.experts_P, table.ranks_P] = True
-        is_low_P = np.array([name != formats.native for name in table.formats_P], bool)
-        low_LE[i, table.experts_P[is_low_P]] = True
-    return Solution(held_LER, low_LE)
+        format_LE[i, table.experts_P] = [formats.names.index(name) for name in table.formats_P]
+    return Solution(held_LER, format_LE)
 
 
 class SearchState:
@@ -108,14 +113,15 @@ class SearchState:
 
     def __init__(self, context: SearchContext, steps: Sequence[LayerSteps], initial: Solution) -> None:
         self.context = context
-        self.low_LE = initial.low_LE.copy()
+        self.format_LE = initial.format_LE
         self.limits = _limits(context, initial)
         self.layers: list[LayerSplit] = []
         self.scales: list[FloatArray] = []  # [S] total load of each step in that of native experts
-        for layer, held_ER, low_E in zip(steps, initial.held_LER, initial.low_LE, strict=True):
-            self.layers.append(LayerSplit.of(loads_SE(context.problem, context.formats, layer, low_E), held_ER))
+        for layer, held_ER, format_E in zip(steps, initial.held_LER, initial.format_LE, strict=True):
+            self.layers.append(LayerSplit.of(loads_SE(context.problem, context.formats, layer, format_E), held_ER))
             totals = [
-                weights_SE(context.problem, context.formats, layer, low).sum(axis=1) for low in (low_E, low_E & False)
+                weights_SE(context.problem, context.formats, layer, of_experts).sum(axis=1)
+                for of_experts in (format_E, np.zeros_like(format_E))
             ]
             self.scales.append(totals[0] / totals[1])
 
@@ -127,7 +133,7 @@ class SearchState:
     @property
     def solution(self) -> Solution:
         """What another state could begin with."""
-        return Solution(self.held_LER, self.low_LE)
+        return Solution(self.held_LER, self.format_LE)
 
     @property
     def free_R(self) -> IntArray:
@@ -140,23 +146,24 @@ class SearchState:
 
         Steps that are balanced well enough count alike.
         """
-        tail_weight = self.context.problem.tail_weight
-        values = [
-            tail_weighted_mean(np.maximum(layer.values_S, GOOD_ENOUGH) * scale_S, tail_weight)
-            if len(scale_S)
-            else GOOD_ENOUGH
-            for layer, scale_S in zip(self.layers, self.scales, strict=True)
-        ]
+        values = [self.layer_value(i, layer) for i, layer in enumerate(self.layers)]
         moved = sum(
             int(((layer.held_ER & ~within.present_ER) * within.bytes_E[:, None]).sum())
             for layer, within in zip(self.layers, self.limits, strict=True)
         )
         return float(np.mean(values)) + self.limits[0].price * moved / len(values)
 
+    def layer_value(self, i: int, layer: LayerSplit) -> float:
+        """The tail-weighted max/mean of layer i, held so."""
+        scale_S = self.scales[i]
+        if not len(scale_S):
+            return GOOD_ENOUGH
+        return tail_weighted_mean(np.maximum(layer.values_S, GOOD_ENOUGH) * scale_S, self.context.problem.tail_weight)
+
     @property
-    def rating(self) -> tuple[float, int]:
-        """Lower is better: the objective, then fewer experts in few bits."""
-        return round(self.value, 4), int(self.low_LE.sum())
+    def rating(self) -> tuple[float, float]:
+        """Lower is better: the objective, then the expected damage."""
+        return round(self.value, 4), self.context.damage(self.format_LE)
 
     def add_replicas(self) -> "SearchState":
         """Add replicas greedily while they fit and gain."""
@@ -171,7 +178,7 @@ class SearchState:
 def _limits(context: SearchContext, initial: Solution) -> list[LayerLimits]:
     """The limits of each layer; they share the bytes left and the bytes that may still be moved."""
     problem, topology, current = context.problem, context.problem.topology, context.current
-    bytes_LE = context.formats.bytes_of(initial.low_LE)
+    bytes_LE = context.formats.bytes_of(initial.format_LE)
     free_R = context.budget_R - np.einsum("ler,le->r", initial.held_LER, bytes_LE)
     present_LER, price, move_budget = np.ones(initial.held_LER.shape, bool), 0.0, UNLIMITED
     if current is not None:
@@ -194,12 +201,12 @@ def _limits(context: SearchContext, initial: Solution) -> list[LayerLimits]:
 
 def _present_LER(problem: PlacementProblem, formats: Formats, current: Solution, initial: Solution) -> BoolArray:
     """[L, E, R] whether the rank holds the expert in its format of `initial`, or in the native one and converts it."""
-    present_LER: BoolArray = current.held_LER & (current.low_LE == initial.low_LE)[:, :, None]
+    present_LER: BoolArray = current.held_LER & (current.format_LE == initial.format_LE)[:, :, None]
     if problem.held is None:
         return present_LER
     present_LER = np.zeros(initial.held_LER.shape, bool)
     for i, replicas in enumerate(problem.held):
         for rank, expert, name in replicas:
-            able = name == formats.native or (name == formats.low and initial.low_LE[i, expert])
+            able = name in (formats.native, formats.names[initial.format_LE[i, expert]])
             present_LER[i, expert, rank] |= able
     return present_LER

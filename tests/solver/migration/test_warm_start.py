@@ -57,17 +57,13 @@ def test_a_new_load_is_worth_moving_for_and_what_moves_is_counted() -> None:
     assert moves.received_bytes_R(SIZES).sum() == migration(new)["moved_bytes"] > 0
 
 
-@pytest.mark.slow
-def test_formats_stay_mixed_only_where_that_is_asked_for() -> None:
-    counts = np.random.default_rng(0).multinomial(4000, [0.16, *[0.12] * 7], (20, 2))
-    stats = ExpertStats(counts, ("bf16", "int8"), "bf16", SIZES, top_k=2)
-    limits = {"budget": 4504, "max_low_precision_share": 0.055}
-    current = place(stats, 4, **limits, mixed_replicas=True)
+def test_an_expert_in_two_formats_does_not_stay_where_the_strategy_does_not_split_it() -> None:
+    stats = recorded(0)
+    current = place(stats, 4, strategy="rq_paper", max_low_precision_share=1.0)
     assert any(layer.replicas.mixing_experts for layer in current.layers)
-    assert same(place(stats, 4, **limits, mixed_replicas=True, current=current), current)
-    without = place(stats, 4, **limits, current=current)
-    assert not any(layer.replicas.mixing_experts for layer in without.layers)
-    assert migration(without)["refused"] == "it stores experts in two formats, which takes --mixed-replicas"
+    after = place(stats, 4, max_low_precision_share=1.0, current=current)
+    assert not any(layer.replicas.mixing_experts for layer in after.layers)
+    assert migration(after)["refused"] == "it stores an expert in several formats, which rq does not split"
 
 
 def test_staying_is_preferred_where_the_gain_or_the_price_says_so() -> None:

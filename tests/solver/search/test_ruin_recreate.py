@@ -24,7 +24,7 @@ def state_of(apart: int = 1, **limits: object) -> SearchState:
     held_LER[0] |= np.roll(once_ER, apart, axis=1)
     budget = tuple((1000 * held_LER.sum(axis=(0, 1))).tolist())
     limited = replace(problem(counts_SLE, NUM_RANKS, budget, ("bf16",)), **limits)  # type: ignore[arg-type]
-    initial = Solution(held_LER, np.zeros(held_LER.shape[:2], bool))
+    initial = Solution(held_LER, np.zeros(held_LER.shape[:2], np.int64))
     return SearchState(SearchContext.of(limited, 0, None), calibration_steps(limited, 12), initial)
 
 

@@ -47,7 +47,7 @@ class RebalanceInputs(MoveInputs):
         if placement is not None and any(layer.replicas.mixed_formats for layer in placement.layers):
             raise UserError(
                 f"--rebalance auto: replicas of an expert in {config.placement} may differ in format: place again "
-                "without --mixed-replicas"
+                "with rq"
             )
         if config.placement_out is not None:
             check_writable(config.placement_out)

@@ -79,7 +79,7 @@ def test_the_formats_the_room_and_the_statistics_are_checked_against_the_model(
         RebalanceInputs.check(config(model=model, stats="nowhere.safetensors"), 2)
     mixing = LayerPlacement.even(0, 1, [Replica(0, 0, "bf16"), Replica(1, 0, "int8")], ["bf16", "int8"])
     Placement((mixing,), "rq", Topology(2), (1, 1)).save(tmp_path / "mixed.json")
-    with pytest.raises(UserError, match="--mixed-replicas"):
+    with pytest.raises(UserError, match="may differ in format: place again with rq"):
         RebalanceInputs.check(config(model=model, placement=str(tmp_path / "mixed.json")), 2)
 
 

@@ -1,0 +1,41 @@
+"""Replicas that balance hardly misses are dropped, and leave their bytes to experts that need more bits."""
+
+from heapq import heapify, heappop, heappush
+
+import numpy as np
+
+from rq_ep.solver.search.layer_state import LayerSplit
+from rq_ep.solver.search.ruin_recreate import is_removable, removal_costs
+from rq_ep.solver.search.search_state import SearchState
+
+
+def drop_spares(state: SearchState, max_loss: float) -> None:
+    """Drop replicas, those first whose bytes cost least, while the objective grows by `max_loss` at most in all.
+
+    A cost is taken from the cuts that are known, which it is at least, and made exact before a replica goes.
+    """
+    tail_weight, left = state.context.effort.tail_weight, max_loss * len(state.layers)
+    queue = []
+    for i, (layer, limits) in enumerate(zip(state.layers, state.limits, strict=True)):
+        cost_ER = removal_costs(layer, limits, tail_weight)
+        queue += [
+            (float(cost_ER[expert, rank]), i, expert, rank) for expert, rank in np.argwhere(cost_ER < np.inf).tolist()
+        ]
+    heapify(queue)
+    while queue and not state.context.effort.is_over():
+        _, i, expert, rank = heappop(queue)
+        layer, limits = state.layers[i], state.limits[i]
+        if not is_removable(layer, limits, expert, rank):
+            continue
+        held_ER = layer.held_ER
+        held_ER[expert, rank] = False
+        without = LayerSplit.of(layer.loads_SE, held_ER)
+        loss = state.layer_value(i, without) - state.layer_value(i, layer)
+        cost = loss / int(limits.bytes_E[expert])
+        if queue and cost > queue[0][0]:
+            if loss <= left:
+                heappush(queue, (cost, i, expert, rank))
+        elif loss <= left:
+            left -= max(loss, 0.0)
+            state.layers[i] = without
+            limits.free_R[rank] += limits.bytes_E[expert]
