@@ -1,6 +1,7 @@
 """Counting the load of every layer and rank while serving, at the price of a few additions."""
 
 import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,10 +25,11 @@ class LayerLoad:
         self.pairs_by_format: dict[str, int] = {}
         self.imbalances: list[float] = []
 
-    def add(self, counts_RE: IntArray, plan: DispatchPlan, formats: "FormatCodes") -> None:
+    def add(self, counts_RE: IntArray, plan: DispatchPlan, members: Sequence[int], formats: "FormatCodes") -> None:
         self.pairs_R += plan.loads_R
         self.counts_E += counts_RE.sum(axis=0)
-        self.imbalances.append(imbalance(plan.loads_R))
+        loads_M = plan.loads_R if len(members) == len(plan.loads_R) else plan.loads_R[list(members)]
+        self.imbalances.append(imbalance(loads_M))
         names, codes_P = formats.of(plan.replicas)
         pairs = np.bincount(codes_P, weights=plan.pairs_RP.sum(axis=0), minlength=len(names))
         for name, number in zip(names, pairs.tolist(), strict=True):
@@ -53,9 +55,17 @@ class LoadTotals:
     """Records layer calls as sums instead of steps. Every rank plans the same, so rank 0's sums hold for all.
 
     Steps in which no rank has a token are not counted.
+
+    Args:
+        members: the ranks that take part now; imbalance is among them.
+        awaits_ends: a step counts from the next `between_steps` on, so that one that is cut off can be discarded; else
+            each call counts at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, members: Callable[[], Sequence[int]], awaits_ends: bool = False) -> None:
+        self._members = members
+        self._awaits_ends = awaits_ends
+        self._under_way: list[tuple[LayerCall, Sequence[int]]] = []  # calls of the step under way, and its members
         self._lock = threading.Lock()
         self._formats: dict[int, FormatCodes] = {}
         self._recent: dict[int, FloatArray] = {}  # layer -> [E] pairs, the older the less they count
@@ -72,18 +82,33 @@ class LoadTotals:
         return PhaseTimer(group.clock, None)
 
     def record(self, call: LayerCall) -> None:
-        plan = call.plan
-        if not plan.loads_R.any():
-            return
+        if call.plan.loads_R.any():
+            self._under_way.append((call, self._members()))
+        if not self._awaits_ends:
+            self.between_steps()
+
+    def between_steps(self) -> None:
+        """Count the step that has ended."""
         with self._lock:
-            if call.layer not in self._layers:
-                self._layers[call.layer] = LayerLoad(*call.counts_RE.shape)
-            self._layers[call.layer].add(call.counts_RE, plan, self._formats.setdefault(call.layer, FormatCodes()))
-            for phase in LAYER_PHASES:
-                self._seconds[phase] += call.timer.seconds(phase)
-            if plan.transfers:
-                self._borrowed_experts += len(plan.transfers)
-                self._borrowed_bytes += int(call.transfer_bytes_R().sum())
+            for call, members in self._under_way:
+                self._count(call, members)
+        self._under_way.clear()
+
+    def discard(self) -> None:
+        """Forget the step under way, which was cut off and is made again."""
+        self._under_way.clear()
+
+    def _count(self, call: LayerCall, members: Sequence[int]) -> None:
+        plan = call.plan
+        if call.layer not in self._layers:
+            self._layers[call.layer] = LayerLoad(*call.counts_RE.shape)
+        formats = self._formats.setdefault(call.layer, FormatCodes())
+        self._layers[call.layer].add(call.counts_RE, plan, members, formats)
+        for phase in LAYER_PHASES:
+            self._seconds[phase] += call.timer.seconds(phase)
+        if plan.transfers:
+            self._borrowed_experts += len(plan.transfers)
+            self._borrowed_bytes += int(call.transfer_bytes_R().sum())
 
     def recent_LE(self, num_layers: int) -> IntArray | None:
         """[L, E] pairs of each expert in the last minutes, as far as they were taken; None: not of every layer yet."""
@@ -94,7 +119,8 @@ class LoadTotals:
     def take(self) -> LoadSums | None:
         """The sums since the last call, and each layer's mean imbalance; None if there was no step.
 
-        A call in the middle of a step counts it in some of the layers only: they may differ in calls, and be missing.
+        Where steps count at once, a call in the middle of one counts it in some of the layers only: they may differ in
+        calls, and be missing.
         `seconds` are rank 0's, on its host's clock, over all layers and steps.
         """
         with self._lock:

@@ -15,7 +15,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.engine.requests import Output
-from rq_ep.engine.step_agreement import is_consequence
+from rq_ep.engine.step_agreement import GroupFlags, is_consequence
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.load_report import LoadReport, report_of
 from rq_ep.moe import EPExperts, Telemetry
@@ -191,7 +191,9 @@ class RankServer:
         self._state = ServerState.LOADING
         self._stop = threading.Event()  # set in the state STOPPING
         self._engine: Engine | None = None
-        self._loads = LoadTotals()  # of the group, where this rank leads it
+        self._loads = LoadTotals(
+            lambda: group.members, config.on_rank_failure == "continue"
+        )  # of the group, where this rank leads it
         self._step_loads: StepLoads | None = None  # where the group rebalances
         self._rebalancing: LiveRebalancing | None = None  # None: no experts move, or the model is loading
         self._recovery: GroupRecovery | None = None  # None: the group ends with the first rank that fails
@@ -300,9 +302,12 @@ class RankServer:
         rebalancing = self._rebalancing
         if rebalancing is None:
             return {}
-        return {
-            "mover_flags": rebalancing.flags, "on_agreement": rebalancing.on_agreement, "recover": self._recovery,
-        }  # fmt: skip
+
+        def on_agreement(flags: GroupFlags) -> None:
+            self._loads.between_steps()
+            rebalancing.on_agreement(flags)
+
+        return {"mover_flags": rebalancing.flags, "on_agreement": on_agreement, "recover": self._recovery}
 
     @property
     def _is_first(self) -> bool:
@@ -325,6 +330,7 @@ class RankServer:
         def discard_step() -> None:
             for layer in layers:
                 layer.discard_step()
+            self._loads.discard()
             if self._step_loads is not None:
                 self._step_loads.discard()
 

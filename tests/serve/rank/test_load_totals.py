@@ -24,7 +24,7 @@ def timer() -> PhaseTimer:
 
 
 def test_sums_are_those_of_the_steps_and_start_anew() -> None:
-    totals = LoadTotals()
+    totals = LoadTotals(lambda: (0, 1))
     assert totals.take() is None
     plan = DispatchPlan(REPLICAS, np.array([[3, 1, 0], [0, 2, 2]]), (WeightTransfer(0, 0, 1, "bf16"),))
     counts_RE = np.array([[4, 0], [2, 2]])
@@ -42,6 +42,26 @@ def test_sums_are_those_of_the_steps_and_start_anew() -> None:
     assert (sums["seconds"]["plan"], sums["seconds"]["dispatch"]) == (3.0, 6.0)
     assert (sums["borrowed_experts"], sums["borrowed_bytes"]) == (3, 210)
     assert totals.take() is None
+
+
+def test_a_step_that_is_cut_off_counts_once_and_holes_do_not_count_as_ranks() -> None:
+    replicas = Replicas.of([Replica(rank, rank, "bf16") for rank in range(3)])
+    counts_RE, pairs_RP = np.array([[3, 0, 1], [0, 0, 0], [0, 0, 0]]), np.array([[3, 0, 1], [0, 0, 0], [0, 0, 0]])
+
+    def call(layer: int) -> LayerCall:
+        return LayerCall(layer, 0, counts_RE, DispatchPlan(replicas, pairs_RP), timer(), {}, lambda: np.zeros(3, int))
+
+    totals = LoadTotals(lambda: (0, 2), awaits_ends=True)
+    totals.record(call(2))
+    totals.discard()
+    totals.record(call(2))
+    totals.record(call(5))
+    assert totals.take() is None, "the step has not ended"
+    totals.between_steps()
+    sums = totals.take()
+    assert sums is not None
+    assert (sums["layers"], sums["num_calls_L"]) == ([2, 5], [1, 1])
+    assert sums["imbalance_L"] == [1.5, 1.5], "3 of 4 pairs on one of two ranks"
 
 
 def loads_of(layers: dict[int, tuple[list[int], float, int]]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class MovingGroup:
         self.before = before
         strategy = make_strategy("rq")
         rule = replace(strategy.rebalance_rule, window=NEVER, interval=NEVER, bytes_per_step=bytes_per_step)  # type: ignore[type-var]
-        loads = StepLoads(LoadTotals())
+        loads = StepLoads(LoadTotals(lambda: range(NUM_RANKS)))
 
         def planner_of(placement: LayerPlacement) -> Planner:
             return strategy.planner(placement, Topology(NUM_RANKS))

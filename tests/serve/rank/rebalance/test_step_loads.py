@@ -20,7 +20,7 @@ def call(layer: int, counts_RE: Any) -> LayerCall:
 
 
 def test_each_step_has_the_loads_of_all_layers_and_the_phase_of_the_agreement_that_began_it() -> None:
-    totals = LoadTotals()
+    totals = LoadTotals(lambda: (0, 1))
     loads = StepLoads(totals)
     loads.between_steps(is_prefill=True)
     loads.record(call(5, [[1, 2], [3, 4]]))
@@ -39,7 +39,7 @@ def test_each_step_has_the_loads_of_all_layers_and_the_phase_of_the_agreement_th
 
 
 def test_a_step_that_is_handed_over_costs_microseconds() -> None:
-    loads = StepLoads(LoadTotals())
+    loads = StepLoads(LoadTotals(lambda: (0, 1)))
     counts = dict.fromkeys(range(58), np.zeros(256, np.int64))
     best_s = 1.0
     for _ in range(50):
