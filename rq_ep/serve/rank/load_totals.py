@@ -5,15 +5,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.core.arrays import IntArray
 from rq_ep.core.cost import LAYER_PHASES
 from rq_ep.core.plan import DispatchPlan, imbalance
 from rq_ep.core.replicas import Replicas
-from rq_ep.moe.telemetry import LayerCall, PhaseTimer
+from rq_ep.moe.telemetry import CallRecorder, LayerCall, PhaseTimer
 from rq_ep.parallel import EPGroup
 from rq_ep.serve.messages import LoadSums
-
-KEPT_SHARE = 0.99  # of what was seen before, each time that sums are taken: once a second
 
 
 class LayerLoad:
@@ -60,15 +58,18 @@ class LoadTotals:
         members: the ranks that take part now; imbalance is among them.
         awaits_ends: a step counts from the next `between_steps` on, so that one that is cut off can be discarded; else
             each call counts at once.
+        also: records every call as well.
     """
 
-    def __init__(self, members: Callable[[], Sequence[int]], awaits_ends: bool = False) -> None:
+    def __init__(
+        self, members: Callable[[], Sequence[int]], awaits_ends: bool = False, also: CallRecorder | None = None
+    ) -> None:
         self._members = members
         self._awaits_ends = awaits_ends
+        self._also = also
         self._under_way: list[tuple[LayerCall, Sequence[int]]] = []  # calls of the step under way, and its members
         self._lock = threading.Lock()
         self._formats: dict[int, FormatCodes] = {}
-        self._recent: dict[int, FloatArray] = {}  # layer -> [E] pairs, the older the less they count
         self._reset()
 
     def _reset(self) -> None:
@@ -84,6 +85,8 @@ class LoadTotals:
     def record(self, call: LayerCall) -> None:
         if call.plan.loads_R.any():
             self._under_way.append((call, self._members()))
+        if self._also is not None:
+            self._also.record(call)
         if not self._awaits_ends:
             self.between_steps()
 
@@ -110,12 +113,6 @@ class LoadTotals:
             self._borrowed_experts += len(plan.transfers)
             self._borrowed_bytes += int(call.transfer_bytes_R().sum())
 
-    def recent_LE(self, num_layers: int) -> IntArray | None:
-        """[L, E] pairs of each expert in the last minutes, as far as they were taken; None: not of every layer yet."""
-        if len(self._recent) < num_layers:
-            return None
-        return np.ceil(np.stack([self._recent[layer] for layer in sorted(self._recent)])).astype(np.int64)
-
     def take(self) -> LoadSums | None:
         """The sums since the last call, and each layer's mean imbalance; None if there was no step.
 
@@ -130,9 +127,6 @@ class LoadTotals:
         if not layers:
             return None
         order = sorted(layers)
-        for layer in order:
-            pairs_E = layers[layer].counts_E
-            self._recent[layer] = self._recent.get(layer, np.zeros(len(pairs_E))) * KEPT_SHARE + pairs_E
         return {
             "layers": order,
             "num_calls_L": [len(layers[layer].imbalances) for layer in order],

@@ -18,7 +18,7 @@ from rq_ep.engine.requests import Output
 from rq_ep.engine.step_agreement import GroupFlags, is_consequence
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.load_report import LoadReport, report_of
-from rq_ep.moe import EPExperts, Telemetry
+from rq_ep.moe import EPExperts
 from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import RankFailure, TorchGroup
 from rq_ep.parallel.agreement import report_user_error, run_on_all_ranks
@@ -57,6 +57,7 @@ from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalan
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
 from rq_ep.serve.rank.rebalance.step_loads import StepLoads
+from rq_ep.serve.rank.recent_pairs import RecentPairs
 from rq_ep.serve.rank.recovery import GroupRecovery
 from rq_ep.serve.rank.stats_sampler import StatsSampler
 from rq_ep.serve.rank.trace_recording import TraceRecording
@@ -191,9 +192,10 @@ class RankServer:
         self._state = ServerState.LOADING
         self._stop = threading.Event()  # set in the state STOPPING
         self._engine: Engine | None = None
-        self._loads = LoadTotals(
-            lambda: group.members, config.on_rank_failure == "continue"
-        )  # of the group, where this rank leads it
+        self._survives = config.on_rank_failure == "continue"
+        self._pairs = RecentPairs()
+        # Of the group, where this rank leads it
+        self._loads = LoadTotals(lambda: group.members, self._survives, self._pairs)
         self._step_loads: StepLoads | None = None  # where the group rebalances
         self._rebalancing: LiveRebalancing | None = None  # None: no experts move, or the model is loading
         self._recovery: GroupRecovery | None = None  # None: the group ends with the first rank that fails
@@ -241,9 +243,9 @@ class RankServer:
             self._client.send(Checked(config.model, checked.why_text_only))
         self._step_loads = None if rebalances is None else StepLoads(self._loads)
         warming_up = threading.Thread(target=warm_up, name="rq_ep warm-up", daemon=True)
-        if config.on_rank_failure == "continue":
+        if self._survives:
             warming_up.start()  # beside the reading of the weights
-        recorder = self._recorder() if self._is_first else None
+        recorder = self._recorder(self._is_first)
         model = run_on_all_ranks(group, lambda: load_served_model(config, group, recorder, moves, self._joins_later))
         assert model.generation_config is not None
         model.generation_config.eos_token_id = checked.end_token_ids
@@ -256,7 +258,7 @@ class RankServer:
         if moves is not None:
             leading = self._step_loads if self._is_first else None
             self._rebalancing = LiveRebalancing(moves, report, layers, group, leading, self._client.send, self._wake)
-            if config.on_rank_failure == "continue":
+            if self._survives:
                 self._recovery = self._make_recovery(report, layers, moves, recording)
         engine = Engine(
             model,
@@ -314,9 +316,11 @@ class RankServer:
         """Whether this rank speaks for the group at its start."""
         return self._group.rank == 0 and not self._joins_later
 
-    def _recorder(self) -> CallRecorder:
-        """Counts the load of the group, on the rank that leads it."""
-        return self._step_loads or self._loads
+    def _recorder(self, leads: bool) -> CallRecorder | None:
+        """Counts the load of the group on the rank that leads it; others count what they need to lead it later."""
+        if leads:
+            return self._step_loads or self._loads
+        return self._pairs if self._survives else None
 
     def _make_recovery(
         self, report: LoadReport, layers: Sequence[EPExperts], moves: MoveInputs, recording: TraceRecording
@@ -325,7 +329,7 @@ class RankServer:
         assert rebalancing is not None
 
         def counts_LE() -> IntArray | None:
-            return self._loads.recent_LE(len(layers))
+            return self._pairs.counts_LE(len(layers))
 
         def discard_step() -> None:
             for layer in layers:
@@ -337,7 +341,7 @@ class RankServer:
         def on_change(change: GroupChange, mark: int) -> None:
             leads = change.leader == self._group.rank
             for layer in layers:
-                layer.telemetry = self._recorder() if leads else Telemetry(max_records=0)
+                layer.telemetry = self._recorder(leads) or layer.telemetry
             rebalancing.regroup(change, leads, self._step_loads, counts_LE())
             if leads:
                 rebalancing.served(change)

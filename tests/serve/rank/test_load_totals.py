@@ -10,7 +10,9 @@ from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.moe.telemetry import LayerCall, PhaseTimer
 from rq_ep.serve.http.history import _percentile_ms
 from rq_ep.serve.http.load_view import LoadView
+from rq_ep.serve.rank import recent_pairs
 from rq_ep.serve.rank.load_totals import LoadTotals
+from rq_ep.serve.rank.recent_pairs import RecentPairs
 
 REPLICAS = Replicas.of([Replica(0, 0, "bf16"), Replica(1, 0, "bf16"), Replica(1, 1, "int8")])
 
@@ -62,6 +64,17 @@ def test_a_step_that_is_cut_off_counts_once_and_holes_do_not_count_as_ranks() ->
     assert sums is not None
     assert (sums["layers"], sums["num_calls_L"]) == ([2, 5], [1, 1])
     assert sums["imbalance_L"] == [1.5, 1.5], "3 of 4 pairs on one of two ranks"
+
+
+def test_any_rank_knows_which_experts_were_chosen_lately() -> None:
+    pairs, plan = RecentPairs(), DispatchPlan(REPLICAS, np.array([[0, 0, 2], [0, 0, 0]]))
+    assert pairs.counts_LE(1) is None
+    for layer in [5] * (2 * recent_pairs.EVERY) + [2]:
+        pairs.record(LayerCall(layer, 0, np.array([[0, 200], [0, 0]]), plan, timer(), {}, lambda: np.zeros(2, int)))
+    assert pairs.counts_LE(3) is None
+    counts_LE = pairs.counts_LE(2)
+    assert counts_LE is not None
+    assert counts_LE.tolist() == [[0, 200], [0, 398]], "one step of eight, the older counts less"
 
 
 def loads_of(layers: dict[int, tuple[list[int], float, int]]) -> dict[str, Any]:
