@@ -52,12 +52,16 @@ def calibration_steps(problem: PlacementProblem, max_steps: int) -> list[LayerSt
 
 
 def spread_steps(problem: PlacementProblem, max_steps: int) -> IntArray:
-    """Indices of at most `max_steps` recorded steps, ascending.
+    """Indices of at most `max_steps` recorded steps, as `spread_by_pairs` chooses them."""
+    return spread_by_pairs(pairs_by_step(problem), max_steps)
+
+
+def spread_by_pairs(pairs_S: FloatArray, max_steps: int) -> IntArray:
+    """Indices of at most `max_steps` steps, ascending.
 
     They lie at even distances in routed pairs: a record of few long prefill steps and many short decode steps is
     sampled by its pairs, not by its steps.
     """
-    pairs_S = pairs_by_step(problem)
     if not pairs_S.any():
         return np.zeros(0, np.int64)
     marks = (np.arange(max_steps) + 0.5) / max_steps * pairs_S.sum()

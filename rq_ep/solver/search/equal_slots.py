@@ -24,9 +24,10 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.rules import Rules
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certify
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_beside
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
 from rq_ep.solver.search.parallel_search import process_map
+from rq_ep.solver.search.rank_leveling import leveled
 
 MAX_STEPS = 256  # of calibration that the search looks at; 64 leave up to 0.03 more of max/mean on held-out steps
 MAX_MOVES = 20_000  # attempted in each layer; three times as many gain less than 0.01
@@ -90,6 +91,9 @@ class _SlotTask(NamedTuple):
 def _improved(task: _SlotTask) -> IntArray:
     is_over = task.deadline is not None and monotonic() >= task.deadline
     draws_A3 = np.random.default_rng(task.entropy).random((0 if is_over else task.max_moves, 3))
+    if len(task.steps.counts_SE) == 1:  # the mean alone; numbers of replicas that fit it better fit other steps worse
+        recorded_SE = task.steps.counts_SE if task.steps.recorded_SE is None else task.steps.recorded_SE
+        return leveled(recorded_SE[0].astype(np.float64), task.slots_RJ, task.allowed_ER)
     return improve_slots(task.steps, task.slots_RJ, task.allowed_ER, draws_A3)
 
 
@@ -117,20 +121,26 @@ def check_slots(problem: PlacementProblem) -> int:
     return num_slots // num_ranks
 
 
-def improve_slots(steps: LayerSteps, slots_RJ: IntArray, allowed_ER: BoolArray, draws_A3: FloatArray) -> IntArray:
-    """[R, K] the expert in each slot after a search from `slots_RJ`, in which no rank holds an expert twice.
+def improve_slots(
+    steps: LayerSteps,
+    slots_RJ: IntArray,
+    allowed_ER: BoolArray,
+    draws_A3: FloatArray,
+    price_ER: FloatArray | None = None,
+) -> IntArray:
+    """[R, J] the expert in each slot after a search from `slots_RJ`, in which no rank holds an expert twice.
 
     Args:
         steps: what the layer is balanced for.
         slots_RJ: the initial placement.
         allowed_ER: the ranks that each expert may be moved to.
         draws_A3: numbers in [0, 1) for each move attempted.
+        price_ER: by how much an expert on a rank must lower the mean of max/mean; 0 where it is already; default: 0.
     """
     if not len(steps.counts_SE):
         return slots_RJ
-    num_ranks, num_experts = allowed_ER.shape[1], len(allowed_ER)
-    held_ER = np.zeros((num_experts, num_ranks), bool)
-    held_ER[slots_RJ, np.arange(num_ranks)[:, None]] = True
+    num_experts, num_ranks = allowed_ER.shape
+    held_ER = held_experts(slots_RJ, num_experts)
     assert held_ER.sum() == slots_RJ.size, "a rank holds an expert twice"
     copies_E = held_ER.sum(axis=1)
     loads_ES = np.ascontiguousarray(steps.loads_SE.T)
@@ -138,14 +148,22 @@ def improve_slots(steps: LayerSteps, slots_RJ: IntArray, allowed_ER: BoolArray, 
     state = _SlotState(
         loads_ES=loads_ES,
         shares_ES=shares_ES,
-        loads_SR=np.ascontiguousarray(shares_ES.T @ held_ER),
+        loads_SR=np.ascontiguousarray(shares_ES[slots_RJ].sum(axis=1).T),  # in one order everywhere, unlike BLAS
         slots_RJ=slots_RJ.copy(),
         held_ER=held_ER,
         copies_E=copies_E,
         fullest_S3=np.zeros((len(steps.counts_SE), 3), np.int64),
+        price_ER=np.zeros((num_experts, num_ranks)) if price_ER is None else price_ER * len(steps.counts_SE),
     )
     _search(state, allowed_ER, draws_A3)
     return state.slots_RJ
+
+
+def held_experts(slots_RJ: IntArray, num_experts: int) -> BoolArray:
+    """[E, R] which rank holds which expert."""
+    held_ER = np.zeros((num_experts, len(slots_RJ)), bool)
+    held_ER[slots_RJ, np.arange(len(slots_RJ))[:, None]] = True
+    return held_ER
 
 
 def even_imbalance(steps: LayerSteps, slots_RJ: IntArray) -> float:
@@ -216,9 +234,10 @@ class _SlotState(NamedTuple):
     held_ER: BoolArray
     copies_E: IntArray
     fullest_S3: IntArray  # the three fullest ranks; a swap of two ranks leaves one of them alone
+    price_ER: FloatArray  # of an expert on a rank, in the unit of the sum over steps
 
 
-@compiled
+@compiled_beside
 def _search(state: _SlotState, allowed_ER: BoolArray, draws_A3: FloatArray) -> None:
     """Attempt moves: for a heavy expert on the fullest rank of some step, the best exchange with a slot elsewhere."""
     num_steps, num_ranks = state.loads_SR.shape
@@ -234,14 +253,16 @@ def _search(state: _SlotState, allowed_ER: BoolArray, draws_A3: FloatArray) -> N
         best, best_j, is_swap = total - LEAST_GAIN * num_steps, -1, False
         for other_j in range(state.slots_RJ.shape[1]):
             other = state.slots_RJ[target, other_j]
+            price = state.price_ER[expert, target] - state.price_ER[other, target]
             if not state.held_ER[other, source] and allowed_ER[other, source]:
-                value = _total_swapped(state, expert, source, other, target, best)
-                if value < best:
-                    best, best_j, is_swap = value, other_j, True
+                price_both = price + state.price_ER[other, source] - state.price_ER[expert, source]
+                value = _total_swapped(state, expert, source, other, target, best - price_both)
+                if value < best - price_both:
+                    best, best_j, is_swap = value + price_both, other_j, True
             if state.copies_E[other] > 1:
-                value = _total_replaced(state, expert, other, target, best)
-                if value < best:
-                    best, best_j, is_swap = value, other_j, False
+                value = _total_replaced(state, expert, other, target, best - price)
+                if value < best - price:
+                    best, best_j, is_swap = value + price, other_j, False
         if best_j < 0:
             continue
         other = state.slots_RJ[target, best_j]
