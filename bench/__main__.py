@@ -29,6 +29,7 @@ BENCHES = {
     "overhead": Bench("bench.layer.overhead", "what a layer spends besides its matrix products, and moving an expert"),
     "solver": Bench("bench.solver.solver", "the placement solver against EPLB and a lower bound, on synthetic traces"),
     "low-formats": Bench("bench.solver.low_formats", "several low formats at once against each of them alone"),
+    "engines": Bench("bench.engines.engines", "placements inside vLLM and SGLang: their own answers beside ours"),
     "replan": Bench("bench.solver.replan", "a placement planned again after a change of domain: gain, bytes, CPU time"),
     "recover": Bench("bench.solver.recover", "the loss of a rank: how fast the others go on, and how well balanced"),
     "breakeven": Bench("bench.lending.breakeven", "from which imbalance on lending experts pays, in modelled time"),

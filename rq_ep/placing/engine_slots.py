@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
-from rq_ep.solver.search.equal_slots import check_slots, place_slots
+from rq_ep.solver.search.slots.equal_slots import check_slots, place_slots
 from rq_ep.strategies.eplb import Eplb
 
 

@@ -42,14 +42,19 @@ def register() -> None:
         hooks, algorithms = import_module(HOOKS), import_module(ALGORITHMS)
         register_hook, around = hooks.HookRegistry.register, hooks.HookType.AROUND
         checker.check(algorithms.compute_algorithm, "raw_algorithm", "num_groups", "num_nodes")
-        register_hook(f"{ALGORITHMS}.compute_algorithm", choose_algorithm, around)
+    except (UserError, ImportError, AttributeError) as error:
+        logger.warning("rq_ep: SGLang will not know --eplb-algorithm %s: %s", NAME, error)
+        return
+    try:
         check_compiler()
         checker.check(algorithms.rebalance_experts, *PARAMETERS)
         improve = ImproveAlgorithm(Fallback("SGLang"), seconds_allowed())
-        register_hook(f"{ALGORITHMS}.rebalance_experts", improve.around, around)
-    except (UserError, ImportError, AttributeError) as error:
-        logger.warning("rq_ep: --eplb-algorithm %s, where SGLang knows it, places as %s: %s", NAME, OWN_NAME, error)
+    except (UserError, AttributeError) as error:
+        logger.warning("rq_ep: --eplb-algorithm %s places as %s: %s", NAME, OWN_NAME, error)
+        register_hook(f"{ALGORITHMS}.compute_algorithm", choose_own, around)
         return
+    register_hook(f"{ALGORITHMS}.compute_algorithm", choose_algorithm, around)
+    register_hook(f"{ALGORITHMS}.rebalance_experts", improve.around, around)
     logger.info("rq_ep: is SGLang's EPLB algorithm %s%s", NAME, checker.untested())
 
 
@@ -65,6 +70,11 @@ def choose_algorithm(original: Callable[..., Any], raw_algorithm: str, num_group
     if raw_algorithm != NAME:
         return original(raw_algorithm, num_groups, num_nodes)
     return Improved(original(OWN_NAME, num_groups, num_nodes))
+
+
+def choose_own(original: Callable[..., Any], raw_algorithm: str, num_groups: int | None, num_nodes: int) -> Any:
+    """Around `compute_algorithm`, where ours cannot place."""
+    return original(OWN_NAME if raw_algorithm == NAME else raw_algorithm, num_groups, num_nodes)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.core.topology import Topology
-from rq_ep.solver.search.equal_slots import place_slots
+from rq_ep.solver.search.slots.equal_slots import place_slots
 from rq_ep.strategies.eplb import Eplb
 
 SIZES = "--expert-bytes=bf16=1000,int8=504"

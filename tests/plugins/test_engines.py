@@ -1,4 +1,4 @@
-"""The plug-ins inside the very modules of vLLM and SGLang, whose managers, recorders and loaders run as far as a CPU can.
+"""The plug-ins inside the modules of vLLM and SGLang, whose managers, recorders and loaders run as far as a CPU can.
 
 Needs `RQ_EP_ENGINES_DIR`; `bench/engines/engine_sources.py` says how to fill that folder.
 """
@@ -26,7 +26,7 @@ from rq_ep.interchange import STATS_FORMATS, write_slots
 from rq_ep.interchange.slot_map import SlotMap
 from rq_ep.plugins.slot_rebalance import arrivals
 from rq_ep.solver.objective.calibration_steps import LayerSteps
-from rq_ep.solver.search.equal_slots import even_imbalance
+from rq_ep.solver.search.slots.equal_slots import even_imbalance
 
 pytestmark = [
     pytest.mark.engines,
@@ -43,12 +43,14 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     installed = importlib.metadata.entry_points
     monkeypatch.setattr(
         "importlib.metadata.entry_points",
-        lambda **wanted: [
-            *(one for one in installed(**wanted) if one.name != "rq_ep"),
-            *(EntryPoint(*item, wanted["group"]) for item in ENTRY_POINTS[wanted["group"]].items()),
-        ]
-        if wanted.get("group") in ENTRY_POINTS
-        else installed(**wanted),
+        lambda **wanted: (
+            [
+                *(one for one in installed(**wanted) if one.name != "rq_ep"),
+                *(EntryPoint(*item, wanted["group"]) for item in ENTRY_POINTS[wanted["group"]].items()),
+            ]
+            if wanted.get("group") in ENTRY_POINTS
+            else installed(**wanted)
+        ),
     )
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
     with engine_modules(engines_folder()):
@@ -74,7 +76,7 @@ class Model:
     num_moe_layers, num_expert_groups = LAYERS, 1
     num_routed_experts = num_logical_experts = EXPERTS
     num_redundant_experts, num_physical_experts = EXTRAS, SLOTS
-    expert_weights: list[list[torch.Tensor]] = [[torch.zeros(SLOTS // RANKS, 1)]] * LAYERS  # noqa: RUF012
+    expert_weights: list[list[torch.Tensor]] = [[torch.zeros(SLOTS // RANKS, 1)]] * LAYERS
     moe_layers = ()
 
     def set_eplb_state(self, *tensors: torch.Tensor) -> None:
@@ -149,7 +151,7 @@ def test_vllm_policy_with_nodes_new_slots_and_faults(monkeypatch: pytest.MonkeyP
     grown_LP = torch.cat([first_LP[:, :EXPERTS], torch.full((LAYERS, EXTRAS), -1)], dim=1)
     mean_SLE = loads_LE[None].numpy()
     own_LP = state.policy.own.rebalance_experts(loads_LE, SLOTS, 1, 1, RANKS)
-    for old_LP in (first_LP, grown_LP, torch.cat([first_LP, first_LP[:, :SLOTS // RANKS]], dim=1), None):
+    for old_LP in (first_LP, grown_LP, torch.cat([first_LP, first_LP[:, : SLOTS // RANKS]], dim=1), None):
         answer_LP = state.policy.rebalance_experts(loads_LE, SLOTS, 1, 1, RANKS, old_LP)
         assert imbalance(mean_SLE, answer_LP) <= imbalance(mean_SLE, own_LP)
     own_LP = state.policy.own.rebalance_experts(loads_LE * np.nan, SLOTS, 1, 1, RANKS)

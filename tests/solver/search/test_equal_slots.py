@@ -18,7 +18,7 @@ from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.solver.objective.calibration_steps import LayerSteps
-from rq_ep.solver.search.equal_slots import check_slots, even_imbalance, improve_slots, place_slots
+from rq_ep.solver.search.slots.equal_slots import check_slots, even_imbalance, improve_slots, place_slots
 from rq_ep.strategies.eplb import Eplb
 from tests.solver.instances import skewed
 

@@ -27,7 +27,7 @@ from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.compiled import compiled, compiled_beside
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
 from rq_ep.solver.search.parallel_search import process_map
-from rq_ep.solver.search.rank_leveling import leveled
+from rq_ep.solver.search.slots.rank_leveling import leveled
 
 MAX_STEPS = 256  # of calibration that the search looks at; 64 leave up to 0.03 more of max/mean on held-out steps
 MAX_MOVES = 20_000  # attempted in each layer; three times as many gain less than 0.01

@@ -45,23 +45,44 @@ def repaired(slots_RJ: IntArray, counts_E: IntArray, shares_E: FloatArray, allow
         first[np.unique(experts_J, return_index=True)[1]] = True
         experts_J[~first] = EMPTY
     lacking_E = counts_E - np.bincount(slots_RJ[slots_RJ != EMPTY], minlength=len(counts_E))
-    extended_shares_E = np.append(shares_E, 0.0)  # of an empty slot, at EMPTY
-    extended_excess_E = np.append(-lacking_E, 1)
-    loads_R = extended_shares_E[slots_RJ].sum(axis=1)
-    while (extended_excess_E[:-1] < 0).any():
-        expert = int(np.where(extended_excess_E[:-1] < 0, shares_E, -1.0).argmax())
-        free_RJ = (extended_excess_E[slots_RJ] > 0) & (allowed_ER[expert] & ~(slots_RJ == expert).any(axis=1))[:, None]
+    excess_E = np.append(-lacking_E, 1)  # of replicas; the last is that of an empty slot, at EMPTY
+    shares_E = np.append(shares_E, 0.0)
+    loads_R = shares_E[slots_RJ].sum(axis=1)
+
+    def put(expert: int, rank: int, j: int) -> int:
+        given = int(slots_RJ[rank, j])
+        loads_R[rank] += shares_E[expert] - shares_E[given]
+        slots_RJ[rank, j] = expert
+        return given
+
+    while (excess_E[:-1] < 0).any():
+        expert = int(np.where(excess_E[:-1] < 0, shares_E[:-1], -1.0).argmax())
+        may_hold_R = allowed_ER[expert] & ~(slots_RJ == expert).any(axis=1)
+        free_RJ = (excess_E[slots_RJ] > 0) & allowed_ER[expert][:, None]
         if not free_RJ.any():
             return None
-        rank = int(np.where(free_RJ.any(axis=1), loads_R, np.inf).argmin())
-        j = int(np.where(free_RJ[rank], extended_shares_E[slots_RJ[rank]], -1.0).argmax())
-        given = int(slots_RJ[rank, j])
+        direct_RJ = free_RJ & may_hold_R[:, None]
+        if direct_RJ.any():
+            rank = _least_loaded(direct_RJ, loads_R)
+            given = put(expert, rank, int(np.where(direct_RJ[rank], shares_E[slots_RJ[rank]], -1.0).argmax()))
+        else:  # the ranks with room hold the expert: another rank hands over something that one of them lacks
+            room = _least_loaded(free_RJ, loads_R)
+            lacks_RJ = allowed_ER[slots_RJ, room] & ~np.isin(slots_RJ, slots_RJ[room]) & may_hold_R[:, None]
+            if not lacks_RJ.any():
+                return None
+            rank = _least_loaded(lacks_RJ, loads_R)
+            change_J = np.abs(shares_E[slots_RJ[rank]] - shares_E[expert])
+            moved = put(expert, rank, int(np.where(lacks_RJ[rank], change_J, np.inf).argmin()))
+            given = put(moved, room, int(free_RJ[room].argmax()))
+        excess_E[expert] += 1
         if given != EMPTY:
-            extended_excess_E[given] -= 1
-        extended_excess_E[expert] += 1
-        loads_R[rank] += shares_E[expert] - extended_shares_E[given]
-        slots_RJ[rank, j] = expert
+            excess_E[given] -= 1
     return slots_RJ
+
+
+def _least_loaded(chosen_RJ: BoolArray, loads_R: FloatArray) -> int:
+    """The least loaded of the ranks with a chosen slot."""
+    return int(np.where(chosen_RJ.any(axis=1), loads_R, np.inf).argmin())
 
 
 def in_old_slots(slots_RJ: IntArray, old_RJ: IntArray) -> IntArray:

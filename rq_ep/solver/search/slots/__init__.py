@@ -1,0 +1,1 @@
+"""Searches for engines with equally many slots on every rank."""
