@@ -37,6 +37,9 @@ BENCHES = {
     "formats": Bench("bench.formats.formats", "bytes, rounding error and speed of every weight format"),
     "fidelity": Bench("bench.formats.fidelity", "what low-bit experts do to a model's answers"),
     "serve": Bench("bench.serving.serve", "latency and throughput of a server under every strategy"),
+    "options": Bench(
+        "bench.serving.request_options", "what a grammar and routed experts cost, what a prefix and n save"
+    ),
     "soak": Bench("bench.serving.soak", "a server whose clients come and go: is anything lost, wrong or leaked?"),
     "rebalance": Bench("bench.serving.rebalance", "a placement that follows the load: gain, cost, wrong answers"),
     "step": Bench("bench.serving.decode_step", "where the time of a decode step goes, by both ways to dispatch it"),

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from bench.formats.formats_table import markdown
-from bench.serving import faults_figures, rebalance_figures
+from bench.serving import faults_figures, rebalance_figures, request_options
 from bench.serving.serve import medians
 from rq_ep.core.cost import LAYER_PHASES
 from rq_ep.core.files.documents import read_json, replacing
@@ -436,6 +436,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats_overview": _formats_overview,
     "serve": lambda: _serve("serve_cpu2"),
     "cache": lambda: _serve("cache_cpu2"),
+    "options": lambda: _table(request_options.HEADER, request_options.goals(_load("options_cpu2")["parts"])),
     "step": _step,
     "faults": _faults,
     "rebalance_goals": _rebalance_goals,

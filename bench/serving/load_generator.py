@@ -7,8 +7,9 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -55,6 +56,7 @@ async def drive(
     rate: float | None = None,
     seed: int = 0,
     on_answer: Callable[[Answer], None] = lambda answer: None,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Answer]:
     """Send all jobs, greedy and without end tokens, and wait for their answers, in the order of the jobs.
 
@@ -66,6 +68,7 @@ async def drive(
         rate: mean requests per second, with exponential gaps; None: as fast as the concurrency allows.
         seed: of the gaps.
         on_answer: called with each answer when it ends.
+        more: parameters of all requests, beside ours or in place of them.
     """
     gate = asyncio.Semaphore(max_concurrency)
     gaps = random.Random(seed)
@@ -73,7 +76,7 @@ async def drive(
 
     async def send(job: Job) -> Answer:
         async with gate:
-            answer = await ask(client, model, job)
+            answer = await ask(client, model, job, more)
             on_answer(answer)
             return answer
 
@@ -86,11 +89,13 @@ async def drive(
         return await asyncio.gather(*tasks)
 
 
-async def ask(client: httpx.AsyncClient, model: str, job: Job) -> Answer:
-    """Send one job, greedy and without end tokens, and wait for its answer."""
+async def ask(
+    client: httpx.AsyncClient, model: str, job: Job, more: Mapping[str, Any] = MappingProxyType({})
+) -> Answer:
+    """Send one job, greedy and without end tokens unless `more` says otherwise, and wait for its answer."""
     body = {
         "model": model, "prompt": list(job.prompt_ids), "max_tokens": job.max_tokens, "temperature": 0,
-        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}, **more,
     }  # fmt: skip
     answer = Answer(job, time.perf_counter())
     try:

@@ -88,9 +88,7 @@ class SequenceRouting:
 
 
 def _as_message(ids_TLK: Rows) -> RoutedExperts:
-    little_endian = ids_TLK.astype(ids_TLK.dtype.newbyteorder("<"), copy=False)
-    data = base64.b64encode(little_endian.tobytes()).decode()
-    return RoutedExperts(list(ids_TLK.shape), little_endian.dtype.str, data)
+    return RoutedExperts(list(ids_TLK.shape), ids_TLK.dtype.str, base64.b64encode(ids_TLK.tobytes()).decode())
 
 
 class RoutedExpertsCapturer:

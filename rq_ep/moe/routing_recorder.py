@@ -59,8 +59,8 @@ class StepRouting:
             self._ids, self._weights = [], []
             if position:
                 return
-        self._ids.append(arguments[1].detach())
-        self._weights.append(arguments[2].detach())
+        self._ids.append(arguments[1])
+        self._weights.append(arguments[2])
         if len(self._ids) == len(self._layers):
             ids, self._ids = self._ids, []
             weights, self._weights = self._weights, []
@@ -137,7 +137,7 @@ class RoutingRecorder:
         self._num_tokens += num_tokens
         self._tokens_S.append(num_tokens)
         self._ids.append(torch.stack(ids_L, 1).int().cpu().numpy())
-        self._weights.append(torch.stack(weights_L, 1).float().cpu().numpy())
+        self._weights.append(torch.stack(weights_L, 1).detach().float().cpu().numpy())
         if self._step_info is not None:
             info = self._step_info()
             assert len(info.sequence_T) == num_tokens, (len(info.sequence_T), num_tokens)
