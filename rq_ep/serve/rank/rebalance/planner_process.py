@@ -169,8 +169,10 @@ def serve(requests: BinaryIO, answers: BinaryIO, on_end: Callable[[], Any]) -> N
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        pickle.dump(_handle(waiting.get()), answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        answer = _handle(waiting.get())
+        with suppress(BrokenPipeError):  # the parent has died: so does this process, as its input ends
+            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
 """The planner process: a real one decides, saves, dies and comes back; none outlives its parent's pipe."""
 
+import pickle
 import sys
+import threading
 import time
+from io import BytesIO
 from pathlib import Path
 
 import psutil
@@ -9,7 +12,14 @@ import pytest
 
 from rq_ep.core.placement import Placement
 from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, decide
-from rq_ep.serve.rank.rebalance.planner_process import NICENESS, Answer, PlannerFailure, PlannerProcess, SaveRequest
+from rq_ep.serve.rank.rebalance.planner_process import (
+    NICENESS,
+    Answer,
+    PlannerFailure,
+    PlannerProcess,
+    SaveRequest,
+    serve,
+)
 from rq_ep.strategies import make_strategy
 from tests.rebalancing.cases import problem_of, steps_SLE
 from tests.serve.rank.rebalance.test_rebalance_controller import BEFORE
@@ -63,6 +73,25 @@ def test_a_process_of_its_own_decides_as_this_one_would(tmp_path: Path) -> None:
         assert left.wait(10) == 0
     finally:
         planner.close()
+
+
+def test_an_answer_to_a_parent_that_has_died_is_no_error(tmp_path: Path) -> None:
+    class Gone(BytesIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    request = SaveRequest(BEFORE, str(tmp_path / "saved.json"))
+    ended = threading.Event()
+
+    def end() -> None:
+        ended.set()
+        threading.Event().wait()  # as a process that has ended does nothing more
+
+    thread = threading.Thread(target=serve, args=(BytesIO(pickle.dumps(request)), Gone(), end), daemon=True)
+    thread.start()
+    until(lambda: ended.is_set() and (tmp_path / "saved.json").exists())
+    thread.join(0.1)
+    assert thread.is_alive(), "the end of its input ends it"
 
 
 def test_a_silent_process_can_be_ended() -> None:
