@@ -161,7 +161,8 @@ class OutputProcessor(OutputRouter):
         made = self._new_output(output, state)
         if state.routing is None or made.finish_reason == "error":
             return [made]
-        *parts, last = state.routing.take()
+        parts = state.routing.take()
+        last = parts.pop() if parts else None
         return [*(Output(made.request_id, [], routed=part) for part in parts), replace(made, routed=last)]
 
     def _new_output(self, output: GenerationOutput, state: RequestState) -> Output:

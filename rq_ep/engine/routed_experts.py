@@ -9,7 +9,7 @@ Axes: T tokens, L MoE layers, K experts of each.
 
 import base64
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,6 @@ from rq_ep.engine.requests import Batch, RoutedExperts
 from rq_ep.moe import StepRouting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rq_ep.engine.output_processor import RequestState
 
 PART_BYTES = 4 << 20  # in one output
@@ -60,7 +58,7 @@ class SequenceRouting:
         self._ids_TLK[self.num_known : self.num_known + len(new)] = new
         self.num_known += len(new)
 
-    def new_pages(self, token_ids: Callable[[], Sequence[int]]) -> "Iterator[tuple[int, Rows]]":
+    def new_pages(self, token_ids: Callable[[], Sequence[int]]) -> Iterator[tuple[int, Rows]]:
         """Hash and experts of each page that has become whole.
 
         Args:
@@ -107,9 +105,8 @@ class RoutedExpertsCapturer:
         self._is_asked = False  # by any request
         self._batch: Batch | None = None  # of the step that is captured
         self._captured: list[Tensor] | None = None  # the experts of its tokens, by layer
-        self._pages: OrderedDict[int, Rows] = (
-            OrderedDict()
-        )  # by the hash of their tokens and of all before, oldest use first
+        # By the hash of their tokens and of all before; the one whose last use is longest ago comes first.
+        self._pages: OrderedDict[int, Rows] = OrderedDict()
         self._pages_bytes = 0
 
     def ask(self) -> None:
@@ -133,7 +130,7 @@ class RoutedExpertsCapturer:
         return nullcontext()
 
     @contextmanager
-    def _capturing(self, batch: Batch) -> "Iterator[None]":
+    def _capturing(self, batch: Batch) -> Iterator[None]:
         try:
             with self._steps:
                 self._batch = batch
@@ -156,14 +153,14 @@ class RoutedExpertsCapturer:
         end = 0
         for (request_id, size), start in zip(self._batch.parts, self._batch.starts, strict=True):
             end += size
-            if (routing := self._routing(request_id)) is None:
+            state = self._requests.get(request_id)
+            if state is None or state.routing is None:
                 continue
-            state = self._requests[request_id]
             if not is_even:
                 state.problem = UNEVEN
                 continue
-            routing.add(start, ids_TLK[end - size : end])
-            for page_hash, rows in routing.new_pages(state.token_ids):
+            state.routing.add(start, ids_TLK[end - size : end])
+            for page_hash, rows in state.routing.new_pages(state.token_ids):
                 self._cache(page_hash, rows)
 
     def _routing(self, request_id: str) -> SequenceRouting | None:

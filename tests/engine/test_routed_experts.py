@@ -1,7 +1,6 @@
 """The experts that requests are told of are those of one forward pass over the whole sequence."""
 
 import base64
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,6 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from rq_ep.engine import routed_experts
 from rq_ep.engine.engine import EngineConfig
@@ -48,15 +48,30 @@ def decoded(routed: RoutedExperts) -> Any:
     return np.frombuffer(base64.b64decode(routed.data), routed.dtype).reshape(routed.shape)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_next"])  # paged, padded
-def test_the_experts_of_a_request_are_those_of_its_tokens(family: str, gloo_of_one: TorchGroup, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "num_shared"), [("mixtral", PAGES), ("qwen3_next", 0)])  # paged, padded
+def test_the_experts_of_a_request_are_those_of_its_tokens(
+    family: str, num_shared: int, gloo_of_one: TorchGroup, tmp_path: Path
+) -> None:
     path = save(random_model(CONFIGS[family]), tmp_path)
     told = Told(len(REQUESTS))
-    engine = start(path, "standard", gloo_of_one, told, config=EngineConfig(4, 48, 1024, prefix_caching=True))
+    computed: list[int] = []
+
+    def count(model: PreTrainedModel) -> None:
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            computed.append(kwargs["input_ids"].numel())
+
+        model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+
+    config = EngineConfig(4, 48, 1024, prefix_caching=True)
+    engine = start(path, "standard", gloo_of_one, told, prepare=count, config=config)
     assert engine.routes_evenly
     with patch.object(routed_experts, "PART_BYTES", 200):
         for request in REQUESTS:
+            computed.clear()
             ask(engine, told, request)
+            # Pages are taken from a request that has asked too, and from no other one.
+            num_taken = num_shared if request.id in ("same", "moved") else 0
+            assert sum(computed) == request.num_tokens - 1 - num_taken, request.id
     engine.stop()
     assert "unasked" not in told.routed
     model = load(path, strategy="standard", group=gloo_of_one)
@@ -67,27 +82,6 @@ def test_the_experts_of_a_request_are_those_of_its_tokens(family: str, gloo_of_o
         assert request.routed_from is not None
         expected = recorder.trace().ids_NLK[request.routed_from :]
         np.testing.assert_array_equal(np.concatenate(told.routed[request.id]), expected, request.id)
-
-
-def test_cached_pages_are_taken_as_far_as_their_experts_are_known(gloo_of_one: TorchGroup, tmp_path: Path) -> None:
-    path = save(random_model(CONFIGS["mixtral"]), tmp_path)
-    computed: list[int] = []
-
-    def count(model: Any) -> None:
-        model.get_decoder().register_forward_pre_hook(
-            lambda _, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
-        )
-
-    told = Told(3)
-    config = EngineConfig(4, 128, 1024, prefix_caching=True)
-    engine = start(path, "standard", gloo_of_one, told, prepare=count, config=config)
-    sums = []
-    for request in REQUESTS[:3]:
-        computed.clear()
-        ask(engine, told, replace(request, max_tokens=2))
-        sums.append(sum(computed))
-    engine.stop()
-    assert sums == [len(PREFIX) + 2, len(PREFIX) + 2, len(PREFIX) + 2 - PAGES]
 
 
 def test_a_step_that_is_made_again_changes_nothing() -> None:
