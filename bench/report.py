@@ -422,6 +422,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solver": _solver,
     "solver_58_layers": _solver_58_layers,
     "solver_more": _solver_more,
+    "placements_formats": lambda: _placements("eval_demo_8_ranks_formats"),
     "replan": _replan,
     "drift": _drift,
     "breakeven": _breakeven,
