@@ -1,7 +1,7 @@
 """EPLB, DeepSeek's balancer: replicate the experts with most load per replica, pack evenly, split evenly."""
 
 from dataclasses import dataclass, replace
-from heapq import heapify, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import ClassVar
 
 import numpy as np
@@ -140,21 +140,27 @@ def _pack(loads: list[float], names: list[int], sizes: list[int]) -> list[list[i
     bins: list[list[int]] = [[] for _ in sizes]
     bin_loads = [0.0] * len(sizes)
     load_of = dict(zip(names, loads, strict=True))
+    emptiest = [(0.0, b) for b, size in enumerate(sizes) if size]  # a heap of the bins that have room
     for item in sorted(range(len(names)), key=lambda item: -loads[item]):
-        name, load = names[item], loads[item]
-        open_bins = [b for b, size in enumerate(sizes) if len(bins[b]) < size]
-        fitting = [b for b in open_bins if name not in bins[b]]
-        if not fitting:
+        name, passed = names[item], []
+        while emptiest and name in bins[emptiest[0][1]]:
+            passed.append(heappop(emptiest))
+        if emptiest:
+            chosen = heappop(emptiest)[1]
+        else:
             # Every bin with room holds the name: another bin hands over something that the first of them lacks.
-            room = open_bins[0]
-            giver = next(b for b, held in enumerate(bins) if name not in held)
-            moved = next(other for other in bins[giver] if other not in bins[room])
-            bins[giver].remove(moved)
+            room = min(b for _, b in passed)
+            chosen = next(b for b, held in enumerate(bins) if name not in held)
+            moved = next(other for other in bins[chosen] if other not in bins[room])
+            bins[chosen].remove(moved)
             bins[room].append(moved)
-            bin_loads[giver] -= load_of[moved]
+            bin_loads[chosen] -= load_of[moved]
             bin_loads[room] += load_of[moved]
-            fitting = [giver]
-        chosen = min(fitting, key=bin_loads.__getitem__)
+            passed = [(bin_loads[b], b) for _, b in passed if len(bins[b]) < sizes[b]]
         bins[chosen].append(name)
-        bin_loads[chosen] += load
+        bin_loads[chosen] += loads[item]
+        if len(bins[chosen]) < sizes[chosen]:
+            passed.append((bin_loads[chosen], chosen))
+        for entry in passed:
+            heappush(emptiest, entry)
     return bins

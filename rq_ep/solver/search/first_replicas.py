@@ -6,6 +6,7 @@ Axes: H nodes.
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
+from rq_ep.solver.compiled import compiled
 from rq_ep.solver.objective.precision import Formats
 
 
@@ -39,30 +40,53 @@ def assign_first_replicas(
         load_R = np.zeros(len(budget_R))
         for number, number_R in reversed(by_format):
             experts = np.flatnonzero(format_E == number)
-            for expert in experts[np.argsort(-mean_E[experts], kind="stable")].tolist():
-                rank = int(np.where(number_R > 0, load_R, np.inf).argmin())
-                ranks_E[expert] = rank
-                number_R[rank] -= 1
-                load_R[rank] += mean_E[expert]
+            heaviest_first = experts[np.argsort(-mean_E[experts], kind="stable")]
+            _assign(heaviest_first, mean_E, number_R, load_R, ranks_E)
     return ranks_LE
+
+
+@compiled
+def _assign(experts_X: IntArray, mean_E: FloatArray, number_R: IntArray, load_R: FloatArray, ranks_E: IntArray) -> None:
+    """Give each of the experts, in their order, to the least loaded rank that may take another; changes the others."""
+    for expert in experts_X:
+        to = -1
+        for rank in range(len(load_R)):
+            if number_R[rank] > 0 and (to < 0 or load_R[rank] < load_R[to]):
+                to = rank
+        ranks_E[expert] = to
+        number_R[to] -= 1
+        load_R[to] += mean_E[expert]
 
 
 def _experts_per_rank(number: int, size: int, group_size: int, free_R: IntArray) -> IntArray | None:
     """[R] how many of `number` experts of equal size each rank gets; takes their bytes off `free_R`."""
     number_R = np.zeros(len(free_R), np.int64)
-    while number:
+    return number_R if _deal(number, size, group_size, free_R, number_R) else None
+
+
+@compiled
+def _deal(number: int, size: int, group_size: int, free_R: IntArray, number_R: IntArray) -> bool:
+    """Deal groups of experts to the rank with most bytes left or, of more than one, with fewest experts; whether all
+    fit. Changes both arrays."""
+    while number > 0:
+        most_free = free_R.max()
+        if most_free < size:
+            return False
         count = min(group_size, number)
-        if free_R.max() < count * size:
+        if most_free < count * size:
             count = 1
-        if free_R.max() < size:
-            return None
-        fits_R = free_R >= count * size
-        fewest_R = np.where(fits_R, number_R, np.iinfo(np.int64).max) if group_size > 1 else -free_R
-        rank = int(np.lexsort((-free_R, fewest_R))[0])
-        number_R[rank] += count
-        free_R[rank] -= count * size
+        to = -1
+        for rank in range(len(free_R)):
+            if free_R[rank] >= count * size:
+                is_emptier = to < 0 or free_R[rank] > free_R[to]
+                if group_size > 1 and to >= 0 and number_R[rank] != number_R[to]:
+                    is_emptier = number_R[rank] < number_R[to]
+                if is_emptier:
+                    to = rank
+        number_R[to] += count
+        free_R[to] -= count * size
         number -= count
-    return number_R
+    return True
 
 
 def complete_first_replicas(
