@@ -101,7 +101,7 @@ class ReplicateQuantize(Strategy):
     rebalance_rule: ClassVar[RebalanceRule | None] = RebalanceRule()
 
     max_steps: int = 64  # calibration steps the solver looks at, spread over the record
-    max_moves: int = 6000  # moves it tries in each layer
+    max_moves: int = 8000  # moves it tries in each layer
 
     def __post_init__(self) -> None:
         check_integer("max_steps", self.max_steps, 1)

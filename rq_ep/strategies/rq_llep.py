@@ -48,7 +48,7 @@ class ReplicateLend(Strategy):
     transient_format: str | None = None  # that experts travel in; None: as they lie
     max_low_precision_share: float = 0.25  # of a step's pairs, computed in `transient_format`
     max_steps: int = 64  # as for `rq`
-    max_moves: int = 6000  # as for `rq`
+    max_moves: int = 8000  # as for `rq`
 
     def __post_init__(self) -> None:
         check_number("fallback_ratio", self.fallback_ratio)

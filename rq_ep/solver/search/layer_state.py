@@ -86,6 +86,21 @@ class LayerSplit:
         self.quotas_SP = np.concatenate([self.quotas_SP, np.zeros((len(self.quotas_SP), len(additions)))], axis=1)
         _refill(self.splits, experts)
 
+    def without(self, dropped_P: IntArray) -> "LayerSplit":
+        """The layer without these replicas, of which each expert keeps another; only their experts are filled anew."""
+        kept_P = np.ones(len(self.index.ranks_P), bool)
+        kept_P[dropped_P] = False
+        experts_P, ranks_P = self.index.experts_P, self.index.ranks_P
+        index = index_replicas(experts_P[kept_P], ranks_P[kept_P], self.loads_SE.shape[1], self.loads_SR.shape[1])
+        loads_SR = self.loads_SR.copy()
+        for p in dropped_P.tolist():
+            loads_SR[:, ranks_P[p]] -= self.quotas_SP[:, p]
+        quotas_SP = np.ascontiguousarray(self.quotas_SP[:, kept_P])
+        layer = LayerSplit(self.loads_SE, index, quotas_SP, loads_SR, self.values_S.copy())
+        _fill_again(layer.splits, experts_P[dropped_P])
+        layer.optimize()
+        return layer
+
     def best_additions(self, limits: LayerLimits) -> list["Addition"]:
         """The replica of the largest gain among those that fit; none if none gains.
 
@@ -123,6 +138,16 @@ def _optimize_all(splits: Splits, cuts_SR: BoolArray) -> None:
     for step in range(len(values_S)):
         mean = loads_SR[step].mean()
         values_S[step] = augment(index, quotas_SP[step], loads_SR[step], mean, cuts_SR[step], search)
+
+
+@compiled
+def _fill_again(splits: Splits, experts: IntArray) -> None:
+    """Fill some experts anew in every step."""
+    index, loads_SE, quotas_SP, loads_SR, _ = splits
+    by_load_R = np.empty(loads_SR.shape[1], np.int64)
+    for step in range(len(loads_SE)):
+        for expert in experts:
+            water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
 
 
 @compiled

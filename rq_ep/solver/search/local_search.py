@@ -70,10 +70,9 @@ def improve(
         draws_AU = generator.random((min(num_moves, MOVES_AT_ONCE), NUM_DRAWS))
         _search(layer.splits, cuts, limits, draws_AU, tail_weight)
         num_moves -= len(draws_AU)
-    result = layer if limits.price == 0 else _without_dear(layer, cuts, limits, tail_weight)
-    if result is layer and num_ranks <= MAX_RANKS_ENUMERATED:  # nothing was split
-        return LayerSplit.of(layer.loads_SE, layer.held_ER)
-    return result
+    if num_ranks <= MAX_RANKS_ENUMERATED:  # nothing was split
+        layer = LayerSplit.of(layer.loads_SE, layer.held_ER)
+    return layer if limits.price == 0 else _without_dear(layer, cuts, limits, tail_weight)
 
 
 def _without_dear(layer: LayerSplit, cuts: Cuts, limits: LayerLimits, tail_weight: float) -> LayerSplit:
@@ -81,9 +80,8 @@ def _without_dear(layer: LayerSplit, cuts: Cuts, limits: LayerLimits, tail_weigh
     before = tail_weighted_mean(layer.values_S, tail_weight)
     dear_P = _dear(layer.splits, cuts, limits, tail_weight)
     while len(dear_P):
-        held_ER, experts_P, ranks_P = layer.held_ER, layer.index.experts_P[dear_P], layer.index.ranks_P[dear_P]
-        held_ER[experts_P, ranks_P] = False
-        without = LayerSplit.of(layer.loads_SE, held_ER)
+        experts_P, ranks_P = layer.index.experts_P[dear_P], layer.index.ranks_P[dear_P]
+        without = layer.without(dear_P)
         bytes_R = np.bincount(ranks_P, limits.bytes_E[experts_P], len(limits.free_R)).astype(np.int64)
         if tail_weighted_mean(without.values_S, tail_weight) < before + limits.price * bytes_R.sum():
             limits.free_R[:] += bytes_R
@@ -141,7 +139,7 @@ def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArra
     for draws_U in draws_AU:
         if best <= GOOD_ENOUGH:
             break
-        num = propose(index, cuts, loads_SE, held_ER, limits, draws_U, proposal)
+        num = propose(index, cuts, loads_SE, loads_SR, held_ER, limits, draws_U, proposal)
         if num == 0:
             continue
         move = ReplicaMove(proposal.replicas_J[:num], proposal.experts_J[:num], proposal.ranks_J[:num])
@@ -223,8 +221,17 @@ def _split_again(
     by_load_R = np.empty(new.loads_SR.shape[1], np.int64)
     cut_R, search = np.empty(new.loads_SR.shape[1], np.bool_), rank_search(new.loads_SR.shape[1])
     for step in np.argsort(-values_S, kind="mergesort"):
+        is_touched = False
+        for expert in changes.experts_X:
+            is_touched |= new.loads_SE[step, expert] > 0
         quotas_P, loads_R = new.quotas_SP[step], new.loads_SR[step]
-        quotas_P[:], loads_R[:] = old.quotas_SP[step], old.loads_SR[step]
+        for p in range(len(quotas_P)):
+            quotas_P[p] = old.quotas_SP[step, p]
+        for rank in range(len(loads_R)):
+            loads_R[rank] = old.loads_SR[step, rank]
+        if not is_touched:
+            values_S[step] = old.values_S[step]
+            continue
         for replica in move.replicas_J:
             loads_R[old.replicas.ranks_P[replica]] -= quotas_P[replica]
             quotas_P[replica] = 0.0

@@ -13,7 +13,7 @@ from rq_ep.solver.compiled import compiled
 from rq_ep.solver.search.cuts import Changes, Cuts
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex
 
-NUM_DRAWS = 7  # random numbers that a move is made from
+NUM_DRAWS = 8  # random numbers that a move is made from
 REPLACE, SHIFT = 0.3, 0.1  # share of moves that take another replica's place, and of moves to a rank with free bytes
 
 
@@ -44,6 +44,7 @@ def propose(
     index: ReplicaIndex,
     cuts: Cuts,
     loads_SE: FloatArray,
+    loads_SR: FloatArray,
     held_ER: BoolArray,
     limits: LayerLimits,
     draws_U: FloatArray,
@@ -53,13 +54,17 @@ def propose(
 
     One of its replicas is swapped with one outside the set, or moves there where bytes are free; or the expert takes
     the place of a replica there whose expert has others. Where sizes differ, a second replica may go back along with
-    the first.
+    the first. Of two ranks outside the set the emptier is taken, by `loads_SR`, which need not be up to date.
 
     Returns:
         The number of replicas that change, which are written to `move`; 0 if the draws make no allowed move.
     """
-    one, fullest = _draw_expert(cuts, loads_SE, draws_U)
+    step, one, fullest = _draw_expert(cuts, loads_SE, draws_U)
     to_rank = _draw_outside(cuts, fullest, draws_U[2]) if one >= 0 else -1
+    if to_rank >= 0:
+        second = _draw_outside(cuts, fullest, draws_U[7])
+        if loads_SR[step, second] < loads_SR[step, to_rank]:
+            to_rank = second
     if to_rank < 0 or held_ER[one, to_rank] or not limits.allowed_ER[one, to_rank]:
         return 0
     free_R, bytes_E = limits.free_R, limits.bytes_E
@@ -103,17 +108,17 @@ def propose(
 
 
 @compiled
-def _draw_expert(cuts: Cuts, loads_SE: FloatArray, draws_U: FloatArray) -> tuple[int, int]:
+def _draw_expert(cuts: Cuts, loads_SE: FloatArray, draws_U: FloatArray) -> tuple[int, int, int]:
     """Draw a step by its excess over balance, and then by its load an expert confined to the step's fullest set.
 
     Returns:
-        The expert and the set; both are -1 if every step is balanced.
+        The step, the expert and the set; all are -1 if every step is balanced.
     """
     excess = 0.0
     for top in cuts.tops_S:
         excess += max(top - 1, 0.0)
     if excess <= 0:
-        return -1, -1
+        return -1, -1, -1
     left, step = draws_U[0] * excess, 0
     while step < len(loads_SE) - 1 and left >= max(cuts.tops_S[step] - 1, 0.0):
         left -= max(cuts.tops_S[step] - 1, 0.0)
@@ -126,7 +131,7 @@ def _draw_expert(cuts: Cuts, loads_SE: FloatArray, draws_U: FloatArray) -> tuple
             left -= loads_SE[step, expert]
             if left < 0:
                 break
-    return one, fullest
+    return step, one, fullest
 
 
 @compiled

@@ -86,9 +86,8 @@ def _ruin(state: SearchState, costs_LER: FloatArray, generator: np.random.Genera
             layer, limits = state.layers[i], state.limits[i]
             if not is_removable(layer, limits, expert, rank):  # another replica of the expert has been dropped
                 continue
-            held_ER = layer.held_ER
-            held_ER[expert, rank] = False
-            state.layers[i] = LayerSplit.of(layer.loads_SE, held_ER)
+            is_it_P = (layer.index.experts_P == expert) & (layer.index.ranks_P == rank)
+            state.layers[i] = layer.without(np.flatnonzero(is_it_P))
             limits.free_R[rank] += limits.bytes_E[expert]
             if not limits.present_ER[expert, rank]:
                 limits.move_budget[0] += limits.bytes_E[expert]

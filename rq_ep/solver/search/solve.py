@@ -27,7 +27,7 @@ from rq_ep.solver.search.ruin_recreate import ruin_and_recreate
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution
 from rq_ep.solver.search.spare_replicas import drop_spares
 
-FEWER_FROM_CURRENT = 4  # times fewer moves: a search that begins from a placement that serves begins near its end
+FEWER_FROM_CURRENT = 6  # times fewer moves: a search that begins from a placement that serves begins near its end
 
 
 def solve(
@@ -44,7 +44,7 @@ def solve(
         problem: statistics, ranks, limits, and formats. With `time_limit_s`, the best placement until then is returned.
         strategy: serves the placement, which carries its name.
         max_steps: calibration steps to look at, spread over the record.
-        max_moves: moves of replicas attempted in each layer; from `current` a quarter of them.
+        max_moves: moves of replicas attempted in each layer; from `current` a sixth of them.
         current: a placement of the same layers on as many ranks to begin from. It may lack experts, hold too much or
             break rules (a rank was lost, its budget cut): first, missing experts get a replica and what exceeds the
             limits is dropped. Its formats stay. Beyond that, no more than `problem.max_moved_bytes` are moved, and a
@@ -70,9 +70,12 @@ def solve(
             part = _share_of_time(context, number, len(begun))
             states.append(_search(part, steps, best_initial(part, steps, solutions)))
         best = _least_damage(states)
+        are_recorded = all(one is other for one, other in zip(steps, recorded, strict=True))
+        rating = best.rating if are_recorded else _rating(context, recorded, best.solution)
         for solution in known:  # on recorded steps, the result must not be worse than any of these
-            if _rating(context, recorded, solution) < _rating(context, recorded, best.solution):
+            if _rating(context, recorded, solution) < rating:
                 steps, best = recorded, _search(context, recorded, solution)
+                rating = best.rating
     solution = best.solution if context.current is not None else _refined(context, steps, best)
     placement = certified(problem, strategy, max_steps, context.formats, solution.held_LER, solution.format_LE)
     problem.on_progress(1.0)
@@ -123,6 +126,8 @@ def _refined(context: SearchContext, steps: Sequence[LayerSteps], state: SearchS
         drop_spares(spare, SAME_BALANCE)
     held_LER = spare.held_LER
     format_LE = raise_formats(held_LER, state.format_LE, context.damage_FLE, context.formats, spare.free_R)
+    if not several and (format_LE == state.format_LE).all():
+        return state.solution
     refined = SearchState(context, steps, Solution(held_LER, format_LE))
     if not several:
         return refined.solution if refined.rating < state.rating else state.solution
