@@ -38,14 +38,17 @@ def check_against_the_optimum(
     budget = (-(-num_experts // num_ranks) * 1000 + room,) * num_ranks
     instance = problem(counts_SE[:, None], num_ranks, budget=budget, max_low_precision_share=share)
     (steps,) = calibration_steps(instance, 64)
-    predicted = solve(instance, RQ, 64, 1000).layers[0].predicted
+    placement = solve(instance, RQ, 64, 1000)
+    predicted = placement.layers[0].predicted
     pairs_E = instance.stats.counts.sum(axis=(0, 1))
     may_be_low_E = ByteSavings.of(instance, Formats.of(instance)).format_LE()[0] > 0
     limits = steps.loads_SE, np.array(budget), 1000, 504, pairs_E, share
     best = best_placement(*limits, may_be_low_E, time_limit_s=10)
     assert LayerSplit.of(steps.loads_SE, best.held_ER).value == pytest.approx(best.value, abs=1e-3)
     assert predicted <= best.value * (1 + WORSE_BY) + 1e-3  # whole pairs
-    assert predicted >= best_placement(*limits, time_limit_s=10).bound - 1e-6
+    of_all = best_placement(*limits, time_limit_s=10)  # whichever experts are low
+    assert predicted >= of_all.bound - 1e-6
+    assert placement.certificate["bound"] <= of_all.value + 1e-3
 
 
 def test_the_search_comes_close_to_the_best_placement() -> None:
@@ -58,12 +61,14 @@ def test_the_search_comes_close_to_the_best_placement() -> None:
         )
 
 
+@pytest.mark.parametrize("instance", [(6, 3, 1, 8, 0.2, 0), (6, 3, 2, 98, 0.2, 166), (3, 3, 2, 219, 0.5, 831)], ids=str)
+def test_no_initial_solution_is_overlooked(instance: tuple[int, int, int, int, float, int]) -> None:
+    """The most promising initial solution leads the search astray here, by 5 to 29 %."""
+    check_against_the_optimum(*instance)
+
+
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="the search misses the optimum by more")
-@pytest.mark.parametrize(
-    "instance",
-    [(6, 3, 1, 8, 0.2, 0), (6, 3, 2, 98, 0.2, 166), (5, 3, 1, 440, 0.2, 963), (3, 3, 2, 219, 0.5, 831)],
-    ids=str,
-)
+@pytest.mark.parametrize("instance", [(5, 3, 1, 440, 0.2, 963), (5, 3, 1, 36, 0.2, 770)], ids=str)
 def test_instances_that_the_search_is_known_to_miss(instance: tuple[int, int, int, int, float, int]) -> None:
     """Of 1,672 instances drawn like those above, 11 are missed by more than 5 %, one of them by 29 %."""
     check_against_the_optimum(*instance)

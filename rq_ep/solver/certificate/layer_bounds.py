@@ -37,7 +37,10 @@ def bounds_of(
 def _inside_limits(
     problem: PlacementProblem, placement: Placement, steps: Sequence[LayerSteps], is_lending: bool
 ) -> tuple[Bound, list[Bound]]:
-    """The bound inside the budget and the cap, and that of each layer in what it takes of them."""
+    """The bound inside the budget and the cap, and that of each layer in what it takes of them.
+
+    A rank's budget counts as far as whole replicas can fill it.
+    """
     stats, num_ranks = problem.stats, problem.topology.num_ranks
     native = stats.expert_bytes[stats.native_format]
     low = min(stats.expert_bytes[name] for name in problem.formats) if problem.max_low_precision_share else native
@@ -52,12 +55,14 @@ def _inside_limits(
     budget_R = None if is_lending else problem.budget_bytes_R
     if budget_R is not None:
         usable_R[np.array(budget_R) < min(low, native)] = False
+    names = problem.formats if problem.max_low_precision_share else (stats.native_format,)
+    sizes = {stats.expert_bytes[name] for name in names}
     limits = BoundLimits(
         num_ranks=num_ranks,
         num_usable=max(int(usable_R.sum()), 1),
         native_bytes=native,
         low_bytes=min(low, native),
-        max_bytes=None if budget_R is None else sum(budget_R),
+        max_bytes=None if budget_R is None else sum(_filled(size, sizes) for size in budget_R),
         max_low_pairs=problem.max_low_precision_share * float(pairs_LE.sum()),
         mixes=any(layer.replicas.mixed_formats for layer in placement.layers),
     )
@@ -72,6 +77,15 @@ def _inside_limits(
         of_layer = [None if array is None else array[[i]] for array in (fewest_LE, most_LE)]
         bounds.append(lower_bound([steps[i]], pairs_LE[[i]], inside, *of_layer))
     return overall, bounds
+
+
+def _filled(budget: int, sizes: set[int]) -> int:
+    """The bytes of a rank's budget that whole replicas can fill; where they have more than two sizes, all of it."""
+    large, small = max(sizes), min(sizes)
+    if len(sizes) > 2 or small <= 0:
+        return budget
+    large_bytes_n = np.arange(budget // large + 1) * large
+    return int((large_bytes_n + (budget - large_bytes_n) // small * small).max())
 
 
 def _step_by_step(

@@ -19,6 +19,7 @@ STEPS_TO_CHOOSE, LAYERS_TO_CHOOSE = 16, 8  # enough to tell a good initial solut
 GROUPINGS = (0, 1, 2)  # of `assign_first_replicas`
 PARTS = (0.25, 0.5, 0.75, 1.0)  # of the bytes that several low formats can save
 SAME_BALANCE = 0.001  # of max/mean, which may be given up for less damage
+NUM_RANDOM = 4  # random solutions
 PROGRESS_AT_START = 0.1  # share of the work that the choice of an initial solution is taken to be
 
 
@@ -88,6 +89,21 @@ def best_initial(context: SearchContext, steps: Sequence[LayerSteps], solutions:
     best = min(value for value, _ in ratings)
     as_good = [rating for rating in ratings if rating[0] <= best + SAME_BALANCE]
     return solutions[ratings.index(min(as_good, key=lambda rating: rating[::-1]))]
+
+
+def random_solutions(
+    context: SearchContext, steps: Sequence[LayerSteps], solutions: Sequence[Solution]
+) -> list[Solution]:
+    """First replicas for loads that are wrong at random, with the formats of each solution in turn."""
+    generator = np.random.default_rng(context.problem.seed)
+    mean_LE, random = np.stack([layer.mean_E for layer in steps]), []
+    for number in range(NUM_RANDOM):
+        format_LE = solutions[number % len(solutions)].format_LE
+        wrong_LE = mean_LE * generator.lognormal(size=mean_LE.shape)
+        held_LER = _first_replicas(context, wrong_LE, format_LE, context.budget_R, 0)
+        if held_LER is not None:
+            random.append(Solution(held_LER, format_LE))
+    return random
 
 
 def _some_layers(context: SearchContext, solution: Solution, chosen_layers: IntArray) -> tuple[SearchContext, Solution]:

@@ -1,7 +1,8 @@
 """The placement solver: formats, first replicas, further replicas and moves inside a byte budget for each rank.
 
-Several initial solutions are tried on some of the steps, and the search goes on from the best. The result is never
-worse than standard EP's contiguous blocks or the candidates it is given.
+Several initial solutions are tried on some of the steps, and the search goes on from the best; where the problem is
+tiny, it goes on from all of them and from some random ones. The result is never worse than standard EP's contiguous
+blocks or the candidates it is given.
 """
 
 import time
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rq_ep.core.placement import LayerPlacement, Placement
-from rq_ep.core.problem import PlacementProblem, contiguous
+from rq_ep.core.problem import PlacementProblem, contiguous, ignore_progress
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certified
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
@@ -22,11 +23,14 @@ from rq_ep.solver.search.initial_solutions import (
     completed,
     constructed,
     known_solutions,
+    random_solutions,
 )
+from rq_ep.solver.search.layer_state import GOOD_ENOUGH
 from rq_ep.solver.search.ruin_recreate import ruin_and_recreate
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution
 from rq_ep.solver.search.spare_replicas import drop_spares
 
+TINY = 2**10  # layers times steps, experts and ranks, up to which the search begins from every initial solution
 FEWER_FROM_CURRENT = 6  # times fewer moves: a search that begins from a placement that serves begins near its end
 
 
@@ -68,7 +72,7 @@ def solve(
         states = []
         for number, solutions in enumerate(begun):
             part = _share_of_time(context, number, len(begun))
-            states.append(_search(part, steps, best_initial(part, steps, solutions)))
+            states.append(_best_search(part, steps, solutions))
         best = _least_damage(states)
         are_recorded = all(one is other for one, other in zip(steps, recorded, strict=True))
         rating = best.rating if are_recorded else _rating(context, recorded, best.solution)
@@ -80,6 +84,21 @@ def solve(
     placement = certified(problem, strategy, max_steps, context.formats, solution.held_LER, solution.format_LE)
     problem.on_progress(1.0)
     return placement
+
+
+def _best_search(context: SearchContext, steps: Sequence[LayerSteps], solutions: Sequence[Solution]) -> SearchState:
+    """What the search makes of the most promising solution or, where the problem is tiny, the best it makes of any."""
+    initial = best_initial(context, steps, solutions)
+    best = _search(context, steps, initial)
+    if sum(layer.loads_SE.size * layer.num_ranks for layer in steps) > TINY:
+        return best
+    quiet = replace(context, problem=replace(context.problem, on_progress=ignore_progress))
+    for solution in [*solutions, *random_solutions(context, steps, solutions)]:
+        if best.value <= GOOD_ENOUGH or context.effort.is_over():
+            break
+        if solution is not initial:
+            best = min(best, _search(quiet, steps, solution), key=lambda state: state.rating)
+    return best
 
 
 def _share_of_time(context: SearchContext, number: int, num_searches: int) -> SearchContext:
