@@ -106,7 +106,7 @@ def fold_slots(source: Path, physical_SLP: IntArray, experts_LP: IntArray) -> In
 
     Args:
         physical_SLP: pairs of each slot.
-        experts_LP: the expert in each slot.
+        experts_LP: the expert in each slot; -1 in an empty one, which counts nothing.
     """
     if experts_LP.shape != physical_SLP.shape[1:]:
         raise UserError(
@@ -120,5 +120,7 @@ def fold_slots(source: Path, physical_SLP: IntArray, experts_LP: IntArray) -> In
     logical_SLE = np.zeros((num_steps, num_layers, num_experts), np.int64)
     for layer, experts_P in enumerate(experts_LP):
         for slot, expert in enumerate(experts_P.tolist()):
+            if expert < 0:
+                continue
             logical_SLE[:, layer, expert] += physical_SLP[:, layer, slot]
     return logical_SLE

@@ -108,18 +108,18 @@ def tensor_array(source: Path, name: str, value: Any) -> Array:
     return array
 
 
-def whole_numbers(source: Path, name: str, array: Array) -> IntArray:
+def whole_numbers(source: Path, name: str, array: Array, low: int = 0) -> IntArray:
     """`array` as int64.
 
     Raises:
-        UserError: some are no whole numbers, or below 0.
+        UserError: some are no whole numbers, or below `low`.
     """
     if array.dtype.kind not in "iuf":
         raise UserError(f"{source}: {name or 'its content'} is {array.dtype}, not numbers")
     wide = array.astype(np.float64) if array.dtype.kind == "f" else array
-    wrong = array[~((wide >= 0) & (wide <= MAX_INTEGER) & (wide == np.floor(wide)))]
+    wrong = array[~((wide >= low) & (wide <= MAX_INTEGER) & (wide == np.floor(wide)))]
     if wrong.size:
-        raise UserError(f"{source}: {name or 'its content'} must be whole numbers from 0 up, but one is {wrong[0]}")
+        raise UserError(f"{source}: {name or 'its content'} must be whole numbers from {low} up, but one is {wrong[0]}")
     return array.astype(np.int64)
 
 

@@ -2,7 +2,8 @@
 
 A `.pt`, `.npz` or `.safetensors` file with the fields of the same names:
 * `expert_load_window` [steps, layers, slots] or `expert_load_pass` [layers, slots], and `physical_to_logical_map`
-  [layers, slots]; or
+  [layers, slots], -1 in slots that elastic EP keeps empty; or
+* `last_expert_load` [layers, experts], the sums of the last re-placement; or
 * one array without a name, or named `logical_count`: [steps, layers, experts] or [layers, experts].
 Rows are MoE layers only. Several files are ranks of one run, before their all-reduce, and are added up.
 """
@@ -16,7 +17,7 @@ from rq_ep.interchange.recorded import RecordedLoads, counts_by_step, fold_slots
 from rq_ep.interchange.tensors import BARE, read_arrays, whole_numbers
 
 PHYSICAL = ("expert_load_window", "expert_load_pass")
-LOGICAL = ("logical_count", BARE)
+LOGICAL = ("last_expert_load", "logical_count", BARE)
 MAP = "physical_to_logical_map"
 
 
@@ -39,7 +40,7 @@ def _read(path: Path) -> IntArray:
     if physical:
         if MAP not in arrays:
             raise UserError(f"{path}: {physical[0]} counts slots; save {MAP} beside it")
-        experts_LP = whole_numbers(path, MAP, arrays[MAP])
+        experts_LP = whole_numbers(path, MAP, arrays[MAP], low=-1)
         return fold_slots(path, counts_by_step(path, physical[0], arrays[physical[0]]), experts_LP)
     if logical:
         return counts_by_step(path, logical[0], arrays[logical[0]])

@@ -115,6 +115,16 @@ def test_counts_may_be_of_any_type(tmp_path: Path, dtype: type) -> None:
     np.testing.assert_array_equal(stats.counts, counts_SLE)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint16, torch.uint64, torch.bfloat16, torch.float16, torch.float8_e5m2]
+)
+def test_tensors_may_be_of_any_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    counts_SLE = counts(3, 2, 4) % 4
+    torch.save({"logical_count": torch.from_numpy(counts_SLE).to(dtype), "rank": 0}, tmp_path / "stat.pt")
+    recorded = STATS_FORMATS["sglang"].read([tmp_path / "stat.pt"])
+    np.testing.assert_array_equal(recorded.counts_SLE, counts_SLE)
+
+
 def test_trtllm_adds_ranks_and_knows_layers_and_top_k(tmp_path: Path) -> None:
     counts_RSLE = counts(3, 4, 2, 6)
     folder = trtllm_folder(tmp_path / "statistics", counts_RSLE, [3, 11])
@@ -146,6 +156,11 @@ def test_vllm_folds_slots_and_adds_ranks(tmp_path: Path) -> None:
     np.savez(tmp_path / "bare.npz", allow_pickle=False, expert_load_pass=window_SLP[0])
     with pytest.raises(UserError, match="save physical_to_logical_map beside it"):
         read("vllm", tmp_path / "bare.npz")
+    np.savez(
+        tmp_path / "grown.npz", allow_pickle=False, **state | {"physical_to_logical_map": experts_LP - [0, 0, 0, 1]}
+    )
+    grown = read("vllm", tmp_path / "grown.npz")
+    np.testing.assert_array_equal(grown.counts[:, 0, 0], window_SLP[:, 0, 0])
     save_file({"logical_count": window_SLP}, tmp_path / "logical.safetensors")
     np.testing.assert_array_equal(read("vllm", tmp_path / "logical.safetensors").counts, window_SLP)
 
