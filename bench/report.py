@@ -217,6 +217,56 @@ def _solver_more() -> str:
     return _table(header, lines)
 
 
+ENGINE_NAMES = {
+    "stay": "nobody",
+    "vllm": "vLLM",
+    "sglang_deepseek": "SGLang `deepseek`",
+    "sglang_deepseek_vec": "SGLang `deepseek_vec`",
+    "rq_in_vllm": "**`rq_ep` in vLLM**",
+    "rq_in_sglang": "**`rq_ep` in SGLang**",
+    "rq_in_vllm_sums": "`rq_ep` in vLLM, sums alone",
+    "place": "`place --for`",
+    "place_sums": "`place --for`, sums alone",
+}
+
+
+def _engines() -> str:
+    """Held-out max/mean: a row for each size, a column for everyone who places."""
+    rows = _key(_load("engines_cpu")["rows"], "num_experts", "num_ranks", "num_extras", "scenario", "tokens", "placed_by")
+    lines = [
+        [
+            ", ".join(map(str, size[:3])), size[3], f"{size[4]:,}",
+            *(f"{rows[*size, name]['held_out']:.3f}" for name in ENGINE_NAMES),
+        ]
+        for size in dict.fromkeys(key[:5] for key in rows)
+    ]  # fmt: skip
+    return _table(["experts, ranks, extra slots", "scenario", "tokens", *ENGINE_NAMES.values()], lines)
+
+
+def _engine_moves() -> str:
+    """What a placement of the larger sizes costs, and what the mean load looks like under it."""
+    lines = [
+        [
+            f"{row['num_experts']}, {row['num_ranks']}", row["scenario"], ENGINE_NAMES[row["placed_by"]],
+            f"{row['held_out']:.3f}", f"{row['of_mean_load']:.4f}", f"{row['moves_per_layer']:.0f}",
+            "" if row["moves_per_unit"] is None else f"{row['moves_per_unit']:.0f}",
+        ]
+        for row in _load("engines_cpu")["rows"]
+        if row["num_ranks"] >= 32 and row["tokens"] == 4096
+    ]  # fmt: skip
+    header = ["experts, ranks", "scenario", "placed by", "held-out max/mean", "max/mean of the mean load"]
+    return _table([*header, "moves per layer", "moves per unit of max/mean removed"], lines)
+
+
+def _engines_58_layers() -> str:
+    lines = [
+        [ENGINE_NAMES[row["placed_by"]], row["scenario"], f"{row['held_out']:.3f}", f"{row['cpu_s']:.1f}"]
+        for row in _load("engines_cpu_58_layers")["rows"]
+        if row["placed_by"] != "stay"
+    ]
+    return _table(["placed by", "scenario", "held-out max/mean", "CPU s"], lines)
+
+
 def _replan() -> str:
     lines = []
     for row in _load("replan_cpu_58_layers")["rows"]:
@@ -423,6 +473,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "solver_58_layers": _solver_58_layers,
     "solver_more": _solver_more,
     "placements_formats": lambda: _placements("eval_demo_8_ranks_formats"),
+    "engines": _engines,
+    "engine_moves": _engine_moves,
+    "engines_58_layers": _engines_58_layers,
     "replan": _replan,
     "drift": _drift,
     "breakeven": _breakeven,

@@ -118,6 +118,7 @@ def prepare() -> None:
     slots_RJ = np.array([[0], [1]])
     steps = LayerSteps(np.array([[2, 1], [1, 1]]), num_ranks=2)
     improve_slots(steps, slots_RJ, np.ones((2, 2), bool), np.zeros((1, 3)))
+    leveled(np.ones(2), slots_RJ, np.ones((2, 2), bool))
 
 
 def _moves(asked: Balancing, seconds: float) -> int:

@@ -131,10 +131,12 @@ def _with_steps(rearrange: Callable[..., Any], sync_allowed: Callable[[], Any]) 
         self: Any, is_profile: bool = False, rank_mapping: Any = None, use_last_expert_load: bool = False
     ) -> Any:
         if isinstance(self.policy, StepPolicy):
-            has_steps = not is_profile and rank_mapping is None and not use_last_expert_load
-            with sync_allowed():
-                recorded = [_recorded(self, model) for model in self.model_states.values()] if has_steps else []
-            self.policy = replace(self.policy, recorded=tuple(recorded))
+            recorded: list[RecordedSteps] = []
+            if not is_profile and rank_mapping is None and not use_last_expert_load:
+                with sync_allowed():
+                    models = self.model_states.values()
+                    recorded = self.policy.fallback(lambda: [_recorded(self, model) for model in models], recorded)
+            self.policy = replace(self.policy, recorded=recorded)
         return rearrange(self, is_profile, rank_mapping, use_last_expert_load)
 
     return rearrange_with_steps
@@ -145,9 +147,10 @@ def _recorded(state: Any, model: Any) -> RecordedSteps:
 
     A rank's own position in the window says how old its steps are; ranks that idled have recorded fewer.
     """
-    window_SLP = model.expert_load_window.roll(-state.expert_load_window_step, dims=0)
+    window_SLP = model.expert_load_window
     num_steps = len(window_SLP)
-    sample = torch.linspace(0, num_steps - 1, min(MAX_STEPS, num_steps)).round().long().to(window_SLP.device)
+    ages = torch.linspace(0, num_steps - 1, min(MAX_STEPS, num_steps)).round().long()
+    sample = ((ages + state.expert_load_window_step) % num_steps).to(window_SLP.device)
     experts_LP, num_experts = model.physical_to_logical_map, model.model.num_logical_experts
     sums = (window_SLP.sum(dim=0, keepdim=True), window_SLP[sample].long())
     total_1LE, steps_SLE = (
