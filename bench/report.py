@@ -232,13 +232,14 @@ ENGINE_NAMES = {
 
 def _engines() -> str:
     """Held-out max/mean: a row for each size, a column for everyone who places."""
-    rows = _key(_load("engines_cpu")["rows"], "num_experts", "num_ranks", "num_extras", "scenario", "tokens", "placed_by")
+    size = ("num_experts", "num_ranks", "num_extras", "scenario", "tokens")
+    rows = _key(_load("engines_cpu")["rows"], *size, "placed_by")
     lines = [
         [
-            ", ".join(map(str, size[:3])), size[3], f"{size[4]:,}",
-            *(f"{rows[*size, name]['held_out']:.3f}" for name in ENGINE_NAMES),
+            ", ".join(map(str, case[:3])), case[3], f"{case[4]:,}",
+            *(f"{rows[*case, name]['held_out']:.3f}" for name in ENGINE_NAMES),
         ]
-        for size in dict.fromkeys(key[:5] for key in rows)
+        for case in dict.fromkeys(key[:5] for key in rows)
     ]  # fmt: skip
     return _table(["experts, ranks, extra slots", "scenario", "tokens", *ENGINE_NAMES.values()], lines)
 

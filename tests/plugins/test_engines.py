@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from bench.engines.engine_sources import VARIABLE, engine_modules, engines_folder
+from bench.engines.engines import main as bench
 from bench.solver.synthetic_traces import draw_trace
 from rq_ep.core.arrays import IntArray
 from rq_ep.interchange import STATS_FORMATS, write_slots
@@ -258,3 +259,12 @@ def test_sglang_loads_what_convert_writes(monkeypatch: pytest.MonkeyPatch, tmp_p
         metadata = location.compute_initial_expert_location_metadata(None, 0)
         np.testing.assert_array_equal(metadata.physical_to_logical_map, experts_LS)
         assert metadata.ep_size == RANKS
+
+
+def test_the_bench_places_by_all(tmp_path: Path) -> None:
+    bench(["--quick", "--scenarios", "first", "--json", str(tmp_path / "figures.json")])
+    rows = {row["placed_by"]: row for row in json.loads((tmp_path / "figures.json").read_text())["rows"]}
+    for ours, own in (("rq_in_vllm", "vllm"), ("rq_in_sglang", "sglang_deepseek_vec")):
+        assert rows[ours]["held_out"] < rows[own]["held_out"] < rows["stay"]["held_out"]
+        assert rows[ours]["moves_per_unit"] < rows[own]["moves_per_unit"]
+    assert rows["rq_in_vllm_sums"]["of_mean_load"] <= rows["vllm"]["of_mean_load"]
