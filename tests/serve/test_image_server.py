@@ -97,6 +97,19 @@ def test_chats_with_images_get_the_answers_of_generate(chats: Chats) -> None:
         assert list(pool.map(lambda question: chats.answer(*question), questions)) == dense
 
 
+def test_several_answers_to_a_chat_with_images_are_those_of_as_many_chats(chats: Chats) -> None:
+    def texts(**fields: Any) -> list[str]:
+        body = chats.post("a", RED, "b", BLUE, temperature=1, **fields).raise_for_status().json()
+        assert body["usage"]["prompt_tokens"] == num_prompt
+        return [choice["message"]["content"] for choice in body["choices"]]
+
+    num_prompt = chats.post("a", RED, "b", BLUE).json()["usage"]["prompt_tokens"]
+    several = texts(n=3, seed=5)
+    assert several == [text for seed in (5, 6, 7) for text in texts(seed=seed)]
+    assert len(set(several)) > 1
+    assert chats.post("a", RED, n=2).json()["choices"][1]["message"]["content"] == chats.dense("a", RED)
+
+
 def test_streams_and_images_of_other_servers_give_the_same(chats: Chats) -> None:
     expected = chats.answer("a", RED)
     lines = chats.post("a", RED, stream=True).raise_for_status().text.splitlines()

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import StreamingResponse
+from starlette.routing import Match
 from starlette.types import ASGIApp
 
 from rq_ep.serve.http.ep_routes import ep_routes
@@ -113,7 +114,8 @@ def make_app(
         status = {"status": "ok"} if degradation is None else {"status": "degraded", "reason": degradation}
         return status if stall is None else {**status, "rebalance": stall}
 
-    app.include_router(ep_routes(service, bodies))
+    about_ep = ep_routes(service, bodies)
+    app.include_router(about_ep)
 
     @app.get("/livez")
     async def livez() -> dict[str, str]:
@@ -140,16 +142,23 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def on_http_error(http: Request, error: HTTPException) -> Response:
         text = f"{http.method} {http.url.path}: {error.detail}"
-        headers = error.headers
-        if headers is not None and headers.get("Allow") == "GET":
-            headers = {**headers, "Allow": "GET, HEAD"}
+        headers = error.headers if error.status_code != 405 else {"Allow": ", ".join(allowed_methods(http))}
         return await on_api_error(http, ApiError(error.status_code, text, headers=headers))
+
+    def allowed_methods(http: Request) -> list[str]:
+        """Of all routes that have the path: Starlette would name those of the first."""
+        routes = [route for route in [*app.routes, *about_ep.routes] if route.matches(http.scope)[0] is not Match.NONE]
+        methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
+        return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
     @app.exception_handler(Exception)
     async def on_bug(http: Request, error: Exception) -> Response:
         return await on_api_error(http, ApiError(500, f"internal error: {type(error).__name__}"))
 
-    app.openapi = lambda: describe(app, service.model_name)  # type: ignore[method-assign]
+    def document() -> dict[str, Any]:
+        return describe(app, service.model_name, None if service.limits is None else service.limits.vocab_size)
+
+    app.openapi = document  # type: ignore[method-assign]
     guarded: ASGIApp = OriginGuard(HeadAsGet(app), allowed_origins)
     if api_keys:
         guarded = KeyGuard(guarded, api_keys)

@@ -62,7 +62,7 @@ class MembershipView:
         """
         router = self._router
         if router is None or not router.survives:
-            raise ApiError(400, "the ranks of this server stay: start it with --on-rank-failure continue")
+            raise ApiError(409, "the ranks of this server stay: start it with --on-rank-failure continue")
         param = "add" if body.remove is None else "remove"
         ranks = body.remove or body.add or []
         self._check(ranks, param)
@@ -79,4 +79,4 @@ class MembershipView:
         num_ranks = len(self._membership.ranks)
         if unknown := [rank for rank in ranks if rank >= num_ranks]:
             text = f"{param}: there is no rank {unknown[0]}: the ranks are 0 to {num_ranks - 1}"
-            raise ApiError(400, text, param)
+            raise ApiError(404, text, param)

@@ -144,7 +144,7 @@ class RebalanceView:
             ApiError: it is off, something is under way already or nothing is, or the planner has failed.
         """
         if self._send is None:
-            raise ApiError(400, "this server keeps its placement: start it with --rebalance auto", "action")
+            raise ApiError(409, "this server keeps its placement: start it with --rebalance auto", "action")
         self._num_commands += 1
         number = self._num_commands
         future = self._answers[number] = asyncio.get_running_loop().create_future()

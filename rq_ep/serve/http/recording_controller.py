@@ -38,7 +38,7 @@ class RecordingController:
             ApiError: the server was started without a directory for traces, or records already.
         """
         if self._directory is None:
-            raise ApiError(400, "this server records nothing: start it with --record-dir DIR")
+            raise ApiError(409, "this server records nothing: start it with --record-dir DIR")
         if self.is_recording or self._result is not None:
             raise ApiError(409, "a recording is under way: stop it first")
         self._send_next()

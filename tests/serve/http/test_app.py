@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 from rq_ep.engine.progress import Progress
@@ -834,7 +835,7 @@ def test_the_placement_is_the_file(bench: Bench) -> None:
 
 
 def test_recording_starts_stops_and_names_its_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--record-dir" in error(bench.call("POST", "/v1/ep/record/start"), 400)["message"]
+    assert "--record-dir" in error(bench.call("POST", "/v1/ep/record/start"), 409)["message"]
     bench.service.recording = controller = RecordingController(bench.ranks.mark, "traces", 50)
     error(bench.call("POST", "/v1/ep/record/stop"), 409)
     assert bench.call("POST", "/v1/ep/record/start").json() == {"recording": True, "max_tokens": 50}
@@ -860,6 +861,57 @@ def test_the_openapi_document_names_every_error(bench: Bench) -> None:
     assert "422" not in json.dumps(document)
     fields = document["components"]["schemas"]["CompletionBody"]["properties"]
     assert {"echo", "logprobs", "ignore_eos", "seed", "stop", "n", "stream_options"} <= set(fields)
+
+
+def conforming(bench: Bench) -> Callable[[Any, str], bool]:
+    """Tells whether a value is what a schema of the OpenAPI document says."""
+    components = bench.call("GET", "/openapi.json").json()["components"]
+
+    def conforms(value: Any, name: str) -> bool:
+        schema = {"$ref": f"#/components/schemas/{name}", "components": components}
+        return bool(jsonschema.Draft202012Validator(schema).is_valid(value))
+
+    return conforms
+
+
+BODIES = [
+        {"n": 2.0, "max_tokens": 1.0, "temperature": 1}, {"n": 2.5}, {"n": True}, {"n": None}, {"n": "2"},
+        {"prompt": [97.0, 98]}, {"prompt": [[97.0], [98]]}, {"prompt": [97.5]}, {"prompt": []}, {"prompt": [256]},
+        {"prompt": ["a", [98]]}, {"stop_token_ids": [3.0]}, {"stop_token_ids": [256]},
+        {"logit_bias": {"97": 1.5}}, {"logit_bias": {"a": 1}}, {"logit_bias": {"9\u0663": 1}},
+        {"max_tokens": 0}, {"max_tokens": 0, "echo": True}, {"max_tokens": None},
+        {"stream_options": {}}, {"stream_options": {}, "stream": True}, {"stream_options": None},
+        {"structured_outputs": {"regex": "a", "json": None}}, {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        {"guided_regex": "a"}, {"guided_regex": "a", "structured_outputs": {"regex": "a"}},
+        {"store": False}, {"store": True}, {"store": None}, {"unknown": None}, {"unknown": 1},
+    ]  # fmt: skip
+
+
+def test_the_openapi_document_and_the_server_take_the_same_bodies(bench: Bench) -> None:
+    conforms = conforming(bench)
+    for fields in BODIES:
+        body = {"model": MODEL, "prompt": "abc", **fields}
+        status = bench.call("POST", "/v1/completions", json=body).status_code
+        assert status == (200 if conforms(body, "CompletionBody") else 400), fields
+
+
+def test_answers_are_what_the_openapi_document_says(bench: Bench) -> None:
+    conforms = conforming(bench)
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    for call, name, fields in ((bench.complete, "Completion", {"logprobs": 2, "echo": True}),
+                               (bench.chat, "ChatCompletion", {"logprobs": True, "top_logprobs": 2})):  # fmt: skip
+        for settings in ({}, fields):
+            assert conforms(call(**settings).json(), name)
+            lines = call(**settings, **usage).text.split("\n\n")
+            assert lines[-2:] == ["data: [DONE]", ""]
+            assert all(conforms(json.loads(line.removeprefix("data: ")), f"{name}Chunk") for line in lines[:-2])
+    assert conforms(bench.complete(n=0).json(), "Error")
+    assert conforms(bench.call("GET", "/v1/models").json(), "Models")
+    assert not conforms({**bench.complete().json(), "more": 1}, "Completion")
+
+
+def test_a_wrong_method_is_told_those_of_all_routes_of_the_path(bench: Bench) -> None:
+    assert bench.call("PUT", "/v1/ep/ranks").headers["Allow"] == "GET, HEAD, POST"
 
 
 def test_version_and_server_info(bench: Bench) -> None:

@@ -158,7 +158,7 @@ def test_a_question_to_a_rank_that_dies_goes_to_the_next_one() -> None:
     [
         ({}, 400, "give either `remove` or `add`, a list of ranks", "remove"),
         ({"remove": [1], "add": [2]}, 400, "give either `remove` or `add`", "remove"),
-        ({"remove": [4]}, 400, "remove: there is no rank 4: the ranks are 0 to 3", "remove"),
+        ({"remove": [4]}, 404, "remove: there is no rank 4: the ranks are 0 to 3", "remove"),
         ({"remove": [-1]}, 400, "remove.0: Input should be greater than or equal to 0", "remove"),
         ({"remove": []}, 400, "remove: List should have at least 1 item", "remove"),
         ({"remove": [1], "requests": "drop"}, 400, "requests: Input should be 'finish' or 'move'", "requests"),
@@ -189,7 +189,7 @@ def test_a_server_that_stops_with_its_ranks_refuses_changes() -> None:
     async def scene(stage: Stage) -> None:
         assert (await stage.get("/v1/ep/ranks"))["on_rank_failure"] == "stop"
         answer = await stage.change(remove=[1])
-        assert answer.status_code == 400
+        assert answer.status_code == 409
         assert "start it with --on-rank-failure continue" in answer.json()["error"]["message"]
 
     play(scene, "stop")

@@ -81,7 +81,7 @@ def test_a_server_that_keeps_its_placement_says_so() -> None:
     bench = Bench()
     assert bench.call("GET", "/v1/ep/rebalance").json()["state"] == "off"
     answer = bench.call("POST", "/v1/ep/rebalance", json={"action": "start"})
-    assert "--rebalance auto" in error(answer, 400)["message"]
+    assert "--rebalance auto" in error(answer, 409)["message"]
     assert "rq_ep_rebalance" not in bench.call("GET", "/metrics").text
 
 

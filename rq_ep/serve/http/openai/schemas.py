@@ -6,17 +6,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
+from typing_extensions import TypeAliasType
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.bodies.answer_grammar import ResponseFormat, StructuredOutputs, TextFormat
-from rq_ep.serve.http.openai.bodies.body import Body
+from rq_ep.serve.http.openai.bodies.body import Body, absent, any_of, exactly_one, given, has, some, whole
 from rq_ep.serve.http.openai.bodies.tools import ANY_ARGUMENTS, NamedToolChoice, ToolChoice, Tools
 
 # Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's.
@@ -43,8 +47,9 @@ MAX_BIASED = 1024  # tokens of a logit_bias; OpenAI takes 300
 MAX_STOP_TOKENS = 128
 MAX_MESSAGES = 10_000  # in a request, and parts in a message; OpenAI takes 2048
 
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
-TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,9})$")]
+NumberOf = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(whole)]
+TokenId = TypeAliasType("TokenId", NumberOf)  # by this name in the OpenAPI document
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -62,12 +67,13 @@ class RebalanceBody(Body):
 
 
 MAX_RANKS = 4096  # that can be named in a list
-RankList = Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1, max_length=MAX_RANKS)]
+RankList = Annotated[list[NumberOf], Field(min_length=1, max_length=MAX_RANKS)]
 
 
 class RanksBody(Body):
     """Which ranks `/v1/ep/ranks` is to have leave, and how, or come back."""
 
+    model_config = ConfigDict(json_schema_extra=exactly_one("remove", "add"))
     remove: RankList | None = None
     requests: Literal["finish", "move"] = "finish"
     add: RankList | None = None
@@ -77,6 +83,15 @@ class RanksBody(Body):
         if (self.remove is None) == (self.add is None):
             raise ApiError(400, "give either `remove` or `add`, a list of ranks", "remove")
         return self
+
+
+GUIDES = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}  # vLLM's older names
+
+# What JSON Schema can say of the rules between fields, here and below; the validators know all of them.
+GENERATION_RULES = [
+    any_of(absent("stream_options"), has("stream", True)),
+    any_of(absent("structured_outputs"), absent(*GUIDES)),
+]
 
 
 class GenerationBody(Body):
@@ -94,7 +109,10 @@ class GenerationBody(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
-    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASED)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASED, json_schema_extra={"additionalProperties": False})]
+        | None
+    ) = None
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool = False
@@ -136,6 +154,17 @@ class GenerationBody(Body):
             raise ApiError(400, "stream_options are only allowed when stream is true", "stream_options")
         return self
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The JSON schema, with what is accepted though no field has it."""
+        reference = super().__get_pydantic_json_schema__(core_schema, handler)
+        schema = handler.resolve_ref_schema(reference)
+        fields = schema["properties"]
+        fields |= {name: {"enum": [None, *values]} for name, values in NEUTRAL.items()}
+        guides = StructuredOutputs.model_json_schema()["properties"]
+        fields |= {name: {**guides[guide], "title": name, "deprecated": True} for name, guide in GUIDES.items()}
+        return reference
+
     @property
     def num_logprobs(self) -> int | None:
         """How many alternatives to name at each token's place; None: no log-probabilities at all."""
@@ -170,14 +199,13 @@ class GenerationBody(Body):
 
 def _with_guides(data: dict[str, Any]) -> dict[str, Any]:
     """Read `guided_json` and its like, vLLM's older names, as `structured_outputs`."""
-    guides = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}
-    given = {guides[name]: value for name, value in data.items() if name in guides and value is not None}
-    if not given:
+    guides = {GUIDES[name]: value for name, value in data.items() if name in GUIDES and value is not None}
+    if not guides:
         return data
-    rest = {name: value for name, value in data.items() if name not in guides}
+    rest = {name: value for name, value in data.items() if name not in GUIDES}
     if rest.get("structured_outputs") is not None:
         raise ApiError(400, "structured_outputs: guided_* says it as well: give one of both", "structured_outputs")
-    return {**rest, "structured_outputs": given}
+    return {**rest, "structured_outputs": guides}
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -209,17 +237,26 @@ def read_prompt(value: Any) -> str | list[int]:
         raise ValueError("Input should be text or a list of token ids")
     for at, token_id in enumerate(value):
         if type(token_id) is not int or not 0 <= token_id <= MAX_INT:
+            if type(token_id) is float and token_id.is_integer():
+                return read_prompt([whole(token_id) for token_id in value])
             raise ValueError(f"{token_id!r:.60} at place {at} is no token id")
     return value
 
 
-Prompts = Annotated[
-    list[str | list[int]],
-    PlainValidator(read_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
-]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+PromptInput = str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+Prompts = Annotated[list[str | list[int]], PlainValidator(read_prompts, json_schema_input_type=PromptInput)]
 
 
 class CompletionBody(GenerationBody):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                *GENERATION_RULES,
+                any_of(absent("max_tokens"), {"properties": {"max_tokens": {"minimum": 1}}}, has("echo", True)),
+            ]
+        }
+    )
     prompt: Prompts
     max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -289,6 +326,7 @@ class ToolCall(_MessagePart):
 
 
 class ChatMessage(_MessagePart):
+    model_config = ConfigDict(json_schema_extra=any_of(given("content"), some("tool_calls")))
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     tool_call_id: str | None = None
@@ -322,6 +360,15 @@ class ChatMessage(_MessagePart):
 
 
 class ChatBody(GenerationBody):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                *GENERATION_RULES,
+                any_of({"properties": {"tool_choice": {"enum": ["none", "auto", None]}}}, some("tools")),
+                any_of({"properties": {"top_logprobs": {"enum": [0, None]}}}, has("logprobs", True)),
+            ]
+        }
+    )
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -396,6 +443,7 @@ class ChatBody(GenerationBody):
 class TokenizeBody(Body):
     """What `/tokenize` is to turn into token ids: a text, or a conversation as the chat template writes it."""
 
+    model_config = ConfigDict(json_schema_extra=exactly_one("prompt", "messages"))
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)

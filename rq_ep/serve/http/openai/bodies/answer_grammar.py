@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from llguidance import LLMatcher, grammar_from
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.bodies.body import Body
+from rq_ep.serve.http.openai.bodies.body import Body, exactly_one
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 MAX_GUIDE_CHARS = 1 << 18
@@ -43,6 +43,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class StructuredOutputs(Body):
     """One of vLLM's ways to say what an answer is to look like."""
 
+    model_config = ConfigDict(json_schema_extra=exactly_one("json", "regex", "choice", "grammar", "json_object"))
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
     choice: list[str] | None = Field(None, min_length=1, max_length=1000)

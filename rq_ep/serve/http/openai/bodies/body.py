@@ -1,9 +1,16 @@
-"""What all bodies of requests have in common."""
+"""What all bodies of requests have in common, and the rules between fields that JSON Schema can say."""
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
+
+NULL = {"type": "null"}
+
+
+def whole(value: Any) -> Any:
+    """A number without a fraction as an int: 2.0 is an integer of JSON Schema."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 class Body(BaseModel):
@@ -20,4 +27,46 @@ class Body(BaseModel):
         for key in data:
             if key not in known:
                 raise PydanticCustomError("extra_forbidden", "unknown parameter", {"key": key})
-        return data
+        return {key: whole(value) for key, value in data.items()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The JSON schema, in which every field that may be left out may be null, and unknown ones have to be."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        schema["additionalProperties"] = NULL
+        for name, field in schema["properties"].items():
+            if name not in schema.get("required", ()) and NULL not in field.get("anyOf", ()):
+                about = {key: field.pop(key) for key in ("title", "default", "description") if key in field}
+                schema["properties"][name] = {"anyOf": [field, NULL], **about}
+        return reference
+
+
+def given(*names: str) -> dict[str, Any]:
+    """The rule of a JSON schema that these fields are there and not null."""
+    return {"required": list(names), "properties": {name: {"not": NULL} for name in names}}
+
+
+def some(name: str) -> dict[str, Any]:
+    """The rule of a JSON schema that a field is a list that is not empty."""
+    return {"required": [name], "properties": {name: {"type": "array", "minItems": 1}}}
+
+
+def absent(*names: str) -> dict[str, Any]:
+    """The rule of a JSON schema that these fields are not there, or null."""
+    return {"properties": dict.fromkeys(names, NULL)}
+
+
+def exactly_one(*names: str) -> dict[str, Any]:
+    """The rule of a JSON schema that one of these fields is given."""
+    return {"oneOf": [given(name) for name in names]}
+
+
+def any_of(*rules: dict[str, Any]) -> dict[str, Any]:
+    """The rule of a JSON schema that one of these holds, or several."""
+    return {"anyOf": list(rules)}
+
+
+def has(name: str, value: Any) -> dict[str, Any]:
+    """The rule of a JSON schema that a field has this value."""
+    return {"required": [name], "properties": {name: {"const": value}}}
