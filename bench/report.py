@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from bench.formats.formats_table import markdown
-from bench.serving import faults_figures, rebalance_figures, request_options
+from bench.serving import balance, faults_figures, load, rebalance_figures, request_options
 from bench.serving.serve import medians
 from rq_ep.core.cost import LAYER_PHASES
 from rq_ep.core.files.documents import read_json, replacing
@@ -20,6 +20,7 @@ from rq_ep.strategies import strategy_class
 RESULTS = Path(__file__).with_name("results")
 PAGES = (Path(__file__).parents[1] / "README.md", *sorted(RESULTS.glob("*.md")))
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_MEASURED = "Not measured on a quiet machine yet."
 
 Row = dict[str, Any]
 
@@ -41,6 +42,10 @@ def renewed(text: str) -> str:
 def _load(name: str) -> Row:
     document: Row = read_json(RESULTS / f"{name}.json", "result", "bench/README.md has its command")
     return document
+
+
+def _is_measured(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -97,7 +102,14 @@ def _gain() -> str:
     ]
     header = ["strategy", "held-out text: max/mean load", "the same: slowest rank", "2 ranks, 80:4: whole layer"]
     header += ["8 ranks, 80:4: slowest rank", "8 ranks, 95:1: slowest rank"]
-    return _table(header, [*rows, ["perfect balance", "1.00", *(f"{ideal:.2f}" for ideal in ideals)]])
+    rows.append(["perfect balance", "1.00", *(f"{ideal:.2f}" for ideal in ideals)])
+    if _is_measured("balance_cpu2"):
+        served = balance.summary(_load("balance_cpu2"))
+        speed_ups = {row["contestant"]: row["speed_up"] for row in served}
+        header.append("2 ranks, prompts through HTTP: time")
+        for row in rows:
+            row.append(f"{1 / speed_ups[row[0].strip('*`')]:.2f}")
+    return _table(header, rows)
 
 
 def _demo_latency() -> str:
@@ -434,6 +446,18 @@ def _rebalance_goals() -> str:
     return _table(["", "goal", "reached", "peers"], rebalance_figures.goals(_load("rebalance_cpu2")["parts"]))
 
 
+def _load_model() -> str:
+    if not _is_measured("load_cpu2"):
+        return NOT_MEASURED
+    return _table(["", "goal", "reached"], load.goals(_load("load_cpu2")["parts"]))
+
+
+def _balance() -> str:
+    if not _is_measured("balance_cpu2"):
+        return NOT_MEASURED
+    return _table(balance.HEADER, map(balance.cells, balance.summary(_load("balance_cpu2"))))
+
+
 def _faults() -> str:
     return _table(["", "goal", "reached", "peers"], faults_figures.goals(_load("faults_cpu2")["parts"]))
 
@@ -494,6 +518,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "options": lambda: _table(request_options.HEADER, request_options.goals(_load("options_cpu2")["parts"])),
     "step": _step,
     "faults": _faults,
+    "load": _load_model,
+    "balance": _balance,
     "rebalance_goals": _rebalance_goals,
     "rebalance_domains": _rebalance_domains,
     "rebalance_cost": _rebalance_cost,

@@ -51,9 +51,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--peers", default=",".join(PEERS), help="as of `serve`; '' for none [transformers]")
     made.add_argument("--top-k", type=int, default=2, metavar="K", help="experts of a token [2]")
     made.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="mean of a prompt, +- half [512]")
-    made.add_argument("--num-prompts", type=int, default=48, metavar="N", help="of a run [48]")
+    made.add_argument("--num-prompts", type=int, default=32, metavar="N", help="of a run [32]")
     made.add_argument("--at-once", type=int, default=8, metavar="N", help="requests under way [8]")
-    made.add_argument("--runs", type=int, default=5, metavar="N", help="after one of warm-up [5]")
+    made.add_argument("--runs", type=int, default=4, metavar="N", help="after one of warm-up [4]")
     made.add_argument("--quick", action="store_true", help="a tiny model")
     made.add_argument("--json", default=None, metavar="FILE", help="write every figure of every run there")
     return made

@@ -34,16 +34,22 @@ class _Stored(NamedTuple):
 
 
 def random_checkpoint(
-    directory: Path, config: PretrainedConfig, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
+    directory: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    embedding_std: float = STD,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> bool:
     """Write a checkpoint, unless the directory holds it already. Takes the memory of one tensor.
 
-    Weights are Gaussian, those of norms 1, and the same ones for the same configuration.
+    Weights are Gaussian, those of norms 1, and the same ones for the same arguments.
 
     Args:
         directory: where it goes.
         config: of the model.
         dtype: of the weights.
+        embedding_std: of the embeddings. With small ones all tokens become alike in the layers, and routers choose the
+            same experts for most of them.
         max_shard_bytes: of one file.
 
     Returns:
@@ -65,7 +71,7 @@ def random_checkpoint(
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         with (directory / name).open("wb") as file:
-            _write(file, shard, dtype, random)
+            _write(file, shard, dtype, random, embedding_std)
     total = sum(tensor.nbytes(dtype) for shard in shards for tensor in shard)
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -104,7 +110,9 @@ def _shards(tensors: Sequence[_Stored], dtype: torch.dtype, limit: int) -> list[
     return shards
 
 
-def _write(file: BinaryIO, tensors: Sequence[_Stored], dtype: torch.dtype, random: torch.Generator) -> None:
+def _write(
+    file: BinaryIO, tensors: Sequence[_Stored], dtype: torch.dtype, random: torch.Generator, embedding_std: float
+) -> None:
     """A safetensors file: eight bytes with the length of its header, the header, and the tensors."""
     stored_as = next(name for name, real in REAL_DTYPES.items() if real == dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -116,10 +124,11 @@ def _write(file: BinaryIO, tensors: Sequence[_Stored], dtype: torch.dtype, rando
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
-        file.write(_drawn(tensor, dtype, random).view(torch.uint8).numpy())
+        std = embedding_std if "embed_tokens" in tensor.name else STD
+        file.write(_drawn(tensor, dtype, std, random).view(torch.uint8).numpy())
 
 
-def _drawn(tensor: _Stored, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+def _drawn(tensor: _Stored, dtype: torch.dtype, std: float, random: torch.Generator) -> Tensor:
     if len(tensor.shape) == 1:
         return torch.ones(tensor.shape, dtype=dtype)
-    return torch.empty(tensor.shape, dtype=dtype).normal_(std=STD, generator=random).flatten()
+    return torch.empty(tensor.shape, dtype=dtype).normal_(std=std, generator=random).flatten()

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import product
@@ -27,7 +28,7 @@ from rich.table import Table
 from bench.result import result_document
 from bench.serving.load_generator import Job, drive, figures, random_jobs
 from bench.serving.serve_figure import draw
-from bench.serving.served_loads import ServedLoads
+from bench.serving.served_loads import SETTLED_S, ServedLoads
 from bench.serving.server_process import NAME, pin_ranks, server
 from bench.serving.transformers_serving import TransformersServing
 from rq_ep.commands.console import wide_console
@@ -159,6 +160,7 @@ def measure(
     answers = asyncio.run(drive(contestant, NAME, jobs, max_concurrency=concurrency, rate=limit, seed=seed))
     if failed := [answer.error for answer in answers if answer.error]:
         raise UserError(f"{len(failed)} of {len(jobs)} requests failed: {failed[0]}")
+    time.sleep(SETTLED_S)
     loads = {} if before is None else ServedLoads.read(contestant).since(before)
     return figures(answers) | loads
 

@@ -1,7 +1,6 @@
 """What the experts of a server did during a run, from its own `/v1/ep/load` and `/metrics`."""
 
 import re
-import time
 from typing import Any, NamedTuple, Self
 
 import httpx
@@ -23,8 +22,7 @@ class ServedLoads(NamedTuple):
 
     @classmethod
     def read(cls, url: str) -> Self:
-        """Read a server that has answered requests, and answers none now."""
-        time.sleep(SETTLED_S)
+        """Read a server that has answered requests, the last of them `SETTLED_S` ago."""
         with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
             total = client.get("/v1/ep/load").raise_for_status().json()["total"]
             (compute_s,) = COMPUTE_S.findall(client.get("/metrics").raise_for_status().text)

@@ -51,7 +51,7 @@ def test_the_peak_of_a_process_is_what_it_had_alone() -> None:
 
 
 def test_goals_are_ratios_of_what_is_read_and_held() -> None:
-    rank = {"expert_bytes": 400, "peak_bytes": 440, "loaded_bytes": 430, "disk_bytes": 510}
+    rank = {"expert_bytes": 400, "kv_bytes": 40, "peak_bytes": 462, "disk_bytes": 510}
     parts = {
         "checkpoint": {"bytes": 1000, "dense_bytes": 100},
         "calibrate": {"tokens": 384, "command_s": 80.0, "peak_bytes": 1200},
@@ -63,4 +63,4 @@ def test_goals_are_ratios_of_what_is_read_and_held() -> None:
     }  # fmt: skip
     reached = {name: value for name, _, value in goals(parts)}
     assert reached["read from the disk by all ranks / checkpoint"] == "1.020"
-    assert reached["peak memory of a rank / what it holds when it serves"] == "1.023"
+    assert reached["peak memory of a rank / its experts and KV cache"] == "1.050"

@@ -1,12 +1,13 @@
-"""Settings of the allocator and of the garbage collector."""
+"""Settings of the allocator, of the garbage collector and of threads."""
 
 import gc
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from rq_ep.parallel.host import short_collections
+from rq_ep.parallel.host import all_cores, short_collections
 
 
 @pytest.mark.slow
@@ -48,3 +49,17 @@ def test_collections_leave_out_older_objects() -> None:
         assert Link.number == 1
         assert frozen > 10_000
     assert gc.get_freeze_count() == 0
+
+
+def test_weights_are_packed_on_all_cores_and_steps_keep_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8), raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with all_cores(num_sharing=2):
+            assert torch.get_num_threads() == 4
+        with all_cores(num_sharing=16):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
