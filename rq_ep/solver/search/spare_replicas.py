@@ -4,7 +4,6 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from rq_ep.solver.search.layer_state import LayerSplit
 from rq_ep.solver.search.ruin_recreate import is_removable, removal_costs
 from rq_ep.solver.search.search_state import SearchState
 
@@ -23,19 +22,19 @@ def drop_spares(state: SearchState, max_loss: float) -> None:
         ]
     heapify(queue)
     while queue and not state.context.effort.is_over():
-        _, i, expert, rank = heappop(queue)
+        at_least, i, expert, rank = heappop(queue)
         layer, limits = state.layers[i], state.limits[i]
-        if not is_removable(layer, limits, expert, rank):
+        size = int(limits.bytes_E[expert])
+        if at_least * size > left or not is_removable(layer, limits, expert, rank):
             continue
-        held_ER = layer.held_ER
-        held_ER[expert, rank] = False
-        without = LayerSplit.of(layer.loads_SE, held_ER)
+        index = layer.index
+        without = layer.without(np.flatnonzero((index.experts_P == expert) & (index.ranks_P == rank)))
         loss = state.layer_value(i, without) - state.layer_value(i, layer)
-        cost = loss / int(limits.bytes_E[expert])
-        if queue and cost > queue[0][0]:
-            if loss <= left:
-                heappush(queue, (cost, i, expert, rank))
-        elif loss <= left:
-            left -= max(loss, 0.0)
-            state.layers[i] = without
-            limits.free_R[rank] += limits.bytes_E[expert]
+        if loss > left:
+            continue
+        if queue and loss / size > queue[0][0]:
+            heappush(queue, (loss / size, i, expert, rank))
+            continue
+        left -= max(loss, 0.0)
+        state.layers[i] = without
+        limits.free_R[rank] += size
