@@ -280,6 +280,20 @@ def _engines_58_layers() -> str:
     return _table(["placed by", "scenario", "held-out max/mean", "CPU s"], lines)
 
 
+def _low_formats() -> str:
+    lines = [
+        [
+            row["case"].replace("x", ", "), f"{row['budget']:.0%}", " + ".join(f"`{name}`" for name in row["formats"]),
+            f"{row['max_share']:.1%}", "-" if row["max_error"] is None else f"{row['max_error']:.2%}",
+            f"{row['max_over_mean']:.3f}", f"{row['error']:.2%}",
+            *(f"{row['pairs'].get(name, 0):.0%}" for name in ("int8:504", "int4")), f"{row['cpu_s']:.1f}",
+        ]
+        for row in _load("low_formats_cpu")["rows"]
+    ]  # fmt: skip
+    header = ["experts, ranks", "bytes", "low formats", "cap on pairs", "cap on error", "max/mean", "predicted error"]
+    return _table([*header, "pairs in `int8:504`", "in `int4`", "CPU s"], lines)
+
+
 def _replan() -> str:
     lines = []
     for row in _load("replan_cpu_58_layers")["rows"]:
@@ -497,6 +511,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solver": _solver,
     "solver_58_layers": _solver_58_layers,
     "solver_more": _solver_more,
+    "low_formats": _low_formats,
     "placements_formats": lambda: _placements("eval_demo_8_ranks_formats"),
     "engines": _engines,
     "engine_moves": _engine_moves,
