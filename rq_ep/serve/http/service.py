@@ -203,6 +203,8 @@ class Service:
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         """Token ids of a text or a conversation, in vLLM's form."""
         assert self.limits is not None
+        if any(message.has_images for message in body.messages or ()):
+            raise ApiError(400, "messages: images are not tokenized here: leave them out", "messages")
         is_chat = body.messages is not None
         text = body.prompt if body.messages is None else await self._rendered(body, body.messages)
         assert text is not None

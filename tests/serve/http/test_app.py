@@ -910,6 +910,12 @@ def test_answers_are_what_the_openapi_document_says(bench: Bench) -> None:
     assert not conforms({**bench.complete().json(), "more": 1}, "Completion")
 
 
+def test_images_are_not_tokenized_as_if_they_were_text(bench: Bench) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    answer = bench.call("POST", "/tokenize", json={"messages": [{"role": "user", "content": [image]}]})
+    assert "images are not tokenized here" in error(answer, 400)["message"]
+
+
 def test_a_wrong_method_is_told_those_of_all_routes_of_the_path(bench: Bench) -> None:
     assert bench.call("PUT", "/v1/ep/ranks").headers["Allow"] == "GET, HEAD, POST"
 
