@@ -84,7 +84,7 @@ def test_an_expert_split_over_two_formats_computes_each_pair_where_the_reference
     for routing, (num_experts, _, _) in cases.ROUTINGS.items():
         ranks, weights = cases.batches(routing), cases.expert_weights(family, num_experts)
         layer = cases.in_two_formats(num_experts, NUM_RANKS, "fp32", "int8")
-        plan = make_strategy("rq").planner(layer, Topology(NUM_RANKS))(cases.counts_of(ranks, num_experts))
+        plan = make_strategy("rq_paper").planner(layer, Topology(NUM_RANKS))(cases.counts_of(ranks, num_experts))
         num_low += int(plan.pairs_RP[:, [replica.format == "int8" for replica in plan.replicas]].sum())
         for rank, (results, batch) in enumerate(zip(seen, ranks, strict=True)):
             expected_TD = cases.expected_as_planned(family, weights, batch, plan, rank)

@@ -102,7 +102,7 @@ def two_formats(group: EPGroup) -> dict[str, torch.Tensor]:
     for routing in cases.ROUTINGS:
         num_experts = cases.ROUTINGS[routing][0]
         layer = cases.in_two_formats(num_experts, group.size, "fp32", "int8")
-        experts = EPExperts(family, layer, make_strategy("rq").planner(layer, Topology(group.size)), group)
+        experts = EPExperts(family, layer, make_strategy("rq_paper").planner(layer, Topology(group.size)), group)
         cases.fill(experts, cases.expert_weights(family, num_experts))
         batch = cases.to_device(cases.batches(routing)[group.rank], group.device)
         results[routing] = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK).cpu()

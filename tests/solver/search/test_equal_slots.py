@@ -115,7 +115,7 @@ def test_same_seed_same_bits() -> None:
 
 
 def test_plain_python_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rq_ep.solver.search import equal_slots as slots
+    from rq_ep.solver.search.slots import equal_slots as slots
 
     steps = LayerSteps(correlated(12, 10, 1, seed=2)[:, 0], 4)
     slots_RJ = np.arange(12).reshape(4, 3)
