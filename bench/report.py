@@ -461,9 +461,9 @@ def _rebalance_goals() -> str:
 
 
 def _load_model() -> str:
-    if not _is_measured("load_cpu2"):
+    if not _is_measured("load_cpu2") or len(parts := _load("load_cpu2")["parts"]) < len(load.PARTS):
         return NOT_MEASURED
-    return _table(["", "goal", "reached"], load.goals(_load("load_cpu2")["parts"]))
+    return _table(["", "goal", "reached"], load.goals(parts))
 
 
 def _balance() -> str:
