@@ -18,7 +18,7 @@ from rq_ep.commands.place import PlaceOptions
 from rq_ep.commands.profile import ProfileOptions
 from rq_ep.commands.quantize import QuantizeOptions
 from rq_ep.commands.simulate import SimulateOptions
-from rq_ep.config import ServeConfig, add_flags, read_settings, read_yaml
+from rq_ep.config import ServeConfig, add_flags, read_settings, read_settings_file
 from rq_ep.core.errors import UserError
 from rq_ep.core.options import options_of
 from rq_ep.core.placement import Placement
@@ -135,7 +135,7 @@ def test_yaml_that_is_costly_or_ambiguous_is_refused(tmp_path: Path, text: str, 
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "settings.yaml": read_yaml,
+    "settings.yaml": read_settings_file,
     "machine.yaml": cost_model,
     "profile.json": cost_model,
     "rules.yaml": Rules.load,

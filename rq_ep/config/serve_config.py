@@ -1,0 +1,227 @@
+"""Settings of the server."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rq_ep.config.model_options import DEVICES, DTYPES, MODEL_HELP, CheckpointOptions
+from rq_ep.config.strategy_config import StrategyConfig
+from rq_ep.core.errors import UserError
+from rq_ep.core.options import MAX_SECONDS, option
+from rq_ep.core.rebalance_options import REBALANCING, RebalanceOptions
+
+TOOL_CALL_PARSERS = (
+    "hermes",
+    "qwen3_coder",
+    "llama3_json",
+    "mistral",
+    "deepseek_v3",
+    "deepseek_v31",
+    "glm45",
+    "gpt_oss",
+)
+REASONING_PARSERS = ("qwen3", "deepseek_r1", "gpt_oss")
+CACHES = ("paged", "padded")
+ON_RANK_FAILURE = ("continue", "stop")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class ServeConfig(CheckpointOptions, RebalanceOptions):
+    """Settings of `python -m rq_ep.serve`. Limits are per rank, as each rank batches its own requests."""
+
+    model: str = option("", help=MODEL_HELP, required=True)
+    placement: str | None = option(None, help="placement.json of `rq-ep place`; without it the strategy places itself")
+    experts: str | None = option(
+        None,
+        help="directory written by `rq-ep quantize`: the placement's low-bit experts are read from there, and with "
+        "--rebalance auto every expert that comes to be stored in few bits",
+    )
+    strategy: StrategyConfig | None = option(
+        None,
+        help="name of a strategy, or {name: ..., setting: ...}; default: the placement's, or standard",
+        parse=StrategyConfig.parse,
+    )
+    machine: str | None = option(
+        None, help="what strategies weigh transfers with: a known machine, FILE.yaml or the .json of `rq-ep profile`"
+    )
+    dtype: str = option("auto", help="dtype to compute in; auto: the checkpoint's", choices=("auto", *DTYPES))
+    generation_config: str = option(
+        "auto",
+        help="whose generation_config.json gives requests their temperature, top_p, top_k, min_p and "
+        "repetition_penalty: auto, the model's; vllm: nobody's; or a directory that has one",
+    )
+    device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)
+    attn_implementation: str | None = option(None, help="attention of transformers; default: sdpa, or eager without it")
+    seed: int = option(
+        0, help="seed of requests that bring none; in bf16 the other requests of a step may change an answer", minimum=0
+    )
+
+    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
+    port: int = option(8000, help="port to listen on; 0 picks a free one", minimum=0, maximum=65535)
+    api_key: tuple[str, ...] | None = option(
+        None,
+        help="keys, of which requests must bring one; default: RQ_EP_API_KEY or, without it, none is needed",
+        secret=True,
+        several=True,
+    )
+    api_key_file: str | None = option(
+        None, help="file of such keys, one a line; unlike a flag's, no list of processes shows them"
+    )
+    allowed_origins: tuple[str, ...] | None = option(
+        None,
+        help="origins of web pages that may send requests, such as https://example.org, or * for all; default: none",
+        several=True,
+        metavar="ORIGIN",
+    )
+    served_model_name: str | None = option(None, help="name of the model in requests; default: as given by --model")
+    max_num_seqs: int = option(64, help="requests that run at once on a rank", minimum=1)
+    max_num_batched_tokens: int = option(1024, help="tokens of one step on a rank", minimum=1)
+    max_dispatch_bytes: int | None = option(
+        None,
+        help="rows of other ranks that a rank holds at once, more come in parts; default: 1.1 x a balanced step's",
+        minimum=1,
+    )
+    max_model_len: int | None = option(None, help="tokens of prompt and answer; default: the model's", minimum=2)
+    kv_cache_tokens: int | None = option(
+        None, help="room of a rank's KV cache; default: what a GPU has left, on CPU 16384", minimum=1
+    )
+    cache: str | None = option(
+        None,
+        help="paged: the KV cache of full and sliding attention; padded: the model's own cache, rows padded to equal "
+        "length, for every family; default: paged where the model's layers allow it",
+        choices=CACHES,
+    )
+    allow_remote_images: bool = option(
+        False,
+        help="fetch images of chat messages from http:// and https:// URLs, within --max-body-bytes and "
+        "--http-timeout; default: only data: URLs are read",
+    )
+    allowed_image_networks: tuple[str, ...] | None = option(
+        None,
+        help="networks such as 10.1.0.0/16 from which images may be fetched though they are not public; default: none",
+        several=True,
+        metavar="NETWORK",
+    )
+    prefix_caching: str = option(
+        "auto",
+        help="auto: a prompt that begins as an earlier one on its rank takes the keys and values of whole pages from "
+        "the paged cache; off: every prompt is computed",
+        choices=("auto", "off"),
+    )
+    tool_call_parser: str = option(
+        "auto",
+        help="format in which the model writes calls of tools; auto: the one whose marks its chat template has; none: "
+        "tools can be called where tool_choice demands it, which needs no parser",
+        choices=("auto", "none", *TOOL_CALL_PARSERS),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        help="marks of the model's reasoning, which becomes reasoning_content; auto: qwen3, that is <think> and "
+        "</think>, or gpt_oss, that is Harmony, where its chat template has them; none: reasoning is content",
+        choices=("auto", "none", *REASONING_PARSERS),
+    )
+    max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
+    max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)
+    http_timeout: float = option(
+        30.0,
+        help="seconds a client may take to send a request, or to read on in its answer",
+        minimum=1,
+        maximum=MAX_SECONDS,
+    )
+    shutdown_timeout: float = option(
+        30.0, help="seconds running requests get to finish after SIGTERM", minimum=0, maximum=MAX_SECONDS
+    )
+    rank_timeout: float = option(300.0, help="seconds a collective may take", minimum=1, maximum=MAX_SECONDS)
+    stall_timeout: float = option(
+        60.0, help="seconds a rank may be silent, or all ranks in one place", minimum=2, maximum=MAX_SECONDS
+    )
+    on_rank_failure: str | None = option(
+        None,
+        help="continue: the group goes on without a rank that fails, and the rank is started again and joins it; stop: "
+        "the group ends; default: continue, with one rank stop",
+        choices=ON_RANK_FAILURE,
+    )
+    max_rank_restarts: int = option(
+        3,
+        help="how often a rank is started again in a row; one that has served for 10 minutes has all of them again",
+        minimum=0,
+    )
+    record_dir: str | None = option(None, help="directory for traces of /v1/ep/record; default: none are recorded")
+    record_max_tokens: int = option(
+        131072, help="tokens of a trace, 8 bytes a MoE layer and expert chosen: the first ones are kept", minimum=1
+    )
+    log_level: str = option("info", help="how much to log", choices=LOG_LEVELS)
+
+    formats: tuple[str, ...] | None = option(
+        None,
+        help="weight formats that rebalancing, and ranks that go on without another one, may use, by commas, "
+        "calibrated or not; default: those of the placement",
+        group=REBALANCING,
+    )
+    stats: str | None = option(
+        None,
+        help="statistics of `rq-ep calibrate` for rebalancing: how much a format harms an expert, without their load; "
+        "default: experts matter by what they contribute in a sample of the steps",
+        metavar="FILE",
+        group=REBALANCING,
+    )
+    max_low_precision_share: float | None = option(
+        None,
+        help="cap of both on the share of routed pairs computed below the native format; default: the "
+        "placement's, or 0.25",
+        minimum=0,
+        maximum=1,
+        group=REBALANCING,
+    )
+    placement_out: str | None = option(
+        None,
+        help="file for the placement that serves, written after every change; a group that is started again by its "
+        "launcher begins with it",
+        metavar="FILE",
+        group=REBALANCING,
+    )
+
+    def with_api_keys(self, environ: Mapping[str, str] | None = None) -> "ServeConfig":
+        """These settings with all keys in `api_key`: the given ones and the file's, or else that of RQ_EP_API_KEY.
+
+        Raises:
+            UserError: the file is not readable or has no keys.
+        """
+        given = os.environ if environ is None else environ
+        keys = [*(self.api_key or ()), *(_read_keys(self.api_key_file) if self.api_key_file else ())]
+        keys = keys or [key for key in (given.get("RQ_EP_API_KEY"),) if key]
+        return replace(self, api_key=tuple(keys) or None)
+
+    def restarted(self, restart_count: int) -> "ServeConfig":
+        """These settings for a group that its launcher starts again: with the placement that served last, if saved."""
+        if not restart_count or self.placement_out is None or not Path(self.placement_out).exists():
+            return self
+        return replace(self, placement=self.placement_out)
+
+    def for_ranks(self, num_ranks: int) -> "ServeConfig":
+        """These settings with what they leave to the number of ranks.
+
+        Raises:
+            UserError: one rank cannot go on without itself.
+        """
+        if num_ranks == 1 and self.on_rank_failure == "continue":
+            raise UserError("--on-rank-failure continue: needs more than one rank, and one was started: use stop")
+        default = "continue" if num_ranks > 1 else "stop"
+        return replace(self, on_rank_failure=self.on_rank_failure or default)
+
+    @property
+    def model_name(self) -> str:
+        """The model name in requests and answers."""
+        return self.served_model_name or self.model
+
+
+def _read_keys(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api-key-file {path}: not readable ({error})") from None
+    if not (keys := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"--api-key-file {path}: has no key: write one on a line")
+    return keys
