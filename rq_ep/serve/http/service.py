@@ -188,10 +188,11 @@ class Service:
         """The conversation of a body, with its tools, as the model's chat template writes it."""
         if not self.tokenizer.chat_template:
             raise ApiError(400, "this model's tokenizer has no chat template: use /v1/completions", "messages")
+        effort = body.reasoning_effort if isinstance(body, ChatBody) else None
         try:
             return await self._encoder.run(
                 CHARS_PER_MESSAGE * (len(messages) + len(body.tools or ())),
-                partial(render_chat, self.tokenizer, messages, body.tools, body.chat_template_kwargs),
+                partial(render_chat, self.tokenizer, messages, body.tools, body.chat_template_kwargs, effort),
             )
         except ApiError:
             raise

@@ -7,7 +7,7 @@ template cuts out of a text itself, as earlier thinking, is its own business.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import product
@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.bodies.tools import FunctionTool
-from rq_ep.serve.http.openai.schemas import ChatMessage, FunctionCall, TextPart, ToolCall
+from rq_ep.serve.http.openai.schemas import ChatMessage, FunctionCall, ReasoningEffort, TextPart, ToolCall
 
 MARKER = re.compile(r"qz(\d+)zq")
+# Harmony's template writes whatever effort it is told, but gpt-oss knows only these.
+HARMONY_WORDS, HARMONY_EFFORTS = ("channel", "analysis"), ("low", "medium", "high")
 IN_REPR = re.compile(r"[{,:] ?'qz(\d+)zq'")  # a list or dictionary that was taken for text
 
 
@@ -82,6 +84,7 @@ def render_chat(
     messages: Sequence[ChatMessage],
     tools: Sequence[FunctionTool] | None = None,
     settings: Mapping[str, Any] | None = None,
+    effort: ReasoningEffort | None = None,
 ) -> str:
     """The prompt that the template makes of a conversation.
 
@@ -90,19 +93,20 @@ def render_chat(
         messages: the conversation.
         tools: that may be used in it.
         settings: variables of the template, such as `enable_thinking`.
+        effort: of reasoning.
 
     Raises:
-        ApiError: the template leaves out a message or a part of one, a tool, or a setting.
+        ApiError: the template leaves out a message or a part of one, a tool, a setting, or the effort.
         Exception: whatever a template raises that refuses the messages.
     """
-    _check_settings(tokenizer, settings or {})
+    settings = _checked_settings(tokenizer, settings or {}, effort)
     system = "developer" if "developer" in str(tokenizer.chat_template) else "system"
 
     def write(messages: Sequence[ChatMessage], form: Form, tools: list[dict[str, Any]]) -> str:
         conversation = [form.message(message) for message in messages]
         for message in conversation:
             message["role"] = system if message["role"] == "developer" else message["role"]
-        more = {**(settings or {}), **({"tools": tools} if tools else {})}
+        more = {**settings, **({"tools": tools} if tools else {})}
         text: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False, **more)
         return text
 
@@ -128,13 +132,34 @@ def render_chat(
     raise ApiError(400, f"{left_out[0]}: this model's chat template leaves it out of the prompt", "messages")
 
 
-def _check_settings(tokenizer: ChatTokenizer, settings: Mapping[str, Any]) -> None:
-    """Refuse variables that the template does not read, and those that are not a client's."""
+def _checked_settings(
+    tokenizer: ChatTokenizer, settings: Mapping[str, Any], effort: ReasoningEffort | None
+) -> Mapping[str, Any]:
+    """The variables of the template. Those that it does not read are refused, and those that are not a client's."""
     words = set(re.findall(r"\w+", str(tokenizer.chat_template)))
     words -= {"messages", *signature(tokenizer.apply_chat_template).parameters}
+    of_effort = {} if effort is None else _settings_of(effort, words)
+    if (twice := next((name for name in of_effort if name in settings), None)) is not None:
+        text = f"reasoning_effort: chat_template_kwargs has {twice!r}, which it sets too: give one of both"
+        raise ApiError(400, text, "reasoning_effort")
     if (unknown := next((name for name in settings if name not in words), None)) is not None:
         text = f"chat_template_kwargs: this model's chat template has no setting {unknown!r:.60}"
         raise ApiError(400, text, "chat_template_kwargs")
+    return {**settings, **of_effort}
+
+
+def _settings_of(effort: ReasoningEffort, words: Collection[str]) -> dict[str, Any]:
+    """The variables by which a template that has these words is told of an effort, as vLLM tells it.
+
+    One that only knows thinking or none is told of `none`, and of no other effort, which it would not obey.
+    """
+    thinks = {"enable_thinking": effort != "none"} if "enable_thinking" in words else {}
+    if "reasoning_effort" in words and (effort in HARMONY_EFFORTS or not words.issuperset(HARMONY_WORDS)):
+        return {"reasoning_effort": effort, **thinks}
+    if effort == "none" and thinks:
+        return thinks
+    text = f"reasoning_effort={effort!r}: this model's chat template knows no such effort: leave it out"
+    raise ApiError(400, text, "reasoning_effort")
 
 
 def _check_tools(text: str, tools: Sequence[dict[str, Any]]) -> None:

@@ -359,6 +359,9 @@ class ChatMessage(_MessagePart):
         return isinstance(self.content, list) and any(isinstance(part, ImageUrlPart) for part in self.content)
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # vLLM's values
+
+
 class ChatBody(GenerationBody):
     model_config = ConfigDict(
         json_schema_extra={
@@ -376,6 +379,7 @@ class ChatBody(GenerationBody):
     tool_choice: ToolChoice | None = None  # default: auto, if there are tools
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
+    reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")

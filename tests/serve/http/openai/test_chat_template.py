@@ -48,7 +48,9 @@ PRINTED_CALLS = """{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% 
 {{- c.function.name }}({{ c.function.arguments }}){% endfor %}{% endfor %}"""
 
 
-def prompt(template: str, *messages: dict[str, Any], tools: Sequence[dict[str, Any]] = (), **settings: Any) -> str:
+def prompt(
+    template: str, *messages: dict[str, Any], tools: Sequence[dict[str, Any]] = (), effort: Any = None, **settings: Any
+) -> str:
     tokenizer = byte_tokenizer(100)
     tokenizer.chat_template = template
     return render_chat(
@@ -56,6 +58,7 @@ def prompt(template: str, *messages: dict[str, Any], tools: Sequence[dict[str, A
         [ChatMessage.model_validate(message) for message in messages],
         [FunctionTool.model_validate(tool) for tool in tools],
         settings,
+        effort,
     )
 
 
@@ -112,6 +115,21 @@ def test_settings_reach_a_template_that_reads_them_or_are_refused_by_name() -> N
     for name in ("", "thinking", "messages", "chat_template", "tokenize"):
         with pytest.raises(ApiError, match=f"chat_template_kwargs: .* no setting '{name}'"):
             prompt(template + "{# messages chat_template tokenize #}", USER, **{name: "x"})
+
+
+def test_an_effort_reaches_a_template_that_reads_it_or_is_refused_by_name() -> None:
+    reads = "Reasoning: {{ reasoning_effort }}" + TEXT
+    assert prompt(reads, USER, effort="max").startswith("Reasoning: max<user>")
+    thinks = TEXT + "{{ enable_thinking }}"
+    assert prompt(thinks, USER, effort="none").endswith("False")
+    assert prompt(reads + thinks, USER, effort="low").endswith("True")
+    harmony = reads + "{# <|channel|>analysis #}"
+    assert prompt(harmony, USER, effort="low").startswith("Reasoning: low<user>")
+    for template, effort in ((TEXT, "low"), (thinks, "low"), (harmony, "none")):
+        with pytest.raises(ApiError, match=f"reasoning_effort='{effort}': .* knows no such effort"):
+            prompt(template, USER, effort=effort)
+    with pytest.raises(ApiError, match="reasoning_effort: chat_template_kwargs has 'reasoning_effort'"):
+        prompt(reads, USER, effort="low", reasoning_effort="high")
 
 
 def test_a_template_may_refuse_and_may_cut_out_earlier_thinking() -> None:
