@@ -5,7 +5,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 import httpx
@@ -812,7 +812,10 @@ def test_metrics_count(bench: Bench) -> None:
 
 
 def test_load_is_told_since_the_start_and_lately(bench: Bench) -> None:
-    assert bench.call("GET", "/v1/ep/load").json()["total"] is None
+    conforms = conforming(bench)
+    idle = bench.call("GET", "/v1/ep/load").json()
+    assert idle["total"] is None
+    assert conforms(idle, "Load")
     bench.service.load_view.add(LOADS)
     bench.service.load_view.add(LOADS)
     bench.complete()
@@ -826,6 +829,8 @@ def test_load_is_told_since_the_start_and_lately(bench: Bench) -> None:
     assert sample["num_unfinished"] == 3
     assert sample["generation_tokens_per_s"] > 0
     assert sample["itl_ms_p50"] <= sample["itl_ms_p99"]
+    assert conforms(body, "Load")
+    assert not conforms({**body, "history": [{**sample, "more": 1}]}, "Load")
 
 
 def test_the_placement_is_the_file(bench: Bench) -> None:
@@ -864,14 +869,15 @@ def test_the_openapi_document_names_every_error(bench: Bench) -> None:
 
 
 def conforming(bench: Bench) -> Callable[[Any, str], bool]:
-    """Tells whether a value is what a schema of the OpenAPI document says."""
-    components = bench.call("GET", "/openapi.json").json()["components"]
+    """Tells whether a value is what a schema of the server's document says."""
+    document = bench.call("GET", "/openapi.json").json()
+    return lambda value, name: is_described(value, name, document)
 
-    def conforms(value: Any, name: str) -> bool:
-        schema = {"$ref": f"#/components/schemas/{name}", "components": components}
-        return bool(jsonschema.Draft202012Validator(schema).is_valid(value))
 
-    return conforms
+def is_described(value: Any, name: str, document: Mapping[str, Any]) -> bool:
+    """Whether a value is what a schema of an OpenAPI document says."""
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    return bool(jsonschema.Draft202012Validator(schema).is_valid(value))
 
 
 BODIES = [

@@ -16,7 +16,7 @@ from rq_ep.serve.http.http_process import ServingProcess
 from rq_ep.serve.http.ranks import routed_requests
 from rq_ep.serve.messages import CheckMembers, RankGivenUp, RankStats, StartRank
 from tests.serve.http.ranks.fake_group import TOKEN, FakeGroup, run_at_random
-from tests.serve.http.test_app import ByteTokenizer
+from tests.serve.http.test_app import ByteTokenizer, is_described
 
 NUM_RANKS = 4
 MODEL = "tiny"
@@ -85,6 +85,7 @@ def test_the_state_of_each_rank_can_be_asked_for() -> None:
         stage.group.kill(2)
         stage.settle()
         view = await stage.get("/v1/ep/ranks")
+        assert is_described(view, "Ranks", await stage.get("/openapi.json"))
         assert (view["model"], view["on_rank_failure"], view["generation"]) == (MODEL, "continue", 1)
         assert (view["members"], view["is_changing"]) == ([0, 1, 3], False)
         row = view["ranks"][2]

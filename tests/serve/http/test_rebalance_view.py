@@ -6,15 +6,21 @@ from typing import Any
 import httpx
 import pytest
 
+from rq_ep.core.moves import Move
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 from rq_ep.engine.progress import MoverProgress
+from rq_ep.rebalancing.rebalancer import Decision
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
-from tests.serve.http.test_app import Bench, error
+from rq_ep.serve.rank.rebalance.rebalance_controller import described
+from tests.serve.http.test_app import Bench, conforming, error
 
-DECISION = {"reason": "max/mean 1.400 -> 1.050", "moved_bytes": 100}
+MOVE = {"round": 0, "layer": 3, **Move("receive", 1, 0, "bf16", 0)._asdict()}
+PLANNED = described(Decision(None, "max/mean 1.400 -> 1.050", moved_bytes=100))
+DECISION = {**PLANNED, "time": 1.5}
+DRY_RUN = {**PLANNED, "moves": [MOVE]}
 
 
 def status(state: str = "moving", progress_s: float = 0.5, **changes: Any) -> RebalanceStatus:
@@ -37,7 +43,7 @@ class RebalancingBench(Bench):
 
     def obey(self, command: RebalanceCommand) -> None:
         self.commands.append(command)
-        decision = DECISION if command.action == "dry_run" else None
+        decision = DRY_RUN if command.action == "dry_run" else None
         self.view.take(RebalanceAnswer(command.number, self.refusal, decision))
 
     def get(self, path: str = "/v1/ep/rebalance") -> httpx.Response:
@@ -53,7 +59,10 @@ def bench() -> RebalancingBench:
 
 
 def test_the_state_is_shown_as_rank_0_has_sent_it(bench: RebalancingBench) -> None:
-    assert bench.get().json()["state"] == "loading"
+    conforms = conforming(bench)
+    body = bench.get().json()
+    assert body["state"] == "loading"
+    assert conforms(body, "Rebalancing")
     bench.view.take(status())
     bench.now_s += 2
     body = bench.get().json()
@@ -61,12 +70,14 @@ def test_the_state_is_shown_as_rank_0_has_sent_it(bench: RebalancingBench) -> No
     assert (body["done_bytes"], body["left_bytes"], body["seconds_since_progress"]) == (40, 60, 2.5)
     bench.view.take(status("idle"))
     assert bench.get().json()["seconds_since_progress"] == 0
+    assert conforms(body, "Rebalancing")
 
 
 def test_a_command_reaches_rank_0_and_its_answer_the_client(bench: RebalancingBench) -> None:
     assert bench.command({"action": "start"}).json() == {"action": "start"}
-    assert bench.command({"action": "dry_run"}).json() == {"action": "dry_run", "decision": DECISION}
+    assert bench.command({"action": "dry_run"}).json() == {"action": "dry_run", "decision": DRY_RUN}
     assert bench.commands == [RebalanceCommand(1, "start"), RebalanceCommand(2, "dry_run")]
+    assert conforming(bench)({"action": "dry_run", "decision": DRY_RUN}, "RebalanceAnswer")
     bench.refusal = "moving: wait for its end, or abort it"
     assert error(bench.command({"action": "start"}), 409)["message"] == f"start: {bench.refusal}"
 
@@ -183,6 +194,7 @@ def test_a_placement_that_is_saved_amid_a_migration_can_be_served(bench: Rebalan
     amid = placed(Replica(0, 0, "bf16"), Replica(1, 1, "bf16"), Replica(1, 0, "bf16"))
     bench.service.placement = before.to_dict()
     bench.service.take_placement(PlacementServed(1, amid.to_dict()["layers"][:1], bytes_R=list(amid.bytes_R)))
+    assert conforming(bench)(bench.get("/v1/ep/placement").json(), "Placement")
     saved = tmp_path / "placement.json"
     saved.write_text(bench.get("/v1/ep/placement").text)
     Placement.load(saved).check_bytes(sizes)

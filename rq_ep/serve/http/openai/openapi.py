@@ -7,8 +7,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from rq_ep.serve.http.openai.api_errors import TYPES
-from rq_ep.serve.http.openai.bodies.answer_schemas import ANSWERS, BODIES
+from rq_ep.serve.http.openai.bodies.answer_schemas import ANSWERS, BODIES, EVENTS
 from rq_ep.serve.http.openai.bodies.body import Body
+from rq_ep.serve.http.openai.bodies.ep_schemas import EP_ANSWERS, EP_BODIES
 from rq_ep.serve.http.openai.schemas import (
     ChatBody,
     CompletionBody,
@@ -48,7 +49,7 @@ def describe(app: FastAPI, model_name: str, vocab_size: int | None) -> dict[str,
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     kinds = (CompletionBody, ChatBody, RebalanceBody, RanksBody, TokenizeBody, DetokenizeBody)
     _, bodies = models_json_schema([(kind, "validation") for kind in kinds], ref_template=SCHEMA_REF)
-    schemas = {**bodies["$defs"], **ANSWERS}
+    schemas = {**bodies["$defs"], **ANSWERS, **EP_ANSWERS}
     document["components"] = {"schemas": schemas}
     for name in ("CompletionBody", "ChatBody"):
         schemas[name]["properties"]["model"]["enum"] = [model_name]
@@ -57,14 +58,14 @@ def describe(app: FastAPI, model_name: str, vocab_size: int | None) -> dict[str,
         schemas["TokenId"]["maximum"] = vocab_size - 1
     for path, operations in document["paths"].items():
         statuses = next((codes for start, codes in STATUSES.items() if path.startswith(start)), ())
-        for operation in operations.values():
+        for method, operation in operations.items():
+            name = f"{method.upper()} {path}"
             answers = operation["responses"]
             answers.pop("422", None)
             answers |= {str(status): _error(TYPES[status]) for status in statuses}
-            body, chunk = BODIES.get(path, (None, None))
-            if body is not None:
+            if (body := BODIES.get(name) or EP_BODIES.get(name)) is not None:
                 answers["200"]["content"]["application/json"] = {"schema": {"$ref": SCHEMA_REF.format(model=body)}}
-            if chunk is not None:
+            if (chunk := EVENTS.get(name)) is not None:
                 answers["200"]["content"]["text/event-stream"] = {"schema": _event(chunk)}
             if path == "/metrics":
                 answers["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}

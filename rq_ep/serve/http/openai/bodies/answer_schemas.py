@@ -101,12 +101,14 @@ ANSWERS = {
     "Model": MODEL,
 }  # fmt: skip
 
-# Path -> name of the body of status 200, and of an event of a stream.
+# Operation -> name of the body of status 200,
 BODIES = {
-    "/v1/completions": ("Completion", "CompletionChunk"),
-    "/v1/chat/completions": ("ChatCompletion", "ChatCompletionChunk"),
-    "/tokenize": ("Tokens", None),
-    "/detokenize": ("Text", None),
-    "/v1/models": ("Models", None),
-    "/v1/models/{name}": ("Model", None),
+    "POST /v1/completions": "Completion",
+    "POST /v1/chat/completions": "ChatCompletion",
+    "POST /tokenize": "Tokens",
+    "POST /detokenize": "Text",
+    "GET /v1/models": "Models",
+    "GET /v1/models/{name}": "Model",
 }
+# and of an event of a stream.
+EVENTS = {"POST /v1/completions": "CompletionChunk", "POST /v1/chat/completions": "ChatCompletionChunk"}
