@@ -7,7 +7,7 @@ template cuts out of a text itself, as earlier thinking, is its own business.
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import product
@@ -148,7 +148,7 @@ def _checked_settings(
     return {**settings, **of_effort}
 
 
-def _settings_of(effort: ReasoningEffort, words: Collection[str]) -> dict[str, Any]:
+def _settings_of(effort: ReasoningEffort, words: set[str]) -> dict[str, Any]:
     """The variables by which a template that has these words is told of an effort, as vLLM tells it.
 
     One that only knows thinking or none is told of `none`, and of no other effort, which it would not obey.
