@@ -193,7 +193,7 @@ class Engine:
                 self._outputs.fail(request, f"{GRAMMAR_FAILED}: {error}")
                 return
         if request.routed_from is not None:
-            state.routing = SequenceRouting(request.num_tokens, request.routed_from)
+            state.routing = SequenceRouting(request.num_tokens, request.routed_from, request.routed_every)
             self._routed_experts.ask()
         if request.scores_prompt:
             self._scorer.add(request)

@@ -161,7 +161,7 @@ class OutputProcessor(OutputRouter):
         made = self._new_output(output, state)
         if state.routing is None or made.finish_reason == "error":
             return [made]
-        parts = state.routing.take()
+        parts = state.routing.take(is_last=made.finish_reason is not None)
         last = parts.pop() if parts else None
         return [*(Output(made.request_id, [], routed=part) for part in parts), replace(made, routed=last)]
 

@@ -55,7 +55,8 @@ class Request:
     `scores_prompt` asks for them of the prompt's tokens too, and then `max_tokens` may be 0. `images` has what the
     model's processor made of images: arrays, by the names under which its forward takes them (padded cache only).
     `grammar`, as llguidance writes it, is what the answer follows, behind the `reasoning` that may precede it.
-    `routed_from` asks for the experts of its tokens from that one on; all but the last have some.
+    `routed_from` asks for the experts of its tokens from that one on; all but the last have some. They come when those
+    of `routed_every` tokens are there, and with the last token: a message for each would cost more than the rest of it.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Request:
     grammar: str | None = None
     reasoning: ReasoningTokens | None = None
     routed_from: int | None = None
+    routed_every: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -115,8 +117,8 @@ class Output:
     `scores` has one entry for each of `token_ids` where the request asks for them. `prompt_scores` has one for each
     token of the prompt but its first, and comes in parts, in outputs of their own before the first tokens. `queued_s`,
     with the first tokens, is the time from its arrival on the rank to its first step. `routed`, where the request asks
-    for it, has the experts of the tokens before the last of `token_ids` that have not come yet; many of them come in
-    outputs of their own before.
+    for it and they are as many as it wants at a time, has the experts of the tokens before the last of `token_ids` that
+    have not come yet; many of them come in outputs of their own before.
     """
 
     request_id: str

@@ -39,11 +39,13 @@ class SequenceRouting:
     Args:
         num_tokens: that it may come to.
         num_given: of its tokens whose experts are not asked for, the first ones.
+        every: tokens whose experts are given away together.
     """
 
-    def __init__(self, num_tokens: int, num_given: int) -> None:
+    def __init__(self, num_tokens: int, num_given: int, every: int = 1) -> None:
         self._num_tokens = num_tokens
         self._num_given = num_given
+        self._every = every
         self._ids_TLK: Rows | None = None
         self.num_known = 0
         self._num_pages = 0  # that were whole,
@@ -75,9 +77,9 @@ class SequenceRouting:
             self._num_pages += 1
             yield self._page_hash, self._ids_TLK[page]
 
-    def take(self) -> list[RoutedExperts]:
-        """What is known and not yet given away, in parts."""
-        if self._ids_TLK is None:
+    def take(self, is_last: bool = False) -> list[RoutedExperts]:
+        """What is known and not yet given away, in parts: nothing, where that is of few tokens and more will come."""
+        if self._ids_TLK is None or (self.num_known - self._num_given < self._every and not is_last):
             return []
         ids_TLK = self._ids_TLK[self._num_given : self.num_known]
         self._num_given = max(self._num_given, self.num_known)
@@ -127,20 +129,24 @@ class RoutedExpertsCapturer:
         self._is_asked = False
         # Looked at afterwards, as another thread adds a request before it announces that.
         self._is_asked = any(state.routing is not None for state in list(self._requests.values()))
+        if not self._is_asked:
+            self._steps.__exit__(None, None, None)
         return nullcontext()
 
     @contextmanager
     def _capturing(self, batch: Batch) -> Iterator[None]:
+        if not self._steps.is_watching:  # from then on until nobody asks any more: hooks cost more to set than to have
+            self._steps.__enter__()
         try:
-            with self._steps:
-                self._batch = batch
-                yield
+            self._batch = batch
+            yield
             self.collect()
         finally:  # what is left is of a step that was cut off
             self._batch = self._captured = None
 
     def _keep(self, ids_L: list[Tensor], _: list[Tensor]) -> None:
-        self._captured = ids_L
+        if self._batch is not None:  # else nobody asks in this step
+            self._captured = ids_L
 
     def collect(self) -> None:
         """Give requests the experts that were captured; the step is over on a GPU."""

@@ -53,6 +53,10 @@ class StepRouting:
         while self._hooks:
             self._hooks.pop().remove()
 
+    @property
+    def is_watching(self) -> bool:
+        return bool(self._hooks)
+
     def _take(self, position: int, _: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
         if position != len(self._ids):
             self.has_gaps = True

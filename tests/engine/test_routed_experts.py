@@ -25,7 +25,7 @@ from tests.model.families import random_model, save
 REQUESTS = [
     Request("unasked", [*PREFIX, 5], 6, ignore_eos=True),
     Request("first", [*PREFIX, 5], 40, ignore_eos=True, routed_from=0),  # none of the cached pages is known
-    Request("same", [*PREFIX, 5], 6, ignore_eos=True, routed_from=0),
+    Request("same", [*PREFIX, 5], 6, ignore_eos=True, routed_from=0, routed_every=32),
     Request("moved", [*PREFIX, 5, 6, 7], 4, ignore_eos=True, routed_from=72, num_answered=2),
 ]
 
@@ -94,3 +94,11 @@ def test_a_step_that_is_made_again_changes_nothing() -> None:
     routing.add(2, np.concatenate([np.zeros_like(ids_TLK[:2]), ids_TLK[4:]]))
     (part,) = routing.take()
     np.testing.assert_array_equal(decoded(part), ids_TLK[4:])
+
+
+def test_experts_are_given_away_when_there_are_as_many_as_are_wanted_at_a_time() -> None:
+    routing = SequenceRouting(8, 1, every=3)
+    for at, shapes in ((0, []), (1, []), (2, []), (3, [[3, 1, 2]]), (4, [])):
+        routing.add(at, np.zeros((1, 1, 2), np.uint8))
+        assert [part.shape for part in routing.take()] == shapes
+    assert [part.shape for part in routing.take(is_last=True)] == [[1, 1, 2]]

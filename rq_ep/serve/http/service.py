@@ -45,6 +45,7 @@ CHARS_PER_MESSAGE = 100  # that are encoded in the time in which a template writ
 GRAMMAR_CHARS = 1 << 20  # so are grammars
 PROMPT_END = 32  # tokens of a prompt that show whether it begins the reasoning of the answer
 IMAGE_CHARS = 1 << 20  # images are read on the threads of long prompts
+ROUTED_EVERY = 32  # tokens whose experts come together
 MAX_ECHOED_TOKENS = 512  # with their scores, in a chunk: the event loop writes it at once
 
 
@@ -288,6 +289,7 @@ class Service:
             grammar=grammar,
             reasoning=reasoning,
             routed_from=0 if body.return_routed_experts else None,
+            routed_every=1 if body.stops else ROUTED_EVERY,  # a stop string ends an answer here, unseen by its rank
         )
 
     def _check_routed_experts(self, prompt: EncodedPrompt, max_tokens: int) -> None:
