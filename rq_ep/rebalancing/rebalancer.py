@@ -17,7 +17,8 @@ from rq_ep.rebalancing.load_window import LoadWindow, ObservedLoads
 from rq_ep.rebalancing.observed_importance import ObservedImportance
 from rq_ep.rebalancing.replan import moved_bytes, price_of, replan
 from rq_ep.rebalancing.staged_moves import StagedMoves
-from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds
+from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
+from rq_ep.solver.migration.rounds.format_changes import LowCap
 
 LOW_SLACK = 0.01  # of all pairs, by which formats that serve may exceed the cap before they have to change
 MIN_STEPS = 16  # sampled steps below which nothing is decided: a block of steps would be a single one

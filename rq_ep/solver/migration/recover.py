@@ -21,8 +21,9 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.solver.compiled import numba
 from rq_ep.solver.migration.members import lowered_problem
-from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds
+from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
 from rq_ep.solver.migration.restoration import Restoration
+from rq_ep.solver.migration.rounds.format_changes import LowCap
 from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.solver.objective.denoise_steps import denoise_steps
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution

@@ -10,14 +10,21 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
-from rq_ep.solver.migration.move_rounds import LowCap, MoveRound, move_rounds, with_early_drops
+from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds, with_early_drops
+from rq_ep.solver.migration.rounds.format_changes import LowCap
 
 SIZES = {"bf16": 1000, "int8": 504}
 ROOM = 1000
 
 
-def placed(rows: Sequence[Sequence[Replica]], num_experts: int, num_ranks: int, budget: int | None = None) -> Placement:
-    layers = tuple(LayerPlacement.even(number, num_experts, row) for number, row in enumerate(rows))
+def placed(
+    rows: Sequence[Sequence[Replica]],
+    num_experts: int,
+    num_ranks: int,
+    budget: int | None = None,
+    mixed_formats: tuple[str, ...] = (),
+) -> Placement:
+    layers = tuple(LayerPlacement.even(number, num_experts, row, mixed_formats) for number, row in enumerate(rows))
     bytes_R = tuple(bytes_by_rank(layers, num_ranks, SIZES).tolist())
     return Placement(layers, "rq", Topology(num_ranks), bytes_R, None if budget is None else (budget,) * num_ranks)
 
@@ -48,7 +55,8 @@ def replay(
 ) -> None:
     """Apply the rounds; assert that bytes and the cap are kept, and that every layer is whole after every round."""
     num_ranks = after.topology.num_ranks
-    layers = list(placed(before, after.layers[0].num_experts, num_ranks).layers)
+    first = after.layers[0]
+    layers = list(placed(before, first.num_experts, num_ranks, None, first.replicas.mixed_formats).layers)
     limit_R = np.maximum(bytes_by_rank(layers, num_ranks, SIZES), after.budget_bytes_R or after.bytes_R)
     allowed = (
         0.0 if low_cap is None else max(low_cap.max_pairs, low_pairs(low_cap, layers), low_pairs(low_cap, after.layers))
@@ -90,6 +98,20 @@ def test_random_migrations_of_full_ranks_reach_their_goal_inside_the_room(format
             continue
         replay(before, after, rounds, ROOM, low_cap)
     assert num_stuck <= (3 if formats == "int8" else 0), "of sizes that do not match, on ranks without a free byte"
+
+
+def test_ranks_that_convert_replicas_exchange_others_in_the_same_round() -> None:
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        num_ranks = int(generator.integers(2, 7))
+        shape = 1, int(generator.integers(num_ranks, 3 * num_ranks)), num_ranks
+        slots = -(-shape[1] // num_ranks) + int(generator.integers(0, 3))
+        before, goal = (
+            [[one._replace(format=("bf16", "int8")[generator.integers(2)]) for one in row] for row in rows]
+            for rows in (drawn(generator, shape, slots, "bf16") for _ in range(2))
+        )
+        after = placed(goal, shape[1], num_ranks, None, ("bf16", "int8"))
+        replay(before, after, move_rounds(before, after, SIZES, "bf16", ROOM))
 
 
 def test_a_rank_sends_one_and_receives_one_in_a_round_and_rounds_are_as_few_as_the_busiest_rank_needs() -> None:
