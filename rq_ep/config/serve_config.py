@@ -143,6 +143,18 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         "the group ends; default: continue, with one rank stop",
         choices=ON_RANK_FAILURE,
     )
+    min_ranks: int | None = option(
+        None,
+        help="begin with so many ranks, rank 0 among them, once no more come; the others join when they come; default: "
+        "all ranks",
+        minimum=1,
+    )
+    wait_for_ranks: float = option(
+        30.0,
+        help="seconds to wait for the other ranks once --min-ranks have come",
+        minimum=0,
+        maximum=MAX_SECONDS,
+    )
     max_rank_restarts: int = option(
         3,
         help="how often a rank is started again in a row; one that has served for 10 minutes has all of them again",
@@ -204,12 +216,19 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         """These settings with what they leave to the number of ranks.
 
         Raises:
-            UserError: one rank cannot go on without itself.
+            UserError: one rank cannot go on without itself, or a group cannot begin with as few ranks as that.
         """
         if num_ranks == 1 and self.on_rank_failure == "continue":
             raise UserError("--on-rank-failure continue: needs more than one rank, and one was started: use stop")
-        default = "continue" if num_ranks > 1 else "stop"
-        return replace(self, on_rank_failure=self.on_rank_failure or default)
+        on_failure = self.on_rank_failure or ("continue" if num_ranks > 1 else "stop")
+        min_ranks = self.min_ranks
+        if min_ranks is not None and min_ranks > num_ranks:
+            raise UserError(f"--min-ranks {min_ranks}: the launcher has {num_ranks} ranks: ask for as many or fewer")
+        if min_ranks == num_ranks:
+            min_ranks = None
+        if min_ranks is not None and on_failure == "stop":
+            raise UserError(f"--min-ranks {min_ranks}: needs --on-rank-failure continue: ranks that come later join")
+        return replace(self, on_rank_failure=on_failure, min_ranks=min_ranks)
 
     @property
     def model_name(self) -> str:

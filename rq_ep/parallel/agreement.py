@@ -34,7 +34,8 @@ def run_on_all_ranks(group: EPGroup | None, work: Callable[[], T]) -> T:
     problems = group.all_gather_object(problem)
     for rank, text in enumerate(problems):
         if text is not None:
-            raise UserError(text if len(set(problems)) == 1 else f"rank {rank}: {text}")
+            of_all = len({problems[member] for member in group.members}) == 1
+            raise UserError(text if of_all else f"rank {rank}: {text}")
     return result  # type: ignore[return-value]  # without a problem, it is there
 
 

@@ -137,3 +137,11 @@ def test_a_group_goes_on_without_a_rank_unless_there_is_one_or_it_is_to_stop() -
     assert ServeConfig(model="m", on_rank_failure="stop").for_ranks(2).on_rank_failure == "stop"
     with pytest.raises(UserError, match="--on-rank-failure continue: needs more than one rank"):
         ServeConfig(model="m", on_rank_failure="continue").for_ranks(1)
+
+
+def test_a_group_begins_with_fewer_ranks_only_where_the_others_can_join() -> None:
+    assert [ServeConfig(model="m", min_ranks=2).for_ranks(num_ranks).min_ranks for num_ranks in (2, 3)] == [None, 2]
+    with pytest.raises(UserError, match=r"--min-ranks 4: the launcher has 3 ranks"):
+        ServeConfig(model="m", min_ranks=4).for_ranks(3)
+    with pytest.raises(UserError, match=r"--min-ranks 2: needs --on-rank-failure continue"):
+        ServeConfig(model="m", min_ranks=2, on_rank_failure="stop").for_ranks(3)

@@ -41,6 +41,7 @@ from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import EPGroup, Exchange, ExchangeSettings
 from rq_ep.parallel.agreement import run_on_all_ranks
 from rq_ep.parallel.host import all_cores
+from rq_ep.solver.migration.members import planner_for_members
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ class _Loader:
         for module, placed in zip(self._experts, self._placement.layers, strict=True):
             family = family_of(module.module)
             cost = layer_cost(self._machine, family, self._placement, self._strategy)
-            planner = self._strategy.planner(placed, self._placement.topology, cost)
+            planner = planner_for_members(self._strategy, placed, self._placement.topology, cost, ranks.members)
             layer: EPExperts | LocalExperts
             if ranks.group is None:
                 layer = LocalExperts(

@@ -1,5 +1,6 @@
 """The ranks onto which a model is loaded, and those of them in this process."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,11 @@ class LoadRanks:
         if device not in ("auto", group.device.type):
             raise UserError(f"device {device!r}: the group's tensors live on {group.device}")
         return cls(group.size, (group.rank,), group.device, group)
+
+    @property
+    def members(self) -> Sequence[int]:
+        """The ranks that take part."""
+        return range(self.num_ranks) if self.group is None else self.group.members
 
     @property
     def are_processes(self) -> bool:

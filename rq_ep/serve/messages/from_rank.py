@@ -20,7 +20,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Ready:
-    """Rank 0: every rank can serve."""
+    """Rank 0: every rank can serve that the group begins with."""
 
     max_model_len: int
     vocab_size: int
@@ -28,6 +28,8 @@ class Ready:
     placement: dict[str, Any]  # as `placement.json` holds it
     info: dict[str, Any]
     routes_evenly: bool = True  # whether every token has as many experts in each MoE layer
+    members: list[int] | None = None  # the ranks that can serve; None: all
+    generation: int = 0  # in which they do
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rq_ep.serve.messages import Aborted, Failed
 from rq_ep.serve.process import exit_failed, exit_quickly, thread_errors_to, watch_launcher
 from rq_ep.serve.rank.shutdown_signals import ShutdownSignals
 from rq_ep.serve.rank.supervisor_link import SupervisorLink
-from rq_ep.serve.supervisor.rank_start import EndFailed, Ending, HubAddress, Leave, PassSignal, Serving
+from rq_ep.serve.supervisor.rank_start import EndFailed, Ending, HubAddress, Late, Leave, PassSignal, Serving
 
 ABORT_TIMEOUT_S = 5.0
 DELIVERY_S = 0.5  # what was sent is lost if a process ends that has not read all that came
@@ -51,6 +51,11 @@ class EarlyEnd:
             thread_errors_to(lambda error: self.fail(f"{type(error).__name__}: {error}")),
         ):
             yield
+
+    def late(self, hub: HubAddress) -> None:
+        """The group has begun without this rank, which joins it."""
+        if self._link is not None:
+            self._link.report(Late(hub))
 
     def serving(self, hub: HubAddress) -> None:
         """The rank serves: a signal asks to drain, and a supervisor starts the rank again if it fails."""

@@ -1,14 +1,19 @@
 """Loading a rank's model for serving, and what the HTTP process and the log learn of it."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
 from rq_ep.config import ServeConfig
+from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
 from rq_ep.engine.engine import vocab_size
 from rq_ep.engine.servable import set_attention
 from rq_ep.formats.kernels.blocked_product import has_fast_products
+from rq_ep.model.checkpoint.model_identity import model_identity
+from rq_ep.model.load.attach import check_layers, place_uniformly
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import LoadReport, report_of
 from rq_ep.model.load.memory import expert_bytes
@@ -18,13 +23,36 @@ from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.host import keep_freed_memory
 from rq_ep.serve.messages import Ready
 from rq_ep.serve.rank.check_inputs import chosen_strategy
-from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
+from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs, recovered
 
 log = logging.getLogger("rq_ep.serve")
 
 
+def place_first(config: ServeConfig, group: TorchGroup, moves: MoveInputs) -> tuple[Placement, Placement]:
+    """The placement for all ranks of a group that begins without some of them, and the one that it begins with.
+
+    Raises:
+        UserError: the ranks that are there cannot hold the model in the budget of the placement.
+    """
+    home = (
+        place_uniformly(moves.strategy, moves.opened, group.size, model_identity(config.model))
+        if config.placement is None
+        else Placement.load(config.placement)
+    )
+    home.check_serves(model_identity(config.model), group.size)
+    check_layers(home, moves.opened.experts)
+    try:
+        # Without a budget, what does not fit a rank's memory is refused when it loads.
+        first = recovered(moves, home, home, group.members, None).placement
+    except UserError as error:
+        raise UserError(f"--min-ranks {config.min_ranks}: {error}, or wait for more ranks") from None
+    budget_R = tuple(map(max, home.budget_bytes_R or home.bytes_R, first.bytes_R))
+    return home, replace(first, budget_bytes_R=budget_R)
+
+
 def load_served_model(
     config: ServeConfig,
+    placement: Placement | str | None,
     group: TorchGroup,
     loads: CallRecorder | None,
     moves: MoveInputs | None = None,
@@ -34,6 +62,7 @@ def load_served_model(
 
     Args:
         config: what to serve.
+        placement: of the members, or its file; None: the strategy places the experts.
         group: the ranks.
         loads: counts the load of every MoE layer; None: it is not counted here.
         moves: how the placement may be replaced; None: it stays.
@@ -46,7 +75,7 @@ def load_served_model(
         keep_freed_memory()
     model = load(
         config.model,
-        config.placement,
+        placement,
         chosen_strategy(config),
         group=group,
         dtype=config.dtype,
@@ -81,6 +110,8 @@ def ready_message(model: PreTrainedModel, group: TorchGroup, max_model_len: int,
         placement=report.placement.to_dict(),
         info={"backend": group.backend, "device": str(group.device), "dtype": str(model.dtype)},
         routes_evenly=routes_evenly,
+        members=list(group.members),
+        generation=group.generation,
     )
 
 
@@ -91,7 +122,7 @@ def log_ready(
     log.info(
         "%d ranks on %s (%s), %d threads each, computing in %s; %s cache, at most %d tokens a request; in %.1f s, "
         "%.2f of them for a first prompt",
-        group.size, group.device.type, group.backend, torch.get_num_threads(), model.dtype, cache,
+        len(group.members), group.device.type, group.backend, torch.get_num_threads(), model.dtype, cache,
         ready.max_model_len, load_s, warmup_s,
     )  # fmt: skip
     if group.device.type == "cpu" and not has_fast_products(model.dtype):

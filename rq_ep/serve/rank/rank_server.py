@@ -1,5 +1,6 @@
 """One rank of the server: load, run the engine, and end when the HTTP process or a signal says so."""
 
+import logging
 import threading
 import time
 import traceback
@@ -7,22 +8,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum, auto
-from typing import Any, NoReturn, assert_never
+from typing import Any, NamedTuple, NoReturn, assert_never
 
 from rq_ep.config import Environment, ServeConfig
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
+from rq_ep.core.placement import Placement
 from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.engine.requests import Output
 from rq_ep.engine.step_agreement import GroupFlags, is_consequence
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.load.load_report import LoadReport, report_of
+from rq_ep.model.load.load_report import report_of
 from rq_ep.moe import EPExperts
 from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import RankFailure, TorchGroup
 from rq_ep.parallel.agreement import report_user_error, run_on_all_ranks
 from rq_ep.parallel.host import short_collections
+from rq_ep.parallel.processes.first_members import FirstMeeting
 from rq_ep.parallel.processes.world import RendezvousError
 from rq_ep.serve.control import ControlClient
 from rq_ep.serve.messages import (
@@ -52,7 +55,7 @@ from rq_ep.serve.process import exit_failed, print_user_error, thread_errors_to
 from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len, with_model_folder
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.load_totals import LoadTotals
-from rq_ep.serve.rank.rank_loader import ep_layers, load_served_model, log_ready, ready_message
+from rq_ep.serve.rank.rank_loader import ep_layers, load_served_model, log_ready, place_first, ready_message
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalancing
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
@@ -63,6 +66,8 @@ from rq_ep.serve.rank.stats_sampler import StatsSampler
 from rq_ep.serve.rank.trace_recording import TraceRecording
 from rq_ep.serve.supervisor.rank_start import HubAddress, Rejoin
 from rq_ep.solver.migration.recover import warm_up
+
+log = logging.getLogger("rq_ep.serve")
 
 TICK_S = 0.2
 POLL_S = 0.01
@@ -89,9 +94,14 @@ def serve(
         rejoin: the group serves, and this rank joins it.
     """
     status = 0
+    joins_later, meeting = rejoin is not None, None
     try:
         if rejoin is not None:
             group, hub = alone(config), rejoin.hub
+        elif config.min_ranks is not None:
+            begun = begin_with_some(config, hub, problem, early_end)
+            group, hub, problem, meeting = begun.group, begun.hub, begun.problem, begun.meeting
+            joins_later = begun.is_late
         else:
             with fails_after(early_end, config.rank_timeout):
                 group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
@@ -106,13 +116,13 @@ def serve(
         assert hub is not None
         client = early_end.client = early_end.client or ControlClient(hub.address, group.rank, hub.token)
         try:
-            server = RankServer(config, group, client, hub, early_end, joins_later=rejoin is not None)
+            server = RankServer(config, group, client, hub, early_end, joins_later, meeting)
             with thread_errors_to(server.fail):
                 server.run()
         finally:
             client.close()
     except UserError as error:
-        if rejoin is not None:  # the others go on: it may be tried again
+        if joins_later:  # the others go on: it may be tried again
             early_end.fail(str(error))
         early_end.signals.is_ending = True  # the launcher sends one once another rank has ended by the same error
         status = report_user_error(group, "rq_ep.serve", error)
@@ -128,6 +138,45 @@ def alone(config: ServeConfig) -> TorchGroup:
         environment.rank, environment.world_size, config.device, local_rank=environment.local_rank,
         timeout_s=config.rank_timeout,
     )  # fmt: skip
+
+
+class Begun(NamedTuple):
+    """How a group has begun that need not wait for all of its ranks, as one of them sees it."""
+
+    group: TorchGroup
+    hub: HubAddress | None
+    problem: str | None
+    meeting: FirstMeeting
+    is_late: bool  # it has begun without this rank, and can be joined
+
+
+def begin_with_some(config: ServeConfig, hub: HubAddress | None, problem: str | None, early_end: EarlyEnd) -> Begun:
+    """Begin with the ranks that are there or, where they have begun without this rank, wait until they serve.
+
+    Raises:
+        RendezvousError: the ranks cannot meet.
+    """
+    assert config.min_ranks is not None
+    with fails_after(early_end, config.rank_timeout):
+        meeting = FirstMeeting(Environment.from_os(), config.rank_timeout)
+    group = alone(config)
+    word = None
+    if group.rank == 0:
+        word = {"store": group.open_store(), "hub": hub and (hub.address, hub.token), "problem": problem}
+    members, word = meeting.members(config.min_ranks, config.wait_for_ranks, word)
+    if group.rank == 0 and len(members) < group.size:
+        log.info("the group begins with the ranks %s of %d", list(members), group.size)
+    problem = word["problem"]
+    if problem is None:
+        address, token = word["hub"]
+        hub = HubAddress((address[0], address[1]), token)
+    is_late = group.rank not in members
+    if not is_late:
+        group.reform(1, members, tuple(word["store"]))
+    elif hub is not None:
+        meeting.await_invitation()
+        early_end.late(hub)
+    return Begun(group, hub, problem, meeting, is_late)
 
 
 @contextmanager
@@ -172,6 +221,7 @@ class RankServer:
         hub: where it leads.
         early_end: ends this process.
         joins_later: the others serve already, and this rank joins them when it has loaded.
+        meeting: where ranks come that the group does not wait for; None: it has waited for all.
     """
 
     def __init__(
@@ -182,6 +232,7 @@ class RankServer:
         hub: HubAddress,
         early_end: EarlyEnd,
         joins_later: bool = False,
+        meeting: FirstMeeting | None = None,
     ) -> None:
         self._config = config
         self._group = group
@@ -189,6 +240,7 @@ class RankServer:
         self._hub = hub
         self._early_end = early_end
         self._joins_later = joins_later
+        self._meeting = meeting
         self._state = ServerState.LOADING
         self._stop = threading.Event()  # set in the state STOPPING
         self._engine: Engine | None = None
@@ -246,7 +298,15 @@ class RankServer:
         if self._survives:
             warming_up.start()  # beside the reading of the weights
         recorder = self._recorder(self._is_first)
-        model = run_on_all_ranks(group, lambda: load_served_model(config, group, recorder, moves, self._joins_later))
+        begins_with_some = len(group.members) < group.size and not self._joins_later
+        placement: Placement | str | None = config.placement
+        home: Placement | None = None
+        if begins_with_some:
+            assert moves is not None
+            home, placement = run_on_all_ranks(group, lambda: place_first(config, group, moves))
+        model = run_on_all_ranks(
+            group, lambda: load_served_model(config, placement, group, recorder, moves, self._joins_later)
+        )
         assert model.generation_config is not None
         model.generation_config.eos_token_id = checked.end_token_ids
         report = report_of(model)
@@ -259,7 +319,7 @@ class RankServer:
             leading = self._step_loads if self._is_first else None
             self._rebalancing = LiveRebalancing(moves, report, layers, group, leading, self._client.send, self._wake)
             if self._survives:
-                self._recovery = self._make_recovery(report, layers, moves, recording)
+                self._recovery = self._make_recovery(home or report.placement, layers, moves, recording)
         engine = Engine(
             model,
             layers,
@@ -292,6 +352,8 @@ class RankServer:
             ready = ready_message(model, group, max_model_len, engine.routes_evenly)
             log_ready(ready, model, group, checked.cache, time.monotonic() - started_s, engine.warmup_s)
             self._client.send(ready)
+            if self._meeting is not None:
+                self._meeting.invite()
         return engine
 
     def _offer_to_join(self, engine: Engine) -> None:
@@ -323,7 +385,7 @@ class RankServer:
         return self._pairs if self._survives else None
 
     def _make_recovery(
-        self, report: LoadReport, layers: Sequence[EPExperts], moves: MoveInputs, recording: TraceRecording
+        self, home: Placement, layers: Sequence[EPExperts], moves: MoveInputs, recording: TraceRecording
     ) -> GroupRecovery:
         rebalancing = self._rebalancing
         assert rebalancing is not None
@@ -348,7 +410,7 @@ class RankServer:
             recording.regroup(mark, leads)
 
         return GroupRecovery(
-            self._group, layers, report.placement, rebalancing, moves, self._client.send, counts_LE, discard_step,
+            self._group, layers, home, rebalancing, moves, self._client.send, counts_LE, discard_step,
             on_change, self._config.rank_timeout,
         )  # fmt: skip
 

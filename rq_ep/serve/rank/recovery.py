@@ -37,9 +37,9 @@ from rq_ep.serve.messages import (
     Regrouped,
 )
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalancing
-from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
+from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs, recovered
 from rq_ep.solver.migration.move_rounds import MoveRound, with_early_drops
-from rq_ep.solver.migration.recover import Recovery, recover
+from rq_ep.solver.migration.recover import Recovery
 
 MIGRATIONS_PER_GENERATION = 1_000_000  # their numbers rise with the generation of the group
 END_TIMEOUT_S = 10.0  # of the HTTP process, once it knows that the group cannot go on
@@ -248,12 +248,9 @@ class GroupRecovery:
         Raises:
             UserError: they cannot hold the model.
         """
-        problem = self._inputs.problem(self._home, self._counts())
-        if self._inputs.config.placement is None or self._home.budget_bytes_R is None:  # nobody has set a budget
-            spare_M = [spare_bytes(free, self._group.device, len(members)) for free in free_M]
-            memory_R = None if None in spare_M else within_memory(current, dict(zip(members, spare_M, strict=True)))
-            problem = replace(problem, budget_bytes_R=memory_R)
-        return recover(problem, current, members, self._inputs.room_bytes)
+        spare_M = [spare_bytes(free, self._group.device, len(members)) for free in free_M]
+        memory_R = None if None in spare_M else within_memory(current, dict(zip(members, spare_M, strict=True)))
+        return recovered(self._inputs, self._home, current, members, memory_R, self._counts())
 
     def _placement_now(self) -> Placement:
         """What serves; in the middle of a recovery, with what is still missing on ranks that are gone."""

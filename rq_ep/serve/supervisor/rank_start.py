@@ -74,6 +74,13 @@ Command: TypeAlias = PassSignal | Leave | EndFailed
 
 
 @dataclass(frozen=True)
+class Late:
+    """The group has begun without this rank, which joins it: it goes on without this rank, should it fail."""
+
+    hub: HubAddress
+
+
+@dataclass(frozen=True)
 class Serving:
     """The rank serves: from now on the group goes on without it, should it fail."""
 
@@ -85,9 +92,9 @@ class Ending:
     """The rank is about to end on purpose, and is not to be started again."""
 
 
-Report: TypeAlias = Serving | Ending
+Report: TypeAlias = Late | Serving | Ending
 
-KINDS = {kind.__name__: kind for kind in (RankStart, PassSignal, Leave, EndFailed, Serving, Ending)}
+KINDS = {kind.__name__: kind for kind in (RankStart, PassSignal, Leave, EndFailed, Late, Serving, Ending)}
 
 
 def to_line(message: RankStart | Command | Report) -> bytes:

@@ -22,7 +22,7 @@ from rq_ep.serve.messages import (
     ToSupervisor,
 )
 from rq_ep.serve.process import EXIT_FAILURE
-from rq_ep.serve.supervisor.rank_start import Command, EndFailed, Ending, HubAddress, Leave, PassSignal, Serving
+from rq_ep.serve.supervisor.rank_start import Command, EndFailed, Ending, HubAddress, Late, Leave, PassSignal, Serving
 
 BACK_OFF_S = (0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # first of all, what has ended the rank may be the end of the group
 SETTLED_S = 600.0  # a rank that has served so long has all its restarts again
@@ -59,7 +59,7 @@ class HubClosed:
     """The connection to the HTTP process has ended, or could not be made."""
 
 
-Event: TypeAlias = Serving | Ending | RankExited | SignalReceived | CannotGoOn | HubClosed | ToSupervisor
+Event: TypeAlias = Late | Serving | Ending | RankExited | SignalReceived | CannotGoOn | HubClosed | ToSupervisor
 
 
 # Actions
@@ -101,7 +101,7 @@ class RankPhase(Enum):
     BEGINNING = auto()  # for the first time: the group is loading
     SERVING = auto()
     WAITING = auto()  # there is none; it is started when the back-off is over
-    RESTARTING = auto()  # it loads, to join the group
+    RESTARTING = auto()  # it loads, to join the group, be it for the first time
     LEAVING = auto()  # it was told to leave
     REMOVED = auto()  # there is none until it is asked for
     GIVEN_UP = auto()  # there is none, as it has failed too often; it may be asked for
@@ -153,6 +153,9 @@ class Supervision:
     def on_event(self, event: Event, now_s: float) -> Sequence[Action]:
         """What to do on an event."""
         match event:
+            case Late():
+                self.phase = RankPhase.RESTARTING
+                return [Connect(event.hub)]
             case Serving():
                 return self._on_serving(event, now_s)
             case Ending():

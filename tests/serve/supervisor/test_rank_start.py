@@ -9,6 +9,7 @@ from rq_ep.serve.supervisor.rank_start import (
     EndFailed,
     Ending,
     HubAddress,
+    Late,
     Leave,
     PassSignal,
     RankStart,
@@ -27,7 +28,7 @@ CONFIG = ServeConfig(model="m", strategy=StrategyConfig("llep", {"min_tokens_per
     [
         RankStart(CONFIG), RankStart(CONFIG, HUB), RankStart(CONFIG, problem="port 5 is taken\nby others"),
         RankStart(CONFIG, rejoin=Rejoin(HUB, 2)), PassSignal("SIGTERM"), Leave(), EndFailed("x"), Serving(HUB),
-        Ending(),
+        Ending(), Late(HUB),
     ],
 )  # fmt: skip
 def test_a_message_is_a_line_that_reads_as_it_was(message: Any) -> None:

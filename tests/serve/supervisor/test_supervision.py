@@ -19,7 +19,7 @@ from rq_ep.serve.messages import (
     Stop,
     StopRank,
 )
-from rq_ep.serve.supervisor.rank_start import EndFailed, Ending, HubAddress, Leave, PassSignal, Serving
+from rq_ep.serve.supervisor.rank_start import EndFailed, Ending, HubAddress, Late, Leave, PassSignal, Serving
 from rq_ep.serve.supervisor.supervision import (
     BACK_OFF_S,
     END_TIMEOUT_S,
@@ -128,6 +128,13 @@ def test_an_error_of_a_rank_that_joins_harms_nobody() -> None:
     run.on(Ending())
     assert run.on(RankExited(2)) == [RankEnded("ended with exit code 2")]
     assert run.supervision.phase is RankPhase.WAITING
+
+
+def test_a_rank_without_which_the_group_has_begun_is_started_again_if_it_fails_before_it_serves() -> None:
+    run = Run()
+    assert run.on(Late(HUB)) == [Connect(HUB)]
+    assert run.on(KILLED) == [RankEnded(KILLED_TEXT)]
+    assert run.wait() == [StartProcess(1), RankStarted(1)]
 
 
 def test_signals_are_passed_on_to_a_rank_in_the_group_which_says_how_it_ends() -> None:

@@ -9,7 +9,7 @@ It goes through these states; it may fail in each of the first four:
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 from rq_ep.serve.frames import Role
@@ -29,7 +29,7 @@ GRACE_S = 0.3  # how long the other ranks may report their errors before one is 
 class GroupState(Enum):
     """State of the ranks together."""
 
-    LOADING = auto()  # until rank 0 says that every rank can serve
+    LOADING = auto()  # until rank 0 says that every rank can serve that the group begins with
     SERVING = auto()
     DRAINING = auto()  # no new requests; the unfinished ones may finish
     STOPPING = auto()  # no request is left, and every rank was sent `Stop`
@@ -94,11 +94,11 @@ class GroupLife:
             return None
         return UNAVAILABLE.get(self.state, self._failure)
 
-    def begin(self) -> None:
-        """Every rank can serve."""
+    def begin(self, members: Sequence[int] | None = None, generation: int = 0) -> None:
+        """These ranks can serve, or all, in a generation."""
         if self.state is GroupState.LOADING:
             self.state = GroupState.SERVING
-            self._membership.start()
+            self._membership.start(members, generation)
 
     def welcome(self, rank: int, role: Role) -> bool:
         """Whether one who has connected takes part; one that comes late is told of the end."""

@@ -4,6 +4,7 @@ A rank goes through these states, and is a member while it serves or leaves, and
 
     LOADING -> JOINING -> SERVING -> LEAVING -> REMOVED -> RESTARTING -> LOADING    (at first: LOADING -> SERVING)
     LOADING, JOINING or SERVING -> LOST -> RESTARTING -> LOADING
+    EXPECTED -> LOADING    (where the group begins without it)
 
 Every change of the members has a number, the generation, and is under way until every member serves in it. A loss is
 acted on at once, and supersedes what is under way; ranks join and leave only when nothing is.
@@ -35,12 +36,13 @@ class MemberState(Enum):
     SERVING = "serving"
     LEAVING = "leaving"  # on purpose: it gets no new requests, or its process is about to end
     REMOVED = "removed"  # on purpose: it has no process
+    EXPECTED = "expected"  # it has not come yet
     LOST = "lost"  # its process has ended, or does not answer
     RESTARTING = "restarting"  # its process was started, and has not connected yet
 
 
 HOLDING = (MemberState.SERVING, MemberState.LEAVING)  # a member in such a state holds experts
-ABSENT = (MemberState.LOST, MemberState.RESTARTING, MemberState.REMOVED)
+ABSENT = (MemberState.EXPECTED, MemberState.LOST, MemberState.RESTARTING, MemberState.REMOVED)
 
 
 class ChangeRefused(ValueError):
@@ -140,7 +142,7 @@ class Membership:
         self.joining: frozenset[int] = frozenset()  # the members that hold no experts yet
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self.num_failures = 0
-        self.may_grow = False  # until every rank serves, for the first time
+        self.may_grow = False  # until the group serves, for the first time
         self.ranks = [RankRecord(MemberState.LOADING, "", calendar()) for _ in range(num_ranks)]
         self._pending: set[int] = set()  # members that do not serve in the generation yet
         self._drained: set[int] = set()  # members that leave, and have no requests any more
@@ -195,15 +197,26 @@ class Membership:
 
     # What happens
 
-    def start(self) -> None:
-        """Every rank serves, for the first time."""
+    def start(self, members: Sequence[int] | None = None, generation: int = 0) -> None:
+        """The group serves, for the first time.
+
+        Args:
+            members: those that it begins with; None: all ranks.
+            generation: in which they serve.
+        """
         self.may_grow = True
-        for rank in self.members:
-            self._set(rank, MemberState.SERVING)
+        self.members = self.members if members is None else tuple(members)
+        self.generation = generation
+        for rank, record in enumerate(self.ranks):
+            if rank in self.members:
+                record.generation = generation
+                self._set(rank, MemberState.SERVING)
+            else:
+                self._set(rank, MemberState.EXPECTED, "it has not come yet")
 
     def connected(self, rank: int) -> None:
         """A process of the rank has connected."""
-        if self.ranks[rank].state in (MemberState.LOST, MemberState.RESTARTING):
+        if self.ranks[rank].state in (MemberState.EXPECTED, MemberState.LOST, MemberState.RESTARTING):
             self._set(rank, MemberState.LOADING, self.ranks[rank].reason)
 
     def loaded(self, rank: int, store: tuple[str, int]) -> list[Effect]:
@@ -321,7 +334,7 @@ class Membership:
         """The process of the rank was started again."""
         record = self.ranks[rank]
         record.num_restarts, record.num_ends_to_come, record.is_given_up = num_restarts, 0, False
-        if record.state is MemberState.LOST:
+        if record.state in (MemberState.EXPECTED, MemberState.LOST):
             self._set(rank, MemberState.RESTARTING, record.reason)
 
     def given_up(self, rank: int, reason: str) -> list[Effect]:

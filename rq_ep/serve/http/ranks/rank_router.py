@@ -199,7 +199,7 @@ class RankRouter:
             case Checked():
                 self._observer.on_checked(message)
             case Ready():
-                self._life.begin()
+                self._life.begin(message.members, message.generation)
                 self._observer.on_ready(message)
             case Loaded():
                 self._changes.carry_out(self.membership.loaded(rank, message.store))

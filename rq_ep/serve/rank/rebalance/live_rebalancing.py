@@ -77,8 +77,7 @@ class LiveRebalancing:
         self._leader: Leader | None = None
         self._leading = threading.Lock()  # held while the leader is at work, or changes
         if loads is not None:
-            members = range(report.placement.topology.num_ranks)
-            self._leader = self._rebalancing_leader(report.placement, members, 0, loads, planner)
+            self._leader = self._rebalancing_leader(report.placement, group.members, 0, loads, planner)
         self.planner_of = inputs.planner_of(layers[0].family, report.placement, lambda: group.members)
         self.mover = GroupMover(
             layers,

@@ -27,6 +27,7 @@ from rq_ep.model.seam.expert_modules import experts_per_token
 from rq_ep.moe import ExpertFamily
 from rq_ep.serve.rank.check_inputs import chosen_strategy
 from rq_ep.solver.migration.members import planner_for_members
+from rq_ep.solver.migration.recover import Recovery, recover
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,33 @@ class MoveInputs:
             return packed
 
         return read
+
+
+def recovered(
+    inputs: MoveInputs,
+    home: Placement,
+    current: Placement,
+    members: Sequence[int],
+    memory_R: tuple[int, ...] | None,
+    counts_LE: IntArray | None = None,
+) -> Recovery:
+    """Where experts are to be with these members alone, in the budget that was set, or else in memory.
+
+    Args:
+        inputs: of the moves.
+        home: the placement that serves with all ranks.
+        current: what is held, and by whom.
+        members: ascending.
+        memory_R: bytes of experts that ranks may hold; None: not known.
+        counts_LE: pairs of each expert; None: those of the statistics.
+
+    Raises:
+        UserError: they cannot hold the model.
+    """
+    problem = inputs.problem(home, counts_LE)
+    if inputs.config.placement is None or home.budget_bytes_R is None:  # nobody has set a budget
+        problem = replace(problem, budget_bytes_R=memory_R)
+    return recover(problem, current, members, inputs.room_bytes)
 
 
 def stored_formats(opened: OpenedModel) -> list[tuple[int, int, str | None]]:

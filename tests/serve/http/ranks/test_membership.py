@@ -182,6 +182,23 @@ def test_a_rank_that_comes_back_joins_between_two_steps() -> None:
     assert membership.degradation() is None
 
 
+def test_a_group_begins_without_ranks_that_join_when_they_come() -> None:
+    membership = Membership(4, Clock())
+    for rank in (0, 1, 3):
+        membership.connected(rank)
+        assert membership.loaded(rank, store(rank)) == []
+    membership.start([0, 1, 3], 1)
+    assert membership.degradation() == "3 of 4 ranks serve: rank 2 is expected (it has not come yet)"
+    for refused in (membership.add, membership.remove):
+        with pytest.raises(ChangeRefused):
+            refused([2])
+    membership.supervisor_connected(2)
+    membership.connected(2)
+    assert regroups(membership.loaded(2, store(2))) == [Regroup(2, [0, 1, 2, 3], store(0), [2])]
+    settle(membership)
+    assert (membership.degradation(), membership.num_failures) == (None, 0)
+
+
 def test_a_rank_that_could_join_waits_for_the_end_of_a_recovery() -> None:
     membership = serving()
     die(membership, 2)
