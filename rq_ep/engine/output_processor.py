@@ -11,7 +11,7 @@ from rq_ep.engine.nonfinite import NOT_FINITE, is_finite
 from rq_ep.engine.requests import Output, Request, Sampling, Score
 from rq_ep.engine.routed_experts import SequenceRouting
 from rq_ep.engine.scoring import score_tokens
-from rq_ep.engine.tokens.grammars import AnswerMatcher, GrammarError
+from rq_ep.engine.tokens.grammars import AnswerMatcher, GrammarError, mask_tokens
 from rq_ep.engine.tokens.logits_processors import TokenHistory, processed_logits
 from rq_ep.engine.tokens.sampling import next_tokens
 
@@ -55,14 +55,6 @@ class RequestState:
             except GrammarError as error:
                 self.problem = f"{GRAMMAR_FAILED}: {error}"
 
-    def mask(self, logits_V: torch.Tensor) -> None:
-        """Leave the tokens that the grammar allows next."""
-        if self.matcher is not None and self.problem is None:
-            try:
-                self.matcher.mask(logits_V)
-            except GrammarError as error:
-                self.problem = f"{GRAMMAR_FAILED}: {error}"
-
     @property
     def history(self) -> TokenHistory:
         """The request's tokens so far; those of the answer that another rank has given are at the end of the prompt."""
@@ -92,11 +84,12 @@ def choose_tokens(
         for state in states
     ]
     processed_NV = processed_logits(logits_NV, samplings, histories)
-    if any(state is not None and state.matcher is not None for state in states):
-        processed_NV = processed_NV.clone() if processed_NV is logits_NV else processed_NV
-        for row_V, state in zip(processed_NV, states, strict=True):
-            if state is not None:
-                state.mask(row_V)
+    matchers = [None if state is None or state.problem is not None else state.matcher for state in states]
+    if any(matcher is not None for matcher in matchers):
+        processed_NV, errors = mask_tokens(processed_NV, matchers)
+        for row, error in errors.items():
+            if (state := states[row]) is not None:
+                state.problem = f"{GRAMMAR_FAILED}: {error}"
     tokens_N = next_tokens(processed_NV, samplings, positions)
     for state, token in zip(states, tokens_N.tolist(), strict=True):
         if state is not None:

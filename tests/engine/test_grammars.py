@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rq_ep.engine.output_processor import RequestState, choose_tokens
 from rq_ep.engine.requests import ReasoningTokens, Request, Sampling
-from rq_ep.engine.tokens.grammars import GrammarError, Grammars
+from rq_ep.engine.tokens.grammars import GrammarError, Grammars, mask_tokens
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 
 PROMPT = [5, 6]
@@ -82,9 +82,10 @@ def test_an_answer_of_a_given_form_may_reason_first(
     for start in (0, max(len(reasoning) - 1, 0), 1):  # steps are made again
         matcher.go_back(start)
         for number in range(start, len(answer)):
-            logits_V = torch.zeros(262)
-            matcher.mask(logits_V)
-            allowed = set(torch.nonzero(logits_V == 0).flatten().tolist())
+            masked_NV, errors = mask_tokens(torch.zeros(2, 262), [None, matcher])
+            allowed = set(torch.nonzero(masked_NV[1] == 0).flatten().tolist())
+            assert not errors
+            assert not masked_NV[0].any(), "its neighbour is left as it is"
             if number == 0 and opening is not None:
                 assert allowed == {opening, ord("y")}
             elif number < len(reasoning):

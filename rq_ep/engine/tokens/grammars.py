@@ -1,14 +1,18 @@
-"""Answers that follow a grammar: of the next token's logits those remain that it allows. Grammars are llguidance's."""
+"""Answers that follow a grammar: of the next token's logits those remain that it allows. Grammars are llguidance's.
+
+Axes: N rows, V tokens of the vocabulary, W words of 32 bits, one for each token.
+"""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import llguidance.hf
 import llguidance.numpy
 import numpy as np
+import numpy.typing as npt
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from rq_ep.engine.requests import ReasoningTokens
 
@@ -20,14 +24,23 @@ class GrammarError(RuntimeError):
     """A grammar that does not go with the tokenizer, or with the tokens of an answer."""
 
 
+Bits = npt.NDArray[np.int32]
+ALL = np.int32(-1)  # tokens of a word
+
+
 class AnswerMatcher(Protocol):
-    """What may come next in an answer. Each method but `go_back` raises `GrammarError`."""
+    """What may come next in an answer. `accept` and `complete` raise `GrammarError`."""
 
     def go_back(self, num_tokens: int) -> None: ...
 
     def accept(self, token_id: int) -> None: ...
 
-    def mask(self, logits_V: torch.Tensor) -> None: ...
+    @property
+    def next_tokens(self) -> LLMatcher | None:
+        """What fills the bits of the tokens that may come next; None: all of them may, before `complete`."""
+
+    def complete(self, bits_W: Bits) -> None:
+        """Change the bits that were filled, in place: at least one remains."""
 
 
 class GrammarMatcher:
@@ -43,7 +56,6 @@ class GrammarMatcher:
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
         self._matcher = LLMatcher(tokenizer, grammar)
-        self._bits = llguidance.numpy.allocate_token_bitmask(1, tokenizer.vocab_size)
         self._num_accepted = 0
         self._check()
 
@@ -63,16 +75,17 @@ class GrammarMatcher:
         self._check()
         self._num_accepted += 1
 
-    def mask(self, logits_V: torch.Tensor) -> None:
-        """Rule out the tokens that the grammar does not allow next, in place: one at least remains.
+    @property
+    def next_tokens(self) -> LLMatcher:
+        return self._matcher
+
+    def complete(self, bits_W: Bits) -> None:
+        """Leave the bits as the grammar has filled them.
 
         Raises:
             GrammarError: it is too large to be followed.
         """
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits, 0)
         self._check()
-        is_allowed = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: len(logits_V)].astype(bool)
-        logits_V.masked_fill_(torch.from_numpy(~is_allowed).to(logits_V.device), float("-inf"))
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -119,21 +132,24 @@ class ReasoningMatcher:
         elif len(self._answer_ids) > self._num_reasoning:
             self._matcher.accept(token_id)
 
-    def mask(self, logits_V: torch.Tensor) -> None:
-        """Rule out the tokens that may not come next, in place: one at least remains.
+    @property
+    def next_tokens(self) -> LLMatcher | None:
+        return None if self._num_reasoning is None else self._matcher.next_tokens
+
+    def complete(self, bits_W: Bits) -> None:
+        """Let reasoning begin where it may, and not end the answer.
 
         Raises:
             GrammarError: the grammar is too large to be followed.
         """
         opening = self._tokens.opening
         if self._num_reasoning is None:
-            logits_V[self._end_token_ids] = float("-inf")
-        elif opening is None or self._answer_ids:
-            self._matcher.mask(logits_V)
-        else:
-            opening_logit = logits_V[opening].clone()
-            self._matcher.mask(logits_V)
-            logits_V[opening] = opening_logit
+            for token_id in self._end_token_ids:
+                bits_W[token_id // 32] &= ~_bit(token_id)
+            return
+        self._matcher.complete(bits_W)
+        if opening is not None and not self._answer_ids:
+            bits_W[opening // 32] |= _bit(opening)
 
     def _find_num_reasoning(self) -> int | None:
         """How many tokens of the answer are reasoning; None: all so far, and it has not ended."""
@@ -152,6 +168,61 @@ class ReasoningMatcher:
         places = (at for at in range(end - 1, -1, -1) if self._answer_ids[at] == beginning[0])
         at = next(places, end)
         return self._answer_ids[at : at + len(beginning)] == beginning
+
+
+def mask_tokens(
+    logits_NV: torch.Tensor, matchers: Sequence[AnswerMatcher | None]
+) -> tuple[torch.Tensor, dict[int, GrammarError]]:
+    """Rule out what may not come next in answers; the bits of all rows are filled at once, and applied at once.
+
+    Args:
+        logits_NV: [N, V] float32, which is left as it is.
+        matchers: N; None: every token may come.
+
+    Returns:
+        The logits with those of other tokens at minus infinity; and the errors of rows, which are left as they are.
+    """
+    num_rows, num_tokens = logits_NV.shape
+    bits_NW = np.full((num_rows, -(-num_tokens // 32)), ALL)
+    rows = {row: matcher for row, matcher in enumerate(matchers) if matcher is not None}
+    _fill(bits_NW, [(filler, row) for row, matcher in rows.items() if (filler := matcher.next_tokens) is not None])
+    errors = {}
+    for row, matcher in rows.items():
+        try:
+            matcher.complete(bits_NW[row])
+        except GrammarError as error:
+            bits_NW[row] = ALL
+            errors[row] = error
+    # Not `masked_fill`, which is slower on a CPU.
+    return torch.where(_is_allowed(bits_NW, num_tokens, logits_NV.device), logits_NV, float("-inf")), errors
+
+
+def _fill(bits_NW: Bits, fillers: list[tuple[LLMatcher, int]]) -> None:
+    if len(fillers) == 1:
+        llguidance.numpy.fill_next_token_bitmask(fillers[0][0], bits_NW, fillers[0][1])
+    elif fillers:
+        llguidance.numpy.fill_next_token_bitmask_par(_executor(), fillers, bits_NW)
+
+
+@cache
+def _executor() -> LLExecutor:
+    """Threads that fill the bits of several rows; they hold no state."""
+    return LLExecutor()
+
+
+def _is_allowed(bits_NW: Bits, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """[N, V] bits, unpacked where the logits are, so that an eighth of the bytes travels."""
+    packed = bits_NW.view(np.uint8)
+    if device.type == "cpu":  # where torch is slower at it
+        unpacked = np.unpackbits(packed, axis=1, count=num_tokens, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    bytes_ = torch.from_numpy(packed).to(device)
+    return (bytes_[:, :, None] >> places).bitwise_and_(1).flatten(1)[:, :num_tokens].bool()
+
+
+def _bit(token_id: int) -> np.int32:
+    return np.uint32(1 << token_id % 32).astype(np.int32)
 
 
 class Grammars:
