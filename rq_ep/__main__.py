@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-from rq_ep.core.errors import UserError
+from rq_ep.config import FlagParser
+from rq_ep.core.errors import UserError, check_choice
 
 
 class Command(NamedTuple):
@@ -59,17 +60,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that reports mistakes in one line, as every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    parser = CommandParser(prog="rq-ep", description=__doc__)
+    parser = FlagParser(prog="rq-ep", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, example) in COMMANDS.items():
         subparser = subparsers.add_parser(
@@ -80,16 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = import_module(f"rq_ep.commands.{name.replace('-', '_')}")
             command.configure(subparser)
             subparser.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    speaker = f"rq-ep {chosen}" if chosen in COMMANDS else "rq-ep"
     try:
+        if chosen == "serve":
+            raise UserError("a server is started by torchrun --nproc-per-node R -m rq_ep.serve --model MODEL")
+        if chosen is not None:
+            check_choice("command", chosen, COMMANDS)
+        args = parser.parse_args(argv)
         args.run(args)
     except UserError as error:
-        print(f"rq-ep {args.command}: error: {error}", file=sys.stderr)
+        print(f"{speaker}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         return 1
     except OSError as error:  # a disk that is full, a file that may not be read
-        print(f"rq-ep {args.command}: error: {error}", file=sys.stderr)
+        print(f"{speaker}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

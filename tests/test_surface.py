@@ -133,6 +133,8 @@ def test_only_the_group_imports_torch_distributed() -> None:
 def test_help_teaches_without_importing_torch() -> None:
     code = (
         "import sys, rq_ep.placing.place, rq_ep.sim, rq_ep.__main__ as m\n"
+        "for command in ('calibrate', '--out=x'), ('quantize', '--out=x'), ('eval',):\n"
+        "    assert m.main([*command, '--model=nowhere', '--text', '.']) == 2\n"
         "try: m.main(['place', '--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
@@ -141,8 +143,21 @@ def test_help_teaches_without_importing_torch() -> None:
     assert "--max-low-precision-share" in output
 
 
-def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["place", "--stats", "nowhere.safetensors", "--num-ranks", "4", "--out", "unused.json"]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    assert "nowhere.safetensors" in captured.err
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("place --stats nowhere.safetensors --num-ranks 4 --out unused.json", "nowhere.safetensors: no such file"),
+        ("plaec", "did you mean 'place'?"),
+        ("serve --model m", "torchrun --nproc-per-node R -m rq_ep.serve"),
+        (
+            "calibrate --format bf16",
+            "error: unrecognized arguments: --format bf16: did you mean --formats?",
+        ),
+        ("place --budget 80 GiB", "rq-ep place: error: unrecognized arguments: GiB; see"),
+    ],
+)
+def test_a_users_mistake_is_one_line(argv: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv.split()) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert message in printed

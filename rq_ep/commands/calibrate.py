@@ -62,9 +62,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import launched_ranks, quiet_libraries
+    from rq_ep.commands.common import check_inputs, launched_ranks, quiet_libraries
 
     options = read_settings(CalibrateOptions, args)
+    check_inputs(options.model, options.text)
     quiet_libraries()
     with launched_ranks("calibrate", options.device) as group:
         stats = _calibrate(options, group)

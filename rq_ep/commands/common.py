@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rq_ep.config import DTYPES
@@ -11,6 +12,7 @@ from rq_ep.core.errors import UserError, check_choice
 from rq_ep.core.files.yaml_files import parse_yaml
 from rq_ep.core.options import option
 from rq_ep.core.strategy import Strategy
+from rq_ep.model.model_names import check_is_there
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +92,14 @@ def layer_cost(machine: str | None, stats: "ExpertStats") -> "LayerCost | None":
     if stats.hidden_size is None or stats.intermediate_size is None:
         raise UserError(f"--machine {machine}: {stats.source} does not name hidden_size and intermediate_size")
     return model.layer(LayerShape(stats.hidden_size, stats.intermediate_size, stats.expert_bytes))
+
+
+def check_inputs(model: str, texts: Iterable[Path] = ()) -> None:
+    """Raise a `UserError` for a model or a text that is not there: before torch is imported, which takes seconds."""
+    check_is_there(model)
+    for path in texts:
+        if not path.exists():
+            raise UserError(f"--text {path}: no such file or directory")
 
 
 @contextmanager

@@ -15,7 +15,16 @@ from rq_ep.core.files.documents import check_writable
 from rq_ep.core.options import option
 from rq_ep.core.placement import Placement
 from rq_ep.core.stats import ExpertStats
-from rq_ep.interchange import ENGINES, STATS_FORMATS, ModelMetadata, SlotMap, export, to_stats, write_slots
+from rq_ep.interchange import (
+    ENGINES,
+    STATS_FORMATS,
+    ModelMetadata,
+    SlotMap,
+    check_engine,
+    export,
+    to_stats,
+    write_slots,
+)
 from rq_ep.interchange.rows import format_layers
 
 STATS, PLACEMENT = "stats", "placement"
@@ -146,8 +155,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     options = read_settings(ConvertOptions, args)
     paths = [Path(name) for name in args.files]
-    source = options.source or _guess(paths, options.target)
-    target = check_choice("--to", options.target, [STATS, PLACEMENT, *ENGINES])
+    target = check_engine("--to", options.target, (STATS, PLACEMENT))
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or directory")
+    source = options.source or _guess(paths, target)
     check_writable(options.out)
     if target == STATS:
         check_choice("--from for statistics", source, STATS_FORMATS)

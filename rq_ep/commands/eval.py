@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq_ep.commands.common import StrategyOptions, parse_strategies
+from rq_ep.commands.common import StrategyOptions, check_inputs, parse_strategies, quiet_libraries
 from rq_ep.config import MODEL_HELP, add_flags, as_mapping, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.core.options import option
@@ -59,19 +59,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import quiet_libraries
-    from rq_ep.commands.eval_report import draw, report
-    from rq_ep.commands.progress_bar import showing
     from rq_ep.core.files.documents import check_writable, write_json
     from rq_ep.costs import cost_model
-    from rq_ep.model.evaluation.evaluate import compare
 
     options = read_settings(EvalOptions, args)
+    check_inputs(options.model, options.text)
     machine = None if options.machine is None else cost_model(options.machine)
-    quiet_libraries()
-    candidates, num_ranks = _candidates(options)
     for path in filter(None, (options.json, options.plot)):
         check_writable(path)
+    candidates, num_ranks = _candidates(options)
+
+    from rq_ep.commands.eval_report import draw, report
+    from rq_ep.commands.progress_bar import showing
+    from rq_ep.model.evaluation.evaluate import compare
+
+    quiet_libraries()
     with showing() as show:
         evaluations = compare(
             options.model,
@@ -97,12 +99,19 @@ def run(args: argparse.Namespace) -> None:
 
 def _candidates(options: EvalOptions) -> "tuple[list[Candidate], int]":
     """The rows of the table: a placement for each file, and the strategies that no file was made by."""
-    from rq_ep.model.evaluation.candidate import Candidate
-
     placements = {path: Placement.load(path) for path in options.placement}
+    sizes = {placement.topology.num_ranks: path for path, placement in placements.items()}
+    if options.num_ranks is None and len(sizes) > 1:
+        raise UserError(f"--placement: {', '.join(f'{path} is for {size} ranks' for size, path in sizes.items())}")
+    num_ranks = options.num_ranks or next(iter(sizes), DEFAULT_NUM_RANKS)
+    for path, placement in placements.items():
+        placement.check_serves(None, num_ranks, path)
     made_by = {placement.strategy for placement in placements.values()}
     wanted = NATIVE_STRATEGIES if options.strategies is None else options.strategies
     strategies = parse_strategies([*wanted, *sorted(made_by - set(wanted))], options.strategy_settings)
+
+    from rq_ep.model.evaluation.candidate import Candidate  # which imports torch: after all checks
+
     candidates = []
     for name, strategy in strategies.items():
         files = [path for path, placement in placements.items() if placement.strategy == name]
@@ -111,9 +120,4 @@ def _candidates(options: EvalOptions) -> "tuple[list[Candidate], int]":
             candidates.append(Candidate(label, strategy, placements[path]))
         if not files:
             candidates.append(Candidate(name, strategy))
-    sizes = {placement.topology.num_ranks: path for path, placement in placements.items()}
-    if options.num_ranks is not None:
-        return candidates, options.num_ranks
-    if len(sizes) > 1:
-        raise UserError(f"--placement: {', '.join(f'{path} is for {size} ranks' for size, path in sizes.items())}")
-    return candidates, next(iter(sizes), DEFAULT_NUM_RANKS)
+    return candidates, num_ranks

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rq_ep.config import add_flags, read_settings
-from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.errors import UserError
 from rq_ep.core.options import option
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import LIMITS, MIGRATION, SEARCH
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import MAX_RANKS
-from rq_ep.interchange import ENGINES
+from rq_ep.interchange import ENGINES, check_engine
 from rq_ep.placing.placement_settings import PlacementSettings
 
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if options.moves and not options.current:
         raise UserError(f"--moves {options.moves}: moves lead from --current: name that")
     if options.engine is not None:
-        check_choice("engine", options.engine, ENGINES)
+        check_engine("--for", options.engine)
     with progress_bar() as bar:
         task = bar.add_task(f"placing {stats.num_layers} layers", total=100)
         placement = place(

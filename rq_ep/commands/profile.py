@@ -65,15 +65,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import parse_dtype, quiet_libraries
-    from rq_ep.commands.progress_bar import showing
+    from rq_ep.commands.common import check_inputs, parse_dtype, quiet_libraries
     from rq_ep.core.files.documents import check_writable
-    from rq_ep.parallel.default_group import default_group
-    from rq_ep.profiling.layer_profile import profile_layer
 
     options = read_settings(ProfileOptions, args)
     check_writable(options.out)
     shape = _shape(options)
+    if options.model is not None:
+        check_inputs(options.model)
+
+    from rq_ep.commands.progress_bar import showing
+    from rq_ep.parallel.default_group import default_group
+    from rq_ep.profiling.layer_profile import profile_layer
+
     quiet_libraries()
     group = default_group(options.device)
     try:

@@ -1,7 +1,7 @@
 """`rq-ep simulate`: recorded loads replayed through several strategies' own planners."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from rq_ep.core.options import option, options_of, same_option
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.rebalance_options import REBALANCING, RebalanceOptions
-from rq_ep.core.stats import ExpertStats
+from rq_ep.core.stats import PHASES, ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.core.topology import Topology
 from rq_ep.placing.place import parse_budget, place
@@ -127,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
     if options.json:
         check_writable(options.json)
     cost = layer_cost(options.machine, stats)
+    phases = _steps_by_phase(stats.phase if trace is None else trace.phase_S, replayed_S)
     rebalances = options.rebalance == "auto"
     rows = []
     with progress_bar() as bar:
@@ -135,10 +136,18 @@ def run(args: argparse.Namespace) -> None:
             steps = stats.counts[replayed_S] if trace is None else trace.steps(replayed_S, options.num_ranks)
             live = _live_placement(options, stats, row) if rebalances else None
             result = simulate(row.strategy, row.placement, steps, stats.native_format, cost, on_step, live)
-            rows.append(_summary(row, result) | (_rebalanced(result, live) if rebalances else {}))
-    _report(rows, len(replayed_S), stats.num_layers, options.machine)
+            rows.append(_summary(row, result, phases) | (_rebalanced(result, live) if rebalances else {}))
+    _report(rows, phases, len(replayed_S), stats.num_layers, options.machine)
     if options.json:
         write_json(options.json, rows)
+
+
+def _steps_by_phase(phase_S: IntArray | None, replayed_S: IntArray) -> dict[str, IntArray]:
+    """Phase -> its places among the replayed steps, in the order of `PHASES`; empty where steps have no phase."""
+    if phase_S is None:
+        return {}
+    places = {name: np.flatnonzero(phase_S[replayed_S] == number) for number, name in enumerate(PHASES)}
+    return {name: places_S for name, places_S in places.items() if places_S.size}
 
 
 def _check_rebalancing(options: SimulateOptions) -> None:
@@ -298,12 +307,16 @@ def _uniform(stats: ExpertStats) -> ExpertStats:
     return ExpertStats.uniform(stats.layers, stats.num_experts, native, stats.native_format)
 
 
-def _summary(row: Row, result: Simulation) -> dict[str, Any]:
+def _summary(row: Row, result: Simulation, phases: Mapping[str, IntArray]) -> dict[str, Any]:
     """The figures of a row, as plain values."""
+    by_phase = {name: result.imbalance_SL[places_S] for name, places_S in phases.items()}
     summary: dict[str, Any] = {
         "strategy": row.name,
         "placement": row.source,
         "imbalance_mean": float(result.imbalances.mean()),
+        "imbalance_mean_by_phase": {
+            name: float(np.nanmean(values_SL)) for name, values_SL in by_phase.items() if np.isfinite(values_SL).any()
+        },
         "imbalance_p90": float(np.percentile(result.imbalances, 90)),
         "imbalance_worst": float(result.imbalances.max()),
         "bytes_max": max(row.placement.bytes_R),
@@ -316,14 +329,17 @@ def _summary(row: Row, result: Simulation) -> dict[str, Any]:
     return summary
 
 
-def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine: str | None) -> None:
+def _report(
+    rows: list[dict[str, Any]], phases: Mapping[str, IntArray], num_steps: int, num_layers: int, machine: str | None
+) -> None:
     from rich.table import Table
 
     from rq_ep.commands.console import wide_console
 
+    shown_phases = list(phases) if len(phases) > 1 else []
     table = Table(
-        "strategy", "placement", "mean", "p90", "worst", "MiB/rank", "low", "moved", box=None, padding=(0, 2, 0, 0),
-        title="max/mean over ranks, taken in every step and layer",
+        "strategy", "placement", "mean", *(f"in {name}" for name in shown_phases), "p90", "worst", "MiB/rank", "low",
+        "moved", box=None, padding=(0, 2, 0, 0), title="max/mean over ranks, taken in every step and layer",
     )  # fmt: skip
     rebalances = "rebalances" in rows[0]
     if rebalances:
@@ -333,8 +349,11 @@ def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine
         table.add_column("ms/step*")
     for row in rows:
         cells = [row["strategy"], row["placement"]]
-        cells += [f"{row[key]:.3f}" for key in ("imbalance_mean", "imbalance_p90", "imbalance_worst")]
+        cells.append(f"{row['imbalance_mean']:.3f}")
+        cells += [f"{row['imbalance_mean_by_phase'].get(name, np.nan):.3f}" for name in shown_phases]
         cells += [
+            f"{row['imbalance_p90']:.3f}",
+            f"{row['imbalance_worst']:.3f}",
             f"{row['bytes_max'] / 2**20:,.2f}",
             f"{row['low_precision_share']:.1%}",
             f"{row['transfers_per_step']:.1f}",
@@ -345,7 +364,8 @@ def _report(rows: list[dict[str, Any]], num_steps: int, num_layers: int, machine
             cells.append(f"{1000 * row['modelled_step_s']:.3g}")
         table.add_row(*cells)
     wide_console().print(table)
-    print(f"{num_steps} steps of {num_layers} layers. MiB/rank: experts on the fullest rank.")
+    parts = ", ".join(f"{places_S.size} of {name}" for name, places_S in phases.items())
+    print(f"{num_steps} steps{parts and f' ({parts})'} of {num_layers} layers. MiB/rank: experts on the fullest rank.")
     print("low: share of pairs in low precision. moved: expert weights sent per step, all layers.")
     if rebalances:
         print("rebalances: placements that were replaced, expert by expert; MiB moved: what ranks received for that.")

@@ -9,7 +9,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--family",
         default="qwen3_moe",
         metavar="NAME",
-        help="qwen3_moe, olmoe, mixtral, deepseek_v2, deepseek_v3 or gpt_oss",
+        help="qwen3_moe, olmoe, mixtral, deepseek_v2, deepseek_v3, gpt_oss or switch_transformers",
     )
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="training steps of 512 bytes each")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same model on the same machine")

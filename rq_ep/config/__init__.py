@@ -5,7 +5,7 @@ the flags.
 """
 
 from rq_ep.config.environment import Environment, child_environment
-from rq_ep.config.flags import add_flags, read_settings
+from rq_ep.config.flags import FlagParser, add_flags, read_settings
 from rq_ep.config.interfaces import bind_for_ranks, keep_gloo_on_loopback
 from rq_ep.config.model_options import DEVICES, DTYPES, MODEL_HELP, CheckpointOptions
 from rq_ep.config.serve_config import CACHES, REASONING_PARSERS, TOOL_CALL_PARSERS, ServeConfig
@@ -18,6 +18,7 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "Environment",
+    "FlagParser",
     "MODEL_HELP",
     "REASONING_PARSERS",
     "ServeConfig",

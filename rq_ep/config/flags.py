@@ -1,7 +1,8 @@
 """A settings class as flags of a command line: those win over the file of `--config`, which wins over defaults."""
 
 import argparse
-from typing import Any, TypeVar
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeVar
 
 from rq_ep.config.option_values import from_text
 from rq_ep.config.yaml_settings import read_mapping, read_settings_file
@@ -9,6 +10,26 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.options import Option, options_of
 
 Settings = TypeVar("Settings")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Raises mistakes as user errors. Takes whole names of flags alone, and names the nearest to an unknown one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+            flags = [flag for action in shown for flag in action.option_strings]
+            near = get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+            hint = f": did you mean {near[0]}?" if near and unknown[0].startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:

@@ -51,6 +51,15 @@ ENGINES = {
 }
 
 
+def check_engine(flag: str, name: str, others: Sequence[str] = ()) -> str:
+    """Return the name of an engine whose placements are read and written, or one of `others`; else a `UserError`."""
+    if name == "vllm":
+        raise UserError(
+            f"{flag} vllm: vLLM reads no placement from a file; the plug-in places while it serves: VLLM_PLUGINS=rq_ep"
+        )
+    return check_choice(flag, name, [*others, *ENGINES])
+
+
 def export(placement: Placement, engine: str, path: str | Path, num_model_layers: int = 0) -> None:
     """Write a placement for an engine, under a temporary name first.
 

@@ -1,6 +1,5 @@
 """Where a model is read from: a folder, the root of a model in a cache of the hub, or a name of the hub."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,9 @@ from transformers import PreTrainedModel
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.hub import fetch_headers, fetch_snapshot
+from rq_ep.model.model_names import is_hub_name
 from rq_ep.parallel import EPGroup
 from rq_ep.parallel.agreement import is_first_of_node, run_long_on_all_ranks
-
-HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # ORG/NAME; names without an organisation are aliases of such
 
 
 def find_model(
@@ -78,13 +76,6 @@ def folder_of(model: PreTrainedModel) -> Path | None:
         return fetch_snapshot(name, getattr(model.config, "_commit_hash", None), weights=True, offline=True)
     except UserError:
         return None
-
-
-def is_hub_name(model: str | Path) -> bool:
-    """Whether a model is to be looked for on the hub: text of the form of its names, and nothing here is called so."""
-    if isinstance(model, Path) or re.fullmatch(HUB_NAME, model) is None:
-        return False
-    return not (Path(model).exists() or Path(model).is_symlink())
 
 
 def _local_folder(path: Path, revision: str | None) -> Path:

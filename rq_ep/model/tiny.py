@@ -55,7 +55,7 @@ class TrainingRecipe:
     aux_coefficient: float = 0.01  # of the balance loss; less lets the load skew, more evens it out
 
     def __post_init__(self) -> None:
-        check_choice("family", self.family, FAMILIES)
+        check_choice("--family", self.family, FAMILIES)
         check_integer("--steps", self.steps, 1)
         check_integer("--seed", self.seed)
 

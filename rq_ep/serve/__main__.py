@@ -2,22 +2,14 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
-from rq_ep.config import Environment, ServeConfig, add_flags, read_settings
+from rq_ep.config import Environment, FlagParser, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.supervisor.http_parent import HttpProcess
 from rq_ep.serve.supervisor.rank_start import HubAddress
 from rq_ep.serve.supervisor.supervisor import Supervisor
-
-
-class ServeParser(argparse.ArgumentParser):
-    """Raises mistakes as user errors, which rank 0 prints in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def main(
@@ -32,7 +24,7 @@ def main(
         on_serving: called where the group goes on without ranks that fail, once this one serves.
         joined: what `on_serving` was called with in a group that goes on without this rank, which joins it again.
     """
-    parser = ServeParser(prog="rq_ep.serve", description=__doc__, allow_abbrev=False)
+    parser = FlagParser(prog="rq_ep.serve", description=__doc__)
     add_flags(parser, ServeConfig)
     parser.add_argument("--dry-run", action="store_true", help="print settings, placement and bytes per rank; exit")
     # The deepspeed launcher passes it; the environment says it as well.

@@ -15,8 +15,8 @@ SIZES = {"bf16": 1000, "int8": 504}
 def write_stats(file: Path, model: str = "abc", num_experts: int = 16, seed: int = 0, **sizes: int) -> str:
     popularity = 1 / np.arange(1, num_experts + 1)
     counts_SLE = np.random.default_rng(seed).multinomial(2000, popularity / popularity.sum(), size=(12, 2))
-    identity = ModelIdentity("tiny", model)
-    ExpertStats(counts_SLE, ("bf16", "int8"), "bf16", SIZES, top_k=2, model=identity, **sizes).save(file)
+    identity, phase_S = ModelIdentity("tiny", model), np.arange(12) % 2
+    ExpertStats(counts_SLE, ("bf16", "int8"), "bf16", SIZES, phase=phase_S, top_k=2, model=identity, **sizes).save(file)
     return str(file)
 
 
@@ -56,6 +56,7 @@ def test_compares_strategies(tmp_path: Path, placements: list[str], capsys: pyte
     assert balance["rq"] < 1.1 < balance["eplb"] < balance["standard"]
     for row in rows.values():
         assert 1 <= row["imbalance_mean"] <= row["imbalance_worst"]
+        assert np.mean(list(row["imbalance_mean_by_phase"].values())) == pytest.approx(row["imbalance_mean"])
         assert row["bytes_max"] <= 8000
         assert row["modelled_step_s"] > 0
     assert rows["llep"]["transfers_per_step"] > 0
@@ -150,7 +151,7 @@ def test_every_strategy_places_on_calibrated_loads_inside_the_budget(
     names = "standard,eplb,eplb+1,llep,rq,rq_paper,rq_llep"
     command = ["simulate", "--stats", held_out, "--num-ranks", "4", "--strategies", names, "--max-steps", "5"]
     assert main([*command, "--calibration", calibration, "--json", str(out)]) == 0
-    assert "5 steps of 2 layers" in capsys.readouterr().out
+    assert "5 steps (3 of prefill, 2 of decode) of 2 layers" in capsys.readouterr().out
     rows = {row["strategy"]: row for row in json.loads(out.read_text())}
     assert list(rows) == names.split(",")
     assert {row["placement"] for row in rows.values()} == {"calibration.safetensors"}

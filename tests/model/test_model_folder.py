@@ -193,7 +193,7 @@ def test_the_root_of_a_cache_needs_a_choice_where_there_is_one(folder: Path, cac
 
 
 def test_a_typo_names_both_places_and_the_variable_that_forbids_to_ask(cache: Path) -> None:
-    with pytest.raises(UserError, match=r"^b: no such directory; .*, or ORG/NAME of the hub"):
+    with pytest.raises(UserError, match=r"^--model b: no such directory; .*, or ORG/NAME of the hub"):
         rq_ep.load("./b", device="cpu")
     with pytest.raises(UserError, match=r"^a/b: neither a directory here nor .* cache .*HF_HUB_CACHE.*HF_HUB_OFFLINE"):
         find_model("a/b")

@@ -118,8 +118,8 @@ def read_text(path: str | Path, what: str, hint: str, max_bytes: int) -> str:
         raise UserError(f"{path}: no such file; {hint}") from None
     except OSError as error:
         raise UserError(f"{path}: not a readable {what} file ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a readable {what} file ({error})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a readable {what} file (it is not UTF-8 text)") from None
 
 
 def check_regular(path: str | Path) -> int:

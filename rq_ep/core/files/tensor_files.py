@@ -37,7 +37,7 @@ def read_tensors(path: str | Path, what: str, version: str, hint: str, names: Co
         path: the file.
         what: the file should be, such as "trace".
         version: what its "format" must be.
-        hint: what to do if there is no such file, or another one.
+        hint: what to do if there is no such file.
         names: arrays to read.
 
     Raises:
@@ -54,7 +54,8 @@ def read_tensors(path: str | Path, what: str, version: str, hint: str, names: Co
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {hint}") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable {what} file ({error}); {hint}") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"{path}: not a readable {what} file ({reason})") from None
 
 
 def parse_metadata(text: str) -> Any:

@@ -15,6 +15,7 @@ from rq_ep.model.checkpoint.json_files import MAX_INDEX_BYTES, read_json_object
 from rq_ep.model.checkpoint.lfs_pointers import check_is_no_pointer
 from rq_ep.model.checkpoint.quantization_schemes import CONFIG_KEYS, quantization_scheme
 from rq_ep.model.checkpoint.tokenizer_files import transformers_errors
+from rq_ep.model.model_names import check_folder
 from rq_ep.model.seam.adapters import adapter_for
 
 INDEX = "model.safetensors.index.json"
@@ -48,15 +49,8 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
     """`config.json` of the checkpoint directory `path`, unchanged."""
-    directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(
-            f"{path}: no such directory; expected a checkpoint with config.json and safetensors files, or ORG/NAME of "
-            "the hub"
-        )
-    if not (directory / "config.json").exists():
-        raise UserError(f"{path}: no config.json; expected a Hugging Face checkpoint directory")
-    return read_json_object(directory / "config.json")
+    check_folder(path)
+    return read_json_object(Path(path, "config.json"))
 
 
 def read_index(path: str | Path) -> dict[str, str] | None:

@@ -6,7 +6,8 @@ so that the first batches cover all of them. Axes: B windows of a batch, T token
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -85,9 +86,17 @@ def make_windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, settings: Win
         else:
             log.warning("domain %s is left out: less than one window of %d tokens", name, length)
     if not domains:
-        raise UserError(f"the text does not fill one window of {length} tokens: give more of it")
+        raise UserError(
+            f"the text does not fill one window of {length} tokens: give more of it, or a smaller --sequence-length"
+            + _hint_of_paths(by_domain)
+        )
     in_turns = chain.from_iterable(zip_longest(*batches_by_domain))
     return Windows(tuple(batch for batch in in_turns if batch is not None), tuple(domains))
+
+
+def _hint_of_paths(by_domain: Mapping[str, Sequence[str]]) -> str:
+    names = [text for text in chain.from_iterable(by_domain.values()) if os.path.exists(text)]
+    return f"; {names[0]!r} is taken as the text itself: give a file as pathlib.Path" if names else ""
 
 
 def check_sequence_length(length: int, config: PretrainedConfig, low: int = 1) -> None:
@@ -115,8 +124,10 @@ def read_texts(texts: Texts) -> dict[str, list[str]]:
         if text:
             by_domain.setdefault(domain, []).append(text)
     if not by_domain:
+        paths = [str(item) for item in texts if isinstance(item, Path)] if isinstance(texts, Sequence) else []
         raise UserError(
-            "there is no text to run: --text names no file that holds UTF-8 text; give .txt, .md, source code or .jsonl"
+            f"there is no text to run: {' '.join(['--text', *paths]):.200} names no file that holds UTF-8 text; give "
+            ".txt, .md, source code or .jsonl"
         )
     return dict(sorted(by_domain.items()))
 
