@@ -127,7 +127,9 @@ def packed_message(group: EPGroup, sent: SentRows, hidden_TD: Tensor) -> tuple[P
     rows_out, rows_in = route.pairs_out_R.tolist(), route.pairs_in_R.tolist()
     arrived = group.all_to_all(message, rows_out, rows_in)
     rows_MD = arrived[:, :-METADATA_BYTES].contiguous().view(hidden_TD.dtype)
-    metadata_N2 = arrived[:, -METADATA_BYTES:].contiguous().view(torch.int32)
+    # Not `contiguous`, which leaves up to one row where it lies: bytes that no int32 may begin at, if D is odd.
+    metadata = arrived[:, -METADATA_BYTES:].clone(memory_format=torch.contiguous_format)
+    metadata_N2 = metadata.view(torch.int32)
     return (Part(tokens, rows_out, rows_in, metadata_N2, route.pairs_RJ, rows_MD),)
 
 

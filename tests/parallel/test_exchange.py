@@ -123,6 +123,21 @@ def test_a_route_and_its_rows_follow_from_ids_and_plan() -> None:
     assert rows.tokens(np.array([0, 4])).tolist() == [0, 2, 0, 0], "a slot without a row says 0"
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+def test_rows_of_an_odd_size_travel_in_one_message(num_tokens: int) -> None:
+    """Three 16-bit numbers a row: behind one, metadata begins where no int32 may."""
+    replicas = Replicas.of([Replica(0, 0, "bf16"), Replica(1, 1, "bf16")])
+    plan = DispatchPlan(replicas, np.array([[0, num_tokens], [0, 0]]))
+
+    def main(group: EPGroup) -> torch.Tensor:
+        ids_TK = torch.ones(num_tokens if group.rank == 0 else 0, 1, dtype=torch.int64)
+        hidden_TD = torch.arange(3 * len(ids_TK)).reshape(-1, 3).bfloat16()
+        handle = exchange(group).dispatch(hidden_TD, ids_TK, torch.ones(ids_TK.shape), plan)
+        return computed(handle, lambda received: tripled_where_routed(received).float())[1]
+
+    assert run_local(2, main)[0].tolist() == (3 * torch.arange(3 * num_tokens)).reshape(-1, 3).tolist()
+
+
 def test_a_token_travels_once_to_a_rank_with_several_of_its_experts() -> None:
     replicas = Replicas.of([Replica(0, 0, "fp32"), Replica(1, 1, "fp32"), Replica(1, 2, "fp32")])
     ids_RTK = [torch.tensor([[1, 2], [0, 1], [1, 1]]), torch.tensor([[0, 2]])]
