@@ -1,7 +1,6 @@
 """A server of one strategy under torchrun, for as long as a benchmark needs it."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import IO
 import httpx
 import psutil
 
+from bench.serving.ports import free_port
 from rq_ep.config import child_environment
 from rq_ep.core.errors import UserError
 
@@ -37,23 +37,23 @@ def server(
     Raises:
         UserError: it does not start; the end of its log says why.
     """
-    port, rendezvous = _free_port(), _free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
     if max_restarts:
         command += [f"--max-restarts={max_restarts}", "--monitor-interval=0.1"]
-    command += [f"--master-port={rendezvous}", "-m", module, "--port", str(port), "--served-model-name", NAME]
-    with log.open("wb") as file:
-        process = _start([*command, *arguments], file)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_well(process, url, log)
-        yield url, process
-    finally:
-        tree = [process, *process.children(recursive=True)] if process.is_running() else []
-        process.terminate()
-        _, alive = psutil.wait_procs(tree, STOP_TIMEOUT_S)
-        for left in alive:
-            left.kill()
+    with free_port() as port, free_port() as rendezvous:
+        command += [f"--master-port={rendezvous}", "-m", module, "--port", str(port), "--served-model-name", NAME]
+        with log.open("wb") as file:
+            process = _start([*command, *arguments], file)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_well(process, url, log)
+            yield url, process
+        finally:
+            tree = [process, *process.children(recursive=True)] if process.is_running() else []
+            process.terminate()
+            _, alive = psutil.wait_procs(tree, STOP_TIMEOUT_S)
+            for left in alive:
+                left.kill()
 
 
 def rank_processes(launcher: psutil.Process) -> dict[int, psutil.Process]:
@@ -90,10 +90,3 @@ def _wait_until_well(process: psutil.Process, url: str, log: Path) -> None:
         time.sleep(0.2)
     errors = [line for line in log.read_text().splitlines() if "error" in line]
     raise UserError(f"the server does not start, see {log}: {errors[0] if errors else 'its log has no error'}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

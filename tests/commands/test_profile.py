@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.serving.ports import free_port
 from rq_ep.__main__ import main
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs import Profile
@@ -93,8 +94,9 @@ def test_mistakes_are_one_line(
 @pytest.mark.dist
 def test_ranks_of_torchrun_time_their_link(tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
-    command = [*torchrun(2), "-m", "rq_ep", "profile", "--out", str(out), "--device", "cpu", *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    with free_port() as port:
+        command = [*torchrun(2, port), "-m", "rq_ep", "profile", "--out", str(out), "--device", "cpu", *SMALL]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("figures of a CPU") == 1  # rank 0 speaks
     profile = Profile.load(out)

@@ -1,19 +1,15 @@
 """Two ranks in lockstep: every family and strategy answers as the dense model does, and a failure ends the group."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engine.cases import CONFIGS, EOS, NAMES, SCORED_FAMILIES, SERVED, check_only_broken_end
 from tests.model.families import random_model, save
+from tests.parallel.processes import exit_codes
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_RANKS = 2
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -36,25 +32,8 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         model = random_model(CONFIGS[name])
         model.generation_config.eos_token_id = EOS
         save(model, directory / name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    try:
-        for rank in range(NUM_RANKS):
-            environment = os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": loopback(), "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            with (directory / f"rank{rank}.log").open("w") as log:
-                command = [sys.executable, "-m", "tests.engine.worker", str(directory)]
-                ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log))
-        codes = [rank.wait(280) for rank in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    logs = "\n".join((directory / f"rank{rank}.log").read_text()[-4000:] for rank in range(NUM_RANKS))
+    command = ["tests.engine.worker", str(directory)]
+    codes, logs = exit_codes(NUM_RANKS, command, directory, timeout_s=280, address=loopback())
     assert codes == [7] * NUM_RANKS, logs
     return [json.loads((directory / f"findings-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 

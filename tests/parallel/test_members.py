@@ -1,6 +1,5 @@
 """Ranks that die, leave and join: the group of those that are left, with holes for the others."""
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.serving.ports import free_port
 from rq_ep.parallel import LocalGroup, TorchGroup, run_local
 from rq_ep.parallel.ep_group import PeerLost, Superseded
 from rq_ep.parallel.processes.meeting import GenerationStore, meet
@@ -21,9 +21,7 @@ from tests.parallel.member import NUM_RANKS, Member
 class Group:
     """The processes of a group: four ranks and, for rank 2, one that waits to take its place."""
 
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+    def __init__(self, port: int) -> None:
         self.ranks = [Member(rank, port) for rank in range(NUM_RANKS)]
         self.spare = Member(2, None)
 
@@ -40,10 +38,11 @@ class Group:
 
 @pytest.fixture
 def group() -> Iterator[Group]:
-    group = Group()
-    yield group
-    for member in (*group.ranks, group.spare):
-        member.kill()
+    with free_port() as port:
+        group = Group(port)
+        yield group
+        for member in (*group.ranks, group.spare):
+            member.kill()
 
 
 def check_everything(group: Group, members: list[int]) -> None:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,47 +13,37 @@ from pathlib import Path
 import httpx
 import psutil
 
+from bench.serving.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240
 RANK_MODULES = {"rq_ep.serve", "rq_ep.serve.rank.rank_process"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def torchrun(num_ranks: int, port: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", f"--master-port={port}"]
 
 
-def torchrun(num_ranks: int) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={num_ranks}",
-        f"--master-port={free_port()}",
-    ]
+def restarting(num_ranks: int, port: int) -> list[str]:
+    return [*torchrun(num_ranks, port), "--max-restarts=9", "--monitor-interval=0.1"]
 
 
-def restarting(num_ranks: int) -> list[str]:
-    return [*torchrun(num_ranks), "--max-restarts=9", "--monitor-interval=0.1"]
-
-
-def deepspeed(num_ranks: int) -> list[str]:
+def deepspeed(num_ranks: int, port: int) -> list[str]:
     launcher = shutil.which("deepspeed")
     assert launcher is not None
-    return [launcher, f"--num_accelerators={num_ranks}", f"--master_port={free_port()}"]
+    return [launcher, f"--num_accelerators={num_ranks}", f"--master_port={port}"]
 
 
-def ray(num_ranks: int) -> list[str]:
+def ray(num_ranks: int, port: int) -> list[str]:
     return [sys.executable, "launch/ray_job.py", f"--num-ranks={num_ranks}", "--max-restarts=1"]
 
 
-def by_hand(num_ranks: int) -> list[str]:
+def by_hand(num_ranks: int, port: int) -> list[str]:
     assert num_ranks == 1
     return [sys.executable]
 
 
-Launcher = Callable[[int], list[str]]
+Launcher = Callable[[int, int], list[str]]  # of a number of ranks, and a port where they may meet
 SERVE: dict[Launcher, list[str]] = {
     torchrun: ["-m", "rq_ep.serve"],
     restarting: ["-m", "rq_ep.serve"],
@@ -166,26 +155,25 @@ def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
 @contextmanager
 def running(log: Path, num_ranks: int, *arguments: str, launcher: Launcher = torchrun) -> Iterator[Server]:
     """Start a server and end whatever is left of it."""
-    port = free_port()
-    with log.open("wb") as file:
+    with free_port() as port, free_port() as meeting, log.open("wb") as file:
         process = subprocess.Popen(
-            [*launcher(num_ranks), *SERVE[launcher], "--port", str(port), *arguments],
+            [*launcher(num_ranks, meeting), *SERVE[launcher], "--port", str(port), *arguments],
             stdout=file,
             stderr=file,
             cwd=ROOT,
             env=environment() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         )
-    server = Server(process, f"http://127.0.0.1:{port}", log)
-    processes: list[psutil.Process] = []
-    try:
-        server.wait_until_ready()
-        processes = server.tree()
-        yield server
-    finally:
-        now = server.tree() if process.poll() is None else []  # others than at the start, if it was restarted
-        for left in {*processes, *now}:
-            try:
-                left.kill()
-            except psutil.NoSuchProcess:
-                continue
-        process.wait()
+        server = Server(process, f"http://127.0.0.1:{port}", log)
+        processes: list[psutil.Process] = []
+        try:
+            server.wait_until_ready()
+            processes = server.tree()
+            yield server
+        finally:
+            now = server.tree() if process.poll() is None else []  # others than at the start, if it was restarted
+            for left in {*processes, *now}:
+                try:
+                    left.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            process.wait()

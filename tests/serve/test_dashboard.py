@@ -14,7 +14,6 @@ from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.membership_view import MembershipView
 from tests.serve.http.ranks.fake_group import FakeGroup
 from tests.serve.http.test_app import LOADS, Bench
-from tests.serve.running import free_port
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PLACEMENT = {
@@ -39,7 +38,7 @@ pytestmark = [pytest.mark.skipif(BROWSER is None, reason="no Chromium here"), py
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    bench, port = Bench(), free_port()
+    bench = Bench()
     bench.service.placement = PLACEMENT
     bench.service.load_view.add(LOADS)
     router = FakeGroup(2).router
@@ -50,11 +49,12 @@ def url() -> Iterator[str]:
         bench.service.metrics.loads(LOADS)
         bench.service.history.sample(num_unfinished)
     app = make_app(bench.service, max_body_bytes=2000)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
     yield f"http://127.0.0.1:{port}/dashboard"
     server.should_exit = True
     thread.join(10)

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.serving.ports import free_port
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ModelIdentity
@@ -94,7 +95,9 @@ def test_a_dry_run_prints_settings_placement_and_bytes(
 def test_mistakes_end_every_rank_with_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
     placement = write_placement(tmp_path / "placement.json", 4)
     arguments = ["--model", str(tiny_checkpoint), "--placement", placement, "--port", "0", "--device", "cpu"]
-    done = subprocess.run([*torchrun(2), *SERVE[torchrun], *arguments], capture_output=True, text=True, timeout=240)
+    with free_port() as port:
+        command = [*torchrun(2, port), *SERVE[torchrun], *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     printed = [line for line in done.stderr.splitlines() if line.startswith("rq_ep.serve: error: ")]
     assert len(printed) == 1, done.stderr
