@@ -83,7 +83,7 @@ def _gain() -> str:
 
     def replay(label: str, figure: str) -> float:
         values = [row[figure] for row in replayed if row["label"] == label]
-        return sum(values) / len(values)
+        return float(sum(values) / len(values))
 
     rows = [
         [

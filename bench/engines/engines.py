@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             for seed in range(args.seeds):
                 runs.append(measure(case, draw_record(case, scenario, tokens, args, seed), seconds))
                 progress.advance(task)
-            means = {
+            means: dict[str, dict[str, Any]] = {
                 name: {key: float(np.mean([one[name][key] for one in runs])) for key in runs[0][name]}
                 for name in runs[0]
             }

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,10 +102,10 @@ def main(argv: Sequence[str]) -> None:
             kinds.append(row)
     show(rows, kinds, mixed, ratios, rerouted)
     if args.json:
-        tables = {
+        tables: dict[str, Sequence[Any]] = {
             "rows": rows, "importances": kinds, "mixed_replicas": mixed, "ratios": ratios, "routers": rerouted,
         }  # fmt: skip
-        figures = {title: [asdict(row) for row in table] for title, table in tables.items()}
+        figures: dict[str, Any] = {title: [asdict(row) for row in table] for title, table in tables.items()}
         figures |= {"num_tokens": windows.num_tokens, "num_draws": NUM_RANDOM, "output_error": _errors(by_output)}
         write_json(args.json, result_document("fidelity", argv, args, **figures))
     if args.png:

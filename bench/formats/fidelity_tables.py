@@ -95,10 +95,10 @@ def show(
     console.print(table)
     table = Table("all experts in", "routers", "KL / 1e-6", "of as they are", "next token as dense", "routing shift")
     table.title = "Routers"
-    for row in rerouted:
+    for one in rerouted:
         table.add_row(
-            row.format, row.routers, _millionths(row.kl), _ratio(row.kl_ratio), _percent(row.agreement),
-            _percent(row.routing_shift),
+            one.format, one.routers, _millionths(one.kl), _ratio(one.kl_ratio), _percent(one.agreement),
+            _percent(one.routing_shift),
         )  # fmt: skip
     console.print(table)
 

@@ -26,11 +26,11 @@ def routers_of(network: PreTrainedModel, experts: Sequence[ExpertsModule]) -> li
     Raises:
         UserError: a layer has no such module beside its experts.
     """
-    routers = []
+    routers: list[nn.Module] = []
     for layer in experts:
         block = network.get_submodule(layer.name.rpartition(".")[0])
         router = getattr(block, "gate", getattr(block, "router", None))
-        if not isinstance(getattr(router, "weight", None), nn.Parameter):
+        if not isinstance(router, nn.Module) or not isinstance(getattr(router, "weight", None), nn.Parameter):
             raise UserError(f"{layer.name}: no router with a matrix of weights beside it")
         routers.append(router)
     return routers
@@ -52,28 +52,33 @@ def fitted_anew(
         changed: while it is open, `network` is the model that the routers are fitted to.
         batches: calibration text.
     """
-    before = [router.weight.clone() for router in routers]
+    before = [_weight(router).clone() for router in routers]
     wanted = [_logits(router, x_ND) for router, x_ND in zip(routers, _inputs(network, routers, batches), strict=True)]
     try:
         with changed():
             for router, wanted_NE in zip(routers, wanted, strict=True):
                 (x_ND,) = _inputs(network, [router], batches)
-                router.weight += _least_squares(x_ND, wanted_NE - _logits(router, x_ND))
+                _weight(router).add_(_least_squares(x_ND, wanted_NE - _logits(router, x_ND)))
         yield
     finally:
         for router, weight in zip(routers, before, strict=True):
-            router.weight.copy_(weight)
+            _weight(router).copy_(weight)
+
+
+def _weight(router: nn.Module) -> Tensor:
+    return router.get_parameter("weight")
 
 
 def _logits(router: nn.Module, x_ND: Tensor) -> Tensor:
-    return x_ND @ router.weight.double().T
+    return x_ND @ _weight(router).double().T
 
 
 def _least_squares(x_ND: Tensor, residual_NE: Tensor) -> Tensor:
     """[E, D] the weights that explain most of a residual, damped."""
     moments_DD = x_ND.T @ x_ND
     moments_DD.diagonal().add_(DAMPING * moments_DD.diagonal().mean())
-    return torch.linalg.solve(moments_DD, x_ND.T @ residual_NE).T
+    weights_DE: Tensor = torch.linalg.solve(moments_DD, x_ND.T @ residual_NE)
+    return weights_DE.T
 
 
 def _inputs(network: PreTrainedModel, routers: Sequence[nn.Module], batches: Sequence[WindowBatch]) -> list[Tensor]:

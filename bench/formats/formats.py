@@ -56,8 +56,8 @@ def draw_expert(family: ExpertFamily, number: int, args: argparse.Namespace) -> 
 
 def stack_of(family: ExpertFamily, name: str, args: argparse.Namespace) -> Stack:
     stack = Stack.empty(get_format(name), family.layout, args.experts, torch.device(args.device))
-    for number, packed in enumerate(stack.packed):
-        packed.copy_(stack.format.pack(draw_expert(family, number, args), family.layout))
+    for number in range(args.experts):
+        stack.at(number).copy_(stack.format.pack(draw_expert(family, number, args), family.layout))
     return stack
 
 
@@ -133,7 +133,7 @@ def measure(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                     **errors[name],
                     "seconds": own_s,
                     "ratio": median(np.array(seconds[name]) / np.array(seconds[NATIVE])),
-                    "weight_bytes_per_second": stacks[name].packed.nbytes / own_s,
+                    "weight_bytes_per_second": stacks[name].nbytes / own_s,
                 }
             )
     return rows

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from rich.table import Table
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
     PreTrainedModel,
-    Qwen3MoeConfig,
 )
 
 from bench.device_option import check_device
@@ -46,6 +46,7 @@ from rq_ep.formats import FORMATS, get_format
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import report_of
 from rq_ep.model.seam.expert_modules import find_expert_modules
+from rq_ep.moe import EPExperts
 from rq_ep.parallel import TorchGroup
 
 VOCABULARY = 4096
@@ -112,7 +113,8 @@ def _check(options: argparse.Namespace) -> None:
 def make_checkpoint(path: Path, options: argparse.Namespace) -> None:
     """Write a model in bf16 whose layers have the options' shape, with random weights drawn on the device."""
     shape = SHAPES[options.shape]
-    config = Qwen3MoeConfig(
+    config = AutoConfig.for_model(
+        "qwen3_moe",
         vocab_size=VOCABULARY,
         hidden_size=shape.hidden_size,
         moe_intermediate_size=shape.intermediate_size,
@@ -160,7 +162,7 @@ def _rows_of(variant: str, path: Path, options: argparse.Namespace) -> Iterator[
 def _in_format(path: Path, name: str) -> Placement:
     """All experts on one rank, in one format."""
     with torch.device("meta"):
-        modules = find_expert_modules(AutoModelForCausalLM.from_config(Qwen3MoeConfig.from_pretrained(path)))
+        modules = find_expert_modules(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
     layers = tuple(
         LayerPlacement.even(
             module.layer_index, module.num_experts, [Replica(0, expert, name) for expert in range(module.num_experts)]
@@ -177,12 +179,14 @@ def _generate_rates(model: PreTrainedModel, number: int, options: argparse.Names
     random = torch.Generator().manual_seed(options.seed)
     prompts = torch.randint(1, VOCABULARY, (number, options.input_len), generator=random).to(options.device)
 
+    generating: Any = model  # whose methods of generation have no types
+
     def seconds(num_new: int) -> float:
         config = GenerationConfig(
             max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False, pad_token_id=0, eos_token_id=None
         )
         start_s = _now(options.device)
-        model.generate(prompts, generation_config=config)
+        generating.generate(prompts, generation_config=config)
         return _now(options.device) - start_s
 
     seconds(2)
@@ -222,7 +226,8 @@ def _manager_rate(
         allow_block_sharing=False,
     )
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
-    manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
+    generating: Any = model
+    manager = generating.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
     manager.start()
     seconds, num_tokens, _ = answer(manager, number, requests)
     manager.stop(block=True)
@@ -259,7 +264,7 @@ def _engine_rate(
 
     engine = Engine(
         model,
-        report_of(model).layers,
+        [layer for layer in report_of(model).layers if isinstance(layer, EPExperts)],
         group,
         EngineConfig(max_num_seqs=number, kv_cache_tokens=_cache_tokens(requests, number)),
         on_outputs=take,

@@ -27,14 +27,13 @@ from bench.layer.tables import show, show_brief
 from bench.layer.workloads import GRAMMAR, PAPER_SCENARIOS, parse
 from bench.result import result_document
 from rq_ep.commands.common import parse_dtype, parse_names, parse_strategies
-from rq_ep.config import Environment
+from rq_ep.config import DTYPES, Environment
 from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.placement import Placement
 from rq_ep.core.topology import Topology
 from rq_ep.costs import MACHINES, Profile, cost_model
 from rq_ep.formats import get_format, native_format_name
-from rq_ep.model.settings import DTYPES
 from rq_ep.parallel import EPGroup, TorchGroup, run_local
 from rq_ep.parallel.default_group import own_device
 

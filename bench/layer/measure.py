@@ -141,6 +141,7 @@ def _time_rounds(
             for name, layer in layers.items():
                 timings[name].clear()
                 if isinstance(layer, EPExperts):
+                    assert isinstance(layer.telemetry, Telemetry)
                     layer.telemetry.clear()
         for name in names[:: -1 if number % 2 else 1]:
             timings[name].append(_time_call(layers[name], batches[number % case.num_batches], group))
@@ -164,8 +165,10 @@ def _time_call(layer: nn.Module, batch: Batch, group: EPGroup) -> Timing:
 
 def _own_figures(layer: nn.Module, timings_S3: FloatArray, batch: Batch, exact_TD: Tensor) -> OwnFigures:
     if not isinstance(layer, EPExperts):
-        return OwnFigures(timings_S3, None, None, layer.resident_bytes, 0, None, _output_error(layer, batch, exact_TD))
+        peer: Any = layer
+        return OwnFigures(timings_S3, None, None, peer.resident_bytes, 0, None, _output_error(layer, batch, exact_TD))
     assert isinstance(layer.exchange, RecordingExchange)
+    assert isinstance(layer.telemetry, Telemetry)
     rank = layer.group.rank
     return OwnFigures(
         timings_S3,

@@ -28,12 +28,12 @@ from bench.layer.workloads import parse
 from bench.result import result_document
 from rq_ep.commands.common import parse_dtype
 from rq_ep.commands.console import wide_console
+from rq_ep.config import DTYPES
 from rq_ep.core.files.documents import write_json
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.formats import native_format_name
-from rq_ep.model.settings import DTYPES
 from rq_ep.moe import EPExperts, ExpertBank, Telemetry
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.host import keep_freed_memory
@@ -50,7 +50,7 @@ class TimedProducts(TorchDispatchMode):
     """Adds up the time that matrix products take of the thread."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seconds = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,7 +106,8 @@ def layer_times(case: Case, group: TorchGroup) -> dict[str, float]:
     topology = Topology(group.size)
     placement = case.place("standard", case.stats(group.size), topology)
     planner = case.planner("standard", placement, topology)
-    layer = EPExperts(case.family, placement, planner, timed, telemetry=Telemetry(max_records=64))
+    telemetry = Telemetry(max_records=64)
+    layer = EPExperts(case.family, placement, planner, timed, telemetry=telemetry)
     for expert in layer.bank.experts:
         layer.bank.put(expert, case.expert(expert, group.device))
     batch = case.batch(0, group.rank, group.size, group.device)
@@ -121,18 +122,18 @@ def layer_times(case: Case, group: TorchGroup) -> dict[str, float]:
     calls = [call() for _ in range(WARM_UP_ROUNDS + case.num_rounds)][WARM_UP_ROUNDS:]
     layer_s, products_s, collectives_s = (median(values) for values in zip(*calls, strict=True))
     times = {"layer_s": layer_s, "products_s": products_s, "collectives_s": collectives_s}
-    return times | {"around_s": layer_s - products_s - collectives_s, "telemetry_s": _telemetry_s(layer)}
+    return times | {"around_s": layer_s - products_s - collectives_s, "telemetry_s": _telemetry_s(layer, telemetry)}
 
 
-def _telemetry_s(layer: EPExperts) -> float:
+def _telemetry_s(layer: EPExperts, telemetry: Telemetry) -> float:
     """Seconds that recording one call takes."""
-    _, last = layer.telemetry._calls[-1]
+    _, last = telemetry._calls[-1]
     start_s = time.thread_time()
     for _ in range(NUM_RECORDS):
-        timer = layer.telemetry.timer(layer.group)
+        timer = telemetry.timer(layer.group)
         for phase in ("gather", "plan", "dispatch", "compute", "combine", "combine"):
             timer.mark(phase)
-        layer.telemetry.record(last._replace(timer=timer))
+        telemetry.record(last._replace(timer=timer))
     return (time.thread_time() - start_s) / NUM_RECORDS
 
 

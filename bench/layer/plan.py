@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     table = Table(*columns.split(), box=None)
     rows = []
     for size in args.sizes:
-        of_size = [measure(name, *size, args) for name in args.strategies]
+        of_size = [measure(name, size[0], size[1], args) for name in args.strategies]
         for row in of_size:
             table.add_row(
                 str(row["num_experts"]), str(row["num_ranks"]), row["strategy"], f"{1e6 * row['plan_p50_s']:.0f}",

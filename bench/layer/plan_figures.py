@@ -90,7 +90,8 @@ def rows_sent(ids_TK: IntArray, plan: DispatchPlan, rank: int) -> IntArray:
     destination_N = np.repeat(plan.replicas.ranks_P[by_expert_P], plan.pairs_RP[rank, by_expert_P])
     is_sent_RT = np.zeros((len(plan.pairs_RP), len(ids_TK)), bool)
     is_sent_RT[destination_N, tokens_N] = True
-    return is_sent_RT.sum(axis=1)
+    rows_R: IntArray = is_sent_RT.sum(axis=1)
+    return rows_R
 
 
 def _slowest(seconds_BR: list[FloatArray]) -> float | None:

@@ -65,15 +65,20 @@ class RecordedRoutes:
     def ids(self, seed: int, stage: str, step: int, rank: int, num_ranks: int) -> IntArray:
         """[T, K] experts of one rank's tokens."""
         mine_N = self._tokens(stage, step, rank, num_ranks)
-        return self.trace.ids_NLK[mine_N, self.at].astype(np.int64)
+        ids_TK: IntArray = self.trace.ids_NLK[mine_N, self.at].astype(np.int64)
+        return ids_TK
 
     def weights(self, stage: str, step: int, rank: int, num_ranks: int) -> npt.NDArray[np.float32]:
         """[T, K] their routing weights."""
-        return self.trace.weights_NLK[self._tokens(stage, step, rank, num_ranks), self.at]
+        weights_TK: npt.NDArray[np.float32] = self.trace.weights_NLK[
+            self._tokens(stage, step, rank, num_ranks), self.at
+        ]
+        return weights_TK
 
     def _tokens(self, stage: str, step: int, rank: int, num_ranks: int) -> IntArray:
         tokens = _of_stage(self.steps, stage, step)
-        return tokens.start + np.flatnonzero(self.trace.ranks_N(num_ranks)[tokens] == rank)
+        mine_N: IntArray = tokens.start + np.flatnonzero(self.trace.ranks_N(num_ranks)[tokens] == rank)
+        return mine_N
 
 
 Recorded = RecordedCounts | RecordedRoutes
@@ -126,7 +131,8 @@ def _in_phase(text: str, phase_S: IntArray | None, phase: str | None, num_steps:
         return np.ones(num_steps, bool)
     if phase_S is None:
         raise refused(text, "phases were not recorded")
-    return phase_S == PHASES.index(phase)
+    in_phase_S: BoolArray = phase_S == PHASES.index(phase)
+    return in_phase_S
 
 
 def _enough(text: str, steps: tuple[S, ...]) -> tuple[S, ...]:

@@ -61,9 +61,9 @@ def _row(case: Case, name: str, planned: Planned | None, ranks: list[OwnFigures]
     }
     row: dict[str, Any] = {"strategy": name}
     if planned is not None:
-        compute_RS = np.stack([rank.compute_s_S for rank in ranks])
-        figures["compute_s"] = compute_RS.max(axis=0)
-        figures["plan_s"] = np.stack([rank.plan_s_S for rank in ranks]).max(axis=0)
+        compute_RS = np.stack([rank.compute_s_S for rank in ranks if rank.compute_s_S is not None])
+        plan_s_S: FloatArray = np.stack([rank.plan_s_S for rank in ranks if rank.plan_s_S is not None]).max(axis=0)
+        figures["compute_s"], figures["plan_s"] = compute_RS.max(axis=0), plan_s_S
         held_rows = max(rank.held_rows or 0 for rank in ranks)
         row["held_rows_peak"] = held_rows
         row["held_bytes_peak"] = held_rows * case.shape.hidden_size * case.dtype.itemsize
@@ -71,13 +71,13 @@ def _row(case: Case, name: str, planned: Planned | None, ranks: list[OwnFigures]
         steady_s_R = np.median(compute_RS, axis=1)
         if planned.costs:
             steady_s_R = steady_s_R + np.mean([cost.exchange_s_R + cost.transfer_s_R for cost in planned.costs], axis=0)
-        row["steady_s"] = float(np.median(figures["plan_s"]) + steady_s_R.max())
+        row["steady_s"] = float(np.median(plan_s_S) + steady_s_R.max())
         if planned.costs:
             moved_SR = [
                 cost.exchange_s_R + cost.transfer_s_R
                 for cost in (planned.costs[number % case.num_batches] for number in range(compute_RS.shape[1]))
             ]
-            figures["total_s"] = figures["plan_s"] + (compute_RS.T + np.stack(moved_SR)).max(axis=1)
+            figures["total_s"] = plan_s_S + (compute_RS.T + np.stack(moved_SR)).max(axis=1)
         contestant = case.contestants[name]
         row["settings"] = asdict(contestant.strategy)  # type: ignore[call-overload]  # strategies are dataclasses
         row["num_extra_replicas"] = contestant.num_extra_replicas

@@ -281,7 +281,7 @@ def killed(bench: Workload, name: str, number: int, arguments: Sequence[str]) ->
 async def _kill_ranks(
     bench: Workload, url: str, launcher: psutil.Process, number: int
 ) -> tuple[list[dict[str, Any]], list[Answer]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     async with asking(bench, url, launcher) as loaded:
         for at in range(number):
             await asyncio.sleep(SETTLE_S + bench.draw.random() * 2)

@@ -45,11 +45,11 @@ from rq_ep.engine.kv_cache import kv_bytes_per_token
 from rq_ep.model.checkpoint.checkpoint_files import INDEX
 from rq_ep.model.text.corpus import write_corpus
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
     "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
 }  # fmt: skip
-QUICK = {
+QUICK: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 64,
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip

@@ -135,7 +135,7 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
     duration_s = max(answer.end_s for answer in answers) - min(answer.sent_s for answer in answers)
     total_input = sum(len(answer.job.prompt_ids) for answer in done)
     total_output = sum(answer.num_tokens for answer in done)
-    times_ms = {
+    times_ms: dict[str, list[float]] = {
         "ttft": [1e3 * (answer.token_s[0] - answer.sent_s) for answer in done],
         "tpot": [
             1e3 * (answer.end_s - answer.token_s[0]) / (answer.num_tokens - 1)

@@ -125,7 +125,7 @@ def _write(
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
         std = embedding_std if "embed_tokens" in tensor.name else STD
-        file.write(_drawn(tensor, dtype, std, random).view(torch.uint8).numpy())
+        file.write(_drawn(tensor, dtype, std, random).view(torch.uint8).numpy().data)
 
 
 def _drawn(tensor: _Stored, dtype: torch.dtype, std: float, random: torch.Generator) -> Tensor:

@@ -171,6 +171,7 @@ class Workload:
     def halves(self, domain: str) -> tuple[ExpertStats, list[Any]]:
         """The domain's prefill steps: statistics of every other one, and the counts of the rest."""
         stats = self.stats(domain)
+        assert stats.phase is not None
         steps = [at for at, phase in enumerate(stats.phase) if phase == 0]
         planned = replace(stats, counts=stats.counts[steps[::2]], phase=None, tokens=None, domain=None, domains=())
         return planned, list(stats.counts[steps[1::2]])
@@ -285,7 +286,7 @@ class Served:
         for child in self.process.children(recursive=True):
             if any("planner_process" in word for word in child.cmdline()):
                 times = child.cpu_times()
-                return times.user + times.system
+                return float(times.user + times.system)
         return 0.0
 
 

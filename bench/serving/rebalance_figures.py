@@ -83,7 +83,7 @@ def pairs_at(samples: Sequence[LoadSample], time_s: float) -> float:
 
 def imbalance_between(samples: Sequence[LoadSample]) -> float:
     """max/mean over ranks of single steps, mean of all steps and layers between the first and the last sample."""
-    parts = intervals(samples[:1] + samples[-1:])
+    parts = intervals([*samples[:1], *samples[-1:]])
     return parts[0].imbalance if parts else 1.0
 
 
@@ -107,7 +107,7 @@ def latency(answers: Sequence[Answer]) -> dict[str, Any]:
 def ratio_by_round(rows: Sequence[Mapping[str, Any]], figure: str, server: str, base: str) -> float:
     """Median over rounds of the ratio of a figure of two servers in the same round."""
     by_key = {(row["server"], row["round"]): row[figure] for row in rows}
-    return median(by_key[server, number] / by_key[base, number] for name, number in by_key if name == server)
+    return float(median(by_key[server, number] / by_key[base, number] for name, number in by_key if name == server))
 
 
 def spread(values: Sequence[float]) -> float:

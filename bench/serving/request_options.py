@@ -121,7 +121,7 @@ class Bench:
         rows = []
         for number in range(self._options.rounds + 1):
             jobs = self._jobs(number)
-            for name in KINDS if number % 2 else reversed(KINDS):
+            for name in KINDS if number % 2 else reversed([*KINDS]):
                 cpu_s = self._cpu_s()
                 answers = asyncio.run(
                     drive(self._url, NAME, jobs, max_concurrency=self._options.at_once, more=KINDS[name])
@@ -181,7 +181,7 @@ class Bench:
 
     def _cpu_s(self) -> float:
         tree = [self._process, *self._process.children(recursive=True)]
-        return sum(process.cpu_times().user + process.cpu_times().system for process in tree)
+        return float(sum(process.cpu_times().user + process.cpu_times().system for process in tree))
 
     def _ids(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens that no other prompt begins with."""

@@ -96,7 +96,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     strategies = options.strategies.split(",")
     for name in strategies:
         strategy_class(name)
-    caches = [check_choice("cache", name, CACHES) for name in filter(None, options.cache.split(","))] or [None]
+    named = [check_choice("cache", name, CACHES) for name in filter(None, options.cache.split(","))]
+    caches: list[str | None] = [*named] or [None]
     peers = [check_choice("peer", name, PEERS) for name in filter(None, options.peers.split(","))]
     placements = dict(text.partition("=")[::2] for text in options.placement)
     for name in placements:

@@ -129,7 +129,7 @@ def soak(
     tenth = max(len(jobs) // 10, 1)
     warm = int(WARM_UP * len(jobs))
     before, after = statistics.median(sizes[warm : warm + tenth]), statistics.median(sizes[-tenth:])
-    findings = {
+    findings: dict[str, Any] = {
         "num_requests": len(jobs),
         "num_left": sum(answer.left for answer in answers),
         "num_lost": len(lost),
@@ -170,7 +170,8 @@ def jobs_of(kinds: Sequence[Job], num_jobs: int, seed: int) -> list[Job]:
 def dense_answer(model: PreTrainedModel, job: Job) -> list[tuple[int, float]]:
     """The dense model's greedy tokens, each with the margin of its logit over the next best."""
     prompt = torch.tensor([job.prompt_ids])
-    out = model.generate(
+    generating: Any = model  # whose `generate` has no types
+    out = generating.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=job.max_tokens, do_sample=False,
         pad_token_id=0, output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
@@ -185,8 +186,8 @@ def is_right(answer: Answer, expected: dict[Job, list[tuple[int, float]]], token
     if answer.is_complete and answer.num_tokens != len(dense):
         return False
     certain = next((at for at, (_, margin) in enumerate(dense) if margin <= MARGIN), len(dense))
-    whole = tokenizer.decode([token for token, _ in dense], skip_special_tokens=True)
-    sure = tokenizer.decode([token for token, _ in dense[:certain]], skip_special_tokens=True).rstrip("\ufffd")
+    whole = str(tokenizer.decode([token for token, _ in dense], skip_special_tokens=True))
+    sure = str(tokenizer.decode([token for token, _ in dense[:certain]], skip_special_tokens=True)).rstrip("\ufffd")
     if certain == len(dense):
         return whole == answer.text if answer.is_complete else whole.startswith(answer.text)
     length = min(len(sure), len(answer.text))

@@ -37,5 +37,5 @@ class StopTheWorldMover(ExpertMover):
 
 
 if __name__ == "__main__":
-    group_mover.ExpertMover = StopTheWorldMover
+    group_mover.ExpertMover = StopTheWorldMover  # type: ignore[attr-defined]  # that room does not export its imports
     exit_quickly(main([*sys.argv[1:], "--on-rank-failure", "stop"]))  # else the rank would be another process

@@ -112,7 +112,7 @@ def main() -> None:
     import torch
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     made = argparse.ArgumentParser()
     for name in ("--model", "--dtype"):

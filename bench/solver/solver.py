@@ -151,8 +151,8 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     columns = ["law", "experts", "ranks", "cap", "tokens", "low", "max/mean", "whole", "CVaR90", "calibr.", "bound"]
     columns += ["blocks", "EPLB", "EPLB ex.", "+1 slot", "+1 exact", "s", "CPU s"]
     table = Table(*columns, box=None)
-    keys = ("fractional", "integer", "cvar90", "calibration", "bound", "contiguous")
-    keys += ("eplb_even", "eplb", "eplb_plus_1_even", "eplb_plus_1")
+    keys = ["fractional", "integer", "cvar90", "calibration", "bound", "contiguous"]
+    keys += ["eplb_even", "eplb", "eplb_plus_1_even", "eplb_plus_1"]
     for row in rows:
         size = (row["law"], str(row["num_experts"]), str(row["num_ranks"]), f"{row['cap']:.0%}", str(row["tokens"]))
         figures = (f"{row[key]:.4f}" if key == "fractional" else f"{row[key]:.3f}" for key in keys)

@@ -68,8 +68,9 @@ def _domains(law: str, num_experts: int, generator: np.random.Generator) -> Floa
     normal_DE = np.sqrt(0.5) * (shared_E + generator.standard_normal((NUM_DOMAINS, num_experts)))
     if law.startswith("zipf"):
         ranks_DE = (-normal_DE).argsort(axis=1).argsort(axis=1)
-        return -float(law.removeprefix("zipf")) * np.log(1.0 + ranks_DE)
-    return float(law.removeprefix("ln")) * normal_DE
+        normal_DE = -np.log(1.0 + ranks_DE)
+    popularity_DE: FloatArray = float(law.removeprefix("zipf").removeprefix("ln")) * normal_DE
+    return popularity_DE
 
 
 def _draw_steps(

@@ -4,6 +4,8 @@ Its public entries fail with transformers 5.23 (they call `get` of transformers'
 it does not take), after the layer is built. So the layer is built as they do, without that last step.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +31,9 @@ class GivenRoutes(nn.Module):
 class AutoEPLayer(nn.Module):
     """Its layer under a router of our own."""
 
-    def __init__(self, layer: nn.Module, num_experts: int) -> None:
+    def __init__(self, layer: Any, num_experts: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer: Any = layer
         self.routes = layer.router = GivenRoutes(num_experts)
 
     @property

@@ -20,6 +20,9 @@ NEVER = -1e4  # a logit whose softmax is 0
 class Expert(nn.Module):
     """One gated expert."""
 
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__()
         for name, shape in case.family.layout.shapes.items():
@@ -33,7 +36,7 @@ class Expert(nn.Module):
 class GivenRoutes(nn.Module):
     """Hands DeepSpeed's gate the router's own logits instead of the rows; its matrix is the identity then."""
 
-    def __init__(self, gate: nn.Module, num_experts: int, device: torch.device) -> None:
+    def __init__(self, gate: Any, num_experts: int, device: torch.device) -> None:
         super().__init__()
         self.gate = gate
         gate.wg.weight = nn.Parameter(torch.eye(num_experts, device=device))
@@ -46,9 +49,9 @@ class GivenRoutes(nn.Module):
 class DeepSpeedLayer(nn.Module):
     """The layer under a router of our own."""
 
-    def __init__(self, moe: nn.Module, num_experts: int, device: torch.device) -> None:
+    def __init__(self, moe: Any, num_experts: int, device: torch.device) -> None:
         super().__init__()
-        self.moe = moe
+        self.moe: Any = moe
         self.num_experts = num_experts
         self.routes = moe.deepspeed_moe.gate = GivenRoutes(moe.deepspeed_moe.gate, num_experts, device)
 

@@ -3,6 +3,8 @@
 It sends a row once for every pair, and computes with the experts class of its Mixtral.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,13 +18,14 @@ class TransformersLayer(nn.Module):
     """Its layer under a router of our own."""
 
     def __init__(self, case: Case, group: EPGroup) -> None:
-        from transformers import MixtralConfig
+        from transformers import AutoConfig
         from transformers.distributed.expert_parallel import AllToAllEP
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
         super().__init__()
         num_local = case.shape.num_experts // group.size
-        config = MixtralConfig(
+        config: Any = AutoConfig.for_model(
+            "mixtral",
             hidden_size=case.shape.hidden_size,
             intermediate_size=case.shape.intermediate_size,
             num_local_experts=num_local,
