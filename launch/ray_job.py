@@ -6,8 +6,9 @@
 What follows the program is handed to it unchanged. Every actor gets the environment torchrun would have set and calls
 the same `main(argv)`. The first rank that fails ends the group with its number and its error, and `--max-restarts`
 starts another one; but a server that serves goes on without a rank whose actor or node has died, until a new actor has
-joined it. SIGTERM (`ray job stop`) is passed on to one rank, so that a server drains before it ends. Without a cluster
-address, Ray is started right here.
+joined it. With `--min-ranks` a server begins with the actors for which there is room, outside of a placement group, and
+the others join it when there is. SIGTERM (`ray job stop`) is passed on to one rank, so that a server drains before it
+ends. Without a cluster address, Ray is started right here.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,23 +89,21 @@ def find_main(program: str) -> Callable[[list[str]], Any]:
     return module.main
 
 
-def environments(seats: Sequence[Seat]) -> list[dict[str, str]]:
-    """What torchrun would set for each rank; rank 0's own address is the meeting point."""
-    result = []
-    for rank, seat in enumerate(seats):
-        neighbours = [other for other in seats if other.node_id == seat.node_id]
-        environment = {
-            "RANK": rank,
-            "WORLD_SIZE": len(seats),
-            "LOCAL_RANK": neighbours.index(seat),
-            "LOCAL_WORLD_SIZE": len(neighbours),
-            "MASTER_ADDR": seats[0].address,
-            "MASTER_PORT": seats[0].free_port,
-        }
-        if seat.gpus:  # Ray shows an actor its own device only; LOCAL_RANK counts all of the job's on this node
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for other in neighbours for gpu in other.gpus)
-        result.append({name: str(value) for name, value in environment.items()})
-    return result
+def environment_of(rank: int, seats: Mapping[int, Seat], num_ranks: int) -> dict[str, str]:
+    """What torchrun would set for a rank; rank 0's own address is the meeting point."""
+    seat = seats[rank]
+    neighbours = [other for _, other in sorted(seats.items()) if other.node_id == seat.node_id]
+    environment = {
+        "RANK": rank,
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_RANK": neighbours.index(seat),
+        "LOCAL_WORLD_SIZE": len(neighbours),
+        "MASTER_ADDR": seats[0].address,
+        "MASTER_PORT": seats[0].free_port,
+    }
+    if seat.gpus:  # Ray shows an actor its own device only; LOCAL_RANK counts all of the job's on this node
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for other in neighbours for gpu in other.gpus)
+    return {name: str(value) for name, value in environment.items()}
 
 
 @ray.remote(num_cpus=0)
@@ -127,9 +126,9 @@ class Stopper:
 
 
 class Run:
-    """One run of the program on all ranks, in the bundles of a placement group."""
+    """One run of the program on all ranks, in the bundles of a placement group; without one, wherever there is room."""
 
-    def __init__(self, options: argparse.Namespace, stopper: Stopper, group: PlacementGroup) -> None:
+    def __init__(self, options: argparse.Namespace, stopper: Stopper, group: PlacementGroup | None) -> None:
         self._options = options
         self._stopper = stopper
         self._group = group
@@ -137,28 +136,45 @@ class Run:
         self._serving = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # how ranks can join
         self._joined: Any = None  # what came there last: the program goes on without ranks that die
         self._bundles: list[int] = []  # of each rank
-        self._seats: list[Seat] = []
+        self._seats: dict[int, Seat] = {}  # of the ranks that have had an actor
+        self._arguments: list[str] = list(options.arguments)
         self._runs: dict[ray.ObjectRef, int] = {}  # of the ranks that have an actor
         self._coming: dict[ray.ObjectRef, tuple[int, Any]] = {}  # seats of new actors, of which rank
         self._num_replaced: Counter[int] = Counter()
+        self._actors: list[Any] = []
 
     def results(self) -> tuple[list[Any] | None, str]:
         """Every rank's result, or None and what went wrong."""
-        actors = [self._actor(bundle) for bundle in range(self._options.num_ranks)]
-        seats = ray.get([actor.seat.remote() for actor in actors])
-        self._bundles = sorted(range(len(actors)), key=lambda bundle: seats[bundle])
-        self._seats = [seats[bundle] for bundle in self._bundles]
+        num_ranks, min_ranks = self._options.num_ranks, self._options.min_ranks
+        actors = [self._actor(bundle) for bundle in range(num_ranks)]
+        seating = [actor.seat.remote() for actor in actors]
+        come, _ = ray.wait(seating, num_returns=min_ranks, timeout=START_TIMEOUT_S)
+        if len(come) >= min_ranks:
+            come, _ = ray.wait(seating, num_returns=num_ranks, timeout=self._options.wait_for_ranks)
         if self._stopper.was_asked:
             return None, "stopped before it had begun"
+        if len(come) < min_ranks:
+            what = f"the cluster has room for {len(come)} of {num_ranks} ranks within {START_TIMEOUT_S} s"
+            return None, f"{what}, and --min-ranks asks for {min_ranks}"
+        seats = {bundle: ray.get(seating[bundle]) for bundle in range(num_ranks) if seating[bundle] in come}
+        seated = sorted(seats, key=lambda bundle: seats[bundle])
+        self._bundles = [*seated, *(bundle for bundle in range(num_ranks) if bundle not in seats)]
+        self._seats = {rank: seats[bundle] for rank, bundle in enumerate(seated)}
+        if len(seated) < num_ranks:
+            print(f"ray_job: begins with {len(seated)} of {num_ranks} ranks; the others join it", file=sys.stderr)
+            self._arguments += ["--min-ranks", str(len(seated)), "--wait-for-ranks", "0"]
         for rank, bundle in enumerate(self._bundles):
-            self._start(rank, actors[bundle])
+            if bundle in seats:
+                self._start(rank, actors[bundle])
+            else:
+                self._coming[seating[bundle]] = (rank, actors[bundle])
         results: dict[int, Any] = {}
         deaths: list[str] = []
         while self._runs:
             self._stopper.seat = self._seats[min(self._runs.values())]
             (finished,), _ = ray.wait([*self._runs, *self._coming])
             rank, actor = self._coming.pop(finished, None) or (self._runs.pop(finished), None)
-            where = f"rank {rank} on {self._seats[rank].address}"
+            where = f"rank {rank}" + (f" on {self._seats[rank].address}" if rank in self._seats else "")
             problem = None
             try:
                 result = ray.get(finished)
@@ -170,7 +186,7 @@ class Run:
                     problem = f"{where} ended with exit code {result}" if result and isinstance(result, int) else None
             except ray.exceptions.RayError as error:
                 problem = f"{where} failed: {_first_cause(error)}"
-                if self._goes_on():
+                if actor is not None or self._goes_on():
                     deaths.append(problem)
                     print(f"ray_job: {problem}; the other ranks go on", file=sys.stderr)
                     self._replace(rank)
@@ -182,22 +198,37 @@ class Run:
         return [results.get(rank) for rank in range(self._options.num_ranks)], ""
 
     def _actor(self, bundle: int) -> Any:
-        return Rank.options(
+        actor = Rank.options(
             num_cpus=self._options.cpus_per_rank,
             num_gpus=self._options.gpus_per_rank,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
+            scheduling_strategy="DEFAULT"
+            if self._group is None
+            else PlacementGroupSchedulingStrategy(self._group, bundle),
         ).remote()
+        self._actors.append(actor)
+        return actor
+
+    def close(self) -> None:
+        """End the actors that are left."""
+        for actor in self._actors:
+            ray.kill(actor)
 
     def _start(self, rank: int, actor: Any) -> None:
-        environment = environments(self._seats)[rank]
-        run = actor.run.remote(self._options.program, self._options.arguments, environment, self._serving, self._joined)
+        if self._stopper.was_asked:
+            return
+        self._learn_how_to_join()
+        environment = environment_of(rank, self._seats, self._options.num_ranks)
+        run = actor.run.remote(self._options.program, self._arguments, environment, self._serving, self._joined)
         self._runs[run] = rank
 
     def _goes_on(self) -> bool:
         """Whether there are ranks left that serve without one that has died."""
+        self._learn_how_to_join()
+        return self._joined is not None and len(self._runs) > 0
+
+    def _learn_how_to_join(self) -> None:
         while not self._serving.empty():
             self._joined = self._serving.get()
-        return self._joined is not None and len(self._runs) > 0
 
     def _replace(self, rank: int) -> None:
         """Start an actor for a rank that has none, once its bundle has a node."""
@@ -211,16 +242,23 @@ def run_once(options: argparse.Namespace, stopper: Stopper) -> tuple[list[Any] |
     """Run the program on all ranks. Returns every rank's result, or None and what went wrong."""
     bundle = {"CPU": options.cpus_per_rank, "GPU": options.gpus_per_rank}
     bundle = {kind: amount for kind, amount in bundle.items() if amount}
-    group = placement_group([bundle] * options.num_ranks, strategy="PACK")
+    group = None  # which would be there as a whole or not at all
+    if options.min_ranks == options.num_ranks:
+        group = placement_group([bundle] * options.num_ranks, strategy="PACK")
     try:
-        if not group.wait(START_TIMEOUT_S):
+        if group is not None and not group.wait(START_TIMEOUT_S):
             return None, f"the cluster has no room for {options.num_ranks} x {bundle} within {START_TIMEOUT_S} s"
-        return Run(options, stopper, group).results()
+        run = Run(options, stopper, group)
+        try:
+            return run.results()
+        finally:
+            run.close()
     except ray.exceptions.RayError as error:  # a node has gone while the ranks took their seats
         return None, _first_cause(error)
     finally:
         stopper.seat = None
-        remove_placement_group(group)  # ends the actors that are left
+        if group is not None:
+            remove_placement_group(group)
 
 
 def _first_cause(error: Exception) -> str:
@@ -241,10 +279,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-actor-restarts", type=int, default=3, help="start an actor again this often while the other ranks serve"
     )
+    parser.add_argument(
+        "--min-ranks", type=int, help="begin to serve with so many ranks; the others join when there is room for them"
+    )
+    parser.add_argument(
+        "--wait-for-ranks", type=float, default=30.0, help="seconds to wait for the others once there are --min-ranks"
+    )
     parser.add_argument("--json", type=Path, help="write rank 0's result here (benchmarks)")
     parser.add_argument("program", help="`serve`, `bench`, another module or a Python file that has main(argv)")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the program")
     options = parser.parse_args(argv)
+    if options.min_ranks is None:
+        options.min_ranks = options.num_ranks
+    if not 1 <= options.min_ranks <= options.num_ranks:
+        parser.error(f"--min-ranks {options.min_ranks}: must lie in 1..{options.num_ranks} (--num-ranks)")
+    if options.min_ranks < options.num_ranks and options.program != "serve":
+        parser.error(f"--min-ranks {options.min_ranks}: only serve begins without some of its ranks")
 
     local = {"address": "local", "num_cpus": options.num_ranks * options.cpus_per_rank, "include_dashboard": False}
     ray.init(log_to_driver=True, **({} if "RAY_ADDRESS" in os.environ else local))
