@@ -151,6 +151,7 @@ class Loaded:
     """The model of this rank is loaded; a rank that comes back could join the members."""
 
     store: tuple[str, int]  # host and port of its store, in which a group may form
+    free_bytes: int | None = None  # memory of its device; None: not known
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from rq_ep.engine.requests import Output
 from rq_ep.engine.step_agreement import GroupFlags, is_consequence
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.load_report import report_of
+from rq_ep.model.load.memory import free_bytes
 from rq_ep.moe import EPExperts
 from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import RankFailure, TorchGroup
@@ -340,7 +341,7 @@ class RankServer:
         # Set before the ranks meet below: once rank 0 has said that all are ready, requests may come to any of them.
         self._engine = engine
         if self._recovery is not None and not self._joins_later:
-            self._client.send(Loaded(group.open_store()))
+            self._send_loaded()
         max_tokens = min(number for number in group.all_gather_object(engine.max_request_tokens) if number is not None)
         max_model_len = run_on_all_ranks(group, lambda: choose_max_model_len(config, checked.model_config, max_tokens))
         if warming_up.ident is not None:
@@ -360,7 +361,10 @@ class RankServer:
         """Say that the others may take this rank in: from then on they wait for whatever it still has to do."""
         while engine.progress.step == 0:
             time.sleep(POLL_S)
-        self._client.send(Loaded(self._group.open_store()))
+        self._send_loaded()
+
+    def _send_loaded(self) -> None:
+        self._client.send(Loaded(self._group.open_store(), free_bytes(self._group.device)))
 
     def _engine_hooks(self) -> dict[str, Any]:
         rebalancing = self._rebalancing
@@ -393,10 +397,13 @@ class RankServer:
         def counts_LE() -> IntArray | None:
             return self._pairs.counts_LE(len(layers))
 
-        def discard_step() -> None:
-            for layer in layers:
-                layer.discard_step()
-            self._loads.discard()
+        def end_step(is_cut_off: bool) -> None:
+            if is_cut_off:
+                for layer in layers:
+                    layer.discard_step()
+                self._loads.discard()
+            else:
+                self._loads.between_steps()
             if self._step_loads is not None:
                 self._step_loads.discard()
 
@@ -410,7 +417,7 @@ class RankServer:
             recording.regroup(mark, leads)
 
         return GroupRecovery(
-            self._group, layers, home, rebalancing, moves, self._client.send, counts_LE, discard_step,
+            self._group, layers, home, rebalancing, moves, self._client.send, counts_LE, end_step,
             on_change, self._config.rank_timeout,
         )  # fmt: skip
 

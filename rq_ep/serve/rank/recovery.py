@@ -81,7 +81,7 @@ class GroupRecovery:
         inputs: what that needs.
         send: sends a message to the HTTP process.
         counts: pairs of each expert [L, E], as far as this rank knows them.
-        discard_step: forgets what was recorded of a step that was cut off.
+        end_step: counts what was recorded of the last step; True: forgets it, as the step was cut off.
         on_change: called when the group serves again, with what serves and the last mark that any rank was given.
         timeout_s: for the HTTP process to say who the members are.
     """
@@ -95,7 +95,7 @@ class GroupRecovery:
         inputs: MoveInputs,
         send: Callable[[FromRank], None],
         counts: Callable[[], IntArray | None],
-        discard_step: Callable[[], None],
+        end_step: Callable[[bool], None],
         on_change: Callable[[GroupChange, int], None],
         timeout_s: float,
     ) -> None:
@@ -106,7 +106,7 @@ class GroupRecovery:
         self._inputs = inputs
         self._send = send
         self._counts = counts
-        self._discard_step = discard_step
+        self._end_step = end_step
         self._on_change = on_change
         self._timeout_s = timeout_s
         self._changed = threading.Condition()  # guards what follows
@@ -156,7 +156,7 @@ class GroupRecovery:
             PeerLost: no new members were announced.
             UserError: the members cannot hold the model.
         """
-        self._discard_step()
+        self._end_step(error is not None)
         tried = numbers.generation
         with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the step
             while True:

@@ -130,7 +130,7 @@ def test_ranks_whose_experts_the_others_cannot_hold_stay() -> None:
         stage.process.router.on_message(1, STATS)
         assert (await stage.change(remove=[3])).status_code == 200
         question = next(message for _, message in reversed(stage.group.sent) if isinstance(message, CheckMembers))
-        assert (question.members, question.free_bytes) == ([0, 1, 2], [None, 5, None])
+        assert (question.members, question.free_bytes) == ([0, 1, 2], [7, 5, 7])
 
         stage.group.kill(2)  # before rank 3 has left
         stage.settle()

@@ -105,6 +105,7 @@ class Rank:
         self.layers = [Layer(rank, layer) for layer in before.layers]
         self.sent: list[FromRank] = []
         self.changes: list[tuple[GroupChange, int]] = []
+        self.was_cut_off: list[bool] = []  # the last step, at each change
         self.result: GroupNumbers | Exception | None = None
         home = replace(before, budget_bytes_R=(budget,) * NUM_RANKS)
 
@@ -127,13 +128,13 @@ class Rank:
         moves: Any = SimpleNamespace(mover=mover, planner_of=planner_of)
         group, layers = self.group, self.layers
         self.recovery = GroupRecovery(
-            group, layers, home, moves, inputs, self.sent.append, lambda: None, lambda: None,  # type: ignore[arg-type]
-            lambda change, mark: self.changes.append((change, mark)), timeout_s=0.3,
+            group, layers, home, moves, inputs, self.sent.append, lambda: None,  # type: ignore[arg-type]
+            self.was_cut_off.append, lambda change, mark: self.changes.append((change, mark)), timeout_s=0.3,
         )  # fmt: skip
 
-    def recover(self, numbers: GroupNumbers) -> None:
+    def recover(self, numbers: GroupNumbers, error: PeerLost | None) -> None:
         try:
-            self.result = self.recovery(PeerLost("cut off"), numbers)
+            self.result = self.recovery(error, numbers)
         except Exception as error:
             self.result = error
 
@@ -143,9 +144,9 @@ def survivors(budget: int, can_read: bool = True, before: Placement = BEFORE) ->
     return [Rank(world, wires, rank, before, budget, can_read) for rank in (0, 1)]
 
 
-def run(ranks: Sequence[Rank]) -> None:
+def run(ranks: Sequence[Rank], error: PeerLost | None = PeerLost("cut off")) -> None:  # noqa: B008
     threads = [
-        threading.Thread(target=rank.recover, args=(GroupNumbers(0, 2 * rank.group.rank, 5 + rank.group.rank),))
+        threading.Thread(target=rank.recover, args=(GroupNumbers(0, 2 * rank.group.rank, 5 + rank.group.rank), error))
         for rank in ranks
     ]
     for thread in threads:
@@ -161,11 +162,13 @@ def held(rank: Rank) -> list[list[Replica]]:
     return [list(layer.placement.replicas) for layer in rank.layers]
 
 
-def test_what_only_the_lost_rank_held_is_read_and_all_agree() -> None:
+@pytest.mark.parametrize("error", [PeerLost("cut off"), None])
+def test_what_only_the_lost_rank_held_is_read_and_all_agree(error: PeerLost | None) -> None:
     ranks = survivors(budget=12 * SIZES["fp32"])
     for rank in ranks:
         rank.recovery.announce(Regroup(1, [0, 1], STORE, []))
-    run(ranks)
+    run(ranks, error)
+    assert [rank.was_cut_off for rank in ranks] == [[error is not None]] * 2, "a step that has ended counts"
     assert [rank.result for rank in ranks] == [GroupNumbers(1, 2, 5), GroupNumbers(1, 2, 6)], "the newest mark"
     assert held(ranks[0]) == held(ranks[1])
     for replicas in held(ranks[0]):

@@ -202,6 +202,7 @@ class RankRouter:
                 self._life.begin(message.members, message.generation)
                 self._observer.on_ready(message)
             case Loaded():
+                self._changes.checks.note_free(rank, message.free_bytes)
                 self._changes.carry_out(self.membership.loaded(rank, message.store))
             case PeerUnreachable():
                 if self._goes_on:

@@ -142,7 +142,7 @@ class FakeGroup:
         for rank in range(num_ranks):
             self.router.on_connect(rank, Role.RANK)
             self.router.on_connect(rank, Role.SUPERVISOR)
-            self.router.on_message(rank, Loaded(("host", 1000 + rank)))
+            self.router.on_message(rank, Loaded(("host", 1000 + rank), 7))
         self.router.on_message(0, Ready(1000, 256, [{}] * num_ranks, {}, {}))
 
     # The connections
