@@ -43,6 +43,13 @@ def by_hand(num_ranks: int, port: int) -> list[str]:
     return [sys.executable]
 
 
+def by_ones(num_ranks: int, port: int) -> list[str]:
+    """Rank 0; what starts the others is up to the test."""
+    variables = {"RANK": 0, "WORLD_SIZE": num_ranks, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": num_ranks}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return ["env", *(f"{name}={value}" for name, value in variables.items()), sys.executable]
+
+
 Launcher = Callable[[int, int], list[str]]  # of a number of ranks, and a port where they may meet
 SERVE: dict[Launcher, list[str]] = {
     torchrun: ["-m", "rq_ep.serve"],
@@ -50,6 +57,7 @@ SERVE: dict[Launcher, list[str]] = {
     deepspeed: ["--module", "rq_ep.serve"],
     ray: ["serve"],
     by_hand: ["-m", "rq_ep.serve"],
+    by_ones: ["-m", "rq_ep.serve"],
 }
 
 

@@ -23,7 +23,7 @@ from rq_ep.serve.http.openai.images import ImageProcessor
 from rq_ep.serve.http.openai.remote_images import ImageFetcher
 from rq_ep.serve.http.openai.tool_parsers.answer_parsers import AnswerParsers
 from rq_ep.serve.http.ranks import rank_connections
-from rq_ep.serve.http.ranks.membership import MemberState
+from rq_ep.serve.http.ranks.member_states import MemberState
 from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController

@@ -5,7 +5,8 @@ from typing import Any
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.schemas import RanksBody
-from rq_ep.serve.http.ranks.membership import ChangeRefused, Membership, MemberState
+from rq_ep.serve.http.ranks.member_states import MemberState
+from rq_ep.serve.http.ranks.membership import ChangeRefused, Membership
 from rq_ep.serve.http.ranks.rank_router import RankRouter
 
 
@@ -23,11 +24,11 @@ class MembershipView:
 
     def degradation(self) -> str | None:
         """Why fewer ranks serve than there are; None if all do."""
-        return self._membership.degradation()
+        return self._membership.ranks.degradation()
 
     def count(self, state: str) -> int:
         """How many ranks are in a state."""
-        return sum(record.state is MemberState(state) for record in self._membership.ranks)
+        return len(self._membership.ranks.in_state(MemberState(state)))
 
     def view(self) -> dict[str, Any]:
         """State, reason, times and numbers of each rank, and what has happened."""
@@ -51,7 +52,7 @@ class MembershipView:
             "members": list(membership.members),
             "is_changing": membership.is_changing,
             "ranks": ranks,
-            "events": list(membership.events),
+            "events": list(membership.ranks.events),
         }
 
     async def change(self, body: RanksBody) -> dict[str, Any]:

@@ -7,17 +7,16 @@ from typing import assert_never
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.ranks.group_observer import GroupObserver
-from rq_ep.serve.http.ranks.membership import (
+from rq_ep.serve.http.ranks.member_effects import (
     AskToLeave,
-    ChangeRefused,
     CommandSupervisor,
     Effect,
     GenerationServes,
     GiveUp,
-    Membership,
     RankLost,
     SendRegroup,
 )
+from rq_ep.serve.http.ranks.membership import ChangeRefused, Membership
 from rq_ep.serve.http.ranks.rank_connections import RankConnections
 from rq_ep.serve.http.ranks.removal_checks import RemovalChecks
 from rq_ep.serve.http.ranks.request_sender import RequestSender

@@ -1,123 +1,35 @@
 """The members of a group that shrinks and grows: what happens to each rank, and what is to be done about it.
 
-A rank goes through these states, and is a member while it serves or leaves, and while the members take it in:
-
-    LOADING -> JOINING -> SERVING -> LEAVING -> REMOVED -> RESTARTING -> LOADING    (at first: LOADING -> SERVING)
-    LOADING, JOINING or SERVING -> LOST -> RESTARTING -> LOADING
-    EXPECTED -> LOADING    (where the group begins without it)
-
 Every change of the members has a number, the generation, and is under way until every member serves in it. A loss is
 acted on at once, and supersedes what is under way; ranks join and leave only when nothing is.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any, TypeAlias
 
 from rq_ep.serve.http.ranks.blame import FailureReport, blame
+from rq_ep.serve.http.ranks.member_effects import (
+    AskToLeave,
+    CommandSupervisor,
+    Effect,
+    GenerationServes,
+    GiveUp,
+    RankLost,
+    SendRegroup,
+)
+from rq_ep.serve.http.ranks.member_states import ABSENT, MemberState, RankRecords
 from rq_ep.serve.http.ranks.rank_connections import DIED
+from rq_ep.serve.http.ranks.recovery_times import RecoveryTimes
 from rq_ep.serve.messages import KillRank, Regroup, StartRank, StopRank
 
 UNREACHABLE_S = 5.0  # how long members may wait for one that does not answer, or for the news of its death
 CROSSING_S = 2.0  # a member that says so this soon after a `Regroup` said it before it had got that
 MAX_RETRIES = 1  # of the same members that cannot reach each other
-MAX_EVENTS = 200
 BY_REQUEST = "by request"
-
-
-class MemberState(Enum):
-    """State of a rank."""
-
-    LOADING = "loading"  # its process loads the model
-    JOINING = "joining"  # its model is loaded: the members take it in
-    SERVING = "serving"
-    LEAVING = "leaving"  # on purpose: it gets no new requests, or its process is about to end
-    REMOVED = "removed"  # on purpose: it has no process
-    EXPECTED = "expected"  # it has not come yet
-    LOST = "lost"  # its process has ended, or does not answer
-    RESTARTING = "restarting"  # its process was started, and has not connected yet
-
-
-HOLDING = (MemberState.SERVING, MemberState.LEAVING)  # a member in such a state holds experts
-ABSENT = (MemberState.EXPECTED, MemberState.LOST, MemberState.RESTARTING, MemberState.REMOVED)
 
 
 class ChangeRefused(ValueError):
     """A change of the members that was asked for and cannot be made."""
-
-
-@dataclass(frozen=True)
-class SendRegroup:
-    """Send a message to all members."""
-
-    message: Regroup
-
-
-@dataclass(frozen=True)
-class CommandSupervisor:
-    """Send a message to the supervisor of a rank."""
-
-    rank: int
-    message: StartRank | StopRank | KillRank
-
-
-@dataclass(frozen=True)
-class RankLost:
-    """Cut a rank off, and send its requests on.
-
-    `was_serving`: it was, so that one of its requests may be what has ended it.
-    """
-
-    rank: int
-    reason: str
-    was_member: bool
-    was_serving: bool
-
-
-@dataclass(frozen=True)
-class GenerationServes:
-    """Every member serves in the generation. `seconds` has those of each part, the longest of all members."""
-
-    is_recovery: bool  # and not only ranks that join or leave
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class AskToLeave:
-    """Find out whether the other members could hold the model without these; `may_leave` takes the answer."""
-
-    ranks: tuple[int, ...]
-    generation: int
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """End the group."""
-
-    reason: str
-
-
-Effect: TypeAlias = SendRegroup | CommandSupervisor | RankLost | GenerationServes | AskToLeave | GiveUp
-
-
-@dataclass
-class RankRecord:
-    """What is known of a rank."""
-
-    state: MemberState
-    reason: str
-    since: float  # seconds since the epoch
-    generation: int = 0  # the last one that it has served in
-    store: tuple[str, int] | None = None
-    num_failures: int = 0
-    num_restarts: int = 0
-    has_supervisor: bool = False
-    is_given_up: bool = False  # its supervisor does not start it again by itself
-    is_stopping: bool = False  # it is no member any more, and its supervisor was told to end it
-    num_ends_to_come: int = 0  # reports of its supervisor on ends that are known already
 
 
 class Membership:
@@ -136,20 +48,16 @@ class Membership:
         calendar: Callable[[], float] = time.time,
     ) -> None:
         self._clock = clock
-        self._calendar = calendar
         self.generation = 0
         self.members: tuple[int, ...] = tuple(range(num_ranks))
         self.joining: frozenset[int] = frozenset()  # the members that hold no experts yet
-        self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self.num_failures = 0
         self.may_grow = False  # until the group serves, for the first time
-        self.ranks = [RankRecord(MemberState.LOADING, "", calendar()) for _ in range(num_ranks)]
+        self.ranks = RankRecords(num_ranks, calendar)
         self._pending: set[int] = set()  # members that do not serve in the generation yet
         self._drained: set[int] = set()  # members that leave, and have no requests any more
         self._asked: AskToLeave | None = None  # that has no answer yet
-        self._since_s = 0.0  # when the generation began,
-        self._started_s: float | None = None  # and when the first loss since the group last served as a whole came
-        self._seconds: dict[str, float] = {}
+        self._times = RecoveryTimes(clock)
         self._losses: list[str] = []
         self._unreachable: dict[int, tuple[float, str]] = {}  # since when, and what the rank has said
         self._num_retries = 0
@@ -182,18 +90,7 @@ class Membership:
 
     @property
     def seconds_in_generation(self) -> float:
-        return self._clock() - self._since_s
-
-    def degradation(self) -> str | None:
-        """Why fewer ranks serve than there are; None if all do."""
-        missing = [rank for rank, record in enumerate(self.ranks) if record.state is not MemberState.SERVING]
-        if not missing:
-            return None
-        about = []
-        for rank in missing:
-            record = self.ranks[rank]
-            about.append(f"rank {rank} is {record.state.value}" + (f" ({record.reason})" if record.reason else ""))
-        return f"{len(self.ranks) - len(missing)} of {len(self.ranks)} ranks serve: {'; '.join(about)}"
+        return self._times.seconds_in_generation
 
     # What happens
 
@@ -206,13 +103,13 @@ class Membership:
         """
         self.may_grow = True
         self.members = self.members if members is None else tuple(members)
-        self.generation = generation
         for rank, record in enumerate(self.ranks):
             if rank in self.members:
                 record.generation = generation
                 self._set(rank, MemberState.SERVING)
             else:
                 self._set(rank, MemberState.EXPECTED, "it has not come yet")
+        self.generation = generation
 
     def connected(self, rank: int) -> None:
         """A process of the rank has connected."""
@@ -254,7 +151,7 @@ class Membership:
 
     def unreachable(self, rank: int, text: str) -> None:
         """The rank, a member, waits: it cannot reach another one."""
-        is_late = rank in self._pending and self._clock() - self._since_s < CROSSING_S
+        is_late = rank in self._pending and self.seconds_in_generation < CROSSING_S
         if rank in self.members and not is_late:
             self._unreachable.setdefault(rank, (self._clock(), text))
 
@@ -288,17 +185,12 @@ class Membership:
         self.ranks[rank].generation = generation
         if self.ranks[rank].state is MemberState.JOINING:
             self._set(rank, MemberState.SERVING)
-        for part, duration in seconds.items():
-            self._seconds[part] = max(self._seconds.get(part, 0.0), duration)
+        self._times.add(seconds)
         if self._pending:
             return []
-        is_recovery = self._started_s is not None
-        if self._started_s is not None:
-            self._seconds["total"] = self._clock() - self._started_s
-        serves = GenerationServes(is_recovery, self._seconds)
-        self._started_s, self._num_retries = None, 0
+        self._num_retries = 0
         self._losses.clear()
-        return [serves, *self._advance()]
+        return [GenerationServes(*self._times.end()), *self._advance()]
 
     def cannot_continue(self, generation: int, reason: str) -> list[Effect]:
         """The members of a generation cannot serve the model."""
@@ -400,8 +292,7 @@ class Membership:
             for rank in going:
                 self._stay(rank, f"it stays: {refusal}")
             return self._advance()
-        if self._started_s is None:
-            self._seconds = {}
+        self._times.begin_change()
         members = sorted(set(self.members) - set(going))
         return [*self._new_generation(members, ()), *map(self._stop, going)]
 
@@ -463,25 +354,16 @@ class Membership:
     def _begin_recovery(self, detect_s: float) -> None:
         """Note when the first sign of a loss came."""
         first_s = min((at_s for at_s, _ in self._unreachable.values()), default=self._clock())
-        detect_s = max(detect_s, self._clock() - first_s)
-        if self._started_s is None:
-            self._started_s = self._clock() - detect_s
-            self._seconds = {}
-        self._seconds["detect"] = max(self._seconds.get("detect", 0.0), detect_s)
+        self._times.begin_recovery(max(detect_s, self._clock() - first_s))
 
     def _advance(self) -> list[Effect]:
         """Let ranks join, or ask whether some may leave, if nothing is under way."""
         going = tuple(rank for rank in self.leaving if rank in self._drained)
-        coming = {
-            rank
-            for rank, record in enumerate(self.ranks)
-            if self.may_grow and record.state is MemberState.JOINING and rank not in self.members
-        }
+        coming = set(self.ranks.in_state(MemberState.JOINING)) - set(self.members) if self.may_grow else set()
         if self._pending:
             return []
         if coming:
-            if self._started_s is None:
-                self._seconds = {}
+            self._times.begin_change()
             return self._new_generation(sorted({*self.members, *coming}), coming)
         asked = AskToLeave(going, self.generation)
         if not going or asked == self._asked:
@@ -494,7 +376,7 @@ class Membership:
         self.members, self.joining = tuple(members), frozenset(joining)
         self._pending = set(members)
         self._drained &= self._pending
-        self._since_s = self._clock()
+        self._times.begin_generation()
         self._unreachable.clear()
         store = self.ranks[self.leader].store
         if store is None:
@@ -514,9 +396,4 @@ class Membership:
         self._set(rank, MemberState.SERVING, reason)
 
     def _set(self, rank: int, state: MemberState, reason: str = "") -> None:
-        record = self.ranks[rank]
-        if record.state is not state:
-            record.since = self._calendar()
-            about = {"rank": rank, "state": state.value, "reason": reason, "generation": self.generation}
-            self.events.append({"time": record.since, **about})
-        record.state, record.reason = state, reason
+        self.ranks.set(rank, state, reason, self.generation)

@@ -10,7 +10,8 @@ from typing import Any
 
 from rq_ep.engine.requests import Output, Request, RoutedExperts, Score
 from rq_ep.serve.frames import Role
-from rq_ep.serve.http.ranks.membership import ChangeRefused, MemberState
+from rq_ep.serve.http.ranks.member_states import MemberState
+from rq_ep.serve.http.ranks.membership import ChangeRefused
 from rq_ep.serve.http.ranks.rank_connections import RankState
 from rq_ep.serve.http.ranks.rank_router import RankRouter
 from rq_ep.serve.messages import (

@@ -5,18 +5,17 @@ from collections.abc import Sequence
 
 import pytest
 
-from rq_ep.serve.http.ranks.membership import (
+from rq_ep.serve.http.ranks.member_effects import (
     AskToLeave,
-    ChangeRefused,
     CommandSupervisor,
     Effect,
     GenerationServes,
     GiveUp,
-    Membership,
-    MemberState,
     RankLost,
     SendRegroup,
 )
+from rq_ep.serve.http.ranks.member_states import MemberState
+from rq_ep.serve.http.ranks.membership import ChangeRefused, Membership
 from rq_ep.serve.messages import KillRank, Regroup, StartRank, StopRank
 
 PARTS = {"re-form": 0.25, "re-home": 0.5}
@@ -89,9 +88,9 @@ def test_a_loss_is_told_to_all_who_are_left_and_its_requests_go_on() -> None:
         SendRegroup(Regroup(1, [0, 1, 3], store(0), [])), RankLost(2, "rank 2 died", was_member=True, was_serving=True),
     ]  # fmt: skip
     assert membership.open_ranks == [0, 1, 3], "new requests go to them at once"
-    assert membership.degradation() == "3 of 4 ranks serve: rank 2 is lost (rank 2 died)"
+    assert membership.ranks.degradation() == "3 of 4 ranks serve: rank 2 is lost (rank 2 died)"
     assert membership.ended(2, KILLED) == [], "the end of the process is known"
-    assert "rank 2 is lost (rank 2 was killed by SIGKILL)" in str(membership.degradation())
+    assert "rank 2 is lost (rank 2 was killed by SIGKILL)" in str(membership.ranks.degradation())
     assert not any(membership.regrouped(rank, 1, PARTS) for rank in (0, 1))
     (serves,) = membership.regrouped(3, 1, {"re-form": 0.125, "re-home": 1.0})
     assert serves == GenerationServes(True, {"detect": 0.0, "re-form": 0.25, "re-home": 1.0, "total": 0.0})
@@ -179,7 +178,7 @@ def test_a_rank_that_comes_back_joins_between_two_steps() -> None:
     effects = settle(membership)
     assert effects == [GenerationServes(False, PARTS)]
     assert membership.open_ranks == [0, 1, 2, 3]
-    assert membership.degradation() is None
+    assert membership.ranks.degradation() is None
 
 
 def test_a_group_begins_without_ranks_that_join_when_they_come() -> None:
@@ -188,7 +187,7 @@ def test_a_group_begins_without_ranks_that_join_when_they_come() -> None:
         membership.connected(rank)
         assert membership.loaded(rank, store(rank)) == []
     membership.start([0, 1, 3], 1)
-    assert membership.degradation() == "3 of 4 ranks serve: rank 2 is expected (it has not come yet)"
+    assert membership.ranks.degradation() == "3 of 4 ranks serve: rank 2 is expected (it has not come yet)"
     for refused in (membership.add, membership.remove):
         with pytest.raises(ChangeRefused):
             refused([2])
@@ -196,7 +195,7 @@ def test_a_group_begins_without_ranks_that_join_when_they_come() -> None:
     membership.connected(2)
     assert regroups(membership.loaded(2, store(2))) == [Regroup(2, [0, 1, 2, 3], store(0), [2])]
     settle(membership)
-    assert (membership.degradation(), membership.num_failures) == (None, 0)
+    assert (membership.ranks.degradation(), membership.num_failures) == (None, 0)
 
 
 def test_a_rank_that_could_join_waits_for_the_end_of_a_recovery() -> None:
@@ -248,7 +247,7 @@ def test_a_rank_that_is_not_started_again_is_named_and_can_be_added() -> None:
     die(membership, 2)
     membership.ended(2, KILLED)
     membership.given_up(2, "ended 4 times (--max-rank-restarts 3)")
-    assert "rank 2 is lost (rank 2: ended 4 times (--max-rank-restarts 3))" in str(membership.degradation())
+    assert "rank 2 is lost (rank 2: ended 4 times (--max-rank-restarts 3))" in str(membership.ranks.degradation())
     assert commands(membership.add([2])) == [(2, StartRank)]
     assert membership.ranks[2].state is MemberState.RESTARTING
 
@@ -398,7 +397,7 @@ def test_members_that_wait_for_one_that_does_not_answer_go_on_without_it() -> No
     clock.now_s += 2
     effects = membership.check()
     assert commands(effects) == [(1, KillRank)]
-    assert "rank 1 does not answer (rank 0: PeerLost: connection closed)" in str(membership.degradation())
+    assert "rank 1 does not answer (rank 0: PeerLost: connection closed)" in str(membership.ranks.degradation())
     assert regroups(effects)[0].members == [0, 2]
     clock.now_s += 1
     membership.unreachable(0, "it crossed the message")
@@ -457,7 +456,7 @@ def test_what_has_happened_is_kept_in_order() -> None:
     restart(membership, 1)
     membership.loaded(1, store(1))
     settle(membership)
-    happened = [event["state"] for event in membership.events if event["rank"] == 1]
+    happened = [event["state"] for event in membership.ranks.events if event["rank"] == 1]
     assert happened == ["serving", "lost", "restarting", "loading", "joining", "serving"]
 
 

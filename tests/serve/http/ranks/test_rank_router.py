@@ -684,7 +684,7 @@ def test_a_rank_that_fails_is_left_out_and_may_connect_again(how: str) -> None:
         assert await it.ranks[0].receive(Wake) == Wake(2), "it has missed all so far"
         for rank in it.ranks:
             rank.send(Regrouped(2, {}))
-        while it.router.membership.degradation() is not None:
+        while it.router.membership.ranks.degradation() is not None:
             await asyncio.sleep(0.01)
 
     play(scene, survives=True)
