@@ -1,16 +1,15 @@
 """One rank of the server: load, run the engine, and end when the HTTP process or a signal says so."""
 
-import logging
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum, auto
-from typing import Any, NamedTuple, NoReturn, assert_never
+from typing import Any, NoReturn, assert_never
 
-from rq_ep.config import Environment, ServeConfig
+from rq_ep.config import ServeConfig
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
@@ -55,6 +54,7 @@ from rq_ep.serve.messages import (
 from rq_ep.serve.process import exit_failed, print_user_error, thread_errors_to
 from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len, with_model_folder
 from rq_ep.serve.rank.early_end import EarlyEnd
+from rq_ep.serve.rank.group_start import start_group
 from rq_ep.serve.rank.load_totals import LoadTotals
 from rq_ep.serve.rank.rank_loader import ep_layers, load_served_model, log_ready, place_first, ready_message
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalancing
@@ -67,8 +67,6 @@ from rq_ep.serve.rank.stats_sampler import StatsSampler
 from rq_ep.serve.rank.trace_recording import TraceRecording
 from rq_ep.serve.supervisor.rank_start import HubAddress, Rejoin
 from rq_ep.solver.migration.recover import warm_up
-
-log = logging.getLogger("rq_ep.serve")
 
 TICK_S = 0.2
 POLL_S = 0.01
@@ -95,18 +93,8 @@ def serve(
         rejoin: the group serves, and this rank joins it.
     """
     status = 0
-    joins_later, meeting = rejoin is not None, None
     try:
-        if rejoin is not None:
-            group, hub = alone(config), rejoin.hub
-        elif config.min_ranks is not None:
-            begun = begin_with_some(config, hub, problem, early_end)
-            group, hub, problem, meeting = begun.group, begun.hub, begun.problem, begun.meeting
-            joins_later = begun.is_late
-        else:
-            with fails_after(early_end, config.rank_timeout):
-                group = TorchGroup.from_environment(config.device, timeout_s=config.rank_timeout)
-                hub, problem = group.all_gather_object((hub, problem))[0]
+        group, hub, problem, joins_later, meeting = start_group(config, hub, problem, early_end, rejoin)
     except RendezvousError as error:
         return print_user_error(error)
     except RankFailure as error:
@@ -130,69 +118,6 @@ def serve(
     finally:
         group.close()
     return status
-
-
-def alone(config: ServeConfig) -> TorchGroup:
-    """The group of a rank that joins others later."""
-    environment = Environment.from_os()
-    return TorchGroup.alone(
-        environment.rank, environment.world_size, config.device, local_rank=environment.local_rank,
-        timeout_s=config.rank_timeout,
-    )  # fmt: skip
-
-
-class Begun(NamedTuple):
-    """How a group has begun that need not wait for all of its ranks, as one of them sees it."""
-
-    group: TorchGroup
-    hub: HubAddress | None
-    problem: str | None
-    meeting: FirstMeeting
-    is_late: bool  # it has begun without this rank, and can be joined
-
-
-def begin_with_some(config: ServeConfig, hub: HubAddress | None, problem: str | None, early_end: EarlyEnd) -> Begun:
-    """Begin with the ranks that are there or, where they have begun without this rank, wait until they serve.
-
-    Raises:
-        RendezvousError: the ranks cannot meet.
-    """
-    assert config.min_ranks is not None
-    with fails_after(early_end, config.rank_timeout):
-        meeting = FirstMeeting(Environment.from_os(), config.rank_timeout)
-    group = alone(config)
-    word = None
-    if group.rank == 0:
-        word = {"store": group.open_store(), "hub": hub and (hub.address, hub.token), "problem": problem}
-    members, word = meeting.members(config.min_ranks, config.wait_for_ranks, word)
-    if group.rank == 0 and len(members) < group.size:
-        log.info("the group begins with the ranks %s of %d", list(members), group.size)
-    problem = word["problem"]
-    if problem is None:
-        address, token = word["hub"]
-        hub = HubAddress((address[0], address[1]), token)
-    is_late = group.rank not in members
-    if not is_late:
-        group.reform(1, members, tuple(word["store"]))
-    elif hub is not None:
-        meeting.await_invitation()
-        early_end.late(hub)
-    return Begun(group, hub, problem, meeting, is_late)
-
-
-@contextmanager
-def fails_after(early_end: EarlyEnd, timeout_s: float) -> Iterator[None]:
-    """End this process unless the ranks meet in time; torch waits for ever on a stranger who holds the port."""
-    environment = Environment.from_os()
-    where = f"MASTER_ADDR={environment.master_addr}, MASTER_PORT={environment.master_port}"
-    text = f"the ranks have not met at {where} within {timeout_s:g} s (--rank-timeout)"
-    timer = threading.Timer(timeout_s, early_end.fail, (text,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def fail(early_end: EarlyEnd, error: BaseException) -> NoReturn:

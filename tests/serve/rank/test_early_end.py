@@ -14,7 +14,7 @@ from rq_ep.serve import process
 from rq_ep.serve.messages import Aborted, Bye, Failed, FromRank
 from rq_ep.serve.rank import early_end
 from rq_ep.serve.rank.early_end import EarlyEnd
-from rq_ep.serve.rank.rank_server import fails_after
+from rq_ep.serve.rank.group_start import fails_after
 from rq_ep.serve.rank.supervisor_link import SupervisorLink
 from rq_ep.serve.supervisor.rank_start import (
     EndFailed,
