@@ -1,19 +1,21 @@
 """Groups that need not wait for all of their ranks: who begins, and what the others learn."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
+from bench.serving.ports import free_port
 from rq_ep.config import Environment
 from rq_ep.parallel.processes.first_members import FirstMeeting, FirstMembers
 from rq_ep.parallel.processes.world import RendezvousError
-from tests.serve.running import free_port
 
 
 @pytest.fixture
-def environment() -> Environment:
-    return Environment(world_size=3, master_port=free_port())
+def environment() -> Iterator[Environment]:
+    with free_port() as port:
+        yield Environment(world_size=3, master_port=port)
 
 
 def test_those_that_have_come_begin_and_a_late_one_is_invited_later(environment: Environment) -> None:
