@@ -191,7 +191,7 @@ def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
     certificate = placement.certificate
     summary = "load of every rank"
     if "bound" in certificate:
-        summary = f"predicted {certificate['predicted']:.3f}, bound {certificate['bound']:.3f}"
+        summary = f"max/mean predicted {certificate['predicted']:.3f}, bound {certificate['bound']:.3f}"
     heat.set(xlabel="rank", ylabel="layer", title=f"{placement.strategy}: {summary}", yticks=range(len(names)))
     heat.set_yticklabels(names)
     heat.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -200,8 +200,9 @@ def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
         numbers = np.array([layer.replicas.formats_P.count(name) for layer in placement.layers])
         bars.barh(range(len(names)), numbers, left=left, label=name)
         left += numbers
-    bars.set(xlabel="replicas", title="replicas by format", yticks=range(len(names)))
+    bars.set(xlabel="replicas", ylabel="layer", title="replicas by format", yticks=range(len(names)))
     bars.set_yticklabels(names)
+    bars.xaxis.set_major_locator(MaxNLocator(integer=True))
     bars.invert_yaxis()
     figure.legend(loc="outside lower right", ncols=len(placement.formats))
     with replacing(path) as temporary:

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rq_ep.config import Environment, FlagParser, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
+from rq_ep.model.model_names import check_is_there
 from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.supervisor.http_parent import HttpProcess
@@ -29,12 +31,13 @@ def main(
     parser.add_argument("--dry-run", action="store_true", help="print settings, placement and bytes per rank; exit")
     # The deepspeed launcher passes it; the environment says it as well.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    rank = 0
+    is_first_of_node = True
     try:
         environment = Environment.from_os()
-        rank = environment.rank
+        rank, is_first_of_node = environment.rank, environment.local_rank == 0
         args = parser.parse_args(argv)
         config = read_settings(ServeConfig, args).restarted(environment.restart_count)
+        _check_files(config)
         if args.dry_run:
             from rq_ep.serve.rank.dry_run import preview
 
@@ -63,7 +66,15 @@ def main(
                 if http is not None:
                     http.close()
     except UserError as error:
-        return print_user_error(error) if rank == 0 else EXIT_USER_ERROR
+        return print_user_error(error) if is_first_of_node else EXIT_USER_ERROR
+
+
+def _check_files(config: ServeConfig) -> None:
+    """Raise a `UserError` for files that are not here: at once, as the ranks need seconds to begin."""
+    check_is_there(config.model)
+    for flag, path in (("--placement", config.placement), ("--stats", config.stats)):
+        if path is not None and not Path(path).exists():
+            raise UserError(f"{flag} {path}: no such file")
 
 
 if __name__ == "__main__":
