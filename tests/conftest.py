@@ -10,10 +10,11 @@ from filelock import FileLock
 from rq_ep.model import tiny
 from rq_ep.model.text import byte_tokenizer as tokenizer
 from rq_ep.model.text import corpus
+from rq_ep.model.tiny_recipe import TrainingRecipe
 from rq_ep.strategies import STRATEGIES
 from tests.moe.cases import variants
 
-TINY_RECIPE = tiny.TrainingRecipe(
+TINY_RECIPE = TrainingRecipe(
     steps=200, num_experts=8, top_k=2, num_layers=2, hidden_size=64, intermediate_size=32, peak_lr=6e-3
 )
 

@@ -18,7 +18,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import quiet_libraries
     from rq_ep.commands.progress_bar import progress_bar
-    from rq_ep.model.tiny import TrainingRecipe, tiny_model
+    from rq_ep.model.tiny import tiny_model
+    from rq_ep.model.tiny_recipe import TrainingRecipe
 
     quiet_libraries()
     recipe = TrainingRecipe(family=args.family, steps=args.steps, seed=args.seed)

@@ -11,10 +11,11 @@ from rq_ep.core.errors import UserError
 from rq_ep.model import tiny
 from rq_ep.model.seam.adapters import adapter_for
 from rq_ep.model.text import corpus
+from rq_ep.model.tiny_recipe import FAMILIES, TrainingRecipe
 
 pytestmark = pytest.mark.trains
 
-SMALL = tiny.TrainingRecipe(steps=6, num_experts=4, num_layers=2, hidden_size=32, intermediate_size=16, num_heads=2)
+SMALL = TrainingRecipe(steps=6, num_experts=4, num_layers=2, hidden_size=32, intermediate_size=16, num_heads=2)
 
 
 def held_out_loss(model: torch.nn.Module, domain: str, num_windows: int = 64) -> float:
@@ -56,7 +57,7 @@ def test_training_leaves_threads_and_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_and_loads_again(family: str, tmp_path) -> None:
     losses: list[float] = []
     recipe = replace(SMALL, family=family, num_experts=8, steps=12)
@@ -126,4 +127,4 @@ def test_foreign_directory_is_left_alone(tmp_path) -> None:
 )
 def test_impossible_recipe_is_refused(field, message) -> None:
     with pytest.raises(UserError, match=message):
-        tiny.TrainingRecipe(**field)
+        TrainingRecipe(**field)

@@ -16,6 +16,7 @@ from rq_ep.model.calibration.output_error import output_errors_EQ
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.seam.adapters import ADAPTERS
 from rq_ep.model.seam.expert_modules import find_expert_modules
+from rq_ep.model.tiny_recipe import FAMILIES, TrainingRecipe
 
 PREFILL, DECODE = (PHASES.index(name) for name in ("prefill", "decode"))
 
@@ -91,9 +92,9 @@ def test_same_text_same_record_also_from_a_model_in_memory(tiny_checkpoint) -> N
     assert first.native_format == "bf16"
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in ADAPTERS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ADAPTERS])
 def test_every_family_is_recorded_without_changing_what_it_computes(family: str, tmp_path) -> None:
-    recipe = tiny.TrainingRecipe(family, steps=2, num_experts=8, num_layers=2, hidden_size=32, intermediate_size=16)
+    recipe = TrainingRecipe(family, steps=2, num_experts=8, num_layers=2, hidden_size=32, intermediate_size=16)
     tiny.tiny_model(tmp_path / "model", recipe)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     modules = [experts.module for experts in find_expert_modules(model)]
