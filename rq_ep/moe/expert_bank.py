@@ -222,11 +222,8 @@ class ExpertBank:
             MissingExpert: as `check_commit`; nothing has changed.
         """
         kept, arrived = self._after(replicas)
-        held = kept | arrived
-        if self.movable:
-            self._hold(held)
-        elif arrived or kept.keys() != self._slots.keys():
-            self._hold_stacked(held)
+        if arrived or kept.keys() != self._slots.keys():
+            self._hold(kept | arrived)
         with self._lock:
             for expert in arrived:
                 del self._staged[expert]
@@ -264,24 +261,20 @@ class ExpertBank:
         slots: dict[int, ExpertSlot] = {}
         for format_ in sorted({format_ for format_, _ in held.values()}, key=lambda format_: format_.name):
             experts = sorted(expert for expert in held if held[expert][0] is format_)
-            stack = Stack(format_, self.layout, None, tuple(held[expert][1] for expert in experts))
+            stack = self._stack(format_, [held[expert][1] for expert in experts])
             stacks[format_.name] = stack
             slots |= {expert: ExpertSlot(stack, slot) for slot, expert in enumerate(experts)}
         self._stacks, self._slots = stacks, slots
 
-    def _hold_stacked(self, held: Held) -> None:
-        """The same, with copies of all experts of a format in one buffer."""
-        stacks: dict[str, Stack] = {}
-        slots: dict[int, ExpertSlot] = {}
-        for format_ in sorted({format_ for format_, _ in held.values()}, key=lambda format_: format_.name):
-            experts = sorted(expert for expert in held if held[expert][0] is format_)
-            with torch.inference_mode(False):  # an engine commits in it, and others write to the buffer outside of it
-                stack = Stack.empty(format_, self.layout, len(experts), self._device)
-            for slot, expert in enumerate(experts):
-                stack.at(slot).copy_(held[expert][1].packed)
-            stacks[format_.name] = stack
-            slots |= {expert: ExpertSlot(stack, slot) for slot, expert in enumerate(experts)}
-        self._stacks, self._slots = stacks, slots
+    def _stack(self, format_: WeightFormat, experts: Sequence[PackedExpert]) -> Stack:
+        """The experts of a format, where they lie or copied into one buffer."""
+        if self.movable:
+            return Stack(format_, self.layout, None, tuple(experts))
+        with torch.inference_mode(False):  # an engine commits in it, and others write to the buffer outside of it
+            stack = Stack.empty(format_, self.layout, len(experts), self._device)
+        for slot, expert in enumerate(experts):
+            stack.at(slot).copy_(expert.packed)
+        return stack
 
     def borrow(self, transfers: Sequence[WeightTransfer], group: EPGroup) -> Borrowing:
         """Start this rank's part of a step's transfers; `compute` waits for them. Verifies the layer before.
