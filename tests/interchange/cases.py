@@ -1,5 +1,7 @@
 """Slot maps and placements for the tests of other engines' files."""
 
+from pathlib import Path
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -48,3 +50,14 @@ def placement(*layers: list[tuple[int, int, str, float]], num_ranks: int = 2) ->
         shares_P = np.array([shares[replica.rank, replica.expert] for replica in even.replicas])
         tables.append(LayerPlacement(number, num_experts, even.replicas, shares_P))
     return Placement(tuple(tables), "rq", Topology(num_ranks), (0,) * num_ranks)
+
+
+def damage(path: Path, data: st.DataObject) -> None:
+    """Cut a file short, or change one bit of it."""
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:at]
+    else:
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(bytes(content))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.interchange import ENGINES, SlotMap, export, write_slots
-from tests.interchange.cases import SIZES, placement, slot_map, slot_maps
+from tests.interchange.cases import SIZES, damage, placement, slot_map, slot_maps
 
 FILES = [(name, suffix) for name, engine in ENGINES.items() for suffix in engine.suffixes]
 DUPLICATE_FILES = [(name, suffix) for name, suffix in FILES if ENGINES[name].allows_duplicates]
@@ -57,13 +57,7 @@ def test_damage_is_refused_or_harmless(tmp_path: Path, name: str, suffix: str, d
     slots = slot_map(2, 2, 3, 4, seed=3, duplicates=False)
     path = tmp_path / f"map{suffix}"
     write_slots(slots, name, path)
-    content = bytearray(path.read_bytes())
-    at = data.draw(st.integers(0, len(content) - 1))
-    if data.draw(st.booleans()):
-        content = content[:at]
-    else:
-        content[at] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(bytes(content))
+    damage(path, data)
     with suppress(UserError):  # anything else fails the test
         restored = ENGINES[name].read(path, 2, slots.layers)
         assert restored.experts_LS.shape == slots.experts_LS.shape

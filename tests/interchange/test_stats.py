@@ -18,6 +18,7 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
 from rq_ep.interchange import STATS_FORMATS, ModelMetadata, to_stats
+from tests.interchange.cases import damage
 
 METADATA = ModelMetadata({"bf16": 1000, "int8": 504}, top_k=2)
 
@@ -341,12 +342,6 @@ def test_damage_is_refused_or_harmless(tmp_path: Path, name: str, suffix: str, d
         np.save(path, counts_SLE)
     else:
         save_file({"counts": counts_SLE}, path)
-    content = bytearray(path.read_bytes())
-    at = data.draw(st.integers(0, len(content) - 1))
-    if data.draw(st.booleans()):
-        content = content[:at]
-    else:
-        content[at] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(bytes(content))
+    damage(path, data)
     with suppress(UserError):  # anything else fails the test
         assert read(name, target).counts.min() >= 0

@@ -33,19 +33,30 @@ def interleaved_gate(up_NF: Tensor) -> Tensor:
     return F.gelu(up_NF[:, ::2]).clamp(max=2) * (up_NF[:, 1::2] + 1)
 
 
-FAMILIES = {
-    "gated": ExpertFamily(ExpertLayout({"gate_up_proj": (2 * F_, D), "down_proj": (D, F_)}), silu_gate),
-    "transposed": ExpertFamily(
-        ExpertLayout(
-            {"gate_up_proj": (D, 2 * F_), "gate_up_proj_bias": (2 * F_,), "down_proj": (F_, D), "down_proj_bias": (D,)},
-            is_transposed=True,
+def families(hidden: int, intermediate: int) -> dict[str, ExpertFamily]:
+    """One family of each form, of experts of this size."""
+    d, f = hidden, intermediate
+    return {
+        "gated": ExpertFamily(ExpertLayout({"gate_up_proj": (2 * f, d), "down_proj": (d, f)}), silu_gate),
+        "transposed": ExpertFamily(
+            ExpertLayout(
+                {
+                    "gate_up_proj": (d, 2 * f),
+                    "gate_up_proj_bias": (2 * f,),
+                    "down_proj": (f, d),
+                    "down_proj_bias": (d,),
+                },
+                is_transposed=True,
+            ),
+            interleaved_gate,
         ),
-        interleaved_gate,
-    ),
-    "ungated": ExpertFamily(
-        ExpertLayout({"up_proj": (F_, D), "up_proj_bias": (F_,), "down_proj": (D, F_), "down_proj_bias": (D,)}), F.relu
-    ),
-}
+        "ungated": ExpertFamily(
+            ExpertLayout({"up_proj": (f, d), "up_proj_bias": (f,), "down_proj": (d, f), "down_proj_bias": (d,)}), F.relu
+        ),
+    }
+
+
+FAMILIES = families(D, F_)
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rq_ep.formats import FORMATS, ExpertLayout, get_format
+from rq_ep.formats import FORMATS, get_format
 from rq_ep.formats.native import Native
 from rq_ep.moe import ExpertFamily
 from rq_ep.moe.expert_compute import GroupedExperts, add_outputs
 from rq_ep.moe.grouped_gemm import Stack, can_group
 from rq_ep.parallel import Received
-from tests.moe.cases import interleaved_gate, silu_gate
+from tests.moe.cases import families
 
 NUM_EXPERTS, D, F_ = 5, 64, 32
-FAMILIES = {
-    "gated": ExpertFamily(ExpertLayout({"gate_up_proj": (2 * F_, D), "down_proj": (D, F_)}), silu_gate),
-    "transposed": ExpertFamily(
-        ExpertLayout(
-            {"gate_up_proj": (D, 2 * F_), "gate_up_proj_bias": (2 * F_,), "down_proj": (F_, D), "down_proj_bias": (D,)},
-            is_transposed=True,
-        ),
-        interleaved_gate,
-    ),
-}
+FAMILIES = {name: family for name, family in families(D, F_).items() if name != "ungated"}
 
 
 CPU = torch.device("cpu")
@@ -97,7 +88,7 @@ def test_kernel_is_only_chosen_where_it_works(monkeypatch: pytest.MonkeyPatch) -
     assert can_group(x_ND, stack, "gate_up_proj")
     assert not can_group(x_ND.float(), stack, "gate_up_proj")
     assert not can_group(x_ND, stack_of(FAMILIES["gated"], "int8"), "gate_up_proj")
-    odd = ExpertFamily(ExpertLayout({"gate_up_proj": (2 * 33, D), "down_proj": (D, 33)}), silu_gate)
+    odd = families(D, 33)["gated"]
     assert not can_group(x_ND, stack_of(odd, "bf16"), "gate_up_proj")
     use_native_products(monkeypatch, False)
     assert not can_group(x_ND, stack, "gate_up_proj")
@@ -129,7 +120,7 @@ def test_rows_that_repeat_are_added_in_a_fixed_order() -> None:
 @pytest.mark.parametrize("num_rows", [3, 40])
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_row_that_is_not_finite_changes_no_other(name: str, num_rows: int, value: str) -> None:
-    family = ExpertFamily(ExpertLayout({"gate_up_proj": (2 * 128, 128), "down_proj": (128, 128)}), silu_gate)
+    family = families(128, 128)["gated"]
     dtype = FORMATS[name].dtype if isinstance(FORMATS[name], Native) else torch.bfloat16
     stack = stack_of(family, name)
     received = replace(
