@@ -18,6 +18,7 @@ BINDING = {
     "replicas": "the rules allow the hot experts no more replicas",
     "whole experts": "an active expert is read whole by some rank, and experts do not divide by ranks",
     "hot expert": "no byte is left for a replica of the hottest expert",
+    "time": "--time-limit was over before more than the mean could be shown",
 }
 
 

@@ -53,8 +53,9 @@ class LayerPlacement:
         mixed_formats = self.replicas.mixed_formats
         if len(set(mixed_formats)) < len(mixed_formats):
             raise UserError(f"{where}: mixed_formats {', '.join(mixed_formats)}: a format is named twice")
+        stored = list(zip(experts_P.tolist(), self.replicas.formats_P, strict=True))
         formats: dict[int, str] = {}
-        for expert, format_ in zip(experts_P.tolist(), self.replicas.formats_P, strict=True):
+        for expert, format_ in stored if len(set(stored)) > self.num_experts else ():
             first = formats.setdefault(expert, format_)
             if first != format_ and not {first, format_} <= set(mixed_formats):
                 raise UserError(

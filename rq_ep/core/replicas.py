@@ -109,7 +109,7 @@ class Replicas:
 
 def replica_bytes(replicas: Iterable[Replica], num_ranks: int, expert_bytes: Mapping[str, int]) -> IntArray:
     """[R] bytes of the replicas on each rank; `expert_bytes` maps a format to bytes of one expert."""
-    bytes_R = np.zeros(num_ranks, np.int64)
-    for replica in replicas:
-        bytes_R[replica.rank] += expert_bytes[replica.format]
-    return bytes_R
+    bytes_of = [0] * num_ranks
+    for rank, _, name in replicas:
+        bytes_of[rank] += expert_bytes[name]
+    return np.array(bytes_of, np.int64)

@@ -1,6 +1,7 @@
 """The bounds that a certificate prints: of the whole model inside its limits, and of each layer in what it takes."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,8 @@ from rq_ep.solver.certificate.lower_bound import CLOSE, Bound, lower_bound
 from rq_ep.solver.certificate.relaxation import BoundLimits
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.objective import is_plain, least_ratio_S
+
+PROGRAMS_TIME = 0.1  # of a time limit: what linear programs may take in addition to the search
 
 
 def holds_for(problem: PlacementProblem) -> str:
@@ -66,7 +69,8 @@ def _inside_limits(
         max_low_pairs=problem.max_low_precision_share * float(pairs_LE.sum()),
         mixes=any(layer.replicas.mixed_formats for layer in placement.layers),
     )
-    overall = lower_bound(steps, pairs_LE, limits, fewest_LE, most_LE)
+    is_over = _clock(problem.time_limit_s)
+    overall = lower_bound(steps, pairs_LE, limits, fewest_LE, most_LE, is_over)
     bounds = []
     for i, layer in enumerate(placement.layers):
         inside = replace(
@@ -75,8 +79,16 @@ def _inside_limits(
             max_low_pairs=layer.low_pairs(pairs_LE[i], stats.native_format),
         )
         of_layer = [None if array is None else array[[i]] for array in (fewest_LE, most_LE)]
-        bounds.append(lower_bound([steps[i]], pairs_LE[[i]], inside, *of_layer))
+        bounds.append(lower_bound([steps[i]], pairs_LE[[i]], inside, *of_layer, is_over))
     return overall, bounds
+
+
+def _clock(time_limit_s: float | None) -> Callable[[], bool]:
+    """Whether the part of the time limit is over that the linear programs may take beyond it."""
+    if time_limit_s is None:
+        return lambda: False
+    deadline = time.monotonic() + PROGRAMS_TIME * time_limit_s
+    return lambda: time.monotonic() >= deadline
 
 
 def _filled(budget: int, sizes: set[int]) -> int:

@@ -1,6 +1,6 @@
 """The lower bound that no placement inside the same limits can beat: closed cases, else the LP relaxation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ class Bound(NamedTuple):
     """The least max/mean over ranks, mean over steps and layers, and the constraint that binds it.
 
     `binding` is `mean` (perfect balance is not excluded), `bytes`, `replicas` (an expert may have no more of them), or
-    `hot expert` (no bytes are left for a second replica of any expert). `per_byte` and `per_pair` are shadow prices: a
-    few more bytes or low pairs lower the value by as much for each.
+    `hot expert` (no bytes are left for a second replica of any expert); or the `time` was over, and the value is what
+    whole pairs and usable ranks allow. `per_byte` and `per_pair` are shadow prices: a few more bytes or low pairs lower
+    the value by as much for each.
     """
 
     value: float
@@ -42,6 +43,7 @@ def lower_bound(
     limits: BoundLimits,
     fewest_LE: IntArray | None = None,
     most_LE: IntArray | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Bound:
     """The balance that no placement of these layers together inside `limits` can beat, under any split of the steps.
 
@@ -51,6 +53,7 @@ def lower_bound(
         limits: bytes, formats, ranks and cap.
         fewest_LE: replicas that each expert has at least; default one.
         most_LE: replicas that it has at most; default one on every usable rank.
+        is_over: whether the time is over, so that no linear program may be solved.
     """
     used = [i for i, layer in enumerate(steps) if len(layer.counts_SE)]
     idle = 1 - len(used) / len(steps)  # layers without pairs are balanced
@@ -65,6 +68,8 @@ def lower_bound(
     if left is not None and left < limits.low_bytes and (fewest_LE == 1).all():
         value = idle + weight * sum(float(layers[i].alone_S.mean()) for i in used)
         return Bound(value, "hot expert") if value > floor + CLOSE else Bound(floor, "mean")
+    if is_over():
+        return Bound(floor, "time")
     num_rows = sum(layer.num_chords for layer in layers)
     if len(layers) == 1 or num_rows <= MAX_ROWS:
         value, prices = solve_jointly(layers, weight, limits)

@@ -15,17 +15,20 @@ LEAST_GAIN = 1e-6  # of max/mean: below it a replica is not worth its bytes
 OPTIMIZE_EVERY = 8  # additions to a layer between two exact splits of its steps
 
 
-def add_replicas(layers: Sequence[LayerSplit], limits: Sequence[LayerLimits], is_over: Callable[[], bool]) -> None:
+def add_replicas(
+    layers: Sequence[LayerSplit], limits: Sequence[LayerLimits], is_over: Callable[[], bool], at_once: int = 1
+) -> None:
     """Add replicas to `layers`, the largest gain per byte first, while they fit; several at a time for many ranks.
 
     Args:
         layers: left with exact splits.
         limits: of each layer; they share `free_R` and `move_budget`, which are kept current.
         is_over: whether the time is over.
+        at_once: how many are added to a layer before their gains are computed anew.
     """
 
     def next_additions(i: int) -> tuple[float, int, list[Addition]]:
-        additions = layers[i].best_additions(limits[i]) if layers[i].value > GOOD_ENOUGH else []
+        additions = layers[i].best_additions(limits[i], at_once) if layers[i].value > GOOD_ENOUGH else []
         return -additions[0].gain if additions else 0.0, i, additions
 
     num_added = [0] * len(layers)

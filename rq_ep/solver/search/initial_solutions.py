@@ -1,5 +1,6 @@
 """The solutions that a search begins with: the formats and first replicas of all experts, and which of them is best."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,9 +11,11 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.rules import Rules
 from rq_ep.solver.objective.calibration_steps import LayerSteps
+from rq_ep.solver.objective.expert_weights import weights_SE
 from rq_ep.solver.objective.precision import ByteSavings
 from rq_ep.solver.search.first_replicas import assign_first_replicas
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH
+from rq_ep.solver.search.local_search import tail_weighted_mean
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution, solution_of
 
 STEPS_TO_CHOOSE, LAYERS_TO_CHOOSE = 16, 8  # enough to tell a good initial solution from a bad one
@@ -20,6 +23,9 @@ GROUPINGS = (0, 1, 2)  # of `assign_first_replicas`
 PARTS = (0.25, 0.5, 0.75, 1.0)  # of the bytes that several low formats can save
 SAME_BALANCE = 0.001  # of max/mean, which may be given up for less damage
 NUM_RANDOM = 4  # random solutions
+COARSE_STEPS, COARSE_LAYERS, COARSE_AT_ONCE = 16, 3, 4  # the same and how many replicas are added at once, in a hurry
+TIMES_COARSE = 12  # what choosing them one by one on all steps takes, with a search that profits from that
+ROUNDING = 1e-4  # of a rating
 PROGRESS_AT_START = 0.1  # share of the work that the choice of an initial solution is taken to be
 
 
@@ -77,18 +83,44 @@ def best_initial(context: SearchContext, steps: Sequence[LayerSteps], solutions:
 
     The simplest come first, and the first that is balanced well enough is taken.
     """
-    chosen_layers = np.unique(np.linspace(0, len(steps) - 1, LAYERS_TO_CHOOSE).astype(np.int64))
+    num_layers, at_once = LAYERS_TO_CHOOSE, 1
+    if context.effort.deadline is not None:
+        num_layers, at_once = COARSE_LAYERS, COARSE_AT_ONCE
+    chosen_layers = np.unique(np.linspace(0, len(steps) - 1, num_layers).astype(np.int64))
     few_steps = [steps[i].some(STEPS_TO_CHOOSE) for i in chosen_layers]
     ratings = []
     for number, solution in enumerate(solutions):
         part, part_solution = _some_layers(context, solution, chosen_layers)
-        ratings.append(SearchState(part, few_steps, part_solution).add_replicas().rating)
+        ratings.append(SearchState(part, few_steps, part_solution).add_replicas(at_once).rating)
         context.problem.on_progress(PROGRESS_AT_START * (number + 1) / len(solutions))
         if ratings[-1][0] <= GOOD_ENOUGH or context.effort.is_over():
             break
     best = min(value for value, _ in ratings)
     as_good = [rating for rating in ratings if rating[0] <= best + SAME_BALANCE]
     return solutions[ratings.index(min(as_good, key=lambda rating: rating[::-1]))]
+
+
+def filled_in_time(context: SearchContext, steps: Sequence[LayerSteps], solution: Solution) -> Solution:
+    """The solution or, where little time is left, with replicas that were chosen coarsely."""
+    effort, started = context.effort, time.monotonic()
+    if effort.deadline is None:
+        return solution
+    few_steps = [layer.some(COARSE_STEPS) for layer in steps]
+    coarse = SearchState(context, few_steps, solution).add_replicas(COARSE_AT_ONCE).solution
+    now = time.monotonic()
+    return coarse if effort.deadline - now < TIMES_COARSE * (now - started) else solution
+
+
+def least_value(context: SearchContext, steps: Sequence[LayerSteps], solution: Solution) -> float:
+    """A lower bound on the value of a search state of this solution, without a split: experts of one replica alone."""
+    problem, values = context.problem, []
+    for layer, held_ER, format_E in zip(steps, solution.held_LER, solution.format_LE, strict=True):
+        alone_ER = held_ER & (held_ER.sum(axis=1, keepdims=True) == 1)
+        loads_SR = weights_SE(problem, context.formats, layer, format_E) @ alone_ER.astype(np.float64)
+        native_S = weights_SE(problem, context.formats, layer, np.zeros_like(format_E)).sum(axis=1)
+        fullest_S = loads_SR.max(axis=1) * layer.num_ranks / native_S
+        values.append(tail_weighted_mean(fullest_S, problem.tail_weight) if len(fullest_S) else 1.0)
+    return float(np.mean(values))
 
 
 def random_solutions(

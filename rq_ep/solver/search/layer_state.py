@@ -101,13 +101,13 @@ class LayerSplit:
         layer.optimize()
         return layer
 
-    def best_additions(self, limits: LayerLimits) -> list["Addition"]:
-        """The replica of the largest gain among those that fit; none if none gains.
+    def best_additions(self, limits: LayerLimits, at_once: int = 1) -> list["Addition"]:
+        """The replica of the largest gain among those that fit, or as many as asked for `at_once`; none if none gains.
 
         With many ranks, a few more come along, of other experts on other ranks, which gain nearly as much: to look for
         each anew would take as long as all the rest.
         """
-        max_additions = max(self.loads_SR.shape[1] // RANKS_PER_ADDITION, 1)
+        max_additions = max(self.loads_SR.shape[1] // RANKS_PER_ADDITION, at_once)
         gain_E, rank_E = _best_ranks(self.splits, limits, max_additions > 1)
         additions: dict[int, Addition] = {}
         for expert in np.argsort(-gain_E, kind="stable").tolist():

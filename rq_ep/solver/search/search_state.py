@@ -165,9 +165,9 @@ class SearchState:
         """Lower is better: the objective, then the expected damage."""
         return round(self.value, 4), self.context.damage(self.format_LE)
 
-    def add_replicas(self) -> "SearchState":
-        """Add replicas greedily while they fit and gain."""
-        add_replicas(self.layers, self.limits, self.context.effort.is_over)
+    def add_replicas(self, at_once: int = 1) -> "SearchState":
+        """Add replicas greedily while they fit and gain, to a layer several `at_once`."""
+        add_replicas(self.layers, self.limits, self.context.effort.is_over, at_once)
         return self
 
     def search(self, on_progress: Callable[[float], None]) -> None:

@@ -15,14 +15,18 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certified
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
 from rq_ep.solver.objective.denoise_steps import denoise_steps
+from rq_ep.solver.objective.objective import is_plain
 from rq_ep.solver.search.greedy_fill import raise_formats
 from rq_ep.solver.search.initial_solutions import (
     PROGRESS_AT_START,
+    ROUNDING,
     SAME_BALANCE,
     best_initial,
     completed,
     constructed,
+    filled_in_time,
     known_solutions,
+    least_value,
     random_solutions,
 )
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH
@@ -77,7 +81,8 @@ def solve(
         are_recorded = all(one is other for one, other in zip(steps, recorded, strict=True))
         rating = best.rating if are_recorded else _rating(context, recorded, best.solution)
         for solution in known:  # on recorded steps, the result must not be worse than any of these
-            if _rating(context, recorded, solution) < rating:
+            could_win = least_value(context, recorded, solution) < rating[0] + ROUNDING
+            if could_win and _rating(context, recorded, solution) < rating:
                 steps, best = recorded, _search(context, recorded, solution)
                 rating = best.rating
     solution = best.solution if context.current is not None else _refined(context, steps, best)
@@ -125,7 +130,9 @@ def _least_damage(states: Sequence[SearchState]) -> SearchState:
 def _search(context: SearchContext, steps: Sequence[LayerSteps], initial: Solution) -> SearchState:
     """Add replicas greedily, search each layer, then ruin and recreate over all layers."""
     on_progress = context.problem.on_progress
-    state = SearchState(context, steps, initial).add_replicas()
+    state = SearchState(context, steps, filled_in_time(context, steps, initial)).add_replicas()
+    if context.effort.is_over():
+        return state
     rest = 0.9 - PROGRESS_AT_START
     state.search(lambda fraction: on_progress(PROGRESS_AT_START + rest * fraction))
     ruin_and_recreate(state, lambda fraction: on_progress(0.9 + 0.09 * fraction))  # the certificate is to come
@@ -147,6 +154,9 @@ def _refined(context: SearchContext, steps: Sequence[LayerSteps], state: SearchS
     format_LE = raise_formats(held_LER, state.format_LE, context.damage_FLE, context.formats, spare.free_R)
     if not several and (format_LE == state.format_LE).all():
         return state.solution
+    if not several and is_plain(context.problem):  # formats do not change the balance
+        spares = context.damage(format_LE) < context.damage(state.format_LE)
+        return Solution(held_LER, format_LE) if spares else state.solution
     refined = SearchState(context, steps, Solution(held_LER, format_LE))
     if not several:
         return refined.solution if refined.rating < state.rating else state.solution

@@ -101,6 +101,12 @@ def test_many_layers_are_bound_by_prices_nearly_as_well(monkeypatch: pytest.Monk
     assert joint.value - 0.05 <= priced.value <= joint.value + 1e-9
 
 
+def test_out_of_time_the_mean_is_the_bound() -> None:
+    hot, within = np.array([[700, 100, 100, 100]]), native(4, 5)
+    assert lower_bound([LayerSteps(hot, 4)], hot, within, is_over=lambda: True)[:2] == (1.0, "time")
+    assert bound([hot], within).value > 1.3
+
+
 def test_ranks_without_room_leave_the_work_to_the_others() -> None:
     even = np.full((1, 4), 100)
     assert bound([even], replace(native(4, 8), num_usable=2))[:2] == (2.0, "mean")
