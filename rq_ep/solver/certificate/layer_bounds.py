@@ -78,8 +78,8 @@ def _inside_limits(
             max_bytes=None if is_lending else sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
             max_low_pairs=layer.low_pairs(pairs_LE[i], stats.native_format),
         )
-        of_layer = [None if array is None else array[[i]] for array in (fewest_LE, most_LE)]
-        bounds.append(lower_bound([steps[i]], pairs_LE[[i]], inside, *of_layer, is_over))
+        fewest, most = (None if array is None else array[[i]] for array in (fewest_LE, most_LE))
+        bounds.append(lower_bound([steps[i]], pairs_LE[[i]], inside, fewest, most, is_over))
     return overall, bounds
 
 

@@ -131,7 +131,7 @@ def _search(context: SearchContext, steps: Sequence[LayerSteps], initial: Soluti
     """Add replicas greedily, search each layer, then ruin and recreate over all layers."""
     on_progress = context.problem.on_progress
     state = SearchState(context, steps, filled_in_time(context, steps, initial)).add_replicas()
-    if context.effort.is_over():
+    if context.effort.is_over() and context.current is None:  # else what was moved and does not pay must go
         return state
     rest = 0.9 - PROGRESS_AT_START
     state.search(lambda fraction: on_progress(PROGRESS_AT_START + rest * fraction))
