@@ -283,12 +283,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--min-ranks", type=int, help="begin to serve with so many ranks; the others join when there is room for them"
     )
     parser.add_argument(
-        "--wait-for-ranks", type=float, default=30.0, help="seconds to wait for the others once there are --min-ranks"
+        "--wait-for-ranks", type=float, help="seconds to wait for the others once there are --min-ranks [30]"
     )
     parser.add_argument("--json", type=Path, help="write rank 0's result here (benchmarks)")
     parser.add_argument("program", help="`serve`, `bench`, another module or a Python file that has main(argv)")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the program")
     options = parser.parse_args(argv)
+    if options.min_ranks is None and options.wait_for_ranks is not None:
+        parser.error("--wait-for-ranks: needs --min-ranks: all ranks are waited for")
+    if options.wait_for_ranks is None:
+        options.wait_for_ranks = 30.0
     if options.min_ranks is None:
         options.min_ranks = options.num_ranks
     if not 1 <= options.min_ranks <= options.num_ranks:

@@ -25,6 +25,7 @@ REASONING_PARSERS = ("qwen3", "deepseek_r1", "gpt_oss")
 CACHES = ("paged", "padded")
 ON_RANK_FAILURE = ("continue", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+WAIT_FOR_RANKS_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,9 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         "all ranks",
         minimum=1,
     )
-    wait_for_ranks: float = option(
-        30.0,
-        help="seconds to wait for the other ranks once --min-ranks have come",
+    wait_for_ranks: float | None = option(
+        None,
+        help="seconds to wait for the other ranks once --min-ranks have come; default: 30",
         minimum=0,
         maximum=MAX_SECONDS,
     )
@@ -221,14 +222,23 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         if num_ranks == 1 and self.on_rank_failure == "continue":
             raise UserError("--on-rank-failure continue: needs more than one rank, and one was started: use stop")
         on_failure = self.on_rank_failure or ("continue" if num_ranks > 1 else "stop")
-        min_ranks = self.min_ranks
-        if min_ranks is not None and min_ranks > num_ranks:
-            raise UserError(f"--min-ranks {min_ranks}: the launcher has {num_ranks} ranks: ask for as many or fewer")
-        if min_ranks == num_ranks:
-            min_ranks = None
-        if min_ranks is not None and on_failure == "stop":
-            raise UserError(f"--min-ranks {min_ranks}: needs --on-rank-failure continue: ranks that come later join")
-        return replace(self, on_rank_failure=on_failure, min_ranks=min_ranks)
+        min_ranks, wait_s = self._first_ranks(num_ranks, on_failure)
+        return replace(self, on_rank_failure=on_failure, min_ranks=min_ranks, wait_for_ranks=wait_s)
+
+    def _first_ranks(self, num_ranks: int, on_failure: str) -> tuple[int | None, float | None]:
+        """How many ranks the group may begin with, and how long it waits for the others; None: it waits for all."""
+        least, wait_s = self.min_ranks, self.wait_for_ranks
+        if least is None:
+            if wait_s is not None:
+                raise UserError(f"--wait-for-ranks {wait_s:g}: needs --min-ranks: all ranks are waited for")
+            return None, None
+        if least > num_ranks:
+            raise UserError(f"--min-ranks {least}: the launcher has {num_ranks} ranks: ask for as many or fewer")
+        if least == num_ranks:
+            return None, None
+        if on_failure == "stop":
+            raise UserError(f"--min-ranks {least}: needs --on-rank-failure continue: ranks that come later join")
+        return least, WAIT_FOR_RANKS_S if wait_s is None else wait_s
 
     @property
     def model_name(self) -> str:

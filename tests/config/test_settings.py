@@ -145,3 +145,5 @@ def test_a_group_begins_with_fewer_ranks_only_where_the_others_can_join() -> Non
         ServeConfig(model="m", min_ranks=4).for_ranks(3)
     with pytest.raises(UserError, match=r"--min-ranks 2: needs --on-rank-failure continue"):
         ServeConfig(model="m", min_ranks=2, on_rank_failure="stop").for_ranks(3)
+    with pytest.raises(UserError, match=r"--wait-for-ranks 5: needs --min-ranks"):
+        ServeConfig(model="m", wait_for_ranks=5.0).for_ranks(3)

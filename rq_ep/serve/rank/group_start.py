@@ -59,10 +59,11 @@ def _with_those_there(
     with fails_after(early_end, config.rank_timeout):
         meeting = FirstMeeting(Environment.from_os(), config.rank_timeout)
     group = _alone(config)
-    word = None
+    word, wait_s = None, config.wait_for_ranks
+    assert wait_s is not None
     if group.rank == 0:
         word = {"store": group.open_store(), "hub": hub and (hub.address, hub.token), "problem": problem}
-    members, word = meeting.members(min_ranks, config.wait_for_ranks, word)
+    members, word = meeting.members(min_ranks, wait_s, word)
     if group.rank == 0 and len(members) < group.size:
         log.info("the group begins with the ranks %s of %d", list(members), group.size)
     if word["hub"] is not None:
