@@ -63,6 +63,29 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
+    speaker = f"rq-ep {chosen}" if chosen in COMMANDS else "rq-ep"
+    try:
+        _run(argv, chosen)
+    except UserError as error:
+        print(f"{speaker}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        return 1
+    except OSError as error:  # a disk that is full, a file that may not be read
+        print(f"{speaker}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{speaker}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(argv: Sequence[str], chosen: str | None) -> None:
+    """Run the sub-command `chosen`, the first word of `argv` that is no flag."""
+    if chosen == "serve":
+        raise UserError("a server is started by torchrun --nproc-per-node R -m rq_ep.serve --model MODEL")
+    if chosen is not None:
+        check_choice("command", chosen, COMMANDS)
     parser = FlagParser(prog="rq-ep", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, example) in COMMANDS.items():
@@ -74,25 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = import_module(f"rq_ep.commands.{name.replace('-', '_')}")
             command.configure(subparser)
             subparser.set_defaults(run=command.run)
-    speaker = f"rq-ep {chosen}" if chosen in COMMANDS else "rq-ep"
-    try:
-        if chosen == "serve":
-            raise UserError("a server is started by torchrun --nproc-per-node R -m rq_ep.serve --model MODEL")
-        if chosen is not None:
-            check_choice("command", chosen, COMMANDS)
-        args = parser.parse_args(argv)
-        args.run(args)
-    except UserError as error:
-        print(f"{speaker}: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        return 1
-    except OSError as error:  # a disk that is full, a file that may not be read
-        print(f"{speaker}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    args = parser.parse_args(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":

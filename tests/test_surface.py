@@ -161,3 +161,14 @@ def test_a_users_mistake_is_one_line(argv: str, message: str, capsys: pytest.Cap
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert message in printed
+
+
+def test_ctrl_c_ends_in_one_line_whenever_it_comes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rq_ep.__main__.import_module", stop)  # as while modules are imported
+    assert main(["place"]) == 130
+    assert capsys.readouterr().err == "rq-ep place: stopped\n"

@@ -40,7 +40,8 @@ class CalibrateOptions(CalibrationSettings):
     )
     out: str = option(
         "",
-        help="where the statistics go (.safetensors); the same command goes on where it was stopped",
+        help="where the statistics go (.safetensors); progress is saved beside it once a minute, and the same command "
+        "goes on from there",
         required=True,
         metavar="FILE",
     )
