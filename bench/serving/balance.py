@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from bench.result import result_document
 from bench.serving import serve
@@ -87,15 +87,18 @@ def main(argv: Sequence[str]) -> None:
     show(result)
 
 
+def model_config(shape: Mapping[str, Any], top_k: int, max_positions: int) -> PretrainedConfig:
+    """The model of a shape; its tokens are bytes."""
+    heads = shape["hidden_size"] // HEAD_SIZE
+    return AutoConfig.for_model(
+        "qwen3_moe", vocab_size=260, **shape, num_experts_per_tok=top_k, head_dim=HEAD_SIZE, num_attention_heads=heads,
+        num_key_value_heads=heads, max_position_embeddings=max_positions, eos_token_id=None,
+    )  # fmt: skip
+
+
 def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Path]:
     """Make the model and its text, calibrate and place. Returns strategy -> its placement."""
-    shape = QUICK if options.quick else SHAPE
-    heads = shape["hidden_size"] // HEAD_SIZE
-    config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=260, **shape, num_experts_per_tok=options.top_k, head_dim=HEAD_SIZE,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4 * options.prompt_tokens,
-        eos_token_id=None,
-    )  # fmt: skip
+    config = model_config(QUICK if options.quick else SHAPE, options.top_k, 4 * options.prompt_tokens)
     Console(stderr=True).print(f"making and placing {folder / 'model'}")
     random_checkpoint(folder / "model", config, torch.float32)
     write_corpus(folder / "text")

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -69,9 +69,44 @@ def pin_ranks(launcher: psutil.Process) -> None:
     """Bind each rank of a group, with all of its threads, to a core of its own as far as there are enough."""
     cores = sorted(os.sched_getaffinity(0))
     for rank, process in rank_processes(launcher).items():
+        _bind([process], {cores[rank % len(cores)]})
+
+
+@contextmanager
+def pinned_apart(launcher: psutil.Process) -> Iterator[bool]:
+    """Inside, each rank has a core of its own, and this process and the rest of the group have the others.
+
+    Whether there are enough cores for that; else nothing is bound.
+    """
+    cores, ranks = sorted(os.sched_getaffinity(0)), rank_processes(launcher)
+    others = [psutil.Process(), launcher, *launcher.children(recursive=True)]
+    if len(cores) <= len(ranks):
+        yield False
+        return
+    _bind(others, cores[len(ranks) :])
+    for process, core in zip(ranks.values(), cores, strict=False):
+        _bind([process], [core])
+    try:
+        yield True
+    finally:
+        _bind(others, cores)
+
+
+def _bind(processes: Iterable[psutil.Process], cores: Collection[int]) -> None:
+    """Bind processes, with all of their threads, to some cores."""
+    for process in processes:
         for thread in process.threads():
             with suppress(ProcessLookupError):
-                os.sched_setaffinity(thread.id, {cores[rank % len(cores)]})
+                os.sched_setaffinity(thread.id, cores)
+
+
+def cpu_s(launcher: psutil.Process) -> float:
+    """CPU time of a group's processes so far, to the nanosecond: that of `psutil` is in hundredths of a second."""
+    total_ns = 0
+    for process in (launcher, *launcher.children(recursive=True)):
+        for path in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+            total_ns += int(path.read_text().split()[0])
+    return total_ns / 1e9
 
 
 def _start(command: list[str], log: IO[bytes]) -> psutil.Process:

@@ -1,6 +1,6 @@
 """What the bench of requests' options makes of its rounds."""
 
-from bench.serving.request_options import goals, ratios
+from bench.serving.request_options import goals, median_interval, ratios
 
 RATES = {"plain": 100.0, "plain again": 101.0, "JSON schema": 95.0, "routed experts": 99.0}
 ROWS = [
@@ -26,3 +26,11 @@ def test_the_table_says_what_is_dearer_beside_the_noise() -> None:
     assert table[3][2] == "+1.0 % (+1.0 .. +1.0)", "CPU time of routed experts"
     assert table[4][2:] == ("0.30 x (0.30 .. 0.30)", "1.10 x (1.10 .. 1.10)")
     assert table[5][2] == "512, of one 416"
+    masks = [{"at_once": 8, "vocab_size": 150_000, "grammar_s": 0.003, "free_s": 0.001, "again_s": 0.0012}]
+    (line,) = goals({"masks": {"rows": masks}})
+    assert line[2:] == ("+2.00 ms (1.00 without)", "+0.20 ms")
+
+
+def test_the_interval_of_a_median_narrows_with_the_rounds() -> None:
+    assert median_interval([3.0, 1.0, 2.0]) == (1, 2, 3)
+    assert median_interval(range(101)) == (40, 50, 60)
