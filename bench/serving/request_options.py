@@ -6,7 +6,7 @@
 Parts; `--parts` runs some of them, and keeps the others of an earlier `--json FILE`:
 
 costs   Tokens per second, and CPU time of the server per token, of answers that follow a JSON schema and of such as
-        come with their routed experts, beside plain ones: the same requests, all of one kind at once, kinds in turns.
+        come with their routed experts, beside plain ones: as long requests, all of one kind at once, kinds in turns.
         Answers come whole, so that the client takes no time, and ranks have cores of their own where there are enough.
 prefix  Time to the first token of a prompt whose prefix an earlier one had, beside new ones, one request at a time over
         one connection.
@@ -63,12 +63,12 @@ TAIL_TOKENS = 16  # behind a prefix, of their own in each prompt
 SCHEMA = {"type": "object", "properties": {"text": {"type": "string", "minLength": 4096}}, "required": ["text"]}
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
+    "routed experts": {"return_routed_experts": True},
     "plain again": {},
     "JSON schema": {
         "ignore_eos": False,
         "response_format": {"type": "json_schema", "json_schema": {"name": "text", "schema": SCHEMA}},
     },
-    "routed experts": {"return_routed_experts": True},
 }
 
 
@@ -161,8 +161,8 @@ class Bench:
         rows = []
         async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, trust_env=False) as client:
             for number in range(self._options.rounds + 1):
-                jobs = self._jobs(number)
                 for name in KINDS if number % 2 else reversed([*KINDS]):
+                    jobs = self._jobs(number, name)
                     before_s, start_s = cpu_s(self._process), time.perf_counter()
                     answers = await asyncio.gather(*(self._whole(client, job, KINDS[name]) for job in jobs))
                     seconds = time.perf_counter() - start_s
@@ -228,16 +228,17 @@ class Bench:
         """Tokens that no other prompt begins with."""
         return tuple(self._random.choices(range(32, 127), k=num_tokens))
 
-    def _jobs(self, number: int) -> list[Job]:
-        options = self._options
+    def _jobs(self, number: int, kind: str) -> list[Job]:
+        """The requests of a round; each kind has a first token of its own, as a cached prompt would save time."""
+        options, first = self._options, 1 + list(KINDS).index(kind)
         text = Path(options.text or __file__).read_text(errors="replace")
         ids = read_tokenizer(options.model).encode(text, verbose=False)
         jobs = random_jobs([ids], options.at_once, options.input_len, 1, options.seed + number)
-        return [Job(job.prompt_ids, options.output_len) for job in jobs]
+        return [Job((first, *job.prompt_ids[1:]), options.output_len) for job in jobs]
 
 
 def _ttft_s(connection: HTTPConnection, prompt_ids: Sequence[int]) -> float:
-    """Seconds until the first token of an answer is here; by the plainest client there is, which takes next to none."""
+    """Seconds until the first token of an answer is here, by a client that does little itself."""
     body = {"model": NAME, "prompt": prompt_ids, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True}
     encoded = json.dumps(body)
     start_s = time.perf_counter()
