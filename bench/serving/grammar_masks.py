@@ -57,7 +57,8 @@ def mask_rows(num_rounds: int) -> list[dict[str, Any]]:
     keep_freed_memory()
     torch.set_num_threads(1)
     tokenizer = trained_tokenizer()
-    grammars = Grammars(lambda: tokenizer, len(tokenizer), [tokenizer.convert_tokens_to_ids(END)])
+    assert isinstance(tokenizer.eos_token_id, int)
+    grammars = Grammars(lambda: tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     answer: list[int] = tokenizer.encode(json.dumps(ANSWER), add_special_tokens=False)
     grammar = grammar_from("json_schema", json.dumps(SCHEMA))
     rows = []
@@ -97,8 +98,8 @@ def _choose(logits_NV: torch.Tensor, states: Sequence[RequestState], tokens: Seq
 def trained_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of `NUM_TOKENS`; takes half a minute of CPU time."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=NUM_TOKENS, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=32, show_progress=False,
