@@ -37,6 +37,7 @@ from rq_ep.solver.search.neighborhood import (
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex, rank_search
 
 LEAST_GAIN = 1e-5  # of the objective, that a move must gain
+LEAST_SPLIT = 3  # steps that are split before the others are expected to disappoint as much
 MOVES_AT_ONCE = 1000  # between two looks at the clock
 TAIL = 0.1  # share of the steps that are the tail
 
@@ -107,9 +108,9 @@ def _dear(splits: Splits, cuts: Cuts, limits: LayerLimits, tail_weight: float) -
                 continue
             drop = Changes(np.array([expert]), np.array([rank]), np.array([-1]))
             goal = best + limits.price * limits.bytes_E[expert] - LEAST_GAIN
-            if price_changes(cuts, loads_SE, drop, values_S, goal) and tail_weighted_mean(values_S, tail_weight) < goal:
+            if price_changes(cuts, drop, values_S, goal) and tail_weighted_mean(values_S, tail_weight) < goal:
                 best = tail_weighted_mean(values_S, tail_weight)
-                apply_changes(cuts, loads_SE, drop)
+                apply_changes(cuts, drop)
                 dear_P[num] = p
                 num += 1
                 break
@@ -148,7 +149,7 @@ def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArra
         if moved > limits.move_budget[0]:
             continue
         goal = best - LEAST_GAIN - limits.price * moved
-        if not price_changes(cuts, loads_SE, changes, new_values_S, goal):
+        if not price_changes(cuts, changes, new_values_S, goal):
             continue
         if tail_weighted_mean(new_values_S, tail_weight) >= goal:
             continue
@@ -159,7 +160,7 @@ def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArra
         limits.move_budget[0] -= moved
         _move_replicas(index, move, held_ER, limits)
         _overwrite(splits, new)
-        apply_changes(cuts, loads_SE, changes)
+        apply_changes(cuts, changes)
 
 
 @compiled
@@ -220,7 +221,11 @@ def _split_again(
     values_S = new.values_S
     by_load_R = np.empty(new.loads_SR.shape[1], np.int64)
     cut_R, search = np.empty(new.loads_SR.shape[1], np.bool_), rank_search(new.loads_SR.shape[1])
-    for step in np.argsort(-values_S, kind="mergesort"):
+    promised_S, is_split_S = old.values_S - values_S, np.zeros(len(values_S), np.bool_)
+    promised, kept = 0.0, 0.0
+    for num_split in range(len(values_S)):
+        step = np.argmax(np.where(is_split_S, -np.inf, promised_S))
+        is_split_S[step] = True
         is_touched = False
         for expert in changes.experts_X:
             is_touched |= new.loads_SE[step, expert] > 0
@@ -240,11 +245,24 @@ def _split_again(
         value = augment(new.replicas, quotas_P, loads_R, values_S[step], cut_R, search)
         is_new_cut = value > values_S[step] + 10 * TOLERANCE
         values_S[step] = value
+        promised += promised_S[step]
+        kept += old.values_S[step] - value
         if is_new_cut:
             if cuts.num[0] == len(cuts.sizes_G):
                 drop_cuts(cuts, len(loads_R))
-            add_cut(cuts, old.replicas, new.loads_SE, cut_R)
-            raise_values(cuts, new.loads_SE, changes, cuts.num[0] - 1, values_S)
-            if tail_weighted_mean(values_S, tail_weight) >= goal:
+            add_cut(cuts, old.replicas, cut_R)
+            raise_values(cuts, changes, cuts.num[0] - 1, values_S)
+            share = min(max(kept, 0.0) / promised, 1.0) if num_split + 1 >= LEAST_SPLIT and promised > 0 else 1.0
+            if tail_weighted_mean(_expected(old.values_S, values_S, is_split_S, share), tail_weight) >= goal:
                 return False
     return tail_weighted_mean(values_S, tail_weight) < goal
+
+
+@compiled
+def _expected(before_S: FloatArray, promised_S: FloatArray, is_split_S: BoolArray, share: float) -> FloatArray:
+    """The values to expect if of what is promised for the steps that are not split yet only a share comes true."""
+    expected_S = promised_S.copy()
+    for step in range(len(expected_S)):
+        if not is_split_S[step] and promised_S[step] < before_S[step]:
+            expected_S[step] = before_S[step] - share * (before_S[step] - promised_S[step])
+    return expected_S

@@ -124,7 +124,7 @@ def _draw_expert(cuts: Cuts, loads_SE: FloatArray, draws_U: FloatArray) -> tuple
         left -= max(cuts.tops_S[step] - 1, 0.0)
         step += 1
     fullest = cuts.nearest_SN[step, 0]
-    left, one = draws_U[1] * cuts.means_SG[step, fullest] * cuts.sizes_G[fullest], -1
+    left, one = draws_U[1] * cuts.means_GS[fullest, step] * cuts.sizes_G[fullest], -1
     for expert in range(loads_SE.shape[1]):
         if cuts.missing_EG[expert, fullest] == 0 and loads_SE[step, expert] > 0:
             one = expert

@@ -60,8 +60,8 @@ def test_a_change_is_priced_as_it_turns_out(num_ranks: int) -> None:
     added = int(np.flatnonzero(~held_ER[two])[0])
     changes = Changes(np.array([one, two]), np.array([off, -1]), np.array([on, added]))
     priced_S = np.empty_like(layer.values_S)
-    price_changes(cuts, layer.loads_SE, changes, priced_S)
-    apply_changes(cuts, layer.loads_SE, changes)
+    price_changes(cuts, changes, priced_S)
+    apply_changes(cuts, changes)
     np.testing.assert_allclose(cuts.tops_S, priced_S, atol=1e-12)
     held_ER[one, off], held_ER[one, on], held_ER[two, added] = False, True, True
     rebuilt = LayerSplit.of(layer.loads_SE, held_ER)
@@ -82,9 +82,9 @@ def test_a_change_is_refused_early_exactly_where_its_mean_reaches_the_limit(num_
         added = int(generator.choice(np.flatnonzero(~held_ER[two])))
         changes = Changes(np.array([one, two]), np.array([off, -1]), np.array([on, added]))
         priced_S, again_S = np.empty_like(layer.values_S), np.empty_like(layer.values_S)
-        assert price_changes(cuts, layer.loads_SE, changes, priced_S)
-        assert not price_changes(cuts, layer.loads_SE, changes, again_S, priced_S.mean() - 1e-9)
-        assert price_changes(cuts, layer.loads_SE, changes, again_S, priced_S.mean() + 1e-9)
+        assert price_changes(cuts, changes, priced_S)
+        assert not price_changes(cuts, changes, again_S, priced_S.mean() - 1e-9)
+        assert price_changes(cuts, changes, again_S, priced_S.mean() + 1e-9)
         np.testing.assert_array_equal(again_S, priced_S)
 
 
