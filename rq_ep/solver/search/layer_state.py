@@ -134,7 +134,7 @@ def _split_all(splits: Splits) -> None:
 @compiled
 def _optimize_all(splits: Splits, cuts_SR: BoolArray) -> None:
     index, _, quotas_SP, loads_SR, values_S = splits
-    search = rank_search(loads_SR.shape[1])
+    search = rank_search(loads_SR.shape[1], len(index.first_E) - 1)
     for step in range(len(values_S)):
         mean = loads_SR[step].mean()
         values_S[step] = augment(index, quotas_SP[step], loads_SR[step], mean, cuts_SR[step], search)

@@ -220,7 +220,7 @@ def _split_again(
     """
     values_S = new.values_S
     by_load_R = np.empty(new.loads_SR.shape[1], np.int64)
-    cut_R, search = np.empty(new.loads_SR.shape[1], np.bool_), rank_search(new.loads_SR.shape[1])
+    cut_R, search = np.empty(new.loads_SR.shape[1], np.bool_), rank_search(new.loads_SR.shape[1], new.loads_SE.shape[1])
     promised_S, is_split_S = old.values_S - values_S, np.zeros(len(values_S), np.bool_)
     promised, kept = 0.0, 0.0
     for num_split in range(len(values_S)):

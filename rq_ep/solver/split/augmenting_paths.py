@@ -38,16 +38,18 @@ class RankSearch(NamedTuple):
     entry_R: IntArray  # this rank's own replica of the same expert, which would take the load
     queue_R: IntArray
     is_reached_R: BoolArray
+    is_passed_E: BoolArray  # all ranks of the expert have been reached by way of it
 
 
 @compiled
-def rank_search(num_ranks: int) -> RankSearch:
+def rank_search(num_ranks: int, num_experts: int) -> RankSearch:
     """An empty work space."""
     return RankSearch(
         np.empty(num_ranks, np.int64),
         np.empty(num_ranks, np.int64),
         np.empty(num_ranks, np.int64),
         np.empty(num_ranks, np.bool_),
+        np.empty(num_experts, np.bool_),
     )
 
 
@@ -77,9 +79,11 @@ def push_or_cut(
     """
     num_ranks = len(loads_R)
     experts_P, ranks_P, by_expert_P, first_E, by_rank_P, first_R = index
-    parent_R, entry_R, queue_R, is_reached_R = search
+    parent_R, entry_R, queue_R, is_reached_R, is_passed_E = search
     while True:
         num_reached = 0
+        for expert in range(len(is_passed_E)):
+            is_passed_E[expert] = False
         for rank in range(num_ranks):
             is_reached_R[rank] = loads_R[rank] > target + tolerance
             if is_reached_R[rank]:
@@ -92,9 +96,10 @@ def push_or_cut(
             position += 1
             for here in range(first_R[rank], first_R[rank + 1]):  # a slice would cost more than what is done with it
                 p = by_rank_P[here]
-                if quotas_P[p] <= least_push:
-                    continue
                 expert = experts_P[p]
+                if is_passed_E[expert] or quotas_P[p] <= least_push:
+                    continue
+                is_passed_E[expert] = True
                 for there in range(first_E[expert], first_E[expert + 1]):
                     other = by_expert_P[there]
                     neighbor = ranks_P[other]

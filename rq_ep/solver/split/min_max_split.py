@@ -205,7 +205,7 @@ def augment(
     if loads_R.max() <= target:
         return target
     index = _index(first_E, ranks_C, len(loads_R))
-    search = rank_search(len(loads_R))
+    search = rank_search(len(loads_R), len(first_E) - 1)
     while True:
         num_cut, confined = push_or_cut(index, quotas_C, loads_R, target, 0, 0, search)
         if num_cut == 0:
