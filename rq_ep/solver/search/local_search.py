@@ -1,7 +1,8 @@
 """Local search in one layer: replicas change ranks, or give way to others, where that relieves the fullest ranks.
 
-The listed cuts price a move first and refuse most moves in microseconds. What they let through is split, step by step
-from the hardest, until it is proven no better. A cut found by a split is listed, and refuses more of its kind.
+The listed cuts price a move first and refuse most moves in microseconds. What they let through is split, step by
+step from that of the largest gain, until it is proven no better or the first steps have kept too little of the gain
+that the cuts promised. A cut found by a split is listed, and refuses more of its kind.
 
 Axes: P replicas in any order; A attempted moves; U random numbers of each; J replicas that a move changes.
 """
@@ -206,7 +207,10 @@ def _overwrite(splits: Splits, new: Splits) -> None:
 def _split_again(
     old: Splits, new: Splits, cuts: Cuts, move: ReplicaMove, changes: Changes, tail_weight: float, goal: float
 ) -> bool:
-    """Split every step anew after a move, beginning from the old split; False as soon as it is not worth it.
+    """Split every step anew after a move, beginning from the old split; False as soon as it seems not worth it.
+
+    Steps come in the order of the gain that the cuts promise. Most moves that the cuts let through are bad ones, and
+    their first steps show it: the others are expected to keep the same share of their gain.
 
     Args:
         old: the replicas and the split before the move.
