@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> None:
             progress=show,
         )
     report(evaluations, num_ranks, options.dtype, None if machine is None else machine.description)
+    if unplaced := [candidate.label for candidate in candidates if candidate.placement is None]:
+        print(f"{', '.join(unplaced)}: no --placement was given; the strategy placed by itself, on uniform load.")
     if options.json:
         document = {
             "settings": as_mapping(options) | {"num_ranks": num_ranks},

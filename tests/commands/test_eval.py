@@ -38,6 +38,7 @@ def test_table_figures_and_picture(tiny_checkpoint: Path, placement: Path, tmp_p
     )) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert "2 ranks" in printed  # the placement's
+    assert "standard, eplb, llep, rq_llep: no --placement was given" in printed
     document = json.loads(figures.read_text())
     rows = {row["label"]: row for row in document["rows"]}
     assert list(rows) == ["standard", "eplb", "llep", "rq", "rq_llep"]
