@@ -24,7 +24,7 @@ PARTS = (0.25, 0.5, 0.75, 1.0)  # of the bytes that several low formats can save
 SAME_BALANCE = 0.001  # of max/mean, which may be given up for less damage
 NUM_RANDOM = 4  # random solutions
 COARSE_STEPS, COARSE_LAYERS, COARSE_AT_ONCE = 16, 3, 4  # the same and how many replicas are added at once, in a hurry
-TIMES_COARSE = 12  # what choosing them one by one on all steps takes, with a search that profits from that
+TIMES_COARSE = 4  # from so much time on, choosing them one by one on all steps comes further
 ROUNDING = 1e-4  # of a rating
 PROGRESS_AT_START = 0.1  # share of the work that the choice of an initial solution is taken to be
 
