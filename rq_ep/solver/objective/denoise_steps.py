@@ -23,7 +23,7 @@ NOISY = 0.2  # share of noise in the variance between steps above which resampli
 FEW_PAIRS = 8  # of an expert in a step, on average; from here on it gains a few thousandths for four times the search
 LEAST_VARIANCE = 0.25  # in units of Poisson noise; a token's distinct experts lower it by top_k in experts
 LEAST_RATE = 0.02  # of an expert's mean rate: no expert is known to be idle
-MIN_DRAWS, MAX_DRAWS = 2, 4  # steps drawn for a recorded one; a single one is worse than none, eight gain little more
+MIN_DRAWS, MAX_DRAWS = 2, 6  # steps drawn for a recorded one; a single one is worse than none
 MAX_WORK = 2**26  # draws times layers, steps, experts and ranks, as far as `MIN_DRAWS` allow
 
 
