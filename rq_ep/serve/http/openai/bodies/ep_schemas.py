@@ -1,6 +1,7 @@
 """JSON schemas of the answers of `/v1/ep/*`, field by field, for the OpenAPI document."""
 
 from rq_ep.serve.http.openai.bodies.answer_schemas import COUNT, NUMBER, TEXT, Schema, list_of, or_null, record
+from rq_ep.serve.http.ranks.member_states import MemberState
 
 FLAG: Schema = {"type": "boolean"}
 
@@ -81,7 +82,7 @@ REBALANCE_ANSWER = record(
     decision=record(**_DECISION, moves=list_of(MOVE)),
 )
 
-_STATE: Schema = {"enum": ["loading", "joining", "serving", "leaving", "removed", "lost", "restarting"]}
+_STATE: Schema = {"enum": [state.value for state in MemberState]}
 RANK = record(
     rank=COUNT, state=_STATE, reason=TEXT, since=NUMBER, generation=COUNT, num_requests=COUNT, num_failures=COUNT,
     num_restarts=COUNT,
