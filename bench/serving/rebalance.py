@@ -9,9 +9,10 @@ Three parts; `--parts` runs some of them, and keeps the others of an earlier `--
 domains  Traffic whose text changes its domain, the same requests to one server after another: `standard`; `rq`
          calibrated on the first domain; the same, and `eplb`, with `--rebalance auto`; `rq` that begins with no
          statistics at all.
-cost     Traffic that changes so often that the placement is replaced again and again, on the same model with experts
-         padded to some MiB: armed and never moving, planning as often and never moving, moving, and the moves made
-         while the whole group waits (`bench.serving.stop_the_world`); each in turns with a server that is off.
+cost     Traffic that changes so often that the placement is replaced again and again, on a model of large experts
+         (`bench.serving.large_experts`): armed and never moving, planning as often and never moving, moving, and the
+         moves made while the whole group waits (`bench.serving.stop_the_world`); each in turns with a server that is
+         off.
 answers  Greedy answers in fp32 across re-placements, each compared with the dense model's as `soak` does.
 
 The last two let `rq` move every 16 steps to whatever it has planned (`bench.serving.restless`), without its gate.
@@ -39,6 +40,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.serving.large_experts import large_experts
 from bench.serving.load_generator import Answer, Job, drive, random_jobs
 from bench.serving.parts import run_parts
 from bench.serving.rebalance_figure import draw
@@ -57,7 +59,6 @@ from bench.serving.rebalance_figures import (
 )
 from bench.serving.server_process import NAME, server
 from bench.serving.soak import dense_answer, is_right
-from bench.serving.wide_model import widen
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer
 from rq_ep.core.files.documents import check_writable
@@ -65,11 +66,8 @@ from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
-from rq_ep.formats import get_format
 from rq_ep.model.calibration.calibrate import calibrate
-from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
-from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.load.whole_model import load_whole_model
 from rq_ep.placing.place import place
 from rq_ep.rebalancing.replan import moved_bytes
@@ -79,6 +77,7 @@ from rq_ep.strategies import make_strategy
 PARTS = ("domains", "cost", "answers")
 STOP_THE_WORLD = "bench.serving.stop_the_world"
 RESTLESS = "bench.serving.restless:Restless"
+LARGE_TOKENS = 2048  # of the calibration of large experts
 STRETCHES = 8  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
@@ -86,7 +85,7 @@ IDLE_TIMEOUT_S = 10.0  # for a decision or a migration that is under way when th
 SLACK = 0.02  # within which a placement counts as good as the calibrated one
 QUICK = {
     "num_ranks": 2, "domains": "code,table", "num_prompts": 48, "rounds": 1, "num_requests": 200,
-    "calibration_tokens": 8192, "intermediate_size": 512,
+    "calibration_tokens": 8192, "num_experts": 8, "intermediate_size": 512,
 }  # fmt: skip
 
 
@@ -108,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=3, help="of the part on cost [3]")
     made.add_argument("--num-requests", type=int, default=2000, help="of the part on answers [2000]")
     made.add_argument("--calibration-tokens", type=int, default=32_768, help="of each domain [32768]")
+    made.add_argument("--num-experts", type=int, default=64, help="of a layer, in the part on cost [64]")
     made.add_argument("--intermediate-size", type=int, default=4096, help="of experts in the part on cost [4096]")
     made.add_argument("--seed", type=int, default=0, help="of the requests [0]")
     made.add_argument("--quick", action="store_true", help=f"does it run? {QUICK}")
@@ -161,12 +161,17 @@ class Workload:
     def stats(self, domain: str) -> ExpertStats:
         """Of a domain's text."""
         if domain not in self._stats:
-            self.console.print(f"calibrating on {domain}")
-            self._stats[domain] = calibrate(
-                self.options.model, [self._paths[domain]], max_tokens=self.options.calibration_tokens,
-                sequence_length=256, formats=self.formats,
-            )  # fmt: skip
+            self._stats[domain] = self.calibrate(
+                self.options.model, domain, self.formats, self.options.calibration_tokens
+            )
         return self._stats[domain]
+
+    def calibrate(self, model: str | Path, domain: str, formats: Sequence[str], max_tokens: int) -> ExpertStats:
+        """Statistics of a model on so much of a domain's text."""
+        self.console.print(f"calibrating {model} on {domain}")
+        return calibrate(
+            model, [self._paths[domain]], max_tokens=max_tokens, sequence_length=256, formats=tuple(formats)
+        )
 
     def halves(self, domain: str) -> tuple[ExpertStats, list[Any]]:
         """The domain's prefill steps: statistics of every other one, and the counts of the rest."""
@@ -399,25 +404,27 @@ def way_from_nothing(bench: Workload, served: Served, end_pairs: float) -> dict[
 
 
 def cost(bench: Workload) -> dict[str, Any]:
-    """Traffic that has the placement replaced again and again, each server in turns with one that never moves."""
+    """Traffic that has the placement replaced again and again, each server in turns with one that never moves.
+
+    Short prompts, as the prefill of long ones reads all experts: a step would take as long as a few moves.
+    """
     options = bench.options
-    wide = bench.folder / "wide"
-    widen(options.model, wide, options.intermediate_size)
-    placement = bench.folder / "wide.json"
+    large, placement = bench.folder / "large", bench.folder / "large.json"
+    large_experts(large, options.num_experts, options.intermediate_size)
     native = bench.formats[:1]  # low bits may have to move, whatever it gains, when they exceed their cap
-    bench.place("rq", widened(bench.stats(bench.domains[0]), wide), native).save(placement)
+    bench.place("rq", bench.calibrate(large, bench.domains[0], native, LARGE_TOKENS), native).save(placement)
     rq, restless = (["--strategy", name, "--placement", str(placement)] for name in ("rq", RESTLESS))
     auto, never = ["--rebalance", "auto"], ["--rebalance-min-gain", "1000"]
     ends = (bench.domains[0], bench.domains[-1])
     jobs = [
         job
         for stretch in range(STRETCHES)
-        for job in bench.jobs(ends[stretch % 2], max(options.num_prompts // 20, 1), 24, 20, seed=stretch)
+        for job in bench.jobs(ends[stretch % 2], max(options.num_prompts // 20, 1), 8, 40, seed=stretch)
     ]
     rows: list[dict[str, Any]] = []
     states: dict[str, dict[str, Any]] = {}
-    planner_share = {}
-    with bench.start("off", str(wide), *rq) as off:
+    planner_share: dict[str, float] = {}
+    with bench.start("off", str(large), *rq) as off:
         warm_up(bench, off)
         for name, arguments, module in (
             ("armed", [*rq, *auto, *never], "rq_ep.serve"),
@@ -425,14 +432,14 @@ def cost(bench: Workload) -> dict[str, Any]:
             ("moving", [*restless, *auto], "rq_ep.serve"),
             ("stop-the-world", [*restless, *auto], STOP_THE_WORLD),
         ):
-            with bench.start(name, str(wide), *arguments, module=module) as served:
+            with bench.start(name, str(large), *arguments, module=module) as served:
                 warm_up(bench, served)
                 for number in range(options.rounds):
                     for one in (off, served) if number % 2 == 0 else (served, off):
                         found = latency(one.ask(jobs, 4))
                         rows.append({"server": one.name, "beside": name, "round": number, **found})
                         bench.console.print(f"{name}, round {number}: {one.name}: {brief(rows[-1])}")
-                states[name] = served.state().get("results", {})
+                states[name] = served.state()
                 planner_share[name] = served.planner_s / served.busy_s
     ratios = {
         figure: {
@@ -443,8 +450,9 @@ def cost(bench: Workload) -> dict[str, Any]:
     offs = [row for row in rows if row["server"] == "off"]
     return {
         "rows": rows,
-        "results": states,
-        "num_committed": {name: results.get("committed", 0) for name, results in states.items()},
+        "results": {name: state["results"] for name, state in states.items()},
+        "num_committed": {name: state["results"].get("committed", 0) for name, state in states.items()},
+        "moved_bytes": {name: state["moved_bytes"] for name, state in states.items()},
         "ratios": ratios,
         "noise": {figure: spread([row[figure] for row in offs]) for figure in ratios},
         "longest_gap_ms": {
@@ -476,13 +484,6 @@ def answers(bench: Workload) -> dict[str, Any]:
             "results": served.state().get("results", {}), "moved_bytes": served.state().get("moved_bytes", 0),
             **latency(got),
         }  # fmt: skip
-
-
-def widened(stats: ExpertStats, model: Path) -> ExpertStats:
-    """The statistics of a model as those of its widened checkpoint, which routes as it does."""
-    layout = OpenedModel.open(model, "auto").experts[0].family.layout
-    sizes = {name: get_format(name).nbytes(layout) for name in stats.formats}
-    return replace(stats, model=model_identity(model), expert_bytes=sizes, intermediate_size=None, hidden_size=None)
 
 
 def warm_up(bench: Workload, served: Served) -> None:

@@ -98,7 +98,7 @@ class Packing:
 
 def blank(nbytes: int, device: torch.device) -> Tensor:
     """A buffer for a packed expert, uint8 [nbytes]; it does not match its checksum until a whole expert is there."""
-    packed = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    packed = torch.empty(nbytes, dtype=torch.uint8, device=device)  # maybe an older expert, but for the checksum
     _stored_checksum(packed).fill_(1)
     return packed
 

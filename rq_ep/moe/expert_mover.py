@@ -27,6 +27,7 @@ from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.parallel.ep_group import HostChannel, MessagesLost
+from rq_ep.parallel.host import lower_priority
 from rq_ep.solver.migration.move_rounds import MoveRound
 
 PIECE_BYTES = 4 << 20  # of an expert in one message, where no fewer are asked for: how soon a migration can be given up
@@ -268,6 +269,7 @@ class ExpertMover:
     # On the mover's thread
 
     def _run(self) -> None:
+        lower_priority()  # a step comes first
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closes or self._begun)

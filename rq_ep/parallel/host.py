@@ -1,13 +1,20 @@
-"""Settings of the C library's allocator, of Python's garbage collector and of torch's threads, for a whole process."""
+"""Settings of the C library's allocator, of Python's garbage collector and of threads, on the host of a rank."""
 
 import ctypes
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+
+BACKGROUND_NICENESS = 10  # a tenth of a core where all are busy
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
@@ -57,3 +64,20 @@ def all_cores(num_sharing: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
+
+
+def lower_priority() -> None:
+    """Let the calling thread, and those that it starts, compute where others leave cores idle.
+
+    On Linux, where each thread has a priority of its own; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):  # a sandbox may forbid it
+            own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(own, BACKGROUND_NICENESS))
+
+
+def made_in_background(make: Callable[[], T]) -> T:
+    """What `make` returns, which is called where the threads that it starts have a low priority."""
+    with ThreadPoolExecutor(1, initializer=lower_priority) as thread:  # one that may not raise its own again
+        return thread.submit(make).result()

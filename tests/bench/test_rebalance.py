@@ -1,6 +1,5 @@
 """What the bench of re-placement makes of its records, and the peers' way of moving that it compares with."""
 
-import json
 import re
 import threading
 from argparse import Namespace
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from bench.serving.load_generator import Answer, Job
 from bench.serving.rebalance import Served, Workload, main, value_after_change, way_from_nothing
@@ -28,10 +26,8 @@ from bench.serving.rebalance_figures import (
     spread,
 )
 from bench.serving.stop_the_world import StopTheWorldMover
-from bench.serving.wide_model import widen
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
-from rq_ep.model.load.whole_model import load_whole_model
 from tests.moe import test_expert_mover as mover_tests
 
 SAMPLES = [
@@ -183,20 +179,6 @@ def test_value_and_the_way_from_nothing_are_taken_on_steps_that_were_not_placed_
 def test_mistakes_are_refused_before_a_server_starts(option: list[str], message: str, tiny_checkpoint: Path) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         main(["--model", str(tiny_checkpoint), *option])
-
-
-def test_wider_experts_compute_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    width = json.loads((tiny_checkpoint / "config.json").read_text())["moe_intermediate_size"]
-    widen(tiny_checkpoint, tmp_path / "wide", 3 * width)
-    models = [
-        load_whole_model(path, torch.float32, torch.device("cpu")) for path in (tiny_checkpoint, tmp_path / "wide")
-    ]
-    tokens = torch.arange(1, 33)[None]
-    with torch.no_grad():
-        before, after = (model(tokens).logits for model in models)
-    torch.testing.assert_close(before, after)
-    with pytest.raises(UserError, match="cannot be padded"):
-        widen(tmp_path / "wide", tmp_path / "narrow", width)
 
 
 def test_stop_the_world_makes_all_moves_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:

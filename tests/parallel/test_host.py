@@ -1,13 +1,15 @@
 """Settings of the allocator, of the garbage collector and of threads."""
 
 import gc
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from rq_ep.parallel.host import all_cores, short_collections
+from rq_ep.parallel.host import BACKGROUND_NICENESS, all_cores, made_in_background, short_collections
 
 
 @pytest.mark.slow
@@ -63,3 +65,22 @@ def test_weights_are_packed_on_all_cores_and_steps_keep_their_threads(monkeypatc
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there each thread has a priority of its own")
+def test_threads_that_are_made_in_the_background_have_a_low_priority() -> None:
+    found: list[int] = []
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def make() -> threading.Thread:
+        started = threading.Thread(
+            target=lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        )
+        started.start()
+        return started
+
+    made_in_background(make).join()
+    assert found == [max(own, BACKGROUND_NICENESS)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+    with pytest.raises(ZeroDivisionError):
+        made_in_background(lambda: 1 / 0)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.parallel.ep_group import PeerTensor
+from rq_ep.parallel.host import made_in_background
 from rq_ep.parallel.processes.meeting import GenerationStore
 from rq_ep.parallel.processes.peer_connections import PeerConnections, open_sockets
 
@@ -246,7 +247,9 @@ class Communicators:
         return dist.PrefixStore(name, self._store)  # type: ignore[attr-defined]
 
     def _open_channel(self) -> None:
-        self.channels.append(self._gloo(f"channel {len(self.channels)}"))
+        # What channels carry can wait: a step's messages come first.
+        name = f"channel {len(self.channels)}"
+        self.channels.append(made_in_background(lambda: self._gloo(name)))
 
     def _find_connections(self, before: Collection[str]) -> None:
         """Find the connections to the other members; every member calls this."""

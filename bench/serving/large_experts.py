@@ -1,0 +1,33 @@
+"""A model of many large experts of which few are active: moving its experts takes long, a step does not.
+
+That is the ratio of models that are served by tens of GPUs, at a size that two servers on one machine can hold. The
+weights are random, and so are its routers, which are skewed as they come; other text loads other experts.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import Qwen3MoeConfig
+
+from bench.serving.random_checkpoint import random_checkpoint
+
+HEAD_SIZE = 64
+HIDDEN_SIZE = 512
+NUM_LAYERS = 2
+
+
+def large_experts(directory: Path, num_experts: int, intermediate_size: int) -> None:
+    """Write a checkpoint in bf16, with a token for each byte, of two layers and one active expert a token.
+
+    Args:
+        directory: where it goes.
+        num_experts: of a layer.
+        intermediate_size: an expert has 3 KiB for each.
+    """
+    heads = HIDDEN_SIZE // HEAD_SIZE
+    config = Qwen3MoeConfig(
+        vocab_size=260, hidden_size=HIDDEN_SIZE, moe_intermediate_size=intermediate_size, num_experts=num_experts,
+        num_hidden_layers=NUM_LAYERS, num_experts_per_tok=1, head_dim=HEAD_SIZE, num_attention_heads=heads,
+        num_key_value_heads=heads, max_position_embeddings=512, eos_token_id=None,
+    )  # fmt: skip
+    random_checkpoint(directory, config, torch.bfloat16, embedding_std=1.0)
