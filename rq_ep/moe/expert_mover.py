@@ -6,6 +6,8 @@ round begins. If any rank fails, all give the migration up between the same two 
 serves on every rank. A rank that fails or is asked to stop takes part in the messages of its round to their end, so
 that no other waits for it: a word before each piece says whether one comes.
 
+Connections may be what has failed. So after a migration that was given up, the next one begins with new ones.
+
 When the group changes its members, nothing is moved from `suspend` on, and `resume` gives up whatever is under way. A
 rank that has not heard of the last agreement then commits the round that others have committed: all had staged it.
 """
@@ -147,6 +149,7 @@ class ExpertMover:
         self._is_idle = True  # no rank has tokens in the step under way
         self._is_staging = False
         self._is_suspended = False
+        self._reconnects = False  # before the next migration: the one before was given up
         self.committed = (0, 0)  # the migration of the last round that serves, and its rounds that do
         self._given_up = (0, "")  # the last generation that this rank gave up before it knew of others, and why
         self._closes = False
@@ -227,7 +230,7 @@ class ExpertMover:
                 progress.is_dropped = True
             self.committed = committed
             self._flags = MoverFlags(generation * ROUNDS_PER_GENERATION, generation)
-            self._is_suspended = False
+            self._is_suspended = self._reconnects = False
             self._changed.notify_all()
 
     def wait_for_round(self) -> None:
@@ -276,6 +279,7 @@ class ExpertMover:
                 if not self._begun:
                     return
                 progress = self._begun[0]
+            self._connect_again(progress)
             for number, moves in enumerate(progress.migration.rounds):
                 with self._changed:
                     self._changed.wait_for(lambda: self._may_stage(progress, number))  # noqa: B023
@@ -290,10 +294,28 @@ class ExpertMover:
             with self._changed:
                 self._changed.wait_for(lambda: progress.has_ended or self._closes)  # noqa: B023
                 self._begun.popleft()
+                self._reconnects = not progress.is_dropped and progress.num_committed < len(progress.migration.rounds)
             self.activity = "frees what does not serve"
             for layer in self._layers:
                 layer.bank.discard_staged()
             self.activity = ""
+
+    def _connect_again(self, progress: _Progress) -> None:
+        """Begin a migration with new connections, if the one before was given up, on all ranks alike."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._may_stage(progress, 0))
+            if progress.is_dropped or not self._reconnects:
+                return
+            self._is_staging = True
+        self.activity, self.is_exchanging = "connects to the other ranks again", True
+        try:
+            self._channel.reconnect(progress.migration.generation)
+        except MessagesLost as error:
+            self.abort(progress.migration.generation, str(error))
+        self.activity, self.is_exchanging = "", False
+        with self._changed:
+            self._is_staging = False
+            self._changed.notify_all()
 
     def _may_stage(self, progress: _Progress, number: int) -> bool:
         """Whether a round's turn has come, or never will."""

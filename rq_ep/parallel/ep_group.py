@@ -130,6 +130,19 @@ class HostChannel(Protocol):
         """
         ...
 
+    def reconnect(self, number: int) -> None:
+        """Leave the connections behind, some of which may be broken, and make new ones.
+
+        Every rank calls this, with nothing under way on it, and waits for the others for a while.
+
+        Args:
+            number: of the new connections, another one at every call, and the same on all ranks.
+
+        Raises:
+            MessagesLost: they cannot be made; all ranks are out of reach until another call.
+        """
+        ...
+
 
 def check_splits(
     send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], size: int, members: Sequence[int]

@@ -19,7 +19,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
 from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags
 from rq_ep.moe.integrity import DamagedExpert
-from rq_ep.parallel.ep_group import PeerTensor
+from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
 from rq_ep.solver.migration.move_rounds import move_rounds
 from tests.moe import cases
 
@@ -43,6 +43,8 @@ class Wires:
             (src, dst): queue.Queue() for src in range(NUM_RANKS) for dst in range(NUM_RANKS)
         }
         self.num_bytes = 0
+        self.broken: set[frozenset[int]] = set()  # pairs of ranks
+        self.joined: dict[int, threading.Barrier] = {}  # by the number of new connections
         self.on_message: Callable[[Tensor], Tensor] = lambda message: message
         self.on_send: Callable[[int, Tensor], None] = lambda src, message: None
 
@@ -67,12 +69,25 @@ class Channel:
         self._wires = wires
 
     def exchange(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> None:
+        lost = {peer for _, peer in (*sends, *receives) if {self.rank, peer} in self._wires.broken}
         for message, dst in sends:
-            self._wires.send(self.rank, dst, message)
+            if dst not in lost:
+                self._wires.send(self.rank, dst, message)
         for landing, src in receives:
+            if src in lost:
+                continue
             message = self._wires.receive(src, self.rank)
             assert message.shape == landing.shape, "both ends disagree on the messages"
             landing.copy_(message)
+        if lost:
+            raise MessagesLost(f"rank {self.rank}: no connection to rank {sorted(lost)}", lost)
+
+    def reconnect(self, number: int) -> None:
+        made = threading.Barrier(NUM_RANKS, self._wires.broken.clear)
+        try:
+            self._wires.joined.setdefault(number, made).wait(1.0)
+        except threading.BrokenBarrierError:
+            raise MessagesLost(f"rank {self.rank}: not all have come", range(NUM_RANKS)) from None
 
 
 class Bank:
@@ -284,6 +299,35 @@ def test_migrations_follow_one_another() -> None:
     for generation, (before, after) in enumerate(pairwise(placements), start=1):
         group.begin(migration(before, after, generation))
         assert group.run(generation) is MigrationEnd.COMMITTED
+    group.close()
+
+
+def test_a_migration_after_one_that_was_given_up_begins_with_new_connections() -> None:
+    placements = [drawn(seed) for seed in range(4)]
+    group = Group(placements[0])
+    group.wires.broken = {frozenset(pair) for pair in pairwise(range(NUM_RANKS))}
+    group.begin(migration(*placements[:2]))
+    assert group.run(1) is MigrationEnd.ABORTED
+    assert all("no connection to rank" in reason for reason in group.reasons)
+    served = placed([layer.placement.replicas for layer in group.layers[0]])
+    for generation, (before, after) in enumerate(pairwise((served, *placements[2:])), start=2):
+        group.begin(migration(before, after, generation))
+        assert group.run(generation) is MigrationEnd.COMMITTED
+    assert list(group.wires.joined) == [2], "those after one that was committed keep their connections"
+    group.close()
+
+
+def test_ranks_that_cannot_connect_again_try_it_once_more_for_the_next_migration() -> None:
+    before, after = drawn(0), drawn(100)
+    group = Group(before)
+    group.begin(migration(before, after))
+    group.movers[0].abort(1, "asked to")
+    assert group.run(1) is MigrationEnd.ABORTED
+    held = placed([layer.placement.replicas for layer in group.layers[0]])
+    group.wires.joined[2] = threading.Barrier(NUM_RANKS + 1)  # one that nobody passes
+    for generation, end in ((2, MigrationEnd.ABORTED), (3, MigrationEnd.COMMITTED)):
+        group.begin(migration(held, after, generation))
+        assert group.run(generation) is end
     group.close()
 
 

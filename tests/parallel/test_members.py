@@ -12,7 +12,7 @@ import torch
 
 from bench.serving.ports import free_port
 from rq_ep.parallel import LocalGroup, TorchGroup, run_local
-from rq_ep.parallel.ep_group import PeerLost, Superseded
+from rq_ep.parallel.ep_group import MessagesLost, PeerLost, Superseded
 from rq_ep.parallel.processes.meeting import GenerationStore, meet
 from tests.parallel import member as tasks
 from tests.parallel.member import NUM_RANKS, Member
@@ -174,6 +174,40 @@ def test_a_collective_has_a_timeout_and_a_channel_has_none() -> None:
         channels[1].exchange([(torch.ones(1), 0)], [])
         receiving.result()
     assert landing.item() == 1
+    for group in groups:
+        group.close()
+
+
+def test_a_channel_whose_connections_break_is_made_anew_beside_the_collectives() -> None:
+    groups = [TorchGroup.alone(rank, 2, "cpu", timeout_s=20) for rank in range(2)]
+    channels = [group.open_host_channel() for group in groups]
+    store = groups[0].open_store()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda group: group.reform(1, [0, 1], store), groups))
+
+        def send() -> float:
+            landing = torch.zeros(1)
+            receiving = pool.submit(channels[0].exchange, [], [(landing, 1)])
+            try:
+                channels[1].exchange([(torch.ones(1), 0)], [])
+            finally:
+                receiving.result()
+            return landing.item()
+
+        for number in (5, 6):
+            list(pool.map(lambda channel: channel.reconnect(number), channels))  # noqa: B023
+            assert send() == 1
+            groups[1]._generations.current._connections[-1].shut_down()
+            with pytest.raises(MessagesLost, match="no connection to rank"):
+                send()
+        list(pool.map(lambda group: group.barrier(), groups))
+        trying = pool.submit(channels[0].reconnect, 7)  # rank 1 does not come
+        for group in groups:
+            group.abort()
+        with pytest.raises(MessagesLost, match="rank 0: no connection to the other ranks again"):
+            trying.result(2)
+        with pytest.raises(MessagesLost, match="generation 1 has ended"):
+            channels[0].exchange([(torch.ones(1), 1)], [])
     for group in groups:
         group.close()
 

@@ -68,3 +68,12 @@ class GlooChannel:
         if lost:
             text = "; ".join(f"no connection to rank {peer} ({reason})" for peer, reason in sorted(lost.items()))
             raise MessagesLost(f"rank {self.rank}: {text}", lost)
+
+    def reconnect(self, number: int) -> None:
+        communicators = self.generations.current
+        try:
+            communicators.reconnect_channel(self.number, number)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            text = f"rank {self.rank}: no connection to the other ranks again ({reason})"
+            raise MessagesLost(text, communicators.seat.members) from error

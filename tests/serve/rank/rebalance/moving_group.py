@@ -4,6 +4,7 @@ Only who plans is a script, time is given, and faults come through wrappers of t
 """
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -71,6 +72,7 @@ class Wires:
         pairs = [(src, dst) for src in range(NUM_RANKS) for dst in range(NUM_RANKS)]
         self._queues: dict[tuple[int, int], queue.Queue[Tensor | None]] = {pair: queue.Queue() for pair in pairs}
         self._lost: set[tuple[int, int]] = set()
+        self._joined: dict[int, threading.Barrier] = {}
         self.on_message: Callable[[int, int, Tensor], Tensor] = lambda src, dst, message: message
 
     def send(self, src: int, dst: int, message: Tensor) -> bool:
@@ -91,6 +93,16 @@ class Wires:
             self._lost.add(pair)
             self._queues[pair].put(None)
 
+    def reconnect(self, number: int) -> None:
+        """Of a rank: when all have come, nothing is lost any more."""
+        self._joined.setdefault(number, threading.Barrier(NUM_RANKS, self._renew)).wait(20)
+
+    def _renew(self) -> None:
+        self._lost.clear()
+        for messages in self._queues.values():
+            while not messages.empty():
+                messages.get_nowait()
+
 
 class WireEnd:
     """A rank's channel."""
@@ -104,6 +116,9 @@ class WireEnd:
         lost |= {src for landing, src in receives if not self._wires.receive(src, self.rank, landing)}
         if lost:
             raise MessagesLost(f"rank {self.rank}: no connection to rank {sorted(lost)}", lost)
+
+    def reconnect(self, number: int) -> None:
+        self._wires.reconnect(number)
 
 
 class TappedBank:
