@@ -29,7 +29,6 @@ from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.parallel.ep_group import HostChannel, MessagesLost
-from rq_ep.parallel.host import lower_priority
 from rq_ep.solver.migration.move_rounds import MoveRound
 
 PIECE_BYTES = 4 << 20  # of an expert in one message, where no fewer are asked for: how soon a migration can be given up
@@ -201,7 +200,8 @@ class ExpertMover:
                     self._end(current, MigrationEnd.ABORTED)
                 elif staged > _code(current.migration, current.num_committed):
                     self._commit(current)
-            self._changed.notify_all()
+            if self._begun:  # otherwise no step needs to wake the thread
+                self._changed.notify_all()
 
     # While the group changes, on the engine's thread
 
@@ -272,7 +272,6 @@ class ExpertMover:
     # On the mover's thread
 
     def _run(self) -> None:
-        lower_priority()  # a step comes first
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closes or self._begun)

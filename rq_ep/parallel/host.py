@@ -66,18 +66,18 @@ def all_cores(num_sharing: int) -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def lower_priority() -> None:
-    """Let the calling thread, and those that it starts, compute where others leave cores idle.
+def made_in_background(make: Callable[[], T]) -> T:
+    """What `make` returns, which is called where the threads that it starts have a low priority.
 
-    On Linux, where each thread has a priority of its own; elsewhere nothing happens.
+    On Linux, where each thread has a priority of its own. Not for threads of Python: one that waits for a core while it
+    holds the interpreter's lock holds up all others.
     """
+    with ThreadPoolExecutor(1, initializer=_lower_priority) as thread:  # one that may not raise its own again
+        return thread.submit(make).result()
+
+
+def _lower_priority() -> None:
     if sys.platform == "linux":
         with suppress(OSError):  # a sandbox may forbid it
             own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(own, BACKGROUND_NICENESS))
-
-
-def made_in_background(make: Callable[[], T]) -> T:
-    """What `make` returns, which is called where the threads that it starts have a low priority."""
-    with ThreadPoolExecutor(1, initializer=lower_priority) as thread:  # one that may not raise its own again
-        return thread.submit(make).result()
