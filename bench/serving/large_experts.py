@@ -5,6 +5,7 @@ weights are random, and so are its routers, which are skewed as they come; other
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3MoeConfig
@@ -25,9 +26,10 @@ def large_experts(directory: Path, num_experts: int, intermediate_size: int) -> 
         intermediate_size: an expert has 3 KiB for each.
     """
     heads = HIDDEN_SIZE // HEAD_SIZE
-    config = Qwen3MoeConfig(
-        vocab_size=260, hidden_size=HIDDEN_SIZE, moe_intermediate_size=intermediate_size, num_experts=num_experts,
-        num_hidden_layers=NUM_LAYERS, num_experts_per_tok=1, head_dim=HEAD_SIZE, num_attention_heads=heads,
-        num_key_value_heads=heads, max_position_embeddings=512, eos_token_id=None,
-    )  # fmt: skip
+    shape: dict[str, Any] = {
+        "hidden_size": HIDDEN_SIZE, "moe_intermediate_size": intermediate_size, "num_experts": num_experts,
+        "num_hidden_layers": NUM_LAYERS, "num_experts_per_tok": 1, "head_dim": HEAD_SIZE,
+        "num_attention_heads": heads, "num_key_value_heads": heads,
+    }  # fmt: skip
+    config = Qwen3MoeConfig(vocab_size=260, **shape, max_position_embeddings=512, eos_token_id=None)
     random_checkpoint(directory, config, torch.bfloat16, embedding_std=1.0)
