@@ -234,7 +234,9 @@ class MovingGroup:
             )  # fmt: skip
             tapped = [TappedLayer(layer, partial(self._tap, rank)) for layer in self.layers[rank]]
             self.banks.append([layer.bank for layer in tapped])
-            channels = SimpleNamespace(open_host_channel=lambda rank=rank: WireEnd(self.wires, rank))
+            channels = SimpleNamespace(
+                members=range(NUM_RANKS), open_host_channel=lambda rank=rank: WireEnd(self.wires, rank)
+            )
             self.lives.append(
                 LiveRebalancing(
                     inputs,
