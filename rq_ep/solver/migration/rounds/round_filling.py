@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from rq_ep.core.moves import RECEIVE, Move
 from rq_ep.core.replicas import Replica
@@ -82,6 +81,8 @@ class RoundFilling:
 
     def _add(self, arrivals: Arrivals, pending: Sequence[Slot]) -> None:
         """New replicas where bytes are free; the ranks that have most left to send or to receive are all served."""
+        from scipy.optimize import linear_sum_assignment  # here, as it takes as long as all of NumPy
+
         sources = {slot: self._senders.of(slot) for slot in pending}
         num_sent = Counter(sources.values())
         del num_sent[None]  # the checkpoint is never busy
