@@ -9,7 +9,8 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.migration.choose_migration import moved_bytes_LR
 from rq_ep.solver.migration.fit_formats import enforce_low_cap
-from rq_ep.solver.migration.refit_formats import refit_formats
+from rq_ep.solver.migration.refit_formats import refit_formats, saved_bytes
+from rq_ep.solver.objective.precision import Formats
 
 WORTH_REFITTING = 1.1  # times as many experts in few bits, for which more than the least number changes its format
 
@@ -27,7 +28,7 @@ def replan(problem: PlacementProblem, strategy: Strategy, current: Placement) ->
     try:
         if not strategy.begins_from_current:
             return strategy.place(replace(problem, move_price=0.0))
-        layers = _with_fitting_formats(problem, current.layers)
+        layers = _with_fitting_formats(problem, strategy, current.layers)
         bytes_R = bytes_by_rank(layers, problem.topology.num_ranks, problem.stats.expert_bytes)
         beginning = Placement(tuple(layers), strategy.name, problem.topology, tuple(bytes_R.tolist()))
         held = [list(layer.replicas) for layer in current.layers]
@@ -47,12 +48,24 @@ def price_of(problem: PlacementProblem, num_bytes: int) -> float:
     return problem.move_price * num_bytes / max(sum(problem.budget_bytes_R), 1)
 
 
-def _with_fitting_formats(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> Sequence[LayerPlacement]:
+def _with_fitting_formats(
+    problem: PlacementProblem, strategy: Strategy, layers: Sequence[LayerPlacement]
+) -> Sequence[LayerPlacement]:
     """The layers with as few changes of format as the cap asks for or, where that frees more bytes, as many as fit."""
     kept = enforce_low_cap(problem, layers)
-    refitted = refit_formats(problem, layers)
+    refitted = refit_formats(problem, layers, _bytes_to_save(problem, strategy, layers))
     native = problem.stats.native_format
     return refitted if _num_low(refitted, native) > WORTH_REFITTING * _num_low(kept, native) else kept
+
+
+def _bytes_to_save(problem: PlacementProblem, strategy: Strategy, layers: Sequence[LayerPlacement]) -> int | None:
+    """What several low formats are to save: as much as they do or, where none is used yet, as in a new placement.
+
+    None for one low format, of which as much is used as the caps allow.
+    """
+    if len(Formats.of(problem).names) <= 2:
+        return None
+    return saved_bytes(problem, layers) or saved_bytes(problem, strategy.place(replace(problem, move_price=0.0)).layers)
 
 
 def _num_low(layers: Sequence[LayerPlacement], native: str) -> int:

@@ -7,7 +7,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 
-SIZES = {"bf16": 1000, "int8": 504}
+SIZES = {"bf16": 1000, "int8": 504, "int4": 270}
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 2, 16, 4
 
 

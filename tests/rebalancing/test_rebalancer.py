@@ -17,6 +17,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.rebalancing.gain import gain_of, low_share
 from rq_ep.rebalancing.live_placement import LivePlacement
 from rq_ep.rebalancing.rebalancer import Rebalancer, decide
+from rq_ep.rebalancing.replan import replan
 from rq_ep.rebalancing.staged_moves import StagedMoves
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.migration.move_rounds import move_rounds
@@ -97,6 +98,15 @@ def test_from_standard_ep_it_learns_without_calibration() -> None:
     assert imbalance(problem, following.placement, held_out) <= imbalance(problem, calibrated, held_out) + 0.02
     assert "int8" in following.placement.formats
     assert all(np.array(following.placement.bytes_R) <= np.array(problem.budget_bytes_R))
+
+
+def test_of_several_low_formats_it_takes_from_standard_ep_those_that_a_new_placement_takes() -> None:
+    formats = ("bf16", "int8", "int4")
+    observed = problem_of(steps_SLE(0, 32, 0), formats, cap=0.5)
+    following = replan(observed, RQ, certify(observed, RQ, contiguous(observed)))
+    assert following is not None
+    assert following.formats == RQ.place(observed).formats == ("bf16", "int8")
+    assert following.certificate["predicted"] < 1.01
 
 
 @pytest.mark.parametrize("period", [16, 64])

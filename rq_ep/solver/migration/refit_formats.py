@@ -11,11 +11,10 @@ from rq_ep.solver.migration.fit_formats import within_budgets
 from rq_ep.solver.objective.precision import ByteSavings, Formats
 
 
-def refit_formats(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> Sequence[LayerPlacement]:
+def refit_formats(
+    problem: PlacementProblem, layers: Sequence[LayerPlacement], saved: int | None = None
+) -> Sequence[LayerPlacement]:
     """The layers with the experts low that the new load allows; `layers` where nothing changes.
-
-    Several low formats save as many bytes as they do in these layers or, where no expert is low yet, as many as they
-    can.
 
     An expert that becomes low frees bytes and moves none. One that becomes native has to be fetched. Where a rank then
     exceeds its budget, it drops replicas of experts that other ranks hold too; a search goes on from there.
@@ -23,14 +22,13 @@ def refit_formats(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -
     Args:
         problem: its caps, budgets and statistics.
         layers: the replicas of an expert share a format; where formats mix, nothing is changed.
+        saved: bytes of one replica of each expert that the formats are to save; None: all that the caps allow.
     """
     formats = Formats.of(problem)
     if any(layer.replicas.mixed_formats for layer in layers):
         return layers
     stored_LE = _stored_LE(layers, formats)
-    savings = ByteSavings.of(problem, formats, stored_LE)
-    saved = int((formats.native_bytes - formats.bytes_of(stored_LE)).sum())
-    format_LE = savings.format_LE(saved if saved and len(formats.names) > 2 else None)
+    format_LE = ByteSavings.of(problem, formats, stored_LE).format_LE(saved)
     if (format_LE == stored_LE).all():
         return layers
     held = []
@@ -38,6 +36,12 @@ def refit_formats(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -
         names_E = formats.names_of(format_E)
         held.append({replica._replace(format=names_E[replica.expert]) for replica in layer.replicas})
     return within_budgets(problem, layers, held)
+
+
+def saved_bytes(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> int:
+    """Bytes that the formats of the layers save, of one replica of each expert."""
+    formats = Formats.of(problem)
+    return int((formats.native_bytes - formats.bytes_of(_stored_LE(layers, formats))).sum())
 
 
 def _stored_LE(layers: Sequence[LayerPlacement], formats: Formats) -> IntArray:
