@@ -155,7 +155,8 @@ class ByteSavings:
 
     def format_LE(self, saved: float | None = None) -> IntArray:
         """[L, E] the formats after the first steps that save so many bytes or, by default, after all."""
-        number = int(np.searchsorted(self.saved_A, self.most if saved is None else saved)) + 1
+        saved = self.most if saved is None else saved
+        number = int(np.searchsorted(self.saved_A, saved)) + 1 if saved > 0 else 0
         format_LE = np.zeros(self.shape, np.int64)
         format_LE.ravel()[self.experts_A[:number]] = self.formats_A[:number]  # of two steps of an expert, the later one
         return format_LE
