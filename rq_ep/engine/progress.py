@@ -11,18 +11,22 @@ class Progress:
     """How far a rank has come: its step, the MoE layer it entered last in it (None: none yet), and a collective.
 
     `operation` is the collective that the rank waits in, None while it computes; `stuck_s` is the time since it last
-    began a step or entered a layer.
+    began a step or entered a layer. Steps count from the `generation` of the group on, which `is_over` once the rank
+    makes no more steps in it, but waits for the next one.
     """
 
     step: int
     layer: int | None
     operation: str | None
     stuck_s: float
+    generation: int = 0
+    is_over: bool = False
 
     @property
-    def order(self) -> tuple[int, int, bool]:
+    def order(self) -> tuple[int, bool, int, int, bool]:
         """Higher is further: a rank that waits in a collective has come further than one that has not reached it."""
-        return self.step, -1 if self.layer is None else self.layer, self.operation is not None
+        layer = -1 if self.layer is None else self.layer
+        return self.generation, self.is_over, self.step, layer, self.operation is not None
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f", MoE layer {self.layer}"
@@ -64,6 +68,7 @@ class ProgressTracker:
         self._step = 0
         self._layer: int | None = None
         self._is_agreeing = False
+        self._generation, self._is_over = 0, False
         self._moved_s = time.monotonic()
         for layer, index in zip(layers, indices, strict=True):
             layer.register_forward_pre_hook(self._enter_hook(index))
@@ -78,9 +83,21 @@ class ProgressTracker:
         self._is_agreeing = False
         self._moved_s = time.monotonic()
 
+    def end_generation(self) -> None:
+        """The members of the group change; whatever the rank did has ended."""
+        self._is_agreeing, self._is_over = False, True
+        self._moved_s = time.monotonic()
+
+    def begin_generation(self, generation: int) -> None:
+        """The rank makes its first step with the new members next."""
+        self._step, self._layer = 0, None
+        self._generation, self._is_over = generation, False
+        self._moved_s = time.monotonic()
+
     def current(self) -> Progress:
         operation = "agreement on the step" if self._is_agreeing else self._operation()
-        return Progress(self._step, self._layer, operation, time.monotonic() - self._moved_s)
+        stuck_s = time.monotonic() - self._moved_s
+        return Progress(self._step, self._layer, operation, stuck_s, self._generation, self._is_over)
 
     def _enter_hook(self, index: int) -> Callable[..., None]:
         def enter(*_: object) -> None:

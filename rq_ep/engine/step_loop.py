@@ -225,7 +225,9 @@ class StepLoop:
         if self._is_scoring:
             self._prompts.restart()
         numbers = GroupNumbers(self._generation, max(self._mark, self._passed_mark), self._num_announced)
+        self._progress.end_generation()
         self._generation, self._passed_mark, self._num_announced = self._recover(error, numbers)
+        self._progress.begin_generation(self._generation)
         self._newest_generation = max(self._newest_generation, self._generation)
 
     def _act(self, action: Action, batches: Batches) -> bool:

@@ -23,6 +23,7 @@ from rq_ep.parallel.host import made_in_background
 from rq_ep.parallel.processes.meeting import GenerationStore, IsOver, unless_over
 from rq_ep.parallel.processes.peer_connections import PeerConnections, open_sockets
 
+ABORT_TICK = timedelta(seconds=0.2)
 CONNECT_TIMEOUT_S = 30.0  # the members have met by then
 NO_TIMEOUT = timedelta(days=7)  # gloo wants one
 
@@ -119,7 +120,7 @@ class Communicators:
         """
         values_MV = torch.tensor(values_V, dtype=torch.int64).repeat(len(self.seat.members), 1)
         received_MV = torch.empty_like(values_MV)
-        (over or self.control).alltoall_base(received_MV, values_MV, [], []).wait()
+        self.finish((over or self.control).alltoall_base(received_MV, values_MV, [], []))
         return received_MV.tolist()
 
     def gather_objects(self, value: Any, over: Any = None) -> list[Any]:
@@ -129,8 +130,24 @@ class Communicators:
         sizes = [size for (size,) in self.gather_ints([len(payload)], over)]
         sent = torch.frombuffer(bytearray(payload), dtype=torch.uint8).repeat(num_members)
         received = torch.empty(sum(sizes), dtype=torch.uint8)
-        (over or self.control).alltoall_base(received, sent, sizes, [len(payload)] * num_members).wait()
+        self.finish((over or self.control).alltoall_base(received, sent, sizes, [len(payload)] * num_members))
         return [pickle.loads(piece.numpy().tobytes()) for piece in received.split(sizes)]
+
+    def finish(self, work: Any) -> None:
+        """Wait for a collective of gloo, until the generation ends: a send that is cut off then may wait for ever.
+
+        Raises:
+            RuntimeError: it has failed, or it was cut off.
+        """
+        while True:
+            try:
+                work.wait(ABORT_TICK)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+                if self.why_aborted is not None:
+                    raise RuntimeError(f"it was cut off: {self.why_aborted}") from None
 
     # Messages
 

@@ -24,7 +24,10 @@ class TorchArrival:
 
     def wait(self) -> Tensor:
         with self.generations.running("all-to-all", self.communicators):
-            self.work.wait()
+            if self.communicators.backend == "gloo":
+                self.communicators.finish(self.work)
+            else:
+                self.work.wait()  # by the stream
         return self.target if self.landing is self.target else self.target.copy_(self.landing)
 
 

@@ -44,6 +44,19 @@ def test_of_ranks_that_all_stand_still_the_last_one_is_blamed() -> None:
     assert watchdog.check() is None, "one of them still goes on"
 
 
+def test_a_rank_that_does_not_leave_its_step_is_blamed_where_others_wait_for_the_next_generation() -> None:
+    watchdog = Watchdog(10, Clock())
+    watchdog.report(0, Progress(894, 0, "forming of generation 9", 11, 8, True))
+    watchdog.report(1, Progress(894, 0, "all-to-all", 11, 8))
+    watchdog.report(2, Progress(225, 1, "forming of generation 9", 11, 8, True))  # it has joined later
+    stall = watchdog.check()
+    assert stall is not None
+    assert stall.rank == 1
+    watchdog.report(1, Progress(1, None, "agreement on the step", 11, 9))
+    assert (stall := watchdog.check()) is not None
+    assert stall.rank == 2, "others have begun with the next generation"
+
+
 def test_ranks_that_are_to_be_watched_need_not_have_reported() -> None:
     clock = Clock()
     watchdog = Watchdog(10, clock)
