@@ -11,7 +11,7 @@ from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.solver.migration.recover import recover
-from rq_ep.solver.migration.refit_formats import refit_formats
+from rq_ep.solver.migration.refit_formats import refit_formats, saved_bytes
 from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.solver.search.search_state import SearchContext, SearchState, solution_of
 from rq_ep.solver.search.spare_replicas import drop_spares
@@ -108,7 +108,8 @@ def test_lost_ranks_leave_experts_in_the_fewest_bits_where_more_do_not_fit() -> 
 def test_on_a_new_load_as_many_bytes_are_saved(together: Placement) -> None:
     problem = instance(0.6, "int8", "int4", max_low_precision_share=1.0)
     counts = problem.stats.counts[:, :, ::-1].copy()
-    layers = refit_formats(replace(problem, stats=replace(problem.stats, counts=counts)), together.layers)
+    after_change = replace(problem, stats=replace(problem.stats, counts=counts))
+    layers = refit_formats(after_change, together.layers, saved_bytes(problem, together.layers))
     before, after = (
         sum(SIZES[name] for layer in one for name in {row.expert: row.format for row in layer.replicas}.values())
         for one in (together.layers, layers)
