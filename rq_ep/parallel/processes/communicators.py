@@ -6,7 +6,7 @@ Axes: M members, V values, R ranks.
 import pickle
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -139,15 +139,12 @@ class Communicators:
         Raises:
             RuntimeError: it has failed, or it was cut off.
         """
-        while True:
-            try:
+        while not work.is_completed():
+            with suppress(RuntimeError):  # it is late, or has an error of its own, which the last wait raises
                 work.wait(ABORT_TICK)
-                return
-            except RuntimeError:
-                if work.is_completed():
-                    raise
-                if self.why_aborted is not None:
-                    raise RuntimeError(f"it was cut off: {self.why_aborted}") from None
+            if self.why_aborted is not None and not work.is_completed():
+                raise RuntimeError(f"it was cut off: {self.why_aborted}")
+        work.wait()
 
     # Messages
 
