@@ -4,15 +4,18 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from bench.serving.ports import free_port
 from rq_ep.parallel import LocalGroup, TorchGroup, run_local
 from rq_ep.parallel.ep_group import MessagesLost, PeerLost, Superseded
+from rq_ep.parallel.processes.communicators import Communicators, Seat
 from rq_ep.parallel.processes.meeting import GenerationStore, meet
 from tests.parallel import member as tasks
 from tests.parallel.member import NUM_RANKS, Member
@@ -176,6 +179,27 @@ def test_a_collective_has_a_timeout_and_a_channel_has_none() -> None:
     assert landing.item() == 1
     for group in groups:
         group.close()
+
+
+class LostWork:
+    """A collective whose end gloo never tells."""
+
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self, timeout: timedelta) -> None:
+        raise RuntimeError("Operation timed out!")
+
+
+def test_the_wait_for_a_collective_that_gloo_has_lost_ends_with_the_generation() -> None:
+    communicators = Communicators(HashStore(), Seat(0, 1, (0,)), torch.device("cpu"), "gloo", 20, 0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(communicators.finish, LostWork())
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.1)
+        communicators.abort("generation 0 has ended")
+        with pytest.raises(RuntimeError, match="cut off: generation 0 has ended"):
+            waiting.result(timeout=20)
 
 
 def test_a_channel_whose_connections_break_is_made_anew_beside_the_collectives() -> None:

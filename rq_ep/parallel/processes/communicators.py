@@ -133,6 +133,13 @@ class Communicators:
         self.finish((over or self.control).alltoall_base(received, sent, sizes, [len(payload)] * num_members))
         return [pickle.loads(piece.numpy().tobytes()) for piece in received.split(sizes)]
 
+    def finish_tensors(self, work: Any) -> None:
+        """Wait for an `all_to_all`; with NCCL, only the stream does. Raises as `finish`."""
+        if self.backend == "nccl":
+            work.wait()
+        else:
+            self.finish(work)
+
     def finish(self, work: Any) -> None:
         """Wait for a collective of gloo, until the generation ends: a send that is cut off then may wait for ever.
 

@@ -24,10 +24,7 @@ class TorchArrival:
 
     def wait(self) -> Tensor:
         with self.generations.running("all-to-all", self.communicators):
-            if self.communicators.backend == "gloo":
-                self.communicators.finish(self.work)
-            else:
-                self.work.wait()  # by the stream
+            self.communicators.finish_tensors(self.work)
         return self.target if self.landing is self.target else self.target.copy_(self.landing)
 
 
