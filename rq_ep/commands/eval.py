@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> None:
         check_writable(path)
     candidates, num_ranks = _candidates(options)
 
-    from rq_ep.commands.eval_report import draw, report
     from rq_ep.commands.progress_bar import showing
+    from rq_ep.commands.reports.eval_report import draw, report
     from rq_ep.model.evaluation.evaluate import compare
 
     quiet_libraries()

@@ -60,8 +60,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rq_ep.commands.common import layer_cost
-    from rq_ep.commands.place_report import draw, report
     from rq_ep.commands.progress_bar import progress_bar
+    from rq_ep.commands.reports.place_report import draw, report
     from rq_ep.core.files.documents import check_writable
     from rq_ep.placing.place import place
 
