@@ -106,7 +106,8 @@ def check_inputs(model: str, texts: Iterable[Path] = ()) -> None:
 def launched_ranks(command: str, device: str) -> Iterator["EPGroup"]:
     """The group of all processes that a launcher started, while open; without one, this process alone.
 
-    A `UserError` must be raised on every rank; rank 0 prints it, and all exit with 2.
+    A `UserError` must be raised on every rank; rank 0 prints it, and all exit with 2. Any other error or Ctrl-C cuts
+    off what is under way, so that no rank waits for another.
     """
     from rq_ep.parallel.agreement import report_user_error
     from rq_ep.parallel.default_group import default_group
@@ -118,6 +119,9 @@ def launched_ranks(command: str, device: str) -> Iterator["EPGroup"]:
         if group.size == 1:
             raise
         sys.exit(report_user_error(group, f"rq-ep {command}", error))
+    except BaseException:
+        group.end()
+        raise
     finally:
         group.close()
 

@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import check_inputs, parse_dtype, quiet_libraries
+    from rq_ep.commands.common import check_inputs, launched_ranks, parse_dtype, quiet_libraries
     from rq_ep.core.files.documents import check_writable
 
     options = read_settings(ProfileOptions, args)
@@ -75,12 +75,10 @@ def run(args: argparse.Namespace) -> None:
         check_inputs(options.model)
 
     from rq_ep.commands.progress_bar import showing
-    from rq_ep.parallel.default_group import default_group
     from rq_ep.profiling.layer_profile import profile_layer
 
     quiet_libraries()
-    group = default_group(options.device)
-    try:
+    with launched_ranks("profile", options.device) as group:
         kind = group.device.type
         layer = _layer(options, shape, parse_dtype(options.dtype or DTYPES[kind]), group)
         with showing(group.rank == 0) as show:
@@ -96,8 +94,6 @@ def run(args: argparse.Namespace) -> None:
             profile.save(options.out)
             _print(profile, layer, kind)
             print(f"{options.out}: written; price plans with it: rq-ep simulate --machine {options.out}")
-    finally:
-        group.close()
 
 
 def _shape(options: ProfileOptions) -> Shape | None:
@@ -118,12 +114,13 @@ def _layer(options: ProfileOptions, shape: Shape | None, dtype: "torch.dtype", g
     from rq_ep.formats import get_format
     from rq_ep.model.model_folder import find_model
     from rq_ep.moe.expert_family import ExpertFamily
+    from rq_ep.parallel.agreement import run_on_all_ranks
     from rq_ep.profiling.layer_profile import ProfiledLayer
 
     formats = tuple(dict.fromkeys(get_format(name).name for name in options.formats))
     if options.model is not None:
         folder = find_model(options.model, options.revision, group, config_only=True)
-        return ProfiledLayer(*_family_of_model(folder), formats, dtype)
+        return ProfiledLayer(*run_on_all_ranks(group, lambda: _family_of_model(folder)), formats, dtype)
     assert shape is not None
     family = ExpertFamily.gated(shape.hidden_size, shape.intermediate_size)
     return ProfiledLayer(family, shape.num_experts, shape.top_k, formats, dtype)

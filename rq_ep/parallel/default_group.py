@@ -1,5 +1,7 @@
 """The default group of a process."""
 
+import atexit
+
 import torch
 import torch.distributed as dist
 
@@ -11,9 +13,15 @@ from rq_ep.parallel.torch_group import TorchGroup
 
 
 def default_group(device: str = "auto") -> EPGroup:
-    """The group of all processes that a launcher started; without a launcher this process alone."""
+    """The group of all processes that a launcher started; without a launcher this process alone.
+
+    Whoever does not close it may leave it open: it ends with the process.
+    """
     if dist.is_initialized() or Environment.from_os().world_size > 1:
-        return TorchGroup.from_environment(device)
+        group = TorchGroup.from_environment(device)
+        # A thread of gloo that frees a tensor while the interpreter ends would end the process by SIGABRT.
+        atexit.register(group.end)
+        return group
     return single_group(own_device(device))
 
 

@@ -111,7 +111,13 @@ class EPGroup(Protocol):
         """Seconds. The difference of two readings is time of this rank, without other ranks of the same process."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the ranks talk over; every member calls this when nothing is under way."""
+        ...
+
+    def end(self) -> None:
+        """`close` where a collective may be under way: it is cut off, here and on the other members."""
+        ...
 
 
 class HostChannel(Protocol):

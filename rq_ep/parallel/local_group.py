@@ -140,6 +140,9 @@ class LocalGroup:
     def close(self) -> None:
         pass
 
+    def end(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class LocalArrival:

@@ -230,6 +230,11 @@ class TorchGroup:
         """End the communicators; every member calls it when nothing is under way."""
         self._generations.close()
 
+    def end(self) -> None:
+        """`abort` and `close`: end the communicators here, whatever is under way and whatever the others do."""
+        self.abort()
+        self.close()
+
     @property
     def _is_staged(self) -> bool:
         return self.device.type == "cuda" and self.backend == "gloo"

@@ -2,6 +2,8 @@
 
 import logging
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +58,27 @@ def test_a_process_started_by_hand_is_a_group_of_one(
     group.barrier()
     group.close()
     assert not dist.is_initialized()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have names in /proc")
+def test_no_thread_of_gloo_is_left_when_the_interpreter_ends() -> None:
+    """One that frees a tensor then would end the process by SIGABRT."""
+    code = """
+import atexit
+from pathlib import Path
+import torch.distributed as dist
+from rq_ep.parallel.default_group import default_group
+
+names = lambda: [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: print(names().count("pt_gloo_runloop")))  # the first is called last
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+group = default_group("cpu")
+group.barrier()
+import torch.distributed.nn.functional
+dist.destroy_process_group()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 def test_a_taken_master_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

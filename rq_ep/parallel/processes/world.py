@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  # its defaults keep the group of the import, with its threads
 
 from rq_ep.config import Environment
 from rq_ep.core.errors import UserError
