@@ -26,6 +26,7 @@ import torch
 from rich.table import Table
 
 from bench.engines.engine_sources import SGLANG_ALGORITHMS, VERSIONS, VLLM_POLICY, engine_modules, engines_folder
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.solver.synthetic_traces import LAWS, draw_domain_change, draw_trace
 from rq_ep.commands.console import wide_console
@@ -211,9 +212,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench engines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("engines", __doc__)
     parser.add_argument("--engines", metavar="FOLDER", help="unpacked wheels; default: RQ_EP_ENGINES_DIR")
     parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="ExR+N", help="experts x ranks + redundant")
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), metavar="NAME", help="; ".join(SCENARIOS))
@@ -233,10 +232,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     for name in args.scenarios:
         check_choice("scenario", name, SCENARIOS)
     check_choice("law", args.law, LAWS)
-    for name in ("layers", "seeds", "recorded_steps", "held_out_steps"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(args, name), 1)
-    for tokens in args.tokens:
-        check_integer("--tokens", tokens, 1)
+    check_positive(args, "layers", "seeds", "recorded_steps", "held_out_steps", "tokens")
     if args.json:
         check_writable(args.json)
     args.engines = engines_folder(args.engines)

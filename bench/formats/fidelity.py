@@ -21,6 +21,7 @@ import torch
 from bench.formats.fidelity_tables import Mixed, Ratio, Rerouted, Row, draw, show
 from bench.formats.fitted_routers import fitted_anew, routers_of
 from bench.formats.rounded_model import Answers, RoundedModel
+from bench.options import bench_parser
 from bench.result import result_document
 from rq_ep.commands.common import quiet_libraries
 from rq_ep.commands.progress_bar import progress_bar
@@ -113,9 +114,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench fidelity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("fidelity", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint, a small one")
     parser.add_argument("--text", required=True, type=Path, metavar="DIR", help="held-out text")
     parser.add_argument("--calibrate-on", required=True, type=Path, metavar="DIR", help="other text of the same kinds")
@@ -123,15 +122,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--formats",
         default=FORMATS,
         metavar="NAMES",
-        help=f"by commas, `:calibrated` for GPTQ (default: {FORMATS})",
+        help="by commas, `:calibrated` for GPTQ",
     )
-    parser.add_argument("--max-tokens", type=int, default=12_288, metavar="N", help="held-out tokens (default 12288)")
+    parser.add_argument("--max-tokens", type=int, default=12_288, metavar="N", help="held-out tokens")
     parser.add_argument(
         "--importance-format", default="int4_g32", metavar="NAME",
-        help="format in which definitions of importance are compared (default int4_g32)",
+        help="format in which definitions of importance are compared",
     )  # fmt: skip
     parser.add_argument(
-        "--importance-share", type=float, default=0.5, metavar="X", help="of each layer's experts, there (default 0.5)"
+        "--importance-share", type=float, default=0.5, metavar="X", help="of each layer's experts, there"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--png", metavar="FILE", help="draw KL against bytes here")

@@ -22,9 +22,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from bench.device_option import check_device
 from bench.formats.formats_table import markdown
 from bench.layer.published import SHAPES, Shape, shape_name
+from bench.options import bench_parser, check_device, check_positive
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice, check_integer
@@ -171,10 +171,7 @@ def check(args: argparse.Namespace) -> None:
     args.shapes = [shape_name(shape) for shape in args.shapes]
     args.formats = list(dict.fromkeys([NATIVE, *(check_choice("format", name, FORMATS) for name in args.formats)]))
     check_device(args.device)
-    for name in ("scale", "experts", "rounds", "threads"):
-        check_integer(f"--{name}", getattr(args, name), 1)
-    for num_rows in args.rows:
-        check_integer("--rows", num_rows, 1)
+    check_positive(args, "scale", "experts", "rounds", "threads", "rows")
     for shape in args.shapes:
         if args.scale > min(SHAPES[shape].hidden_size, SHAPES[shape].intermediate_size):
             raise UserError(f"--scale {args.scale}: leaves nothing of {shape}")
@@ -185,9 +182,7 @@ def check(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Time all formats; print a table of each shape."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench formats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("formats", __doc__)
     lows = [name for name, format_ in FORMATS.items() if not format_.is_native]
     parser.add_argument(
         "--shapes", nargs="+", default=["mixtral", "deepseek-v3"], metavar="NAME", help="of shapes.yaml"

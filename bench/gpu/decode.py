@@ -29,8 +29,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from bench.device_option import check_device
 from bench.layer.published import SHAPES, shape_name
+from bench.options import bench_parser, check_device, check_positive
 from bench.result import result_document
 from bench.serving.transformers_serving import answer
 from rq_ep.commands.console import wide_console
@@ -58,20 +58,18 @@ TIMEOUT_S = 600
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m bench decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--shape", default="qwen3-moe", metavar="NAME", help="of shapes.yaml [qwen3-moe]")
-    made.add_argument("--layers", type=int, default=12, metavar="N", help="of the model [12]")
-    made.add_argument("--model", metavar="DIR", help="keep the model there, and take it from there [a temporary one]")
+    made = bench_parser("decode", __doc__)
+    made.add_argument("--shape", default="qwen3-moe", metavar="NAME", help="of shapes.yaml")
+    made.add_argument("--layers", type=int, default=12, metavar="N", help="of the model")
+    made.add_argument("--model", metavar="DIR", help="where the model is kept (default: nowhere)")
     made.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4_g128"], metavar="NAME",
-                      help="of the experts [bf16 int8 int4_g128]")  # fmt: skip
-    made.add_argument("--prompts", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="at once [1 8 64]")
-    made.add_argument("--input-len", type=int, default=256, metavar="N", help="tokens of a prompt [256]")
-    made.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens of an answer [64]")
-    made.add_argument("--runs", type=int, default=2, metavar="N", help="after one of warm-up; the best counts [2]")
-    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda [cpu]")
-    made.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and prompts [0]")
+                      help="of the experts")  # fmt: skip
+    made.add_argument("--prompts", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="at once")
+    made.add_argument("--input-len", type=int, default=256, metavar="N", help="tokens of a prompt")
+    made.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens of an answer")
+    made.add_argument("--runs", type=int, default=2, metavar="N", help="after one of warm-up; the best counts")
+    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and prompts")
     made.add_argument("--json", metavar="FILE", help="write the figures there, variant by variant")
     return made
 
@@ -101,11 +99,8 @@ def _check(options: argparse.Namespace) -> None:
     options.shape = shape_name(options.shape)
     options.formats = [check_choice("format", name, FORMATS) for name in options.formats]
     check_device(options.device)
-    for name in ("layers", "input_len", "runs"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    check_positive(options, "layers", "input_len", "runs", "prompts")
     check_integer("--output-len", options.output_len, 2)
-    for number in options.prompts:
-        check_integer("--prompts", number, 1)
     if options.json:
         check_writable(options.json)
 

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.gpu.outcomes_plugin import OUTCOMES
+from bench.options import bench_parser
 from bench.result import result_document
 from rq_ep.core.errors import check_integer
 from rq_ep.core.files.documents import check_writable, write_json
@@ -30,12 +31,10 @@ MAX_PROCESSES = 12
 
 def main(argv: Sequence[str]) -> int:
     """Run the tests; print what failed. Returns 1 if something did."""
-    made = argparse.ArgumentParser(
-        prog="python -m bench device-tests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--tests", nargs="+", default=["tests/gpu"], metavar="PATH", help="[tests/gpu]")
-    made.add_argument("--marker", default="gpu", metavar="NAME", help="of the tests to run [gpu]")
-    made.add_argument("--test-timeout", type=int, default=60, metavar="S", help="of one test [60]")
+    made = bench_parser("device-tests", __doc__)
+    made.add_argument("--tests", nargs="+", default=["tests/gpu"], metavar="PATH", help="as of pytest")
+    made.add_argument("--marker", default="gpu", metavar="NAME", help="of the tests to run")
+    made.add_argument("--test-timeout", type=int, default=60, metavar="S", help="of one test")
     made.add_argument("--json", metavar="FILE", help="write the outcomes there, process by process")
     options = made.parse_args(argv)
     check_integer("--test-timeout", options.test_timeout, 1)

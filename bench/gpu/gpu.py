@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from bench.device_option import check_device
+from bench.options import bench_parser, check_device
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import check_choice, check_number
@@ -73,13 +73,11 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: an option makes no sense.
     """
-    made = argparse.ArgumentParser(
-        prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--stages", nargs="+", default=list(STAGES), metavar="NAME", help=f"[{' '.join(STAGES)}]")
-    made.add_argument("--minutes", type=float, default=9, metavar="N", help="for all stages together [9]")
-    made.add_argument("--out", default="runs/gpu", metavar="DIR", help="where results and logs go [runs/gpu]")
-    made.add_argument("--device", default="cuda", metavar="NAME", help="cuda or cpu [cuda]")
+    made = bench_parser("gpu", __doc__)
+    made.add_argument("--stages", nargs="+", default=list(STAGES), metavar="NAME", help="which, in this order")
+    made.add_argument("--minutes", type=float, default=9, metavar="N", help="for all stages together")
+    made.add_argument("--out", default="runs/gpu", metavar="DIR", help="where results and logs go")
+    made.add_argument("--device", default="cuda", metavar="NAME", help="cuda or cpu")
     made.add_argument("--quick", action="store_true", help="tiny sizes: only whether every stage runs")
     options = made.parse_args(argv)
     for name in options.stages:

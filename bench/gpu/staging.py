@@ -18,11 +18,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bench.device_option import check_device
 from bench.layer.published import SHAPES, Shape, shape_name
+from bench.options import bench_parser, check_device, check_positive
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import check_integer
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.formats import get_format
@@ -40,23 +39,18 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: an option makes no sense.
     """
-    made = argparse.ArgumentParser(
-        prog="python -m bench staging", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--shape", default="mixtral", metavar="NAME", help="of shapes.yaml [mixtral]")
-    made.add_argument("--experts", type=int, default=4, metavar="N", help="that serve [4]")
-    made.add_argument("--rows", nargs="+", type=int, default=[16, 1024], metavar="N", help="of each expert [16 1024]")
-    made.add_argument("--rounds", type=int, default=20, metavar="N", help="pairs of rounds [20]")
-    made.add_argument("--calls", type=int, default=10, metavar="N", help="of a layer in a round [10]")
-    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda [cpu]")
+    made = bench_parser("staging", __doc__)
+    made.add_argument("--shape", default="mixtral", metavar="NAME", help="of shapes.yaml")
+    made.add_argument("--experts", type=int, default=4, metavar="N", help="that serve")
+    made.add_argument("--rows", nargs="+", type=int, default=[16, 1024], metavar="N", help="of each expert")
+    made.add_argument("--rounds", type=int, default=20, metavar="N", help="pairs of rounds")
+    made.add_argument("--calls", type=int, default=10, metavar="N", help="of a layer in a round")
+    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda")
     made.add_argument("--json", metavar="FILE", help="write the figures there")
     options = made.parse_args(argv)
     options.shape = shape_name(options.shape)
     check_device(options.device)
-    for name in ("experts", "rounds", "calls"):
-        check_integer(f"--{name}", getattr(options, name), 1)
-    for number in options.rows:
-        check_integer("--rows", number, 1)
+    check_positive(options, "experts", "rounds", "calls", "rows")
     if options.json:
         check_writable(options.json)
     rows = _measure(SHAPES[options.shape], options)

@@ -15,12 +15,11 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from bench.device_option import check_device
 from bench.layer.published import SHAPES, shape_name
 from bench.layer.workloads import parse
+from bench.options import bench_parser, check_device, check_positive
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import check_integer
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.replicas import Replica
@@ -38,20 +37,17 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: an option makes no sense.
     """
-    made = argparse.ArgumentParser(
-        prog="python -m bench waits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--shape", default="gpt-oss-120b", metavar="NAME", help="of shapes.yaml [gpt-oss-120b]")
-    made.add_argument("--local-ranks", type=int, default=8, metavar="R", help="ranks in this process [8]")
-    made.add_argument("--tokens-per-rank", type=int, default=1024, metavar="N", help="[1024]")
-    made.add_argument("--strategies", default="standard,eplb,rq", help="by commas [standard,eplb,rq]")
-    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda [cpu]")
+    made = bench_parser("waits", __doc__)
+    made.add_argument("--shape", default="gpt-oss-120b", metavar="NAME", help="of shapes.yaml")
+    made.add_argument("--local-ranks", type=int, default=8, metavar="R", help="ranks in this process")
+    made.add_argument("--tokens-per-rank", type=int, default=1024, metavar="N", help="in a step")
+    made.add_argument("--strategies", default="standard,eplb,rq", help="by commas")
+    made.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda")
     made.add_argument("--json", metavar="FILE", help="write the figures there")
     options = made.parse_args(argv)
     options.shape = shape_name(options.shape)
     check_device(options.device)
-    for name in ("local_ranks", "tokens_per_rank"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    check_positive(options, "local_ranks", "tokens_per_rank")
     if options.json:
         check_writable(options.json)
     rows = [_row_of(name, options) for name in options.strategies.split(",")]

@@ -25,6 +25,7 @@ from bench.layer.published import SHAPES, Shape, shape_name
 from bench.layer.rank_figure import draw_ranks
 from bench.layer.tables import show, show_brief
 from bench.layer.workloads import GRAMMAR, PAPER_SCENARIOS, parse
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from rq_ep.commands.common import parse_dtype, parse_names, parse_strategies
 from rq_ep.config import DTYPES, Environment
@@ -44,11 +45,7 @@ MAX_CPU_SIZE, CPU_SIZE = 256, 128  # hidden and intermediate size up to which a 
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench layer",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = bench_parser("layer", __doc__)
     add = parser.add_argument
     add("--shape", default="tiny", help=f"sizes of the layer: {', '.join(SHAPES)}")
     add("--hidden-size", type=int, help=f"instead of the shape's; default on a CPU, if large: {CPU_SIZE}")
@@ -96,9 +93,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Check the options and put together what is measured, scenario by scenario."""
     sizes = ("hidden_size", "intermediate_size", "num_experts", "top_k")
-    for name in (*sizes, "num_rounds", "num_batches", "local_ranks", "ranks_per_node", "threads"):
-        if (value := getattr(args, name)) is not None:
-            check_integer(f"--{name.replace('_', '-')}", value, 1)
+    check_positive(args, *sizes, "local_ranks", "ranks_per_node", "threads")
+    check_integer("--steps", args.num_rounds, 1)
+    check_integer("--batches", args.num_batches, 1)
     if args.tokens_per_rank is None:
         args.tokens_per_rank = 4096 if args.scenarios == "llep" else 512
     check_integer("--tokens-per-rank", args.tokens_per_rank, 1, MAX_TOKENS_PER_RANK)

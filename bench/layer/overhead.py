@@ -8,7 +8,6 @@ compared with a plain send of its bytes between the same two processes, in turns
 too. Its checksum, which runs beside, is apart.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.layer.case import Case, Contestant
 from bench.layer.published import SHAPES, shape_name
 from bench.layer.workloads import parse
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from rq_ep.commands.common import parse_dtype
 from rq_ep.commands.console import wide_console
 from rq_ep.config import DTYPES
-from rq_ep.core.files.documents import write_json
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
@@ -187,20 +187,19 @@ def transfer_times(case: Case, group: TorchGroup) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Run on this rank of a launcher's gloo group; rank 0 shows every rank's times."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench overhead",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = bench_parser("overhead", __doc__)
     parser.add_argument("--shape", default="mixtral", help=f"sizes of the layer: {', '.join(SHAPES)}")
     parser.add_argument("--hidden-size", type=int, help="instead of the shape's")
     parser.add_argument("--intermediate-size", type=int, help="instead of the shape's")
-    parser.add_argument("--tokens-per-rank", type=int, default=4096)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tokens-per-rank", type=int, default=4096, help="in a call of the layer")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of rows and weights")
     parser.add_argument("--steps", type=int, default=5, help="rounds whose median counts")
     parser.add_argument("--keep-freed", action="store_true", help="the process keeps memory that it frees")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here, from rank 0")
     args = parser.parse_args(argv)
+    check_positive(args, "hidden_size", "intermediate_size", "tokens_per_rank", "steps")
+    if args.json:
+        check_writable(args.json)
     torch.set_num_threads(1)
     sizes = {name: value for name in ("hidden_size", "intermediate_size") if (value := getattr(args, name))}
     full_shape = SHAPES[shape_name(args.shape)]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from bench.options import bench_parser
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
@@ -102,9 +103,7 @@ def check(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Time all planners; print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("plan", __doc__)
     parser.add_argument(
         "--sizes", nargs="+", default=["64x8", "128x8", "256x8", "256x64"], metavar="ExR", help="experts x ranks"
     )

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from bench.layer.published import SHAPES, Shape
 from bench.layer.workloads import parse
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
@@ -185,22 +186,25 @@ def speed_ups(layer: Layer, scenario: str, sizes: list[int]) -> list[dict[str, A
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench breakeven", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("breakeven", __doc__)
     add = parser.add_argument
     add("--shape", default="gpt-oss-120b", choices=SHAPES, help="sizes of the layer")
     add("--hidden-size", type=int, metavar="N", help="instead of the shape's")
     add("--intermediate-size", type=int, metavar="N", help="instead of the shape's")
     add("--machine", default="h200", metavar="NAME", help="whose seconds are modelled, or a file of its rates")
     add("--num-ranks", type=int, default=8, metavar="N", help="ranks")
-    add("--tokens-per-rank", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536], metavar="N")
-    add("--scenarios", nargs="+", default=["95:1", "80:4", "balanced"], metavar="S", help="as in layer.py")
+    add(
+        "--tokens-per-rank",
+        type=int,
+        nargs="+",
+        default=[4096, 8192, 16384, 32768, 65536],
+        metavar="N",
+        help="sizes of a step",
+    )
+    add("--scenarios", nargs="+", default=["95:1", "80:4", "balanced"], metavar="S", help="as of `layer`")
     add("--json", metavar="FILE", help="write the figures with command, commit and versions")
     args = parser.parse_args(argv)
-    for name in ("hidden_size", "intermediate_size"):
-        if (size := getattr(args, name)) is not None:
-            check_integer(f"--{name.replace('_', '-')}", size, 1)
+    check_positive(args, "hidden_size", "intermediate_size")
     num_experts = SHAPES[args.shape].num_experts
     check_integer("--num-ranks", args.num_ranks, 2)
     if num_experts < NUM_HOT * args.num_ranks:

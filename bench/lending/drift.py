@@ -15,11 +15,13 @@ import numpy as np
 from rich.table import Table
 
 from bench.layer.published import SHAPES
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.cost import LayerCost, LayerShape
-from rq_ep.core.files.documents import write_json
+from rq_ep.core.errors import check_number
+from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.plan import DispatchPlan, imbalance, spread_over_sources
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs import cost_model
@@ -87,9 +89,7 @@ def _activates_once(plan: DispatchPlan) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """Model all steps and drifts; print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench drift", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("drift", __doc__)
     parser.add_argument("--shape", default="gpt-oss-120b", choices=SHAPES, help="sizes of the layer")
     parser.add_argument("--machine", default="h200", metavar="NAME", help="whose seconds are modelled")
     parser.add_argument("--num-ranks", type=int, default=8, metavar="N", help="ranks")
@@ -102,6 +102,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the loads")
     parser.add_argument("--json", metavar="FILE", help="write the figures with command, commit and versions")
     args = parser.parse_args(argv)
+    check_positive(args, "num_ranks", "tokens_per_rank", "steps")
+    for drift in args.drifts:
+        check_number("--drifts", drift, 0, 1)
+    if args.json:
+        check_writable(args.json)
     table = Table("tokens/rank", "drift", *(f"{label}\nus (moved)" for label, *_ in ROWS), box=None)
     rows = []
     for tokens_per_rank in args.tokens_per_rank:

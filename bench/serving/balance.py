@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.serving import serve
 from bench.serving.random_checkpoint import random_checkpoint
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import check_integer
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.text.corpus import write_corpus
@@ -42,18 +42,16 @@ PEERS = ("transformers",)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m bench balance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = bench_parser("balance", __doc__)
     made.add_argument("--work-dir", required=True, metavar="DIR", help="for checkpoint and placements")
-    made.add_argument("--num-ranks", type=int, default=2, metavar="N", help="processes of each server [2]")
-    made.add_argument("--strategies", default=",".join(STRATEGIES), help=f"by commas [{','.join(STRATEGIES)}]")
-    made.add_argument("--peers", default=",".join(PEERS), help="as of `serve`; '' for none [transformers]")
-    made.add_argument("--top-k", type=int, default=2, metavar="K", help="experts of a token [2]")
-    made.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="mean of a prompt, +- half [512]")
-    made.add_argument("--num-prompts", type=int, default=32, metavar="N", help="of a run [32]")
-    made.add_argument("--at-once", type=int, default=8, metavar="N", help="requests under way [8]")
-    made.add_argument("--runs", type=int, default=4, metavar="N", help="after one of warm-up [4]")
+    made.add_argument("--num-ranks", type=int, default=2, metavar="N", help="processes of each server")
+    made.add_argument("--strategies", default=",".join(STRATEGIES), help="by commas")
+    made.add_argument("--peers", default=",".join(PEERS), help="as of `serve`; '' for none")
+    made.add_argument("--top-k", type=int, default=2, metavar="K", help="experts of a token")
+    made.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="mean of a prompt, +- half")
+    made.add_argument("--num-prompts", type=int, default=32, metavar="N", help="of a run")
+    made.add_argument("--at-once", type=int, default=8, metavar="N", help="requests under way")
+    made.add_argument("--runs", type=int, default=4, metavar="N", help="after one of warm-up")
     made.add_argument("--quick", action="store_true", help="a tiny model")
     made.add_argument("--json", default=None, metavar="FILE", help="write every figure of every run there")
     return made
@@ -66,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: an option makes no sense, or a server does not start.
     """
     options = parser().parse_args(argv)
-    check_integer("--top-k", options.top_k, 1)
+    check_positive(options, "num_ranks", "top_k", "prompt_tokens", "num_prompts", "at_once", "runs")
     if options.json:
         check_writable(options.json)
     folder = Path(options.work_dir)

@@ -10,7 +10,6 @@ thread. `attention, router, ...` is what the model's forward pass takes besides 
 transformers' scheduling, sampling and output.
 """
 
-import argparse
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.cost import LAYER_PHASES
@@ -160,19 +160,16 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: an option makes no sense.
     """
-    made = argparse.ArgumentParser(
-        prog="python -m bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = bench_parser("step", __doc__)
     made.add_argument("--model", required=True, metavar="DIR", help="checkpoint")
-    made.add_argument("--placement", metavar="FILE", help="placement.json of a strategy [the strategy's own]")
-    made.add_argument("--strategy", metavar="NAME", help="[that of the placement, or standard]")
-    made.add_argument("--at-once", nargs="+", type=int, default=[1, 8], metavar="N", help="requests [1 8]")
-    made.add_argument("--steps", type=int, default=300, metavar="N", help="both ways together [300]")
+    made.add_argument("--placement", metavar="FILE", help="placement.json (default: the strategy's own)")
+    made.add_argument("--strategy", metavar="NAME", help="which serves (default: that of the placement, or standard)")
+    made.add_argument("--at-once", nargs="+", type=int, default=[1, 8], metavar="N", help="requests")
+    made.add_argument("--steps", type=int, default=300, metavar="N", help="both ways together")
     made.add_argument("--pin", action="store_true", help="bind each rank to a core")
     made.add_argument("--json", metavar="FILE", help="write the figures there, from rank 0")
     options = made.parse_args(argv)
-    for number in options.at_once:
-        check_integer("--at-once", number, 1)
+    check_positive(options, "at_once")
     check_integer("--steps", options.steps, 2)
     if options.json:
         check_writable(options.json)

@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from bench.options import bench_parser, check_positive
 from bench.serving.faults_figure import draw
 from bench.serving.faults_figures import binned, goals, mean_of_each, pauses_after, spread
 from bench.serving.load_generator import TIMEOUT_S, Answer, Job, ask, drive, figures, random_jobs
@@ -49,7 +50,7 @@ from bench.serving.parts import run_parts
 from bench.serving.server_process import NAME, rank_processes, server
 from bench.serving.soak import dense_answer, is_right
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import check_choice, check_integer
+from rq_ep.core.errors import check_choice
 from rq_ep.core.files.documents import check_writable
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import standard_ep_bytes
@@ -72,20 +73,18 @@ POLL_S = 0.1
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m bench faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = bench_parser("faults", __doc__)
     made.add_argument("--model", required=True, help="directory of the checkpoint")
-    made.add_argument("--text", default=None, help="text to calibrate on [MODEL/text/train]")
-    made.add_argument("--parts", default=",".join(PARTS), help=f"by commas [{','.join(PARTS)}]")
-    made.add_argument("--num-ranks", type=int, default=4, help="processes of each server [4]")
-    made.add_argument("--kills", type=int, default=30, help="of the part of that name; the others make fewer [30]")
-    made.add_argument("--cycles", type=int, default=20, help="of the part of that name [20]")
-    made.add_argument("--rounds", type=int, default=5, help="of the part on the steady cost [5]")
-    made.add_argument("--requests", type=int, default=256, help="of each round of it [256]")
-    made.add_argument("--max-concurrency", type=int, default=16, help="clients that ask at once [16]")
-    made.add_argument("--calibration-tokens", type=int, default=65_536, help="of the placements [65536]")
-    made.add_argument("--seed", type=int, default=0, help="of requests, ranks and moments [0]")
+    made.add_argument("--text", default=None, help="text to calibrate on (default: MODEL/text/train)")
+    made.add_argument("--parts", default=",".join(PARTS), help="by commas")
+    made.add_argument("--num-ranks", type=int, default=4, help="processes of each server")
+    made.add_argument("--kills", type=int, default=30, help="of the part of that name; the others make fewer")
+    made.add_argument("--cycles", type=int, default=20, help="of the part of that name")
+    made.add_argument("--rounds", type=int, default=5, help="of the part on the steady cost")
+    made.add_argument("--requests", type=int, default=256, help="of each round of it")
+    made.add_argument("--max-concurrency", type=int, default=16, help="clients that ask at once")
+    made.add_argument("--calibration-tokens", type=int, default=65_536, help="of the placements")
+    made.add_argument("--seed", type=int, default=0, help="of requests, ranks and moments")
     made.add_argument("--quick", action="store_true", help=f"does it run? {QUICK}")
     made.add_argument("--json", default=None, help="write every figure there")
     made.add_argument("--png", default=None, help="draw tokens/s over a kill and a return there")
@@ -102,8 +101,7 @@ def main(argv: Sequence[str]) -> None:
     if options.quick:
         vars(options).update(QUICK)
     asked = [check_choice("part", name, PARTS) for name in options.parts.split(",")]
-    for name in ("num_ranks", "kills", "cycles", "rounds", "requests", "max_concurrency"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    check_positive(options, "num_ranks", "kills", "cycles", "rounds", "requests", "max_concurrency")
     for path in filter(None, (options.json, options.png)):
         check_writable(path)
     bench = Workload(options)

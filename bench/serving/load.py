@@ -32,13 +32,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import OlmoeConfig
 
+from bench.options import bench_parser, check_positive
 from bench.serving.load_generator import Job, ask
 from bench.serving.parts import run_parts
 from bench.serving.random_checkpoint import random_checkpoint
 from bench.serving.server_process import NAME, rank_processes, server
 from rq_ep.commands.console import wide_console
 from rq_ep.config import child_environment
-from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
+from rq_ep.core.errors import UserError, check_choice, check_number
 from rq_ep.core.files.documents import check_writable
 from rq_ep.core.placement import Placement
 from rq_ep.engine.kv_cache import kv_bytes_per_token
@@ -65,15 +66,13 @@ BYTES_READ = re.compile(r"rank 0: ([\d,]+) bytes read")  # the others log warnin
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m bench load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = bench_parser("load", __doc__)
     made.add_argument("--work-dir", required=True, metavar="DIR", help="for checkpoint, statistics and placement")
-    made.add_argument("--num-ranks", type=int, default=2, metavar="N", help="processes that load and serve [2]")
-    made.add_argument("--layers", type=int, default=16, metavar="N", help="of the model [16]")
-    made.add_argument("--tokens", type=int, default=384, metavar="N", help="to calibrate on [384]")
-    made.add_argument("--budget", type=float, default=0.6, metavar="F", help="of the bytes of standard EP [0.6]")
-    made.add_argument("--parts", default=",".join(PARTS), help=f"by commas, after those before [{','.join(PARTS)}]")
+    made.add_argument("--num-ranks", type=int, default=2, metavar="N", help="processes that load and serve")
+    made.add_argument("--layers", type=int, default=16, metavar="N", help="of the model")
+    made.add_argument("--tokens", type=int, default=384, metavar="N", help="to calibrate on")
+    made.add_argument("--budget", type=float, default=0.6, metavar="F", help="of the bytes of standard EP")
+    made.add_argument("--parts", default=",".join(PARTS), help="by commas, after those before")
     made.add_argument("--quick", action="store_true", help="a tiny shape, in seconds")
     made.add_argument("--json", default=None, metavar="FILE", help="write the figures there, part by part")
     return made
@@ -86,9 +85,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: an option makes no sense, or a stage fails.
     """
     options = parser().parse_args(argv)
-    check_integer("--num-ranks", options.num_ranks, 1)
-    check_integer("--layers", options.layers, 1)
-    check_integer("--tokens", options.tokens, 1)
+    check_positive(options, "num_ranks", "layers", "tokens")
     check_number("--budget", options.budget, 0.0)
     if options.json:
         check_writable(options.json)

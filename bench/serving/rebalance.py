@@ -40,6 +40,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import bench_parser, check_positive
 from bench.serving.large_experts import large_experts
 from bench.serving.load_generator import Answer, Job, drive, random_jobs
 from bench.serving.parts import run_parts
@@ -60,7 +61,7 @@ from bench.serving.rebalance_figures import (
 from bench.serving.server_process import NAME, server
 from bench.serving.soak import dense_answer, is_right
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import UserError, check_choice, check_integer
+from rq_ep.core.errors import UserError, check_choice
 from rq_ep.core.files.documents import check_writable
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
@@ -90,26 +91,24 @@ QUICK = {
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m bench rebalance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = bench_parser("rebalance", __doc__)
     made.add_argument("--model", required=True, help="directory of the checkpoint")
-    made.add_argument("--text", default=None, help="directory with a folder of text for each domain [MODEL/text/train]")
+    made.add_argument("--text", default=None, help="with a folder for each domain (default: MODEL/text/train)")
     made.add_argument("--domains", default="code,prose,c,table", help="by commas; the first is calibrated on")
-    made.add_argument("--parts", default=",".join(PARTS), help=f"by commas [{','.join(PARTS)}]")
-    made.add_argument("--num-ranks", type=int, default=4, help="processes of each server [4]")
-    made.add_argument("--formats", default="bf16,int8", help="of rq, the native one first [bf16,int8]")
-    made.add_argument("--window", type=int, default=32, help="steps that rq decides on [32]")
-    made.add_argument("--interval", type=int, default=16, help="steps between its decisions [16]")
-    made.add_argument("--eplb-window", type=int, default=63, help="1000 / 16 [63]")
-    made.add_argument("--eplb-interval", type=int, default=188, help="3000 / 16 [188]")
-    made.add_argument("--num-prompts", type=int, default=160, help="requests of a domain [160]")
-    made.add_argument("--rounds", type=int, default=3, help="of the part on cost [3]")
-    made.add_argument("--num-requests", type=int, default=2000, help="of the part on answers [2000]")
-    made.add_argument("--calibration-tokens", type=int, default=32_768, help="of each domain [32768]")
-    made.add_argument("--num-experts", type=int, default=64, help="of a layer, in the part on cost [64]")
-    made.add_argument("--intermediate-size", type=int, default=4096, help="of experts in the part on cost [4096]")
-    made.add_argument("--seed", type=int, default=0, help="of the requests [0]")
+    made.add_argument("--parts", default=",".join(PARTS), help="by commas")
+    made.add_argument("--num-ranks", type=int, default=4, help="processes of each server")
+    made.add_argument("--formats", default="bf16,int8", help="of rq, the native one first")
+    made.add_argument("--window", type=int, default=32, help="steps that rq decides on")
+    made.add_argument("--interval", type=int, default=16, help="steps between its decisions")
+    made.add_argument("--eplb-window", type=int, default=63, help="steps that eplb decides on: 1000 / 16")
+    made.add_argument("--eplb-interval", type=int, default=188, help="steps between its decisions: 3000 / 16")
+    made.add_argument("--num-prompts", type=int, default=160, help="requests of a domain")
+    made.add_argument("--rounds", type=int, default=3, help="of the part on cost")
+    made.add_argument("--num-requests", type=int, default=2000, help="of the part on answers")
+    made.add_argument("--calibration-tokens", type=int, default=32_768, help="of each domain")
+    made.add_argument("--num-experts", type=int, default=64, help="of a layer, in the part on cost")
+    made.add_argument("--intermediate-size", type=int, default=4096, help="of experts in the part on cost")
+    made.add_argument("--seed", type=int, default=0, help="of the requests")
     made.add_argument("--quick", action="store_true", help=f"does it run? {QUICK}")
     made.add_argument("--json", default=None, help="write every figure there")
     made.add_argument("--png", default=None, help="draw imbalance over what was served there")
@@ -126,8 +125,7 @@ def main(argv: Sequence[str]) -> None:
     if options.quick:
         vars(options).update(QUICK)
     asked = [check_choice("part", name, PARTS) for name in options.parts.split(",")]
-    for name in ("num_ranks", "num_prompts", "rounds", "num_requests"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    check_positive(options, "num_ranks", "num_prompts", "rounds", "num_requests")
     for path in filter(None, (options.json, options.png)):
         check_writable(path)
     bench = Workload(options)

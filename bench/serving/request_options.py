@@ -44,6 +44,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import bench_parser, check_positive
 from bench.serving.balance import SHAPE, model_config
 from bench.serving.grammar_masks import mask_rows
 from bench.serving.load_generator import TIMEOUT_S, Job, random_jobs
@@ -51,7 +52,7 @@ from bench.serving.parts import run_parts
 from bench.serving.random_checkpoint import random_checkpoint
 from bench.serving.server_process import NAME, cpu_s, pinned_apart, server
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import UserError, check_choice, check_integer
+from rq_ep.core.errors import UserError, check_choice
 from rq_ep.core.files.documents import check_writable
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 
@@ -73,19 +74,17 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m bench options", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = bench_parser("options", __doc__)
     made.add_argument("--model", required=True, help="directory of the checkpoint")
-    made.add_argument("--num-ranks", type=int, default=1, help="processes of the server [1]")
-    made.add_argument("--parts", default=",".join(PARTS), help="by commas [all]")
-    made.add_argument("--rounds", type=int, default=40, help="of each part, after one of warm-up [40]")
-    made.add_argument("--at-once", type=int, default=8, help="requests of a kind at once [8]")
-    made.add_argument("--input-len", type=int, default=64, help="mean tokens of a prompt in the part on costs [64]")
-    made.add_argument("--output-len", type=int, default=64, help="tokens of an answer there [64]")
-    made.add_argument("--prefix-len", type=int, default=400, help="tokens of a prefix [400]")
+    made.add_argument("--num-ranks", type=int, default=1, help="processes of the server")
+    made.add_argument("--parts", default=",".join(PARTS), help="by commas")
+    made.add_argument("--rounds", type=int, default=40, help="of each part, after one of warm-up")
+    made.add_argument("--at-once", type=int, default=8, help="requests of a kind at once")
+    made.add_argument("--input-len", type=int, default=64, help="mean tokens of a prompt in the part on costs")
+    made.add_argument("--output-len", type=int, default=64, help="tokens of an answer there")
+    made.add_argument("--prefix-len", type=int, default=400, help="tokens of a prefix")
     made.add_argument("--text", default=None, help="text that prompts are cut from; default: this program's")
-    made.add_argument("--seed", type=int, default=0, help="of the prompts [0]")
+    made.add_argument("--seed", type=int, default=0, help="of the prompts")
     made.add_argument("--json", default=None, help="write every figure there")
     return made
 
@@ -98,8 +97,7 @@ def main(argv: Sequence[str]) -> None:
     """
     options = parser().parse_args(argv)
     asked = [check_choice("part", name, PARTS) for name in options.parts.split(",")]
-    for name in ("num_ranks", "rounds", "at_once", "input_len", "output_len", "prefix_len"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    check_positive(options, "num_ranks", "rounds", "at_once", "input_len", "output_len", "prefix_len")
     if options.json:
         check_writable(options.json)
     with ExitStack() as stack:

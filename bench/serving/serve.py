@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.serving.load_generator import Job, drive, figures, random_jobs
 from bench.serving.serve_figure import draw
@@ -33,7 +34,7 @@ from bench.serving.server_process import NAME, pin_ranks, server
 from bench.serving.transformers_serving import TransformersServing
 from rq_ep.commands.console import wide_console
 from rq_ep.config import CACHES
-from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
+from rq_ep.core.errors import UserError, check_choice, check_number
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.strategies import strategy_class
@@ -43,30 +44,28 @@ PEERS = ("transformers",)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = bench_parser("serve", __doc__)
     made.add_argument("--model", required=True, help="directory of the checkpoint")
-    made.add_argument("--num-ranks", type=int, default=2, help="processes of each server [2]")
-    made.add_argument("--strategies", default="standard,rq", help="by commas; ratios are to the first [standard,rq]")
+    made.add_argument("--num-ranks", type=int, default=2, help="processes of each server")
+    made.add_argument("--strategies", default="standard,rq", help="by commas; ratios are to the first")
     made.add_argument(
         "--placement", action="append", default=[], metavar="NAME=FILE", help="placement.json of a strategy; repeatable"
     )
     made.add_argument("--peers", default="", help=f"by commas, offline at infinite rate: {', '.join(PEERS)}")
     made.add_argument("--cache", default="", help="as of the server; by commas, a server of every strategy with each")
-    made.add_argument("--dtype", default="auto", help="as of the server [auto]")
-    made.add_argument("--device", default="auto", help="as of the server [auto]")
+    made.add_argument("--dtype", default="auto", help="as of the server")
+    made.add_argument("--device", default="auto", help="as of the server")
     made.add_argument("--pin", action="store_true", help="bind each rank to a core")
     made.add_argument("--text", default=None, help="text that prompts are cut from; default: this program's")
-    made.add_argument("--num-prompts", type=int, default=64, help="requests of a run [64]")
-    made.add_argument("--random-input-len", type=int, default=64, help="mean tokens of a prompt, +- half [64]")
-    made.add_argument("--random-output-len", type=int, default=32, help="mean tokens of an answer, +- half [32]")
-    made.add_argument("--request-rate", default="inf", help="requests per second, by commas; inf: no waiting [inf]")
-    made.add_argument("--max-concurrency", default="16", help="requests under way at once, by commas [16]")
-    made.add_argument("--max-num-seqs", type=int, default=64, help="as of the server [64]")
-    made.add_argument("--max-num-batched-tokens", type=int, default=1024, help="as of the server [1024]")
-    made.add_argument("--runs", type=int, default=3, help="each after one of warm-up [3]")
-    made.add_argument("--seed", type=int, default=0, help="of requests and gaps [0]")
+    made.add_argument("--num-prompts", type=int, default=64, help="requests of a run")
+    made.add_argument("--random-input-len", type=int, default=64, help="mean tokens of a prompt, +- half")
+    made.add_argument("--random-output-len", type=int, default=32, help="mean tokens of an answer, +- half")
+    made.add_argument("--request-rate", default="inf", help="requests per second, by commas; inf: no waiting")
+    made.add_argument("--max-concurrency", default="16", help="requests under way at once, by commas")
+    made.add_argument("--max-num-seqs", type=int, default=64, help="as of the server")
+    made.add_argument("--max-num-batched-tokens", type=int, default=1024, help="as of the server")
+    made.add_argument("--runs", type=int, default=3, help="each after one of warm-up")
+    made.add_argument("--seed", type=int, default=0, help="of requests and gaps")
     made.add_argument("--json", default=None, help="write every figure of every run there")
     made.add_argument("--png", default=None, help="draw throughput and tails there")
     return made
@@ -102,8 +101,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     placements = dict(text.partition("=")[::2] for text in options.placement)
     for name in placements:
         check_choice("strategy of --placement", name, strategies)
-    for name in ("num_prompts", "runs", "num_ranks", "random_input_len", "random_output_len"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    check_positive(options, "num_prompts", "runs", "num_ranks", "random_input_len", "random_output_len")
     for path in filter(None, (options.json, options.png)):
         check_writable(path)
     loads = [

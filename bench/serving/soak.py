@@ -28,10 +28,10 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.serving.load_generator import Answer, Job, drive, random_jobs
 from bench.serving.server_process import NAME, server
-from rq_ep.core.errors import check_integer
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.whole_model import load_whole_model
@@ -43,18 +43,16 @@ MAX_GROWTH = 0.03
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m bench soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = bench_parser("soak", __doc__)
     made.add_argument("--model", required=True, help="directory of the checkpoint")
-    made.add_argument("--num-ranks", type=int, default=4, help="processes of the server [4]")
+    made.add_argument("--num-ranks", type=int, default=4, help="processes of the server")
     made.add_argument("--strategy", default=None, help="as of the server; default: the placement's, or standard")
     made.add_argument("--placement", default=None, help="placement.json in native formats; default: the strategy's own")
-    made.add_argument("--num-requests", type=int, default=2000, help="in all [2000]")
-    made.add_argument("--max-concurrency", type=int, default=64, help="requests under way at once [64]")
-    made.add_argument("--input-len", type=int, default=64, help="mean tokens of a prompt [64]")
-    made.add_argument("--output-len", type=int, default=24, help="mean tokens of an answer [24]")
-    made.add_argument("--seed", type=int, default=0, help="of the requests [0]")
+    made.add_argument("--num-requests", type=int, default=2000, help="in all")
+    made.add_argument("--max-concurrency", type=int, default=64, help="requests under way at once")
+    made.add_argument("--input-len", type=int, default=64, help="mean tokens of a prompt")
+    made.add_argument("--output-len", type=int, default=24, help="mean tokens of an answer")
+    made.add_argument("--seed", type=int, default=0, help="of the requests")
     made.add_argument("--json", default=None, help="write the findings there")
     return made
 
@@ -66,8 +64,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: an option makes no sense, or the server does not start.
     """
     options = parser().parse_args(argv)
-    for name in ("num_ranks", "num_requests", "max_concurrency", "input_len", "output_len"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    check_positive(options, "num_ranks", "num_requests", "max_concurrency", "input_len", "output_len")
     if options.json:
         check_writable(options.json)
     findings = run(options)

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.solver.score import score
-from bench.solver.solver import LOW_BYTES, NATIVE_BYTES, Case
+from bench.solver.solver import LOW_BYTES, NATIVE_BYTES, SIZES_HELP, Case
 from bench.solver.synthetic_traces import Trace, draw_trace
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import UserError, check_integer, check_number
+from rq_ep.core.errors import UserError, check_number
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
@@ -102,12 +103,10 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench low-formats",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = bench_parser("low-formats", __doc__)
+    parser.add_argument(
+        "--cases", nargs="+", default=["64x8:0.1", "256x64:0.25"], metavar="ExR:CAP[:SLOTS]", help=SIZES_HELP
     )
-    parser.add_argument("--cases", nargs="+", default=["64x8:0.1", "256x64:0.25"], metavar="ExR:CAP[:SLOTS]")
     parser.add_argument(
         "--budgets", nargs="+", type=float, default=[1.0, 0.6], metavar="F", help="of standard EP's bytes"
     )
@@ -121,8 +120,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     args.cases = [Case.parse(text) for text in args.cases]
     for budget in args.budgets:
         check_number("--budgets", budget, 0)
-    for name in ("tokens", "layers", "seeds", "calibration_steps", "held_out_steps"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    check_positive(args, "tokens", "layers", "seeds", "calibration_steps", "held_out_steps")
     if args.json:
         check_writable(args.json)
     return args

@@ -15,12 +15,13 @@ from typing import Any
 
 from rich.table import Table
 
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.solver.score import score
-from bench.solver.solver import LOW_BYTES, Case
+from bench.solver.solver import LOW_BYTES, SIZES_HELP, Case
 from bench.solver.synthetic_traces import draw_trace
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import check_choice, check_integer
+from rq_ep.core.errors import check_choice
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.parallel.host import short_collections
 from rq_ep.solver.migration.members import lowered, lowered_problem
@@ -75,10 +76,10 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench recover", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = bench_parser("recover", __doc__)
+    parser.add_argument(
+        "--cases", nargs="+", default=["64x8:0.1", "256x32:0.1"], metavar="ExR:CAP[:SLOTS]", help=SIZES_HELP
     )
-    parser.add_argument("--cases", nargs="+", default=["64x8:0.1", "256x32:0.1"], metavar="ExR:CAP[:SLOTS]")
     parser.add_argument("--layers", type=int, default=58, metavar="N", help="layers that share the bytes")
     parser.add_argument(
         "--lost", type=int, default=3, metavar="N", help="ranks lost, each in turn, from those there are"
@@ -92,8 +93,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.cases = [Case.parse(text) for text in args.cases]
     check_choice("format", args.low, LOW_BYTES)
-    for name in ("layers", "lost", "seeds", "tokens", "calibration_steps", "held_out_steps"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    check_positive(args, "layers", "lost", "seeds", "tokens", "calibration_steps", "held_out_steps")
     if args.json:
         check_writable(args.json)
     return args

@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.solver.score import score
-from bench.solver.solver import LOW_BYTES, Case
+from bench.solver.solver import LOW_BYTES, SIZES_HELP, Case
 from bench.solver.synthetic_traces import draw_domain_change
 from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.errors import UserError, check_choice, check_integer, check_number
+from rq_ep.core.errors import UserError, check_choice, check_number
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem, contiguous, standard_ep_bytes
@@ -258,16 +259,16 @@ def _domain(text: str) -> tuple[str, tuple[str, str]]:
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench replan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = bench_parser("replan", __doc__)
+    parser.add_argument(
+        "--cases", nargs="+", default=["64x8:0.1", "256x32:0.1"], metavar="ExR:CAP[:SLOTS]", help=SIZES_HELP
     )
-    parser.add_argument("--cases", nargs="+", default=["64x8:0.1", "256x32:0.1"], metavar="ExR:CAP[:SLOTS]")
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096], metavar="N", help="of all ranks in a step")
     parser.add_argument("--low", default="int8:504", metavar="NAME", help="the low format")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="layers that share the bytes")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="changes of each case")
     parser.add_argument(
-        "--prices", nargs="+", type=float, default=[], metavar="P", help="of moved bytes [the rule's, 0]"
+        "--prices", nargs="+", type=float, default=[], metavar="P", help="of moved bytes (default: the rule's, and 0)"
     )
     parser.add_argument("--domains", nargs="+", default=[], metavar="NAME=STATS,HELD_OUT", help="recorded, by prefill")
     parser.add_argument("--num-ranks", type=int, default=4, metavar="R", help="of recorded domains")
@@ -281,8 +282,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     args.cases = [Case.parse(text) for text in args.cases]
     args.domains = dict(map(_domain, args.domains))
     check_choice("format", args.low, LOW_BYTES)
-    for name in ("layers", "seeds", "calibration_steps", "held_out_steps", "num_ranks"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    check_positive(args, "layers", "seeds", "calibration_steps", "held_out_steps", "num_ranks", "tokens")
     for price in args.prices:
         check_number("--prices", price, 0)
     if args.json:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.solver.score import score
 from bench.solver.synthetic_traces import LAWS, Trace, draw_trace
@@ -35,6 +36,9 @@ from rq_ep.core.topology import Topology
 from rq_ep.strategies.eplb import Eplb
 from rq_ep.strategies.rq import ReplicateQuantize
 
+SIZES_HELP = (
+    "experts x ranks : cap on the share of low pairs : native experts that fit a rank and layer (standard EP's)"
+)
 NATIVE_BYTES = 1000
 LOW_BYTES = {"int8": 500, "int8:504": 504, "int4": 270}  # exactly half; half and scales; a quarter and scales
 
@@ -166,21 +170,16 @@ def check(args: argparse.Namespace) -> None:
     for names, known, what in ((args.laws, LAWS, "law"), (args.formats, LOW_BYTES, "format")):
         for name in names:
             check_choice(what, name, known)
-    for name in ("layers", "seeds", "calibration_steps", "held_out_steps"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(args, name), 1)
-    for tokens in args.tokens:
-        check_integer("--tokens", tokens, 1)
+    check_positive(args, "layers", "seeds", "calibration_steps", "held_out_steps", "tokens")
     if args.json:
         check_writable(args.json)
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench solver", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("solver", __doc__)
     moves = ReplicateQuantize.max_moves
     for name, default, metavar, what in (
-        ("--cases", list(CASES), "ExR:CAP[:SLOTS]", "experts x ranks : cap on low precision : native slots per rank"),
+        ("--cases", list(CASES), "ExR:CAP[:SLOTS]", SIZES_HELP),
         ("--formats", list(LOW_BYTES), "NAME", "the low format: int8 (half the bytes), int8:504, int4"),
         ("--laws", ["ln1.2"], "LAW", "of the experts' popularity: " + ", ".join(LAWS)),
     ):
