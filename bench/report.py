@@ -3,7 +3,6 @@
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is around it is written by hand.
 """
 
-import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from bench.formats.formats_table import markdown
+from bench.options import bench_parser
 from bench.serving import balance, faults_figures, load, rebalance_figures, request_options
 from bench.serving.serve import medians
 from rq_ep.core.cost import LAYER_PHASES
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 def main(argv: Sequence[str]) -> None:
     """Renew the tables of all pages."""
-    argparse.ArgumentParser(prog="python -m bench report", description=__doc__).parse_args(argv)
+    bench_parser("report", __doc__).parse_args(argv)
     for page in PAGES:
         with replacing(page) as temporary:
             temporary.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -100,13 +100,13 @@ def _gain() -> str:
         1 / two_ranks["standard",]["ideal_speed_up"],
         *(1 / published[scenario, "standard"]["ideal_speed_up"] for scenario in ("80:4", "95:1")),
     ]
-    header = ["strategy", "held-out text: max/mean load", "the same: slowest rank", "2 ranks, 80:4: whole layer"]
+    header = ["strategy", "demo: max/mean load", "demo: slowest rank", "2 ranks: whole layer"]
     header += ["8 ranks, 80:4: slowest rank", "8 ranks, 95:1: slowest rank"]
     rows.append(["perfect balance", "1.00", *(f"{ideal:.2f}" for ideal in ideals)])
     if _is_measured("balance_cpu2"):
         served = balance.summary(_load("balance_cpu2"))
         speed_ups = {row["contestant"]: row["speed_up"] for row in served}
-        header.append("2 ranks, prompts through HTTP: time")
+        header.append("HTTP: prompts")
         for row in rows:
             row.append(f"{1 / speed_ups[row[0].strip('*`')]:.2f}")
     return _table(header, rows)
