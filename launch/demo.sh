@@ -16,9 +16,15 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 export DS_ACCELERATOR=cpu # an installed deepspeed would warn about it otherwise
+export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1 # the server is here, whatever proxy leads elsewhere
 run=runs/demo ranks=4
 mkdir -p "$run"
 step() { printf '\n== %s\n' "$*"; "$@"; }
+
+if python -c "import socket; socket.create_connection(('127.0.0.1', $port), 1)" 2>/dev/null; then
+    echo "demo: error: --port $port: something listens there already; name another" >&2
+    exit 1
+fi
 
 step rq-ep tiny-model --out "$run/model"
 step rq-ep calibrate --model "$run/model" --text "$run/model/text/train" --out "$run/stats.safetensors"

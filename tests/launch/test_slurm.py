@@ -24,7 +24,8 @@ def test_the_slurm_script_waits_for_the_drain_and_ends_with_its_status(tmp_path:
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "5"}
     environment = os.environ | job | {"STUB": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = subprocess.Popen(["bash", "launch/slurm.sbatch"], cwd=ROOT, env=environment)
+    command = ["bash", "launch/slurm.sbatch", "--model", "a model"]
+    script = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         until((tmp_path / "started").exists, 20)
         script.send_signal(signal.SIGTERM)
@@ -33,5 +34,6 @@ def test_the_slurm_script_waits_for_the_drain_and_ends_with_its_status(tmp_path:
         arguments = (tmp_path / "arguments").read_text()
         assert "--nnodes 2 --nproc-per-node 8 " in arguments
         assert "--rdzv-endpoint node7:29500" in arguments
+        assert arguments.endswith("-m rq_ep.serve --host 0.0.0.0 --model a model\n")
     finally:
         script.kill()
