@@ -27,6 +27,11 @@ ON_RANK_FAILURE = ("continue", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 WAIT_FOR_RANKS_S = 30.0
 
+HTTP = "HTTP: where it listens, who may ask, for how much"
+STEPS = "requests and steps: room, caches, what an answer is"
+FAILURES = "ranks that fail, stall or come late; how the server ends"
+RECORDS = "what it logs and records"
+
 
 @dataclass(frozen=True)
 class ServeConfig(CheckpointOptions, RebalanceOptions):
@@ -41,7 +46,8 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
     )
     strategy: StrategyConfig | None = option(
         None,
-        help="name of a strategy, or {name: ..., setting: ...}; default: the placement's, or standard",
+        help="standard, eplb, llep, rq, rq_paper, rq_llep or package.module:Class; with settings {name: llep, "
+        "max_borrowed: 2}; default: the placement's, or standard",
         parse=StrategyConfig.parse,
     )
     machine: str | None = option(
@@ -52,120 +58,164 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         "auto",
         help="whose generation_config.json gives requests their temperature, top_p, top_k, min_p and "
         "repetition_penalty: auto, the model's; vllm: nobody's; or a directory that has one",
+        group=STEPS,
     )
     device: str = option("auto", help="auto: cuda where every rank has a GPU of its own", choices=DEVICES)
     attn_implementation: str | None = option(None, help="attention of transformers; default: sdpa, or eager without it")
     seed: int = option(
-        0, help="seed of requests that bring none; in bf16 the other requests of a step may change an answer", minimum=0
+        0,
+        help="seed of requests that bring none; in bf16 the other requests of a step may change an answer",
+        minimum=0,
+        group=STEPS,
     )
 
-    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
-    port: int = option(8000, help="port to listen on; 0 picks a free one", minimum=0, maximum=65535)
+    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for every interface", group=HTTP)
+    port: int = option(8000, help="port to listen on; 0 picks a free one", minimum=0, maximum=65535, group=HTTP)
     api_key: tuple[str, ...] | None = option(
         None,
         help="keys, of which requests must bring one; default: RQ_EP_API_KEY or, without it, none is needed",
         secret=True,
         several=True,
+        group=HTTP,
     )
     api_key_file: str | None = option(
-        None, help="file of such keys, one a line; unlike a flag's, no list of processes shows them"
+        None,
+        help="file of such keys, one a line; unlike a flag's, no list of processes shows them",
+        group=HTTP,
     )
     allowed_origins: tuple[str, ...] | None = option(
         None,
         help="origins of web pages that may send requests, such as https://example.org, or * for all; default: none",
         several=True,
         metavar="ORIGIN",
+        group=HTTP,
     )
-    served_model_name: str | None = option(None, help="name of the model in requests; default: as given by --model")
-    max_num_seqs: int = option(64, help="requests that run at once on a rank", minimum=1)
-    max_num_batched_tokens: int = option(1024, help="tokens of one step on a rank", minimum=1)
+    served_model_name: str | None = option(
+        None, help="name of the model in requests; default: as given by --model", group=HTTP
+    )
+    max_num_seqs: int = option(64, help="requests that run at once on a rank", minimum=1, group=STEPS)
+    max_num_batched_tokens: int = option(1024, help="tokens of one step on a rank", minimum=1, group=STEPS)
     max_dispatch_bytes: int | None = option(
         None,
         help="rows of other ranks that a rank holds at once, more come in parts; default: 1.1 x a balanced step's",
         minimum=1,
+        group=STEPS,
     )
-    max_model_len: int | None = option(None, help="tokens of prompt and answer; default: the model's", minimum=2)
+    max_model_len: int | None = option(
+        None, help="tokens of prompt and answer; default: the model's", minimum=2, group=STEPS
+    )
     kv_cache_tokens: int | None = option(
-        None, help="room of a rank's KV cache; default: what a GPU has left, on CPU 16384", minimum=1
+        None,
+        help="room of a rank's KV cache; default: what a GPU has left, on CPU 16384",
+        minimum=1,
+        group=STEPS,
     )
     cache: str | None = option(
         None,
         help="paged: the KV cache of full and sliding attention; padded: the model's own cache, rows padded to equal "
         "length, for every family; default: paged where the model's layers allow it",
         choices=CACHES,
+        group=STEPS,
     )
     allow_remote_images: bool = option(
         False,
         help="fetch images of chat messages from http:// and https:// URLs, within --max-body-bytes and "
         "--http-timeout; default: only data: URLs are read",
+        group=HTTP,
     )
     allowed_image_networks: tuple[str, ...] | None = option(
         None,
         help="networks such as 10.1.0.0/16 from which images may be fetched though they are not public; default: none",
         several=True,
         metavar="NETWORK",
+        group=HTTP,
     )
     prefix_caching: str = option(
         "auto",
         help="auto: a prompt that begins as an earlier one on its rank takes the keys and values of whole pages from "
         "the paged cache; off: every prompt is computed",
         choices=("auto", "off"),
+        group=STEPS,
     )
     tool_call_parser: str = option(
         "auto",
         help="format in which the model writes calls of tools; auto: the one whose marks its chat template has; none: "
         "tools can be called where tool_choice demands it, which needs no parser",
         choices=("auto", "none", *TOOL_CALL_PARSERS),
+        group=STEPS,
     )
     reasoning_parser: str = option(
         "auto",
         help="marks of the model's reasoning, which becomes reasoning_content; auto: qwen3, that is <think> and "
         "</think>, or gpt_oss, that is Harmony, where its chat template has them; none: reasoning is content",
         choices=("auto", "none", *REASONING_PARSERS),
+        group=STEPS,
     )
-    max_queue_size: int = option(1024, help="requests in the server at once; one more is answered 429", minimum=1)
-    max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1)
+    max_queue_size: int = option(
+        1024, help="requests in the server at once; one more is answered 429", minimum=1, group=HTTP
+    )
+    max_body_bytes: int = option(4 << 20, help="longest request body", minimum=1, group=HTTP)
     http_timeout: float = option(
         30.0,
         help="seconds a client may take to send a request, or to read on in its answer",
         minimum=1,
         maximum=MAX_SECONDS,
+        group=HTTP,
     )
     shutdown_timeout: float = option(
-        30.0, help="seconds running requests get to finish after SIGTERM", minimum=0, maximum=MAX_SECONDS
+        30.0,
+        help="seconds running requests get to finish after SIGTERM",
+        minimum=0,
+        maximum=MAX_SECONDS,
+        group=FAILURES,
     )
-    rank_timeout: float = option(300.0, help="seconds a collective may take", minimum=1, maximum=MAX_SECONDS)
+    rank_timeout: float = option(
+        300.0, help="seconds a collective may take", minimum=1, maximum=MAX_SECONDS, group=FAILURES
+    )
     stall_timeout: float = option(
-        60.0, help="seconds a rank may be silent, or all ranks in one place", minimum=2, maximum=MAX_SECONDS
+        60.0,
+        help="seconds a rank may be silent, or all ranks in one place",
+        minimum=2,
+        maximum=MAX_SECONDS,
+        group=FAILURES,
     )
     on_rank_failure: str | None = option(
         None,
         help="continue: the group goes on without a rank that fails, and the rank is started again and joins it; stop: "
         "the group ends; default: continue, with one rank stop",
         choices=ON_RANK_FAILURE,
+        group=FAILURES,
     )
     min_ranks: int | None = option(
         None,
         help="begin with so many ranks, rank 0 among them, once no more come; the others join when they come; default: "
         "all ranks",
         minimum=1,
+        group=FAILURES,
     )
     wait_for_ranks: float | None = option(
         None,
         help="seconds to wait for the other ranks once --min-ranks have come; default: 30",
         minimum=0,
         maximum=MAX_SECONDS,
+        group=FAILURES,
     )
     max_rank_restarts: int = option(
         3,
         help="how often a rank is started again in a row; one that has served for 10 minutes has all of them again",
         minimum=0,
+        group=FAILURES,
     )
-    record_dir: str | None = option(None, help="directory for traces of /v1/ep/record; default: none are recorded")
+    record_dir: str | None = option(
+        None, help="directory for traces of /v1/ep/record; default: none are recorded", group=RECORDS
+    )
     record_max_tokens: int = option(
-        131072, help="tokens of a trace, 8 bytes a MoE layer and expert chosen: the first ones are kept", minimum=1
+        131072,
+        help="tokens of a trace, 8 bytes a MoE layer and expert chosen: the first ones are kept",
+        minimum=1,
+        group=RECORDS,
     )
-    log_level: str = option("info", help="how much to log", choices=LOG_LEVELS)
+    log_level: str = option("info", help="how much to log", choices=LOG_LEVELS, group=RECORDS)
 
     formats: tuple[str, ...] | None = option(
         None,

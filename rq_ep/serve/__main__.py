@@ -26,7 +26,11 @@ def main(
         on_serving: called where the group goes on without ranks that fail, once this one serves.
         joined: what `on_serving` was called with in a group that goes on without this rank, which joins it again.
     """
-    parser = FlagParser(prog="rq_ep.serve", description=__doc__)
+    parser = FlagParser(
+        prog="python -m rq_ep.serve",
+        description=__doc__,
+        epilog="example: torchrun --nproc-per-node 8 -m rq_ep.serve --model MODEL --placement placement.json",
+    )
     add_flags(parser, ServeConfig)
     parser.add_argument("--dry-run", action="store_true", help="print settings, placement and bytes per rank; exit")
     # The deepspeed launcher passes it; the environment says it as well.
