@@ -20,7 +20,6 @@ from rq_ep.strategies import strategy_class
 RESULTS = Path(__file__).with_name("results")
 PAGES = (Path(__file__).parents[1] / "README.md", *sorted(RESULTS.glob("*.md")))
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NOT_MEASURED = "Not measured on a quiet machine yet."
 
 Row = dict[str, Any]
 
@@ -42,10 +41,6 @@ def renewed(text: str) -> str:
 def _load(name: str) -> Row:
     document: Row = read_json(RESULTS / f"{name}.json", "result", "bench/README.md has its command")
     return document
-
-
-def _is_measured(name: str) -> bool:
-    return (RESULTS / f"{name}.json").exists()
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -103,12 +98,10 @@ def _gain() -> str:
     header = ["strategy", "demo: max/mean load", "demo: slowest rank", "2 ranks: whole layer"]
     header += ["8 ranks, 80:4: slowest rank", "8 ranks, 95:1: slowest rank"]
     rows.append(["perfect balance", "1.00", *(f"{ideal:.2f}" for ideal in ideals)])
-    if _is_measured("balance_cpu2"):
-        served = balance.summary(_load("balance_cpu2"))
-        speed_ups = {row["contestant"]: row["speed_up"] for row in served}
-        header.append("HTTP: prompts")
-        for row in rows:
-            row.append(f"{1 / speed_ups[row[0].strip('*`')]:.2f}")
+    header.append("HTTP: prompts")
+    speed_ups = {row["contestant"]: row["speed_up"] for row in balance.summary(_load("balance_cpu2"))}
+    for row in rows:
+        row.append(f"{1 / speed_ups[row[0].strip('*`')]:.2f}")
     return _table(header, rows)
 
 
@@ -164,6 +157,26 @@ def _published_scenarios() -> str:
     return _table(["", *scenarios], lines)
 
 
+def _distinct() -> str:
+    """Compute of the slowest rank as a ratio to `standard`, and max/mean in brackets."""
+    rows = _key(_load("layer_local8_olmoe_distinct")["rows"], "scenario", "label")
+    labels = ("eplb", "llep", "rq", "rq_llep")
+
+    def cell(row: Row) -> str:
+        return f"{row['compute_s_ratio']:.2f} ({row['imbalance_mean']:.2f})"
+
+    lines = [
+        [
+            f"`{scenario}`", f"{rows[scenario, 'standard']['imbalance_mean']:.2f}",
+            f"{1 / rows[scenario, 'standard']['ideal_speed_up']:.2f}",
+            *(cell(rows[scenario, label]) for label in labels),
+        ]
+        for scenario in dict.fromkeys(scenario for scenario, _ in rows)
+    ]  # fmt: skip
+    header = ["scenario", "`standard`: max/mean", "perfect balance", *(f"`{label}`" for label in labels)]
+    return _table(header, lines)
+
+
 def _plan() -> str:
     calibrated, uncalibrated = (
         _key(_load(name)["rows"], "num_experts", "num_ranks", "strategy")
@@ -184,6 +197,30 @@ def _plan() -> str:
         for experts, ranks in sizes
     ]
     return _table(["experts x ranks", "`llep`", "`rq`", "`rq_llep`", "uncalibrated: `rq`", "`rq_llep`"], rows)
+
+
+def _overhead() -> str:
+    lines = []
+    for rank, row in enumerate(_load("overhead_cpu2")["ranks"]):
+        times = row["layer"]
+        cells = (f"{1e3 * times[name]:.0f}" for name in ("layer_s", "products_s", "collectives_s", "around_s"))
+        share, telemetry_us = times["around_s"] / times["layer_s"], 1e6 * times["telemetry_s"]
+        lines.append([str(rank), *cells, f"{share:.1%}", f"{telemetry_us:.1f}"])
+    header = ["rank", "layer, ms", "products", "collectives", "around", "of the layer", "telemetry, us"]
+    return _table(header, lines)
+
+
+def _borrowing() -> str:
+    times = _load("overhead_cpu2")["ranks"][1]["transfer"]
+    lines = []
+    for name, label in (("plain", "plain send"), ("borrow", "borrowed"), ("verified", "and verified")):
+        cells = (
+            f"{1e3 * times[f'{name}_{clock}_s']:.2f}"
+            + (f" ({times[f'borrow_{clock}_ratio']:.2f})" if name == "borrow" else "")
+            for clock in ("wall", "cpu")
+        )
+        lines.append([label, *cells])
+    return _table([f"an expert of {times['expert_bytes'] / 2**20:.0f} MiB", "wall clock, ms", "CPU time, ms"], lines)
 
 
 def _solver() -> str:
@@ -461,14 +498,10 @@ def _rebalance_goals() -> str:
 
 
 def _load_model() -> str:
-    if not _is_measured("load_cpu2") or len(parts := _load("load_cpu2")["parts"]) < len(load.PARTS):
-        return NOT_MEASURED
-    return _table(["", "goal", "reached"], load.goals(parts))
+    return _table(["", "goal", "reached"], load.goals(_load("load_cpu2")["parts"]))
 
 
 def _balance() -> str:
-    if not _is_measured("balance_cpu2"):
-        return NOT_MEASURED
     return _table(balance.HEADER, map(balance.cells, balance.summary(_load("balance_cpu2"))))
 
 
@@ -506,8 +539,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo_latency": _demo_latency,
     "two_ranks": _two_ranks,
     "published_scenarios": _published_scenarios,
+    "distinct": _distinct,
     "near_ideal": _near_ideal,
     "plan": _plan,
+    "overhead": _overhead,
+    "borrowing": _borrowing,
     "solver": _solver,
     "solver_58_layers": _solver_58_layers,
     "solver_more": _solver_more,
