@@ -15,16 +15,15 @@ import numpy as np
 from rich.table import Table
 
 from bench.layer.published import SHAPES
+from bench.lending.breakeven import AUTO, Layer
 from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.arrays import FloatArray, IntArray
-from rq_ep.core.cost import LayerCost, LayerShape
 from rq_ep.core.errors import check_number
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.plan import DispatchPlan, imbalance, spread_over_sources
 from rq_ep.core.stats import ExpertStats
-from rq_ep.costs import cost_model
 from rq_ep.placing.place import place
 from rq_ep.strategies import make_strategy
 
@@ -33,7 +32,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
     ("standard", "standard", {}, False),
     ("eplb", "eplb", {}, False),
     ("llep", "llep", {}, False),
-    ("llep auto", "llep", {"min_tokens_per_gemm": "auto", "fallback_ratio": "auto"}, True),
+    ("llep auto", "llep", AUTO, True),
     ("rq", "rq", {}, True),
     ("rq_paper", "rq_paper", {}, False),
     ("rq_llep", "rq_llep", {}, True),
@@ -50,28 +49,26 @@ def draw(popularity_E: FloatArray, num_steps: int, pairs: int, generator: np.ran
 def measure(args: argparse.Namespace, drift: float, tokens_per_rank: int) -> list[dict[str, Any]]:
     """Every row at one drift and step size."""
     shape = SHAPES[args.shape]
-    matrices = 3 * shape.hidden_size * shape.intermediate_size
-    sizes = {"bf16": 2 * matrices, "int8": matrices + 4 * (2 * shape.intermediate_size + shape.hidden_size)}
-    cost: LayerCost = cost_model(args.machine).layer(LayerShape(shape.hidden_size, shape.intermediate_size, sizes))
+    layer = Layer.of(shape, args.num_ranks, args.machine)
     generator = np.random.default_rng(args.seed)
     calibrated_E, other_E = np.exp(args.skew * generator.standard_normal((2, shape.num_experts)))
     calibrated_E, other_E = calibrated_E / calibrated_E.sum(), other_E / other_E.sum()
     pairs = tokens_per_rank * shape.top_k * args.num_ranks
     recorded_SLE = draw(calibrated_E, 32, pairs, generator)
     served_SLE = draw((1 - drift) * calibrated_E + drift * other_E, args.steps, pairs, generator)
-    stats = ExpertStats(recorded_SLE, tuple(sizes), "bf16", sizes)
+    stats = ExpertStats(recorded_SLE, tuple(layer.sizes), "bf16", layer.sizes)
     rows = []
     for label, name, knobs, has_cost in ROWS:
         strategy = make_strategy(name, **knobs)
         placement = place(stats, args.num_ranks, strategy=strategy)
-        planner = strategy.planner(placement.layers[0], placement.topology, cost if has_cost else None)
+        planner = strategy.planner(placement.layers[0], placement.topology, layer.cost if has_cost else None)
         plans = [planner(counts_RE) for counts_RE in spread_over_sources(served_SLE, args.num_ranks)[:, 0]]
         rows.append(
             {
                 "row": label,
                 "drift": drift,
                 "tokens_per_rank": tokens_per_rank,
-                "layer_s": float(np.mean([cost.step(plan).layer_s for plan in plans])),
+                "layer_s": float(np.mean([layer.cost.step(plan).layer_s for plan in plans])),
                 "imbalance": float(np.mean([imbalance(plan.loads_R) for plan in plans])),
                 "transfers": float(np.mean([len(plan.transfers) for plan in plans])),
                 "bound_by_bytes": float(np.mean([_activates_once(plan) for plan in plans])),
