@@ -273,14 +273,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-ranks", type=int, required=True, help="actors to start, one for each rank")
-    parser.add_argument("--gpus-per-rank", type=int, default=0, choices=(0, 1), help="0 runs on the CPU over gloo")
-    parser.add_argument("--cpus-per-rank", type=int, default=1)
-    parser.add_argument("--max-restarts", type=int, default=0, help="start a failed group again this often")
+    parser.add_argument("--gpus-per-rank", type=int, default=0, choices=(0, 1), help="0 runs on the CPU over gloo [0]")
+    parser.add_argument("--cpus-per-rank", type=int, default=1, help="cores that Ray reserves for a rank [1]")
+    parser.add_argument("--max-restarts", type=int, default=0, help="start a failed group again this often [0]")
     parser.add_argument(
-        "--max-actor-restarts", type=int, default=3, help="start an actor again this often while the other ranks serve"
+        "--max-actor-restarts",
+        type=int,
+        default=3,
+        help="start an actor again this often while others serve [3]",
     )
     parser.add_argument(
-        "--min-ranks", type=int, help="begin to serve with so many ranks; the others join when there is room for them"
+        "--min-ranks",
+        type=int,
+        help="begin to serve with so many; others join when there is room for them [all]",
     )
     parser.add_argument(
         "--wait-for-ranks", type=float, help="seconds to wait for the others once there are --min-ranks [30]"

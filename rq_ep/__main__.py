@@ -86,7 +86,12 @@ def _run(argv: Sequence[str], chosen: str | None) -> None:
         raise UserError("a server is started by torchrun --nproc-per-node R -m rq_ep.serve --model MODEL")
     if chosen is not None:
         check_choice("command", chosen, COMMANDS)
-    parser = FlagParser(prog="rq-ep", description=__doc__)
+    parser = FlagParser(
+        prog="rq-ep",
+        description=__doc__,
+        epilog="First tiny-model, or a checkpoint of your own; then calibrate, place, eval; then serve. "
+        "`rq-ep COMMAND --help` has an example of each.",
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, example) in COMMANDS.items():
         subparser = subparsers.add_parser(

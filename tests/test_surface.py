@@ -14,6 +14,7 @@ import pytest
 
 import rq_ep
 from rq_ep.__main__ import COMMANDS, main
+from rq_ep.config import ServeConfig, add_flags
 from rq_ep.formats import FORMATS
 from rq_ep.strategies import STRATEGIES
 
@@ -78,13 +79,23 @@ def test_the_readme_mentions_every_format() -> None:
 
 
 def test_help_names_every_strategy_of_the_table() -> None:
-    for command in ("place", "simulate"):
-        parser = argparse.ArgumentParser()
-        import_module(f"rq_ep.commands.{command}").configure(parser)
+    parsers = {name: argparse.ArgumentParser() for name in ("place", "simulate", "serve")}
+    for name in ("place", "simulate"):
+        import_module(f"rq_ep.commands.{name}").configure(parsers[name])
+    add_flags(parsers["serve"], ServeConfig)
+    for parser in parsers.values():
         text = " ".join(
             str(action.help) for action in parser._actions if "--strateg" in " ".join(action.option_strings)
         )
         assert not [name for name in (*STRATEGIES, "package.module:Class") if name not in text]
+
+
+def test_help_names_every_low_format() -> None:
+    parser = argparse.ArgumentParser()
+    import_module("rq_ep.commands.calibrate").configure(parser)
+    text = next(str(action.help) for action in parser._actions if "--formats" in action.option_strings)
+    words = text.replace(",", " ").replace(";", " ").split()
+    assert not [name for name, format_ in FORMATS.items() if not format_.is_native and name not in words]
 
 
 # File stems that the field itself has twice: a verb with its command, EPLB as a strategy and as a file format.

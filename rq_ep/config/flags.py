@@ -58,8 +58,9 @@ def _help(item: Option) -> str:
         text += f" ({', '.join(choices)})"
     if item.required:
         return f"{text} (required, here or in --config)"
-    says_enough = isinstance(item.default, bool) or item.default in (None, "", ()) or "default" in text
+    says_enough = item.default is False or item.default in (None, "", ()) or "default" in text
     default = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+    default = "yes" if item.default is True else default
     return text if says_enough else f"{text} (default: {default})"
 
 
