@@ -44,7 +44,8 @@ class CalibrationSettings(WindowSettings, CheckpointOptions):
     formats: tuple[str, ...] | None = option(
         None,
         help="weight formats to measure, by commas: int8, fp8, fp8_g64, fp8_g128, int4_g32, int4_g64, int4_g128, "
-        "mxfp4; the native one is always among them. Default: native and, unless the checkpoint is quantized already, int8",
+        "mxfp4; the native one is always among them. Default: native and, unless the checkpoint is quantized already, "
+        "int8",
     )
     importance: str = option(
         "output",
