@@ -24,7 +24,7 @@ from bench.result import result_document
 from rq_ep.commands.console import wide_console
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.core.replicas import Replica, Replicas
-from rq_ep.formats import get_format
+from rq_ep.formats import ExpertBuffers, get_format
 from rq_ep.moe import ExpertBank, ExpertFamily
 from rq_ep.parallel import Received, single_group
 from rq_ep.profiling.timing import wall_seconds
@@ -69,7 +69,7 @@ def _measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(options.device)
     family = ExpertFamily.gated(shape.hidden_size, shape.intermediate_size)
     replicas = Replicas.of(Replica(0, expert, NATIVE) for expert in range(options.experts))
-    bank = ExpertBank(family.layout, replicas, 0, device, movable=True)
+    bank = ExpertBank(family.layout, replicas, 0, device, expert_buffers=ExpertBuffers(device))
     random = torch.Generator(device).manual_seed(0)
     weights = {
         name: torch.randn(size, generator=random, device=device) * size[-1] ** -0.5

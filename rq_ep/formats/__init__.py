@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from rq_ep.core.errors import UserError, check_choice
+from rq_ep.formats.expert_buffers import ExpertBuffers
 from rq_ep.formats.fp8 import Fp8
 from rq_ep.formats.fp8_groups import Fp8Groups
 from rq_ep.formats.int4 import Int4
 from rq_ep.formats.int8 import Int8
-from rq_ep.formats.layout import ExpertLayout, Packing, Views, blank, checksum, is_intact
+from rq_ep.formats.layout import ExpertLayout, Packing, Views, checksum, is_intact, spoil
 from rq_ep.formats.mxfp4 import Mxfp4
 from rq_ep.formats.native import Native
 
@@ -93,6 +94,6 @@ def native_format_name(dtype: torch.dtype) -> str:
 
 
 __all__ = [
-    "FORMATS", "ExpertLayout", "Packing", "Views", "WeightFormat", "blank", "checksum", "get_format",
-    "is_intact", "native_format_name",
+    "FORMATS", "ExpertBuffers", "ExpertLayout", "Packing", "Views", "WeightFormat", "checksum", "get_format",
+    "is_intact", "native_format_name", "spoil",
 ]  # fmt: skip

@@ -96,11 +96,9 @@ class Packing:
         return packed
 
 
-def blank(nbytes: int, device: torch.device) -> Tensor:
-    """A buffer for a packed expert, uint8 [nbytes]; it does not match its checksum until a whole expert is there."""
-    packed = torch.empty(nbytes, dtype=torch.uint8, device=device)  # maybe an older expert, but for the checksum
+def spoil(packed: Tensor) -> None:
+    """Let a buffer, uint8 [nbytes], not match its checksum until a whole expert is there: it may hold an older one."""
     _stored_checksum(packed).fill_(1)
-    return packed
 
 
 def checksum(packed: Tensor) -> Tensor:

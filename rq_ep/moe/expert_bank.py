@@ -10,7 +10,7 @@ from torch import Tensor
 from rq_ep.core.errors import UserError
 from rq_ep.core.plan import WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
-from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
+from rq_ep.formats import ExpertBuffers, ExpertLayout, WeightFormat, get_format, is_intact
 from rq_ep.moe.borrowing import BorrowBuffers, Borrowing, ExpertSlot
 from rq_ep.moe.expert_compute import GroupedExperts, add_outputs
 from rq_ep.moe.expert_family import ExpertFamily
@@ -37,8 +37,8 @@ class ExpertBank:
     """The resident experts of one layer on one rank: a stack of packed experts for each format.
 
     Experts arrive in buffers that do not serve: `stage` one, write to it and verify it, on any thread, while this bank
-    computes. `commit`, between two steps, lets the replicas of a new placement serve and frees the others. In a
-    `movable` bank each expert has a buffer of its own, so that nothing is copied then. In another one the experts of a
+    computes. `commit`, between two steps, lets the replicas of a new placement serve and frees the others. With
+    `expert_buffers` each expert has a buffer of its own, so that nothing is copied then. Without, the experts of a
     format lie in one buffer, as fast kernels want it, and a commit makes a new one beside it.
     """
 
@@ -50,7 +50,7 @@ class ExpertBank:
         device: torch.device | str = "cpu",
         borrow_buffers: BorrowBuffers | None = None,
         layer: int = 0,
-        movable: bool = False,
+        expert_buffers: ExpertBuffers | None = None,
     ) -> None:
         """Allocate this rank's replicas of one layer; `put` fills them.
 
@@ -61,22 +61,23 @@ class ExpertBank:
             device: where they lie.
             borrow_buffers: for borrowed experts, which layers may share; default: this bank's own, without a bound.
             layer: its index in the model.
-            movable: whether each replica has a buffer of its own, to come and go without a copy.
+            expert_buffers: for replicas that come and go without a copy, which layers may share; None: as above.
         """
         self.layer = layer
         self.layout = layout
         self.rank = rank
         self.borrow_buffers = BorrowBuffers(layout, device) if borrow_buffers is None else borrow_buffers
         self.borrow_buffers.join(layer)
-        self.movable = movable
         self._device = torch.device(device)
+        self._is_stacked = expert_buffers is None
+        self._buffers = ExpertBuffers(device) if expert_buffers is None else expert_buffers
         self._converted: dict[tuple[int, str], Tensor] = {}  # (expert, format) -> packed; least recently used first
         self._lock = threading.Lock()  # guards what is staged
         self._staged: dict[int, StagedExpert] = {}
         held = self._own(replicas)
-        if movable:
+        if not self._is_stacked:
             formats = {replica.expert: get_format(replica.format) for replica in held}
-            self._hold({e: (name, PackedExpert.blank(name, layout, self._device)) for e, name in formats.items()})
+            self._hold({e: (name, PackedExpert.blank(name, layout, self._buffers)) for e, name in formats.items()})
             return
         self._stacks: dict[str, Stack] = {}
         self._slots: dict[int, ExpertSlot] = {}
@@ -179,7 +180,7 @@ class ExpertBank:
         format_ = get_format(name)
         held = self._slots.get(expert)
         assert held is None or held.stack.format is not format_, f"expert {expert} is held in {name}"
-        staged = StagedExpert(format_, PackedExpert.blank(format_, self.layout, self._device))
+        staged = StagedExpert(format_, PackedExpert.blank(format_, self.layout, self._buffers))
         with self._lock:
             assert expert not in self._staged, f"expert {expert} arrives already"
             self._staged[expert] = staged
@@ -198,9 +199,10 @@ class ExpertBank:
             raise DamagedExpert(f"expert {expert} of layer {self.layer} arrived damaged on rank {self.rank}")
 
     def discard_staged(self) -> None:
-        """Free the experts that have arrived and do not serve."""
+        """Free the experts that have arrived and do not serve, and the buffers of others that went."""
         with self._lock:
             self._staged = {}
+        self._buffers.release()
 
     def check_commit(self, replicas: Replicas) -> None:
         """Return if `commit` can let these replicas serve.
@@ -268,7 +270,7 @@ class ExpertBank:
 
     def _stack(self, format_: WeightFormat, experts: Sequence[PackedExpert]) -> Stack:
         """The experts of a format, where they lie or copied into one buffer."""
-        if self.movable:
+        if not self._is_stacked:
             return Stack(format_, self.layout, None, tuple(experts))
         with torch.inference_mode(False):  # an engine commits in it, and others write to the buffer outside of it
             stack = Stack.empty(format_, self.layout, len(experts), self._device)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rq_ep.formats import ExpertLayout, Views, WeightFormat, blank
+from rq_ep.formats import ExpertBuffers, ExpertLayout, Views, WeightFormat, spoil
 from rq_ep.formats.kernels.blocked_product import has_fast_products
 from rq_ep.formats.kernels.unpack import has_triton
 from rq_ep.formats.native import Native
@@ -32,9 +32,10 @@ class PackedExpert(NamedTuple):
     views: Views
 
     @classmethod
-    def blank(cls, format_: WeightFormat, layout: ExpertLayout, device: torch.device) -> "PackedExpert":
+    def blank(cls, format_: WeightFormat, layout: ExpertLayout, buffers: ExpertBuffers) -> "PackedExpert":
         """A buffer that an expert is to be written to."""
-        packed = blank(format_.nbytes(layout), device)
+        packed = buffers.take(format_.nbytes(layout))
+        spoil(packed)
         return cls(packed, format_.views(packed, layout))
 
 

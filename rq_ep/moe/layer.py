@@ -12,7 +12,7 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.strategy import Planner
-from rq_ep.formats import get_format
+from rq_ep.formats import ExpertBuffers, get_format
 from rq_ep.moe.borrowing import BorrowBuffers
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
@@ -43,7 +43,7 @@ class EPExperts(nn.Module):
         exchange: Exchange | None = None,
         telemetry: CallRecorder | None = None,
         borrow_buffers: BorrowBuffers | None = None,
-        movable: bool = False,
+        expert_buffers: ExpertBuffers | None = None,
     ) -> None:
         """Allocate this rank's replicas; fill `bank` before the first call.
 
@@ -55,7 +55,7 @@ class EPExperts(nn.Module):
             exchange: moves the rows, in the same way on every rank; default: as suits the group's device.
             telemetry: records every call; default: nothing is recorded.
             borrow_buffers: for borrowed experts, which layers may share; default: this layer's own.
-            movable: whether the placement may be replaced.
+            expert_buffers: for replicas that come and go, which layers may share; default: they lie together.
         """
         super().__init__()
         self.family = family
@@ -66,7 +66,13 @@ class EPExperts(nn.Module):
         self.sole_holders = SoleHolders.of(placement.replicas, placement.num_experts, group.size, group.device)
         self.exchange = Exchange(group) if exchange is None else exchange
         self.bank = ExpertBank(
-            family.layout, placement.replicas, group.rank, group.device, borrow_buffers, placement.index, movable
+            family.layout,
+            placement.replicas,
+            group.rank,
+            group.device,
+            borrow_buffers,
+            placement.index,
+            expert_buffers,
         )
         self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
         self.output_norms: OutputNorms | None = None  # samples steps, if it is set

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.strategy import Planner
+from rq_ep.formats import ExpertBuffers
 from rq_ep.moe.borrowing import BorrowBuffers
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.moe.expert_family import ExpertFamily
@@ -29,7 +30,7 @@ class LocalExperts(nn.Module):
         exchange_settings: ExchangeSettings | None = None,
         telemetry: CallRecorder | None = None,
         borrow_buffers: Sequence[BorrowBuffers] | None = None,
-        movable: bool = False,
+        expert_buffers: ExpertBuffers | None = None,
     ) -> None:
         """Allocate all ranks' replicas; fill `banks` before the first call. Arguments as of `EPExperts`.
 
@@ -42,7 +43,7 @@ class LocalExperts(nn.Module):
             exchange_settings: how rows travel; default: as suits the device.
             telemetry: records every rank's calls.
             borrow_buffers: of each rank, which layers may share.
-            movable: whether the placement may be replaced.
+            expert_buffers: for replicas that come and go, which layers may share; default: they lie together.
         """
         super().__init__()
         self.post_expert_norm = family.post_norm
@@ -56,7 +57,7 @@ class LocalExperts(nn.Module):
                 exchange=Exchange(group, exchange_settings),
                 telemetry=telemetry,
                 borrow_buffers=None if borrow_buffers is None else borrow_buffers[group.rank],
-                movable=movable,
+                expert_buffers=expert_buffers,
             )
             for group in self.world.groups
         )

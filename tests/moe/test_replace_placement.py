@@ -15,7 +15,7 @@ from torch import Tensor
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
-from rq_ep.formats import FORMATS, get_format, native_format_name
+from rq_ep.formats import FORMATS, ExpertBuffers, get_format, native_format_name
 from rq_ep.moe import EPExperts, ExpertBank, LocalExperts
 from rq_ep.moe.integrity import DamagedExpert, MissingExpert
 from rq_ep.parallel import TorchGroup
@@ -49,7 +49,9 @@ def local(
     strategy: str, layer: LayerPlacement, num_ranks: int, weights: Weights, family: str, movable: bool
 ) -> LocalExperts:
     planner = make_strategy(strategy, **STRATEGIES[strategy]).planner(layer, Topology(num_ranks))
-    experts = LocalExperts(cases.FAMILIES[family], layer, planner, num_ranks, movable=movable)
+    experts = LocalExperts(
+        cases.FAMILIES[family], layer, planner, num_ranks, expert_buffers=ExpertBuffers() if movable else None
+    )
     for rank in experts.ranks:
         cases.fill(rank, weights)
     return experts
@@ -131,7 +133,7 @@ def test_after_every_round_a_layer_equals_one_that_was_built_so(strategy: str, d
 
 def bank_of(weights: Weights, *held: tuple[int, str]) -> ExpertBank:
     """A movable bank of rank 0."""
-    bank = ExpertBank(cases.FAMILIES["gated"].layout, replicas_of(*held), 0, layer=7, movable=True)
+    bank = ExpertBank(cases.FAMILIES["gated"].layout, replicas_of(*held), 0, layer=7, expert_buffers=ExpertBuffers())
     for expert in bank.experts:
         bank.put(expert, weights[expert])
     return bank
@@ -262,7 +264,7 @@ def serve_two_placements(rank: int, store: str, results: Any) -> None:
     first = cases.round_robin("fp32", 2, 8)
     second = LayerPlacement.even(2, 8, [Replica(0, expert, "fp32") for expert in range(8)])
     strategy = make_strategy("rq_llep", **LENDING)
-    experts = EPExperts(family, first, strategy.planner(first, Topology(2)), group, movable=True)
+    experts = EPExperts(family, first, strategy.planner(first, Topology(2)), group, expert_buffers=ExpertBuffers())
     cases.fill(experts, weights)
     outputs = []
     for layer in (second, first, second):

@@ -18,7 +18,7 @@ from rq_ep.core.errors import check_integer
 from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.costs import cost_model
-from rq_ep.formats import get_format
+from rq_ep.formats import ExpertBuffers, get_format
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly, without_rank
@@ -218,7 +218,8 @@ class _Loader:
     def _replace_experts(self, max_borrowed_bytes: int) -> tuple[EPExperts | LocalExperts, ...]:
         """Put an expert-parallel layer, its banks still empty, in the place of every experts module."""
         ranks, telemetry = self._ranks, self._arguments.telemetry
-        movable = self._arguments.movable_formats is not None and not self._arguments.keeps_stacks
+        come_and_go = self._arguments.movable_formats is not None and not self._arguments.keeps_stacks
+        expert_buffers = ExpertBuffers(ranks.device) if come_and_go else None
         borrow_buffers = [BorrowBuffers(self._family.layout, ranks.device, max_borrowed_bytes) for _ in ranks.local]
         exchange_settings = ExchangeSettings.for_device(ranks.device.type, self._arguments.max_dispatch_bytes)
         layers: list[EPExperts | LocalExperts] = []
@@ -237,7 +238,7 @@ class _Loader:
                     exchange_settings=exchange_settings,
                     telemetry=telemetry,
                     borrow_buffers=borrow_buffers,
-                    movable=movable,
+                    expert_buffers=expert_buffers,
                 )
             else:
                 layer = EPExperts(
@@ -248,7 +249,7 @@ class _Loader:
                     exchange=Exchange(ranks.group, exchange_settings),
                     telemetry=telemetry,
                     borrow_buffers=borrow_buffers[0],
-                    movable=movable,
+                    expert_buffers=expert_buffers,
                 )
                 layer.is_apart = self._arguments.joins_later
             self._model.set_submodule(module.name, layer)

@@ -22,6 +22,7 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Planner
 from rq_ep.core.topology import Topology
 from rq_ep.engine.step_agreement import StepFlags, merge
+from rq_ep.formats import ExpertBuffers
 from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import Migration
 from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
@@ -210,7 +211,12 @@ class MovingGroup:
         self.layers = [
             [
                 EPExperts(
-                    FAMILY, layer, planner_of(layer), group, movable=True, telemetry=loads if group.rank == 0 else None
+                    FAMILY,
+                    layer,
+                    planner_of(layer),
+                    group,
+                    expert_buffers=ExpertBuffers(),
+                    telemetry=loads if group.rank == 0 else None,
                 )
                 for layer in before.layers
             ]
