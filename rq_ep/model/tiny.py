@@ -110,6 +110,8 @@ def save(model: PreTrainedModel, recipe: TrainingRecipe, directory: Path) -> Non
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, decoder_start_token_id=start
     )
     model.save_pretrained(directory)
+    for path in directory.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files private; a model is for sharing
     byte_tokenizer(MAX_LENGTH).save_pretrained(directory)
     corpus.write_corpus(directory / TEXT_DIRECTORY)
     (directory / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=1) + "\n")

@@ -91,6 +91,7 @@ def test_finished_model_is_reused_and_another_recipe_replaces_it(tmp_path) -> No
     out = tmp_path / "model"
     assert tiny.tiny_model(out, SMALL)
     weights = (out / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").stat().st_mode & 0o444 == 0o444  # others may read it
     assert not tiny.tiny_model(out, SMALL, interrupt)
     assert (out / "model.safetensors").read_bytes() == weights
     assert tiny.tiny_model(out, replace(SMALL, seed=1))
