@@ -35,7 +35,7 @@ COMMANDS = {
     ),
     "simulate": Command(
         "replay recorded loads under several strategies; print the load of every rank",
-        "--stats runs/held-out.safetensors --num-ranks 4 --placement runs/placement.json",
+        "--stats runs/held-out.safetensors --calibration runs/stats.safetensors --num-ranks 4",
     ),
     "eval": Command(
         "compare a placement with the dense model on held-out text: load, time, bytes, quality",
