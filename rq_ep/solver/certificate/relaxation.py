@@ -110,43 +110,52 @@ class _LinearProgram:
     objective: FloatArray
     bytes_row: FloatArray
     pairs_row: FloatArray
-    rows: Any  # sparse
-    right: FloatArray
+    rows: Any  # sparse: the limits of bytes and pairs first
+    right: FloatArray  # of all rows but these two
     bounds: FloatArray
     num_pairs: int
 
     @classmethod
     def of(cls, layers: Sequence[BoundLayer], weight: float, limits: BoundLimits) -> "_LinearProgram":
         # Planners on every rank import this package; SciPy would make up most of the time that takes.
-        from scipy.sparse import block_array, diags_array, eye_array
+        from scipy.sparse import csr_array
 
-        chords_T, chords_n, chords_right = _chords(layers)
+        chords = _Chords.of(layers)
         least_S = [np.maximum(la.floor_S, (la.loads_SE / la.most_E).max(axis=1, initial=0.0)) for la in layers]
         weights = [np.full(len(la.floor_S), weight / max(len(la.floor_S), 1)) for la in layers]
         pairs_e = np.concatenate([la.pairs_E for la in layers])
         min_e = np.concatenate([la.fewest_E for la in layers]).astype(np.float64)
         max_e = np.concatenate([la.most_E for la in layers]).astype(np.float64)
-        num_steps, num_experts = chords_T.shape[1], len(pairs_e)
+        num_steps, num_experts, num_chords = sum(map(len, least_S)), len(pairs_e), len(chords.right_A)
         none_S, none_e, one_e = np.zeros(num_steps), np.zeros(num_experts), np.ones(num_experts)
-        each = eye_array(num_experts)
-        blocks: list[list[Any]] = [
-            [chords_T, chords_n, None, None],
-            [None, -each, -each, each],  # m <= n - 1 + z: one replica of a native expert is native
-        ]
-        right = [chords_right, -one_e]
-        if not limits.mixes:
-            blocks.append([None, None, -diags_array(max_e), each])
-            right.append(none_e)
         has_low = float(limits.low_bytes < limits.native_bytes)
         saved = 1 - limits.low_bytes / limits.native_bytes
         num_pairs = max(int(pairs_e.sum()), 1)
         low = np.concatenate([*least_S, min_e, none_e, none_e])
         high = np.concatenate([np.full(num_steps, np.inf), max_e, has_low * one_e, has_low * max_e])
+        bytes_row = np.concatenate([none_S, one_e, none_e, -saved * one_e])
+        pairs_row = np.concatenate([none_S, none_e, pairs_e / num_pairs, none_e])
+        column_C = np.arange(len(low))
+        n_e, z_e, m_e = column_C[num_steps:].reshape(3, num_experts)
+        chord_A = 2 + np.arange(num_chords)
+        native_e = 2 + num_chords + np.arange(num_experts)
+        entries = [
+            (np.zeros_like(column_C), column_C, bytes_row),
+            (np.ones_like(column_C), column_C, pairs_row),
+            (chord_A, chords.step_A, np.full(num_chords, -1.0)),
+            (chord_A, n_e[chords.expert_A], -chords.slope_A),
+            *((native_e, n_e, -one_e), (native_e, z_e, -one_e), (native_e, m_e, one_e)),  # m <= n - 1 + z
+        ]
+        right = [chords.right_A, -one_e]  # one replica of a native expert is native
+        if not limits.mixes:
+            entries += [(native_e + num_experts, z_e, -max_e), (native_e + num_experts, m_e, one_e)]  # m <= N z
+            right.append(none_e)
+        row, column, value = map(np.concatenate, zip(*entries, strict=True))
         return cls(
             objective=np.concatenate([*weights, none_e, none_e, none_e]),
-            bytes_row=np.concatenate([none_S, one_e, none_e, -saved * one_e]),
-            pairs_row=np.concatenate([none_S, none_e, pairs_e / num_pairs, none_e]),
-            rows=block_array(blocks, format="csr"),
+            bytes_row=bytes_row,
+            pairs_row=pairs_row,
+            rows=csr_array((value, (row, column))),
             right=np.concatenate(right),
             bounds=np.column_stack([low, high]),
             num_pairs=num_pairs,
@@ -155,15 +164,14 @@ class _LinearProgram:
     def solve(self, prices: Prices | None, limits: BoundLimits) -> Any:
         """SciPy's solution, inside the limits or, with prices, paying for the bytes and pairs it takes."""
         from scipy.optimize import linprog
-        from scipy.sparse import csr_array, vstack
 
         objective, rows, right = self.objective, self.rows, self.right
         if prices is None:
             everything = limits.num_ranks * float(self.bytes_row.clip(min=0).sum())
             max_bytes = everything if limits.max_bytes is None else limits.max_bytes / limits.native_bytes
-            rows = vstack([csr_array(self.bytes_row[None]), csr_array(self.pairs_row[None]), rows], format="csr")
             right = np.concatenate([[max_bytes, limits.max_low_pairs / self.num_pairs], right])
         else:
+            rows = rows[2:]
             objective = objective + prices.byte * limits.native_bytes * self.bytes_row
             objective = objective + prices.pair * self.num_pairs * self.pairs_row
         solution = linprog(objective, A_ub=rows, b_ub=right, bounds=self.bounds, method="highs")
@@ -171,24 +179,24 @@ class _LinearProgram:
         return solution
 
 
-def _chords(layers: Sequence[BoundLayer]) -> tuple[Any, Any, FloatArray]:
-    """Rows -T_s - slope * n <= right for all chords between n and n + 1 replicas: columns T, columns n, right sides."""
-    from scipy.sparse import csr_array
+class _Chords(NamedTuple):
+    """Rows -T_s - slope * n <= right for all chords between n and n + 1 replicas."""
 
-    chords = []
-    first_step, first_expert = 0, 0
-    for layer in layers:
-        for n in range(1, int(layer.most_E.max())):
-            step_A, expert_A = np.nonzero((layer.loads_SE > n) & (n < layer.most_E))
-            load_A = layer.loads_SE[step_A, expert_A]
-            slope_A = load_A / (n * (n + 1))
-            chords.append((first_step + step_A, first_expert + expert_A, slope_A, -load_A / n - slope_A * n))
-        first_step += len(layer.floor_S)
-        first_expert += len(layer.most_E)
-    if not chords:
-        return csr_array((0, first_step)), csr_array((0, first_expert)), np.zeros(0)
-    step_A, expert_A, slope_A, right_A = map(np.concatenate, zip(*chords, strict=True))
-    row_A = np.arange(len(right_A))
-    chords_T = csr_array((np.full(len(row_A), -1.0), (row_A, step_A)), shape=(len(row_A), first_step))
-    chords_n = csr_array((-slope_A, (row_A, expert_A)), shape=(len(row_A), first_expert))
-    return chords_T, chords_n, right_A
+    step_A: IntArray  # of all layers together, as experts are
+    expert_A: IntArray
+    slope_A: FloatArray
+    right_A: FloatArray
+
+    @classmethod
+    def of(cls, layers: Sequence[BoundLayer]) -> "_Chords":
+        chords = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0))]
+        first_step, first_expert = 0, 0
+        for layer in layers:
+            for n in range(1, int(layer.most_E.max())):
+                step_A, expert_A = np.nonzero((layer.loads_SE > n) & (n < layer.most_E))
+                load_A = layer.loads_SE[step_A, expert_A]
+                slope_A = load_A / (n * (n + 1))
+                chords.append((first_step + step_A, first_expert + expert_A, slope_A, -load_A / n - slope_A * n))
+            first_step += len(layer.floor_S)
+            first_expert += len(layer.most_E)
+        return cls(*map(np.concatenate, zip(*chords, strict=True)))
