@@ -10,10 +10,13 @@ import pytest
 
 from bench.__main__ import main
 from bench.solver.score import score
+from bench.solver.solver import Case
 from bench.solver.synthetic_traces import LAWS, draw_trace
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
+from rq_ep.solver.certificate.layer_bounds import bounds_of
+from rq_ep.solver.objective.calibration_steps import calibration_steps
 
 pytestmark = pytest.mark.slow
 
@@ -70,3 +73,25 @@ def test_low_formats_together_are_beside_each_alone(tmp_path: Path) -> None:
     assert {tuple(row["formats"]) for row in rows} == {("int8:504",), ("int4",), ("int8:504", "int4")}
     for row in rows:
         assert row["max_error"] is None or row["error"] <= row["max_error"] * (1 + 1e-9)
+
+
+def test_the_bound_is_below_an_overfitted_placement() -> None:
+    """`bench/results/solver.md` says what this placement shows: no bound can be above it."""
+    found = json.loads((Path(__file__).parents[2] / "bench/results/solver_overfitted_layer.json").read_text())
+    case, low, seed = Case.parse(found["case"]), found["low"], found["seed"]
+    trace = draw_trace(found["law"], case.num_experts, case.top_k, found["tokens"], 1, (64, 96), seed)
+    problem = case.problem(trace, low, seed)
+    replicas = [
+        Replica(rank, expert, low if expert in found["low_experts"] else "bf16")
+        for expert, ranks in enumerate(found["ranks_by_expert"])
+        for rank in ranks
+    ]
+    placement = problem.placement("overfitted", [LayerPlacement.even(0, case.num_experts, replicas)])
+    assert placement.budget_bytes_R is not None
+    assert (np.array(placement.bytes_R) <= placement.budget_bytes_R).all()
+    assert placement.low_precision_planned <= case.cap
+    attained = score(placement, trace.calibration_SLE).fractional
+    assert attained == pytest.approx(found["max_mean"], abs=1e-3)
+    assert score(placement, trace.held_out_SLE).fractional == pytest.approx(found["held_out"], abs=1e-3)
+    bound, _ = bounds_of(problem, placement, calibration_steps(problem, len(trace.calibration_SLE)))
+    assert 1 <= bound.value <= attained
