@@ -64,8 +64,8 @@ def calibrate(
             they are there, instead of on weights rounded to the nearest.
         group: ranks to shard the experts of a checkpoint over; default: all processes of the launcher, or this one.
         trace_path: also write the routing of every token of the same steps, a `RoutingTrace`, there.
-        resume_path: file in which progress is saved, so that the same call can resume where it was stopped; not with a
-            trace.
+        resume_path: file in which progress is saved, so that the same call can resume where it was stopped; it is
+            removed in the end. Not with a trace.
         progress: called with (stage, done, total).
         options: fields of `CalibrationSettings` that differ from `settings`.
 
@@ -93,7 +93,7 @@ def calibrate(
     kl_LEQ = None
     if settings.measure_kl and divergence is not None:
         kl_LEQ = _kl_LEQ(loaded, divergence, formats, progress)
-    return _expert_stats(
+    stats = _expert_stats(
         loaded,
         forward_stats,
         formats,
@@ -102,6 +102,9 @@ def calibrate(
         kl=kl_LEQ,
         importance_definition=IMPORTANCES[settings.importance],
     )
+    if resume_path is not None and loaded.is_rank_zero:
+        Path(resume_path).unlink(missing_ok=True)
+    return stats
 
 
 def _check_inputs(

@@ -110,8 +110,8 @@ def collect_forward_stats(
         windows: as `find_windows` gives them.
         max_rows: inputs to keep of each expert, as far as `MAX_ROW_BYTES` allow.
         trace_builder: gets the routing of every token; not of an encoder-decoder.
-        resume_path: file in which progress is saved, so that the same call can resume after it was stopped; it is
-            removed in the end. Not with a `trace_builder`.
+        resume_path: file in which progress is saved, so that the same call can resume after it was stopped. It is left
+            for whoever stops later, in what is measured next. Not with a `trace_builder`.
         save_every_s: seconds between two writings of it.
         progress: called with (stage, done, total).
 
@@ -136,12 +136,11 @@ def collect_forward_stats(
         for i, batch in enumerate(windows.batches[first:], first):
             has_decode_steps = i // len(windows.domains) % 2 == 0  # the domains take turns
             steps.extend(_run_batch(loaded, batch, records, has_decode_steps, trace_builder))
-            if resume_file is not None and loaded.is_rank_zero:
+            is_last = i + 1 == len(windows.batches)  # it is always run: `records` tell its routing
+            if resume_file is not None and loaded.is_rank_zero and not is_last:
                 resume_file.save(i + 1, steps, records)
             progress("routing", i + 1, len(windows.batches))
     _check_finite(loaded.experts, records)
-    if resume_file is not None and loaded.is_rank_zero:
-        resume_file.remove()
     return ForwardStats(windows, steps, records)
 
 

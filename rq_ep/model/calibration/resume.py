@@ -90,7 +90,3 @@ class ResumeFile:
         with replacing(self._path) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "key": self._key, "done": json.dumps(done)})
         self._last_s = time.monotonic()
-
-    def remove(self) -> None:
-        """Delete the file once the run is complete."""
-        self._path.unlink(missing_ok=True)

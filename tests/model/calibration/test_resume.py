@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from rq_ep.core.errors import UserError
+from rq_ep.core.stats import ExpertStats
+from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.calibration.forward_stats import ForwardStats, collect_forward_stats, find_windows
 from rq_ep.model.calibration.loaded_model import LoadedModel
-from rq_ep.model.settings import WindowSettings
+from rq_ep.model.settings import CalibrationSettings, WindowSettings
 from rq_ep.model.text.windows import Windows
 from rq_ep.parallel import EPGroup, run_local
 
@@ -62,6 +64,28 @@ def test_a_stopped_run_resumes_where_it_was(loaded: LoadedModel, tiny_checkpoint
     again = collect_forward_stats(loaded, windows, resume_path=path, progress=lambda _, done, total: seen.append(done))
     assert seen == [7, 8]
     assert_same(whole, again)
+
+
+def test_the_file_stays_until_all_is_measured(loaded: LoadedModel, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    windows, path = windows_of(tiny_checkpoint), tmp_path / "out.resume"
+    collect_forward_stats(loaded, windows, resume_path=path, save_every_s=0)
+    batches: list[int] = []
+
+    def run(stop: str) -> ExpertStats:
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage == stop:
+                raise Stopped
+            if stage == "routing":
+                batches.append(done)
+
+        texts, settings = tiny_checkpoint / "text" / "train", CalibrationSettings(**vars(SETTINGS))
+        return calibrate(tiny_checkpoint, texts, settings, dtype="float32", resume_path=path, progress=progress)
+
+    with pytest.raises(Stopped):
+        run(stop="formats")
+    stats = run(stop="")
+    assert batches == [8, 8], "the last batch alone is run again"
+    assert stats.top_k == 2
     assert not path.exists()
 
 
@@ -82,7 +106,6 @@ def test_ranks_resume_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert sorted(seen) == sorted([*range(min(seen), 9)] * 2)
     for one, other in zip(again, run_local(2, collect), strict=True):
         assert_same(one, other)
-    assert not path.exists()
 
 
 def test_another_run_or_a_damaged_file_starts_anew(
