@@ -123,7 +123,7 @@ class EPExperts(nn.Module):
 
     def _forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         row_bytes = hidden_TD.shape[1] * hidden_TD.dtype.itemsize
-        rows_R = self.exchange.rows_to_gather(row_bytes)
+        rows_R = self.exchange.rows_to_gather(len(hidden_TD), row_bytes)
         if rows_R is not None:
             return self._forward_gathered(hidden_TD, topk_ids_TK, topk_weights_TK, rows_R)
         timer = self.telemetry.timer(self.group)

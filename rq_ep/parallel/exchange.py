@@ -64,9 +64,14 @@ class Exchange:
         self.settings = ExchangeSettings.for_device(group.device.type) if settings is None else settings
         self.rows_R: IntArray | None = None  # rows of each rank in this step; None: the ranks have not agreed on them
 
-    def rows_to_gather(self, row_bytes: int) -> IntArray | None:
-        """[R] rows of each rank, if they are known and so few that every rank shall get all of them."""
-        rows_R = self.rows_R
+    def rows_to_gather(self, num_rows: int, row_bytes: int) -> IntArray | None:
+        """[R] rows of each rank, if they are known and so few that every rank shall get all of them.
+
+        Args:
+            num_rows: of this rank; one that is alone knows all by that.
+            row_bytes: of a row.
+        """
+        rows_R = np.array([num_rows]) if self.group.size == 1 else self.rows_R
         return None if rows_R is None or int(rows_R.sum()) * row_bytes > self.settings.max_gathered_bytes else rows_R
 
     def dispatch(
