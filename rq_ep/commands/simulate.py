@@ -159,6 +159,8 @@ def _contenders(
                 f"{path}: {calibration.num_experts} experts in {calibration.num_layers} layers, but "
                 f"{options.stats} has {stats.num_experts} in {stats.num_layers}: calibrate the model that is replayed"
             )
+        if stats.model is not None and calibration.model is not None:
+            stats.model.check(calibration.model, path)
     elif options.rebalance == "auto":  # --formats are of the placements that come later
         settings = replace(settings, formats=None)
     for name in names:

@@ -160,11 +160,16 @@ def test_every_strategy_places_on_calibrated_loads_inside_the_budget(
     assert rows["rq"]["imbalance_mean"] < rows["eplb+1"]["imbalance_mean"] < rows["standard"]["imbalance_mean"]
 
 
-def test_calibration_of_another_shape_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("model", "num_experts", "message"), [("abc", 8, "8 experts in 2 layers, but"), ("other", 16, "was made for model")]
+)
+def test_calibration_of_another_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, num_experts: int, message: str
+) -> None:
     held_out = write_stats(tmp_path / "held_out.safetensors")
-    other = write_stats(tmp_path / "other.safetensors", num_experts=8)
+    other = write_stats(tmp_path / "other.safetensors", model, num_experts)
     assert main(["simulate", "--stats", held_out, "--num-ranks", "4", "--calibration", other]) == 2
-    assert "8 experts in 2 layers, but" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_with_rebalancing_the_placement_follows_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,7 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
         if all(hasattr(module, attribute) for attribute in DECORATOR_ATTRIBUTES) and not OTHER_MODALITIES.search(name)
     ]
     model_type = model.config.model_type
+    refused = f"{model.name_or_path or 'the model'}: model_type {model_type!r} cannot be served"
     if not modules:
         if model_type in ADAPTERS:
             raise UserError(
@@ -71,22 +72,22 @@ def find_expert_modules(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
             )
         if unknown := [f"{name} ({type(module).__name__})" for name, module in _look_like_experts(model)]:
             raise UserError(
-                f"model_type {model_type!r} cannot be served: its experts, such as {unknown[0]}, do not use "
+                f"{refused}: its experts, such as {unknown[0]}, do not use "
                 "transformers' `use_experts_implementation` (their router may weight inputs instead of outputs)"
             )
-        raise UserError(f"model_type {model_type!r} cannot be served: this model is dense, it has no MoE layers")
+        raise UserError(f"{refused}: this model is dense, it has no MoE layers")
     for experts in modules:
         if why := _unsupported(experts.module):
-            raise UserError(f"model_type {model_type!r} cannot be served: {experts.name} {why}")
+            raise UserError(f"{refused}: {experts.name} {why}")
     first = modules[0]
     for experts in modules[1:]:
         if _shapes(experts.module) != _shapes(first.module):
             raise UserError(
-                f"model_type {model_type!r} cannot be served: its MoE layers differ, {first.name} has "
+                f"{refused}: its MoE layers differ, {first.name} has "
                 f"{_shapes(first.module)} and {experts.name} has {_shapes(experts.module)}"
             )
     if len({experts.layer_index for experts in modules}) < len(modules):
-        raise UserError(f"model_type {model_type!r} cannot be served: a layer has more than one set of routed experts")
+        raise UserError(f"{refused}: a layer has more than one set of routed experts")
     if (top_k := experts_per_token(model.config)) > first.num_experts:
         raise UserError(f"num_experts_per_tok {top_k}: this model has {first.num_experts} experts in a layer")
     return tuple(sorted(modules))

@@ -87,8 +87,8 @@ def make_windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, settings: Win
             log.warning("domain %s is left out: less than one window of %d tokens", name, length)
     if not domains:
         raise UserError(
-            f"the text does not fill one window of {length} tokens: give more of it, or a smaller --sequence-length"
-            + _hint_of_paths(by_domain)
+            f"{_paths_of(texts) or 'the text'} does not fill one window of {length} tokens: give more of it, or a "
+            "smaller --sequence-length" + _hint_of_paths(by_domain)
         )
     in_turns = chain.from_iterable(zip_longest(*batches_by_domain))
     return Windows(tuple(batch for batch in in_turns if batch is not None), tuple(domains))
@@ -124,12 +124,16 @@ def read_texts(texts: Texts) -> dict[str, list[str]]:
         if text:
             by_domain.setdefault(domain, []).append(text)
     if not by_domain:
-        paths = [str(item) for item in texts if isinstance(item, Path)] if isinstance(texts, Sequence) else []
-        raise UserError(
-            f"there is no text to run: {' '.join(['--text', *paths]):.200} names no file that holds UTF-8 text; give "
-            ".txt, .md, source code or .jsonl"
-        )
+        where = f" in {paths}" if (paths := _paths_of(texts)) else ""
+        raise UserError(f"there is no text to run{where}: give .txt, .md, source code or .jsonl, in UTF-8")
     return dict(sorted(by_domain.items()))
+
+
+def _paths_of(texts: Texts) -> str:
+    """The flag with the paths that were given for it; empty where none was."""
+    items = [texts] if isinstance(texts, Path) else texts
+    paths = [str(item) for item in items if isinstance(item, Path)] if isinstance(items, Sequence) else []
+    return f"--text {' '.join(paths):.200}" if paths else ""
 
 
 def _documents(texts: Texts) -> Iterator[tuple[str, str]]:

@@ -239,7 +239,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2,
         num_hidden_layers=1,
     )  # fmt: skip
-    with pytest.raises(UserError, match="'qwen2' cannot be served: this model is dense"):
+    with pytest.raises(UserError, match=f"{tmp_path}.*: model_type 'qwen2' cannot be served: this model is dense"):
         load(save(AutoModelForCausalLM.from_config(config), tmp_path / "dense"), device="cpu")
 
 

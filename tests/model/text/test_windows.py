@@ -115,6 +115,15 @@ def test_files_that_are_not_text_are_refused(texts) -> None:
         read_texts(texts)
 
 
+@pytest.mark.parametrize(("content", "message"), [(b"", "no text to run in"), (b"a", "does not fill one window of 8")])
+def test_a_file_without_enough_text_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "short.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as refused:
+        sample(file, max_tokens=10_000)
+    assert f"--text {file}" in str(refused.value)
+
+
 @pytest.mark.parametrize("texts", [[], "", {}, {"x": []}, iter(())])
 def test_no_text_is_refused(texts) -> None:
     with pytest.raises(UserError, match="no text to run"):
