@@ -308,8 +308,9 @@ class ExpertBank:
         for grouped in _grouped(received, self._slots):
             add_outputs(partial_MD, received, grouped, family, norms_VE=norms_VE)
         borrowed.wait()
-        for grouped in _grouped(received, borrowed.slots):
-            add_outputs(partial_MD, received, grouped, family, norms_VE=norms_VE)
+        if borrowed.slots:
+            for grouped in _grouped(received, borrowed.slots):
+                add_outputs(partial_MD, received, grouped, family, norms_VE=norms_VE)
         if self.borrow_buffers.is_last(self.layer):
             borrowed.verify()
         return partial_MD
