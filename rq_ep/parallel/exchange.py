@@ -21,7 +21,8 @@ class ExchangeSettings:
     """How rows travel; the same on every rank."""
 
     # Bytes of all ranks' rows, up to which every rank gets all of them with their routing (`GatheredRows`), where the
-    # ranks know how many each has.
+    # ranks know how many each has. Where a rank is alone nothing travels, and on a CPU this way is faster at any size:
+    # a forward pass of 512 tokens through a small model took a fifth less.
     max_gathered_bytes: int
     # Bytes received by a rank, up to which rows and metadata are one message, with a row for every pair: a collective
     # saved is worth more than bytes saved.
@@ -38,11 +39,14 @@ class ExchangeSettings:
     max_dispatch_bytes: int | None = None
 
     @classmethod
-    def for_device(cls, kind: str, max_dispatch_bytes: int | None = None) -> "ExchangeSettings":
-        """What suits a device of type `kind`, cpu or cuda."""
+    def for_device(
+        cls, kind: str, max_dispatch_bytes: int | None = None, *, is_alone: bool = False
+    ) -> "ExchangeSettings":
+        """What suits a device of type `kind`, cpu or cuda, of one of several ranks or of one that is alone."""
         if kind == "cuda":
             return cls(1 << 20, 1 << 20, counts_rows=False, overlaps=True, max_dispatch_bytes=max_dispatch_bytes)
-        return cls(1 << 16, 1 << 16, counts_rows=True, overlaps=False, max_dispatch_bytes=max_dispatch_bytes)
+        max_gathered_bytes = 1 << 62 if is_alone else 1 << 16
+        return cls(max_gathered_bytes, 1 << 16, counts_rows=True, overlaps=False, max_dispatch_bytes=max_dispatch_bytes)
 
 
 class Exchange:
@@ -61,7 +65,9 @@ class Exchange:
             settings: default: those for the group's device.
         """
         self.group = group
-        self.settings = ExchangeSettings.for_device(group.device.type) if settings is None else settings
+        if settings is None:
+            settings = ExchangeSettings.for_device(group.device.type, is_alone=group.size == 1)
+        self.settings = settings
         self.rows_R: IntArray | None = None  # rows of each rank in this step; None: the ranks have not agreed on them
 
     def rows_to_gather(self, num_rows: int, row_bytes: int) -> IntArray | None:

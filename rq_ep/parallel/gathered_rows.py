@@ -134,7 +134,7 @@ class GatheredRows:
 
 def on_host(tensor: Tensor) -> Any:
     """The values as a contiguous array."""
-    return np.ascontiguousarray(tensor.cpu().numpy())
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
 
 
 def to_members(group: EPGroup, num_rows: int) -> list[int]:

@@ -221,7 +221,9 @@ class _Loader:
         come_and_go = self._arguments.movable_formats is not None and not self._arguments.keeps_stacks
         expert_buffers = ExpertBuffers(ranks.device) if come_and_go else None
         borrow_buffers = [BorrowBuffers(self._family.layout, ranks.device, max_borrowed_bytes) for _ in ranks.local]
-        exchange_settings = ExchangeSettings.for_device(ranks.device.type, self._arguments.max_dispatch_bytes)
+        exchange_settings = ExchangeSettings.for_device(
+            ranks.device.type, self._arguments.max_dispatch_bytes, is_alone=ranks.num_ranks == 1
+        )
         layers: list[EPExperts | LocalExperts] = []
         for module, placed in zip(self._experts, self._placement.layers, strict=True):
             family = family_of(module.module)
