@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -118,7 +117,6 @@ def _ratio(estimate: Estimate) -> str:
 def draw(rows: Sequence[Row], path: str) -> None:
     """KL against bytes, into a PNG."""
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     names = list(dict.fromkeys(row.format for row in rows))
     for row in rows:

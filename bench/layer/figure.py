@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.layer.published import published
@@ -22,7 +21,6 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
     by_name = {(row["scenario"], row["label"]): row for row in rows}
     figure = Figure(figsize=(max(5, 0.95 * len(scenarios) + 1.5), 6), layout="constrained")
-    FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     at, width = np.arange(len(scenarios)), 0.8 / len(labels)
     for number, label in enumerate(labels):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.layer.figure import COLOURS
@@ -18,7 +17,6 @@ def draw_ranks(result: Mapping[str, Any], path: str | Path) -> None:
     rows = [row for row in result["rows"] if "pairs_by_rank" in row]
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
     figure = Figure(figsize=(10, 2.6 * len(scenarios) + 1.1), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(scenarios), 2, squeeze=False)
     for (load, latency), scenario in zip(panels, scenarios, strict=True):
         of_scenario = [row for row in rows if row["scenario"] == scenario]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.layer.figure import COLOURS
@@ -22,7 +21,6 @@ def draw(part: Mapping[str, Any], path: str | Path) -> None:
     rates = np.array(part["tokens_by_bin"]) / BIN_S
     begin_s = BIN_S * np.arange(len(rates))
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.step(begin_s, rates, where="post", color=COLOURS[0], linewidth=1.2)
     for event in events:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.layer.figure import COLOURS
@@ -16,7 +15,6 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
     """Write a PNG: a line for every server, a triangle where a new placement served, the domains above."""
     part, cost = result["parts"]["domains"], result["parts"].get("cost")
     figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[4, 1])
     for at, (name, rows) in enumerate(part["series"].items()):
         colour = COLOURS[at % len(COLOURS)]

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.layer.figure import COLOURS
@@ -18,7 +17,6 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
     rows, names = result["rows"], result["contestants"]
     loads = list(dict.fromkeys((row["request_rate"], row["max_concurrency"]) for row in rows))
     figure = Figure(figsize=(4 * len(PANELS), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     width = 0.8 / len(names)
     for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for at, name in enumerate(names):

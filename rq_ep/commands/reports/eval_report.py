@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -99,7 +98,6 @@ def draw(evaluations: Sequence[Evaluation], path: str | Path) -> None:
     Ranks are sorted anew in each layer and step: averaged by number, a hot rank that moves about would look balanced.
     """
     figure = Figure(figsize=(2.2 * len(evaluations) + 0.8, 2.8), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(evaluations), sharey=True, squeeze=False)[0]
     for panel, row in zip(panels, evaluations, strict=True):
         ranks = range(1, len(row.sorted_loads_R) + 1)

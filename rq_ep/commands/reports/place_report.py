@@ -172,7 +172,6 @@ def _ranks_table(placement: "Placement") -> Any:
 def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
     """Write a PNG: planned load of every rank and layer, and the replicas of every layer by format."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -185,7 +184,6 @@ def draw(placement: "Placement", stats: "ExpertStats", path: Path) -> None:
         rows.append(load_R / max(load_R.mean(), 1e-300))
     names = [str(layer.index) for layer in placement.layers]
     figure = Figure(figsize=(10, min(1.5 + 0.3 * max(len(names), 6), 20)), layout="constrained")
-    FigureCanvasAgg(figure)
     heat, bars = figure.subplots(1, 2)
     image = heat.imshow(np.array(rows), aspect="auto", cmap="coolwarm", vmin=0.5, vmax=1.5)
     figure.colorbar(image, ax=heat, label="planned load / mean")
