@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rq_ep.core.arrays import BoolArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.moves import DROP, Move
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
@@ -20,6 +21,7 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.solver.compiled import numba
+from rq_ep.solver.migration.member_replicas import MemberReplicas
 from rq_ep.solver.migration.members import lowered_problem
 from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
 from rq_ep.solver.migration.restoration import Restoration
@@ -58,18 +60,20 @@ def recover(problem: PlacementProblem, placement: Placement, members: Sequence[i
     Raises:
         UserError: the members cannot hold every expert; the message says how many bytes are missing.
     """
+    replicas = MemberReplicas(problem, placement, members)
+    before_LER = replicas.held_LER
     try:
-        restoration = Restoration(problem, placement, members)
-        has_moved = restoration.restore()
-    except UserError:
-        restoration = Restoration(problem, placement, members, by_damage=False)
-        has_moved = restoration.restore()
+        has_moved = Restoration(problem, members, replicas, by_damage=True).restore()
+    except UserError:  # the fewest pairs let most experts be stored in few bits
+        replicas = MemberReplicas(problem, placement, members, keeps_low=False)
+        before_LER = replicas.held_LER
+        has_moved = Restoration(problem, members, replicas, by_damage=False).restore()
     if has_moved:
-        _balance(problem, members, restoration)
-    after = restoration.placement()
+        _balance(problem, members, replicas, before_LER)
+    after = replicas.placement()
     is_member = set(members)
     held = [[one for one in layer.replicas if one.rank in is_member] for layer in placement.layers]
-    low_cap = LowCap(restoration.pairs_LE, problem.max_low_precision_share * int(restoration.pairs_LE.sum()))
+    low_cap = LowCap(replicas.pairs_LE, problem.max_low_precision_share * int(replicas.pairs_LE.sum()))
     stats = problem.stats
     rounds = move_rounds(held, after, stats.expert_bytes, stats.native_format, room_bytes, low_cap=low_cap)
     return Recovery(after, _with_drops(rounds, placement, is_member))
@@ -90,17 +94,19 @@ def warm_up() -> None:
     recover(PlacementProblem(stats, topology, (18,) * 4, ("fp32", "int8")), placement, (0, 1, 2), room_bytes=2)
 
 
-def _balance(problem: PlacementProblem, members: Sequence[int], restoration: Restoration) -> None:
+def _balance(
+    problem: PlacementProblem, members: Sequence[int], replicas: MemberReplicas, before_LER: BoolArray
+) -> None:
     """Choose better ranks for what has to move, and better spare replicas to give up, by a short search.
 
     It is left out where it would take too long or might not be served: without a compiler, where formats are mixed, and
     where no expert had more than one replica.
     """
-    format_LE = restoration.format_LE()
-    if numba is None or format_LE is None or restoration.before_LER.sum(axis=2).max() < 2:
+    format_LE = replicas.solver_format_LE()
+    if numba is None or format_LE is None or before_LER.sum(axis=2).max() < 2:
         return
-    before_LEM, after_LEM = (held_LER[:, :, members] for held_LER in (restoration.before_LER, restoration.held_LER))
-    to_move = int(((after_LEM & ~before_LEM) * restoration.bytes_LE[:, :, None]).sum())
+    before_LEM, after_LEM = (held_LER[:, :, members] for held_LER in (before_LER, replicas.held_LER))
+    to_move = int(((after_LEM & ~before_LEM) * replicas.bytes_LE[:, :, None]).sum())
     alone = replace(
         lowered_problem(problem, members), move_price=PRICE, max_moved_bytes=round((1 + MORE_MOVED) * to_move),
         time_limit_s=None, num_workers=1,
@@ -109,7 +115,7 @@ def _balance(problem: PlacementProblem, members: Sequence[int], restoration: Res
     steps = denoise_steps(alone, calibration_steps(alone, NUM_STEPS))
     state = SearchState(context, steps, Solution(after_LEM, format_LE)).add_replicas()
     state.search(ignore_progress)
-    restoration.hold(state.held_LER, members)
+    replicas.hold(state.held_LER, members)
 
 
 def _with_drops(rounds: Sequence[MoveRound], before: Placement, members: set[int]) -> tuple[MoveRound, ...]:
