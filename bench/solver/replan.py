@@ -3,10 +3,13 @@
     python -m bench replan                                                     # synthetic domains, 8 layers
     python -m bench replan --cases 64x8:0.1 256x32:0.1 --layers 58 --seeds 1   # how long planning takes
     python -m bench replan --domains c=C,C_HELD_OUT prose=PROSE,PROSE_HELD_OUT --num-ranks 4   # of `rq-ep calibrate`
+    python -m bench replan --domains ... --least-bytes 120   # proven: what any planner must move, by a MILP of 120 s
 
 The placement of one domain serves another. `decide` plans from it on 128 steps, the solver places anew on half of
 them, and both are scored on steps that neither saw, as in `bench solver`. EPLB's map change is what differs between its
 placements of both domains, in as many slots as standard EP has.
+
+`--least-bytes` asks how few bytes a planner could do with that knows the steps to come (`bench/solver/least_moves.py`).
 """
 
 import argparse
@@ -21,6 +24,7 @@ from rich.table import Table
 
 from bench.options import bench_parser, check_positive
 from bench.result import result_document
+from bench.solver.least_moves import least_moves
 from bench.solver.score import score
 from bench.solver.solver import LOW_BYTES, SIZES_HELP, Case
 from bench.solver.synthetic_traces import draw_domain_change
@@ -36,6 +40,7 @@ from rq_ep.core.strategy import RebalanceRule
 from rq_ep.core.topology import Topology
 from rq_ep.rebalancing.live_placement import LivePlacement
 from rq_ep.rebalancing.rebalancer import Decision, Rebalancer, decide
+from rq_ep.rebalancing.replan import moved_bytes
 from rq_ep.rebalancing.staged_moves import StagedMoves
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
@@ -45,6 +50,7 @@ from rq_ep.strategies.rq import ReplicateQuantize
 STRATEGY = ReplicateQuantize()
 WINDOW = 128  # steps that a decision sees; half of them are planned for
 STEPS_OF_AN_EXPERT = 10  # that a native expert takes to arrive
+SHARE_OF_GAIN = 0.9  # that the least bytes are asked for
 SLACK = 0.02  # within which a placement counts as good as the one that was placed anew
 
 
@@ -162,7 +168,17 @@ def learnt(change: Change, calibrated: float) -> dict[str, float]:
     return {"standard": start, "learnt": change.score(live.placement), "learnt_step": step}
 
 
-def measure(change: Change, prices: Sequence[float], learns: bool) -> list[dict[str, Any]]:
+def least_bytes(change: Change, current: Placement, limit: float, args: argparse.Namespace) -> dict[str, float]:
+    """What any planner moves at least for a max/mean of `limit`, and what the best placement that was found does."""
+    least = least_moves(change.anew, current, change.held_out_SLE, limit, args.groups, args.least_bytes)
+    figures: dict[str, float] = {"least_bytes": least.bound}
+    if least.layers is not None:
+        found = replace(current, layers=tuple(least.layers))
+        figures |= {"found_bytes": moved_bytes(change.anew, current, found), "found": change.score(found)}
+    return figures
+
+
+def measure(change: Change, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each price of moved bytes."""
     current = STRATEGY.place(change.problem)
     started_s = time.process_time()
@@ -175,13 +191,16 @@ def measure(change: Change, prices: Sequence[float], learns: bool) -> list[dict[
         "fresh": change.score(fresh),
         "fresh_cpu_s": fresh_cpu_s,
     }
-    if learns:
+    if args.learn:
         figures |= learnt(change, figures["fresh"])
     to_gain = figures["stale"] - figures["fresh"]
     budget, of_eplb = sum(change.problem.budget_bytes_R or current.bytes_R), eplb_bytes(change)
+    if args.least_bytes and to_gain >= SLACK:
+        least = least_bytes(change, current, figures["stale"] - SHARE_OF_GAIN * to_gain, args)
+        figures |= {name: value / max(of_eplb, 1) if "bytes" in name else value for name, value in least.items()}
     rows = []
     by_rule = (STRATEGY.rebalance_rule or RebalanceRule()).price_among(change.problem.stats.num_experts)
-    for price in prices or (by_rule, 0.0):
+    for price in args.prices or (by_rule, 0.0):
         decision, cpu_s = decision_of(change, current, price)
         goal = decision.placement or current
         line = timeline(change, current, decision.rounds, goal)
@@ -234,18 +253,23 @@ def recorded_changes(args: argparse.Namespace) -> Iterator[Change]:
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     columns = ["change", "price", "stale", "again", "anew", "gain", "of budget", "of EPLB's", "rounds"]
-    columns += ["half", "low first", "native first", "CPU s", "anew CPU s", "from nothing"]
+    columns += ["half", "low first", "native first", "CPU s", "anew CPU s", "from nothing", "least bytes"]
     table = Table(*columns, box=None)
     for row in rows:
         from_nothing = "-"
         if "learnt" in row:
             from_nothing = f"{row['standard']:.3f} -> {row['learnt']:.3f} at {row['learnt_step']}"
+        least = "-"
+        if "least_bytes" in row:
+            least = f">= {row['least_bytes']:.1%}"
+        if "found" in row:
+            least += f"; {row['found']:.3f} for {row['found_bytes']:.1%}"
         table.add_row(
             row["change"], f"{row['price']:g}", *(f"{row[key]:.3f}" for key in ("stale", "replanned", "fresh")),
             *("-" if row[key] is None else f"{row[key]:.0%}" for key in ("gain_share", "moved", "moved_of_eplb")),
             str(row["rounds"]),
             *(str(row[key]) for key in ("half_step", "half_step_low_first", "half_step_native_first")),
-            f"{row['cpu_s']:.2f}", f"{row['fresh_cpu_s']:.2f}", from_nothing,
+            f"{row['cpu_s']:.2f}", f"{row['fresh_cpu_s']:.2f}", from_nothing, least,
         )  # fmt: skip
     return table
 
@@ -277,6 +301,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--more-steps", type=int, default=128, metavar="N", help="served besides, where it learns")
     parser.add_argument("--held-out-steps", type=int, default=64, metavar="N", help="steps that score")
     parser.add_argument("--learn", action="store_true", help="serve from standard EP with no statistics as well")
+    parser.add_argument(
+        "--least-bytes", type=float, default=0, metavar="SECONDS", help="for 90 %% of the gain; of a few experts"
+    )
+    parser.add_argument("--groups", type=int, default=2, metavar="N", help="of held-out steps, for --least-bytes")
     parser.add_argument("--json", metavar="FILE", help="write the figures with command, commit and versions")
     args = parser.parse_args(argv)
     args.cases = [Case.parse(text) for text in args.cases]
@@ -285,6 +313,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     check_positive(args, "layers", "seeds", "calibration_steps", "held_out_steps", "num_ranks", "tokens")
     for price in args.prices:
         check_number("--prices", price, 0)
+    check_number("--least-bytes", args.least_bytes, 0)
+    check_integer("--groups", args.groups, 1)
     if args.json:
         check_writable(args.json)
     return args
@@ -295,7 +325,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse_options(argv)
     rows = []
     for change in changes(args):
-        rows += measure(change, args.prices, args.learn)
+        rows += measure(change, args)
     wide_console(180).print(table_of(rows))
     if args.json:
         write_json(args.json, result_document("replan", argv, args, rows=rows))
