@@ -32,7 +32,7 @@ class RebalanceOptions:
         None,
         flag="--rebalance-interval",
         help="steps between two decisions; after a change the next one waits for a whole window; default: 64, eplb "
-        "3000",
+        "3000, and its first one after a quarter of that",
         minimum=1,
         group=REBALANCING,
     )

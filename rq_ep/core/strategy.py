@@ -45,8 +45,9 @@ class RebalanceRule:
 
     window: int = 256  # steps whose loads a new placement is planned for
     interval: int = 64  # steps between two decisions; after a change the next one waits for a whole window
+    first: float = 1.0  # part of an interval after which the first decision comes
     min_gain: float | None = 0.02  # on steps that were not planned for; None: whatever is planned is taken
-    min_share: float = 0.25  # of what max/mean is above 1, that must go as well: what stays is mostly chance
+    min_share: float = 0.25  # of what max/mean is above its least, that must go as well: what stays is mostly chance
     # What moving as many bytes as all experts take must gain besides; None: by the experts of a layer (`price_among`).
     price: float | None = None
     room_bytes: int | None = None  # of a rank, for what arrives; None: one expert of the largest format

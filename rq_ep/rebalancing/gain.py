@@ -13,7 +13,7 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.objective.calibration_steps import layer_steps, pairs_by_step
-from rq_ep.solver.objective.objective import evaluator_of, step_balance
+from rq_ep.solver.objective.objective import evaluator_of, is_plain, step_balance
 
 NUM_BLOCKS = 32  # of consecutive steps; those of one block resemble each other, as they run the same requests
 NOISES = 3.0  # standard errors by which a mean must exceed a limit: by chance it does so in one of about 700 decisions
@@ -51,6 +51,7 @@ class Gain(NamedTuple):
     estimate: StepMean
     before: float
     after: float
+    floor: float = 1.0  # below which no placement gets, as pairs are whole
 
 
 def planned_and_held_out(num_steps: int) -> tuple[IntArray, IntArray]:
@@ -76,7 +77,8 @@ def gain_of(
     weight_S = pairs_by_step(problem)
     before_S, after_S = (_imbalance_S(problem, strategy, layers) for layers in (before, after))
     means = [StepMean.of(value_S, weight_S).mean for value_S in (before_S, after_S)]
-    return Gain(StepMean.of(before_S - after_S, weight_S), *means)
+    floor = StepMean.of(_floor_S(problem), weight_S).mean
+    return Gain(StepMean.of(before_S - after_S, weight_S), *means, floor)
 
 
 def low_share(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> StepMean:
@@ -90,6 +92,17 @@ def low_share(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> St
         low_S += counts_SLE[:, i] @ low_E
     pairs_S = counts_SLE.sum(axis=(1, 2))
     return StepMean.of(low_S / np.maximum(pairs_S, 1), pairs_S.astype(np.float64))
+
+
+def _floor_S(problem: PlacementProblem) -> FloatArray:
+    """[S] the least max/mean of each step, mean over layers: two pairs keep two ranks busy, however many there are."""
+    if not is_plain(problem):
+        return np.ones(len(problem.stats.counts))
+    num_ranks, pairs_SL = problem.topology.num_ranks, problem.stats.counts.sum(axis=2)
+    fullest_SL = -(-pairs_SL // num_ranks)
+    floor_SL = np.where(pairs_SL > 0, fullest_SL * num_ranks / np.maximum(pairs_SL, 1), 1.0)
+    floor_S: FloatArray = floor_SL.mean(axis=1)
+    return floor_S
 
 
 def _imbalance_S(problem: PlacementProblem, strategy: Strategy, layers: Sequence[LayerPlacement]) -> FloatArray:

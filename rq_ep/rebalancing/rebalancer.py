@@ -83,7 +83,7 @@ class Rebalancer:
         self._rule = rule
         self._window = LoadWindow(rule.window)
         self.importance = ObservedImportance(problem.stats.num_layers, problem.stats.num_experts)
-        self._due_in = max(rule.interval, min(rule.window, MIN_STEPS))  # steps
+        self._due_in = max(int(rule.first * rule.interval), min(rule.window, MIN_STEPS))  # steps
 
     @property
     def is_due(self) -> bool:
@@ -181,7 +181,7 @@ def _decide(request: RebalanceRequest) -> Decision:
     if low_before.surely_exceeds(cap + LOW_SLACK) and low_after.mean < low_before.mean:
         figures += f", low pairs {low_before.mean:.1%} -> {low_after.mean:.1%} (cap {cap:.1%})"
         return Decision(placement, figures, gain, num_bytes)
-    least = max(rule.min_gain, rule.min_share * (gain.before - 1)) + price_of(planned, num_bytes)
+    least = max(rule.min_gain, rule.min_share * (gain.before - gain.floor)) + price_of(planned, num_bytes)
     if gain.estimate.mean < least:
         return Decision(None, f"{figures}: gains less than {least:.3f}", gain, num_bytes)
     if not gain.estimate.surely_exceeds(0.0):
