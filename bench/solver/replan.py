@@ -310,11 +310,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     args.cases = [Case.parse(text) for text in args.cases]
     args.domains = dict(map(_domain, args.domains))
     check_choice("format", args.low, LOW_BYTES)
-    check_positive(args, "layers", "seeds", "calibration_steps", "held_out_steps", "num_ranks", "tokens")
+    check_positive(args, "layers", "seeds", "calibration_steps", "held_out_steps", "num_ranks", "tokens", "groups")
     for price in args.prices:
         check_number("--prices", price, 0)
     check_number("--least-bytes", args.least_bytes, 0)
-    check_integer("--groups", args.groups, 1)
     if args.json:
         check_writable(args.json)
     return args
