@@ -76,9 +76,8 @@ def gain_of(
     """
     weight_S = pairs_by_step(problem)
     before_S, after_S = (_imbalance_S(problem, strategy, layers) for layers in (before, after))
-    means = [StepMean.of(value_S, weight_S).mean for value_S in (before_S, after_S)]
-    floor = StepMean.of(_floor_S(problem), weight_S).mean
-    return Gain(StepMean.of(before_S - after_S, weight_S), *means, floor)
+    means = [StepMean.of(value_S, weight_S).mean for value_S in (before_S, after_S, _floor_S(problem))]
+    return Gain(StepMean.of(before_S - after_S, weight_S), *means)
 
 
 def low_share(problem: PlacementProblem, layers: Sequence[LayerPlacement]) -> StepMean:
