@@ -13,9 +13,10 @@ from torch import Tensor
 from rq_ep.config import Environment, keep_gloo_on_loopback
 from rq_ep.core.arrays import IntArray
 from rq_ep.parallel.ep_group import PeerTensor, check_splits
-from rq_ep.parallel.processes.communicators import Communicators, Seat
+from rq_ep.parallel.processes.communicators import Communicators
 from rq_ep.parallel.processes.generations import Generations, as_peer_lost
 from rq_ep.parallel.processes.meeting import meet
+from rq_ep.parallel.processes.seat import Seat
 from rq_ep.parallel.processes.transfers import GlooChannel, TorchArrival, TorchTransfers
 from rq_ep.parallel.processes.transport import choose_transport, device_of, gpu_name
 from rq_ep.parallel.processes.world import begin_world, store_in_world
@@ -174,7 +175,7 @@ class TorchGroup:
             # One hop, where a gather goes round the ring: with 4 ranks on 2 cores gloo takes half the time.
             sent_MV = counts_V.expand(num_members, -1).contiguous()
             communicators.finish_tensors(communicators.all_to_all(counts_MV, sent_MV))
-            return communicators.of_ranks(counts_MV.cpu().numpy())
+            return communicators.seat.of_ranks(counts_MV.cpu().numpy())
 
     def all_to_all(self, send: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Tensor:
         return self.start_all_to_all(send, input_splits, output_splits).wait()
@@ -194,11 +195,11 @@ class TorchGroup:
         landings = [(torch.empty_like(to, device="cpu") if self._is_staged else to, to) for to, _ in receives]
         outgoing = [self._to_wire(piece) for piece, _ in sends]
         with self._generations.running("weight transfer") as communicators:
-            works = communicators.start_messages(
+            messages = communicators.borrowing.start(
                 [(piece, dst) for piece, (_, dst) in zip(outgoing, sends, strict=True)],
                 [(landing, src) for (landing, _), (_, src) in zip(landings, receives, strict=True)],
             )
-        return TorchTransfers(self._generations, communicators, works, outgoing, landings)
+        return TorchTransfers(self._generations, communicators, messages, outgoing, landings)
 
     def open_host_channel(self) -> GlooChannel:
         """Communicators for messages beside the collectives, one in each generation; every member calls this.

@@ -202,7 +202,3 @@ def wrong_peer(state: State, rank: int) -> list[str]:
         except Exception as error:
             texts.append(f"{type(error).__name__}: {error}")
     return texts
-
-
-def stale_channel(state: State, src: int, generation: int) -> None:
-    state.channel.exchange([], [(torch.zeros(8, dtype=torch.uint8), src)], generation)

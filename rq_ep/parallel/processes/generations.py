@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from rq_ep.config import Environment, bind_for_ranks
 from rq_ep.parallel.ep_group import PeerLost, Superseded
-from rq_ep.parallel.processes.communicators import Communicators, Seat
+from rq_ep.parallel.processes.communicators import Communicators
 from rq_ep.parallel.processes.meeting import GenerationStore, IsOver, StoreHost, meet, unless_over
+from rq_ep.parallel.processes.seat import Seat
 from rq_ep.parallel.processes.transport import gpu_name
 
 

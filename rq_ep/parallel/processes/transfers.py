@@ -9,6 +9,7 @@ from torch import Tensor
 from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
 from rq_ep.parallel.processes.communicators import Communicators
 from rq_ep.parallel.processes.generations import Generations
+from rq_ep.parallel.processes.peer_messages import MessagesUnderWay
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class TorchTransfers:
 
     generations: Generations
     communicators: Communicators
-    works: Sequence[dist.Work]
+    messages: MessagesUnderWay
     outgoing: Sequence[Tensor]
     landings: Sequence[tuple[Tensor, Tensor]]  # where a message arrives, where it belongs
 
     def wait(self) -> None:
         with self.generations.running("weight transfer", self.communicators):
-            self.communicators.wait(self.works)
+            if lost := self.messages.finish():
+                raise RuntimeError(_named(lost))
         for landing, target in self.landings:
             if landing is not target:
                 target.copy_(landing)
@@ -57,17 +59,9 @@ class GlooChannel:
     def rank(self) -> int:
         return self.generations.current.seat.rank
 
-    @property
-    def generation(self) -> int:
-        return self.generations.current.seat.generation
-
-    def exchange(
-        self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor], generation: int | None = None
-    ) -> None:
-        lost = self.generations.current.exchange_messages(self.number, sends, receives, generation)
-        if lost:
-            text = "; ".join(f"no connection to rank {peer} ({reason})" for peer, reason in sorted(lost.items()))
-            raise MessagesLost(f"rank {self.rank}: {text}", lost)
+    def exchange(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> None:
+        if lost := self.generations.current.exchange_messages(self.number, sends, receives):
+            raise MessagesLost(f"rank {self.rank}: {_named(lost)}", lost)
 
     def reconnect(self, number: int) -> None:
         communicators = self.generations.current
@@ -77,3 +71,8 @@ class GlooChannel:
             reason = str(error).partition("\n")[0]
             text = f"rank {self.rank}: no connection to the other ranks again ({reason})"
             raise MessagesLost(text, communicators.seat.members) from error
+
+
+def _named(lost: dict[int, str]) -> str:
+    """The ranks out of reach, and why."""
+    return "; ".join(f"no connection to rank {peer} ({reason})" for peer, reason in sorted(lost.items()))
