@@ -15,6 +15,7 @@ from rq_ep.core.stats import ModelIdentity
 from rq_ep.core.topology import Topology
 
 FORMAT = "rq_ep.placement/1"
+SHARES_TOLERANCE = 1e-5  # of an expert's shares, which sum to 1
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,19 @@ class LayerPlacement:
         if not copies_E.all():
             raise UserError(f"{where}: expert {int(np.argmin(copies_E))} has no replica")
         sums_E = np.bincount(experts_P, weights=self.shares_P, minlength=self.num_experts)
-        if (self.shares_P < 0).any() or not np.allclose(sums_E, 1, atol=1e-6):
-            worst = int(np.argmax(np.abs(sums_E - 1)))
+        error_E = np.abs(sums_E - 1)
+        if (self.shares_P < 0).any() or not (error_E <= SHARES_TOLERANCE).all():
+            worst = int(np.argmax(error_E))
             raise UserError(f"{where}: shares of expert {worst} sum to {sums_E[worst]:g}, not to 1")
         mixed_formats = self.replicas.mixed_formats
         if len(set(mixed_formats)) < len(mixed_formats):
             raise UserError(f"{where}: mixed_formats {', '.join(mixed_formats)}: a format is named twice")
-        stored = list(zip(experts_P.tolist(), self.replicas.formats_P, strict=True))
+        if len(set(self.replicas.formats_P)) > 1:
+            self._check_formats(where)
+
+    def _check_formats(self, where: str) -> None:
+        mixed_formats = self.replicas.mixed_formats
+        stored = list(zip(self.replicas.experts_P.tolist(), self.replicas.formats_P, strict=True))
         formats: dict[int, str] = {}
         for expert, format_ in stored if len(set(stored)) > self.num_experts else ():
             first = formats.setdefault(expert, format_)
@@ -224,33 +231,52 @@ def _read(document: Mapping[str, Any]) -> Placement:
 
 
 def _read_layer(document: Mapping[str, Any], num_ranks: int) -> LayerPlacement:
-    layer = check_integer("layer", document["layer"])
+    layer, rows = check_integer("layer", document["layer"]), document["replicas"]
     try:
         # More experts than replicas cannot be, and a claim of very many would fill the memory.
-        num_experts = check_integer("num_experts", document["num_experts"], 1, len(document["replicas"]))
-        shares = {_read_replica(row, num_ranks, num_experts): row["share"] for row in document["replicas"]}
-        if len(shares) < len(document["replicas"]):
-            raise UserError("a replica is named twice")
+        num_experts = check_integer("num_experts", document["num_experts"], 1, len(rows))
+        ranks_P = _integers("rank", [row["rank"] for row in rows], num_ranks - 1)
+        experts_P = _integers("expert", [row["expert"] for row in rows], num_experts - 1)
+        formats = [row["format"] for row in rows]
+        for name in set(formats) if set(map(type, formats)) == {str} else formats:
+            check_text("format", name)
+        shares_P = _fractions("share", [row["share"] for row in rows])
         mixed_formats = document.get("mixed_formats", [])
         if not isinstance(mixed_formats, list):
             raise UserError(f"mixed_formats {mixed_formats!r:.60}: must be a list of formats")
-        replicas = Replicas.of(shares, [check_text("mixed format", name) for name in mixed_formats])
+        order_P = np.lexsort((experts_P, ranks_P))
+        ranks_P, experts_P, shares_P = ranks_P[order_P], experts_P[order_P], shares_P[order_P]
+        formats_P = tuple(formats[row] for row in order_P.tolist())
+        for p in np.flatnonzero((np.diff(ranks_P) == 0) & (np.diff(experts_P) == 0)).tolist():
+            is_same = formats_P[p] == formats_P[p + 1]
+            raise UserError("a replica is named twice" if is_same else "a rank holds two replicas of one expert")
+        replicas = Replicas(
+            ranks_P, experts_P, formats_P, tuple(check_text("mixed format", name) for name in mixed_formats)
+        )
     except UserError as error:
         raise UserError(f"layer {layer}: {error}") from None
     return LayerPlacement(
         index=layer,
         num_experts=num_experts,
         replicas=replicas,
-        shares_P=np.array([check_number(f"layer {layer}: share", shares[replica], 0, 1) for replica in replicas]),
+        shares_P=shares_P,
         predicted=document["predicted"],
         bound=document["bound"],
         binding=document["binding"],
     )
 
 
-def _read_replica(row: Mapping[str, Any], num_ranks: int, num_experts: int) -> Replica:
-    return Replica(
-        check_integer("rank", row["rank"], 0, num_ranks - 1),
-        check_integer("expert", row["expert"], 0, num_experts - 1),
-        check_text("format", row["format"]),
-    )
+# A server reads a placement beside its steps: tens of thousands of rows are looked at together, and one by one only to
+# name what is wrong.
+
+
+def _integers(what: str, values: Sequence[Any], high: int) -> IntArray:
+    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= high:
+        return np.array(values, np.int64)
+    return np.array([check_integer(what, value, 0, high) for value in values], np.int64)
+
+
+def _fractions(what: str, values: Sequence[Any]) -> FloatArray:
+    if set(map(type, values)) <= {float, int} and all(0 <= value <= 1 for value in values):
+        return np.array(values, np.float64)
+    return np.array([check_number(what, value, 0, 1) for value in values], np.float64)
