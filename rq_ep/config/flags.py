@@ -1,12 +1,11 @@
 """A settings class as flags of a command line: those win over the file of `--config`, which wins over defaults."""
 
 import argparse
-from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
 
 from rq_ep.config.option_values import from_text
 from rq_ep.config.yaml_settings import read_mapping, read_settings_file
-from rq_ep.core.errors import UserError
+from rq_ep.core.errors import UserError, nearest
 from rq_ep.core.options import Option, options_of
 
 Settings = TypeVar("Settings")
@@ -23,8 +22,8 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
             flags = [flag for action in shown for flag in action.option_strings]
-            near = get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-            hint = f": did you mean {near[0]}?" if near and unknown[0].startswith("-") else ""
+            near = nearest(unknown[0].partition("=")[0], flags) if unknown[0].startswith("-") else None
+            hint = "" if near is None else f": did you mean {near}?"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
 

@@ -8,6 +8,7 @@ from numbers import Integral
 MAX_INTEGER = 2**53  # what doubles count exactly; sums of sizes and counts stay far from 64 bits
 MAX_DIGITS = 100  # of a number in a text; Python takes seconds for millions
 MAX_TEXT = 4096  # characters of a name, a path or a key: PATH_MAX of Linux
+MAX_MISSPELT = 100  # characters of a name that is compared with the known ones, which takes time for a long one
 
 
 class UserError(ValueError):
@@ -27,9 +28,15 @@ def check_choice(what: str, value: object, choices: Iterable[str]) -> str:
         raise UserError(f"{what} {value!r:.60}: must be one of {', '.join(sorted(known))}")
     if value in known:
         return value
-    near = get_close_matches(value, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(value, known)
+    hint = "" if near is None else f"did you mean {near!r}? "
     raise UserError(f"unknown {what} {value!r:.60}: {hint}choose from {', '.join(sorted(known))}")
+
+
+def nearest(text: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The one of `known` that a misspelt text is likely to stand for; None: it is less like each of them."""
+    near = get_close_matches(text, known, n=1, cutoff=likeness) if len(text) <= MAX_MISSPELT else []
+    return near[0] if near else None
 
 
 def check_integer(what: str, value: object, low: int = 0, high: int = MAX_INTEGER) -> int:

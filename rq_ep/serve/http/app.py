@@ -14,6 +14,7 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Match
 from starlette.types import ASGIApp
 
+from rq_ep.core.errors import nearest
 from rq_ep.serve.http.ep_routes import ep_routes
 from rq_ep.serve.http.guards import HeadAsGet, KeyGuard, OriginGuard
 from rq_ep.serve.http.metrics import RequestMetrics
@@ -141,14 +142,23 @@ def make_app(
 
     @app.exception_handler(HTTPException)
     async def on_http_error(http: Request, error: HTTPException) -> Response:
-        text = f"{http.method} {http.url.path}: {error.detail}"
-        headers = error.headers if error.status_code != 405 else {"Allow": ", ".join(allowed_methods(http))}
+        text, headers = f"{http.method} {http.url.path}: {error.detail}", error.headers
+        if error.status_code == 404:
+            paths = [path for route in routes() if "{" not in (path := getattr(route, "path", "{"))]  # routers have none
+            near = nearest(http.url.path, paths, likeness=0.8)
+            text += ": /openapi.json has the routes" if near is None else f": did you mean {near}?"
+        elif error.status_code == 405:
+            methods = ", ".join(allowed_methods(http))
+            text, headers = f"{text}: use {methods}", {"Allow": methods}
         return await on_api_error(http, ApiError(error.status_code, text, headers=headers))
+
+    def routes() -> list[Any]:
+        return [*app.routes, *about_ep.routes]
 
     def allowed_methods(http: Request) -> list[str]:
         """Of all routes that have the path: Starlette would name those of the first."""
-        routes = [route for route in [*app.routes, *about_ep.routes] if route.matches(http.scope)[0] is not Match.NONE]
-        methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
+        matching = [route for route in routes() if route.matches(http.scope)[0] is not Match.NONE]
+        methods = {method for route in matching for method in getattr(route, "methods", None) or ()}
         return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
     @app.exception_handler(Exception)

@@ -481,7 +481,8 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
         ({"structured_outputs": {"choice": ["a"]}, "guided_regex": "a"}, "structured_outputs", "give one of both"),
         ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos", "does not go with structured_outputs"),
         ({"response_format": {"type": "json_object"}, "min_tokens": 1}, "min_tokens", "go with response_format"),
-        ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "unknown parameter 'stream_options.x'"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "unknown parameter 'stream_options.x'$"),
+        ({"stream_options": {"include_usge": True}}, "stream_options", "include_usge': did you mean 'include_usage'"),
         ({"best_of": 2, "n": 3}, "best_of", "best_of is 2, but n=3 answers are asked for"),
         ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
@@ -497,14 +498,17 @@ def test_neutral_parameters_are_accepted(bench: Bench) -> None:
         ({"logit_bias": {"999": 1}}, "logit_bias", "token id 999 lies outside the vocabulary of 256"),
         ({"stop_token_ids": [256]}, "stop_token_ids", "token id 256 lies outside the vocabulary of 256"),
         ({"stop_token_ids": [True]}, "stop_token_ids", "valid integer"),
-        ({"temprature": 1}, "temprature", "unknown parameter 'temprature'"),
+        ({"temprature": 1}, "temprature", "unknown parameter 'temprature': did you mean 'temperature'"),
+        ({"of_tomorrow": 1}, "of_tomorrow", "unknown parameter 'of_tomorrow'$"),
+        ({"t" * 1000: 1}, "t" * 97 + "...", "unknown parameter 't+'$"),
         ({"temperature": "hot"}, "temperature", "temperature: Input should be a valid number"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"max_tokens": "5"}, "max_tokens", "valid integer"),
-        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"stop": ["a"] * 65}, "stop", "at most 64"),
         ({"stop": ""}, "stop", "at least 1"),
+        ({"stop": [1]}, "stop", "^stop.0: Input should be a valid string"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream is true"),
         ({"prompt": ["a", 3]}, "prompt", "prompt 1: Input should be text or a list of token ids"),
         ({"prompt": [[1], [2, -1]]}, "prompt", "prompt 1: -1 at place 1 is no token id"),
@@ -743,9 +747,13 @@ def test_an_encoded_body_is_refused_by_name(bench: Bench) -> None:
 
 def test_unknown_things_are_not_found(bench: Bench) -> None:
     assert error(bench.complete(model="gpt-5"), 404)["param"] == "model"
-    assert "/v1/embeddings" in error(bench.call("POST", "/v1/embeddings", json={}), 404)["message"]
+    message = error(bench.call("POST", "/v1/embeddings", json={}), 404)["message"]
+    assert message == "POST /v1/embeddings: Not Found: /openapi.json has the routes"
+    for path in ("/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completion"):
+        message = error(bench.call("POST", path, json={}), 404)["message"]
+        assert message == f"POST {path}: Not Found: did you mean /v1/chat/completions?"
     wrong_method = bench.call("GET", "/v1/completions")
-    error(wrong_method, 405)
+    assert "Method Not Allowed: use POST" in error(wrong_method, 405)["message"]
     assert wrong_method.headers["Allow"] == "POST"
     error(bench.call("GET", "/v1/models/gpt-5"), 404)
 

@@ -166,6 +166,8 @@ def allows(bench: Bench, text: str) -> bool:
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tool_choice": NAMED}, "tool_choice", "there is no tool 'f' in tools"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {**NAMED, "x": 1}}, "tool_choice", "unknown parameter 'tool_choice.x'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "auto"}}, "tool_choice", "tool_choice.type: Input should be"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "rules out calls of tools"),
         ({"tools": TOOLS, "tool_choice": NAMED, "ignore_eos": True}, "ignore_eos", "does not go with tool_choice"),
         (

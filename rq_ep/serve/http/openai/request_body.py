@@ -2,9 +2,9 @@
 
 import asyncio
 import gc
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -99,24 +99,45 @@ def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        raise _describe(error) from None
+        raise _describe(error, document) from None
 
 
-def _describe(error: ValidationError) -> ApiError:
+def _describe(error: ValidationError, document: dict[str, Any]) -> ApiError:
     """The first error of a body, in one sentence.
 
-    A value that may have several types is compared with each: the errors of the types that it does not have come last.
+    A value that may have several types is compared with each: the errors of the types that it does not have come last,
+    and of the others that one first which lies deepest in it, where it is most like a type.
     """
     errors = error.errors(include_url=False, include_input=False)
-    first = min(errors, key=lambda item: item["type"].endswith("_type"))
-    loc = [*first["loc"], *([first["ctx"]["key"]] if first["type"] == "extra_forbidden" else ())]
+    for item in errors:
+        if item["type"] == "extra_forbidden":
+            item["loc"] = (*item["loc"], item["ctx"]["key"])
+    first = min(errors, key=lambda item: (item["type"].endswith("_type"), -len(item["loc"])))
+    loc = first["loc"]
     param = str(loc[0])
-    place = ".".join(f"{part!s:.60}" for part in loc if "[" not in str(part))
+    place = ".".join(f"{key!s:.60}" for key in _keys(loc, document)) or param
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown parameter {place!r}", param)
+        near = first["ctx"]["near"]
+        hint = "" if near is None else f": did you mean {near!r}?"
+        return ApiError(400, f"unknown parameter {place!r}{hint}", param)
     if first["type"] == "missing":
         return ApiError(400, f"{place} is required", param)
     return ApiError(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", param)
+
+
+def _keys(loc: Sequence[str | int], document: Any) -> Iterator[str | int]:
+    """The keys and places in lists on the way into a document, of which the last may be missing there.
+
+    Between them, pydantic names the types that it has tried.
+    """
+    value = document
+    for number, part in enumerate(loc, 1):
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            if number < len(loc) or not isinstance(value, dict) or "[" in str(part):
+                continue
+        yield part
 
 
 async def unless_disconnected(http: Request, work: Awaitable[T]) -> T:

@@ -5,6 +5,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from rq_ep.core.errors import nearest
+
 NULL = {"type": "null"}
 
 
@@ -26,7 +28,8 @@ class Body(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         for key in data:
             if key not in known:
-                raise PydanticCustomError("extra_forbidden", "unknown parameter", {"key": key})
+                about = {"key": key, "near": nearest(key, known)}
+                raise PydanticCustomError("extra_forbidden", "unknown parameter", about)
         return {key: whole(value) for key, value in data.items()}
 
     @classmethod

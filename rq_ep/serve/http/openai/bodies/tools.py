@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rq_ep.serve.http.openai.bodies.body import Body
+
 MAX_TOOLS = 1024  # in a request; OpenAI takes 128
 ANY_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 
@@ -36,13 +38,11 @@ class FunctionTool(_ToolPart):
 Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
-class FunctionReference(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class FunctionReference(Body):
     name: FunctionName
 
 
-class NamedToolChoice(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class NamedToolChoice(Body):
     type: Literal["function"]
     function: FunctionReference
 
