@@ -105,7 +105,7 @@ def make_app(
     def card() -> dict[str, Any]:
         limit = None if service.limits is None else service.limits.max_model_len
         about = {"id": service.model_name, "object": "model", "created": created, "owned_by": "rq_ep"}
-        return {**about, "max_model_len": limit}
+        return {**about, "root": service.model_root, "parent": None, "max_model_len": limit}  # as vLLM's
 
     @app.get("/health")
     async def health() -> dict[str, str]:

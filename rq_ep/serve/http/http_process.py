@@ -78,6 +78,7 @@ class ServingProcess:
         self.service = Service(
             config.model_name, config.seed, self.router, self.metrics, self.recording, self.rebalancing, members
         )
+        self.service.model_root = config.model
         self.service.info = {
             "settings": shown(config),
             "num_ranks": num_ranks,

@@ -91,6 +91,7 @@ class Service:
         members: MembershipView | None = None,
     ) -> None:
         self.model_name = model_name
+        self.model_root = model_name  # what is served under this name
         self.metrics = metrics
         self.limits: ModelLimits | None = None
         self.tokenizer: Any = None
@@ -389,8 +390,9 @@ class Service:
         self, request: Request, body: GenerationBody, times: RequestMetrics, beside: str | None
     ) -> AsyncIterator[Chunk]:
         text = TextChunker(
-            self._new_detokenizer(body), body.stops, body.include_stop_str_in_output, request.sampling.min_tokens
-        )
+            self._new_detokenizer(body), body.stops, body.include_stop_str_in_output, request.sampling.min_tokens,
+            request.sampling.stop_token_ids,
+        )  # fmt: skip
         if not body.echoes:
             text.skip(request.prompt_ids)
         elif not request.scores_prompt:

@@ -185,7 +185,8 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
 
 def test_a_completion(bench: Bench) -> None:
     body = bench.complete().json()
-    assert body["choices"] == [{"index": 0, "text": "hello", "finish_reason": "length", "logprobs": None}]
+    choice = {"index": 0, "text": "hello", "finish_reason": "length", "stop_reason": None, "logprobs": None}
+    assert body["choices"] == [choice]
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     assert (body["object"], body["model"]) == ("text_completion", MODEL)
     assert bench.ranks.taken[0].max_tokens == 16
@@ -598,6 +599,20 @@ def test_logprobs_end_where_a_stop_string_cuts(bench: Bench) -> None:
     assert (choice["text"], choice["logprobs"]["tokens"]) == ("hel", ["h", "e", "l"])
 
 
+@pytest.mark.parametrize("call", ["complete", "chat"])
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"stop": ["x", "lo"]}, "lo"), ({"stop_token_ids": [7, EOS]}, EOS), ({}, None)]
+)
+def test_the_stop_string_or_token_that_ended_an_answer_is_named(
+    bench: Bench, call: str, settings: dict[str, Any], reason: str | int | None
+) -> None:
+    bench.ranks.end = "length" if "stop" in settings else "stop"
+    (choice,) = getattr(bench, call)(**settings).json()["choices"]
+    *chunks, last = [event["choices"][0] for event in events(getattr(bench, call)(**settings, stream=True))[:-1]]
+    assert choice["stop_reason"] == last["stop_reason"] == reason
+    assert not any("stop_reason" in chunk for chunk in chunks)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_shows_the_prompt(bench: Bench, stream: bool) -> None:
     response = bench.complete(echo=True, stop="bc", stream=stream)
@@ -784,7 +799,7 @@ def test_health_says_why_not(bench: Bench, reason: str) -> None:
 
 def test_models_are_listed(bench: Bench) -> None:
     card = bench.call("GET", "/v1/models").json()["data"][0]
-    assert (card["id"], card["object"], card["max_model_len"]) == (MODEL, "model", 64)
+    assert (card["id"], card["root"], card["object"], card["max_model_len"]) == (MODEL, MODEL, "model", 64)
     assert bench.call("GET", f"/v1/models/{MODEL}").json() == card
 
 

@@ -1,6 +1,6 @@
 """Chunks of an answer: text cut at stop strings, and the tokens behind it with their scores."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from rq_ep.engine.requests import Output, Score
@@ -29,6 +29,7 @@ class Chunk:
     text: str
     num_tokens: int  # generated
     finish_reason: str | None
+    stop_reason: str | int | None = None  # the stop string, or id of the stop token, that has ended the answer
     tokens: tuple[ScoredToken, ...] = ()
     routed_experts: str | None = None  # of the whole answer, with the last chunk
 
@@ -41,17 +42,20 @@ class TextChunker:
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, stops: Sequence[str], includes_stop: bool = False, min_tokens: int = 0
-    ) -> None:
+        self, detokenizer: Detokenizer, stops: Sequence[str], includes_stop: bool = False, min_tokens: int = 0,
+        stop_token_ids: Collection[int] = (),
+    ) -> None:  # fmt: skip
         """
         Args:
             detokenizer: of this answer.
             stops: strings that end it.
             includes_stop: whether the one that has ended it is shown.
             min_tokens: of the answer, in which none is looked for.
+            stop_token_ids: tokens by which the model ends it, beside those of every answer.
         """
         self._detokenizer = detokenizer
         self._stop_strings = StopStrings(stops, includes_stop)
+        self._stop_token_ids = frozenset(stop_token_ids)
         self._num_free = min_tokens  # tokens that are still to come before stop strings are looked for
         self._num_read = 0  # characters the tokens so far have come to,
         self._num_shown = 0  # of which these were handed out
@@ -77,7 +81,7 @@ class TextChunker:
         if finish_reason is not None:
             text += self._flush(tokens)
         self._num_shown += len(text)
-        return Chunk(text, 0, finish_reason, () if scores is None else tuple(tokens))
+        return Chunk(text, 0, finish_reason, tokens=() if scores is None else tuple(tokens))
 
     def chunk(self, output: Output) -> Chunk:
         """The text that new tokens of the request let be shown."""
@@ -98,7 +102,11 @@ class TextChunker:
         if output.scores:
             self._waiting += tokens
         reason = "stop" if is_stopped else output.finish_reason
-        return Chunk(shown, len(tokens), reason, self._tokens(is_all=reason is not None and not is_stopped))
+        stop_reason: str | int | None = self._stop_strings.found
+        if stop_reason is None and reason == "stop":
+            stop_reason = next((last for last in output.token_ids[-1:] if last in self._stop_token_ids), None)
+        shown_tokens = self._tokens(is_all=reason is not None and not is_stopped)
+        return Chunk(shown, len(tokens), reason, stop_reason, shown_tokens)
 
     def _tokens(self, is_all: bool) -> tuple[ScoredToken, ...]:
         """The tokens whose text has begun to be shown; those beyond a stop string never come."""

@@ -166,6 +166,7 @@ class StopStrings:
         self._stops = tuple(stops)
         self._shows = shows
         self._held = ""
+        self.found: str | None = None  # the one that has ended the text
 
     def push(self, text: str, may_stop: bool = True) -> tuple[str, bool]:
         """Add text; return what may be shown, and whether a stop string has ended it. One may begin before it may end.
@@ -178,7 +179,9 @@ class StopStrings:
         matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches and may_stop:
             self._held = ""
-            return text[: min(matches)[0 if self._shows else 1]], True
+            end, at = min(matches)
+            self.found = text[at:end]
+            return text[: end if self._shows else at], True
         keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

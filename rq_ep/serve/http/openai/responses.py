@@ -92,8 +92,10 @@ class ResponseBuilder:
 
     def _whole_choice(self, index: int, number: int, all_: Sequence[Chunk], parts: Sequence[Part]) -> dict[str, Any]:
         reason = all_[-1].finish_reason
+        more = {"stop_reason": all_[-1].stop_reason}
         logprobs = self._logprobs([token for chunk in all_ for token in chunk.tokens])
-        more = {"routed_experts": all_[-1].routed_experts} if self.shows_routed_experts else {}
+        if self.shows_routed_experts:
+            more["routed_experts"] = all_[-1].routed_experts
         if not self.is_chat:
             text = "".join(chunk.text for chunk in all_)
             return {"index": index, "finish_reason": reason, "logprobs": logprobs, "text": text, **more}
@@ -122,6 +124,8 @@ class ResponseBuilder:
                 num_tokens[number] += chunk.num_tokens
                 added, reason = self._added(number, chunk)
                 if any(added.values()) or chunk.tokens or reason is not None:
+                    if reason is not None:
+                        added["stop_reason"] = chunk.stop_reason
                     if chunk.routed_experts is not None:
                         added["routed_experts"] = chunk.routed_experts
                     yield _event(

@@ -45,6 +45,7 @@ MAX_CHOICES = 128  # to a prompt, as OpenAI's
 MAX_PROMPTS = 2048  # in a request, as OpenAI's
 MAX_BIASED = 1024  # tokens of a logit_bias; OpenAI takes 300
 MAX_STOP_TOKENS = 128
+MAX_STOPS = 64  # strings; OpenAI takes 4
 MAX_MESSAGES = 10_000  # in a request, and parts in a message; OpenAI takes 2048
 
 NumberOf = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(whole)]
@@ -116,7 +117,7 @@ class GenerationBody(Body):
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool = False
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Names of who asks and of what to cache, which change no answer.

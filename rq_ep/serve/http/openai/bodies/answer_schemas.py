@@ -71,7 +71,8 @@ DELTA = record(
 def _answer(kind: str, usage: Schema, logprobs: Schema, finish_reason: Schema, **added: Schema) -> Schema:
     """A whole answer or a chunk of one, whose choices have these fields."""
     shared = {"index": COUNT, "finish_reason": finish_reason, "logprobs": or_null(logprobs)}
-    choice = record(("routed_experts",), **shared, **added, routed_experts=TEXT)
+    at_end = {"stop_reason": {"anyOf": [TEXT, COUNT, {"type": "null"}]}, "routed_experts": TEXT}
+    choice = record(tuple(at_end), **shared, **added, **at_end)
     optional = ("usage",) if usage is not USAGE else ()
     return record(
         optional, id=TEXT, object={"const": kind}, created=COUNT, model=TEXT, choices=list_of(choice), usage=usage
@@ -79,7 +80,8 @@ def _answer(kind: str, usage: Schema, logprobs: Schema, finish_reason: Schema, *
 
 
 MODEL = record(
-    id=TEXT, object={"const": "model"}, created=COUNT, owned_by=TEXT, max_model_len=or_null(COUNT)
+    id=TEXT, object={"const": "model"}, created=COUNT, owned_by=TEXT, root=TEXT, parent={"type": "null"},
+    max_model_len=or_null(COUNT),
 )  # fmt: skip
 
 # By name, as the document has them.
