@@ -3,12 +3,13 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from ipaddress import ip_network
 from pathlib import Path
 
 from rq_ep.config.model_options import DEVICES, DTYPES, MODEL_HELP, CheckpointOptions
 from rq_ep.config.strategy_config import StrategyConfig
 from rq_ep.core.errors import UserError
-from rq_ep.core.options import MAX_SECONDS, option
+from rq_ep.core.options import MAX_SECONDS, option, options_of
 from rq_ep.core.rebalance_options import REBALANCING, RebalanceOptions
 
 TOOL_CALL_PARSERS = (
@@ -26,6 +27,8 @@ CACHES = ("paged", "padded")
 ON_RANK_FAILURE = ("continue", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 WAIT_FOR_RANKS_S = 30.0
+# Settings of rebalancing that also say what the ranks may do that are left when one has failed
+OF_SURVIVORS = ("formats", "stats", "max_low_precision_share")
 
 HTTP = "HTTP: where it listens, who may ask, for how much"
 STEPS = "requests and steps: room, caches, what an answer is"
@@ -267,13 +270,47 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
         """These settings with what they leave to the number of ranks.
 
         Raises:
-            UserError: one rank cannot go on without itself, or a group cannot begin with as few ranks as that.
+            UserError: they contradict each other, or the number of ranks.
         """
         if num_ranks == 1 and self.on_rank_failure == "continue":
             raise UserError("--on-rank-failure continue: needs more than one rank, and one was started: use stop")
         on_failure = self.on_rank_failure or ("continue" if num_ranks > 1 else "stop")
+        attention = self.attn_implementation or "sdpa"
+        if attention not in ("sdpa", "eager") and "flash" not in attention:
+            raise UserError(
+                f"--attn-implementation {attention}: continuous batching runs on sdpa, eager or a flash variant"
+            )
+        self._check_rebalancing(num_ranks, on_failure)
+        self._check_image_networks()
         min_ranks, wait_s = self._first_ranks(num_ranks, on_failure)
         return replace(self, on_rank_failure=on_failure, min_ranks=min_ranks, wait_for_ranks=wait_s)
+
+    def _check_rebalancing(self, num_ranks: int, on_failure: str) -> None:
+        """Refuse rebalancing on one rank and, without it, settings that would have no effect."""
+        if self.rebalance == "auto":
+            if num_ranks == 1:
+                raise UserError("--rebalance auto: one rank has nothing to balance; start two or more, or leave it off")
+            return
+        for item in options_of(ServeConfig).values():
+            value = getattr(self, item.name)
+            if item.name in OF_SURVIVORS and on_failure == "continue":
+                continue
+            if item.group == REBALANCING and item.name != "rebalance" and value != item.default:
+                shown = ",".join(value) if isinstance(value, tuple) else value
+                raise UserError(f"{item.flag} {shown}: needs --rebalance auto")
+        if self.experts is not None and self.placement is None:
+            raise UserError(f"--experts {self.experts}: without --placement no expert is stored in low bits")
+
+    def _check_image_networks(self) -> None:
+        for network in self.allowed_image_networks or ():
+            if not self.allow_remote_images:
+                raise UserError(
+                    f"--allowed-image-networks {network}: without --allow-remote-images no image is fetched"
+                )
+            try:
+                ip_network(network)
+            except ValueError as error:
+                raise UserError(f"--allowed-image-networks: {error}") from None
 
     def _first_ranks(self, num_ranks: int, on_failure: str) -> tuple[int | None, float | None]:
         """How many ranks the group may begin with, and how long it waits for the others; None: it waits for all."""

@@ -63,8 +63,6 @@ def set_attention(model: PreTrainedModel, attn_implementation: str | None) -> st
             values differ in width (MLA), or layers in their heads.
     """
     chosen = attn_implementation or ("sdpa" if model._supports_sdpa else "eager")
-    if chosen not in ("sdpa", "eager") and "flash" not in chosen:
-        raise UserError(f"--attn-implementation {chosen}: continuous batching runs on sdpa, eager or a flash variant")
     if "flash" in chosen and not has_uniform_heads(model.config):
         raise UserError(
             f"--attn-implementation {chosen}: model type {model.config.model_type!r} has keys and values, or layers, "

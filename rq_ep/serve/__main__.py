@@ -7,7 +7,7 @@ from pathlib import Path
 from rq_ep.config import Environment, FlagParser, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.model.model_names import check_is_there
-from rq_ep.serve.process import EXIT_USER_ERROR, exit_quickly, print_user_error, set_up_logging
+from rq_ep.serve.process import exit_quickly, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.supervisor.http_parent import HttpProcess
 from rq_ep.serve.supervisor.rank_start import HubAddress
@@ -40,15 +40,19 @@ def main(
         environment = Environment.from_os()
         rank, is_first_of_node = environment.rank, environment.local_rank == 0
         args = parser.parse_args(argv)
-        config = read_settings(ServeConfig, args).restarted(environment.restart_count)
+        given = read_settings(ServeConfig, args).restarted(environment.restart_count)
+        config = given.for_ranks(environment.world_size)
         _check_files(config)
+        if args.dry_run or config.on_rank_failure == "stop":  # else the rank's own process checks them
+            from rq_ep.serve.check_settings import check_settings  # with NumPy, which a supervisor does without
+
+            check_settings(config, environment.world_size)
         if args.dry_run:
             from rq_ep.serve.rank.dry_run import preview
 
             if rank == 0:
-                print(preview(config, environment.world_size, environment.local_world_size))
+                print(preview(given, environment.world_size, environment.local_world_size))
             return 0
-        config = config.for_ranks(environment.world_size)
         set_up_logging(config.log_level if rank == 0 else "warning")
         if config.on_rank_failure == "continue":
             return Supervisor(config, environment, on_serving=on_serving, joined=joined).run()
@@ -61,6 +65,8 @@ def main(
                     http = HttpProcess(config, environment)
                     early_end.client = http.client
                 except UserError as error:
+                    if environment.is_one_node:  # its launcher ends the other ranks
+                        raise
                     problem = str(error)  # raised once the ranks have met, on all of them
             try:
                 from rq_ep.serve.rank.rank_server import serve
@@ -70,15 +76,18 @@ def main(
                 if http is not None:
                     http.close()
     except UserError as error:
-        return print_user_error(error) if is_first_of_node else EXIT_USER_ERROR
+        return print_user_error(error, is_first_of_node)
 
 
 def _check_files(config: ServeConfig) -> None:
-    """Raise a `UserError` for files that are not here: at once, as the ranks need seconds to begin."""
+    """Raise a `UserError` for files that are not here."""
     check_is_there(config.model)
     for flag, path in (("--placement", config.placement), ("--stats", config.stats)):
         if path is not None and not Path(path).exists():
             raise UserError(f"{flag} {path}: no such file")
+    for flag, path in (("--experts", config.experts), ("--record-dir", config.record_dir)):
+        if path is not None and not Path(path).is_dir():
+            raise UserError(f"{flag} {path}: no such directory")
 
 
 if __name__ == "__main__":

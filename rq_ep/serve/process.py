@@ -17,6 +17,7 @@ from rq_ep.core.errors import UserError
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+FIRST_PRINTS_S = 30.0
 REPEAT_S = 60.0
 LAUNCHER_TICK_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -51,9 +52,22 @@ class RepeatFilter(logging.Filter):
         return True
 
 
-def print_user_error(error: UserError) -> int:
-    """Print what a user must put right, in one line. Returns the exit status for it."""
-    print(f"rq_ep.serve: error: {error}", file=sys.stderr, flush=True)
+def print_user_error(error: UserError, prints: bool = True, is_told_to_end: Callable[[], bool] = lambda: False) -> int:
+    """Print what a user must put right, in one line, on one rank of each node. Returns the exit status for it.
+
+    Launchers end all ranks once one has left, so the others wait for that: the first one may be slower.
+
+    Args:
+        error: the same on every rank.
+        prints: whether this rank does.
+        is_told_to_end: whether the launcher ends this rank, unless it does so at once.
+    """
+    if prints:
+        print(f"rq_ep.serve: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    end_s = time.monotonic() + FIRST_PRINTS_S
+    while time.monotonic() < end_s and not is_told_to_end():
+        time.sleep(0.05)
     return EXIT_USER_ERROR
 
 

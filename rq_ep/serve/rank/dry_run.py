@@ -11,14 +11,16 @@ from rq_ep.engine.kv_cache import cache_size, kv_bytes_per_token
 from rq_ep.engine.servable import PAGED
 from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.model.checkpoint.model_identity import model_identity
-from rq_ep.model.load.attach import check_layers, choose_strategy, place_uniformly
+from rq_ep.model.load.attach import check_layers, place_uniformly
 from rq_ep.model.load.memory import arriving_bytes, available_bytes, expert_bytes, most_layer_bytes
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.model_folder import model_headers
 from rq_ep.model.seam.expert_modules import family_of
-from rq_ep.serve.rank.check_inputs import check_inputs, chosen_strategy, in_folder, read_in_advance
+from rq_ep.serve.check_settings import chosen_strategy
+from rq_ep.serve.rank.check_inputs import check_inputs, in_folder, read_in_advance
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
+from rq_ep.strategies import choose_strategy
 
 
 def preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
@@ -51,7 +53,7 @@ def _preview(config: ServeConfig, num_ranks: int, num_ranks_here: int) -> str:
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     config = config.for_ranks(num_ranks)
     checked = check_inputs(config, device.type)
-    rebalancing = RebalanceInputs.check(config, num_ranks)
+    rebalancing = RebalanceInputs.check(config)
     moves = rebalancing or MoveInputs.of_survivors(config, num_ranks)
     opened = OpenedModel.open(config.model, config.dtype, strict_weights=config.strict_weights)
     placement = None if config.placement is None else Placement.load(config.placement)

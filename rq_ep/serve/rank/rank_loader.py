@@ -21,8 +21,8 @@ from rq_ep.moe import EPExperts
 from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.host import keep_freed_memory
+from rq_ep.serve.check_settings import chosen_strategy
 from rq_ep.serve.messages import Ready
-from rq_ep.serve.rank.check_inputs import chosen_strategy
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs, recovered
 
 log = logging.getLogger("rq_ep.serve")

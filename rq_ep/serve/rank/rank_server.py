@@ -215,7 +215,7 @@ class RankServer:
         started_s = time.monotonic()
         config = with_model_folder(self._config, group)
         checked = run_on_all_ranks(group, lambda: check_inputs(config, group.device.type))
-        rebalances = run_on_all_ranks(group, lambda: RebalanceInputs.check(config, group.size))
+        rebalances = run_on_all_ranks(group, lambda: RebalanceInputs.check(config))
         moves = rebalances or run_on_all_ranks(group, lambda: MoveInputs.of_survivors(config, group.size))
         if self._is_first:
             self._client.send(Checked(config.model, checked.why_text_only))

@@ -74,7 +74,11 @@ class Supervisor:
         self._child: RankChild | None = None
 
     def run(self) -> int:
-        """Supervise until the group ends. Returns the exit status."""
+        """Supervise until the group ends. Returns the exit status.
+
+        Raises:
+            UserError: the HTTP process cannot be started.
+        """
         with (
             signals_to(lambda name: self._events.put(SignalReceived(name))),
             watch_launcher(self._fail, self._environment.has_launcher),
@@ -106,6 +110,8 @@ class Supervisor:
                 cleanup.callback(http.close)
                 self._adopt(http.hub, http.client)
             except UserError as error:
+                if self._environment.is_one_node:  # its launcher ends the other ranks
+                    raise
                 problem = str(error)  # raised once the ranks have met, on all of them
         self._child = self._started(RankStart(self._config, self._hub, problem))
 

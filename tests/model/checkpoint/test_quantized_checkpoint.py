@@ -134,7 +134,7 @@ def test_experts_are_kept_as_they_are_stored(name: str, written: Callable[[str],
 @pytest.mark.parametrize("name", CASES)
 def test_experts_that_move_while_serving_come_as_they_are_stored(name: str, written: Callable[[str], Path]) -> None:
     path = written(name)
-    inputs = RebalanceInputs.check(ServeConfig(str(path), rebalance="auto", strategy=StrategyConfig("rq")), 2)
+    inputs = RebalanceInputs.check(ServeConfig(str(path), rebalance="auto", strategy=StrategyConfig("rq")))
     assert inputs is not None
     assert inputs.formats == (FORMAT_OF[name],)
     layer = load(path, num_local_ranks=1).rq_ep.layers[-1]
@@ -155,8 +155,8 @@ def test_where_only_some_experts_are_stored_in_few_bits_rebalancing_asks_for_the
     rewrite(tmp_path, way.config, change)
     config = ServeConfig(str(tmp_path), rebalance="auto", strategy=StrategyConfig("rq"))
     with pytest.raises(UserError, match=r"expert 1 of layer \d is stored in int8 and .* give --formats fp32,int8"):
-        RebalanceInputs.check(config, 2)
-    inputs = RebalanceInputs.check(replace(config, formats=("fp32", "int8")), 2)
+        RebalanceInputs.check(config)
+    inputs = RebalanceInputs.check(replace(config, formats=("fp32", "int8")))
     assert inputs is not None
 
 

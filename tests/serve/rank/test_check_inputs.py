@@ -12,7 +12,6 @@ from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
 from rq_ep.engine import servable
 from rq_ep.engine.servable import choose_cache
-from rq_ep.serve.rank import check_inputs as check_inputs_module
 from rq_ep.serve.rank.check_inputs import check_inputs, choose_max_model_len
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
@@ -76,15 +75,9 @@ def test_images_are_not_promised_where_none_can_be_taken(
     model = str(tiny_checkpoint)
     with pytest.raises(UserError, match=r"--allow-remote-images: model type '\w+' takes no images here"):
         check_inputs(ServeConfig(model=model, allow_remote_images=True), "cpu")
-    with pytest.raises(UserError, match=r"--allowed-image-networks 10.0.0.0/8: without --allow-remote-images"):
-        check_inputs(ServeConfig(model=model, allowed_image_networks=("10.0.0.0/8",)), "cpu")
     model_type = json.loads((tiny_checkpoint / "config.json").read_text())["model_type"]
     monkeypatch.setattr(servable, "IMAGE_MODEL_TYPES", (model_type,))
     with pytest.raises(UserError, match="--allow-remote-images: images need the padded cache"):
         check_inputs(ServeConfig(model=model, allow_remote_images=True), "cpu")
     with pytest.raises(UserError, match=r"--allow-remote-images: .*: no preprocessor_config.json"):
         check_inputs(ServeConfig(model=model, allow_remote_images=True, cache="padded"), "cpu")
-    monkeypatch.setattr(check_inputs_module, "read_processor", lambda path: None)
-    config = ServeConfig(model=model, allow_remote_images=True, cache="padded", allowed_image_networks=("10.0.0.1/8",))
-    with pytest.raises(UserError, match=r"--allowed-image-networks: 10.0.0.1/8 has host bits set"):
-        check_inputs(config, "cpu")

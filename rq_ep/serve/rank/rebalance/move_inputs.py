@@ -19,15 +19,15 @@ from rq_ep.model.checkpoint.checkpoint_files import weight_files
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
-from rq_ep.model.load.attach import choose_strategy
 from rq_ep.model.load.mapped_files import MappedFiles
 from rq_ep.model.load.memory import travelling_formats
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.seam.expert_modules import experts_per_token
 from rq_ep.moe import ExpertFamily
-from rq_ep.serve.rank.check_inputs import chosen_strategy
+from rq_ep.serve.check_settings import chosen_strategy
 from rq_ep.solver.migration.members import planner_for_members
 from rq_ep.solver.migration.recover import Recovery, recover
+from rq_ep.strategies import choose_strategy
 
 
 @dataclass(frozen=True)

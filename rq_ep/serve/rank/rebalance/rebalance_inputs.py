@@ -4,21 +4,15 @@ from dataclasses import dataclass, replace
 
 from rq_ep.config import ServeConfig
 from rq_ep.core.errors import UserError
-from rq_ep.core.files.documents import check_writable
-from rq_ep.core.options import options_of
 from rq_ep.core.placement import Placement
-from rq_ep.core.rebalance_options import REBALANCING
 from rq_ep.core.strategy import RebalanceRule
 from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
-from rq_ep.model.load.attach import choose_strategy
 from rq_ep.model.load.opened_model import OpenedModel
-from rq_ep.serve.rank.check_inputs import chosen_strategy
+from rq_ep.serve.check_settings import chosen_strategy
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs, known_stats, stored_formats
-
-# Settings that also say what the ranks may do that are left when one has failed
-OF_SURVIVORS = ("formats", "stats", "max_low_precision_share")
+from rq_ep.strategies import choose_strategy
 
 
 @dataclass(frozen=True)
@@ -28,29 +22,17 @@ class RebalanceInputs(MoveInputs):
     rule: RebalanceRule
 
     @classmethod
-    def check(cls, config: ServeConfig, num_ranks: int) -> "RebalanceInputs | None":
-        """Check the settings; None: rebalancing is off.
+    def check(cls, config: ServeConfig) -> "RebalanceInputs | None":
+        """Check the settings, beyond `check_settings`; None: rebalancing is off.
 
         Raises:
-            UserError: a setting of rebalancing without it, a strategy that keeps its placement, one rank alone, unknown
-                formats, statistics of another model, too little room.
+            UserError: unknown formats, statistics of another model, too little room.
         """
         if config.rebalance == "off":
-            _refuse_settings(config)
             return None
-        if num_ranks == 1:
-            raise UserError("--rebalance auto: one rank has nothing to balance; start two or more, or leave it off")
         placement = None if config.placement is None else Placement.load(config.placement)
         strategy = choose_strategy(chosen_strategy(config), placement)
-        if strategy.rebalance_rule is None:
-            raise UserError(f"--rebalance auto: strategy {strategy.name!r} keeps the placement it has; choose rq")
-        if placement is not None and any(layer.replicas.mixed_formats for layer in placement.layers):
-            raise UserError(
-                f"--rebalance auto: replicas of an expert in {config.placement} may differ in format: place again "
-                "with rq"
-            )
-        if config.placement_out is not None:
-            check_writable(config.placement_out)
+        assert strategy.rebalance_rule is not None
         opened = OpenedModel.open(config.model, config.dtype)
         native = expert_format(opened.checkpoint, opened.dtype)
         wanted = config.formats or (() if placement is None else placement.formats)
@@ -89,16 +71,6 @@ class RebalanceInputs(MoveInputs):
             f"rebalancing: {self.strategy.name} decides every {rule.interval} steps on the last {rule.window}, {gain}; "
             f"formats {', '.join(self.formats)} {known}; room of {self.room_bytes:,} bytes a rank{speed}"
         )
-
-
-def _refuse_settings(config: ServeConfig) -> None:
-    for item in options_of(ServeConfig).values():
-        value = getattr(config, item.name)
-        if item.name in OF_SURVIVORS and config.on_rank_failure == "continue":
-            continue
-        if item.group == REBALANCING and item.name != "rebalance" and value != item.default:
-            shown = ",".join(value) if isinstance(value, tuple) else value
-            raise UserError(f"{item.flag} {shown}: needs --rebalance auto")
 
 
 def _check_formats(config: ServeConfig, opened: OpenedModel, native: str, formats: tuple[str, ...]) -> None:

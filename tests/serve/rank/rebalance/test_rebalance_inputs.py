@@ -17,6 +17,7 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 from rq_ep.formats import is_intact
 from rq_ep.model.calibration.quantize import quantize
+from rq_ep.serve.check_settings import check_settings
 from rq_ep.serve.rank.dry_run import preview
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
@@ -29,26 +30,22 @@ def config(**settings: Any) -> ServeConfig:
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_ranks", "message"),
+    ("settings", "message"),
     [
-        ({}, 1, "--rebalance auto: one rank has nothing to balance"),
-        ({"strategy": StrategyConfig("standard")}, 2, "strategy 'standard' keeps the placement it has"),
-        ({"strategy": None}, 2, "strategy 'standard' keeps the placement it has"),
-        ({"placement_out": "/proc/nowhere/p.json"}, 2, "/proc/nowhere/p.json: cannot be written"),
-        ({"rebalance": "off", "formats": ("bf16", "int8")}, 2, "--formats bf16,int8: needs --rebalance auto"),
-        ({"rebalance": "off", "interval": 7}, 2, "--rebalance-interval 7: needs --rebalance auto"),
-        ({"rebalance": "off", "placement_out": "p"}, 2, "--placement-out p: needs --rebalance auto"),
+        ({"strategy": StrategyConfig("standard")}, "strategy 'standard' keeps the placement it has"),
+        ({"strategy": None}, "strategy 'standard' keeps the placement it has"),
+        ({"placement_out": "/proc/nowhere/p.json"}, "/proc/nowhere/p.json: cannot be written"),
     ],
 )
-def test_a_setting_that_cannot_be_obeyed_is_refused(settings: Any, num_ranks: int, message: str) -> None:
+def test_a_setting_that_cannot_be_obeyed_is_refused(settings: Any, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        RebalanceInputs.check(config(**settings), num_ranks)
+        check_settings(config(**settings), 2)
     assert message in str(raised.value)
 
 
 def test_a_group_that_goes_on_without_ranks_may_use_formats_without_rebalancing(tiny_checkpoint: Path) -> None:
     given = config(model=str(tiny_checkpoint), rebalance="off", formats=("int8",), on_rank_failure="continue")
-    assert RebalanceInputs.check(given, 2) is None
+    assert RebalanceInputs.check(given) is None
     inputs = MoveInputs.of_survivors(given, 2)
     assert inputs is not None
     assert (inputs.formats, inputs.room_bytes) == (("bf16", "int8"), inputs.stats.expert_bytes["bf16"])
@@ -58,29 +55,29 @@ def test_a_group_that_goes_on_without_ranks_may_use_formats_without_rebalancing(
 
 
 def test_without_settings_there_is_nothing_to_check() -> None:
-    assert RebalanceInputs.check(ServeConfig(model="nowhere"), 1) is None
+    assert RebalanceInputs.check(ServeConfig(model="nowhere")) is None
 
 
 def test_the_formats_the_room_and_the_statistics_are_checked_against_the_model(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     model = str(tiny_checkpoint)
-    inputs = RebalanceInputs.check(config(model=model, formats=("int8",)), 2)
+    inputs = RebalanceInputs.check(config(model=model, formats=("int8",)))
     assert inputs is not None
     assert inputs.formats == ("bf16", "int8")
     assert "formats bf16, int8 without calibration" in inputs.summary()
     packed = inputs.read_expert()(0, 3, "int8")
     assert packed.nbytes == inputs.stats.expert_bytes["int8"]
     with pytest.raises(UserError, match=r"--rebalance-room 100: an expert takes \d+ bytes"):
-        RebalanceInputs.check(config(model=model, room_bytes=100), 2)
+        RebalanceInputs.check(config(model=model, room_bytes=100))
     with pytest.raises(UserError, match="int7"):
-        RebalanceInputs.check(config(model=model, formats=("int7",)), 2)
+        RebalanceInputs.check(config(model=model, formats=("int7",)))
     with pytest.raises(UserError, match=r"nowhere\.safetensors"):
-        RebalanceInputs.check(config(model=model, stats="nowhere.safetensors"), 2)
+        RebalanceInputs.check(config(model=model, stats="nowhere.safetensors"))
     mixing = LayerPlacement.even(0, 1, [Replica(0, 0, "bf16"), Replica(1, 0, "int8")], ["bf16", "int8"])
     Placement((mixing,), "rq", Topology(2), (1, 1)).save(tmp_path / "mixed.json")
     with pytest.raises(UserError, match="may differ in format: place again with rq"):
-        RebalanceInputs.check(config(model=model, placement=str(tmp_path / "mixed.json")), 2)
+        check_settings(config(model=model, placement=str(tmp_path / "mixed.json")), 2)
 
 
 def _write_last_byte(file: Path) -> None:
@@ -101,7 +98,7 @@ def test_a_checkpoint_is_read_as_it_was_opened_or_not_at_all(
 ) -> None:
     """Reading past the end of a file that was cut short would end the process."""
     model = shutil.copytree(tiny_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("text"))
-    inputs = RebalanceInputs.check(config(model=str(model), formats=("int8",)), 2)
+    inputs = RebalanceInputs.check(config(model=str(model), formats=("int8",)))
     assert inputs is not None
     read = inputs.read_expert()
     before = read(1, 7, "int8").clone()
@@ -118,7 +115,7 @@ def test_experts_quantized_in_advance_that_have_vanished_are_not_quantized_anew(
 ) -> None:
     quantize(tiny_checkpoint, tmp_path / "experts", formats=["int8"], rounding="nearest")
     given = config(model=str(tiny_checkpoint), formats=("int8",), experts=str(tmp_path / "experts"))
-    inputs = RebalanceInputs.check(given, 2)
+    inputs = RebalanceInputs.check(given)
     assert inputs is not None
     assert inputs.reads_formats
     assert f"those in few bits from {given.experts}" in preview(given, 2, 2)
@@ -133,9 +130,9 @@ def test_a_folder_must_hold_all_experts_that_may_be_stored_in_few_bits(tiny_chec
     experts, model = str(tmp_path / "experts"), str(tiny_checkpoint)
     quantize(tiny_checkpoint, experts, formats=["int8"], rounding="nearest")
     with pytest.raises(UserError, match=r"not hold expert 0 of layer 0 in int4_g32, nor 15 others .*--formats int4"):
-        RebalanceInputs.check(config(model=model, formats=("int4_g32",), experts=experts), 2)
+        RebalanceInputs.check(config(model=model, formats=("int4_g32",), experts=experts))
     with pytest.raises(UserError, match=r"--experts .*: --formats bf16 stores no expert in low bits"):
-        RebalanceInputs.check(config(model=model, experts=experts), 2)
+        RebalanceInputs.check(config(model=model, experts=experts))
 
 
 def test_a_group_that_is_started_again_begins_with_the_placement_that_was_saved(tmp_path: Path) -> None:
@@ -155,7 +152,7 @@ def test_a_preview_counts_the_room_for_what_arrives_in_the_bytes_of_every_rank(t
     model = str(tiny_checkpoint)
     plain = bytes_of_rank_0(config(model=model, rebalance="off", on_rank_failure="stop"))
     assert bytes_of_rank_0(config(model=model, room_bytes=10**6)) == plain + 10**6
-    inputs = RebalanceInputs.check(config(model=model), 2)
+    inputs = RebalanceInputs.check(config(model=model))
     assert inputs is not None
     assert bytes_of_rank_0(config(model=model)) == plain + inputs.stats.expert_bytes["bf16"], "one expert by default"
     survives = bytes_of_rank_0(config(model=model, rebalance="off"))
@@ -170,4 +167,4 @@ def test_a_saved_placement_that_cannot_be_read_is_named_and_no_other_is_served_i
     saved.write_text(text)
     given = config(model=str(tiny_checkpoint), placement_out=str(saved))
     with pytest.raises(UserError, match=r"served\.json: "):
-        RebalanceInputs.check(given.restarted(1), 2)
+        check_settings(given.restarted(1), 2)
