@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse
 
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.bodies.ep_bodies import RanksBody, RebalanceBody
 from rq_ep.serve.http.openai.openapi import body_schema
 from rq_ep.serve.http.openai.request_body import BodyReader
-from rq_ep.serve.http.openai.schemas import RanksBody, RebalanceBody
 from rq_ep.serve.http.service import Service
 
 

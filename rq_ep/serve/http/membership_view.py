@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.openai.schemas import RanksBody
+from rq_ep.serve.http.openai.bodies.ep_bodies import RanksBody
 from rq_ep.serve.http.ranks.member_states import MemberState
 from rq_ep.serve.http.ranks.membership import ChangeRefused, Membership
 from rq_ep.serve.http.ranks.rank_router import RankRouter

@@ -17,6 +17,7 @@ from rq_ep.serve.http.membership_view import MembershipView
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.bodies.answer_grammar import Guide, answer_grammar
+from rq_ep.serve.http.openai.bodies.chat_messages import ChatMessage
 from rq_ep.serve.http.openai.chat_template import render_chat
 from rq_ep.serve.http.openai.choices import after, setting
 from rq_ep.serve.http.openai.chunks import Chunk, TextChunker
@@ -25,7 +26,6 @@ from rq_ep.serve.http.openai.images import ImageProcessor
 from rq_ep.serve.http.openai.prompt_encoder import PromptEncoder
 from rq_ep.serve.http.openai.schemas import (
     ChatBody,
-    ChatMessage,
     CompletionBody,
     DetokenizeBody,
     GenerationBody,

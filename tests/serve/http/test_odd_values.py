@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from rq_ep.serve.http.openai.schemas import NEUTRAL, ChatBody, ChatMessage, CompletionBody, StreamOptions
+from rq_ep.serve.http.openai.bodies.chat_messages import ChatMessage
+from rq_ep.serve.http.openai.schemas import NEUTRAL, ChatBody, CompletionBody, StreamOptions
 from tests.serve.http.test_app import MODEL, Bench, error
 
 # As JSON.

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from rq_ep.engine.requests import ReasoningTokens
-from rq_ep.serve.http.openai.schemas import ChatMessage
+from rq_ep.serve.http.openai.bodies.chat_messages import ChatMessage
 from rq_ep.serve.http.openai.tool_parsers.answer_parsers import AnswerParsers
 from tests.serve.http.test_app import MODEL, Bench, error, events
 

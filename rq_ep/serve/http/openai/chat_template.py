@@ -14,8 +14,9 @@ from itertools import product
 from typing import Any, Protocol
 
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.bodies.chat_messages import ChatMessage, FunctionCall, TextPart, ToolCall
 from rq_ep.serve.http.openai.bodies.tools import FunctionTool
-from rq_ep.serve.http.openai.schemas import ChatMessage, FunctionCall, ReasoningEffort, TextPart, ToolCall
+from rq_ep.serve.http.openai.schemas import ReasoningEffort
 
 MARKER = re.compile(r"qz(\d+)zq")
 # Harmony's template writes whatever effort it is told, but gpt-oss knows only these.

@@ -9,13 +9,12 @@ from pydantic.json_schema import models_json_schema
 from rq_ep.serve.http.openai.api_errors import TYPES
 from rq_ep.serve.http.openai.bodies.answer_schemas import ANSWERS, BODIES, EVENTS
 from rq_ep.serve.http.openai.bodies.body import Body
+from rq_ep.serve.http.openai.bodies.ep_bodies import RanksBody, RebalanceBody
 from rq_ep.serve.http.openai.bodies.ep_schemas import EP_ANSWERS, EP_BODIES
 from rq_ep.serve.http.openai.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    RanksBody,
-    RebalanceBody,
     TokenizeBody,
 )
 

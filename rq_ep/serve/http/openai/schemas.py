@@ -4,23 +4,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    PlainValidator,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
-from typing_extensions import TypeAliasType
 
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.bodies.answer_grammar import ResponseFormat, StructuredOutputs, TextFormat
-from rq_ep.serve.http.openai.bodies.body import Body, absent, any_of, exactly_one, given, has, some, whole
+from rq_ep.serve.http.openai.bodies.body import MAX_INT, Body, TokenId, absent, any_of, exactly_one, has, some
+from rq_ep.serve.http.openai.bodies.chat_messages import MAX_MESSAGES, ChatMessage, ImageUrlPart
+from rq_ep.serve.http.openai.bodies.prompts import Prompts
 from rq_ep.serve.http.openai.bodies.tools import ANY_ARGUMENTS, NamedToolChoice, ToolChoice, Tools
 
 # Parameters that are not supported, with the values that ask for nothing: OpenAI's, and vLLM's.
@@ -40,16 +31,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 MAX_LOGPROBS = 20
-MAX_INT = 2**31 - 1  # of tokens and their ids: enough, and short to quote
 MAX_CHOICES = 128  # to a prompt, as OpenAI's
-MAX_PROMPTS = 2048  # in a request, as OpenAI's
 MAX_BIASED = 1024  # tokens of a logit_bias; OpenAI takes 300
 MAX_STOP_TOKENS = 128
 MAX_STOPS = 64  # strings; OpenAI takes 4
-MAX_MESSAGES = 10_000  # in a request, and parts in a message; OpenAI takes 2048
 
-NumberOf = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(whole)]
-TokenId = TypeAliasType("TokenId", NumberOf)  # by this name in the OpenAPI document
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -59,31 +45,6 @@ class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # of vLLM's, which GuideLLM sends
     include_obfuscation: Literal[False] = False
-
-
-class RebalanceBody(Body):
-    """What `/v1/ep/rebalance` is asked to do."""
-
-    action: Literal["start", "abort", "dry_run"]
-
-
-MAX_RANKS = 4096  # that can be named in a list
-RankList = Annotated[list[NumberOf], Field(min_length=1, max_length=MAX_RANKS)]
-
-
-class RanksBody(Body):
-    """Which ranks `/v1/ep/ranks` is to have leave, and how, or come back."""
-
-    model_config = ConfigDict(json_schema_extra=exactly_one("remove", "add"))
-    remove: RankList | None = None
-    requests: Literal["finish", "move"] = "finish"
-    add: RankList | None = None
-
-    @model_validator(mode="after")
-    def check_one_of_them(self) -> "RanksBody":
-        if (self.remove is None) == (self.add is None):
-            raise ApiError(400, "give either `remove` or `add`, a list of ranks", "remove")
-        return self
 
 
 GUIDES = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}  # vLLM's older names
@@ -213,42 +174,6 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def read_prompts(value: Any) -> list[str | list[int]]:
-    """The prompts of a completion, one or a list of them. Takes one pass, and names the first wrong token."""
-    if not (isinstance(value, list) and value and isinstance(value[0], str | list)):
-        return [read_prompt(value)]
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
-    if len(value) == 1:
-        return [read_prompt(value[0])]
-    prompts = []
-    for number, prompt in enumerate(value):
-        try:
-            prompts.append(read_prompt(prompt))
-        except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from None
-    return prompts
-
-
-def read_prompt(value: Any) -> str | list[int]:
-    """One prompt, as text or token ids."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("Input should be text or a list of token ids")
-    for at, token_id in enumerate(value):
-        if type(token_id) is not int or not 0 <= token_id <= MAX_INT:
-            if type(token_id) is float and token_id.is_integer():
-                return read_prompt([whole(token_id) for token_id in value])
-            raise ValueError(f"{token_id!r:.60} at place {at} is no token id")
-    return value
-
-
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-PromptInput = str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-Prompts = Annotated[list[str | list[int]], PlainValidator(read_prompts, json_schema_input_type=PromptInput)]
-
-
 class CompletionBody(GenerationBody):
     model_config = ConfigDict(
         json_schema_extra={
@@ -289,75 +214,6 @@ class CompletionBody(GenerationBody):
     @property
     def echoes(self) -> bool:
         return bool(self.echo)
-
-
-class _MessagePart(BaseModel):
-    """A part of a message, whose fields beyond these are ignored, as OpenAI's servers do: answers have more of them."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class TextPart(_MessagePart):
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(_MessagePart):
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class ImageUrlPart(_MessagePart):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-ContentPart = Annotated[TextPart | ImageUrlPart, Field(discriminator="type")]
-
-
-class FunctionCall(_MessagePart):
-    name: Annotated[str, Field(min_length=1)]
-    arguments: str
-
-
-class ToolCall(_MessagePart):
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionCall
-
-
-class ChatMessage(_MessagePart):
-    model_config = ConfigDict(json_schema_extra=any_of(given("content"), some("tool_calls")))
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-    content: str | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
-        None, validate_default=True
-    )
-    name: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None  # vLLM's newer name for it
-    # These would be lost.
-    audio: None = None
-    function_call: None = None
-    refusal: None = None
-
-    @field_validator("content")
-    @classmethod
-    def check_content(cls, content: Any, info: ValidationInfo) -> Any:
-        if content is None and not info.data.get("tool_calls"):
-            raise ValueError("Input should be text, which only a message with tool_calls need not have")
-        return content
-
-    @property
-    def text(self) -> str | None:
-        if not isinstance(self.content, list):
-            return self.content
-        return "".join(part.text for part in self.content if isinstance(part, TextPart))
-
-    @property
-    def has_images(self) -> bool:
-        return isinstance(self.content, list) and any(isinstance(part, ImageUrlPart) for part in self.content)
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # vLLM's values

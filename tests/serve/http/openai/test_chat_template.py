@@ -8,9 +8,9 @@ import pytest
 
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.bodies.chat_messages import ChatMessage
 from rq_ep.serve.http.openai.bodies.tools import FunctionTool
 from rq_ep.serve.http.openai.chat_template import render_chat
-from rq_ep.serve.http.openai.schemas import ChatMessage
 
 USER = {"role": "user", "content": "What is a list?"}
 CALL = {"id": "call_0001", "type": "function", "function": {"name": "look", "arguments": '{"word": "list", "n": 2}'}}

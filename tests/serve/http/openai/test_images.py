@@ -14,9 +14,9 @@ from transformers.models.aria.image_processing_pil_aria import AriaImageProcesso
 
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.openai.bodies.chat_messages import ChatMessage
 from rq_ep.serve.http.openai.chat_template import render_chat
 from rq_ep.serve.http.openai.images import ImageProcessor, read_image
-from rq_ep.serve.http.openai.schemas import ChatMessage
 
 TEMPLATE = """{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}
 {%- for part in m.content %}{{ '<|img|>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}{% endfor %}"""

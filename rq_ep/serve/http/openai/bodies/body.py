@@ -1,9 +1,10 @@
 """What all bodies of requests have in common, and the rules between fields that JSON Schema can say."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
+from typing_extensions import TypeAliasType
 
 from rq_ep.core.errors import nearest
 
@@ -13,6 +14,11 @@ NULL = {"type": "null"}
 def whole(value: Any) -> Any:
     """A number without a fraction as an int: 2.0 is an integer of JSON Schema."""
     return int(value) if type(value) is float and value.is_integer() else value
+
+
+MAX_INT = 2**31 - 1  # of tokens and their ids: enough, and short to quote
+NumberOf = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(whole)]
+TokenId = TypeAliasType("TokenId", NumberOf)  # by this name in the OpenAPI document
 
 
 class Body(BaseModel):
