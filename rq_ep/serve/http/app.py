@@ -74,7 +74,8 @@ def make_app(
             return await response.whole(chunks)
         # The first chunk is awaited before the status is sent, so that a refusal is a status and not an event.
         events = response.stream(_chain(await anext(chunks), chunks), body.usage_options)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold tokens back
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
     async def tokenize(http: Request) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def make_app(
     async def on_http_error(http: Request, error: HTTPException) -> Response:
         text, headers = f"{http.method} {http.url.path}: {error.detail}", error.headers
         if error.status_code == 404:
-            paths = [path for route in routes() if "{" not in (path := getattr(route, "path", "{"))]  # routers have none
+            paths = [path for route in routes() if "{" not in (path := getattr(route, "path", "{"))]
             near = nearest(http.url.path, paths, likeness=0.8)
             text += ": /openapi.json has the routes" if near is None else f": did you mean {near}?"
         elif error.status_code == 405:

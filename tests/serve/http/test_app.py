@@ -458,7 +458,8 @@ def test_settings_of_sampling_reach_the_rank(bench: Bench) -> None:
 
 def test_neutral_parameters_are_accepted(bench: Bench) -> None:
     body = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}}
-    assert bench.complete(**body, user="me", safety_identifier="me", prompt_cache_key="a").status_code == 200
+    labels = {"user": "me", "safety_identifier": "me", "prompt_cache_key": "a", "metadata": {"a": "b"}}
+    assert bench.complete(**body, **labels).status_code == 200
     of_vllm = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [], "skip_special_tokens": True}
     assert bench.complete(**of_vllm).status_code == 200
     assert bench.chat(add_generation_prompt=True, continue_final_message=False, top_logprobs=0).status_code == 200

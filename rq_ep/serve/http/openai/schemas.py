@@ -21,13 +21,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": (),
     "length_penalty": (1,),
-    "metadata": ({},),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
 }
 
 MAX_LOGPROBS = 20
@@ -81,8 +81,9 @@ class GenerationBody(Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Names of who asks and of what to cache, which change no answer.
+    # Names of who asks, of what for, and of what to cache, which change no answer.
     user: str | None = None
+    metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     ignore_eos: bool = False
