@@ -29,6 +29,7 @@ from rq_ep.interchange.recorded import RecordedLoads, counts_by_step, fold_slots
 from rq_ep.interchange.slot_map import SlotMap, read_slots
 from rq_ep.interchange.tensors import (
     MAX_CELLS,
+    Array,
     check_text_size,
     is_tensor,
     load_pt,
@@ -59,15 +60,16 @@ def read_map(path: Path, num_ranks: int | None, selected: Sequence[int] | None) 
     """Read a file for `--init-expert-location`."""
     if path.suffix == ".pt":
         rows: Any = _mapping(path, load_pt(path)).get(MAP)
-        rows = whole_numbers(path, MAP, tensor_array(path, MAP, rows)) if is_tensor(rows) else rows
+        rows = tensor_array(path, MAP, rows) if is_tensor(rows) else rows
     else:
         check_text_size(path)
         rows = _mapping(path, read_json(path, "expert location", "name a file for --init-expert-location")).get(MAP)
     if rows is None:
         raise UserError(f"{path}: has no {MAP}")
-    return read_slots(
-        path, rows, num_ranks, range(len(rows)) if isinstance(rows, list | np.ndarray) else None, selected
-    )
+    if isinstance(rows, np.ndarray):
+        rows = _map(path, MAP, rows)
+    labels = range(len(rows)) if isinstance(rows, list | np.ndarray) else None
+    return read_slots(path, rows, num_ranks, labels, selected)
 
 
 def write_map(slots: SlotMap, path: Path, suffix: str) -> None:
@@ -102,7 +104,7 @@ def _sum_over_ranks(dumps: Iterable[Dump]) -> IntArray:
     passes: dict[int, IntArray] = {}
     seen: set[tuple[int, int, str]] = set()
     for path, document in dumps:
-        map_LP = whole_numbers(path, LAST_MAP, tensor_array(path, LAST_MAP, document.get(LAST_MAP)))
+        map_LP = _map(path, LAST_MAP, tensor_array(path, LAST_MAP, document.get(LAST_MAP)))
         if experts_LP is None:
             first_path, experts_LP = path, map_LP
         if not np.array_equal(map_LP, experts_LP):
@@ -127,6 +129,13 @@ def _sum_over_ranks(dumps: Iterable[Dump]) -> IntArray:
             passes[number] = passes.get(number, 0) + whole_numbers(path, PHYSICAL, counts)
     assert experts_LP is not None, "there is a dump"
     return fold_slots(first_path, np.stack([passes[number] for number in sorted(passes)]), experts_LP)
+
+
+def _map(path: Path, name: str, array: Array) -> IntArray:
+    """[layers, slots] the expert in each slot."""
+    if array.ndim != 2:
+        raise UserError(f"{path}: {name} has shape {list(array.shape)}, not [layers, slots]")
+    return whole_numbers(path, name, array)
 
 
 def _number(path: Path, name: str, record: Mapping[str, Any]) -> int:

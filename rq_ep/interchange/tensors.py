@@ -150,6 +150,7 @@ def _read_safetensors(path: Path) -> dict[str, Array]:
 
 
 def _read_numpy(path: Path) -> dict[str, Array]:
+    check_regular(path)
     if path.suffix == ".npy":
         with path.open("rb") as file:
             _check_header(path, BARE, file)

@@ -107,6 +107,13 @@ def test_missing_files_and_unknown_ranks_are_refused(tmp_path: Path, name: str) 
         ENGINES[name].read(tmp_path / f"map{suffix}", 2, (77, 78))
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (1, 2, 2)])
+def test_tensors_that_are_no_map_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    torch.save({"physical_to_logical_map": torch.zeros(shape, dtype=torch.int64)}, tmp_path / "map.pt")
+    with pytest.raises(UserError, match=r"map\.pt: "):
+        ENGINES["sglang"].read(tmp_path / "map.pt", 1, None)
+
+
 def test_sglang_gets_a_row_for_every_layer_and_no_other_key(tmp_path: Path) -> None:
     slots = SlotMap(np.array([[2, 0, 1, 0], [1, 2, 0, 1]]), (1, 3), 2, 3, num_model_layers=5)
     for suffix in (".json", ".pt"):

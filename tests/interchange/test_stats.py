@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import zipfile
 from contextlib import suppress
@@ -295,6 +296,18 @@ def test_a_header_that_is_no_python_is_refused(tmp_path: Path) -> None:
     (tmp_path / "counts.npy").write_bytes(content)
     with pytest.raises(UserError, match=r"counts\.npy: not a readable \.npy file"):
         read("numpy", tmp_path / "counts.npy")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "counts.npy")
+    with pytest.raises(UserError, match=r"counts\.npy: .*pipe"):
+        read("numpy", tmp_path / "counts.npy")
+
+
+def test_slots_without_layers_are_refused(tmp_path: Path) -> None:
+    dump = sglang_pass(tmp_path / "dump.pt", 0, counts(3, 4), np.zeros(4, np.int64))
+    with pytest.raises(UserError, match=r"dump\.pt: last_physical_to_logical_map has shape \[4\]"):
+        read("sglang", dump)
 
 
 def test_references_in_a_pickle_are_not_followed(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ def test_what_is_cut_short_or_foreign_is_refused(tmp_path: Path) -> None:
         replace(trace, sequence_N=np.arange(12))
     with pytest.raises(UserError, match=r"phases \[0, 2\]"):
         replace(trace, phase_S=np.array([0, 2]))
+    with pytest.raises(UserError, match="a step of 4611686018427387904 tokens"):  # whose sum is 11, in 64 bits
+        RoutingTrace(trace.ids_NLK, trace.weights_NLK, np.array([2**62, 2**62, 2**62, 2**62 + 11]), 16, trace.layers)
     with pytest.raises(UserError, match="of 3: record it again"):
         RoutingTrace(trace.ids_NLK, trace.weights_NLK, trace.tokens_S, 3, trace.layers)
 
