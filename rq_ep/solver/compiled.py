@@ -6,8 +6,10 @@ numbers, and (named) tuples of them.
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
@@ -15,9 +17,13 @@ from typing import Any, TypeVar, cast
 numba: Any  # the compiler, None where it is missing
 try:
     numba = import_module("numba")
-    Cache: Any = import_module("numba.core.caching").FunctionCache
+    caching = import_module("numba.core.caching")
+    Cache: Any = caching.FunctionCache
+    NoCache: Any = caching.NullCache
 except ImportError:
-    numba, Cache = None, object
+    numba, Cache, NoCache = None, object, object
+
+log = logging.getLogger(__name__)
 
 
 class _MachineCodeCache(Cache):  # type: ignore[misc]
@@ -27,6 +33,12 @@ class _MachineCodeCache(Cache):  # type: ignore[misc]
     would outlive a change of a callee or of a constant in another file.
     """
 
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        loaded = super().load_overload(signature, context)
+        if loaded is None:
+            _say_once("compiling loops: this takes some seconds, once for an installation")
+        return loaded
+
     def save_overload(self, *entry: Any) -> None:
         with suppress(OSError):  # a full disk or lost rights cost time in the next process, and nothing else
             super().save_overload(*entry)
@@ -34,6 +46,21 @@ class _MachineCodeCache(Cache):  # type: ignore[misc]
     def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
         fields = tuple(getattr(argument, "fields", ()) for argument in signature)  # of named tuples
         return (*super()._index_key(signature, codegen), fields, digest(self._py_func))
+
+
+class _NoFolder(NoCache):  # type: ignore[misc]
+    """For a process that finds no folder to keep machine code in."""
+
+    def load_overload(self, signature: Any, context: Any) -> None:
+        _say_once(
+            "compiling loops: this takes some seconds in every process, as neither the folder of the package nor the "
+            "user's cache folder can be written; name another in NUMBA_CACHE_DIR"
+        )
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -47,6 +74,17 @@ def compiled(function: Function) -> Function:
     return _compiled(function, nogil=False)
 
 
+def compiled_part(function: Function) -> Function:
+    """Compile `function` into its compiled callers, which keep it; called from Python it is Python.
+
+    The compiler is spared what Python needs to call machine code.
+    """
+    if numba is None or numba.config.DISABLE_JIT:
+        return function
+    options = {"error_model": "numpy", "no_cfunc_wrapper": True}
+    return cast("Function", numba.extending.register_jitable(**options)(function))
+
+
 def compiled_beside(function: Function) -> Function:
     """As `compiled`, for what takes seconds: the process's other threads run meanwhile.
 
@@ -58,9 +96,11 @@ def compiled_beside(function: Function) -> Function:
 def _compiled(function: Function, nogil: bool) -> Function:
     if numba is None or numba.config.DISABLE_JIT:
         return function
-    dispatcher = numba.njit(error_model="numpy", nogil=nogil)(function)
-    with suppress(RuntimeError):  # there is no folder to write to
+    dispatcher = numba.njit(error_model="numpy", nogil=nogil, no_cfunc_wrapper=True)(function)
+    try:
         dispatcher._cache = _MachineCodeCache(function)
+    except RuntimeError:
+        dispatcher._cache = _NoFolder()
     return cast("Function", dispatcher)
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_part
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex
+from rq_ep.solver.split.heaviest_first import heaviest_first
 
 MAX_RANKS_ENUMERATED = 8
 MAX_CUTS = 512
@@ -82,7 +83,7 @@ def _add_cuts(cuts: Cuts, index: ReplicaIndex, sets_GR: BoolArray) -> None:
         add_cut(cuts, index, set_R)
 
 
-@compiled
+@compiled_part
 def add_cut(cuts: Cuts, index: ReplicaIndex, cut_R: BoolArray) -> None:
     """Add a set."""
     g = cuts.num[0]
@@ -92,7 +93,8 @@ def add_cut(cuts: Cuts, index: ReplicaIndex, cut_R: BoolArray) -> None:
         size += 1 if cut_R[rank] else 0
     cuts.sizes_G[g] = size
     means_S = cuts.means_GS[g]
-    means_S[:] = 0.0
+    for step in range(len(means_S)):
+        means_S[step] = 0.0
     for expert in range(len(cuts.loads_ES)):
         missing = 0
         for at in range(index.first_E[expert], index.first_E[expert + 1]):
@@ -108,7 +110,7 @@ def add_cut(cuts: Cuts, index: ReplicaIndex, cut_R: BoolArray) -> None:
     _compare(cuts, g)
 
 
-@compiled
+@compiled_part
 def _compare(cuts: Cuts, g: int) -> None:
     """Enter a set among the nearest ones of each step, if it is one; the sets of lower numbers have been entered."""
     means_GS, nearest_SN = cuts.means_GS, cuts.nearest_SN
@@ -125,43 +127,54 @@ def _compare(cuts: Cuts, g: int) -> None:
         cuts.tops_S[step] = means_GS[nearest_SN[step, 0], step]
 
 
-@compiled
+@compiled_part
 def update_tops(cuts: Cuts) -> None:
     """Find the sets of the largest means of each step."""
     for g in range(cuts.num[0]):
         _compare(cuts, g)
 
 
-@compiled
+@compiled_part
 def drop_cuts(cuts: Cuts, num_kept: int) -> None:
     """Drop half of the sets, the first `num_kept` aside: those that come least close to being the largest of a step."""
     num = cuts.num[0]
-    closest_G = np.full(num, np.inf)
+    nearness_G, is_kept_G = np.empty(num), np.zeros(num, np.bool_)
     for g in range(num):
+        nearness_G[g] = 1.0 if g < num_kept else -np.inf
         for step in range(len(cuts.tops_S)):
-            closest_G[g] = min(closest_G[g], cuts.tops_S[step] - cuts.means_GS[g, step])
-    closest_G[:num_kept] = -1.0
-    kept = np.sort(np.argsort(closest_G, kind="mergesort")[: num_kept + (num - num_kept) // 2])
-    for to in range(len(kept)):
-        g = kept[to]
-        cuts.sizes_G[to] = cuts.sizes_G[g]
-        cuts.outside_RG[:, to] = cuts.outside_RG[:, g]
-        cuts.missing_EG[:, to] = cuts.missing_EG[:, g]
-        cuts.means_GS[to] = cuts.means_GS[g]
-    cuts.num[0] = len(kept)
+            nearness_G[g] = max(nearness_G[g], cuts.means_GS[g, step] - cuts.tops_S[step])
+    for g in heaviest_first(nearness_G)[: num_kept + (num - num_kept) // 2]:
+        is_kept_G[g] = True
+    to = 0
+    for g in range(num):
+        if is_kept_G[g]:
+            _copy_cut(cuts, g, to)
+            to += 1
+    cuts.num[0] = to
     update_tops(cuts)
 
 
-@compiled
+@compiled_part
+def _copy_cut(cuts: Cuts, g: int, to: int) -> None:
+    cuts.sizes_G[to] = cuts.sizes_G[g]
+    for rank in range(len(cuts.outside_RG)):
+        cuts.outside_RG[rank, to] = cuts.outside_RG[rank, g]
+    for expert in range(len(cuts.missing_EG)):
+        cuts.missing_EG[expert, to] = cuts.missing_EG[expert, g]
+    for step in range(len(cuts.tops_S)):
+        cuts.means_GS[to, step] = cuts.means_GS[g, step]
+
+
+@compiled_part
 def raise_values(cuts: Cuts, changes: Changes, g: int, values_S: FloatArray) -> None:
     """Raise the steps' values to the mean that a set would have with the changes."""
-    change_S = np.zeros_like(values_S)
+    change_S = np.zeros(len(values_S))
     _add_loads(cuts, changes, _kinds_of_change(cuts, changes, g, g + 1)[0][0], change_S)
     _raise(values_S, cuts.means_GS[g], change_S, 1 / cuts.sizes_G[g])
 
 
 @compiled
-def price_changes(cuts: Cuts, changes: Changes, values_S: FloatArray, limit: float = np.inf) -> bool:
+def price_changes(cuts: Cuts, changes: Changes, values_S: FloatArray, limit: float) -> bool:
     """Write each step's largest mean as it would be with the changes; False as soon as their mean reaches a limit.
 
     All sets that change are looked at, and of the others those that are nearest to being the largest of a step. Only
@@ -205,7 +218,7 @@ def price_changes(cuts: Cuts, changes: Changes, values_S: FloatArray, limit: flo
     return not total >= limit * num_steps
 
 
-@compiled
+@compiled_part
 def _kinds_of_change(cuts: Cuts, changes: Changes, first: int, end: int) -> tuple[npt.NDArray[np.int8], int]:
     """Which experts become confined to each of some sets or are released from it, as a number; and that of no change.
 
@@ -228,7 +241,7 @@ def _kinds_of_change(cuts: Cuts, changes: Changes, first: int, end: int) -> tupl
     return kind_G, unchanged
 
 
-@compiled
+@compiled_part
 def _add_loads(cuts: Cuts, changes: Changes, kind: int, change_S: FloatArray) -> None:
     """Add what a kind of change does to the load that is confined to a set."""
     for x in range(len(changes.experts_X) - 1, -1, -1):
@@ -237,25 +250,25 @@ def _add_loads(cuts: Cuts, changes: Changes, kind: int, change_S: FloatArray) ->
             _add(change_S, cuts.loads_ES[changes.experts_X[x]], digit - 1.0)
 
 
-@compiled
+@compiled_part
 def _add(sums_S: FloatArray, loads_S: FloatArray, factor: float) -> None:
     for step in range(len(sums_S)):
         sums_S[step] += factor * loads_S[step]
 
 
-@compiled
+@compiled_part
 def _raise(values_S: FloatArray, means_S: FloatArray, change_S: FloatArray, factor: float) -> None:
     for step in range(len(values_S)):
         values_S[step] = max(values_S[step], means_S[step] + factor * change_S[step])
 
 
-@compiled
+@compiled_part
 def apply_changes(cuts: Cuts, changes: Changes) -> None:
     """Bring the confined loads and their tops up to date with the changes."""
     kind_G, unchanged = _kinds_of_change(cuts, changes, 0, cuts.num[0])
     for g in range(len(kind_G)):
         if kind_G[g] != unchanged:
-            change_S = np.zeros_like(cuts.tops_S)
+            change_S = np.zeros(len(cuts.tops_S))
             _add_loads(cuts, changes, kind_G[g], change_S)
             _add(cuts.means_GS[g], change_S, 1 / cuts.sizes_G[g])
     for x in range(len(changes.experts_X)):

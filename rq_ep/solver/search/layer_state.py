@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_part
 from rq_ep.solver.search.max_flow import TOLERANCE, Splits, augment, index_replicas, water_fill
 from rq_ep.solver.search.neighborhood import LayerLimits, exceeds_node_spread
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex, rank_search
+from rq_ep.solver.split.heaviest_first import heaviest_first
 
 GOOD_ENOUGH = 1.0005  # max/mean at which a step needs nothing more
 FULL_TOLERANCE = 0.002  # ranks within this of the fullest count as full, so that equally full ones are relieved in turn
@@ -123,9 +124,9 @@ def _split_all(splits: Splits) -> None:
     index, loads_SE, quotas_SP, loads_SR, _ = splits
     by_load_R = np.empty(loads_SR.shape[1], np.int64)
     for step in range(len(loads_SE)):
-        heaviest_first = np.argsort(-loads_SE[step], kind="mergesort")
+        order_E = heaviest_first(loads_SE[step])
         for sweep in range(SWEEPS + 1):
-            for expert in heaviest_first:
+            for expert in order_E:
                 num = index.first_E[expert + 1] - index.first_E[expert]
                 if (num == 1) == (sweep == 0) and loads_SE[step, expert] > 0:
                     water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
@@ -136,7 +137,10 @@ def _optimize_all(splits: Splits, cuts_SR: BoolArray) -> None:
     index, _, quotas_SP, loads_SR, values_S = splits
     search = rank_search(loads_SR.shape[1], len(index.first_E) - 1)
     for step in range(len(values_S)):
-        mean = loads_SR[step].mean()
+        total = 0.0
+        for load in loads_SR[step]:
+            total += load
+        mean = total / loads_SR.shape[1]
         values_S[step] = augment(index, quotas_SP[step], loads_SR[step], mean, cuts_SR[step], search)
 
 
@@ -165,7 +169,9 @@ def _refill(splits: Splits, experts: IntArray) -> None:
             for other in range(loads_SE.shape[1]):
                 if index.first_E[other + 1] - index.first_E[other] > 1:
                     water_fill(index, other, loads_SE[step, other], quotas_SP[step], loads_SR[step], by_load_R)
-            values_S[step] = loads_SR[step].max()
+            values_S[step] = 0.0
+            for rank_load in loads_SR[step]:
+                values_S[step] = max(values_S[step], rank_load)
 
 
 @compiled
@@ -179,8 +185,9 @@ def _best_ranks(splits: Splits, limits: LayerLimits, scatters: bool) -> tuple[Fl
     gains_ER = _gains(splits)
     for p in range(len(index.ranks_P)):
         gains_ER[index.experts_P[p], index.ranks_P[p]] = 0.0
-    best_E, rank_E = np.zeros(num_experts), np.full(num_experts, -1)
+    best_E, rank_E = np.zeros(num_experts), np.empty(num_experts, np.int64)
     for expert in range(num_experts):
+        rank_E[expert] = -1
         size = limits.bytes_E[expert]
         best_tie = -1
         for rank in range(num_ranks):
@@ -199,7 +206,7 @@ def _best_ranks(splits: Splits, limits: LayerLimits, scatters: bool) -> tuple[Fl
     return best_E, rank_E
 
 
-@compiled
+@compiled_part
 def _gains(splits: Splits) -> FloatArray:
     """[E, R] load that the full ranks could hand over to a new replica of the expert there, all steps together.
 
@@ -235,7 +242,7 @@ def _gains(splits: Splits) -> FloatArray:
     return gains_ER
 
 
-@compiled
+@compiled_part
 def _tie_break(expert: int, rank: int) -> int:
     """A hash that puts the ranks in another order for each expert.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_part
 from rq_ep.solver.search.cuts import (
     MAX_RANKS_ENUMERATED,
     Changes,
@@ -33,9 +33,11 @@ from rq_ep.solver.search.neighborhood import (
     changes_by_expert,
     exceeds_node_spread,
     moved_bytes,
+    only,
     propose,
 )
-from rq_ep.solver.split.augmenting_paths import ReplicaIndex, rank_search
+from rq_ep.solver.split.augmenting_paths import Loads, ReplicaIndex, rank_search
+from rq_ep.solver.split.heaviest_first import heaviest_first
 
 LEAST_GAIN = 1e-5  # of the objective, that a move must gain
 LEAST_SPLIT = 3  # steps that are split before the others are expected to disappoint as much
@@ -97,9 +99,12 @@ def _without_dear(layer: LayerSplit, cuts: Cuts, limits: LayerLimits, tail_weigh
 def _dear(splits: Splits, cuts: Cuts, limits: LayerLimits, tail_weight: float) -> IntArray:
     """Replicas to drop, one of an expert at most, the lightest experts first; `cuts` is brought up to date."""
     index, loads_SE = splits.replicas, splits.loads_SE
-    best, values_S = tail_weighted_mean(cuts.tops_S, tail_weight), np.empty_like(cuts.tops_S)
-    dear_P, num = np.empty(len(index.ranks_P), np.int64), 0
-    for expert in np.argsort(loads_SE.sum(axis=0), kind="mergesort"):
+    best, values_S = tail_weighted_mean(cuts.tops_S, tail_weight), np.empty(len(cuts.tops_S))
+    dear_P, num, lightness_E = np.empty(len(index.ranks_P), np.int64), 0, np.zeros(loads_SE.shape[1])
+    for loads_E in loads_SE:
+        for expert in range(len(loads_E)):
+            lightness_E[expert] -= loads_E[expert]
+    for expert in heaviest_first(lightness_E):
         first, end = index.first_E[expert], index.first_E[expert + 1]
         for p in index.by_expert_P[first:end]:
             rank = index.ranks_P[p]
@@ -107,7 +112,7 @@ def _dear(splits: Splits, cuts: Cuts, limits: LayerLimits, tail_weight: float) -
                 continue
             if exceeds_node_spread(index, limits, expert, rank, -1):
                 continue
-            drop = Changes(np.array([expert]), np.array([rank]), np.array([-1]))
+            drop = Changes(only(expert), only(rank), only(-1))
             goal = best + limits.price * limits.bytes_E[expert] - LEAST_GAIN
             if price_changes(cuts, drop, values_S, goal) and tail_weighted_mean(values_S, tail_weight) < goal:
                 best = tail_weighted_mean(values_S, tail_weight)
@@ -121,12 +126,17 @@ def _dear(splits: Splits, cuts: Cuts, limits: LayerLimits, tail_weight: float) -
 @compiled
 def tail_weighted_mean(values_S: FloatArray, tail_weight: float) -> float:
     """(1 - w) * mean + w * CVaR: the mean of the worst tenth of the steps (conditional value at risk)."""
-    mean = float(values_S.mean())
+    total, worst = 0.0, 0.0
+    for value in values_S:
+        total += value
+    mean = total / len(values_S)
     if tail_weight == 0:
         return mean
     num_worst = max(int(TAIL * len(values_S)), 1)
-    worst = float(np.sort(values_S)[len(values_S) - num_worst :].mean())
-    return (1 - tail_weight) * mean + tail_weight * worst
+    order_S = heaviest_first(values_S)
+    for position in range(num_worst - 1, -1, -1):
+        worst += values_S[order_S[position]]
+    return (1 - tail_weight) * mean + tail_weight * (worst / num_worst)
 
 
 @compiled
@@ -136,7 +146,7 @@ def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArra
     num_ranks = loads_SR.shape[1]
     held_ER = _held(index, loads_SE.shape[1], num_ranks)
     best = tail_weighted_mean(values_S, tail_weight)
-    new_quotas_SP, new_loads_SR, new_values_S = quotas_SP.copy(), loads_SR.copy(), np.empty_like(values_S)
+    new_quotas_SP, new_loads_SR, new_values_S = quotas_SP.copy(), loads_SR.copy(), np.empty(len(values_S))
     proposal = ReplicaMove(np.empty(3, np.int64), np.empty(3, np.int64), np.empty(3, np.int64))
     for draws_U in draws_AU:
         if best <= GOOD_ENOUGH:
@@ -164,7 +174,7 @@ def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArra
         apply_changes(cuts, changes)
 
 
-@compiled
+@compiled_part
 def _held(index: ReplicaIndex, num_experts: int, num_ranks: int) -> BoolArray:
     """[E, R] whether the rank holds a replica of the expert."""
     held_ER = np.zeros((num_experts, num_ranks), np.bool_)
@@ -173,15 +183,16 @@ def _held(index: ReplicaIndex, num_experts: int, num_ranks: int) -> BoolArray:
     return held_ER
 
 
-@compiled
+@compiled_part
 def _moved_index(index: ReplicaIndex, move: ReplicaMove, held_ER: BoolArray) -> ReplicaIndex:
     """The index of the replicas after a move; `held_ER` gives the numbers of experts and ranks."""
     experts_P, ranks_P = index.experts_P.copy(), index.ranks_P.copy()
-    experts_P[move.replicas_J], ranks_P[move.replicas_J] = move.experts_J, move.ranks_J
+    for j in range(len(move.replicas_J)):
+        experts_P[move.replicas_J[j]], ranks_P[move.replicas_J[j]] = move.experts_J[j], move.ranks_J[j]
     return index_replicas(experts_P, ranks_P, held_ER.shape[0], held_ER.shape[1])
 
 
-@compiled
+@compiled_part
 def _move_replicas(index: ReplicaIndex, move: ReplicaMove, held_ER: BoolArray, limits: LayerLimits) -> None:
     """Bring `held_ER` and the free bytes up to date with a move; `index` is that of before."""
     for replica in move.replicas_J:
@@ -194,16 +205,29 @@ def _move_replicas(index: ReplicaIndex, move: ReplicaMove, held_ER: BoolArray, l
         limits.free_R[rank] -= limits.bytes_E[expert]
 
 
-@compiled
+@compiled_part
 def _overwrite(splits: Splits, new: Splits) -> None:
     """Copy `new` into the arrays of `splits`."""
-    splits.replicas.experts_P[:], splits.replicas.ranks_P[:] = new.replicas.experts_P, new.replicas.ranks_P
-    splits.replicas.by_expert_P[:], splits.replicas.first_E[:] = new.replicas.by_expert_P, new.replicas.first_E
-    splits.replicas.by_rank_P[:], splits.replicas.first_R[:] = new.replicas.by_rank_P, new.replicas.first_R
-    splits.quotas_SP[:], splits.loads_SR[:], splits.values_S[:] = new.quotas_SP, new.loads_SR, new.values_S
+    old_index, new_index = splits.replicas, new.replicas
+    _copy(new_index.experts_P, old_index.experts_P)
+    _copy(new_index.ranks_P, old_index.ranks_P)
+    _copy(new_index.by_expert_P, old_index.by_expert_P)
+    _copy(new_index.first_E, old_index.first_E)
+    _copy(new_index.by_rank_P, old_index.by_rank_P)
+    _copy(new_index.first_R, old_index.first_R)
+    _copy(new.values_S, splits.values_S)
+    for step in range(len(new.values_S)):
+        _copy(new.quotas_SP[step], splits.quotas_SP[step])
+        _copy(new.loads_SR[step], splits.loads_SR[step])
 
 
-@compiled
+@compiled_part
+def _copy(values_X: Loads, to_X: Loads) -> None:
+    for x in range(len(values_X)):
+        to_X[x] = values_X[x]
+
+
+@compiled_part
 def _split_again(
     old: Splits, new: Splits, cuts: Cuts, move: ReplicaMove, changes: Changes, tail_weight: float, goal: float
 ) -> bool:
@@ -225,19 +249,22 @@ def _split_again(
     values_S = new.values_S
     by_load_R = np.empty(new.loads_SR.shape[1], np.int64)
     cut_R, search = np.empty(new.loads_SR.shape[1], np.bool_), rank_search(new.loads_SR.shape[1], new.loads_SE.shape[1])
-    promised_S, is_split_S = old.values_S - values_S, np.zeros(len(values_S), np.bool_)
+    promised_S, is_split_S = np.empty(len(values_S)), np.zeros(len(values_S), np.bool_)
+    for step in range(len(values_S)):
+        promised_S[step] = old.values_S[step] - values_S[step]
     promised, kept = 0.0, 0.0
     for num_split in range(len(values_S)):
-        step = np.argmax(np.where(is_split_S, -np.inf, promised_S))
+        step = -1
+        for other in range(len(values_S)):
+            if not is_split_S[other] and (step < 0 or promised_S[other] > promised_S[step]):
+                step = other
         is_split_S[step] = True
         is_touched = False
         for expert in changes.experts_X:
             is_touched |= new.loads_SE[step, expert] > 0
         quotas_P, loads_R = new.quotas_SP[step], new.loads_SR[step]
-        for p in range(len(quotas_P)):
-            quotas_P[p] = old.quotas_SP[step, p]
-        for rank in range(len(loads_R)):
-            loads_R[rank] = old.loads_SR[step, rank]
+        _copy(old.quotas_SP[step], quotas_P)
+        _copy(old.loads_SR[step], loads_R)
         if not is_touched:
             values_S[step] = old.values_S[step]
             continue
@@ -262,7 +289,7 @@ def _split_again(
     return tail_weighted_mean(values_S, tail_weight) < goal
 
 
-@compiled
+@compiled_part
 def _expected(before_S: FloatArray, promised_S: FloatArray, is_split_S: BoolArray, share: float) -> FloatArray:
     """The values to expect if of what is promised for the steps that are not split yet only a share comes true."""
     expected_S = promised_S.copy()

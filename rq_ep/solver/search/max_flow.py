@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_part
 from rq_ep.solver.split.augmenting_paths import RankSearch, ReplicaIndex, push_or_cut
 
 TOLERANCE = 1e-5  # of the mean rank load: what differs by less is equal
@@ -37,22 +37,22 @@ def index_replicas(experts_P: IntArray, ranks_P: IntArray, num_experts: int, num
     return ReplicaIndex(experts_P, ranks_P, by_expert_P, first_E, by_rank_P, first_R)
 
 
-@compiled
+@compiled_part
 def _grouped(groups_P: IntArray, num_groups: int) -> tuple[IntArray, IntArray]:
     """Counting sort: replicas by group, and [X + 1] where each of the X groups begins."""
-    first_X = np.zeros(num_groups + 1, np.int64)
+    end_X = np.zeros(num_groups + 1, np.int64)
     for group in groups_P:
-        first_X[group + 1] += 1
-    first_X = np.cumsum(first_X)
-    next_X = first_X[:-1].copy()
+        end_X[group] += 1
+    for group in range(1, num_groups + 1):
+        end_X[group] += end_X[group - 1]
     by_groups_P = np.empty(len(groups_P), np.int64)
-    for p in range(len(groups_P)):
-        by_groups_P[next_X[groups_P[p]]] = p
-        next_X[groups_P[p]] += 1
-    return by_groups_P, first_X
+    for p in range(len(groups_P) - 1, -1, -1):  # the last first, which leaves in `end_X` where groups begin
+        end_X[groups_P[p]] -= 1
+        by_groups_P[end_X[groups_P[p]]] = p
+    return by_groups_P, end_X
 
 
-@compiled
+@compiled_part
 def water_fill(
     index: ReplicaIndex, expert: int, load: float, quotas_P: FloatArray, loads_R: FloatArray, by_load_R: IntArray
 ) -> None:
@@ -91,7 +91,7 @@ def water_fill(
         loads_R[index.ranks_P[p]] += quotas_P[p]
 
 
-@compiled
+@compiled_part
 def augment(
     index: ReplicaIndex,
     quotas_P: FloatArray,
@@ -110,4 +110,5 @@ def augment(
         if num_cut == 0:
             return target
         target = max(confined / num_cut, target + TOLERANCE)
-        cut_R[:] = search.is_reached_R
+        for rank in range(len(cut_R)):
+            cut_R[rank] = search.is_reached_R[rank]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_part
 from rq_ep.solver.search.cuts import Changes, Cuts
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex
 
@@ -39,7 +39,7 @@ class ReplicaMove(NamedTuple):
     ranks_J: IntArray  # the rank that each comes to
 
 
-@compiled
+@compiled_part
 def propose(
     index: ReplicaIndex,
     cuts: Cuts,
@@ -107,7 +107,7 @@ def propose(
     return 3 if -free_R[from_rank] <= more <= free_R[to_rank] else 0
 
 
-@compiled
+@compiled_part
 def _draw_expert(cuts: Cuts, loads_SE: FloatArray, draws_U: FloatArray) -> tuple[int, int, int]:
     """Draw a step by its excess over balance, and then by its load an expert confined to the step's fullest set.
 
@@ -134,7 +134,7 @@ def _draw_expert(cuts: Cuts, loads_SE: FloatArray, draws_U: FloatArray) -> tuple
     return step, one, fullest
 
 
-@compiled
+@compiled_part
 def _draw_outside(cuts: Cuts, g: int, draw: float) -> int:
     """Draw a rank outside the set; -1 if there is none."""
     skip, rank = int(draw * (len(cuts.outside_RG) - cuts.sizes_G[g])), -1
@@ -147,7 +147,7 @@ def _draw_outside(cuts: Cuts, g: int, draw: float) -> int:
     return rank
 
 
-@compiled
+@compiled_part
 def _may_move(index: ReplicaIndex, limits: LayerLimits, held_ER: BoolArray, expert: int, off: int, on: int) -> bool:
     """Whether a replica of the expert may leave rank `off` for rank `on`."""
     if limits.fixed_ER[expert, off] or held_ER[expert, on] or not limits.allowed_ER[expert, on]:
@@ -172,19 +172,38 @@ def exceeds_node_spread(index: ReplicaIndex, limits: LayerLimits, expert: int, o
     if on >= 0:
         on_node_H[limits.nodes_R[on]] += 1
         num += 1
-    return bool(on_node_H.max() > -(-num // limits.num_nodes))
+    most = 0
+    for number in on_node_H:
+        most = max(most, number)
+    return bool(most > -(-num // limits.num_nodes))
 
 
-@compiled
+@compiled_part
 def changes_by_expert(index: ReplicaIndex, move: ReplicaMove) -> Changes:
     """A move as its experts see it: for each, the rank it leaves and the one it comes to, -1 for none."""
     old_expert, new_expert, rank = index.experts_P[move.replicas_J[0]], move.experts_J[0], move.ranks_J[0]
     if len(move.replicas_J) == 1 and new_expert != old_expert:
-        return Changes(np.array([old_expert, new_expert]), np.array([rank, -1]), np.array([-1, rank]))
-    return Changes(move.experts_J.copy(), index.ranks_P[move.replicas_J], move.ranks_J.copy())
+        return Changes(_pair(old_expert, new_expert), _pair(rank, -1), _pair(-1, rank))
+    off_J = np.empty(len(move.replicas_J), np.int64)
+    for j in range(len(off_J)):
+        off_J[j] = index.ranks_P[move.replicas_J[j]]
+    return Changes(move.experts_J.copy(), off_J, move.ranks_J.copy())
 
 
-@compiled
+@compiled_part
+def _pair(one: int, two: int) -> IntArray:
+    pair = np.empty(2, np.int64)
+    pair[0], pair[1] = one, two
+    return pair
+
+
+@compiled_part
+def only(number: int) -> IntArray:
+    """An array of one number."""
+    return np.full(1, number, np.int64)
+
+
+@compiled_part
 def moved_bytes(limits: LayerLimits, changes: Changes) -> int:
     """Bytes that have to be moved in addition; negative if the changes save moves."""
     more = 0

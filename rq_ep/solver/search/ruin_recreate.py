@@ -63,7 +63,7 @@ def removal_costs(layer: LayerSplit, limits: LayerLimits, tail_weight: float) ->
     for expert, rank in np.argwhere(layer.held_ER & ~limits.fixed_ER).tolist():
         if is_removable(layer, limits, expert, rank):
             removal = Changes(np.array([expert]), np.array([rank]), np.array([-1]))
-            price_changes(cuts, removal, without_S)
+            price_changes(cuts, removal, without_S, np.inf)
             cost_ER[expert, rank] = (tail_weighted_mean(without_S, tail_weight) - now) / limits.bytes_E[expert]
     return cost_ER
 

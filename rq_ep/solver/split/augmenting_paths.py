@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled_part
 
 Loads = TypeVar("Loads", IntArray, FloatArray)
 
@@ -41,7 +41,7 @@ class RankSearch(NamedTuple):
     is_passed_E: BoolArray  # all ranks of the expert have been reached by way of it
 
 
-@compiled
+@compiled_part
 def rank_search(num_ranks: int, num_experts: int) -> RankSearch:
     """An empty work space."""
     return RankSearch(
@@ -53,7 +53,7 @@ def rank_search(num_ranks: int, num_experts: int) -> RankSearch:
     )
 
 
-@compiled
+@compiled_part
 def push_or_cut(
     index: ReplicaIndex,
     quotas_P: Loads,
@@ -120,7 +120,7 @@ def push_or_cut(
         _push(ranks_P, quotas_P, loads_R, target, search, sink)
 
 
-@compiled
+@compiled_part
 def _push(ranks_P: IntArray, quotas_P: Loads, loads_R: Loads, target: float, search: RankSearch, sink: int) -> None:
     """Move as much load as fits along the path that ends in rank `sink`."""
     parent_R, entry_R = search.parent_R, search.entry_R

@@ -12,7 +12,7 @@ from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.cost import LayerCost
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_part
 from rq_ep.solver.split.min_max_split import ByExpert, augment
 
 MIN_GAIN = 0.01  # of a balanced step's modelled time, for which more experts are lent; models are no more exact
@@ -209,13 +209,14 @@ def lend(tables: LendingTables, quotas_C: IntArray, max_low_share: float) -> Sho
     is_low_J = np.zeros(max_loans, np.bool_)
 
     loads_R, cut_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.bool_)
+    total = 0
     for c in range(num_replicas):
         loads_R[tables.ranks_C[c]] += quotas_C[c]
-    total = loads_R.sum()
+        total += quotas_C[c]
     mean = -(-total // num_ranks)
     low_pairs = _low_pairs(replicas, num_replicas)
     max_low_pairs = max(max_low_share * total, low_pairs)
-    best_s, num_best, num_loans, is_capped = loads_R.max() * pair_s, 0, 0, False
+    best_s, num_best, num_loans, is_capped = _largest(loads_R) * pair_s, 0, 0, False
     best_ER = np.zeros((len(tables.first_E) - 1, num_ranks), np.int64)
     _write_quotas(replicas, best_ER)
     fullest = _augment(replicas, num_replicas, loads_R, mean, cut_R)
@@ -230,7 +231,7 @@ def lend(tables: LendingTables, quotas_C: IntArray, max_low_share: float) -> Sho
         links.sent_s_R[replicas.ranks_B[lent]] += seconds
         links.received_s_R[borrower] += seconds
         links.num_borrowed_R[borrower] += 1
-        links_s = max(links.sent_s_R.max(), links.received_s_R.max())
+        links_s = max(_largest(links.sent_s_R), _largest(links.received_s_R))
         transfers_s = links_s + tables.latency_s
         goal_s = best_s - tables.min_gain * mean * pair_s
         if transfers_s > 0 and mean * pair_s + transfers_s >= goal_s:
@@ -251,7 +252,7 @@ def lend(tables: LendingTables, quotas_C: IntArray, max_low_share: float) -> Sho
     return ShortestStep(best_s, is_capped, lent_J[:num_best], borrowers_J[:num_best], is_low_J[:num_best], best_ER)
 
 
-@compiled
+@compiled_part
 def _with_room(tables: LendingTables, quotas_C: IntArray, max_loans: int) -> _Replicas:
     """The resident replicas in arrays with room for `max_loans` more."""
     num_resident = len(tables.ranks_C)
@@ -262,12 +263,21 @@ def _with_room(tables: LendingTables, quotas_C: IntArray, max_loans: int) -> _Re
         np.zeros(num_resident + max_loans, np.bool_),
         np.zeros(num_resident + max_loans, np.int64),
     )
-    replicas.ranks_B[:num_resident], replicas.quotas_B[:num_resident] = tables.ranks_C, quotas_C
-    replicas.is_low_B[:num_resident], replicas.resident_B[:num_resident] = tables.is_low_C, np.arange(num_resident)
+    for c in range(num_resident):
+        replicas.ranks_B[c], replicas.quotas_B[c] = tables.ranks_C[c], quotas_C[c]
+        replicas.is_low_B[c], replicas.resident_B[c] = tables.is_low_C[c], c
     return replicas
 
 
-@compiled
+@compiled_part
+def _largest(values_R: IntArray | FloatArray) -> float:
+    largest = values_R[0]
+    for value in values_R:
+        largest = max(largest, value)
+    return largest
+
+
+@compiled_part
 def _insert(replicas: _Replicas, num_replicas: int, expert: int, rank: int, is_low: bool) -> None:
     """Add a borrowed replica without pairs behind the others of its expert."""
     first_E, ranks_B, quotas_B, is_low_B, resident_B = replicas
@@ -276,17 +286,18 @@ def _insert(replicas: _Replicas, num_replicas: int, expert: int, rank: int, is_l
         ranks_B[b], quotas_B[b] = ranks_B[b - 1], quotas_B[b - 1]
         is_low_B[b], resident_B[b] = is_low_B[b - 1], resident_B[b - 1]
     ranks_B[end], quotas_B[end], is_low_B[end], resident_B[end] = rank, 0, is_low, -1
-    first_E[expert + 1 :] += 1
+    for behind in range(expert + 1, len(first_E)):
+        first_E[behind] += 1
 
 
-@compiled
+@compiled_part
 def _augment(replicas: _Replicas, num_replicas: int, loads_R: IntArray, mean: int, cut_R: BoolArray) -> int:
     """Make the split optimal; write the cut that proves it, and return the pairs of the fullest rank."""
     ranks_B, quotas_B = replicas.ranks_B[:num_replicas], replicas.quotas_B[:num_replicas]
     return augment(replicas.first_E, ranks_B, quotas_B, loads_R, mean, cut_R)
 
 
-@compiled
+@compiled_part
 def _emptiest(loads_R: IntArray, num_borrowed_R: IntArray, max_borrowed: int) -> int:
     """The first rank of fewest pairs among those that may still borrow."""
     emptiest = -1
@@ -296,7 +307,7 @@ def _emptiest(loads_R: IntArray, num_borrowed_R: IntArray, max_borrowed: int) ->
     return emptiest
 
 
-@compiled
+@compiled_part
 def _best_loan(
     tables: LendingTables,
     replicas: _Replicas,
@@ -333,7 +344,7 @@ def _best_loan(
     return best, best_lent, min(most_pairs, room)
 
 
-@compiled
+@compiled_part
 def _low_pairs(replicas: _Replicas, num_replicas: int) -> int:
     """Pairs computed in the transient format."""
     quotas_B, is_low_B, pairs = replicas.quotas_B, replicas.is_low_B, 0
@@ -343,11 +354,12 @@ def _low_pairs(replicas: _Replicas, num_replicas: int) -> int:
     return pairs
 
 
-@compiled
+@compiled_part
 def _write_quotas(replicas: _Replicas, quotas_ER: IntArray) -> None:
     """Write pairs of each expert on each rank."""
     first_E, ranks_B, quotas_B, _, _ = replicas
-    quotas_ER[:] = 0
     for expert in range(len(first_E) - 1):
+        for rank in range(quotas_ER.shape[1]):
+            quotas_ER[expert, rank] = 0
         for b in range(first_E[expert], first_E[expert + 1]):
             quotas_ER[expert, ranks_B[b]] = quotas_B[b]

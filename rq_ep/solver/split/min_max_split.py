@@ -16,8 +16,9 @@ import numpy as np
 from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.replicas import Replicas
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_part
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex, push_or_cut, rank_search
+from rq_ep.solver.split.heaviest_first import heaviest_first
 
 NUM_SWEEPS = 3  # more of them gain less than the first augmenting path costs
 
@@ -111,9 +112,11 @@ def split_steps(
     quotas_C = np.zeros(len(ranks_C), np.int64)
     loads_R = np.zeros(num_ranks, np.int64)
     for step in range(num_steps):
-        loads_R[:] = 0
+        for rank in range(num_ranks):
+            loads_R[rank] = 0
         fullest_S[step] = split_step(totals_SE[step], first_E, ranks_C, quotas_C, loads_R, cuts_SR[step])
-        pairs_C += quotas_C
+        for c in range(len(pairs_C)):
+            pairs_C[c] += quotas_C[c]
     return fullest_S, pairs_C, cuts_SR
 
 
@@ -131,32 +134,45 @@ def split_step(
         loads_R: [R] what the ranks carry already, in general zeros; the quotas are added.
         cut_R: [R] overwritten.
     """
-    num_shared = 0
+    num_shared, total = 0, 0
     shared_X = np.empty(len(totals_E), np.int64)
     weights_X = np.empty(len(totals_E), np.int64)
     for expert in range(len(totals_E)):
         first, end = first_E[expert], first_E[expert + 1]
-        quotas_C[first:end] = 0
+        for c in range(first, end):
+            quotas_C[c] = 0
         if end - first == 1:
             quotas_C[first] = totals_E[expert]
             loads_R[ranks_C[first]] += totals_E[expert]
         elif totals_E[expert] > 0:
             shared_X[num_shared] = expert
             weights_X[num_shared] = totals_E[expert]
+            total += totals_E[expert]
             num_shared += 1
-    total = loads_R.sum() + weights_X[:num_shared].sum()
+    for rank in range(len(loads_R)):
+        total += loads_R[rank]
     target = -(-total // len(loads_R))
-    heaviest_first_X = shared_X[:num_shared][np.argsort(-weights_X[:num_shared], kind="mergesort")]
+    order_X = heaviest_first(weights_X[:num_shared])
     by_load_R = np.empty(len(loads_R), np.int64)
     for _ in range(NUM_SWEEPS):
-        for expert in heaviest_first_X:
+        for x in order_X:
+            expert = shared_X[x]
             _water_fill(totals_E[expert], first_E[expert], first_E[expert + 1], ranks_C, quotas_C, loads_R, by_load_R)
-        if loads_R.max() <= target:
+        if _keeps_to(loads_R, target):
             break
     return augment(first_E, ranks_C, quotas_C, loads_R, target, cut_R)
 
 
-@compiled
+@compiled_part
+def _keeps_to(loads_R: IntArray, target: int) -> bool:
+    """Whether no rank exceeds the target."""
+    for load in loads_R:  # noqa: SIM110 - numba compiles no generator
+        if load > target:
+            return False
+    return True
+
+
+@compiled_part
 def _water_fill(
     pairs: int, first: int, end: int, ranks_C: IntArray, quotas_C: IntArray, loads_R: IntArray, by_load_R: IntArray
 ) -> None:
@@ -193,7 +209,7 @@ def _water_fill(
         loads_R[ranks_C[c]] += quotas_C[c]
 
 
-@compiled
+@compiled_part
 def augment(
     first_E: IntArray, ranks_C: IntArray, quotas_C: IntArray, loads_R: IntArray, target: int, cut_R: BoolArray
 ) -> int:
@@ -201,8 +217,9 @@ def augment(
 
     Changes `quotas_C` and `loads_R`, writes `cut_R`, and returns the final target, which the cut proves.
     """
-    cut_R[:] = True
-    if loads_R.max() <= target:
+    for rank in range(len(cut_R)):
+        cut_R[rank] = True
+    if _keeps_to(loads_R, target):
         return target
     index = _index(first_E, ranks_C, len(loads_R))
     search = rank_search(len(loads_R), len(first_E) - 1)
@@ -211,23 +228,27 @@ def augment(
         if num_cut == 0:
             return target
         target = int(-(-confined // num_cut))
-        cut_R[:] = search.is_reached_R
+        for rank in range(len(cut_R)):
+            cut_R[rank] = search.is_reached_R[rank]
 
 
-@compiled
+@compiled_part
 def _index(first_E: IntArray, ranks_C: IntArray, num_ranks: int) -> ReplicaIndex:
     """The index of replicas sorted by expert; by rank, only those of experts that leave a choice."""
-    experts_C = np.empty(len(ranks_C), np.int64)
+    num_replicas = len(ranks_C)
+    experts_C, by_expert_C = np.empty(num_replicas, np.int64), np.empty(num_replicas, np.int64)
     end_R = np.zeros(num_ranks + 1, np.int64)
     for expert in range(len(first_E) - 1):
-        experts_C[first_E[expert] : first_E[expert + 1]] = expert
-        if first_E[expert + 1] - first_E[expert] > 1:
-            for c in range(first_E[expert], first_E[expert + 1]):
+        first, end = first_E[expert], first_E[expert + 1]
+        for c in range(first, end):
+            experts_C[c], by_expert_C[c] = expert, c
+            if end - first > 1:
                 end_R[ranks_C[c]] += 1
-    end_R = np.cumsum(end_R)
+    for rank in range(num_ranks):
+        end_R[rank + 1] += end_R[rank]
     by_rank_Y = np.empty(end_R[num_ranks], np.int64)
-    for c in range(len(ranks_C) - 1, -1, -1):
+    for c in range(num_replicas - 1, -1, -1):
         if first_E[experts_C[c] + 1] - first_E[experts_C[c]] > 1:
             end_R[ranks_C[c]] -= 1
             by_rank_Y[end_R[ranks_C[c]]] = c
-    return ReplicaIndex(experts_C, ranks_C, np.arange(len(ranks_C)), first_E, by_rank_Y, end_R)
+    return ReplicaIndex(experts_C, ranks_C, by_expert_C, first_E, by_rank_Y, end_R)

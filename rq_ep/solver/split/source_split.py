@@ -34,7 +34,7 @@ def _assigned(by_expert: ByExpert, counts_RE: IntArray, quotas_C: IntArray, grou
         expected = f"{by_expert.num_ranks} ranks and {by_expert.num_experts} experts"
         raise UserError(f"counts of shape {counts_RE.shape}: the placement has {expected}")
     assert groups_GR2.shape[1] == by_expert.num_ranks
-    pairs_RP = np.empty((len(counts_RE), len(quotas_C)), np.int64)
+    pairs_RP = np.zeros((len(counts_RE), len(quotas_C)), np.int64)
     assign_sources(
         counts_RE, by_expert.first_E, by_expert.ranks_C, by_expert.replicas_C, quotas_C, groups_GR2, pairs_RP
     )
@@ -60,10 +60,9 @@ def assign_sources(
         replicas_C: [C] index into P.
         quotas_C: [C] pairs of each replica.
         groups_GR2: for each turn G and rank, the first rank of its group and the one behind its last.
-        pairs_RP: [R, P] overwritten.
+        pairs_RP: [R, P] zeros.
     """
     num_ranks, num_experts = counts_RE.shape
-    pairs_RP[:] = 0
     for source in range(num_ranks):
         for expert in range(num_experts):
             if first_E[expert + 1] - first_E[expert] == 1:

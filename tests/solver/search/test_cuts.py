@@ -60,7 +60,7 @@ def test_a_change_is_priced_as_it_turns_out(num_ranks: int) -> None:
     added = int(np.flatnonzero(~held_ER[two])[0])
     changes = Changes(np.array([one, two]), np.array([off, -1]), np.array([on, added]))
     priced_S = np.empty_like(layer.values_S)
-    price_changes(cuts, changes, priced_S)
+    price_changes(cuts, changes, priced_S, np.inf)
     apply_changes(cuts, changes)
     np.testing.assert_allclose(cuts.tops_S, priced_S, atol=1e-12)
     held_ER[one, off], held_ER[one, on], held_ER[two, added] = False, True, True
@@ -82,7 +82,7 @@ def test_a_change_is_refused_early_exactly_where_its_mean_reaches_the_limit(num_
         added = int(generator.choice(np.flatnonzero(~held_ER[two])))
         changes = Changes(np.array([one, two]), np.array([off, -1]), np.array([on, added]))
         priced_S, again_S = np.empty_like(layer.values_S), np.empty_like(layer.values_S)
-        assert price_changes(cuts, changes, priced_S)
+        assert price_changes(cuts, changes, priced_S, np.inf)
         assert not price_changes(cuts, changes, again_S, priced_S.mean() - 1e-9)
         assert price_changes(cuts, changes, again_S, priced_S.mean() + 1e-9)
         np.testing.assert_array_equal(again_S, priced_S)
