@@ -43,7 +43,7 @@ from rq_ep.plugins.sglang_algorithm import ImproveAlgorithm, Improved
 from rq_ep.plugins.slot_rebalance import SECONDS, Balancing, arrivals, prepare, rebalanced
 from rq_ep.plugins.vllm_policy import RecordedSteps, StepPolicy
 from rq_ep.solver.objective.calibration_steps import LayerSteps
-from rq_ep.solver.search.slots.equal_slots import even_imbalance
+from rq_ep.solver.search.slots.slot_search import even_imbalance
 
 NUM_LAYERS = 58  # of DeepSeek-V3, for whose sizes the plug-ins' time is meant
 SCENARIOS = ("first", "changed")

@@ -13,13 +13,9 @@ import numpy as np
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.solver.objective.calibration_steps import LayerSteps, spread_by_pairs
-from rq_ep.solver.search.slots.equal_slots import (
-    even_imbalance,
-    held_experts,
-    improve_slots,
-)
 from rq_ep.solver.search.slots.rank_leveling import leveled
 from rq_ep.solver.search.slots.slot_repair import EMPTY, in_old_slots, repaired, replica_counts
+from rq_ep.solver.search.slots.slot_search import even_imbalance, held_experts, improve_slots
 
 SECONDS = 3.0  # that the search takes at most on one core of a common server
 WORK_PER_SECOND = 1.6e9  # steps x ranks x slots of a rank that moves were attempted for

@@ -27,7 +27,7 @@ from rq_ep.interchange import STATS_FORMATS, write_slots
 from rq_ep.interchange.slot_map import SlotMap
 from rq_ep.plugins.slot_rebalance import arrivals
 from rq_ep.solver.objective.calibration_steps import LayerSteps
-from rq_ep.solver.search.slots.equal_slots import even_imbalance
+from rq_ep.solver.search.slots.slot_search import even_imbalance
 
 pytestmark = [
     pytest.mark.engines,

@@ -9,7 +9,7 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.plugins.slot_rebalance import Balancing, arrivals, rebalanced
 from rq_ep.solver.objective.calibration_steps import LayerSteps
-from rq_ep.solver.search.slots.equal_slots import even_imbalance
+from rq_ep.solver.search.slots.slot_search import even_imbalance
 
 LAYERS, EXPERTS, RANKS, SLOTS = 2, 24, 8, 32
 FIRST_LP = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))

@@ -18,7 +18,8 @@ from rq_ep.core.rules import Rules, Selection
 from rq_ep.core.stats import ExpertStats
 from rq_ep.core.topology import Topology
 from rq_ep.solver.objective.calibration_steps import LayerSteps
-from rq_ep.solver.search.slots.equal_slots import check_slots, even_imbalance, improve_slots, place_slots
+from rq_ep.solver.search.slots.equal_slots import check_slots, place_slots
+from rq_ep.solver.search.slots.slot_search import even_imbalance, improve_slots
 from rq_ep.strategies.eplb import Eplb
 from tests.solver.instances import skewed
 
@@ -115,7 +116,7 @@ def test_same_seed_same_bits() -> None:
 
 
 def test_plain_python_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rq_ep.solver.search.slots import equal_slots as slots
+    from rq_ep.solver.search.slots import slot_search as slots
 
     steps = LayerSteps(correlated(12, 10, 1, seed=2)[:, 0], 4)
     slots_RJ = np.arange(12).reshape(4, 3)

@@ -10,7 +10,7 @@ Axes: J slots of a rank.
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled_beside
+from rq_ep.solver.compiled import compiled_beside, compiled_part
 
 LEAST_GAIN = 1e-9  # of the mean load: less is rounding
 MAX_EXCHANGES = 100  # for each rank; they end long before
@@ -69,7 +69,7 @@ def _level(
         loads_R[best_rank] += shares_E[expert] - shares_E[other]
 
 
-@compiled_beside
+@compiled_part
 def _holds(slots_RJ: IntArray, rank: int, expert: int) -> bool:
     for held in slots_RJ[rank]:  # noqa: SIM110 - numba compiles no generator
         if held == expert:
