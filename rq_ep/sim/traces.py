@@ -53,9 +53,9 @@ class RoutingTrace:
                     f"{self.source}: {name} is {array.dtype} {list(array.shape)}, which {len(self.layers)} layers and "
                     f"{shape[0]} tokens of {len(self.tokens_S)} steps do not have: record it again"
                 )
-        wrong = self.tokens_S[(self.tokens_S < 0) | (self.tokens_S > len(self.ids_NLK))]  # their sum may overflow
-        if wrong.size:
-            raise UserError(f"{self.source}: a step of {wrong[0]} tokens: record it again")
+        wrong_S = (self.tokens_S < 0) | (self.tokens_S > len(self.ids_NLK))  # the sum may have overflowed
+        if wrong_S.any():
+            raise UserError(f"{self.source}: a step of {self.tokens_S[wrong_S][0]} tokens: record it again")
         if self.sequence_N is not None and self.sequence_N.size and self.sequence_N.min() < 0:
             raise UserError(f"{self.source}: sequence {self.sequence_N.min()}: record it again")
         if self.phase_S is not None and not np.isin(self.phase_S, range(len(PHASES))).all():

@@ -172,10 +172,11 @@ def exceeds_node_spread(index: ReplicaIndex, limits: LayerLimits, expert: int, o
     if on >= 0:
         on_node_H[limits.nodes_R[on]] += 1
         num += 1
-    most = 0
-    for number in on_node_H:
-        most = max(most, number)
-    return bool(most > -(-num // limits.num_nodes))
+    allowed = -(-num // limits.num_nodes)
+    for number in on_node_H:  # noqa: SIM110 - numba compiles no generator
+        if number > allowed:
+            return True
+    return False
 
 
 @compiled_part

@@ -271,7 +271,7 @@ def _with_room(tables: LendingTables, quotas_C: IntArray, max_loans: int) -> _Re
 
 @compiled_part
 def _largest(values_R: IntArray | FloatArray) -> float:
-    largest = values_R[0]
+    largest: float = values_R[0]
     for value in values_R:
         largest = max(largest, value)
     return largest
