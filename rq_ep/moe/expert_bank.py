@@ -69,13 +69,13 @@ class ExpertBank:
         self.borrow_buffers = BorrowBuffers(layout, device) if borrow_buffers is None else borrow_buffers
         self.borrow_buffers.join(layer)
         self._device = torch.device(device)
-        self._is_stacked = expert_buffers is None
+        self.is_stacked = expert_buffers is None
         self._buffers = ExpertBuffers(device) if expert_buffers is None else expert_buffers
         self._converted: dict[tuple[int, str], Tensor] = {}  # (expert, format) -> packed; least recently used first
         self._lock = threading.Lock()  # guards what is staged
         self._staged: dict[int, StagedExpert] = {}
         held = self._own(replicas)
-        if not self._is_stacked:
+        if not self.is_stacked:
             formats = {replica.expert: get_format(replica.format) for replica in held}
             self._hold({e: (name, PackedExpert.blank(name, layout, self._buffers)) for e, name in formats.items()})
             return
@@ -270,7 +270,7 @@ class ExpertBank:
 
     def _stack(self, format_: WeightFormat, experts: Sequence[PackedExpert]) -> Stack:
         """The experts of a format, where they lie or copied into one buffer."""
-        if not self._is_stacked:
+        if not self.is_stacked:
             return Stack(format_, self.layout, None, tuple(experts))
         with torch.inference_mode(False):  # an engine commits in it, and others write to the buffer outside of it
             stack = Stack.empty(format_, self.layout, len(experts), self._device)

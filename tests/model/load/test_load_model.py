@@ -156,7 +156,7 @@ def test_a_rank_that_joins_later_reads_no_experts_and_adds_nothing_until_then(ch
     for report in run_local(2, loaded):
         assert (report.expert_bytes, report.rank_bytes.arriving > 0) == ({}, True)
         for layer in report.layers:
-            assert (layer.bank.experts, layer.bank.movable) == ((), False)
+            assert (layer.bank.experts, layer.bank.is_stacked) == ((), True)
             hidden_TD = torch.ones(3, layer.family.hidden_size)
             out_TD = layer(hidden_TD, torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))  # asks nobody
             assert torch.equal(out_TD, torch.zeros_like(hidden_TD))
@@ -270,7 +270,7 @@ def test_rows_and_borrowed_experts_are_counted_before_loading(
     movable = load(path, strategy="llep", movable_formats=["fp32"], **settings).rq_ep
     num_experts = movable.layers[0].placement.num_experts
     assert movable.rank_bytes.borrowed == num_experts * size, "all experts may leave a rank"
-    assert all(bank.movable for layer in movable.layers for bank in layer.banks)
+    assert not any(bank.is_stacked for layer in movable.layers for bank in layer.banks)
     arriving = {"movable_formats": ["int8"], "room_bytes": 3 * size}
     free = replace(movable.placement, budget_bytes_R=tuple(2 * size + held for held in movable.placement.bytes_R))
     assert load(path, free, "rq", **settings, **arriving).rq_ep.rank_bytes.arriving == 2 * 5 * size, "budget and room"
