@@ -11,7 +11,7 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.errors import UserError, check_integer, check_number, check_text
 from rq_ep.core.files.documents import read_document, write_json
 from rq_ep.core.replicas import Replica, Replicas, replica_bytes
-from rq_ep.core.stats import ModelIdentity
+from rq_ep.core.stats import ExpertStats, ModelIdentity
 from rq_ep.core.topology import Topology
 
 FORMAT = "rq_ep.placement/1"
@@ -153,6 +153,16 @@ class Placement:
                 raise UserError(
                     f"{what} claims {claimed} expert bytes on rank {rank}, but its replicas take {actual}: place again"
                 )
+
+    def check_stats(self, stats: ExpertStats, what: str) -> None:
+        """Raise a `UserError` unless this placement has the layers, experts and sizes of `stats`."""
+        shape = {layer.index: layer.num_experts for layer in self.layers}
+        if shape != dict.fromkeys(stats.layers, stats.num_experts):
+            raise UserError(
+                f"{what}: experts per layer {shape!s:.100}, but {stats.source} has {stats.num_experts} in each of "
+                f"{stats.num_layers} layers"
+            )
+        self.check_bytes(stats.expert_bytes, what)
 
     def check_serves(self, model: ModelIdentity | None, num_ranks: int, what: str = "the placement") -> None:
         """Raise a `UserError` with both values unless this placement is for `model` on `num_ranks` ranks."""

@@ -66,14 +66,9 @@ class EPExperts(nn.Module):
         self.sole_holders = SoleHolders.of(placement.replicas, placement.num_experts, group.size, group.device)
         self.exchange = Exchange(group) if exchange is None else exchange
         self.bank = ExpertBank(
-            family.layout,
-            placement.replicas,
-            group.rank,
-            group.device,
-            borrow_buffers,
-            placement.index,
+            family.layout, placement.replicas, group.rank, group.device, borrow_buffers, placement.index,
             expert_buffers,
-        )
+        )  # fmt: skip
         self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
         self.output_norms: OutputNorms | None = None  # samples steps, if it is set
         self.is_apart = False  # whether the rank has yet to join the others: every output is zero, and nobody is asked

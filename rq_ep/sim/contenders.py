@@ -88,13 +88,7 @@ def load_placements(paths: Sequence[str], stats: ExpertStats, num_ranks: int) ->
     for path in paths:
         placement = Placement.load(path)
         placement.check_serves(stats.model, num_ranks, path)
-        shape = {layer.index: layer.num_experts for layer in placement.layers}
-        if shape != dict.fromkeys(stats.layers, stats.num_experts):
-            raise UserError(
-                f"{path}: experts per layer {shape}, but {stats.source} has {stats.num_experts} "
-                f"in each of the layers {', '.join(map(str, stats.layers))}"
-            )
-        placement.check_bytes(stats.expert_bytes, path)
+        placement.check_stats(stats, path)
         if placement.strategy in given:
             raise UserError(f"{path}: a second placement made by {placement.strategy!r}; give one for each strategy")
         given[placement.strategy] = (Path(path).name, placement)

@@ -117,13 +117,7 @@ def survivors_of(
         current = Placement.load(current)
     if stats.model is not None and current.model is not None:
         stats.model.check(current.model, what)
-    shape = {layer.index: layer.num_experts for layer in current.layers}
-    if shape != dict.fromkeys(stats.layers, stats.num_experts):
-        raise UserError(
-            f"{what}: experts per layer {shape!s:.100}, but {stats.source} has {stats.num_experts} in each of "
-            f"{stats.num_layers} layers"
-        )
-    current.check_bytes(stats.expert_bytes, what)
+    current.check_stats(stats, what)
     return remaining_ranks(current, num_ranks, lost_ranks)
 
 
