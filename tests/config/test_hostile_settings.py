@@ -37,7 +37,6 @@ VALUES = [
 ]  # fmt: skip
 TEXTS = ["nan", "inf", "-inf", "-1", "0", "1e400", "x", "", "[]", "{", "1" * 400, "x" * 5000, "a\nb"]
 MAX_MESSAGE = 600
-AT_ONCE_S = 30  # on a busy machine; what is read in full takes minutes
 
 
 def reader(settings: type[Any]) -> Callable[..., Any]:
@@ -132,7 +131,7 @@ def test_yaml_that_is_costly_or_ambiguous_is_refused(tmp_path: Path, text: str, 
     with pytest.raises(UserError, match=message) as caught:
         read(ServeConfig, "--config", str(file))
     assert str(file) in str(caught.value)
-    assert time.monotonic() - started_s < AT_ONCE_S
+    assert time.monotonic() - started_s < 5
 
 
 READERS: dict[str, Callable[[str], Any]] = {
@@ -173,7 +172,7 @@ def test_files_that_are_none_are_refused_at_once(tmp_path: Path, name: str, make
     assert fault_of(str(path), READERS[name], str(path)) is None
     if name.startswith("trace"):
         assert not is_trace(path)
-    assert time.monotonic() - started_s < AT_ONCE_S
+    assert time.monotonic() - started_s < 5
 
 
 def test_a_key_that_a_json_file_gives_twice_is_named(tmp_path: Path) -> None:
