@@ -237,6 +237,7 @@ def test_messages_that_are_cut_off_on_their_way_end_at_both_ends(ending: int) ->
     for future in waiting:
         with pytest.raises(PeerLost, match=r"no connection to rank|the group was aborted"):
             future.result(timeout=10)
+    assert not (lent[-1] and message[-1]), "they were on their way"
     for group in groups:
         group.reform(2, [group.rank], group.open_store())
         group.barrier()
