@@ -113,8 +113,10 @@ class Membership:
 
     def connected(self, rank: int) -> None:
         """A process of the rank has connected."""
-        if self.ranks[rank].state in (MemberState.EXPECTED, MemberState.LOST, MemberState.RESTARTING):
-            self._set(rank, MemberState.LOADING, self.ranks[rank].reason)
+        record = self.ranks[rank]
+        if record.state in (MemberState.EXPECTED, MemberState.LOST, MemberState.RESTARTING):
+            came_late = record.state is MemberState.EXPECTED
+            self._set(rank, MemberState.LOADING, "it came late" if came_late else record.reason)
 
     def loaded(self, rank: int, store: tuple[str, int]) -> list[Effect]:
         """The rank has a model; if it is no member, it could join."""

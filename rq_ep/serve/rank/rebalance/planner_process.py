@@ -60,6 +60,7 @@ class PlannerProcess:
         self._command = command or [sys.executable, "-c", f"from {__name__} import main; main()"]
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
+        self._killed_for = ""
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="rq_ep planner", daemon=True).start()
@@ -75,16 +76,17 @@ class PlannerProcess:
         except queue.Empty:
             return None
 
-    def kill(self) -> None:
-        """End a process that does not answer; its request fails."""
+    def kill(self, reason: str) -> None:
+        """End a process that does not answer; its request fails for this reason."""
         if (process := self._process) is not None:
+            self._killed_for = reason
             process.kill()
 
     def close(self) -> None:
         """End the process and its thread; what was asked for last is not begun any more."""
         self._is_closed = True
         self._requests.put(None)
-        self.kill()
+        self.kill("it is not needed any more")
 
     # On a thread of its own: a request is megabytes, and an answer takes seconds.
 
@@ -113,7 +115,10 @@ class PlannerProcess:
             return answer
         except (OSError, EOFError):
             self._process = None
-            return PlannerFailure(f"the planner process has ended (exit status {self._end(process)})", of_decision)
+            status = self._end(process)
+            reason = self._killed_for or f"the planner process has ended (exit status {status})"
+            self._killed_for = ""
+            return PlannerFailure(reason, of_decision)
         except Exception as error:  # what cannot be pickled, or read
             process.kill()
             self._process = None

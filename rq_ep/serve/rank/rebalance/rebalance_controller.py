@@ -41,7 +41,7 @@ class PlannerSide(Protocol):
 
     def ask(self, request: Request) -> None: ...
     def take(self) -> Answer | None: ...
-    def kill(self) -> None: ...
+    def kill(self, reason: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -122,7 +122,7 @@ class RebalanceController:
             self._take(answer)
         elif self._is_planning and self._clock() - self._progress_at_s > PLANNER_TIMEOUT_S:
             self._progress_at_s = self._clock()
-            self._planner.kill()
+            self._planner.kill(f"the planner had no answer within {PLANNER_TIMEOUT_S:g} s, and was ended")
 
     def command(self, number: int, action: str) -> None:
         """Obey, or refuse: one thing is done at a time."""

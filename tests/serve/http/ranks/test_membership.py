@@ -193,6 +193,7 @@ def test_a_group_begins_without_ranks_that_join_when_they_come() -> None:
             refused([2])
     membership.supervisor_connected(2)
     membership.connected(2)
+    assert membership.ranks.degradation() == "3 of 4 ranks serve: rank 2 is loading (it came late)"
     assert regroups(membership.loaded(2, store(2))) == [Regroup(2, [0, 1, 2, 3], store(0), [2])]
     settle(membership)
     assert (membership.ranks.degradation(), membership.num_failures) == (None, 0)

@@ -43,7 +43,7 @@ class Planner:
     def take(self) -> Answer | None:
         return self.answer
 
-    def kill(self) -> None: ...
+    def kill(self, reason: str) -> None: ...
 
     def close(self) -> None:
         self.num_closed += 1

@@ -68,7 +68,7 @@ class Stage:
     def take(self) -> Answer | None:
         return self.answers.pop(0) if self.answers else None
 
-    def kill(self) -> None:
+    def kill(self, reason: str) -> None:
         self.num_kills += 1
 
     def close(self) -> None: ...
