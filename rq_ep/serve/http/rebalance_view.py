@@ -26,12 +26,12 @@ class RebalanceView:
     """The last status, what changed the placement, and the commands that await an answer.
 
     Args:
-        send: sends a command to rank 0; None: rebalancing is off.
+        send: sends a command to the rank that leads, and returns which that is; None: rebalancing is off.
         clock: seconds.
     """
 
     def __init__(
-        self, send: Callable[[RebalanceCommand], None] | None, clock: Callable[[], float] = time.monotonic
+        self, send: Callable[[RebalanceCommand], int] | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._send = send
         self._clock = clock
@@ -42,6 +42,7 @@ class RebalanceView:
         self._moved_at_s = -math.inf  # when a rank has last come further
         self._named_stall = False
         self._answers: dict[int, asyncio.Future[RebalanceAnswer]] = {}
+        self._asked: dict[int, int] = {}  # by command, the rank that was sent it
         self._num_commands = 0
         self._commits: deque[dict[str, Any]] = deque(maxlen=MAX_COMMITS)
 
@@ -73,6 +74,9 @@ class RebalanceView:
         """A rank is lost."""
         self._movers.pop(rank, None)
         self._last_at_s.pop(rank, None)
+        for number, asked in self._asked.items():
+            if asked == rank:
+                self.take(RebalanceAnswer(number, f"rank {rank}, which led, was lost: ask again", None))
 
     # For the routes
 
@@ -148,13 +152,13 @@ class RebalanceView:
         self._num_commands += 1
         number = self._num_commands
         future = self._answers[number] = asyncio.get_running_loop().create_future()
-        self._send(RebalanceCommand(number, action))
+        rank = self._asked[number] = self._send(RebalanceCommand(number, action))
         try:
             answer = await asyncio.wait_for(future, ANSWER_TIMEOUT_S)
         except TimeoutError:
-            raise ApiError(500, f"rank 0 has not answered within {ANSWER_TIMEOUT_S:g} s") from None
+            raise ApiError(500, f"rank {rank} has not answered within {ANSWER_TIMEOUT_S:g} s") from None
         finally:
-            del self._answers[number]
+            del self._answers[number], self._asked[number]
         if answer.refusal is not None:
             raise ApiError(409, f"{action}: {answer.refusal}", "action")
         return {"action": action, **({} if answer.decision is None else {"decision": answer.decision})}

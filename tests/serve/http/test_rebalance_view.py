@@ -1,5 +1,6 @@
 """Rebalancing over HTTP, in process: its state, commands and their refusals, metrics, and the naming of a stall."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.rebalancing.rebalancer import Decision
+from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
 from rq_ep.serve.rank.rebalance.rebalance_controller import described
@@ -41,10 +43,11 @@ class RebalancingBench(Bench):
         self.commands: list[RebalanceCommand] = []
         self.view = self.service.rebalancing = RebalanceView(self.obey, lambda: self.now_s)
 
-    def obey(self, command: RebalanceCommand) -> None:
+    def obey(self, command: RebalanceCommand) -> int:
         self.commands.append(command)
         decision = DRY_RUN if command.action == "dry_run" else None
         self.view.take(RebalanceAnswer(command.number, self.refusal, decision))
+        return 0
 
     def get(self, path: str = "/v1/ep/rebalance") -> httpx.Response:
         return self.call("GET", path)
@@ -80,6 +83,21 @@ def test_a_command_reaches_rank_0_and_its_answer_the_client(bench: RebalancingBe
     assert conforming(bench)({"action": "dry_run", "decision": DRY_RUN}, "RebalanceAnswer")
     bench.refusal = "moving: wait for its end, or abort it"
     assert error(bench.command({"action": "start"}), 409)["message"] == f"start: {bench.refusal}"
+
+
+def test_a_command_to_a_rank_that_is_lost_is_refused() -> None:
+    async def scene() -> None:
+        view = RebalanceView(lambda command: 1)
+        task = asyncio.ensure_future(view.command("dry_run"))
+        await asyncio.sleep(0)
+        view.forget(0)
+        await asyncio.sleep(0)
+        assert not task.done()
+        view.forget(1)
+        with pytest.raises(ApiError, match="rank 1, which led, was lost: ask again"):
+            await asyncio.wait_for(task, 5)
+
+    asyncio.run(scene())
 
 
 @pytest.mark.parametrize("body", [{"action": "stop"}, {}, {"action": "start", "now": True}])

@@ -138,7 +138,8 @@ class MemberChanges:
                 case RankLost():
                     self._cut_off(effect)
                 case GenerationServes():
-                    log.info("the members serve in generation %d: %s", self._membership.generation, effect.seconds)
+                    times = ", ".join(f"{part} {seconds:.3f} s" for part, seconds in effect.seconds.items())
+                    log.info("the members serve in generation %d: %s", self._membership.generation, times)
                     if effect.is_recovery:
                         self._observer.on_recovery(effect.seconds)
                     self._begin_migrations()

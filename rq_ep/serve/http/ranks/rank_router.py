@@ -152,9 +152,11 @@ class RankRouter:
         self._connections.send(self.membership.leader, Mark(number))
         self._sender.wake()
 
-    def rebalance(self, command: RebalanceCommand) -> None:
-        """Pass a command on to the leader."""
-        self._connections.send(self.membership.leader, command)
+    def rebalance(self, command: RebalanceCommand) -> int:
+        """Pass a command on to the leader; which that is."""
+        leader = self.membership.leader
+        self._connections.send(leader, command)
+        return leader
 
     async def remove_ranks(self, ranks: Collection[int], *, moves: bool) -> None:
         """Have ranks leave once their requests have finished or, with `moves`, have gone to other ranks.

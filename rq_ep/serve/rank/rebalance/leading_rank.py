@@ -29,6 +29,7 @@ from rq_ep.solver.migration.members import lifted, lifted_rounds, lowered, lower
 log = logging.getLogger("rq_ep.serve")
 
 STATUS_EVERY_S = 1.0
+GROUP_CHANGES = "the ranks of the group change: ask again"
 
 
 class Leader(Protocol):
@@ -116,6 +117,7 @@ class LeadingRank:
         self._controller = RebalanceController(rebalancer, inputs.stats.expert_bytes, planner, self, clock, generation)
         self._importance = rebalancer.importance
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[RebalanceCommand] = queue.SimpleQueue()
         self._sent = self._controller.status
         self._sent_at_s = -math.inf
         self._save(placement)  # a file that is there may be of another time or model
@@ -135,13 +137,16 @@ class LeadingRank:
             case ImportanceReport():
                 self._events.put(lambda: self._add_importance(message))
             case RebalanceCommand():
-                self._events.put(lambda: self._controller.command(message.number, message.action))
+                self._commands.put(message)
 
     # On the main thread
 
     def tick(self) -> None:
         while not self._events.empty():
             self._events.get()()
+        while not self._commands.empty():
+            command = self._commands.get()
+            self._controller.command(command.number, command.action)
         for counts_LE, phase in self._loads.take():
             self._controller.observe(counts_LE, phase)
         self._controller.step()
@@ -156,7 +161,9 @@ class LeadingRank:
             self._importance.add(*row)
 
     def close(self) -> None:
-        self._controller.refuse("the ranks of the group change: ask again")
+        self._controller.refuse(GROUP_CHANGES)
+        while not self._commands.empty():
+            self.answer(self._commands.get().number, GROUP_CHANGES, None)
         self._planner.close()
 
     # The ranks that take part, renumbered

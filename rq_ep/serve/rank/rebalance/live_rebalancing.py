@@ -18,11 +18,12 @@ from rq_ep.serve.messages import (
     FromRank,
     ImportanceReport,
     MigrationGivenUp,
+    RebalanceAnswer,
     RebalanceCommand,
 )
 from rq_ep.serve.rank.rebalance.group_mover import GroupMover
 from rq_ep.serve.rank.rebalance.importance_reports import ImportanceReports
-from rq_ep.serve.rank.rebalance.leading_rank import Leader, LeadingRank, Served
+from rq_ep.serve.rank.rebalance.leading_rank import GROUP_CHANGES, Leader, LeadingRank, Served
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.placement_restorer import PlacementRestorer
 from rq_ep.serve.rank.rebalance.planner_process import PlannerProcess
@@ -107,11 +108,14 @@ class LiveRebalancing:
 
     def handle(self, message: BeginMigration | RebalanceCommand | MigrationGivenUp | ImportanceReport) -> None:
         """Take a message of the HTTP process, on the thread of its connection."""
-        leader = self._leader
         if isinstance(message, BeginMigration):
             self.mover.begin(message)
-        elif leader is not None:
-            leader.handle(message)
+            return
+        with self._leading:  # a leader that takes a command is closed after that, and answers it
+            if self._leader is not None:
+                self._leader.handle(message)
+            elif isinstance(message, RebalanceCommand):
+                self._send(RebalanceAnswer(message.number, GROUP_CHANGES, None))
 
     def tick(self) -> None:
         """Go on, on the main thread; called many times a second."""

@@ -635,7 +635,7 @@ def test_an_error_of_the_http_process_ends_the_group_by_name(where: str) -> None
 def test_a_migration_of_rank_0_reaches_every_rank_and_a_command_or_report_rank_0_alone() -> None:
     async def run() -> None:
         async with stage(60) as it:
-            it.router.rebalance(RebalanceCommand(1, "start"))
+            assert it.router.rebalance(RebalanceCommand(1, "start")) == 0
             assert await it.ranks[0].receive(RebalanceCommand) == RebalanceCommand(1, "start")
             it.ranks[0].send(RebalanceAnswer(1, None, None))
             it.ranks[0].send(MigrationPlanned(1, {"layers": []}, [[[], []]]))

@@ -190,7 +190,7 @@ class MovingGroup:
         self.hook: Hook = lambda rank, what: None
         self.wires = Wires()
         self.planner = ScriptedPlanner()
-        self.view = RebalanceView(lambda command: None, lambda: self.now_s)
+        self.view = RebalanceView(lambda command: 0, lambda: self.now_s)
         self.answers: list[RebalanceAnswer] = []
         self.late: dict[int, list[BeginMigration]] = {}  # by rank, messages that are held back
         self.world = LocalWorld(NUM_RANKS)

@@ -13,6 +13,8 @@ import pytest
 from torch import Tensor
 
 from rq_ep.rebalancing.rebalancer import Decision
+from rq_ep.serve.messages import RebalanceCommand
+from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange
 from rq_ep.serve.rank.rebalance.planner_process import PlannerFailure
 from tests.moe.test_expert_mover import NUM_RANKS, SIZES, states
 from tests.serve.rank.rebalance.moving_group import MovingGroup, flipped, migration_of, placements
@@ -273,6 +275,20 @@ def test_a_planner_that_dies_moves_nothing(seed: int) -> None:
     assert (group.results, len(group.placements)) == ({"failed": 1}, 1)
     assert "-9" in group.state()["problem"]
     goes_on(group, seed)
+
+
+def test_commands_are_answered_when_the_group_changes_before_they_are_obeyed() -> None:
+    before, _, _ = placements(SEEDS[0])
+    group = MovingGroup(before)
+    group.command("dry_run")
+    group.lives[0].handle(RebalanceCommand(2, "start"))
+    change = GroupChange(range(NUM_RANKS), 1, before, before, 1_000_001)
+    group.lives[0].regroup(change, leads=False, loads=None, counts_LE=None)
+    group.lives[0].handle(RebalanceCommand(3, "abort"))
+    assert [(answer.number, answer.refusal) for answer in group.answers] == [
+        (number, "the ranks of the group change: ask again") for number in (1, 2, 3)
+    ]
+    group.close()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
