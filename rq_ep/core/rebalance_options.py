@@ -47,7 +47,8 @@ class RebalanceOptions:
     room_bytes: int | None = option(
         None,
         flag="--rebalance-room",
-        help="bytes of a rank, beside its budget, for what arrives, such as 64MiB; they count when memory is checked; "
+        help="bytes of a rank, beside its budget, for what arrives, such as 64MiB; they count when memory is checked, "
+        "the 4 MiB for each rank of the node that something is sent to do not; "
         "default: one expert of the largest format",
         minimum=1,
         metavar="BYTES",

@@ -28,10 +28,9 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format
 from rq_ep.moe.expert_bank import ExpertBank
-from rq_ep.parallel.ep_group import HostChannel, MessagesLost
+from rq_ep.parallel.ep_group import PIECE_BYTES, HostChannel, MessagesLost
 from rq_ep.solver.migration.move_rounds import MoveRound
 
-PIECE_BYTES = 4 << 20  # of an expert in one message, where no fewer are asked for: how soon a migration can be given up
 ROUNDS_PER_GENERATION = 1 << 20
 
 # Reads an expert from the checkpoint: (index of the layer, expert, format) -> packed, uint8 [nbytes].

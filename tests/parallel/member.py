@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -112,7 +113,7 @@ def reform(state: State, generation: int, members: list[int], store: tuple[str, 
 
 
 def reform_often(state: State, generations: range, members: list[int], store: tuple[str, int]) -> str:
-    """Form many generations; returns by how much file descriptors and threads have grown."""
+    """Form many generations; returns by how much file descriptors, threads and shared memory have grown."""
     reform(state, generations[0], members, store)
     time.sleep(0.5)  # what is old closes beside
     before = in_use()
@@ -128,9 +129,10 @@ def reform_often(state: State, generations: range, members: list[int], store: tu
     return f"{before} before, {after} after"
 
 
-def in_use() -> tuple[int, int]:
-    """File descriptors and threads of this process."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+def in_use() -> tuple[int, int, int]:
+    """File descriptors, threads and shared memory of this process."""
+    num_shared = Path("/proc/self/maps").read_text().count("/memfd:rq_ep")
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), num_shared
 
 
 def everything(state: State) -> dict[str, Any]:

@@ -263,7 +263,10 @@ def test_a_channel_whose_connections_break_is_made_anew_beside_the_collectives()
         for number in (5, 6):
             list(pool.map(lambda channel: channel.reconnect(number), channels))  # noqa: B023
             assert send() == 1
-            groups[1]._generations.current._connections[-1].shut_down()
+            communicators = groups[1]._generations.current
+            communicators._connections[-1].shut_down()
+            for messages in communicators._channels:
+                messages.shut_down()
             with pytest.raises(MessagesLost, match="no connection to rank"):
                 send()
         list(pool.map(lambda group: group.barrier(), groups))

@@ -18,6 +18,7 @@ from torch import Tensor
 from rq_ep.parallel.ep_group import PeerTensor
 from rq_ep.parallel.host import made_in_background
 from rq_ep.parallel.processes.meeting import GenerationStore, IsOver, unless_over
+from rq_ep.parallel.processes.node_messages import ChannelMessages, open_links
 from rq_ep.parallel.processes.peer_connections import PeerConnections, open_sockets
 from rq_ep.parallel.processes.peer_messages import GlooMessages, NcclMessages
 from rq_ep.parallel.processes.seat import Seat
@@ -53,7 +54,7 @@ class Communicators:
         self._timeout = timedelta(seconds=timeout_s)
         self._device = device
         self._store = store
-        self._channels: list[GlooMessages | None] = []
+        self._channels: list[ChannelMessages | None] = []
         self._connections: list[PeerConnections] = []
         self._lock = threading.Lock()
         before = open_sockets()
@@ -129,7 +130,7 @@ class Communicators:
         if messages is None:
             reason = self.why_aborted or "it could not be reached again"
             return {peer: reason for _, peer in (*sends, *receives)}
-        return messages.start(sends, receives).finish()
+        return messages.exchange(sends, receives)
 
     # Life
 
@@ -153,12 +154,12 @@ class Communicators:
             group = made_in_background(lambda: self._gloo(f"channel {channel}, {number}"))
             connections = PeerConnections(sockets)
             connections.keep_between(self.gather_objects(connections.ends, group))
-            return _Reconnected(group, connections)
+            return _Reconnected(self._messages(group), connections)
 
         made = unless_over(make, lambda: self.why_aborted is not None)
         with self._lock:
             if self.why_aborted is None:
-                self._channels[channel] = GlooMessages(made.group, self.seat, NO_TIMEOUT)
+                self._channels[channel] = made.messages
                 self._connections.append(made.connections)
         del before_it
 
@@ -170,6 +171,9 @@ class Communicators:
             self.why_aborted = reason
             for connections in self._connections:
                 connections.shut_down()
+            for messages in self._channels:
+                if messages is not None:
+                    messages.shut_down()
             if self.backend == "nccl":
                 for group in (self.data, self.borrowing.group):
                     group.abort()
@@ -212,8 +216,12 @@ class Communicators:
     def _open_channel(self) -> None:
         # What channels carry can wait: a step's messages come first.
         name = f"channel {len(self._channels)}"
-        group = made_in_background(lambda: self._gloo(name))
-        self._channels.append(GlooMessages(group, self.seat, NO_TIMEOUT))
+        self._channels.append(self._messages(made_in_background(lambda: self._gloo(name))))
+
+    def _messages(self, group: Any) -> ChannelMessages:
+        """Those of a channel, over a communicator of its own; every member calls this."""
+        links = open_links(self.seat, lambda value: self.gather_objects(value, group))
+        return ChannelMessages(links, GlooMessages(group, self.seat, NO_TIMEOUT))
 
     def _find_connections(self, before: Collection[str]) -> None:
         """Find the connections to the other members; every member calls this."""
@@ -227,10 +235,10 @@ class Communicators:
 
 @dataclass
 class _Reconnected:
-    """A communicator for a channel, and its connections."""
+    """The messages of a channel, and the connections of its communicator."""
 
-    group: Any
+    messages: ChannelMessages | None
     connections: PeerConnections
 
     def close(self) -> None:
-        self.group = None
+        self.messages = None

@@ -50,7 +50,7 @@ class GlooMessages:
 
     def start(self, sends: Sequence[PeerTensor], receives: Sequence[PeerTensor]) -> "GlooMessagesUnderWay":
         """Start messages; both ends list those between them in the same order."""
-        return GlooMessagesUnderWay(self, _by_peer(sends), _by_peer(receives))
+        return GlooMessagesUnderWay(self, by_peer(sends), by_peer(receives))
 
 
 class GlooMessagesUnderWay:
@@ -132,7 +132,7 @@ class NcclMessagesUnderWay:
         return {}
 
 
-def _by_peer(messages: Sequence[PeerTensor]) -> Mapping[int, list[Tensor]]:
+def by_peer(messages: Sequence[PeerTensor]) -> Mapping[int, list[Tensor]]:
     """The tensors of each rank, in their order."""
     by_peer = defaultdict(list)
     for tensor, peer in messages:
