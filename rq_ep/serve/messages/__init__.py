@@ -68,6 +68,7 @@ from rq_ep.serve.messages.to_rank import (
     RebalanceCommand,
     Regroup,
     Stop,
+    ToLoadedRank,
     ToRank,
     Wake,
 )
@@ -124,6 +125,7 @@ __all__ = [
     "StopRank",
     "TO_RANK",
     "TO_SUPERVISOR",
+    "ToLoadedRank",
     "ToRank",
     "ToSupervisor",
     "Wake",

@@ -104,7 +104,8 @@ class Abort:
     reason: str
 
 
-ToRank: TypeAlias = (
+# To a rank that has loaded its model
+ToLoadedRank: TypeAlias = (
     PromptPart
     | ImageData
     | AddRequest
@@ -117,9 +118,9 @@ ToRank: TypeAlias = (
     | ImportanceReport
     | Regroup
     | CheckMembers
-    | Stop
-    | Abort
 )
+
+ToRank: TypeAlias = ToLoadedRank | Stop | Abort
 
 TO_RANK: Mapping[str, type] = {
     "prompt_part": PromptPart,

@@ -8,7 +8,7 @@ from rq_ep.engine.engine import Engine
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.model.load.memory import free_bytes
 from rq_ep.serve.messages import RankStats
-from rq_ep.serve.rank.load_totals import LoadTotals
+from rq_ep.serve.rank.loads.load_totals import LoadTotals
 
 
 class StatsSampler:
@@ -16,7 +16,7 @@ class StatsSampler:
 
     Args:
         engine: the rank's.
-        loads: the load of all ranks, on rank 0; None elsewhere.
+        loads: the load of all ranks, where this rank leads them; elsewhere there is none.
         device: of the rank.
         mover: how far this rank's migration of experts has come.
     """
@@ -24,7 +24,7 @@ class StatsSampler:
     def __init__(
         self,
         engine: Engine,
-        loads: LoadTotals | None,
+        loads: LoadTotals,
         device: torch.device,
         mover: Callable[[], MoverProgress] = MoverProgress,
     ) -> None:
@@ -45,7 +45,7 @@ class StatsSampler:
             progress=engine.progress,
             num_steps=num_steps - num_reported,
             steps_s=steps_s - reported_s,
-            loads=None if self._loads is None else self._loads.take(),
+            loads=self._loads.take(),
             mover=self._mover(),
             free_bytes=free_bytes(self._device),
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rq_ep.serve.messages import Ready
 from rq_ep.serve.process import thread_errors_to
 from rq_ep.serve.rank import early_end, rank_server
 from rq_ep.serve.rank.early_end import EarlyEnd
+from rq_ep.serve.rank.rank_inbox import RankInbox
 from rq_ep.serve.rank.rank_server import RankServer, fail
 from rq_ep.serve.supervisor.rank_start import HubAddress
 
@@ -54,7 +56,8 @@ def test_an_error_on_the_thread_that_hears_requests_ends_the_server_by_name(
         group: Any = single_group()
         engine: Any = DamagedEngine(error)
         rank = RankServer(ServeConfig(), group, client, HubAddress(sock.getsockname(), "token"), end)
-        rank._engine = engine
+        loaded: Any = SimpleNamespace(inbox=RankInbox(engine))
+        rank._rank = loaded
         with thread_errors_to(lambda error: fail(end, error)):
             client.listen(rank._handle, rank._on_close, rank._on_malformed)
             client.send(Ready(100, 256, [{}], {}, {}))

@@ -26,10 +26,12 @@ from rq_ep.serve.messages import (
     Regroup,
     Regrouped,
 )
-from rq_ep.serve.rank import recovery
+from rq_ep.serve.rank.loads.load_recorders import LoadRecorders
 from rq_ep.serve.rank.rebalance.group_mover import GroupMover
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange
-from rq_ep.serve.rank.recovery import GroupRecovery, within_memory
+from rq_ep.serve.rank.recovery import group_recovery
+from rq_ep.serve.rank.recovery.group_recovery import GroupRecovery
+from rq_ep.serve.rank.recovery.recovery_plan import within_memory
 from tests.moe.test_expert_mover import NUM_EXPERTS, NUM_RANKS, SIZES, Channel, Layer, Wires, packed, placed
 
 STORE = ("127.0.0.1", 1)
@@ -97,15 +99,25 @@ class Group:
         )
 
 
+class ServingLayer(Layer):
+    """A layer that notes what recorder it has, and that a step of it was cut off."""
+
+    telemetry: Any = None
+    num_discarded = 0
+
+    def discard_step(self) -> None:
+        self.num_discarded += 1
+
+
 class Rank:
     """A rank with its experts and its recovery."""
 
     def __init__(self, world: World, wires: Wires, rank: int, before: Placement, budget: int, can_read: bool) -> None:
         self.group = Group(world, rank)
-        self.layers = [Layer(rank, layer) for layer in before.layers]
+        self.layers = [ServingLayer(rank, layer) for layer in before.layers]
         self.sent: list[FromRank] = []
-        self.changes: list[tuple[GroupChange, int]] = []
-        self.was_cut_off: list[bool] = []  # the last step, at each change
+        self.changes: list[GroupChange] = []
+        self.marks: list[tuple[int, bool]] = []  # at each change, and whether this rank leads
         self.result: GroupNumbers | Exception | None = None
         home = replace(before, budget_bytes_R=(budget,) * NUM_RANKS)
 
@@ -117,7 +129,7 @@ class Rank:
         planner_of: Any = lambda layer: None  # noqa: E731
         mover = GroupMover(
             self.layers, Channel(wires, rank), planner_of, read, False, None,  # type: ignore[arg-type]
-            lambda: None, lambda generation, reason: None, None,
+            lambda: None, lambda generation, reason: None,
         )  # fmt: skip
         self.mover = mover
         inputs: Any = SimpleNamespace(
@@ -125,11 +137,14 @@ class Rank:
             stats=STATS, room_bytes=SIZES["fp32"],
             problem=lambda home, counts: PlacementProblem(STATS, home.topology, home.budget_bytes_R, ("fp32",)),
         )  # fmt: skip
-        moves: Any = SimpleNamespace(mover=mover, planner_of=planner_of)
+        moves: Any = SimpleNamespace(
+            mover=mover, planner_of=planner_of, regroup=lambda change, counts_LE: self.changes.append(change)
+        )
+        recording: Any = SimpleNamespace(regroup=lambda mark, leads: self.marks.append((mark, leads)))
+        self.loads = LoadRecorders(lambda: self.group.members, survives=True, rebalances=False)
         group, layers = self.group, self.layers
         self.recovery = GroupRecovery(
-            group, layers, home, moves, inputs, self.sent.append, lambda: None,  # type: ignore[arg-type]
-            self.was_cut_off.append, lambda change, mark: self.changes.append((change, mark)), timeout_s=0.3,
+            group, layers, home, moves, inputs, self.loads, recording, self.sent.append, timeout_s=0.3,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def recover(self, numbers: GroupNumbers, error: PeerLost | None) -> None:
@@ -168,7 +183,7 @@ def test_what_only_the_lost_rank_held_is_read_and_all_agree(error: PeerLost | No
     for rank in ranks:
         rank.recovery.announce(Regroup(1, [0, 1], STORE, []))
     run(ranks, error)
-    assert [rank.was_cut_off for rank in ranks] == [[error is not None]] * 2, "a step that has ended counts"
+    assert {layer.num_discarded for rank in ranks for layer in rank.layers} == {int(error is not None)}
     assert [rank.result for rank in ranks] == [GroupNumbers(1, 2, 5), GroupNumbers(1, 2, 6)], "the newest mark"
     assert held(ranks[0]) == held(ranks[1])
     for replicas in held(ranks[0]):
@@ -176,8 +191,10 @@ def test_what_only_the_lost_rank_held_is_read_and_all_agree(error: PeerLost | No
         assert {one.expert for one in replicas} == set(range(NUM_EXPERTS))
     for rank in ranks:
         assert [type(message) for message in rank.sent] == [Regrouped]
-        ((change, mark),) = rank.changes
-        assert (change.members, change.leader, mark) == ((0, 1), 0, 2)
+        ((change,), leads) = rank.changes, rank.group.rank == 0
+        assert (change.members, change.leader, rank.marks) == ((0, 1), 0, [(2, leads)])
+        assert all(layer.telemetry is not None for layer in rank.layers)
+        assert [layer.telemetry is rank.loads.totals for layer in rank.layers] == [leads] * 2
         assert change.placement.bytes_R[2] == 0
 
 
@@ -210,7 +227,7 @@ def test_a_newer_membership_starts_the_recovery_over() -> None:
 def test_members_that_cannot_hold_the_model_say_why(
     budget: int, can_read: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "END_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(group_recovery, "END_TIMEOUT_S", 0.0)
     ranks = survivors(budget * SIZES["fp32"], can_read, WITHOUT_SPARES)
     for rank in ranks:
         rank.recovery.announce(Regroup(1, [0, 1], STORE, []))

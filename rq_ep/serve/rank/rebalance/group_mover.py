@@ -38,8 +38,8 @@ class GroupMover:
     Args:
         layers, channel, planner_of, read_expert, reads_formats, bytes_per_step: as for `ExpertMover`.
         wake: has the ranks agree on a step soon, though nobody may have tokens.
-        on_failure: called with the generation of a migration that this rank has given up, and why.
-        observer: follows them.
+        on_failure: called with the generation of a migration that this rank has given up, and why, unless somebody
+            observes it here.
     """
 
     def __init__(
@@ -52,11 +52,10 @@ class GroupMover:
         bytes_per_step: int | None,
         wake: Callable[[], None],
         on_failure: Callable[[int, str], None],
-        observer: MigrationObserver | None,
     ) -> None:
         self._layers = layers
         self._on_failure = on_failure
-        self._observer = observer
+        self._observer: MigrationObserver | None = None
         self._to_begin: deque[Migration] = deque()
         self._is_moving = False
         self._newest = 0  # generation of those that were asked for

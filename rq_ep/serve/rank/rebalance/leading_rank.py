@@ -19,11 +19,11 @@ from rq_ep.serve.messages import (
     RebalanceAnswer,
     RebalanceCommand,
 )
+from rq_ep.serve.rank.loads.step_loads import StepLoads
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.planner_process import SaveRequest
 from rq_ep.serve.rank.rebalance.rebalance_controller import PlannerSide, RebalanceController
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
-from rq_ep.serve.rank.rebalance.step_loads import StepLoads
 from rq_ep.solver.migration.members import lifted, lifted_rounds, lowered, lowered_layer
 
 log = logging.getLogger("rq_ep.serve")

@@ -21,6 +21,7 @@ from rq_ep.serve.messages import (
     RebalanceAnswer,
     RebalanceCommand,
 )
+from rq_ep.serve.rank.loads.step_loads import StepLoads
 from rq_ep.serve.rank.rebalance.group_mover import GroupMover
 from rq_ep.serve.rank.rebalance.importance_reports import ImportanceReports
 from rq_ep.serve.rank.rebalance.leading_rank import GROUP_CHANGES, Leader, LeadingRank, Served
@@ -29,7 +30,6 @@ from rq_ep.serve.rank.rebalance.placement_restorer import PlacementRestorer
 from rq_ep.serve.rank.rebalance.planner_process import PlannerProcess
 from rq_ep.serve.rank.rebalance.rebalance_controller import PlannerSide
 from rq_ep.serve.rank.rebalance.rebalance_inputs import RebalanceInputs
-from rq_ep.serve.rank.rebalance.step_loads import StepLoads
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class LiveRebalancing:
         report: of the model.
         layers: its expert-parallel layers.
         group: its ranks.
-        loads: the loads of steps, on the rank that leads rebalancing; None elsewhere.
+        loads: the loads of steps; None: the group does not rebalance.
+        leads: whether this rank leads the group at first.
         send: sends a message to the HTTP process.
         wake: has the ranks agree on a step soon, though nobody may have tokens.
         planner: makes the decisions; default: a process.
@@ -66,19 +67,17 @@ class LiveRebalancing:
         layers: list[EPExperts],
         group: TorchGroup,
         loads: StepLoads | None,
+        leads: bool,
         send: Callable[[FromRank], None],
         wake: Callable[[], None],
         planner: PlannerSide | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inputs = inputs
+        self._rank = group.rank
         self._loads = loads
         self._send = send
         self._clock = clock
-        self._leader: Leader | None = None
-        self._leading = threading.Lock()  # held while the leader is at work, or changes
-        if loads is not None:
-            self._leader = self._rebalancing_leader(report.placement, group.members, 0, loads, planner)
         self.planner_of = inputs.planner_of(layers[0].family, report.placement, lambda: group.members)
         self.mover = GroupMover(
             layers,
@@ -89,8 +88,12 @@ class LiveRebalancing:
             inputs.bytes_per_step,
             wake,
             lambda generation, reason: send(MigrationGivenUp(generation, reason)),
-            self._leader,
         )
+        self._leading = threading.Lock()  # held while the leader is at work, or changes
+        self._leader: Leader | None = None
+        if leads and loads is not None:
+            self._leader = self._rebalancing_leader(report.placement, group.members, 0, loads, planner)
+        self.mover.observe(self._leader)
         self._reports = ImportanceReports(layers, send) if inputs.measures_importance else None
         self.flags = self.mover.flags
 
@@ -100,8 +103,6 @@ class LiveRebalancing:
 
     def on_agreement(self, flags: GroupFlags) -> None:
         """Take part in what all ranks do between the same two steps; on the engine's thread."""
-        if self._loads is not None:
-            self._loads.between_steps(flags.any_prefill)
         if self._reports is not None:
             self._reports.between_steps()
         self.mover.on_agreement(flags)
@@ -125,32 +126,29 @@ class LiveRebalancing:
             if self._leader is not None:
                 self._leader.tick()
 
-    def regroup(self, change: GroupChange, leads: bool, loads: StepLoads | None, counts_LE: IntArray | None) -> None:
+    def regroup(self, change: GroupChange, counts_LE: IntArray | None) -> None:
         """Go on with other members, on the engine's thread; the rank that leads begins with a fresh window.
 
         Args:
             change: what serves, and with whom.
-            leads: whether this rank does.
-            loads: the loads of steps, where the group rebalances.
             counts_LE: pairs of each expert, as far as this rank knows them.
         """
         with self._leading:
             if self._leader is not None:
                 self._leader.close()
-            self._loads, self._leader = None, None
-            if leads and loads is not None:
-                self._loads = loads
-                self._leader = self._rebalancing_leader(change.placement, change.members, change.migration, loads)
-            elif leads:
-                self._leader = PlacementRestorer(
-                    self._inputs, change.placement, change.home, change.members, change.migration + 1, counts_LE,
-                    self._send, PlannerProcess,
-                )  # fmt: skip
+                self._leader = None
+            if change.leader == self._rank:
+                self._leader = self._new_leader(change, counts_LE)
+                Served(self._inputs, self._send).all(change.migration, change.placement)
             self.mover.observe(self._leader)
 
-    def served(self, change: GroupChange) -> None:
-        """Tell the HTTP process what serves."""
-        Served(self._inputs, self._send).all(change.migration, change.placement)
+    def _new_leader(self, change: GroupChange, counts_LE: IntArray | None) -> Leader:
+        if self._loads is not None:
+            return self._rebalancing_leader(change.placement, change.members, change.migration, self._loads)
+        return PlacementRestorer(
+            self._inputs, change.placement, change.home, change.members, change.migration + 1, counts_LE,
+            self._send, PlannerProcess,
+        )  # fmt: skip
 
     def _rebalancing_leader(
         self,
@@ -162,13 +160,9 @@ class LiveRebalancing:
     ) -> LeadingRank:
         inputs = cast("RebalanceInputs", self._inputs)  # there are loads of steps for it alone
         return LeadingRank(
-            inputs, placement, members, migration, loads, self._send, self.abort, planner or PlannerProcess(),
-            self._clock,
+            inputs, placement, members, migration, loads, self._send, self.mover.abort,
+            planner or PlannerProcess(), self._clock,
         )  # fmt: skip
-
-    def abort(self, generation: int, reason: str) -> None:
-        """Give a migration up, on all ranks."""
-        self.mover.abort(generation, reason)
 
     def stop(self) -> None:
         """Give up what is under way, before the engine stops."""

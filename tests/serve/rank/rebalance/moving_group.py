@@ -42,10 +42,10 @@ from rq_ep.serve.messages import (
     decode_to_rank,
     encode,
 )
-from rq_ep.serve.rank.load_totals import LoadTotals
+from rq_ep.serve.rank.loads.load_totals import LoadTotals
+from rq_ep.serve.rank.loads.step_loads import StepLoads
 from rq_ep.serve.rank.rebalance.live_rebalancing import LiveRebalancing
 from rq_ep.serve.rank.rebalance.planner_process import Answer, Request
-from rq_ep.serve.rank.rebalance.step_loads import StepLoads
 from rq_ep.strategies import make_strategy
 from tests.moe import cases
 from tests.moe.test_expert_mover import FAMILY, LAYOUT, NUM_EXPERTS, NUM_RANKS, SIZES, WEIGHTS, drawn, migration, packed
@@ -241,7 +241,7 @@ class MovingGroup:
             tapped = [TappedLayer(layer, partial(self._tap, rank)) for layer in self.layers[rank]]
             self.banks.append([layer.bank for layer in tapped])
             channels = SimpleNamespace(
-                members=range(NUM_RANKS), open_host_channel=lambda rank=rank: WireEnd(self.wires, rank)
+                rank=group.rank, members=range(NUM_RANKS), open_host_channel=lambda rank=rank: WireEnd(self.wires, rank)
             )
             self.lives.append(
                 LiveRebalancing(
@@ -249,7 +249,8 @@ class MovingGroup:
                     SimpleNamespace(placement=before),
                     tapped,
                     channels,  # type: ignore[arg-type]
-                    loads if group.rank == 0 else None,
+                    loads,
+                    group.rank == 0,
                     partial(self._from_rank, rank),
                     lambda: None,
                     self.planner,

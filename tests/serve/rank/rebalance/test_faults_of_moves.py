@@ -283,7 +283,7 @@ def test_commands_are_answered_when_the_group_changes_before_they_are_obeyed() -
     group.command("dry_run")
     group.lives[0].handle(RebalanceCommand(2, "start"))
     change = GroupChange(range(NUM_RANKS), 1, before, before, 1_000_001)
-    group.lives[0].regroup(change, leads=False, loads=None, counts_LE=None)
+    group.lives[0].regroup(change, counts_LE=None)
     group.lives[0].handle(RebalanceCommand(3, "abort"))
     assert [(answer.number, answer.refusal) for answer in group.answers] == [
         (number, "the ranks of the group change: ask again") for number in (1, 2, 3)

@@ -9,7 +9,7 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.core.stats import PHASES
 from rq_ep.moe.telemetry import LayerCall, PhaseTimer
 from rq_ep.parallel import EPGroup
-from rq_ep.serve.rank.load_totals import LoadTotals
+from rq_ep.serve.rank.loads.load_totals import LoadTotals
 
 MAX_WAITING = 4096  # steps that nobody has taken yet; the oldest are dropped
 
@@ -49,6 +49,9 @@ class StepLoads:
 
     def take(self) -> Iterator[tuple[IntArray, int]]:
         """The steps since the last call: [L, E] routed pairs, of all ranks together, and the index of the phase."""
-        while self._steps:
-            counts, phase = self._steps.popleft()
+        while True:
+            try:
+                counts, phase = self._steps.popleft()
+            except IndexError:  # none are left: the engine's thread may discard them at any time
+                return
             yield np.stack([counts[layer] for layer in sorted(counts)]), phase

@@ -1,6 +1,7 @@
 """The loads of single steps on rank 0."""
 
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,8 @@ import numpy as np
 from rq_ep.core.plan import DispatchPlan
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.moe.telemetry import LayerCall, PhaseTimer
-from rq_ep.serve.rank.load_totals import LoadTotals
-from rq_ep.serve.rank.rebalance.step_loads import StepLoads
+from rq_ep.serve.rank.loads.load_totals import LoadTotals
+from rq_ep.serve.rank.loads.step_loads import StepLoads
 
 REPLICAS = Replicas.of([Replica(0, 0, "bf16"), Replica(1, 1, "bf16")])
 
@@ -36,6 +37,21 @@ def test_each_step_has_the_loads_of_all_layers_and_the_phase_of_the_agreement_th
     sums = totals.take()
     assert sums is not None
     assert sums["num_calls_L"] == [2, 2]
+
+
+def test_the_engine_may_discard_steps_while_another_thread_takes_them() -> None:
+    loads = StepLoads(LoadTotals(lambda: (0, 1)))
+
+    class Discarded(deque[Any]):
+        """Whoever looks whether there are steps comes just before the engine's thread discards them."""
+
+        def __len__(self) -> int:
+            size = super().__len__()
+            loads.discard()
+            return size
+
+    loads._steps = Discarded([({5: np.zeros(2)}, 0)])
+    assert len(list(loads.take())) <= 1
 
 
 def test_a_step_that_is_handed_over_costs_microseconds() -> None:

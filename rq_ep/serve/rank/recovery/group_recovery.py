@@ -12,17 +12,16 @@ It runs on the engine's thread, between two steps or in place of one that was cu
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
-from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.placement import Placement, bytes_by_rank
+from rq_ep.core.placement import Placement
 from rq_ep.engine.step_loop import GroupNumbers
-from rq_ep.model.load.memory import free_bytes, spare_bytes
+from rq_ep.model.load.memory import free_bytes
 from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import Migration, MigrationEnd, MoverFlags
 from rq_ep.parallel import TorchGroup
@@ -36,10 +35,11 @@ from rq_ep.serve.messages import (
     Regroup,
     Regrouped,
 )
+from rq_ep.serve.rank.loads.load_recorders import LoadRecorders
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange, LiveRebalancing
-from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs, recovered
-from rq_ep.solver.migration.move_rounds import MoveRound, with_early_drops
-from rq_ep.solver.migration.recover import Recovery
+from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
+from rq_ep.serve.rank.recovery.recovery_plan import RecoveryPlan, RecoveryPlanner
+from rq_ep.serve.rank.trace_recording import TraceRecording
 
 MIGRATIONS_PER_GENERATION = 1_000_000  # their numbers rise with the generation of the group
 END_TIMEOUT_S = 10.0  # of the HTTP process, once it knows that the group cannot go on
@@ -55,21 +55,6 @@ class MemberSummary:
     free_bytes: int | None  # memory of its device; None: not known
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the leader has decided."""
-
-    home: Placement  # that served with all ranks
-    current: Placement  # what the members hold; on other ranks, what is missing
-    goal: Placement
-    rounds: tuple[MoveRound, ...]
-
-
-def within_memory(placement: Placement, spare: Mapping[int, int | None]) -> tuple[int, ...]:
-    """[R] bytes of experts that ranks may hold, with so much memory left on the members."""
-    return tuple(held + (spare.get(rank) or 0) for rank, held in enumerate(placement.bytes_R))
-
-
 class GroupRecovery:
     """One rank's part in changes of its group.
 
@@ -79,10 +64,9 @@ class GroupRecovery:
         home: the placement that serves with all ranks; on a rank that joins, as it supposes.
         moves: carries experts from rank to rank.
         inputs: what that needs.
+        loads: what the layers record with, which the leader's differ in.
+        recording: of the routing, which a change ends.
         send: sends a message to the HTTP process.
-        counts: pairs of each expert [L, E], as far as this rank knows them.
-        end_step: counts what was recorded of the last step; True: forgets it, as the step was cut off.
-        on_change: called when the group serves again, with what serves and the last mark that any rank was given.
         timeout_s: for the HTTP process to say who the members are.
     """
 
@@ -93,21 +77,19 @@ class GroupRecovery:
         home: Placement,
         moves: LiveRebalancing,
         inputs: MoveInputs,
+        loads: LoadRecorders,
+        recording: TraceRecording,
         send: Callable[[FromRank], None],
-        counts: Callable[[], IntArray | None],
-        end_step: Callable[[bool], None],
-        on_change: Callable[[GroupChange, int], None],
         timeout_s: float,
     ) -> None:
         self._group = group
         self._layers = layers
         self._home = home
         self._moves = moves
-        self._inputs = inputs
+        self._loads = loads
+        self._recording = recording
+        self._planner = RecoveryPlanner(group, layers, inputs, loads)
         self._send = send
-        self._counts = counts
-        self._end_step = end_step
-        self._on_change = on_change
         self._timeout_s = timeout_s
         self._changed = threading.Condition()  # guards what follows
         self._newest: Regroup | None = None
@@ -136,11 +118,7 @@ class GroupRecovery:
 
     def check(self, message: CheckMembers) -> None:
         """Say whether these ranks alone could hold the model: by the plan that they would make if the others left."""
-        refusal = None
-        try:
-            self._recovered(self._placement_now(), message.members, message.free_bytes)
-        except UserError as error:
-            refusal = str(error)
+        refusal = self._planner.refusal(self._home, message.members, message.free_bytes)
         self._send(MembersChecked(message.number, refusal))
 
     # On the engine's thread
@@ -156,7 +134,10 @@ class GroupRecovery:
             PeerLost: no new members were announced.
             UserError: the members cannot hold the model.
         """
-        self._end_step(error is not None)
+        if error is not None:
+            for layer in self._layers:
+                layer.discard_step()
+        self._loads.end_generation(is_cut_off=error is not None)
         tried = numbers.generation
         with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the step
             while True:
@@ -209,59 +190,35 @@ class GroupRecovery:
         self._send(Regrouped(generation, {"re-form": formed_s - start_s, "re-home": served_s - formed_s}))
         mark = max(state.mark for state in states)
         change = GroupChange(group.members, leader, plan.goal, plan.home, migration + 1)
-        self._on_change(change, mark)
+        self._take_part(change, mark)
         has_joined = group.rank in message.joining
         num_announced = max(state.num_announced for state in states) if has_joined else numbers.num_announced
         return GroupNumbers(generation, mark, num_announced)
 
-    def _shared_plan(self, leader: int, free_M: Sequence[int | None]) -> Plan:
+    def _take_part(self, change: GroupChange, mark: int) -> None:
+        """Lead the group from now on, or follow; `mark`: the last one that any rank was given."""
+        leads = change.leader == self._group.rank
+        for layer in self._layers:
+            layer.telemetry = self._loads.recorder(leads)
+        self._moves.regroup(change, self._loads.recent_pairs_LE(len(self._layers)))
+        self._recording.regroup(mark, leads)
+
+    def _shared_plan(self, leader: int, free_M: Sequence[int | None]) -> RecoveryPlan:
         """The leader's plan.
 
         Raises:
             UserError: the members cannot hold the model.
         """
-        own: Plan | str | None = None
+        own: RecoveryPlan | str | None = None
         if self._group.rank == leader:
             try:
-                own = self._plan(free_M)
+                own = self._planner.plan(self._home, free_M)
             except UserError as error:
                 own = str(error)
-        shared: Plan | str = self._group.all_gather_object(own)[leader]
+        shared: RecoveryPlan | str = self._group.all_gather_object(own)[leader]
         if isinstance(shared, str):
             self._cannot_continue(shared)
         return shared
-
-    def _plan(self, free_M: Sequence[int | None]) -> Plan:
-        current = self._placement_now()
-        members = self._group.members
-        lost = any(replica.rank not in members for layer in current.layers for replica in layer.replicas)
-        if not lost:
-            return Plan(self._home, current, current, ())
-        goal, rounds = self._recovered(current, members, free_M)
-        if not self._inputs.strategy.serves_replicas:
-            rounds = tuple(with_early_drops(rounds))
-        return Plan(self._home, current, replace(goal, budget_bytes_R=self._budget_R(goal.bytes_R)), rounds)
-
-    def _recovered(self, current: Placement, members: Sequence[int], free_M: Sequence[int | None]) -> Recovery:
-        """Where the experts of `current` are to be with these members alone.
-
-        Raises:
-            UserError: they cannot hold the model.
-        """
-        spare_M = [spare_bytes(free, self._group.device, len(members)) for free in free_M]
-        memory_R = None if None in spare_M else within_memory(current, dict(zip(members, spare_M, strict=True)))
-        return recovered(self._inputs, self._home, current, members, memory_R, self._counts())
-
-    def _placement_now(self) -> Placement:
-        """What serves; in the middle of a recovery, with what is still missing on ranks that are gone."""
-        layers = tuple(layer.placement for layer in self._layers)
-        bytes_R = bytes_by_rank(layers, self._group.size, self._inputs.stats.expert_bytes)
-        held_R = tuple(bytes_R.tolist())
-        return replace(self._home, layers=layers, bytes_R=held_R, budget_bytes_R=self._budget_R(held_R), certificate={})
-
-    def _budget_R(self, held_R: Sequence[int]) -> tuple[int, ...]:
-        """What ranks may hold without all of them, and hold now if that is more."""
-        return tuple(map(max, self._home.budget_bytes_R or self._home.bytes_R, held_R))
 
     def _carry_out(self, migration: Migration) -> None:
         """Have the experts move, until every one has a replica.

@@ -10,9 +10,9 @@ from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.moe.telemetry import LayerCall, PhaseTimer
 from rq_ep.serve.http.history import _percentile_ms
 from rq_ep.serve.http.load_view import LoadView
-from rq_ep.serve.rank import recent_pairs
-from rq_ep.serve.rank.load_totals import LoadTotals
-from rq_ep.serve.rank.recent_pairs import RecentPairs
+from rq_ep.serve.rank.loads import recent_pairs
+from rq_ep.serve.rank.loads.load_totals import LoadTotals
+from rq_ep.serve.rank.loads.recent_pairs import RecentPairs
 
 REPLICAS = Replicas.of([Replica(0, 0, "bf16"), Replica(1, 0, "bf16"), Replica(1, 1, "int8")])
 
