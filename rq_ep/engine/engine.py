@@ -1,5 +1,6 @@
 """One rank's engine: requests in, tokens out, in step with the other ranks."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,16 +102,7 @@ class Engine:
         )
         self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
 
-        exchanges = [layer.exchange for layer in layers]
-
-        def announce_rows(num_rows: Sequence[int] | None) -> None:
-            rows_R = None
-            if num_rows is not None:
-                rows_R = np.zeros(group.size, np.int64)
-                rows_R[list(group.members)] = num_rows
-            for exchange in exchanges:
-                exchange.rows_R = rows_R
-
+        announce_rows = _rows_announcer(layers, group)
         # Prepared before the manager gives the model an attention that only its own batches can use.
         shapes: list[set[torch.Size]] = []
         watching = StepRouting(layers, lambda ids_L, _: shapes.append({ids_TK.shape for ids_TK in ids_L}))
@@ -121,34 +113,8 @@ class Engine:
             announce_rows(None)
         # Whether all layers get a step's tokens, with as many experts each.
         self.routes_evenly = not watching.has_gaps and len(shapes[0]) == 1
-        kv_cache_tokens = cache_size(config.kv_cache_tokens, model.device.type)
-        self._manager: LockstepManager | PaddedManager
-        if config.cache == PAGED:
-            self._manager = LockstepManager(
-                model,
-                GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
-                batching_config(
-                    max_num_seqs=config.max_num_seqs,
-                    max_num_batched_tokens=config.max_num_batched_tokens,
-                    kv_cache_tokens=kv_cache_tokens,
-                    # Keys of a prefix depend on the length of its sequence there.
-                    shares_prefixes=config.prefix_caching and not rotary.follows_length,
-                    seed=0,
-                ),
-                rotary=rotary,
-                requests=self._requests,
-                routed_experts=self._routed_experts,
-                on_failure=on_failure,
-            )
-        else:
-            self._manager = PaddedManager(
-                forward,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                kv_cache_tokens=kv_cache_tokens,
-                requests=self._requests,
-                on_failure=on_failure,
-            )
+
+        wake_up = threading.Event()
         self._step_loop = StepLoop(
             gather_flags=flags_exchange(group if group.size > 1 else None),
             prompts=self._scorer,
@@ -162,13 +128,47 @@ class Engine:
             around_batch=self._routed_experts.step,
             progress=self._tracker,
             heartbeat_s=heartbeat_s,
-            wake_up=self._manager.wake_up,
+            wake_up=wake_up,
         )
-        self._manager.set_step_loop(self._step_loop)
         self._outputs = OutputProcessor(
-            self._requests, on_outputs, self._manager.cancel_request, self._routed_experts.collect
+            self._requests,
+            on_outputs,
+            lambda request_id: self._manager.cancel_request(request_id),
+            self._routed_experts.collect,
         )
-        self._manager.output_router = self._outputs
+        kv_cache_tokens = cache_size(config.kv_cache_tokens, model.device.type)
+        self._manager: LockstepManager | PaddedManager
+        if config.cache == PAGED:
+            self._manager = LockstepManager(
+                model,
+                GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
+                batching_config(
+                    max_num_seqs=config.max_num_seqs,
+                    max_num_batched_tokens=config.max_num_batched_tokens,
+                    kv_cache_tokens=kv_cache_tokens,
+                    # Keys of a prefix depend on the length of its sequence there.
+                    shares_prefixes=config.prefix_caching and not rotary.follows_length,
+                ),
+                step=self._step_loop.step,
+                wake_up=wake_up,
+                outputs=self._outputs,
+                rotary=rotary,
+                requests=self._requests,
+                routed_experts=self._routed_experts,
+                on_failure=on_failure,
+            )
+        else:
+            self._manager = PaddedManager(
+                forward,
+                step=self._step_loop.step,
+                wake_up=wake_up,
+                outputs=self._outputs,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                kv_cache_tokens=kv_cache_tokens,
+                requests=self._requests,
+                on_failure=on_failure,
+            )
         start_s = time.perf_counter()
         with first_steps(layers):
             self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
@@ -264,6 +264,21 @@ def vocab_size(model: PreTrainedModel) -> int:
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     return embedding.weight.shape[0]
+
+
+def _rows_announcer(layers: Sequence[EPExperts], group: TorchGroup) -> Callable[[Sequence[int] | None], None]:
+    """Tells the exchange of every layer with how many rows each member enters it; None: they have to ask."""
+    exchanges = [layer.exchange for layer in layers]
+
+    def announce(num_rows: Sequence[int] | None) -> None:
+        rows_R = None
+        if num_rows is not None:
+            rows_R = np.zeros(group.size, np.int64)
+            rows_R[list(group.members)] = num_rows
+        for exchange in exchanges:
+            exchange.rows_R = rows_R
+
+    return announce
 
 
 def _wait_unless_aborted(group: TorchGroup) -> None:

@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.continuous_api import (
     BackgroundThreadStatus,
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
+    OutputRouter,
 )
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
@@ -31,7 +32,7 @@ from rq_ep.engine.output_processor import RequestState, choose_tokens
 from rq_ep.engine.requests import Batch, Request
 from rq_ep.engine.rotary import SequenceRotary
 from rq_ep.engine.routed_experts import RoutedExpertsCapturer
-from rq_ep.engine.step_loop import StepLoop
+from rq_ep.engine.step_loop import Batches
 
 
 class LockstepManager(ContinuousBatchingManager):
@@ -41,6 +42,9 @@ class LockstepManager(ContinuousBatchingManager):
         model: a causal language model with expert-parallel layers.
         generation_config: end tokens; sampling is each request's own.
         batching: sizes of batches and cache.
+        step: makes one step of the group with the batches of this manager; False ends the loop, on every rank.
+        wake_up: ends the sleep of an idle loop; a request that is added sets it too.
+        outputs: gets what each step has made.
         rotary: the rotary embeddings of the model.
         requests: the requests of this rank that are still wanted, by id.
         routed_experts: of those that ask for them.
@@ -53,12 +57,18 @@ class LockstepManager(ContinuousBatchingManager):
         generation_config: GenerationConfig,
         batching: ContinuousBatchingConfig,
         *,
+        step: Callable[[Batches], bool],
+        wake_up: threading.Event,
+        outputs: OutputRouter,
         rotary: SequenceRotary,
         requests: Mapping[str, RequestState],
         routed_experts: RoutedExpertsCapturer,
         on_failure: Callable[[BaseException], None],
     ) -> None:
         super().__init__(model, generation_config, batching)  # type: ignore[arg-type]
+        self.output_router = outputs
+        self._wake_up_loop = wake_up
+        self._step = step
         self._rotary = rotary
         self._requests = requests
         self._routed_experts = routed_experts
@@ -67,17 +77,6 @@ class LockstepManager(ContinuousBatchingManager):
         self._nonfinite = NonFiniteTokens()
         self._is_running = False  # a forward pass
         self._keeps_batch = False  # the one that was prepared last is to be run again
-        self._step_loop: StepLoop | None = None
-
-    @property
-    def wake_up(self) -> threading.Event:
-        """Set to end the loop's sleep; adding a request does so too."""
-        event: threading.Event = self._wake_up_loop
-        return event
-
-    def set_step_loop(self, step_loop: StepLoop) -> None:
-        """Give the loop its steps, before it is started."""
-        self._step_loop = step_loop
 
     def warmup(self) -> None:
         """Make the cache, and run a prompt and a token after it, whose output nobody wants; every rank calls this."""
@@ -90,7 +89,7 @@ class LockstepManager(ContinuousBatchingManager):
         self.processor.cache.reset()
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
-        self.wake_up.set()  # `stop` has just asked for the end: an idle loop must not sleep over it
+        self._wake_up_loop.set()  # `stop` has just asked for the end: an idle loop must not sleep over it
         super().join(stop_trigger_time, timeout)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
@@ -115,10 +114,9 @@ class LockstepManager(ContinuousBatchingManager):
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         assert not bootstrapping, "asynchronous batching would keep a step in flight"
-        assert self._step_loop is not None
         try:
             with torch.inference_mode():  # many small operations: a twelfth less CPU time than under `no_grad`
-                return self._step_loop.step(self)
+                return self._step(self)
         except BaseException as error:
             self._has_failed = True
             self._on_failure(error)
@@ -300,8 +298,7 @@ def batching_config(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     kv_cache_tokens: int | None,
-    seed: int,
-    shares_prefixes: bool = False,
+    shares_prefixes: bool,
 ) -> ContinuousBatchingConfig:
     """Settings of a rank's batches and cache.
 
@@ -309,7 +306,6 @@ def batching_config(
         max_num_seqs: requests in a batch.
         max_num_batched_tokens: tokens in a batch.
         kv_cache_tokens: room of the cache; None: what the GPU has left.
-        seed: of nothing that a request's answer shows.
         shares_prefixes: whether a prompt takes whole pages that an earlier one with the same beginning has filled.
     """
     settings: dict[str, Any] = {} if kv_cache_tokens is None else {"num_blocks": -(-kv_cache_tokens // PAGE_SIZE)}
@@ -323,6 +319,6 @@ def batching_config(
         allow_block_sharing=shares_prefixes,
         auto_switch_to_flash=False,
         disable_nccl_graph_mixing=False,
-        seed=seed,
+        seed=0,  # of nothing that an answer shows: each request has a random stream of its own
         **settings,
     )

@@ -33,7 +33,7 @@ from rq_ep.engine.empty_step import WARMUP_TOKENS
 from rq_ep.engine.output_processor import RequestState, choose_tokens
 from rq_ep.engine.padded.row_groups import DenseForward, RowGroup, SequenceRow
 from rq_ep.engine.requests import Batch, Request
-from rq_ep.engine.step_loop import StepLoop
+from rq_ep.engine.step_loop import Batches
 
 MEMORY_SHARE = 0.6  # of a GPU's free memory for rows: a layer's keys and values are there twice while they grow
 
@@ -43,6 +43,9 @@ class PaddedManager:
 
     Args:
         forward: forward passes of the model.
+        step: makes one step of the group with the batches of this manager; False ends the loop, on every rank.
+        wake_up: ends the sleep of an idle loop; a request that is added sets it too.
+        outputs: gets what each step has made.
         max_num_seqs: rows at once.
         max_num_batched_tokens: tokens of prompts between two rounds of answers, and of one chunk.
         kv_cache_tokens: positions of all rows, padding included; None: what a GPU has left, known after `warmup`.
@@ -50,12 +53,13 @@ class PaddedManager:
         on_failure: called with an error that ends the loop; the others wait for this rank, so it must end the process.
     """
 
-    output_router: OutputRouter
-
     def __init__(
         self,
         forward: DenseForward,
         *,
+        step: Callable[[Batches], bool],
+        wake_up: threading.Event,
+        outputs: OutputRouter,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         kv_cache_tokens: int | None,
@@ -68,8 +72,9 @@ class PaddedManager:
         self._kv_cache_tokens = kv_cache_tokens
         self._requests = requests
         self._on_failure = on_failure
-        self.wake_up = threading.Event()
-        self._step_loop: StepLoop | None = None
+        self._step = step
+        self._wake_up = wake_up
+        self._outputs = outputs
         self._thread: threading.Thread | None = None
         self.keeps_running = True
         self.stops_now = False
@@ -82,10 +87,6 @@ class PaddedManager:
         self._admits = True  # False from when a row has given way until a request ends
         self._next: tuple[RowGroup, int] | None = None  # the group of the next step, and how many tokens of each row
         self._is_running = False  # a forward pass over that group
-
-    def set_step_loop(self, step_loop: StepLoop) -> None:
-        """Give the loop its steps, before it is started."""
-        self._step_loop = step_loop
 
     def warmup(self) -> None:
         """Run a prompt and a token after it, so that a forward pass that fails does so now; every rank calls this.
@@ -119,26 +120,25 @@ class PaddedManager:
     def stop(self, block: bool) -> None:
         """Ask for the end, and perhaps wait for it. It comes once every rank has been asked."""
         self.keeps_running = False
-        self.wake_up.set()
+        self._wake_up.set()
         if block and self._thread is not None:
             self._thread.join()
 
     def submit(self, request: Request) -> None:
         """Take a request; any thread may."""
         self._waiting.append(SequenceRow(request, list(request.prompt_ids), time.perf_counter()))
-        self.wake_up.set()
+        self._wake_up.set()
 
     def cancel_request(self, request_id: str) -> None:
         """Let a request go that is no longer among the wanted ones; before its next step it is looked up there."""
-        self.wake_up.set()
+        self._wake_up.set()
 
     def _run_loop(self) -> None:
-        assert self._step_loop is not None
         try:
             if self._forward.device.type == "cuda":
                 torch.cuda.set_device(self._forward.device)
             with torch.inference_mode():
-                while self._step_loop.step(self):
+                while self._step(self):
                     pass
         except BaseException as error:
             self._on_failure(error)
@@ -317,7 +317,7 @@ class PaddedManager:
         for row, token in zip(group.rows, tokens_B.tolist(), strict=True):
             row.token_ids.append(token)
         outputs = [self._output(row, state) for row, state in zip(group.rows, states, strict=True)]
-        self.output_router.deliver_batch(outputs)
+        self._outputs.deliver_batch(outputs)
 
     def _output(self, row: SequenceRow, state: RequestState | None) -> GenerationOutput:
         ends_itself = state is not None and row.token_ids[-1] in state.end_token_ids

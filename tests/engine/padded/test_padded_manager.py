@@ -1,5 +1,6 @@
 """Which rows a step has: prompts between rounds of answers, rows that join, leave and give way."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,10 +54,11 @@ class Engine:
         self.answers: dict[str, list[int]] = {}
         self.ended: list[str] = []
         self.manager = PaddedManager(
-            self.forward, max_num_seqs=3, max_num_batched_tokens=8, kv_cache_tokens=room,
+            self.forward, step=lambda batches: False, wake_up=threading.Event(),
+            outputs=OutputProcessor(self.requests, self._take, lambda name: None),
+            max_num_seqs=3, max_num_batched_tokens=8, kv_cache_tokens=room,
             requests=self.requests, on_failure=lambda error: None,
         )  # fmt: skip
-        self.manager.output_router = OutputProcessor(self.requests, self._take, lambda name: None)
 
     def _take(self, outputs: list[Output]) -> None:
         for output in outputs:
