@@ -50,7 +50,7 @@ def test_a_process_of_its_own_decides_as_this_one_would(tmp_path: Path) -> None:
         assert (answer.reason, answer.rounds) == (expected.reason, expected.rounds)
 
         child = psutil.Process(planner._process.pid)  # type: ignore[union-attr]
-        assert child.nice() == NICENESS
+        assert child.nice() == min(psutil.Process().nice() + NICENESS, 19)
         assert not any("libtorch" in mapped.path for mapped in child.memory_maps())
         planner.ask(SaveRequest(answer.placement, str(tmp_path / "saved.json")))
         until((tmp_path / "saved.json").exists)
