@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from rq_ep.serve.http.app import make_app
-from rq_ep.serve.http.membership_view import MembershipView
+from rq_ep.serve.http.views.membership_view import MembershipView
 from tests.serve.http.ranks.fake_group import FakeGroup
 from tests.serve.http.test_app import LOADS, Bench
 
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.skipif(BROWSER is None, reason="no Chromium here"), py
 @pytest.fixture
 def url() -> Iterator[str]:
     bench = Bench()
-    bench.service.placement = PLACEMENT
+    bench.service.begin(bench.limits, PLACEMENT, {})
     bench.service.load_view.add(LOADS)
     router = FakeGroup(2).router
     router.on_loss(1, "rank 1 died")

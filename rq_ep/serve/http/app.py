@@ -25,7 +25,8 @@ from rq_ep.serve.http.openai.openapi import body_schema, describe
 from rq_ep.serve.http.openai.request_body import CLIENT_CLOSED_REQUEST, BodyReader, unless_disconnected
 from rq_ep.serve.http.openai.responses import ResponseBuilder
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
-from rq_ep.serve.http.service import EncodedPrompt, Service
+from rq_ep.serve.http.prompt_reader import EncodedPrompt
+from rq_ep.serve.http.service import Service
 
 Body = TypeVar("Body", bound=GenerationBody)
 TokenBody = TypeVar("TokenBody", TokenizeBody, DetokenizeBody)
@@ -48,11 +49,11 @@ def make_app(
 
     @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
     async def completions(http: Request) -> Response:
-        return await respond(http, CompletionBody, service.completion_prompts)
+        return await respond(http, CompletionBody, lambda body: service.prompts.of_completion(body))
 
     @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
     async def chat_completions(http: Request) -> Response:
-        return await respond(http, ChatBody, service.chat_prompts)
+        return await respond(http, ChatBody, lambda body: service.prompts.of_chat(body))
 
     async def respond(
         http: Request, kind: type[Body], prompts: Callable[[Body], Awaitable[list[EncodedPrompt]]]
@@ -64,7 +65,7 @@ def make_app(
         return await unless_disconnected(http, answer(body, prompts(body), times))
 
     async def answer(body: GenerationBody, prompts: Awaitable[list[EncodedPrompt]], times: RequestMetrics) -> Response:
-        requests = await service.requests(await prompts, body)
+        requests = await service.request_factory.make(await prompts, body)
         response = ResponseBuilder(
             requests, service.model_name, service.message_parsers(requests, body), body.n, body.num_tries,
             body.num_logprobs is not None, body.return_routed_experts,
@@ -79,11 +80,11 @@ def make_app(
 
     @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
     async def tokenize(http: Request) -> dict[str, Any]:
-        return await convert(http, TokenizeBody, service.tokenize)
+        return await convert(http, TokenizeBody, lambda body: service.prompts.tokenize(body))
 
     @app.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
     async def detokenize(http: Request) -> dict[str, Any]:
-        return await convert(http, DetokenizeBody, service.detokenize)
+        return await convert(http, DetokenizeBody, lambda body: service.prompts.detokenize(body))
 
     async def convert(
         http: Request, kind: type[TokenBody], work: Callable[[TokenBody], Awaitable[dict[str, Any]]]

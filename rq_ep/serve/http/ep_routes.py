@@ -62,8 +62,7 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
     @router.post("/v1/ep/rebalance", openapi_extra=body_schema(RebalanceBody))
     async def command(http: Request) -> dict[str, Any]:
         """Decide now instead of when it is due, give up what is under way, or say what a decision would move."""
-        if (reason := service.why_unavailable()) is not None:
-            raise ApiError(503, f"not serving: {reason}")
+        service.check_available()
         body = await bodies.read(http, RebalanceBody)
         return await service.rebalancing.command(body.action)
 
@@ -78,8 +77,7 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
 
         The answer has the states that ranks are in then. Ranks stay whose experts the others cannot hold: status 409.
         """
-        if (reason := service.why_unavailable()) is not None:
-            raise ApiError(503, f"not serving: {reason}")
+        service.check_available()
         body = await bodies.read(http, RanksBody)
         return {"model": service.model_name, **await service.members.change(body)}
 

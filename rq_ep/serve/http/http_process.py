@@ -9,25 +9,21 @@ import socket
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 from rq_ep.config import ServeConfig, from_mapping, shown
-from rq_ep.model.checkpoint.generation_defaults import read_sampling_defaults
 from rq_ep.serve.http import connections
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.connections import ConnectionLimits, Server, choose_max_connections
-from rq_ep.serve.http.history import EVERY_S
-from rq_ep.serve.http.membership_view import MembershipView
 from rq_ep.serve.http.metrics import Metrics
-from rq_ep.serve.http.openai.images import ImageProcessor
-from rq_ep.serve.http.openai.remote_images import ImageFetcher
-from rq_ep.serve.http.openai.tool_parsers.answer_parsers import AnswerParsers
 from rq_ep.serve.http.ranks import rank_connections
 from rq_ep.serve.http.ranks.member_states import MemberState
 from rq_ep.serve.http.ranks.rank_router import RankRouter
-from rq_ep.serve.http.rebalance_view import RebalanceView
 from rq_ep.serve.http.recording_controller import RecordingController
-from rq_ep.serve.http.service import ModelLimits, Service
+from rq_ep.serve.http.served_model import ModelLimits, read_served_model
+from rq_ep.serve.http.service import Service
+from rq_ep.serve.http.views.history import EVERY_S
+from rq_ep.serve.http.views.membership_view import MembershipView
+from rq_ep.serve.http.views.rebalance_view import RebalanceView
 from rq_ep.serve.messages import (
     Checked,
     PlacementServed,
@@ -75,15 +71,18 @@ class ServingProcess:
             self.metrics.add_rebalancing(lambda: self.rebalancing.seconds_since_progress)
         members = MembershipView(self.router.membership, self.router)
         self.metrics.count_ranks((state.value for state in MemberState), members.count)
+        versions = {name: version(name) for name in ("rq_ep", "torch", "transformers")}
         self.service = Service(
-            config.model_name, config.seed, self.router, self.metrics, self.recording, self.rebalancing, members
+            config.model_name,
+            config.seed,
+            self.router,
+            self.metrics,
+            self.recording,
+            self.rebalancing,
+            members,
+            model_root=config.model,
+            info={"settings": shown(config), "num_ranks": num_ranks, "versions": versions},
         )
-        self.service.model_root = config.model
-        self.service.info = {
-            "settings": shown(config),
-            "num_ranks": num_ranks,
-            "versions": {name: version(name) for name in ("rq_ep", "torch", "transformers")},
-        }
 
     # What the ranks report
 
@@ -91,11 +90,8 @@ class ServingProcess:
         self.checked.set_result(checked)
 
     def on_ready(self, ready: Ready) -> None:
-        self.service.limits = ModelLimits(
-            ready.max_model_len, ready.vocab_size, self.config.max_queue_size, ready.routes_evenly
-        )
-        self.service.info |= ready.info
-        self.service.placement = ready.placement
+        limits = ModelLimits(ready.max_model_len, ready.vocab_size, self.config.max_queue_size, ready.routes_evenly)
+        self.service.begin(limits, ready.placement, ready.info)
         self.metrics.weights(ready.expert_bytes)
 
     def on_stats(self, rank: int, stats: RankStats) -> None:
@@ -147,7 +143,7 @@ class ServingProcess:
         ranks_server = await self.router.listen(control)
         serving = asyncio.ensure_future(server.serve(sockets=[http]))
         ending = asyncio.ensure_future(self.ended.wait())
-        for work in (self._read_checkpoint(), self._log(), self._sample(), self.router.watch()):
+        for work in (self._read_model(), self._log(), self._sample(), self.router.watch()):
             self.router.tasks.start(work)
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
@@ -156,25 +152,9 @@ class ServingProcess:
         self.router.tasks.cancel()
         ranks_server.close()
 
-    async def _read_checkpoint(self) -> None:
-        """Read what requests need of a checkpoint that a rank has found in order."""
-        checked = await self.checked
-        model, config = checked.model, self.config
-        self.service.defaults = read_sampling_defaults(model, config.generation_config)
-        log.info("%s (--generation-config %s)", self.service.defaults, config.generation_config)
-        self.service.why_text_only = checked.why_text_only
-        if checked.why_text_only is None:
-            fetcher = None
-            if config.allow_remote_images:
-                fetcher = ImageFetcher(config.max_body_bytes, config.http_timeout, config.allowed_image_networks or ())
-            processor = await asyncio.to_thread(load_processor, model)
-            self.service.images = ImageProcessor(processor, config.max_num_batched_tokens, fetcher)
-        self.service.tokenizer = await asyncio.to_thread(load_tokenizer, model)
-        tokenizer = self.service.tokenizer
-        self.service.parsers = AnswerParsers.of(
-            tokenizer.chat_template, config.tool_call_parser, config.reasoning_parser, tokenizer
-        )
-        log.info("%s", self.service.parsers)
+    async def _read_model(self) -> None:
+        """Read what requests need of a checkpoint once a rank has found it in order."""
+        self.service.take_model(await read_served_model(await self.checked, self.config))
         gc.freeze()  # a collection walks what requests have made, not all modules
 
     async def _sample(self) -> None:
@@ -200,20 +180,6 @@ class ServingProcess:
                     prompt_rate, rate, self.router.num_unfinished, 100 * fullest, balance,
                 )  # fmt: skip
             before = now
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a checkpoint."""
-    from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer  # slow: /health does not wait for it
-
-    return read_tokenizer(path)
-
-
-def load_processor(path: str) -> Any:
-    """The processor of text and images of a checkpoint."""
-    from rq_ep.model.checkpoint.tokenizer_files import read_processor
-
-    return read_processor(path)
 
 
 async def serve(config: ServeConfig, num_ranks: int, token: str, http: socket.socket, control: socket.socket) -> None:

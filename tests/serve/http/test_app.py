@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,8 +20,9 @@ from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.metrics import Metrics
 from rq_ep.serve.http.openai.api_errors import TYPES, ApiError
 from rq_ep.serve.http.recording_controller import RecordingController
-from rq_ep.serve.http.service import ModelLimits, Service
-from rq_ep.serve.messages import LoadSums, RankStats, Recorded, RecordingFailed
+from rq_ep.serve.http.served_model import ModelLimits, ServedModel
+from rq_ep.serve.http.service import Service
+from rq_ep.serve.messages import LoadSums, PlacementServed, RankStats, Recorded, RecordingFailed
 from tests.serve.http.openai.small_tokenizers import small_tokenizer
 
 MODEL = "org/tiny"
@@ -137,13 +139,21 @@ class ScriptedRanks:
 class Bench:
     """An app over scripted ranks, and one request at a time to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_loading: bool = False) -> None:
         self.ranks = ScriptedRanks()
         metrics = Metrics(MODEL, lambda: self.ranks.num_unfinished)
         self.service = Service(MODEL, 7, self.ranks, metrics, RecordingController(self.ranks.mark, None, 50))
-        self.service.limits = ModelLimits(max_model_len=64, vocab_size=256, max_queue_size=64)
-        self.service.tokenizer = ByteTokenizer()
+        self.model = ServedModel(ByteTokenizer())
+        self.limits = ModelLimits(max_model_len=64, vocab_size=256, max_queue_size=64)
+        if not is_loading:
+            self.change()
         self.app = make_app(self.service, max_body_bytes=2000)
+
+    def change(self, limits: ModelLimits | None = None, **changes: Any) -> None:
+        """Serve a model that is another one in some parts."""
+        self.model, self.limits = replace(self.model, **changes), limits or self.limits
+        self.service.take_model(self.model)
+        self.service.begin(self.limits, {}, {})
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(work)
@@ -407,12 +417,12 @@ def test_an_error_of_one_answer_ends_them_all(bench: Bench, stream: bool) -> Non
 
 
 def test_text_and_conversations_become_tokens_and_text_again(bench: Bench) -> None:
-    bench.service.tokenizer = small_tokenizer("byte_level")
+    bench.change(tokenizer=small_tokenizer("byte_level"))
     text = "ab c"
     body = bench.call("POST", "/tokenize", json={"model": MODEL, "prompt": text, "return_token_strs": True}).json()
     assert (body["count"], body["max_model_len"]) == (len(body["tokens"]), 64)
-    assert body["tokens"] == bench.service.tokenizer.encode(text)
-    assert body["token_strs"] == bench.service.tokenizer.convert_ids_to_tokens(body["tokens"])
+    assert body["tokens"] == bench.model.tokenizer.encode(text)
+    assert body["token_strs"] == bench.model.tokenizer.convert_ids_to_tokens(body["tokens"])
     again = bench.call("POST", "/detokenize", json={"tokens": body["tokens"]}).json()
     assert again == {"prompt": text}
 
@@ -562,7 +572,7 @@ def test_chat_errors(bench: Bench) -> None:
     assert error(bench.chat(messages=[{"role": "robot", "content": "x"}]), 400)["param"] == "messages"
     refused = error(bench.chat(messages=[{"role": "assistant", "content": "x"}]), 400)
     assert "the user begins" in refused["message"]
-    bench.service.tokenizer.chat_template = None
+    bench.model.tokenizer.chat_template = None
     assert "no chat template" in error(bench.chat(), 400)["message"]
 
 
@@ -654,8 +664,8 @@ def test_the_scores_of_a_long_prompt_are_written_in_parts(bench: Bench, monkeypa
 
 
 def test_a_streamed_prompt_without_text_has_its_scores(bench: Bench) -> None:
-    bench.service.tokenizer = tokenizer = small_tokenizer("llama")
-    bench.service.limits = ModelLimits(max_model_len=64, vocab_size=len(tokenizer))
+    tokenizer = small_tokenizer("llama")
+    bench.change(ModelLimits(max_model_len=64, vocab_size=len(tokenizer)), tokenizer=tokenizer)
     bench.ranks.answer = [tokenizer.convert_tokens_to_ids("\u2581Lox")]
     stream = bench.complete(prompt=[1, 2], echo=True, logprobs=0, max_tokens=1, stream=True)
     choices = [event["choices"][0] for event in events(stream)[:-1]]
@@ -675,8 +685,8 @@ def test_echo_shows_an_end_within_a_character(bench: Bench, logprobs: int | None
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_goes_on_where_the_prompt_ends(bench: Bench, stream: bool) -> None:
-    bench.service.tokenizer = tokenizer = small_tokenizer("llama")
-    bench.service.limits = ModelLimits(max_model_len=64, vocab_size=len(tokenizer))
+    tokenizer = small_tokenizer("llama")
+    bench.change(ModelLimits(max_model_len=64, vocab_size=len(tokenizer)), tokenizer=tokenizer)
     bench.ranks.answer = tokenizer.convert_tokens_to_ids(["\u2581Lox", "\u2581cat"])
     for options, text in (({}, " Lox cat"), ({"echo": True}, "the cat Lox cat"), ({"stop": " c"}, " Lox")):
         response = bench.complete(prompt="the cat", logprobs=0, stream=stream, **options)
@@ -858,8 +868,8 @@ def test_load_is_told_since_the_start_and_lately(bench: Bench) -> None:
 
 
 def test_the_placement_is_the_file(bench: Bench) -> None:
-    error(bench.call("GET", "/v1/ep/placement"), 503)
-    bench.service.placement = {"format": "rq_ep.placement/1"}
+    error(Bench(is_loading=True).call("GET", "/v1/ep/placement"), 503)
+    bench.service.take_placement(PlacementServed(0, [], {"format": "rq_ep.placement/1"}))
     assert bench.call("GET", "/v1/ep/placement").json() == {"format": "rq_ep.placement/1"}
 
 
@@ -951,13 +961,13 @@ def test_a_wrong_method_is_told_those_of_all_routes_of_the_path(bench: Bench) ->
 
 
 def test_version_and_server_info(bench: Bench) -> None:
-    bench.service.info = {"num_ranks": 2}
+    bench.service.begin(bench.limits, {}, {"num_ranks": 2})
     assert bench.call("GET", "/version").json()["version"]
     assert bench.call("GET", "/server_info").json() == {"num_ranks": 2}
 
 
 def test_a_request_that_does_not_say_is_sampled_as_the_model_says(bench: Bench) -> None:
-    bench.service.defaults = SamplingDefaults(temperature=0.6, top_p=0.9)
+    bench.change(defaults=SamplingDefaults(temperature=0.6, top_p=0.9))
     bench.complete()
     bench.chat(temperature=0, top_p=1)
     bench.complete(temperature=None, top_p=0.5)

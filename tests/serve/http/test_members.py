@@ -14,6 +14,7 @@ from rq_ep.engine.progress import Progress
 from rq_ep.serve.http.app import make_app
 from rq_ep.serve.http.http_process import ServingProcess
 from rq_ep.serve.http.ranks import routed_requests
+from rq_ep.serve.http.served_model import ServedModel
 from rq_ep.serve.messages import CheckMembers, RankGivenUp, RankStats, StartRank
 from tests.serve.http.ranks.fake_group import TOKEN, FakeGroup, run_at_random
 from tests.serve.http.test_app import ByteTokenizer, is_described
@@ -29,7 +30,7 @@ class Stage:
     def __init__(self, on_rank_failure: str = "continue") -> None:
         config = ServeConfig(model="/models/tiny", served_model_name=MODEL, on_rank_failure=on_rank_failure)
         self.process = ServingProcess(config, NUM_RANKS, TOKEN)
-        self.process.service.tokenizer = ByteTokenizer()
+        self.process.service.take_model(ServedModel(ByteTokenizer()))
         self.group = FakeGroup(NUM_RANKS, self.process.router)
         transport = httpx.ASGITransport(make_app(self.process.service, max_body_bytes=10_000))
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60)

@@ -14,7 +14,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.rebalancing.rebalancer import Decision
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.http.rebalance_view import RebalanceView
+from rq_ep.serve.http.views.rebalance_view import RebalanceView
 from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
 from rq_ep.serve.rank.rebalance.rebalance_controller import described
 from tests.serve.http.test_app import Bench, conforming, error
@@ -192,7 +192,9 @@ def test_metrics_count_what_was_decided_and_moved(bench: RebalancingBench) -> No
 
 
 def test_the_placement_that_is_shown_is_the_one_that_serves(bench: RebalancingBench) -> None:
-    bench.service.placement = {"strategy": "rq", "certificate": {"x": 1}, "layers": [{"layer": 3}, {"layer": 5}]}
+    bench.service.begin(
+        bench.limits, {"strategy": "rq", "certificate": {"x": 1}, "layers": [{"layer": 3}, {"layer": 5}]}, {}
+    )
     bench.service.take_placement(PlacementServed(1, [{"layer": 5, "replicas": []}]))
     shown = bench.get("/v1/ep/placement").json()
     assert shown["layers"] == [{"layer": 3}, {"layer": 5, "replicas": []}]
@@ -210,7 +212,7 @@ def test_a_placement_that_is_saved_amid_a_migration_can_be_served(bench: Rebalan
 
     before = placed(Replica(0, 0, "bf16"), Replica(1, 1, "bf16"))
     amid = placed(Replica(0, 0, "bf16"), Replica(1, 1, "bf16"), Replica(1, 0, "bf16"))
-    bench.service.placement = before.to_dict()
+    bench.service.begin(bench.limits, before.to_dict(), {})
     bench.service.take_placement(PlacementServed(1, amid.to_dict()["layers"][:1], bytes_R=list(amid.bytes_R)))
     assert conforming(bench)(bench.get("/v1/ep/placement").json(), "Placement")
     saved = tmp_path / "placement.json"

@@ -51,10 +51,9 @@ def test_an_answer_that_a_stop_string_cuts_has_as_many_as_its_usage_says() -> No
 
 def test_what_has_no_experts_is_refused() -> None:
     bench = Bench()
-    assert bench.service.limits is not None
     answer = bench.call("POST", "/v1/completions", json={**PROMPT, "max_tokens": 0, "echo": True})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "return_routed_experts")
-    bench.service.limits = replace(bench.service.limits, routes_evenly=False)
+    bench.change(replace(bench.limits, routes_evenly=False))
     answer = bench.call("POST", "/v1/completions", json=PROMPT)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "return_routed_experts")
 

@@ -27,8 +27,8 @@ ANSWER = '<think>Hm.</think>\n\nYes.<tool_call>{"name": "f", "arguments": {"n": 
 @pytest.fixture
 def bench() -> Bench:
     bench = Bench()
-    bench.service.tokenizer.chat_template = "shows tools"
-    bench.service.parsers = AnswerParsers.of(None, "hermes", "qwen3")
+    bench.model.tokenizer.chat_template = "shows tools"
+    bench.change(parsers=AnswerParsers.of(None, "hermes", "qwen3"))
     bench.ranks.answer, bench.ranks.end = ANSWER, "stop"
     return bench
 
@@ -72,7 +72,7 @@ def test_reasoning_may_be_left_out(bench: Bench) -> None:
 
 @pytest.mark.parametrize("body", [{"response_format": {"type": "json_object"}}, {"tool_choice": NAMED, "tools": TOOLS}])
 def test_an_answer_of_a_given_form_may_reason_first(bench: Bench, body: dict[str, Any]) -> None:
-    bench.service.parsers = replace(bench.service.parsers, reasoning_ids={"<think>": 1, "</think>": 2})
+    bench.change(parsers=replace(bench.model.parsers, reasoning_ids={"<think>": 1, "</think>": 2}))
     bench.ranks.answer = '<think>Hm.</think>{"n": 1}'
     message = choice(bench, **body).message
     call = message.tool_calls[0].function.arguments if message.tool_calls else None
@@ -82,8 +82,8 @@ def test_an_answer_of_a_given_form_may_reason_first(bench: Bench, body: dict[str
     assert bench.ranks.taken[-1].reasoning == ReasoningTokens(None, [2])
     choice(bench, **body, messages=[{"role": "user", "content": "</think>\n"}])
     assert bench.ranks.taken[-1].reasoning is None
-    bench.service.parsers = AnswerParsers.of(None, "hermes", "qwen3", bench.service.tokenizer)  # bytes are tokens
-    assert bench.service.parsers.reasoning_ids == {}
+    bench.change(parsers=AnswerParsers.of(None, "hermes", "qwen3", bench.model.tokenizer))  # bytes are tokens
+    assert bench.model.parsers.reasoning_ids == {}
     choice(bench, **body)
     assert bench.ranks.taken[-1].reasoning is None
 
@@ -119,7 +119,7 @@ def test_scores_of_a_call_are_those_of_its_tokens(bench: Bench) -> None:
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_required_calls_follow_a_grammar_and_need_no_parser(bench: Bench, parallel: bool) -> None:
-    bench.service.parsers = AnswerParsers.of(None, "none", "qwen3")
+    bench.change(parsers=AnswerParsers.of(None, "none", "qwen3"))
     bench.ranks.answer = '[{"name": "f", "parameters": {"n": 1}}, {"name": "g", "parameters": {}}]'
     made = choice(bench, tools=TOOLS, tool_choice="required", parallel_tool_calls=parallel)
     calls = [(call.function.name, call.function.arguments) for call in made.message.tool_calls]
@@ -185,10 +185,10 @@ def test_what_cannot_be_called_is_refused(bench: Bench, body: dict[str, Any], pa
 
 
 def test_a_model_that_cannot_take_tools_says_why(bench: Bench) -> None:
-    bench.service.parsers = AnswerParsers()
+    bench.change(parsers=AnswerParsers())
     refusal = error(bench.chat(tools=TOOLS), 400)
     assert (refusal["param"], "--tool-call-parser" in refusal["message"]) == ("tool_choice", True)
-    bench.service.tokenizer.chat_template = "yes"
+    bench.model.tokenizer.chat_template = "yes"
     refusal = error(bench.chat(tools=TOOLS, tool_choice="required"), 400)
     assert refusal["message"] == "tools.0: this model's chat template leaves it out of the prompt"
 

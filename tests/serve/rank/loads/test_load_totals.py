@@ -8,8 +8,8 @@ import pytest
 from rq_ep.core.plan import DispatchPlan, WeightTransfer
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.moe.telemetry import LayerCall, PhaseTimer
-from rq_ep.serve.http.history import _percentile_ms
-from rq_ep.serve.http.load_view import LoadView
+from rq_ep.serve.http.views.history import _percentile_ms
+from rq_ep.serve.http.views.load_view import LoadView
 from rq_ep.serve.rank.loads import recent_pairs
 from rq_ep.serve.rank.loads.load_totals import LoadTotals
 from rq_ep.serve.rank.loads.recent_pairs import RecentPairs

@@ -28,7 +28,7 @@ from rq_ep.moe.expert_mover import Migration
 from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
 from rq_ep.parallel.local_group import LocalGroup, LocalWorld
 from rq_ep.rebalancing.rebalancer import Decision, RebalanceRequest
-from rq_ep.serve.http.rebalance_view import RebalanceView
+from rq_ep.serve.http.views.rebalance_view import RebalanceView
 from rq_ep.serve.messages import (
     BeginMigration,
     FromRank,

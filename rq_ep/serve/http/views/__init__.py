@@ -1,0 +1,1 @@
+"""What the routes show of a group: its load, its history, its members and its re-placements."""
