@@ -126,7 +126,7 @@ class GroupLife:
         """Take no more requests, and end when there are none any more; every rank may ask for it."""
         if self.state in (GroupState.LOADING, GroupState.SERVING):
             self.state = GroupState.DRAINING
-            self._membership.may_grow = False
+            self._membership.drain()
             self._tasks.start(self._drain(timeout_s))
 
     async def _drain(self, timeout_s: float) -> None:

@@ -1,7 +1,7 @@
 """The members of a group that shrinks and grows: what happens to each rank, and what is to be done about it.
 
-Every change of the members has a number, the generation, and is under way until every member serves in it. A loss is
-acted on at once, and supersedes what is under way; ranks join and leave only when nothing is.
+Every change of the members has a number, the generation, and is under way until every member serves in it. A loss
+begins a new generation at once, whatever is under way. Ranks join and leave only when no change is under way.
 """
 
 import time
@@ -23,8 +23,8 @@ from rq_ep.serve.http.ranks.recovery_times import RecoveryTimes
 from rq_ep.serve.messages import KillRank, Regroup, StartRank, StopRank
 
 UNREACHABLE_S = 5.0  # how long members may wait for one that does not answer, or for the news of its death
-CROSSING_S = 2.0  # a member that says so this soon after a `Regroup` said it before it had got that
-MAX_RETRIES = 1  # of the same members that cannot reach each other
+CROSSING_S = 2.0  # a report that comes this soon after a `Regroup` was sent before its rank had received that
+MAX_RETRIES = 1  # how often the same members form the group anew when all say that they cannot reach another one
 BY_REQUEST = "by request"
 
 
@@ -50,16 +50,16 @@ class Membership:
         self._clock = clock
         self.generation = 0
         self.members: tuple[int, ...] = tuple(range(num_ranks))
-        self.joining: frozenset[int] = frozenset()  # the members that hold no experts yet
+        self.joining: frozenset[int] = frozenset()  # the members that this generation has taken in
         self.num_failures = 0
-        self.may_grow = False  # until the group serves, for the first time
+        self._may_grow = False  # before the group serves for the first time, and once it drains
         self.ranks = RankRecords(num_ranks, calendar)
         self._pending: set[int] = set()  # members that do not serve in the generation yet
         self._drained: set[int] = set()  # members that leave, and have no requests any more
-        self._asked: AskToLeave | None = None  # that has no answer yet
+        self._asked: AskToLeave | None = None  # the question that has no answer yet
         self._times = RecoveryTimes(clock)
         self._losses: list[str] = []
-        self._unreachable: dict[int, tuple[float, str]] = {}  # since when, and what the rank has said
+        self._unreachable: dict[int, tuple[float, str]] = {}  # rank -> when it reported another one, and its words
         self._num_retries = 0
 
     # What others ask
@@ -90,7 +90,13 @@ class Membership:
 
     @property
     def seconds_in_generation(self) -> float:
+        """For how long the members have been these."""
         return self._times.seconds_in_generation
+
+    @property
+    def _without_experts(self) -> frozenset[int]:
+        """The members that join, and hold no experts before they serve."""
+        return self.joining & self._pending
 
     # What happens
 
@@ -101,7 +107,7 @@ class Membership:
             members: those that it begins with; None: all ranks.
             generation: in which they serve.
         """
-        self.may_grow = True
+        self._may_grow = True
         self.members = self.members if members is None else tuple(members)
         for rank, record in enumerate(self.ranks):
             if rank in self.members:
@@ -110,6 +116,10 @@ class Membership:
             else:
                 self._set(rank, MemberState.EXPECTED, "it has not come yet")
         self.generation = generation
+
+    def drain(self) -> None:
+        """The group drains: no rank joins any more."""
+        self._may_grow = False
 
     def connected(self, rank: int) -> None:
         """A process of the rank has connected."""
@@ -152,7 +162,7 @@ class Membership:
         return [CommandSupervisor(rank, KillRank(reason)), *self.lost(rank, reason, seconds)]
 
     def unreachable(self, rank: int, text: str) -> None:
-        """The rank, a member, waits: it cannot reach another one."""
+        """The rank cannot reach another member, and waits for what is to be done."""
         is_late = rank in self._pending and self.seconds_in_generation < CROSSING_S
         if rank in self.members and not is_late:
             self._unreachable.setdefault(rank, (self._clock(), text))
@@ -160,14 +170,14 @@ class Membership:
     def check(self) -> list[Effect]:
         """Act on members that have waited too long for another one; to be called now and then.
 
-        Those that do not answer count as lost. Where all answer, they try once more.
+        Those that have not reported count as lost. If all have reported, they form the group anew, once.
         """
         if not self._unreachable or self._clock() - min(self._unreachable.values())[0] < UNREACHABLE_S:
             return []
         reports = [FailureReport(rank, f"rank {rank}: {text}", True) for rank, (_, text) in self._unreachable.items()]
         silent = [rank for rank in self.members if rank not in self._unreachable]
         reason = blame(self.members, reports).text
-        if any(rank not in self.joining for rank in self._unreachable):
+        if not self._unreachable.keys() <= self._without_experts:
             effects: list[Effect] = []
             for rank in silent:
                 effects += self.stalled(rank, f"rank {rank} does not answer ({reports[0].text})", UNREACHABLE_S)
@@ -176,7 +186,7 @@ class Membership:
             if self._num_retries < MAX_RETRIES:
                 self._num_retries += 1
                 self._begin_recovery(0.0)
-                return self._new_generation(self.members, self.joining & self._pending)
+                return self._new_generation(self.members, self._without_experts)
         return [GiveUp(reason)]
 
     def regrouped(self, rank: int, generation: int, seconds: dict[str, float]) -> list[Effect]:
@@ -244,7 +254,7 @@ class Membership:
 
     def staying(self, ranks: Collection[int]) -> list[int]:
         """The members without these ranks, those that leave already, and those that hold no experts yet."""
-        return sorted(set(self.members) - set(ranks) - set(self.leaving) - (self.joining & self._pending))
+        return sorted(set(self.members) - set(ranks) - set(self.leaving) - self._without_experts)
 
     def check_removal(self, ranks: Collection[int]) -> None:
         """Check whether ranks may be asked to leave.
@@ -256,7 +266,7 @@ class Membership:
             record = self.ranks[rank]
             if record.state in (MemberState.LEAVING, MemberState.REMOVED):
                 raise ChangeRefused(f"rank {rank} is {record.state.value} already")
-            if rank in self._pending & self.joining:
+            if rank in self._without_experts:
                 raise ChangeRefused(f"rank {rank} is joining: try again once it serves")
             if not record.has_supervisor and record.state is not MemberState.SERVING:
                 raise ChangeRefused(f"rank {rank} has no process: {record.reason}")
@@ -344,7 +354,7 @@ class Membership:
         self._losses.append(reason)
         self._begin_recovery(detect_s)
         left = [other for other in self.members if other != rank]
-        joining = self.joining & self._pending - {rank}
+        joining = self._without_experts - {rank}
         if not set(left) - joining:
             return [GiveUp(f"no rank is left that holds the model: {'; '.join(self._losses)}")]
         if not any(self.ranks[other].state is MemberState.SERVING for other in left):
@@ -360,13 +370,13 @@ class Membership:
 
     def _advance(self) -> list[Effect]:
         """Let ranks join, or ask whether some may leave, if nothing is under way."""
-        going = tuple(rank for rank in self.leaving if rank in self._drained)
-        coming = set(self.ranks.in_state(MemberState.JOINING)) - set(self.members) if self.may_grow else set()
         if self._pending:
             return []
-        if coming:
+        coming = set(self.ranks.in_state(MemberState.JOINING)) - set(self.members)
+        if coming and self._may_grow:
             self._times.begin_change()
             return self._new_generation(sorted({*self.members, *coming}), coming)
+        going = tuple(rank for rank in self.leaving if rank in self._drained)
         asked = AskToLeave(going, self.generation)
         if not going or asked == self._asked:
             return []

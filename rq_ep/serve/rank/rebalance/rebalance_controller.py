@@ -1,11 +1,11 @@
-"""The state of re-placements on rank 0: observes, has decisions made, starts migrations, and follows them to their end.
+"""The state of re-placements on the rank that leads: observes, has decisions made, starts migrations, follows them.
 
     IDLE -> PLANNING -> MOVING -> IDLE      a placement was accepted, and serves
             PLANNING -> IDLE                none was, or the planner has failed
             PLANNING, MOVING -> ABORTING -> IDLE
 
-It does nothing itself: what is to be done goes to a `MigrationHost`, and what has happened comes back by calls. All on
-one thread.
+The controller does nothing itself. What is to be done goes to a `MigrationHost`, and what has happened comes back by
+calls. All of it is on one thread.
 """
 
 import time
@@ -94,16 +94,16 @@ class RebalanceController:
         self._generation = generation  # of the last migration that was begun
         self._decision: Decision | None = None  # the last one
         self._decided_at = 0.0  # seconds since the epoch
-        self._goal: Decision | None = None  # of the migration under way
+        self._goal: Decision | None = None  # the one that the migration under way carries out
         self._layers = list(rebalancer.current.layers)  # as they serve
-        self._round_bytes: list[int] = []  # of the migration under way, that reach ranks
-        self._num_rounds = 0  # of it that serve
-        self._dry_run: int | None = None  # the command that asks for the decision under way, and for no moves
+        self._round_bytes: list[int] = []  # bytes that reach ranks in each round of the migration
+        self._num_rounds = 0  # rounds of the migration that serve
+        self._dry_run: int | None = None  # number of the command that asks for the decision under way, and for no moves
         self._results: Counter[str] = Counter()
         self._moved_bytes = 0
         self._progress_at_s = clock()
         self._problem = ""
-        self._given_up = ""  # by another rank, in the migration under way or the last one: why
+        self._given_up = ""  # why another rank gave up the last migration that was begun
         self._num_failures = 0  # in a row
         self._retry_at_s = clock()
 
@@ -125,18 +125,15 @@ class RebalanceController:
             self._planner.kill(f"the planner had no answer within {PLANNER_TIMEOUT_S:g} s, and was ended")
 
     def command(self, number: int, action: str) -> None:
-        """Obey, or refuse: one thing is done at a time."""
-        is_idle = self._state is RebalanceState.IDLE
-        if action == "abort":
-            may_abort = self._state in (RebalanceState.PLANNING, RebalanceState.MOVING)
-            refusal = None if may_abort else "nothing is under way"
-        else:
-            refusal = None if is_idle else f"{self._state.value}: wait for its end, or abort it"
-        if refusal is not None or action == "start":
-            self._host.answer(number, refusal, None)
+        """Obey, or refuse: one thing is done at a time. A dry run is answered once there is a decision."""
+        refusal = self._refusal(action)
         if refusal is not None:
+            self._host.answer(number, refusal, None)
             return
         match action:
+            case "start":
+                self._ask()
+                self._host.answer(number, None, None)
             case "abort":
                 self._abort()
                 self._host.answer(number, None, None)
@@ -144,7 +141,14 @@ class RebalanceController:
                 self._dry_run = number
                 self._ask()
             case _:
-                self._ask()
+                raise AssertionError(action)
+
+    def _refusal(self, action: str) -> str | None:
+        """Why a command is refused in this state; None: it is not."""
+        if action == "abort":
+            may_abort = self._state in (RebalanceState.PLANNING, RebalanceState.MOVING)
+            return None if may_abort else "nothing is under way"
+        return None if self._state is RebalanceState.IDLE else f"{self._state.value}: wait for its end, or abort it"
 
     def refuse(self, reason: str) -> None:
         """Answer whoever waits for a decision that it will not be made."""
@@ -223,9 +227,8 @@ class RebalanceController:
         self._planner.ask(self._rebalancer.request())
 
     def _abort(self) -> None:
-        reason = "it was aborted by a request"
-        if self._goal is not None:
-            self._host.abort(self._generation, reason)
+        if self._state is RebalanceState.MOVING:  # else the decision is ignored when it comes
+            self._host.abort(self._generation, "it was aborted by a request")
         self._state = RebalanceState.ABORTING
 
     def _take(self, answer: Answer) -> None:

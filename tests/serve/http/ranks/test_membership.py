@@ -406,6 +406,21 @@ def test_members_that_wait_for_one_that_does_not_answer_go_on_without_it() -> No
     assert membership.check() == []
 
 
+def test_a_member_that_has_joined_goes_on_without_those_that_do_not_answer() -> None:
+    clock = Clock()
+    membership = serving(2, clock)
+    die(membership, 1)
+    settle(membership)
+    restart(membership, 1)
+    membership.loaded(1, store(1))
+    clock.now_s += 10
+    membership.unreachable(1, "PeerLost")  # while it has no experts yet: nobody is left who has
+    clock.now_s += 5
+    assert membership.check() == [GiveUp("rank 0 does not answer (rank 1: PeerLost)")]
+    settle(membership)
+    assert [message.members for message in regroups(membership.check())] == [[1]]
+
+
 def test_members_that_all_wait_try_once_more_and_then_the_group_ends() -> None:
     clock = Clock()
     membership = serving(2, clock)
@@ -445,7 +460,7 @@ def test_a_group_that_drains_shrinks_but_takes_nobody_in() -> None:
     die(membership, 2)
     settle(membership)
     restart(membership, 2)
-    membership.may_grow = False
+    membership.drain()
     assert membership.loaded(2, store(2)) == []
     assert regroups(die(membership, 1))[0].members == [0, 3]
 
