@@ -42,7 +42,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024
     kv_cache_tokens: int | None = None
     cache: str = PAGED  # or padded (`servable.choose_cache`)
-    prefix_caching: bool = False  # where the paged cache can
+    prefix_caching: bool = False  # it has no effect where pages of the cache cannot be shared, or there are none
 
 
 class Engine:
@@ -146,7 +146,7 @@ class Engine:
                     max_num_seqs=config.max_num_seqs,
                     max_num_batched_tokens=config.max_num_batched_tokens,
                     kv_cache_tokens=kv_cache_tokens,
-                    # Keys of a prefix depend on the length of its sequence there.
+                    # Where frequencies follow the length of a sequence, so do the keys of its prefix.
                     shares_prefixes=config.prefix_caching and not rotary.follows_length,
                 ),
                 step=self._step_loop.step,

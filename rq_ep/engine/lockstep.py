@@ -47,7 +47,7 @@ class LockstepManager(ContinuousBatchingManager):
         outputs: gets what each step has made.
         rotary: the rotary embeddings of the model.
         requests: the requests of this rank that are still wanted, by id.
-        routed_experts: of those that ask for them.
+        routed_experts: captures the experts of the requests that ask for them.
         on_failure: called with an error that ends the loop; the others wait for this rank, so it must end the process.
     """
 
@@ -75,8 +75,8 @@ class LockstepManager(ContinuousBatchingManager):
         self._on_failure = on_failure
         self._has_failed = False
         self._nonfinite = NonFiniteTokens()
-        self._is_running = False  # a forward pass
-        self._keeps_batch = False  # the one that was prepared last is to be run again
+        self._is_running = False  # whether a forward pass is under way
+        self._keeps_batch = False  # whether the batch that was prepared last is to be run again
 
     def warmup(self) -> None:
         """Make the cache, and run a prompt and a token after it, whose output nobody wants; every rank calls this."""
@@ -115,7 +115,7 @@ class LockstepManager(ContinuousBatchingManager):
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
         assert not bootstrapping, "asynchronous batching would keep a step in flight"
         try:
-            with torch.inference_mode():  # many small operations: a twelfth less CPU time than under `no_grad`
+            with torch.inference_mode():  # steps are many small operations: it takes a twelfth less CPU than `no_grad`
                 return self._step(self)
         except BaseException as error:
             self._has_failed = True
@@ -163,7 +163,7 @@ class LockstepManager(ContinuousBatchingManager):
     def kv_cache_usage(self) -> float:
         """Share of the KV cache that requests hold."""
         pool = self.processor.cache.pool
-        # A sector stays with the layers it was given to when its blocks fall free.
+        # A sector stays with the layers that it was given to, even when all its blocks are free again.
         begun = sum(pool.count_free_blocks(at) / size for at, size in enumerate(pool.blocks_per_sector))
         return float(1 - (pool.num_free_sectors + begun) / pool.num_sectors)
 
@@ -188,7 +188,8 @@ class LockstepManager(ContinuousBatchingManager):
         if self._rotary.recompute_after is not None:
             self._restart_outgrown(self._rotary.recompute_after)
         scheduler = self.processor.scheduler
-        if not scheduler.active_requests:  # blocked until one of them finishes, which a cancelled one does not
+        if not scheduler.active_requests:
+            # It blocks new requests until an active one finishes. If the last of these was cancelled, none ever does.
             scheduler.block_new_requests = False
         return bool(self.processor.prepare_next_batch())
 
@@ -254,7 +255,7 @@ class LockstepManager(ContinuousBatchingManager):
 def batch_of(futures: Sequence[Any]) -> Batch:
     """The requests of a batch, from transformers' records of it."""
     parts = [(future.state.request_id, future.query_length) for future in futures]
-    # Positions are those behind the step.
+    # The offsets are those after the step.
     starts = [future.state.position_offset - future.query_length for future in futures]
     return Batch(parts, has_prompts(futures), starts=starts)
 

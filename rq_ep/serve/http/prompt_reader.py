@@ -12,7 +12,7 @@ from rq_ep.serve.http.openai.prompt_encoder import PromptEncoder
 from rq_ep.serve.http.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from rq_ep.serve.http.served_model import ModelLimits, ServedModel
 
-CHARS_PER_MESSAGE = 100  # that are encoded in the time in which a template writes a message
+CHARS_PER_MESSAGE = 100  # characters that are encoded in the time in which a template writes one message
 IMAGE_CHARS = 1 << 20  # images are read on the threads of long prompts
 
 

@@ -15,7 +15,7 @@ from rq_ep.serve.http.served_model import ModelLimits, ServedModel
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's completions
 GRAMMAR_CHARS = 1 << 20  # grammars are written on the threads of long prompts
-ROUTED_EVERY = 32  # tokens whose experts come together
+ROUTED_EVERY = 32  # tokens of an answer whose experts come in one message
 
 
 class RequestFactory:
@@ -55,10 +55,10 @@ class RequestFactory:
         """Fit a request into the model's limits, or refuse it with the limit and the count.
 
         Args:
-            prompt: that is to be answered.
-            body: what is asked for.
-            number: of the answer, among those to this prompt.
-            grammar: that it follows.
+            prompt: what is to be answered.
+            body: what the client has sent.
+            number: that of the answer, among those to this prompt.
+            grammar: what the answer follows; None: it is free.
         """
         prompt_ids = prompt.token_ids
         limit, num_prompt = self._limits.max_model_len, len(prompt_ids)

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol
 
-from rq_ep.engine.requests import Output, Request
+from rq_ep.engine.requests import Output, Request, Score
 from rq_ep.serve.http.metrics import Metrics, RequestMetrics
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.openai.choices import after, setting
@@ -27,7 +27,7 @@ from rq_ep.serve.http.views.membership_view import MembershipView
 from rq_ep.serve.http.views.rebalance_view import RebalanceView
 from rq_ep.serve.messages import PlacementServed
 
-MAX_ECHOED_TOKENS = 512  # with their scores, in a chunk: the event loop writes it at once
+MAX_ECHOED_TOKENS = 512  # of a prompt, with their scores, in one chunk: the event loop is busy while it writes it
 
 
 class Ranks(Protocol):
@@ -182,10 +182,10 @@ class Service:
         """Generate an answer, cut at the first stop string; leaving early cancels it.
 
         Args:
-            request: to be answered.
-            body: that asks for it.
-            times: of the answer.
-            beside: an unfinished request with the same prompt.
+            request: what is to be answered.
+            body: what the client has sent.
+            times: measures the answer.
+            beside: the id of an unfinished request with the same prompt.
         """
         times.prompt(len(request.prompt_ids))
         async with aclosing(self._chunks(request, body, times, beside)) as chunks:  # type: ignore[type-var]
@@ -215,24 +215,23 @@ class Service:
         with self._routing.answer() as routing:
             async with aclosing(outputs):  # type: ignore[type-var]
                 async for output in outputs:
+                    if output.prompt_scores is not None:
+                        # The first token of a prompt has no score.
+                        scores = [*([] if num_echoed else [None]), *output.prompt_scores]
+                        token_ids = request.prompt_ids[num_echoed : num_echoed + len(scores)]
+                        num_echoed += len(scores)
+                        async for chunk in _echoed(text, token_ids, scores, output.finish_reason):
+                            yield chunk
+                        continue
                     if output.routed is not None:
                         routing.add(output.routed)
                         if not output.token_ids:
                             continue
-                    if output.prompt_scores is None:
-                        times.tokens(len(output.token_ids), output.queued_s)
-                        chunk = text.chunk(output)
-                        if request.routed_from is not None and chunk.finish_reason is not None:
-                            chunk = replace(chunk, routed_experts=await asyncio.to_thread(routing.encoded))
-                        yield chunk
-                        continue
-                    scores = [*([] if num_echoed else [None]), *output.prompt_scores]
-                    for start in range(0, max(len(scores), 1), MAX_ECHOED_TOKENS):  # the last part may be empty
-                        part = scores[start : start + MAX_ECHOED_TOKENS]
-                        token_ids = request.prompt_ids[num_echoed : num_echoed + len(part)]
-                        num_echoed += len(part)
-                        reason = output.finish_reason if start + len(part) == len(scores) else None
-                        yield await asyncio.to_thread(text.echo, token_ids, part, reason)
+                    times.tokens(len(output.token_ids), output.queued_s)
+                    chunk = text.chunk(output)
+                    if request.routed_from is not None and chunk.finish_reason is not None:
+                        chunk = replace(chunk, routed_experts=await asyncio.to_thread(routing.encoded))
+                    yield chunk
 
     def _detokenizer(self, body: GenerationBody) -> Detokenizer:
         assert self._model is not None
@@ -240,3 +239,13 @@ class Service:
         if marks not in self._detokenizers:
             self._detokenizers[marks] = detokenizers(self._model.tokenizer, marks)
         return self._detokenizers[marks]()
+
+
+async def _echoed(
+    text: TextChunker, prompt_ids: Sequence[int], scores: Sequence[Score | None], finish_reason: str | None
+) -> AsyncIterator[Chunk]:
+    """A part of a prompt with its scores, at least one chunk of it: the last part of a prompt may be empty."""
+    for start in range(0, max(len(scores), 1), MAX_ECHOED_TOKENS):
+        end = start + MAX_ECHOED_TOKENS
+        reason = finish_reason if end >= len(scores) else None
+        yield await asyncio.to_thread(text.echo, prompt_ids[start:end], scores[start:end], reason)

@@ -24,10 +24,11 @@ from rq_ep.serve.messages import (
 from rq_ep.serve.process import EXIT_FAILURE
 from rq_ep.serve.supervisor.rank_start import Command, EndFailed, Ending, HubAddress, Late, Leave, PassSignal, Serving
 
-BACK_OFF_S = (0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # first of all, what has ended the rank may be the end of the group
+# Before each restart in a row. There is one before the first too: the rank may have ended because the group does.
+BACK_OFF_S = (0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 SETTLED_S = 600.0  # a rank that has served so long has all its restarts again
-STOP_TIMEOUT_S = 30.0  # for a rank that ends as all do; it is killed then
-END_TIMEOUT_S = 10.0  # for one that is to end at once
+STOP_TIMEOUT_S = 30.0  # until a rank is killed that ends together with all others
+END_TIMEOUT_S = 10.0  # until a rank is killed that is to end at once
 
 
 # Events
@@ -116,9 +117,9 @@ class Supervision:
 
     Args:
         rank: the rank.
-        max_restarts: how often it is started again, in a row.
+        max_restarts: how often in a row the rank is started again.
         shutdown_timeout_s: how long running requests get to finish after a signal.
-        phase: at first: the rank's process was started with its group, or is to be asked for.
+        phase: BEGINNING where the rank's process is started with its group; REMOVED where it waits to be asked for.
     """
 
     def __init__(
@@ -131,12 +132,12 @@ class Supervision:
         self._num_restarts = 0
         self._num_failures = 0  # in a row
         self._served_since_s = inf
-        self._is_ending = False  # the rank's process has said that it ends on purpose
-        self._is_wanted = False  # it is to be started once it has left
+        self._is_ending = False  # whether the rank's process has said that it ends on purpose
+        self._is_wanted = False  # whether the rank is to be started again once it has left
         self._num_signals = 0
-        self._status: int | None = None  # this process ends with it when the rank's process has ended
+        self._status: int | None = None  # of this process, which ends when the rank's has ended; None: it goes on
         self._start_s = inf  # when the back-off is over
-        self._kill_s = inf  # when a process that is to end is killed
+        self._kill_s = inf  # when the rank's process, which is to end, is killed
 
     @property
     def due_s(self) -> float:
@@ -168,7 +169,7 @@ class Supervision:
             case CannotGoOn():
                 return self._end(EXIT_FAILURE, now_s, EndFailed(event.reason), f"rank {self._rank}: {event.reason}")
             case HubClosed():
-                # A rank notices it as well, once it has met the others. Rank 0 names it.
+                # The rank notices it too, once it has met the others. Of all ranks rank 0 alone names the reason.
                 reason = "the HTTP process has died"
                 command = EndFailed(reason) if self.phase is RankPhase.BEGINNING else None
                 return self._end(EXIT_FAILURE, now_s, command, f"rank 0: {reason}" if self._rank == 0 else None)
@@ -208,7 +209,7 @@ class Supervision:
     def _after_failure(self, text: str, now_s: float) -> Sequence[Action]:
         """What follows the failure of a rank without which the group goes on."""
         self.phase = RankPhase.GIVEN_UP
-        if self._num_signals:  # the rank may not have passed it on
+        if self._num_signals:  # the rank may have died before it passed the signal on
             return [DrainRequest(self._shutdown_timeout_s)]
         if now_s - self._served_since_s >= SETTLED_S:
             self._num_failures = 0
@@ -222,7 +223,7 @@ class Supervision:
 
     def _on_signal(self, name: str, now_s: float) -> Sequence[Action]:
         self._num_signals += 1
-        is_in_group = self.phase in IN_GROUP  # and tells the clients
+        is_in_group = self.phase in IN_GROUP  # then it is the rank that has the clients told
         if self._num_signals == 1:
             self._start_s = inf
             if self.phase is RankPhase.WAITING:
@@ -270,11 +271,11 @@ class Supervision:
         """End with a status once the rank's process has ended, which has some time for it.
 
         Args:
-            status: of this process, unless the rank's process was in the group: then it has that one's.
+            status: that of this process, unless the rank's process is in the group: then its status is taken.
             now_s: the time.
-            command: to the rank's process; None: it learns from elsewhere that it has to end.
-            reason: printed where there is no such process.
-            timeout_s: that it has.
+            command: what the rank's process is told; None: it learns from elsewhere that it has to end.
+            reason: what is printed where the rank has no process.
+            timeout_s: how long the rank's process may take before it is killed.
         """
         if self.phase in WITHOUT_PROCESS:
             return [Exit(status, reason)]

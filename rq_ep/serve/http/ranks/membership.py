@@ -148,7 +148,8 @@ class Membership:
         record = self.ranks[rank]
         if record.state in ABSENT:
             return []
-        record.num_ends_to_come += record.has_supervisor and not record.is_stopping
+        if record.has_supervisor and not record.is_stopping:
+            record.num_ends_to_come += 1  # the supervisor will report the end of the process as well (`ended`)
         return self._end(rank, reason, detect_s)
 
     def left(self, rank: int) -> list[Effect]:
@@ -227,7 +228,8 @@ class Membership:
         """The process of the rank has ended by itself. The end of its connection may come before this or after it."""
         record, reason = self.ranks[rank], f"rank {rank} {status}"
         is_known = record.num_ends_to_come > 0
-        record.num_ends_to_come -= is_known
+        if is_known:
+            record.num_ends_to_come -= 1
         if record.state is MemberState.LOST and record.reason.startswith(f"rank {rank} {DIED}"):
             record.reason = reason  # an error that the rank has named, or its stall, says more
         elif record.state is MemberState.RESTARTING and not is_known:

@@ -275,7 +275,7 @@ class RankRouter:
         log.error("an error of the HTTP process", exc_info=error)
         self._life.report(FailureReport(None, f"the HTTP process: {type(error).__name__}: {error}"))
 
-    # What follows from it
+    # What follows from what was heard
 
     @property
     def _goes_on(self) -> bool:
