@@ -108,7 +108,7 @@ def load_rank(
     report = report_of(model)
     layers = ep_layers(report)
 
-    # Both are called once there is an engine, by what it or the HTTP process begins.
+    # The engine is made last. What is made here asks for it only while it makes steps.
     recording = TraceRecording(
         report.placement.model, model, group, lambda: engine.batch, config.record_dir, config.record_max_tokens, send
     )

@@ -42,14 +42,14 @@ from rq_ep.serve.rank.recovery.recovery_plan import RecoveryPlan, RecoveryPlanne
 from rq_ep.serve.rank.trace_recording import TraceRecording
 
 MIGRATIONS_PER_GENERATION = 1_000_000  # their numbers rise with the generation of the group
-END_TIMEOUT_S = 10.0  # of the HTTP process, once it knows that the group cannot go on
+END_TIMEOUT_S = 10.0  # for the HTTP process to end this rank, once it knows that the group cannot go on
 
 
 @dataclass(frozen=True)
 class MemberSummary:
     """What a member tells the others first."""
 
-    committed: tuple[int, int]  # its mover's
+    committed: tuple[int, int]  # the migration of the last round that serves on it, and its rounds that do
     mark: int
     num_announced: int
     free_bytes: int | None  # memory of its device; None: not known
@@ -64,8 +64,8 @@ class GroupRecovery:
         home: the placement that serves with all ranks; on a rank that joins, as it supposes.
         moves: carries experts from rank to rank.
         inputs: what that needs.
-        loads: what the layers record with, which the leader's differ in.
-        recording: of the routing, which a change ends.
+        loads: the recorders of the layers: a leader has other ones than those who follow.
+        recording: the recording of the routing, which a change of the members ends.
         send: sends a message to the HTTP process.
         timeout_s: for the HTTP process to say who the members are.
     """
@@ -93,7 +93,7 @@ class GroupRecovery:
         self._timeout_s = timeout_s
         self._changed = threading.Condition()  # guards what follows
         self._newest: Regroup | None = None
-        self._members = set(group.members)  # the newest ones that were announced
+        self._members = set(group.members)  # those that were announced last
         self._is_stopping = False
 
     # On the thread of the connection
