@@ -1,7 +1,9 @@
 """Buffers of experts that come and go."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +65,15 @@ def test_buffers_of_another_size_are_given_back_first() -> None:
     del held
     buffers.release()
     assert not buffers._free
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_buffers_are_made_of_huge_pages() -> None:
+    buffer = ExpertBuffers().take(8 << 20)
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+    for mapping in mappings:
+        start, end = (int(address, 16) for address in mapping.split(maxsplit=1)[0].split("-"))
+        if start <= buffer.data_ptr() < end:
+            assert " hg" in mapping.partition("VmFlags:")[2]
+            return
+    pytest.fail("the buffer is not mapped")
