@@ -11,4 +11,6 @@ from rq_ep.strategies.rq import ReplicateQuantize
 class Restless(ReplicateQuantize):
     """`rq` without a gate: every 16 steps it moves to whatever it has planned, as if bytes cost nothing."""
 
-    rebalance_rule: ClassVar[RebalanceRule | None] = RebalanceRule(window=16, interval=16, min_gain=None, price=0.0)
+    rebalance_rule: ClassVar[RebalanceRule | None] = RebalanceRule(
+        window=16, interval=16, full_step=1, min_gain=None, price=0.0
+    )

@@ -24,15 +24,16 @@ class RebalanceOptions:
     window: int | None = option(
         None,
         flag="--rebalance-window",
-        help="steps whose loads a new placement is planned for; default: 256, eplb 1000",
+        help="steps whose loads a new placement is planned for, where a step of fewer than 32 tokens is a part of one, "
+        "but not for eplb; default: 256, eplb 1000",
         minimum=16,
         group=REBALANCING,
     )
     interval: int | None = option(
         None,
         flag="--rebalance-interval",
-        help="steps between two decisions; after a change the next one waits for a whole window; default: 64, eplb "
-        "3000, and its first one after a quarter of that",
+        help="such steps between two decisions; after a change the next one waits for a whole window; default: 64, "
+        "eplb 3000, and its first one after a quarter of that",
         minimum=1,
         group=REBALANCING,
     )

@@ -45,6 +45,7 @@ class RebalanceRule:
 
     window: int = 256  # steps whose loads a new placement is planned for
     interval: int = 64  # steps between two decisions; after a change the next one waits for a whole window
+    full_step: int = 32  # tokens; a step of fewer is a part of one: a window of few requests would show only these
     first: float = 1.0  # part of an interval after which the first decision comes
     min_gain: float | None = 0.02  # on steps that were not planned for; None: whatever is planned is taken
     min_share: float = 0.25  # of what max/mean is above its least, that must go as well: what stays is mostly chance

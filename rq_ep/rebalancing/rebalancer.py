@@ -83,7 +83,7 @@ class Rebalancer:
         self._rule = rule
         self._window = LoadWindow(rule.window)
         self.importance = ObservedImportance(problem.stats.num_layers, problem.stats.num_experts)
-        self._due_in = max(int(rule.first * rule.interval), min(rule.window, MIN_STEPS))  # steps
+        self._due_in: float = max(int(rule.first * rule.interval), min(rule.window, MIN_STEPS))  # full steps
 
     @property
     def is_due(self) -> bool:
@@ -98,8 +98,11 @@ class Rebalancer:
             phase: index into PHASES.
         """
         if counts_LE.any():
-            self._window.observe(counts_LE, phase)
-            self._due_in -= 1
+            stats = self._problem.stats
+            tokens = float(counts_LE.sum()) / (stats.num_layers * (stats.top_k or 1))
+            part = min(tokens / self._rule.full_step, 1.0)
+            self._window.observe(counts_LE, phase, part)
+            self._due_in -= part
 
     def request(self) -> RebalanceRequest:
         """What to decide on now. The next decision is due an interval later."""

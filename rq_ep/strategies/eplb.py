@@ -39,7 +39,7 @@ class Eplb(Strategy):
     counts_replicas: ClassVar[bool] = True
     # As vLLM does by default: whatever is planned is taken, for the first time after a quarter of an interval.
     rebalance_rule: ClassVar[RebalanceRule | None] = RebalanceRule(
-        window=1000, interval=3000, first=0.25, min_gain=None, price=0.0
+        window=1000, interval=3000, full_step=1, first=0.25, min_gain=None, price=0.0
     )
 
     def place(self, problem: PlacementProblem, current: Placement | None = None) -> Placement:

@@ -29,6 +29,22 @@ def steps_SLE(domain: int, num_steps: int, seed: int, pairs: int = 1024) -> IntA
     return counts_SLE
 
 
+def single_requests_SLE(num_steps: int, seed: int) -> IntArray:
+    """[S, L, E] steps of one request after another, each of a popularity of its own: a prompt, then tokens."""
+    generator = np.random.default_rng(seed)
+    counts_SLE = np.zeros((num_steps, NUM_LAYERS, NUM_EXPERTS), np.int64)
+    begin = 0
+    while begin < num_steps:
+        chance_LE = popularity_LE(0) * np.exp(generator.standard_normal((NUM_LAYERS, NUM_EXPERTS)))
+        end = begin + int(generator.integers(32, 256))
+        for layer, chance_E in enumerate(chance_LE / chance_LE.sum(axis=1, keepdims=True)):
+            pairs_S = np.full(len(counts_SLE[begin:end]), 2)
+            pairs_S[0] = 2 * 128
+            counts_SLE[begin:end, layer] = generator.multinomial(pairs_S, chance_E)
+        begin = end
+    return counts_SLE
+
+
 def problem_of(
     counts_SLE: IntArray, formats: tuple[str, ...] = ("bf16", "int8"), cap: float = 0.25
 ) -> PlacementProblem:

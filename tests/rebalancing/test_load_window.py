@@ -18,6 +18,13 @@ def test_all_steps_of_a_short_window_are_kept_in_their_order() -> None:
     assert loads.phase_S.tolist() == [0, 1] * 32
 
 
+def test_parts_of_steps_make_a_window_longer() -> None:
+    window = LoadWindow(4)
+    for step in range(100):
+        window.observe(load(2 * step), phase=0, part=0.25)
+    assert window.loads().counts_SLE[:, 0, 0].tolist() == list(range(84, 100))
+
+
 def test_an_empty_window_has_no_steps() -> None:
     assert len(LoadWindow(64).loads().phase_S) == 0
 

@@ -24,7 +24,7 @@ from rq_ep.solver.migration.move_rounds import move_rounds
 from rq_ep.strategies import make_strategy
 from rq_ep.strategies.eplb import Eplb
 from rq_ep.strategies.rq import ReplicateQuantize
-from tests.rebalancing.cases import NUM_RANKS, SIZES, problem_of, steps_SLE
+from tests.rebalancing.cases import NUM_RANKS, SIZES, problem_of, single_requests_SLE, steps_SLE
 
 pytestmark = pytest.mark.slow
 RQ = ReplicateQuantize(max_moves=600, max_steps=32)
@@ -54,6 +54,16 @@ def test_nothing_moves_in_ten_thousand_steps_of_one_load(pairs: int, seed: int) 
     assert all(decision.stays for _, decision in following.decisions)
 
 
+def test_nothing_moves_where_one_request_after_another_is_unlike_the_one_before() -> None:
+    """A window of 256 single tokens would show one or two requests, and the formats and places that suit these."""
+    counts_SLE = single_requests_SLE(8000, 0)
+    problem = problem_of(counts_SLE.reshape(64, 125, *counts_SLE.shape[1:]).sum(axis=1))
+    following = live(problem, RQ.place(problem))
+    run(following, counts_SLE)
+    assert following.commits == []
+    assert len(following.decisions) >= 4
+
+
 def test_of_single_tokens_what_can_be_gained_is_judged() -> None:
     """Two pairs leave two of four ranks idle at best, whatever the placement: a max/mean of 2 is the least."""
     generator = np.random.default_rng(0)
@@ -63,7 +73,7 @@ def test_of_single_tokens_what_can_be_gained_is_judged() -> None:
         counts_E[generator.choice(16, 2, replace=False, p=chance_E)] = 1
     problem = problem_of(counts_SLE, ("bf16",))
     standard = certify(problem, RQ, contiguous(problem))
-    following = live(problem, standard)
+    following = live(problem, standard, full_step=1)
     run(following, counts_SLE)
     assert following.num_rebalances == 1
     gained = imbalance(problem, standard, counts_SLE) - imbalance(problem, following.placement, counts_SLE)
@@ -303,4 +313,6 @@ def test_eplb_takes_whatever_it_plans_as_its_engines_do() -> None:
     run(following, steps_SLE(1, 700, 0))
     assert following.decisions[0][0] == 300 // 4, "as in vLLM"
     assert following.num_rebalances == 3
-    assert Eplb.rebalance_rule == RebalanceRule(window=1000, interval=3000, first=0.25, min_gain=None, price=0.0)
+    assert Eplb.rebalance_rule == RebalanceRule(
+        window=1000, interval=3000, full_step=1, first=0.25, min_gain=None, price=0.0
+    )
