@@ -38,8 +38,8 @@ class LayerSplit:
     Loads are in units of the step's mean rank load: under perfect balance every rank is at 1.
     """
 
-    loads_SE: FloatArray
     index: ReplicaIndex
+    loads_SE: FloatArray
     quotas_SP: FloatArray
     loads_SR: FloatArray
     values_S: FloatArray  # the fullest rank of each step
@@ -51,7 +51,7 @@ class LayerSplit:
         index = index_replicas(experts_P, ranks_P, *held_ER.shape)
         num_steps = len(loads_SE)
         quotas_SP, loads_SR = np.zeros((num_steps, len(ranks_P))), np.zeros((num_steps, held_ER.shape[1]))
-        layer = cls(loads_SE, index, quotas_SP, loads_SR, np.zeros(num_steps))
+        layer = cls(index, loads_SE, quotas_SP, loads_SR, np.zeros(num_steps))
         _split_all(layer.splits)
         layer.optimize()
         return layer
@@ -97,7 +97,7 @@ class LayerSplit:
         for p in dropped_P.tolist():
             loads_SR[:, ranks_P[p]] -= self.quotas_SP[:, p]
         quotas_SP = np.ascontiguousarray(self.quotas_SP[:, kept_P])
-        layer = LayerSplit(self.loads_SE, index, quotas_SP, loads_SR, self.values_S.copy())
+        layer = LayerSplit(index, self.loads_SE, quotas_SP, loads_SR, self.values_S.copy())
         _fill_again(layer.splits, experts_P[dropped_P])
         layer.optimize()
         return layer

@@ -4,7 +4,7 @@ The listed cuts price a move first and refuse most moves in microseconds. What t
 step from that of the largest gain, until it is proven no better or the first steps have kept too little of the gain
 that the cuts promised. A cut found by a split is listed, and refuses more of its kind.
 
-Axes: P replicas in any order; A attempted moves; U random numbers of each; J replicas that a move changes.
+Axes: P replicas in any order; A attempted moves; U random numbers of each; X experts whose replicas a move changes.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,6 @@ from rq_ep.solver.search.max_flow import TOLERANCE, Splits, augment, index_repli
 from rq_ep.solver.search.neighborhood import (
     NUM_DRAWS,
     LayerLimits,
-    ReplicaMove,
-    changes_by_expert,
     exceeds_node_spread,
     moved_bytes,
     only,
@@ -72,7 +70,7 @@ def improve(
     cuts = initial_cuts(layer.index, layer.loads_SE, num_ranks, cuts_SR)
     while num_moves > 0 and not is_over() and tail_weighted_mean(layer.values_S, tail_weight) > GOOD_ENOUGH:
         draws_AU = generator.random((min(num_moves, MOVES_AT_ONCE), NUM_DRAWS))
-        _search(layer.splits, cuts, limits, draws_AU, tail_weight)
+        layer = LayerSplit(*_search(layer.splits, cuts, limits, draws_AU, tail_weight))
         num_moves -= len(draws_AU)
     if num_ranks <= MAX_RANKS_ENUMERATED:  # nothing was split
         layer = LayerSplit.of(layer.loads_SE, layer.held_ER)
@@ -140,22 +138,21 @@ def tail_weighted_mean(values_S: FloatArray, tail_weight: float) -> float:
 
 
 @compiled
-def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArray, tail_weight: float) -> None:
-    """Attempt a move for every row of random numbers; splits, cuts and limits are kept current."""
-    index, loads_SE, quotas_SP, loads_SR, values_S = splits
-    num_ranks = loads_SR.shape[1]
-    held_ER = _held(index, loads_SE.shape[1], num_ranks)
-    best = tail_weighted_mean(values_S, tail_weight)
-    new_quotas_SP, new_loads_SR, new_values_S = quotas_SP.copy(), loads_SR.copy(), np.empty(len(values_S))
-    proposal = ReplicaMove(np.empty(3, np.int64), np.empty(3, np.int64), np.empty(3, np.int64))
+def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArray, tail_weight: float) -> Splits:
+    """Attempt a move for every row of random numbers; cuts and limits are kept current, `splits` becomes work space."""
+    loads_SE, (num_steps, num_ranks) = splits.loads_SE, splits.loads_SR.shape
+    held_ER = _held(splits.replicas, loads_SE.shape[1], num_ranks)
+    best = tail_weighted_mean(splits.values_S, tail_weight)
+    new_quotas_SP, new_loads_SR = splits.quotas_SP.copy(), splits.loads_SR.copy()
+    new_values_S = np.empty(num_steps)
+    proposal = Changes(np.empty(3, np.int64), np.empty(3, np.int64), np.empty(3, np.int64))
     for draws_U in draws_AU:
         if best <= GOOD_ENOUGH:
             break
-        num = propose(index, cuts, loads_SE, loads_SR, held_ER, limits, draws_U, proposal)
+        num = propose(splits.replicas, cuts, loads_SE, splits.loads_SR, held_ER, limits, draws_U, proposal)
         if num == 0:
             continue
-        move = ReplicaMove(proposal.replicas_J[:num], proposal.experts_J[:num], proposal.ranks_J[:num])
-        changes = changes_by_expert(index, move)
+        changes = Changes(proposal.experts_X[:num], proposal.off_X[:num], proposal.on_X[:num])
         moved = moved_bytes(limits, changes)
         if moved > limits.move_budget[0]:
             continue
@@ -164,14 +161,18 @@ def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArra
             continue
         if tail_weighted_mean(new_values_S, tail_weight) >= goal:
             continue
-        new = Splits(_moved_index(index, move, held_ER), loads_SE, new_quotas_SP, new_loads_SR, new_values_S)
-        if num_ranks > MAX_RANKS_ENUMERATED and not _split_again(splits, new, cuts, move, changes, tail_weight, goal):
+        index = _changed_index(splits.replicas, changes, num_ranks)
+        if len(index.ranks_P) != new_quotas_SP.shape[1]:
+            new_quotas_SP = np.empty((num_steps, len(index.ranks_P)))
+        new = Splits(index, loads_SE, new_quotas_SP, new_loads_SR, new_values_S)
+        if num_ranks > MAX_RANKS_ENUMERATED and not _split_again(splits, new, cuts, changes, tail_weight, goal):
             continue
         best = tail_weighted_mean(new_values_S, tail_weight)
         limits.move_budget[0] -= moved
-        _move_replicas(index, move, held_ER, limits)
-        _overwrite(splits, new)
+        _move_replicas(changes, held_ER, limits)
         apply_changes(cuts, changes)
+        splits, new_quotas_SP, new_loads_SR, new_values_S = new, splits.quotas_SP, splits.loads_SR, splits.values_S
+    return splits
 
 
 @compiled_part
@@ -184,41 +185,44 @@ def _held(index: ReplicaIndex, num_experts: int, num_ranks: int) -> BoolArray:
 
 
 @compiled_part
-def _moved_index(index: ReplicaIndex, move: ReplicaMove, held_ER: BoolArray) -> ReplicaIndex:
-    """The index of the replicas after a move; `held_ER` gives the numbers of experts and ranks."""
-    experts_P, ranks_P = index.experts_P.copy(), index.ranks_P.copy()
-    for j in range(len(move.replicas_J)):
-        experts_P[move.replicas_J[j]], ranks_P[move.replicas_J[j]] = move.experts_J[j], move.ranks_J[j]
-    return index_replicas(experts_P, ranks_P, held_ER.shape[0], held_ER.shape[1])
+def _changed_index(index: ReplicaIndex, changes: Changes, num_ranks: int) -> ReplicaIndex:
+    """The index of the replicas after the changes: one that comes takes the number of one that left, or the next."""
+    more = 0
+    for x in range(len(changes.experts_X)):
+        more += (1 if changes.on_X[x] >= 0 else 0) - (1 if changes.off_X[x] >= 0 else 0)
+    number = len(index.ranks_P)
+    experts_P, ranks_P = np.empty(number + more, np.int64), np.empty(number + more, np.int64)
+    _copy(index.experts_P, experts_P)
+    _copy(index.ranks_P, ranks_P)
+    for x in range(len(changes.experts_X)):
+        expert, off, on = changes.experts_X[x], changes.off_X[x], changes.on_X[x]
+        if off >= 0:
+            number = _number_of(index, expert, off)
+        if on >= 0:
+            experts_P[number], ranks_P[number] = expert, on
+    return index_replicas(experts_P, ranks_P, len(index.first_E) - 1, num_ranks)
 
 
 @compiled_part
-def _move_replicas(index: ReplicaIndex, move: ReplicaMove, held_ER: BoolArray, limits: LayerLimits) -> None:
-    """Bring `held_ER` and the free bytes up to date with a move; `index` is that of before."""
-    for replica in move.replicas_J:
-        expert, rank = index.experts_P[replica], index.ranks_P[replica]
-        held_ER[expert, rank] = False
-        limits.free_R[rank] += limits.bytes_E[expert]
-    for j in range(len(move.replicas_J)):
-        expert, rank = move.experts_J[j], move.ranks_J[j]
-        held_ER[expert, rank] = True
-        limits.free_R[rank] -= limits.bytes_E[expert]
+def _number_of(index: ReplicaIndex, expert: int, rank: int) -> int:
+    """The number of the expert's replica on the rank, which holds one."""
+    at = index.first_E[expert]
+    while index.ranks_P[index.by_expert_P[at]] != rank:
+        at += 1
+    return index.by_expert_P[at]
 
 
 @compiled_part
-def _overwrite(splits: Splits, new: Splits) -> None:
-    """Copy `new` into the arrays of `splits`."""
-    old_index, new_index = splits.replicas, new.replicas
-    _copy(new_index.experts_P, old_index.experts_P)
-    _copy(new_index.ranks_P, old_index.ranks_P)
-    _copy(new_index.by_expert_P, old_index.by_expert_P)
-    _copy(new_index.first_E, old_index.first_E)
-    _copy(new_index.by_rank_P, old_index.by_rank_P)
-    _copy(new_index.first_R, old_index.first_R)
-    _copy(new.values_S, splits.values_S)
-    for step in range(len(new.values_S)):
-        _copy(new.quotas_SP[step], splits.quotas_SP[step])
-        _copy(new.loads_SR[step], splits.loads_SR[step])
+def _move_replicas(changes: Changes, held_ER: BoolArray, limits: LayerLimits) -> None:
+    """Bring `held_ER` and the free bytes up to date with the changes."""
+    for x in range(len(changes.experts_X)):
+        expert, off, on = changes.experts_X[x], changes.off_X[x], changes.on_X[x]
+        if off >= 0:
+            held_ER[expert, off] = False
+            limits.free_R[off] += limits.bytes_E[expert]
+        if on >= 0:
+            held_ER[expert, on] = True
+            limits.free_R[on] -= limits.bytes_E[expert]
 
 
 @compiled_part
@@ -228,9 +232,7 @@ def _copy(values_X: Loads, to_X: Loads) -> None:
 
 
 @compiled_part
-def _split_again(
-    old: Splits, new: Splits, cuts: Cuts, move: ReplicaMove, changes: Changes, tail_weight: float, goal: float
-) -> bool:
+def _split_again(old: Splits, new: Splits, cuts: Cuts, changes: Changes, tail_weight: float, goal: float) -> bool:
     """Split every step anew after a move, beginning from the old split; False as soon as it seems not worth it.
 
     Steps come in the order of the gain that the cuts promise. Most moves that the cuts let through are bad ones, and
@@ -241,8 +243,7 @@ def _split_again(
         new: the replicas after it; its quotas and loads are overwritten. Its values are lower bounds at first, and
             become what the steps attain.
         cuts: new ones are added.
-        move: the replicas that change.
-        changes: the same as its experts see it.
+        changes: the move.
         tail_weight: of the objective.
         goal: the objective to fall below.
     """
@@ -263,14 +264,17 @@ def _split_again(
         for expert in changes.experts_X:
             is_touched |= new.loads_SE[step, expert] > 0
         quotas_P, loads_R = new.quotas_SP[step], new.loads_SR[step]
+        quotas_P[len(old.replicas.ranks_P) :] = 0.0
         _copy(old.quotas_SP[step], quotas_P)
         _copy(old.loads_SR[step], loads_R)
         if not is_touched:
             values_S[step] = old.values_S[step]
             continue
-        for replica in move.replicas_J:
-            loads_R[old.replicas.ranks_P[replica]] -= quotas_P[replica]
-            quotas_P[replica] = 0.0
+        for x in range(len(changes.experts_X)):
+            if changes.off_X[x] >= 0:
+                replica = _number_of(old.replicas, changes.experts_X[x], changes.off_X[x])
+                loads_R[changes.off_X[x]] -= quotas_P[replica]
+                quotas_P[replica] = 0.0
         for expert in changes.experts_X:
             water_fill(new.replicas, expert, new.loads_SE[step, expert], quotas_P, loads_R, by_load_R)
         value = augment(new.replicas, quotas_P, loads_R, values_S[step], cut_R, search)

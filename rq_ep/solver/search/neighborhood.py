@@ -1,7 +1,7 @@
 """The neighborhood of the local search in one layer: random moves of replicas, and which of them are allowed.
 
-Axes: P replicas in any order; J replicas that a move changes, 3 at most; X experts whose replicas change; U random
-numbers that a move is made from; H nodes.
+Axes: P replicas in any order; X experts whose replicas change, 3 at most; U random numbers that a move is made from; H
+nodes.
 """
 
 from typing import NamedTuple
@@ -31,14 +31,6 @@ class LayerLimits(NamedTuple):
     move_budget: IntArray  # [1] bytes that may still be moved
 
 
-class ReplicaMove(NamedTuple):
-    """A change of up to three replicas."""
-
-    replicas_J: IntArray  # index into P
-    experts_J: IntArray  # the expert that each becomes a replica of
-    ranks_J: IntArray  # the rank that each comes to
-
-
 @compiled_part
 def propose(
     index: ReplicaIndex,
@@ -48,7 +40,7 @@ def propose(
     held_ER: BoolArray,
     limits: LayerLimits,
     draws_U: FloatArray,
-    move: ReplicaMove,
+    changes: Changes,
 ) -> int:
     """Propose a random move of an expert that is confined to the fullest set of ranks of some step.
 
@@ -57,7 +49,7 @@ def propose(
     the first. Of two ranks outside the set the emptier is taken, by `loads_SR`, which need not be up to date.
 
     Returns:
-        The number of replicas that change, which are written to `move`; 0 if the draws make no allowed move.
+        The number of experts whose replicas change, written to `changes`; 0 if the draws make no allowed move.
     """
     step, one, fullest = _draw_expert(cuts, loads_SE, draws_U)
     to_rank = _draw_outside(cuts, fullest, draws_U[2]) if one >= 0 else -1
@@ -69,10 +61,9 @@ def propose(
         return 0
     free_R, bytes_E = limits.free_R, limits.bytes_E
     num_there = index.first_R[to_rank + 1] - index.first_R[to_rank]
-    other, two = -1, -1
+    two = -1
     if num_there > 0:
-        other = index.by_rank_P[index.first_R[to_rank] + int(draws_U[5] * num_there)]
-        two = index.experts_P[other]
+        two = index.experts_P[index.by_rank_P[index.first_R[to_rank] + int(draws_U[5] * num_there)]]
     if draws_U[4] < REPLACE:
         if two < 0 or limits.fixed_ER[two, to_rank] or index.first_E[two + 1] - index.first_E[two] == 1:
             return 0
@@ -80,29 +71,28 @@ def propose(
             return 0
         if exceeds_node_spread(index, limits, one, -1, to_rank) or exceeds_node_spread(index, limits, two, to_rank, -1):
             return 0
-        move.replicas_J[0], move.experts_J[0], move.ranks_J[0] = other, one, to_rank
-        return 1
+        _change(changes, 0, two, to_rank, -1)
+        _change(changes, 1, one, -1, to_rank)
+        return 2
     num = index.first_E[one + 1] - index.first_E[one]
-    replica = index.by_expert_P[index.first_E[one] + int(draws_U[3] * num)]
-    from_rank = index.ranks_P[replica]
+    from_rank = index.ranks_P[index.by_expert_P[index.first_E[one] + int(draws_U[3] * num)]]
     if limits.fixed_ER[one, from_rank] or exceeds_node_spread(index, limits, one, from_rank, to_rank):
         return 0
-    move.replicas_J[0], move.experts_J[0], move.ranks_J[0] = replica, one, to_rank
+    _change(changes, 0, one, from_rank, to_rank)
     if two < 0 or draws_U[4] < REPLACE + SHIFT:
         return 1 if free_R[to_rank] >= bytes_E[one] else 0
     if not _may_move(index, limits, held_ER, two, to_rank, from_rank):
         return 0
-    move.replicas_J[1], move.experts_J[1], move.ranks_J[1] = other, two, from_rank
+    _change(changes, 1, two, to_rank, from_rank)
     more = bytes_E[one] - bytes_E[two]  # bytes that `to_rank` takes more and `from_rank` less
     if -free_R[from_rank] <= more <= free_R[to_rank]:
         return 2
     giver, taker = (to_rank, from_rank) if more > 0 else (from_rank, to_rank)
     num_there = index.first_R[giver + 1] - index.first_R[giver]
-    third = index.by_rank_P[index.first_R[giver] + int(draws_U[6] * num_there)]
-    three = index.experts_P[third]
+    three = index.experts_P[index.by_rank_P[index.first_R[giver] + int(draws_U[6] * num_there)]]
     if three in (one, two) or not _may_move(index, limits, held_ER, three, giver, taker):
         return 0
-    move.replicas_J[2], move.experts_J[2], move.ranks_J[2] = third, three, taker
+    _change(changes, 2, three, giver, taker)
     more += -bytes_E[three] if giver == to_rank else bytes_E[three]
     return 3 if -free_R[from_rank] <= more <= free_R[to_rank] else 0
 
@@ -180,22 +170,8 @@ def exceeds_node_spread(index: ReplicaIndex, limits: LayerLimits, expert: int, o
 
 
 @compiled_part
-def changes_by_expert(index: ReplicaIndex, move: ReplicaMove) -> Changes:
-    """A move as its experts see it: for each, the rank it leaves and the one it comes to, -1 for none."""
-    old_expert, new_expert, rank = index.experts_P[move.replicas_J[0]], move.experts_J[0], move.ranks_J[0]
-    if len(move.replicas_J) == 1 and new_expert != old_expert:
-        return Changes(_pair(old_expert, new_expert), _pair(rank, -1), _pair(-1, rank))
-    off_J = np.empty(len(move.replicas_J), np.int64)
-    for j in range(len(off_J)):
-        off_J[j] = index.ranks_P[move.replicas_J[j]]
-    return Changes(move.experts_J.copy(), off_J, move.ranks_J.copy())
-
-
-@compiled_part
-def _pair(one: int, two: int) -> IntArray:
-    pair = np.empty(2, np.int64)
-    pair[0], pair[1] = one, two
-    return pair
+def _change(changes: Changes, x: int, expert: int, off: int, on: int) -> None:
+    changes.experts_X[x], changes.off_X[x], changes.on_X[x] = expert, off, on
 
 
 @compiled_part
