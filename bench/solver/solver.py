@@ -104,10 +104,16 @@ def baselines(problem: PlacementProblem, case: Case, trace: Trace) -> dict[str, 
 
 
 def measure(problem: PlacementProblem, trace: Trace, args: argparse.Namespace) -> dict[str, float]:
-    """Place, and score on both parts of the trace."""
+    """Place, in one process and then in several if asked for, and score on both parts of the trace."""
+    strategy = ReplicateQuantize(max_moves=args.max_moves)
     started, started_cpu = time.perf_counter(), time.process_time()
-    placement = ReplicateQuantize(max_moves=args.max_moves).place(problem)
+    placement = strategy.place(problem)
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
+    with_workers = {}
+    if args.workers > 1:
+        started = time.perf_counter()
+        strategy.place(replace(problem, num_workers=args.workers))
+        with_workers["seconds_with_workers"] = time.perf_counter() - started
     held_out = score(placement, trace.held_out_SLE)
     return {
         "fractional": held_out.fractional,
@@ -121,6 +127,7 @@ def measure(problem: PlacementProblem, trace: Trace, args: argparse.Namespace) -
         "seconds": seconds,
         "cpu_s": cpu_s,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        **with_workers,
     }
 
 
@@ -153,15 +160,20 @@ def _row(law: str, case: Case, tokens: int, low: str, runs: list[dict[str, float
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     columns = ["law", "experts", "ranks", "cap", "tokens", "low", "max/mean", "whole", "CVaR90", "calibr.", "bound"]
-    columns += ["blocks", "EPLB", "EPLB ex.", "+1 slot", "+1 exact", "s", "CPU s"]
+    columns += ["blocks", "EPLB", "EPLB ex.", "+1 slot", "+1 exact", "s", "CPU s", "speed-up"]
     table = Table(*columns, box=None)
     keys = ["fractional", "integer", "cvar90", "calibration", "bound", "contiguous"]
     keys += ["eplb_even", "eplb", "eplb_plus_1_even", "eplb_plus_1"]
     for row in rows:
         size = (row["law"], str(row["num_experts"]), str(row["num_ranks"]), f"{row['cap']:.0%}", str(row["tokens"]))
         figures = (f"{row[key]:.4f}" if key == "fractional" else f"{row[key]:.3f}" for key in keys)
-        table.add_row(*size, row["low"], *figures, f"{row['seconds']:.1f}", f"{row['cpu_s']:.1f}")
+        table.add_row(*size, row["low"], *figures, f"{row['seconds']:.1f}", f"{row['cpu_s']:.1f}", speed_up(row))
     return table
+
+
+def speed_up(row: dict[str, Any]) -> str:
+    """How many times faster several processes were than one; "-" where there was one alone."""
+    return f"{row['seconds'] / row['seconds_with_workers']:.2f}" if "seconds_with_workers" in row else "-"
 
 
 def check(args: argparse.Namespace) -> None:
@@ -170,7 +182,7 @@ def check(args: argparse.Namespace) -> None:
     for names, known, what in ((args.laws, LAWS, "law"), (args.formats, LOW_BYTES, "format")):
         for name in names:
             check_choice(what, name, known)
-    check_positive(args, "layers", "seeds", "calibration_steps", "held_out_steps", "tokens")
+    check_positive(args, "layers", "seeds", "calibration_steps", "held_out_steps", "tokens", "workers")
     if args.json:
         check_writable(args.json)
 
@@ -190,6 +202,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--calibration-steps", type=int, default=64, metavar="N", help="steps the solver sees")
     parser.add_argument("--held-out-steps", type=int, default=96, metavar="N", help="steps that score it")
     parser.add_argument("--max-moves", type=int, default=moves, metavar="N", help="the solver tries in each layer")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="place with N processes too, for the speed-up"
+    )
     parser.add_argument("--quick", action="store_true", help="one small case, to see that all of it runs")
     parser.add_argument("--json", metavar="FILE", help="write the figures with command, commit and versions")
     args = parser.parse_args(argv)
