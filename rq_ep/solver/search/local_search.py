@@ -29,7 +29,7 @@ from rq_ep.solver.search.max_flow import TOLERANCE, Splits, augment, index_repli
 from rq_ep.solver.search.neighborhood import (
     NUM_DRAWS,
     LayerLimits,
-    exceeds_node_spread,
+    may_leave,
     moved_bytes,
     only,
     propose,
@@ -106,9 +106,7 @@ def _dear(splits: Splits, cuts: Cuts, limits: LayerLimits, tail_weight: float) -
         first, end = index.first_E[expert], index.first_E[expert + 1]
         for p in index.by_expert_P[first:end]:
             rank = index.ranks_P[p]
-            if end - first == 1 or limits.present_ER[expert, rank] or limits.fixed_ER[expert, rank]:
-                continue
-            if exceeds_node_spread(index, limits, expert, rank, -1):
+            if limits.present_ER[expert, rank] or not may_leave(index, limits, expert, rank):
                 continue
             drop = Changes(only(expert), only(rank), only(-1))
             goal = best + limits.price * limits.bytes_E[expert] - LEAST_GAIN

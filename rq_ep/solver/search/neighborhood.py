@@ -46,7 +46,8 @@ def propose(
 
     One of its replicas is swapped with one outside the set, or moves there where bytes are free; or the expert takes
     the place of a replica there whose expert has others. Where sizes differ, a second replica may go back along with
-    the first. Of two ranks outside the set the emptier is taken, by `loads_SR`, which need not be up to date.
+    the first, and where bytes are not free, one may be ejected on to another rank. Of two ranks outside the set the
+    emptier is taken, by `loads_SR`, which need not be up to date.
 
     Returns:
         The number of experts whose replicas change, written to `changes`; 0 if the draws make no allowed move.
@@ -65,17 +66,17 @@ def propose(
     if num_there > 0:
         two = index.experts_P[index.by_rank_P[index.first_R[to_rank] + int(draws_U[5] * num_there)]]
     if draws_U[4] < REPLACE:
-        if two < 0 or limits.fixed_ER[two, to_rank] or index.first_E[two + 1] - index.first_E[two] == 1:
+        if two < 0 or free_R[to_rank] + bytes_E[two] < bytes_E[one]:
             return 0
-        if free_R[to_rank] + bytes_E[two] < bytes_E[one]:
-            return 0
-        if exceeds_node_spread(index, limits, one, -1, to_rank) or exceeds_node_spread(index, limits, two, to_rank, -1):
+        if exceeds_node_spread(index, limits, one, -1, to_rank) or not may_leave(index, limits, two, to_rank):
             return 0
         _change(changes, 0, two, to_rank, -1)
         _change(changes, 1, one, -1, to_rank)
         return 2
     num = index.first_E[one + 1] - index.first_E[one]
     from_rank = index.ranks_P[index.by_expert_P[index.first_E[one] + int(draws_U[3] * num)]]
+    if REPLACE <= draws_U[4] < REPLACE + SHIFT and two >= 0 and free_R[to_rank] < bytes_E[one]:
+        return _propose_chain(index, limits, held_ER, one, two, to_rank, from_rank, draws_U[6], changes)
     if limits.fixed_ER[one, from_rank] or exceeds_node_spread(index, limits, one, from_rank, to_rank):
         return 0
     _change(changes, 0, one, from_rank, to_rank)
@@ -95,6 +96,43 @@ def propose(
     _change(changes, 2, three, giver, taker)
     more += -bytes_E[three] if giver == to_rank else bytes_E[three]
     return 3 if -free_R[from_rank] <= more <= free_R[to_rank] else 0
+
+
+@compiled_part
+def _propose_chain(
+    index: ReplicaIndex,
+    limits: LayerLimits,
+    held_ER: BoolArray,
+    one: int,
+    two: int,
+    to_rank: int,
+    from_rank: int,
+    draw: float,
+    changes: Changes,
+) -> int:
+    """Propose an ejection chain (Glover 1996): another replica of `one` takes the place of `two` on `to_rank`.
+
+    `two` goes to `from_rank`, which holds `one`, in the place of a third expert that has other replicas, or where bytes
+    are free. None of these changes alone relieves the fullest rank.
+    """
+    free_R, bytes_E = limits.free_R, limits.bytes_E
+    if free_R[to_rank] + bytes_E[two] < bytes_E[one] or exceeds_node_spread(index, limits, one, -1, to_rank):
+        return 0
+    if not _may_move(index, limits, held_ER, two, to_rank, from_rank):
+        return 0
+    num = 0
+    if free_R[from_rank] < bytes_E[two]:
+        num_there = index.first_R[from_rank + 1] - index.first_R[from_rank]
+        three = index.experts_P[index.by_rank_P[index.first_R[from_rank] + int(draw * num_there)]]
+        if three == one or free_R[from_rank] + bytes_E[three] < bytes_E[two]:
+            return 0
+        if not may_leave(index, limits, three, from_rank):
+            return 0
+        _change(changes, 0, three, from_rank, -1)
+        num = 1
+    _change(changes, num, one, -1, to_rank)
+    _change(changes, num + 1, two, to_rank, from_rank)
+    return num + 2
 
 
 @compiled_part
@@ -143,6 +181,14 @@ def _may_move(index: ReplicaIndex, limits: LayerLimits, held_ER: BoolArray, expe
     if limits.fixed_ER[expert, off] or held_ER[expert, on] or not limits.allowed_ER[expert, on]:
         return False
     return not exceeds_node_spread(index, limits, expert, off, on)
+
+
+@compiled
+def may_leave(index: ReplicaIndex, limits: LayerLimits, expert: int, rank: int) -> bool:
+    """Whether the expert's replica on the rank is not fixed, and its others keep to the spread over nodes."""
+    if limits.fixed_ER[expert, rank] or index.first_E[expert + 1] - index.first_E[expert] == 1:
+        return False
+    return not exceeds_node_spread(index, limits, expert, rank, -1)
 
 
 @compiled

@@ -14,7 +14,7 @@ from rq_ep.core.arrays import FloatArray
 from rq_ep.solver.search.cuts import Changes, initial_cuts, price_changes
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.local_search import LEAST_GAIN, improve, tail_weighted_mean
-from rq_ep.solver.search.neighborhood import LayerLimits, exceeds_node_spread
+from rq_ep.solver.search.neighborhood import LayerLimits, may_leave
 from rq_ep.solver.search.search_state import SearchState
 
 MIN_ITERATIONS, MAX_ITERATIONS = 2, 100  # fewer are not worth the costs of every replica
@@ -60,18 +60,12 @@ def removal_costs(layer: LayerSplit, limits: LayerLimits, tail_weight: float) ->
     cost_ER = np.full(limits.allowed_ER.shape, np.inf)
     cuts = initial_cuts(layer.index, layer.loads_SE, layer.loads_SR.shape[1], layer.optimize())
     now, without_S = tail_weighted_mean(layer.values_S, tail_weight), np.empty_like(layer.values_S)
-    for expert, rank in np.argwhere(layer.held_ER & ~limits.fixed_ER).tolist():
-        if is_removable(layer, limits, expert, rank):
+    for expert, rank in np.argwhere(layer.held_ER).tolist():
+        if may_leave(layer.index, limits, expert, rank):
             removal = Changes(np.array([expert]), np.array([rank]), np.array([-1]))
             price_changes(cuts, removal, without_S, np.inf)
             cost_ER[expert, rank] = (tail_weighted_mean(without_S, tail_weight) - now) / limits.bytes_E[expert]
     return cost_ER
-
-
-def is_removable(layer: LayerSplit, limits: LayerLimits, expert: int, rank: int) -> bool:
-    """Whether the expert has other replicas, and these keep to the spread over nodes."""
-    others = layer.index.first_E[expert + 1] - layer.index.first_E[expert] - 1
-    return bool(others > 0 and not exceeds_node_spread(layer.index, limits, expert, rank, -1))
 
 
 def _ruin(state: SearchState, costs_LER: FloatArray, generator: np.random.Generator) -> None:
@@ -84,7 +78,7 @@ def _ruin(state: SearchState, costs_LER: FloatArray, generator: np.random.Genera
             if not num_left or np.isinf(costs_LER[i, expert, rank]):
                 break
             layer, limits = state.layers[i], state.limits[i]
-            if not is_removable(layer, limits, expert, rank):  # another replica of the expert has been dropped
+            if not may_leave(layer.index, limits, expert, rank):  # another replica of the expert has been dropped
                 continue
             is_it_P = (layer.index.experts_P == expert) & (layer.index.ranks_P == rank)
             state.layers[i] = layer.without(np.flatnonzero(is_it_P))

@@ -4,7 +4,8 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from rq_ep.solver.search.ruin_recreate import is_removable, removal_costs
+from rq_ep.solver.search.neighborhood import may_leave
+from rq_ep.solver.search.ruin_recreate import removal_costs
 from rq_ep.solver.search.search_state import SearchState
 
 
@@ -25,7 +26,7 @@ def drop_spares(state: SearchState, max_loss: float) -> None:
         at_least, i, expert, rank = heappop(queue)
         layer, limits = state.layers[i], state.limits[i]
         size = int(limits.bytes_E[expert])
-        if at_least * size > left or not is_removable(layer, limits, expert, rank):
+        if at_least * size > left or not may_leave(layer.index, limits, expert, rank):
             continue
         index = layer.index
         without = layer.without(np.flatnonzero((index.experts_P == expert) & (index.ranks_P == rank)))
