@@ -36,25 +36,28 @@ def add_replicas(
     heapify(queue)
     while queue and not is_over():
         _, i, additions = heappop(queue)
-        within = limits[i]
-        fitting = []
-        for addition in additions:
-            size = int(within.bytes_E[addition.expert])
-            moved = 0 if within.present_ER[addition.expert, addition.rank] else size
-            fits = within.free_R[addition.rank] >= size and within.move_budget[0] >= moved
-            if fits and addition.gain * size > LEAST_GAIN:
-                within.free_R[addition.rank] -= size
-                within.move_budget[0] -= moved
-                fitting.append(addition)
+        worthwhile = [one for one in additions if one.gain * limits[i].bytes_E[one.expert] > LEAST_GAIN]
+        fitting = [one for one in worthwhile if _takes(limits[i], one)]
         if fitting:
             layers[i].add(fitting)
             num_added[i] += 1
             if num_added[i] % OPTIMIZE_EVERY == 0:
                 layers[i].optimize()
-        if fitting or any(addition.gain * within.bytes_E[addition.expert] > LEAST_GAIN for addition in additions):
+        if worthwhile:
             heappush(queue, next_additions(i))
     for layer in layers:
         layer.optimize()
+
+
+def _takes(limits: LayerLimits, addition: Addition) -> bool:
+    """Take the bytes of a new replica off the limits; False if these have too few."""
+    size = int(limits.bytes_E[addition.expert])
+    moved = 0 if limits.present_ER[addition.expert, addition.rank] else size
+    if limits.free_R[addition.rank] < size or limits.move_budget[0] < moved:
+        return False
+    limits.free_R[addition.rank] -= size
+    limits.move_budget[0] -= moved
+    return True
 
 
 def raise_formats(

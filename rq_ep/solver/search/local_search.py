@@ -31,8 +31,8 @@ from rq_ep.solver.search.neighborhood import (
     LayerLimits,
     may_leave,
     moved_bytes,
-    only,
     propose,
+    removal,
 )
 from rq_ep.solver.split.augmenting_paths import Loads, ReplicaIndex, rank_search
 from rq_ep.solver.split.heaviest_first import heaviest_first
@@ -70,7 +70,7 @@ def improve(
     cuts = initial_cuts(layer.index, layer.loads_SE, num_ranks, cuts_SR)
     while num_moves > 0 and not is_over() and tail_weighted_mean(layer.values_S, tail_weight) > GOOD_ENOUGH:
         draws_AU = generator.random((min(num_moves, MOVES_AT_ONCE), NUM_DRAWS))
-        layer = LayerSplit(*_search(layer.splits, cuts, limits, draws_AU, tail_weight))
+        layer = LayerSplit(*_search(layer.splits, layer.held_ER, cuts, limits, draws_AU, tail_weight))
         num_moves -= len(draws_AU)
     if num_ranks <= MAX_RANKS_ENUMERATED:  # nothing was split
         layer = LayerSplit.of(layer.loads_SE, layer.held_ER)
@@ -108,7 +108,7 @@ def _dear(splits: Splits, cuts: Cuts, limits: LayerLimits, tail_weight: float) -
             rank = index.ranks_P[p]
             if limits.present_ER[expert, rank] or not may_leave(index, limits, expert, rank):
                 continue
-            drop = Changes(only(expert), only(rank), only(-1))
+            drop = removal(expert, rank)
             goal = best + limits.price * limits.bytes_E[expert] - LEAST_GAIN
             if price_changes(cuts, drop, values_S, goal) and tail_weighted_mean(values_S, tail_weight) < goal:
                 best = tail_weighted_mean(values_S, tail_weight)
@@ -136,10 +136,11 @@ def tail_weighted_mean(values_S: FloatArray, tail_weight: float) -> float:
 
 
 @compiled
-def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArray, tail_weight: float) -> Splits:
-    """Attempt a move for every row of random numbers; cuts and limits are kept current, `splits` becomes work space."""
+def _search(
+    splits: Splits, held_ER: BoolArray, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArray, tail_weight: float
+) -> Splits:
+    """Attempt a move for every row of random numbers; all but `splits`, which becomes work space, is kept current."""
     loads_SE, (num_steps, num_ranks) = splits.loads_SE, splits.loads_SR.shape
-    held_ER = _held(splits.replicas, loads_SE.shape[1], num_ranks)
     best = tail_weighted_mean(splits.values_S, tail_weight)
     new_quotas_SP, new_loads_SR = splits.quotas_SP.copy(), splits.loads_SR.copy()
     new_values_S = np.empty(num_steps)
@@ -171,15 +172,6 @@ def _search(splits: Splits, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArra
         apply_changes(cuts, changes)
         splits, new_quotas_SP, new_loads_SR, new_values_S = new, splits.quotas_SP, splits.loads_SR, splits.values_S
     return splits
-
-
-@compiled_part
-def _held(index: ReplicaIndex, num_experts: int, num_ranks: int) -> BoolArray:
-    """[E, R] whether the rank holds a replica of the expert."""
-    held_ER = np.zeros((num_experts, num_ranks), np.bool_)
-    for p in range(len(index.ranks_P)):
-        held_ER[index.experts_P[p], index.ranks_P[p]] = True
-    return held_ER
 
 
 @compiled_part

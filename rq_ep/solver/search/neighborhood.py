@@ -221,9 +221,9 @@ def _change(changes: Changes, x: int, expert: int, off: int, on: int) -> None:
 
 
 @compiled_part
-def only(number: int) -> IntArray:
-    """An array of one number."""
-    return np.full(1, number, np.int64)
+def removal(expert: int, rank: int) -> Changes:
+    """The change in which the expert leaves the rank."""
+    return Changes(np.full(1, expert), np.full(1, rank), np.full(1, -1))
 
 
 @compiled_part

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray
-from rq_ep.solver.search.cuts import Changes, initial_cuts, price_changes
+from rq_ep.solver.search.cuts import initial_cuts, price_changes
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.local_search import LEAST_GAIN, improve, tail_weighted_mean
-from rq_ep.solver.search.neighborhood import LayerLimits, may_leave
+from rq_ep.solver.search.neighborhood import LayerLimits, may_leave, removal
 from rq_ep.solver.search.search_state import SearchState
 
 MIN_ITERATIONS, MAX_ITERATIONS = 2, 100  # fewer are not worth the costs of every replica
@@ -62,8 +62,7 @@ def removal_costs(layer: LayerSplit, limits: LayerLimits, tail_weight: float) ->
     now, without_S = tail_weighted_mean(layer.values_S, tail_weight), np.empty_like(layer.values_S)
     for expert, rank in np.argwhere(layer.held_ER).tolist():
         if may_leave(layer.index, limits, expert, rank):
-            removal = Changes(np.array([expert]), np.array([rank]), np.array([-1]))
-            price_changes(cuts, removal, without_S, np.inf)
+            price_changes(cuts, removal(expert, rank), without_S, np.inf)
             cost_ER[expert, rank] = (tail_weighted_mean(without_S, tail_weight) - now) / limits.bytes_E[expert]
     return cost_ER
 
