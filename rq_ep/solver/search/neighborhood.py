@@ -14,6 +14,7 @@ from rq_ep.solver.search.cuts import Changes, Cuts
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex
 
 NUM_DRAWS = 8  # random numbers that a move is made from
+FEW_STEPS = 4  # up to which ejection chains are tried; of many steps they over-fit the recorded ones
 REPLACE, SHIFT = 0.3, 0.1  # share of moves that take another replica's place, and of moves to a rank with free bytes
 
 
@@ -46,8 +47,8 @@ def propose(
 
     One of its replicas is swapped with one outside the set, or moves there where bytes are free; or the expert takes
     the place of a replica there whose expert has others. Where sizes differ, a second replica may go back along with
-    the first, and where bytes are not free, one may be ejected on to another rank. Of two ranks outside the set the
-    emptier is taken, by `loads_SR`, which need not be up to date.
+    the first; and where bytes are not free and steps are few, an ejection chain is tried. Of two ranks outside the set
+    the emptier is taken, by `loads_SR`, which need not be up to date.
 
     Returns:
         The number of experts whose replicas change, written to `changes`; 0 if the draws make no allowed move.
@@ -75,12 +76,13 @@ def propose(
         return 2
     num = index.first_E[one + 1] - index.first_E[one]
     from_rank = index.ranks_P[index.by_expert_P[index.first_E[one] + int(draws_U[3] * num)]]
-    if REPLACE <= draws_U[4] < REPLACE + SHIFT and two >= 0 and free_R[to_rank] < bytes_E[one]:
+    shifts = two < 0 or draws_U[4] < REPLACE + SHIFT
+    if shifts and two >= 0 and free_R[to_rank] < bytes_E[one] and len(loads_SE) <= FEW_STEPS:
         return _propose_chain(index, limits, held_ER, one, two, to_rank, from_rank, draws_U[6], changes)
     if limits.fixed_ER[one, from_rank] or exceeds_node_spread(index, limits, one, from_rank, to_rank):
         return 0
     _change(changes, 0, one, from_rank, to_rank)
-    if two < 0 or draws_U[4] < REPLACE + SHIFT:
+    if shifts:
         return 1 if free_R[to_rank] >= bytes_E[one] else 0
     if not _may_move(index, limits, held_ER, two, to_rank, from_rank):
         return 0

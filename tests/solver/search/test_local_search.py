@@ -12,8 +12,8 @@ from rq_ep.solver.search.neighborhood import LayerLimits
 from tests.solver.instances import no_limits, random_held, skewed
 
 
-def layer_of(num_experts: int, num_ranks: int, seed: int) -> LayerSplit:
-    counts_SE = skewed(num_experts, 10**5, seed, num_steps=8)
+def layer_of(num_experts: int, num_ranks: int, seed: int, num_steps: int = 8) -> LayerSplit:
+    counts_SE = skewed(num_experts, 10**5, seed, num_steps)
     loads_SE = counts_SE * (num_ranks / counts_SE.sum(axis=1, keepdims=True))
     return LayerSplit.of(loads_SE, random_held(num_experts, num_ranks, num_ranks, seed))
 
@@ -41,8 +41,26 @@ def test_gets_better_inside_the_bytes(num_experts: int, num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [6, 12])
-def test_keeps_the_rules(num_ranks: int) -> None:
-    layer = layer_of(24, num_ranks, seed=1)
+def test_ejection_chains_come_to_free_bytes(num_ranks: int) -> None:
+    bytes_E = np.where(np.arange(24) % 3 == 0, 5, 10)
+    num_more = 0
+    for seed in range(4):
+        layer = layer_of(24, num_ranks, seed, num_steps=2)
+        free_R = np.where(np.arange(num_ranks) % 2 == 0, 12, 2)
+        limits = no_limits(24, num_ranks)._replace(bytes_E=bytes_E, free_R=free_R.copy())
+        before_ER = layer.held_ER
+        after = improved(layer, limits)
+        num_more += int(after.held_ER.sum() - before_ER.sum())
+        assert (limits.free_R >= 0).all()
+        np.testing.assert_array_equal(bytes_E @ after.held_ER + limits.free_R, bytes_E @ before_ER + free_R)
+        anew = LayerSplit.of(after.loads_SE, after.held_ER)
+        np.testing.assert_allclose(after.values_S, anew.values_S, atol=1e-4)
+    assert num_more > 0
+
+
+@pytest.mark.parametrize(("num_ranks", "num_steps"), [(6, 8), (12, 8), (6, 2), (12, 2)])
+def test_keeps_the_rules(num_ranks: int, num_steps: int) -> None:
+    layer = layer_of(24, num_ranks, 1, num_steps)
     before_ER = layer.held_ER
     generator = np.random.default_rng(1)
     fixed_ER = before_ER & (generator.random(before_ER.shape) < 0.3)
