@@ -199,7 +199,7 @@ def _number_of(index: ReplicaIndex, expert: int, rank: int) -> int:
     at = index.first_E[expert]
     while index.ranks_P[index.by_expert_P[at]] != rank:
         at += 1
-    return index.by_expert_P[at]
+    return int(index.by_expert_P[at])
 
 
 @compiled_part
