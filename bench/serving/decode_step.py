@@ -63,8 +63,8 @@ class StepTimes:
         loop._gather_flags = self._timed("agreement", loop._gather_flags)
         model: Any = engine._manager.model  # type: ignore[union-attr]
         model.forward = self._timed("forward", model.forward)
-        self._step = loop.step
-        loop.step = self._timed_step
+        self._step = loop._step
+        loop._step = self._timed_step
 
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
