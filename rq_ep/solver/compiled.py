@@ -14,6 +14,8 @@ from importlib import import_module
 from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
 
+from filelock import FileLock
+
 numba: Any  # the compiler, None where it is missing
 try:
     numba = import_module("numba")
@@ -25,23 +27,38 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 
+COMPILING_S = 120.0  # that a process waits for another one that compiles, which may have been stopped
+
 
 class _MachineCodeCache(Cache):  # type: ignore[misc]
     """numba's cache on disk, with all that a function calls and reads in the key.
 
     numba compiles callees into their callers, but renews an entry only when the caller's own file changes: the entry
     would outlive a change of a callee or of a constant in another file.
+
+    Of processes that miss an entry at once, such as the ranks of a server, one compiles and the others wait for it.
     """
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__(function)
+        self._turn = FileLock(f"{self._cache_file._index_path}.lock", timeout=COMPILING_S)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         loaded = super().load_overload(signature, context)
         if loaded is None:
-            _say_once("compiling loops: this takes some seconds, once for an installation")
+            with suppress(OSError):  # too late, or a folder without locks: it compiles, too
+                self._turn.acquire()
+            loaded = super().load_overload(signature, context)
+            if loaded is None:
+                _say_once("compiling loops: this takes some seconds, once for an installation")
+            else:
+                self._turn.release(force=True)
         return loaded
 
     def save_overload(self, *entry: Any) -> None:
         with suppress(OSError):  # a full disk or lost rights cost time in the next process, and nothing else
             super().save_overload(*entry)
+        self._turn.release(force=True)
 
     def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
         fields = tuple(getattr(argument, "fields", ()) for argument in signature)  # of named tuples

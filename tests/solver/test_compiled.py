@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,16 @@ def test_machine_code_is_kept_until_a_callee_or_a_constant_of_another_file_chang
         assert first == [value, 0]
         assert logged.count("once for an installation") == 1
         assert call(tmp_path) == ([value, 1], "")
+
+
+@pytest.mark.slow
+def test_of_processes_that_begin_at_once_one_compiles(tmp_path: Path) -> None:
+    (tmp_path / "caller.py").write_text(CALLER)
+    (tmp_path / "callee.py").write_text(CALLEE.format(step=1, operator="+"))
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(call, [tmp_path] * 3))
+    assert sorted(result for result, _ in results) == [[7, 0], [7, 1], [7, 1]]
+    assert sum("once for an installation" in logged for _, logged in results) == 1
 
 
 @pytest.mark.slow
