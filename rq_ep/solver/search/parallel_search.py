@@ -28,7 +28,6 @@ class Effort:
     max_moves: int  # attempted in each layer, all rounds together
     seed: int
     tail_weight: float = 0.0
-    num_workers: int = 1
     deadline: float | None = None  # of `time.monotonic`
 
     def is_over(self) -> bool:
@@ -46,10 +45,21 @@ class _LayerTask:
     entropy: tuple[int, ...]
 
 
+class OrderedMap(Protocol):
+    """The built-in `map` of one iterable, or one that runs on processes."""
+
+    def __call__(self, function: Callable[[Task], Done], tasks: Iterable[Task], /) -> Iterator[Done]:
+        """The function's results, in the order of the tasks."""
+
+
 def search_layers(
-    layers: Sequence[LayerSplit], limits: Sequence[LayerLimits], effort: Effort, on_progress: Callable[[float], None]
+    layers: Sequence[LayerSplit],
+    limits: Sequence[LayerLimits],
+    effort: Effort,
+    run: OrderedMap,
+    on_progress: Callable[[float], None],
 ) -> list[LayerSplit]:
-    """Improve all layers, whose `limits` share `free_R` and `move_budget`. The result does not depend on `num_workers`.
+    """Improve all layers, whose `limits` share `free_R` and `move_budget`. The result does not depend on `run`.
 
     In a round, each rank's free bytes are lent to one layer, and bytes that may still be moved are divided evenly, so
     that layers do not depend on one another.
@@ -57,31 +67,30 @@ def search_layers(
     layers = list(layers)
     num_layers = len(layers)
     free_R, move_budget = limits[0].free_R, limits[0].move_budget
-    with process_map(effort.num_workers, num_layers) as run:
-        for round_index in range(NUM_ROUNDS):
-            lent_LR = np.zeros((num_layers, len(free_R)), np.int64)
-            lent_LR[(np.arange(len(free_R)) + round_index) % num_layers, np.arange(len(free_R))] = free_R
-            share = int(move_budget[0]) // num_layers
-            price = limits[0].price * DEARER ** (NUM_ROUNDS - 1 - round_index)
-            tasks = [
-                _LayerTask(
-                    layers[i],
-                    limits[i]._replace(free_R=lent_LR[i], move_budget=np.array([share]), price=price),
-                    effort,
-                    (effort.seed, i, round_index),
-                )
-                for i in range(num_layers)
-            ]
-            free_R[:] = 0
-            move_budget[0] -= share * num_layers
-            for i, improved in enumerate(run(_improved, tasks)):
-                layers[i] = improved.layer
-                free_R += improved.limits.free_R
-                move_budget += improved.limits.move_budget
-                on_progress((round_index + (i + 1) / num_layers) / NUM_ROUNDS)
-            add_replicas(layers, limits, effort.is_over)
-            if effort.is_over():
-                break
+    for round_index in range(NUM_ROUNDS):
+        lent_LR = np.zeros((num_layers, len(free_R)), np.int64)
+        lent_LR[(np.arange(len(free_R)) + round_index) % num_layers, np.arange(len(free_R))] = free_R
+        share = int(move_budget[0]) // num_layers
+        price = limits[0].price * DEARER ** (NUM_ROUNDS - 1 - round_index)
+        tasks = [
+            _LayerTask(
+                layers[i],
+                limits[i]._replace(free_R=lent_LR[i], move_budget=np.array([share]), price=price),
+                effort,
+                (effort.seed, i, round_index),
+            )
+            for i in range(num_layers)
+        ]
+        free_R[:] = 0
+        move_budget[0] -= share * num_layers
+        for i, improved in enumerate(run(_improved, tasks)):
+            layers[i] = improved.layer
+            free_R += improved.limits.free_R
+            move_budget += improved.limits.move_budget
+            on_progress((round_index + (i + 1) / num_layers) / NUM_ROUNDS)
+        add_replicas(layers, limits, effort.is_over)
+        if effort.is_over():
+            break
     return layers
 
 
@@ -92,18 +101,12 @@ def _improved(task: _LayerTask) -> _LayerTask:
     return _LayerTask(layer, task.limits, task.effort, task.entropy)
 
 
-class OrderedMap(Protocol):
-    """The built-in `map` of one iterable, or one that runs on processes."""
-
-    def __call__(self, function: Callable[[Task], Done], tasks: Iterable[Task], /) -> Iterator[Done]:
-        """The function's results, in the order of the tasks."""
-
-
 @contextmanager
 def process_map(num_processes: int, num_tasks: int) -> Iterator[OrderedMap]:
     """A `map` over processes, no more of them than there are tasks; results come in order.
 
-    The function and the tasks must be picklable. With one process everything stays in this one.
+    The processes start at once, beside what is done before the first call. The function and the tasks must be
+    picklable. With one process everything stays in this one.
     """
     num_processes = min(num_processes, num_tasks)
     if num_processes <= 1:
@@ -111,4 +114,10 @@ def process_map(num_processes: int, num_tasks: int) -> Iterator[OrderedMap]:
         return
     # Spawned: a forked process would inherit the locks of the threads that numerical libraries keep.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in range(num_processes):
+            pool.submit(_load_search)
         yield pool.map
+
+
+def _load_search() -> None:
+    """Nothing: that a process can do it, it has to import the search."""

@@ -18,7 +18,7 @@ from rq_ep.solver.search.greedy_fill import add_replicas
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.local_search import tail_weighted_mean
 from rq_ep.solver.search.neighborhood import LayerLimits
-from rq_ep.solver.search.parallel_search import Effort, search_layers
+from rq_ep.solver.search.parallel_search import Effort, OrderedMap, search_layers
 
 UNLIMITED = 2**60
 
@@ -42,10 +42,13 @@ class SearchContext:
     allowed_LER: BoolArray
     fixed_LER: BoolArray
     effort: Effort
+    run: OrderedMap  # over layers
     current: Solution | None  # the placement that serves already
 
     @classmethod
-    def of(cls, problem: PlacementProblem, max_moves: int, current: Placement | None) -> "SearchContext":
+    def of(
+        cls, problem: PlacementProblem, max_moves: int, current: Placement | None, run: OrderedMap = map
+    ) -> "SearchContext":
         """Raises a `UserError` if `current` has formats that the problem may not use."""
         stats, topology = problem.stats, problem.topology
         formats = Formats.of(problem)
@@ -65,7 +68,8 @@ class SearchContext:
             np.array(problem.budget_bytes_R or [UNLIMITED] * topology.num_ranks, np.int64),
             problem.rules.allowed_LER(stats, topology),
             problem.rules.fixed_LER(stats, topology),
-            Effort(max_moves, problem.seed, problem.tail_weight, problem.num_workers, deadline),
+            Effort(max_moves, problem.seed, problem.tail_weight, deadline),
+            run,
             serving,
         )
 
@@ -172,7 +176,7 @@ class SearchState:
 
     def search(self, on_progress: Callable[[float], None]) -> None:
         """Improve every layer by local search."""
-        self.layers = search_layers(self.layers, self.limits, self.context.effort, on_progress)
+        self.layers = search_layers(self.layers, self.limits, self.context.effort, self.context.run, on_progress)
 
 
 def _limits(context: SearchContext, initial: Solution) -> list[LayerLimits]:

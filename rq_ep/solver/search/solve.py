@@ -30,6 +30,7 @@ from rq_ep.solver.search.initial_solutions import (
     random_solutions,
 )
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH
+from rq_ep.solver.search.parallel_search import process_map
 from rq_ep.solver.search.ruin_recreate import ruin_and_recreate
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution
 from rq_ep.solver.search.spare_replicas import drop_spares
@@ -63,32 +64,39 @@ def solve(
         UserError: the budget is too small (the message says how many bytes would do), or `current` has formats that
             the problem may not use.
     """
-    recorded = calibration_steps(problem, max_steps)
-    steps = denoise_steps(problem, recorded)
     num_moves = max_moves if current is None else max_moves // FEWER_FROM_CURRENT
-    context = SearchContext.of(problem, num_moves, current)
-    if context.current is not None:
-        best = _search(context, steps, completed(context, steps, context.current))
-    else:
-        known = known_solutions(context, [contiguous(problem), *candidates])
-        alone, together = constructed(context, steps)
-        begun = [solutions for solutions in ([*known, *alone], together) if solutions]
-        states = []
-        for number, solutions in enumerate(begun):
-            part = _share_of_time(context, number, len(begun))
-            states.append(_best_search(part, steps, solutions))
-        best = _least_damage(states)
-        are_recorded = all(one is other for one, other in zip(steps, recorded, strict=True))
-        rating = best.rating if are_recorded else _rating(context, recorded, best.solution)
-        for solution in known:  # on recorded steps, the result must not be worse than any of these
-            could_win = least_value(context, recorded, solution) < rating[0] + ROUNDING
-            if could_win and _rating(context, recorded, solution) < rating:
-                steps, best = recorded, _search(context, recorded, solution)
-                rating = best.rating
-    solution = best.solution if context.current is not None else _refined(context, steps, best)
+    with process_map(problem.num_workers, problem.stats.num_layers) as run:
+        context = SearchContext.of(problem, num_moves, current, run)
+        solution = _solution(context, calibration_steps(problem, max_steps), candidates)
     placement = certified(problem, strategy, max_steps, context.formats, solution.held_LER, solution.format_LE)
     problem.on_progress(1.0)
     return placement
+
+
+def _solution(
+    context: SearchContext, recorded: list[LayerSteps], candidates: Sequence[Sequence[LayerPlacement]]
+) -> Solution:
+    """The best solution that the search finds for these steps, from the current one, if there is one."""
+    problem = context.problem
+    steps = denoise_steps(problem, recorded)
+    if context.current is not None:
+        return _search(context, steps, completed(context, steps, context.current)).solution
+    known = known_solutions(context, [contiguous(problem), *candidates])
+    alone, together = constructed(context, steps)
+    begun = [solutions for solutions in ([*known, *alone], together) if solutions]
+    states = []
+    for number, solutions in enumerate(begun):
+        part = _share_of_time(context, number, len(begun))
+        states.append(_best_search(part, steps, solutions))
+    best = _least_damage(states)
+    are_recorded = all(one is other for one, other in zip(steps, recorded, strict=True))
+    rating = best.rating if are_recorded else _rating(context, recorded, best.solution)
+    for solution in known:  # on recorded steps, the result must not be worse than any of these
+        could_win = least_value(context, recorded, solution) < rating[0] + ROUNDING
+        if could_win and _rating(context, recorded, solution) < rating:
+            steps, best = recorded, _search(context, recorded, solution)
+            rating = best.rating
+    return _refined(context, steps, best)
 
 
 def _best_search(context: SearchContext, steps: Sequence[LayerSteps], solutions: Sequence[Solution]) -> SearchState:
