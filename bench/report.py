@@ -342,11 +342,12 @@ def _replan() -> str:
                 f"{experts}, {ranks}", f"{row['price']:g}",
                 *(f"{row[key]:.3f}" for key in ("stale", "replanned", "fresh")),
                 *(f"{row[key]:.0%}" for key in ("gain_share", "moved_of_eplb")), str(row["rounds"]),
+                " / ".join(f"{row[f'half_step{order}']:,}" for order in ("", "_low_first", "_native_first")),
                 *(f"{row[key]:.1f}" for key in ("cpu_s", "fresh_cpu_s")),
             ]
         )  # fmt: skip
     header = ["experts, ranks", "price", "stale", "planned again", "placed anew", "gain", "bytes, of EPLB's map change"]
-    return _table([*header, "rounds", "CPU s, again", "CPU s, anew"], lines)
+    return _table([*header, "rounds", "steps to half of the gain", "CPU s, again", "CPU s, anew"], lines)
 
 
 def _drift() -> str:
@@ -530,9 +531,19 @@ def _rebalance_cost() -> str:
     for name, gap_ms in part["longest_gap_ms"].items():
         p99_ms = median(row["p99_itl_ms"] for row in part["rows"] if row["server"] == name)
         ratios = (part["ratios"][figure].get(name, 1.0) for figure in ("output_throughput", "p99_itl_ms"))
-        moves = str(part["num_committed"].get(name, 0))
-        lines.append([name, *(f"{ratio:.2f}" for ratio in ratios), f"{p99_ms:.0f}", f"{gap_ms:.0f}", moves])
-    header = ["server", "tokens/s / off", "p99 ITL / off", "p99 ITL, ms", "longest gap, ms", "re-placements"]
+        moves, peak_bytes = part["num_committed"].get(name, 0), part["peak_bytes"].get(name)
+        shown = [f"{p99_ms:.0f}", f"{gap_ms:.0f}", str(moves)]
+        shown.append("-" if peak_bytes is None else f"{peak_bytes / 2**20:,.0f}")
+        lines.append([name, *(f"{ratio:.2f}" for ratio in ratios), *shown])
+    header = [
+        "server",
+        "tokens/s / off",
+        "p99 ITL / off",
+        "p99 ITL, ms",
+        "longest gap, ms",
+        "re-placements",
+        "MiB of a rank",
+    ]
     return _table(header, lines)
 
 

@@ -10,9 +10,9 @@ domains  Traffic whose text changes its domain, the same requests to one server 
          calibrated on the first domain; the same, and `eplb`, with `--rebalance auto`; `rq` that begins with no
          statistics at all.
 cost     Traffic that changes so often that the placement is replaced again and again, on a model of large experts
-         (`bench.serving.large_experts`): armed and never moving, planning as often and never moving, moving, and the
-         moves made while the whole group waits (`bench.serving.stop_the_world`); each in turns with a server that is
-         off.
+         (`bench.serving.large_experts`): armed and never moving, planning as often and never moving, moving, moving
+         a few bytes a step (`--rebalance-bytes-per-step`), and the moves made while the whole group waits
+         (`bench.serving.stop_the_world`); each in turns with a server that is off.
 answers  Greedy answers in fp32 across re-placements, each compared with the dense model's as `soak` does.
 
 The last two let `rq` move every 16 steps to whatever it has planned (`bench.serving.restless`), without its gate.
@@ -58,7 +58,7 @@ from bench.serving.rebalance_figures import (
     share_of_gain,
     spread,
 )
-from bench.serving.server_process import NAME, server
+from bench.serving.server_process import NAME, own_bytes, rank_processes, server
 from bench.serving.soak import dense_answer, is_right
 from rq_ep.commands.console import wide_console
 from rq_ep.core.errors import UserError, check_choice
@@ -79,6 +79,7 @@ PARTS = ("domains", "cost", "answers")
 STOP_THE_WORLD = "bench.serving.stop_the_world"
 RESTLESS = "bench.serving.restless:Restless"
 LARGE_TOKENS = 2048  # of the calibration of large experts
+PACE = "4MiB"  # of an expert that leave a rank in a step at most, where moves are spread over steps
 STRETCHES = 8  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
@@ -214,7 +215,7 @@ class Workload:
         self.console.print(f"starting {name} (log: {log})")
         settings = ["--model", model, "--device", "cpu", *arguments]
         with server(self.options.num_ranks, settings, log, module) as (url, process):
-            yield Served(name, url, process)
+            yield Served(name, url, process, tuple(rank_processes(process).values()))
 
 
 @dataclass
@@ -224,11 +225,13 @@ class Served:
     name: str
     url: str
     process: psutil.Process
+    ranks: tuple[psutil.Process, ...]
     samples: list[LoadSample] = field(default_factory=list)
     placements: list[tuple[float, Placement]] = field(default_factory=list)  # seconds since the epoch; the first serves
     answers: list[Answer] = field(default_factory=list)
     planner_s: float = 0.0  # CPU time of its planner process while requests were under way
     busy_s: float = 0.0  # in which requests were under way
+    peak_bytes: int = 0  # of its own that any of its ranks had while requests were under way
 
     def ask(self, jobs: Sequence[Job], max_concurrency: int) -> list[Answer]:
         """Send the requests, and record the server meanwhile."""
@@ -272,6 +275,7 @@ class Served:
             self._look()
 
     def _look(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, *map(own_bytes, self.ranks))
         total = self._get("/v1/ep/load")["total"]
         if total is not None:
             sample = LoadSample.of(time.time(), total)
@@ -410,7 +414,8 @@ def cost(bench: Workload) -> dict[str, Any]:
     large, placement = bench.folder / "large", bench.folder / "large.json"
     large_experts(large, options.num_experts, options.intermediate_size)
     native = bench.formats[:1]  # low bits may have to move, whatever it gains, when they exceed their cap
-    bench.place("rq", bench.calibrate(large, bench.domains[0], native, LARGE_TOKENS), native).save(placement)
+    stats = bench.calibrate(large, bench.domains[0], native, LARGE_TOKENS)
+    bench.place("rq", stats, native).save(placement)
     rq, restless = (["--strategy", name, "--placement", str(placement)] for name in ("rq", RESTLESS))
     auto, never = ["--rebalance", "auto"], ["--rebalance-min-gain", "1000"]
     ends = (bench.domains[0], bench.domains[-1])
@@ -422,12 +427,14 @@ def cost(bench: Workload) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     states: dict[str, dict[str, Any]] = {}
     planner_share: dict[str, float] = {}
+    peak_bytes: dict[str, int] = {}
     with bench.start("off", str(large), *rq) as off:
         warm_up(bench, off)
         for name, arguments, module in (
             ("armed", [*rq, *auto, *never], "rq_ep.serve"),
             ("planning", [*restless, *auto, *never], "rq_ep.serve"),
             ("moving", [*restless, *auto], "rq_ep.serve"),
+            ("moving, paced", [*restless, *auto, "--rebalance-bytes-per-step", PACE], "rq_ep.serve"),
             ("stop-the-world", [*restless, *auto], STOP_THE_WORLD),
         ):
             with bench.start(name, str(large), *arguments, module=module) as served:
@@ -439,6 +446,7 @@ def cost(bench: Workload) -> dict[str, Any]:
                         bench.console.print(f"{name}, round {number}: {one.name}: {brief(rows[-1])}")
                 states[name] = served.state()
                 planner_share[name] = served.planner_s / served.busy_s
+                peak_bytes[name] = served.peak_bytes
     ratios = {
         figure: {
             name: ratio_by_round([row for row in rows if row["beside"] == name], figure, name, "off") for name in states
@@ -457,6 +465,9 @@ def cost(bench: Workload) -> dict[str, Any]:
             name: median(row["longest_gap_ms"] for row in rows if row["server"] == name) for name in ("off", *states)
         },
         "planner_share": planner_share,
+        "peak_bytes": peak_bytes,
+        "room_bytes": max(stats.expert_bytes.values()),
+        "pace": PACE,
         "num_lost": sum(row["num_lost"] for row in rows),
     }
 

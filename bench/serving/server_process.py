@@ -65,6 +65,13 @@ def rank_processes(launcher: psutil.Process) -> dict[int, psutil.Process]:
     return ranks
 
 
+def own_bytes(process: psutil.Process) -> int:
+    """Memory that a process has beside the files that it has mapped, such as a checkpoint."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    sizes = dict(line.split(":", 1) for line in lines)
+    return sum(int(sizes[kind].split()[0]) * 1024 for kind in ("RssAnon", "RssShmem"))
+
+
 def pin_ranks(launcher: psutil.Process) -> None:
     """Bind each rank of a group, with all of its threads, to a core of its own as far as there are enough."""
     cores = sorted(os.sched_getaffinity(0))

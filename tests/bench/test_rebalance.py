@@ -101,14 +101,17 @@ def parts() -> dict[str, Any]:
     ]
     return {
         "cost": {
-            "num_committed": {"moving": 21, "stop-the-world": 20},
+            "num_committed": {"moving": 21, "moving, paced": 9, "stop-the-world": 20},
             "ratios": {
-                "p99_itl_ms": {"planning": 1.1, "moving": 1.21},
+                "p99_itl_ms": {"planning": 1.1, "moving": 1.21, "moving, paced": 1.1},
                 "output_throughput": {"armed": 0.995},
             },
             "noise": {"p99_itl_ms": 1.04, "output_throughput": 1.02},
             "longest_gap_ms": {"off": 40.0, "moving": 50.0, "stop-the-world": 500.0},
             "planner_share": {"moving": 0.05, "armed": 0.01},
+            "peak_bytes": {"armed": 900 << 20, "moving": 905 << 20},
+            "room_bytes": 12 << 20,
+            "pace": "4MiB",
         },
         "answers": {"num_requests": 2000, "num_committed": 25, "num_lost": 0, "num_wrong": 1},
         "domains": {
@@ -152,7 +155,7 @@ def test_value_and_the_way_from_nothing_are_taken_on_steps_that_were_not_placed_
         for name, row in loads.items()
     }  # fmt: skip
     before, after = (bench.place("rq", bench.halves(name)[0]) for name in loads)
-    served = Served("rq live", "", None)  # type: ignore[arg-type]  # no process
+    served = Served("rq live", "", None, ())  # type: ignore[arg-type]  # no process
     served.samples = [LoadSample(0.0, (1,), (1.0,), ((0, 0),)), LoadSample(10.0, (9,), (1.0,), ((8192, 8192),))]
     served.placements = [(0.0, before), (7.5, after)]
     value = value_after_change(bench, served, [{"server": "rq live", "moved_bytes": 100}], 8192)
