@@ -15,4 +15,4 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-pytest --numprocesses 2 --dist loadgroup "$@"  # one worker for tests that start processes, one for the others
+pytest --numprocesses 2 --dist loadfile "$@"  # a module is run by one worker: its fixtures are made once

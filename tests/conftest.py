@@ -34,19 +34,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("strategy_name", names)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what reads the trained checkpoint, which `launch/test.sh --fast` leaves out; say what runs in turn."""
+    """Mark what reads the trained checkpoint, which `launch/test.sh --fast` leaves out."""
     if config.getoption("--strategy"):
         names = {"strategy_name", "variant_of"}
         items[:] = [item for item in items if names & set(getattr(item, "fixturenames", ()))]
-    is_parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
         if "tiny_checkpoint" in getattr(item, "fixturenames", ()):
             item.add_marker("trains")
-        if is_parallel:  # one worker starts processes, the others have a core left; a module's fixtures are made once
-            group = "processes" if item.get_closest_marker("dist") else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
