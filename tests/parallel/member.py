@@ -121,6 +121,11 @@ def reform_often(state: State, generations: range, members: list[int], store: tu
     for generation in generations[1:]:
         reform(state, generation, members, store)
         state.group.barrier()
+    return growth_since(before)
+
+
+def growth_since(before: tuple[int, int, int]) -> str:
+    """What this process has in use beyond `before`, once what ends by itself has had time to; empty if nothing."""
     for _ in range(100):
         after = in_use()
         if after <= before:

@@ -15,7 +15,7 @@ import torch
 from rq_ep.parallel.ep_group import MessagesLost
 from rq_ep.parallel.processes.node_messages import SEGMENT_BYTES, NodeLink, open_links, portions
 from rq_ep.parallel.processes.seat import Seat
-from tests.parallel.member import Member, State, in_use, open_store, reform
+from tests.parallel.member import Member, State, growth_since, in_use, open_store, reform
 
 MEMBERS = [0, 1, 2]
 
@@ -146,12 +146,7 @@ def reconnect_often(state: State, numbers: range) -> str:
         state.channel.reconnect(number)
         assert exchange_sizes(state) == []
         before = before or in_use()
-    for _ in range(100):
-        after = in_use()
-        if after <= before:
-            return ""
-        time.sleep(0.1)
-    return f"{before} before, {after} after"
+    return growth_since(before)
 
 
 def exchange_until_lost(state: State, peers: list[int]) -> str:
