@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint, and its processor of images.
 
-The HTTP process reads them too, so this module imports none that imports torch.
+The HTTP process reads tokenizers where transformers finds no torch, so this module imports none that needs it.
 """
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rq_ep.core.errors import UserError
@@ -61,6 +61,8 @@ def read_processor(path: str | Path) -> Any:
     Raises:
         UserError: it has none, or one that does not work here, with the package that is missing.
     """
+    from transformers import AutoProcessor  # imports torch
+
     with transformers_errors(f"the processor of images of {path}"):
         try:
             processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)

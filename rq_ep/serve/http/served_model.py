@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,10 @@ async def read_served_model(checked: Checked, config: ServeConfig) -> ServedMode
 
 
 def _read_tokenizer(folder: str) -> Any:
+    # Transformers imports torch where it finds it, which would take this process seconds, and tokenizers need none.
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say that there is no such module
+        logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.msg)
     from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer  # slow: /health does not wait for it
 
     return read_tokenizer(folder)
