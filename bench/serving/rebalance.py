@@ -43,6 +43,7 @@ from rich.table import Table
 from bench.options import bench_parser, check_positive
 from bench.serving.large_experts import large_experts
 from bench.serving.load_generator import Answer, Job, drive, random_jobs
+from bench.serving.local_client import local_client
 from bench.serving.parts import run_parts
 from bench.serving.rebalance_figure import draw
 from bench.serving.rebalance_figures import (
@@ -215,7 +216,7 @@ class Workload:
         self.console.print(f"starting {name} (log: {log})")
         settings = ["--model", model, "--device", "cpu", *arguments]
         with server(self.options.num_ranks, settings, log, module) as (url, process):
-            yield Served(name, url, process, tuple(rank_processes(process).values()))
+            yield Served(name, url, process, tuple(rank_processes(process).values()), local_client(url, 30))
 
 
 @dataclass
@@ -226,6 +227,7 @@ class Served:
     url: str
     process: psutil.Process
     ranks: tuple[psutil.Process, ...]
+    client: httpx.Client
     samples: list[LoadSample] = field(default_factory=list)
     placements: list[tuple[float, Placement]] = field(default_factory=list)  # seconds since the epoch; the first serves
     answers: list[Answer] = field(default_factory=list)
@@ -287,7 +289,7 @@ class Served:
             self.placements.append((at_s, Placement.from_dict(self._get("/v1/ep/placement"))))
 
     def _get(self, path: str) -> Any:
-        return httpx.get(self.url + path, timeout=30, trust_env=False).json()
+        return self.client.get(path).json()
 
     def _planner_cpu_s(self) -> float:
         for child in self.process.children(recursive=True):

@@ -48,6 +48,7 @@ from bench.options import bench_parser, check_positive
 from bench.serving.balance import SHAPE, model_config
 from bench.serving.grammar_masks import mask_rows
 from bench.serving.load_generator import TIMEOUT_S, Job, random_jobs
+from bench.serving.local_client import local_client
 from bench.serving.parts import run_parts
 from bench.serving.random_checkpoint import random_checkpoint
 from bench.serving.server_process import NAME, cpu_s, pinned_apart, server
@@ -146,6 +147,7 @@ class Bench:
 
     def __init__(self, url: str, process: psutil.Process, options: argparse.Namespace) -> None:
         self._url = url
+        self._client = local_client(url, TIMEOUT_S)
         self._process = process
         self._options = options
         self._random = random.Random(options.seed)
@@ -212,13 +214,13 @@ class Bench:
         return {"rows": rows}
 
     def _post(self, body: Mapping[str, Any]) -> Any:
-        response = httpx.post(f"{self._url}/v1/completions", json=body, timeout=TIMEOUT_S, trust_env=False)
+        response = self._client.post("/v1/completions", json=body)
         _check([None if response.status_code == 200 else response.text])
         return response.json()
 
     def _num_pairs(self) -> float:
         time.sleep(SETTLE_S)
-        text = httpx.get(f"{self._url}/metrics", trust_env=False).text
+        text = self._client.get("/metrics").text
         samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
         return sum(sample.value for sample in samples if sample.name == "rq_ep_tokens_routed_total")
 

@@ -3,9 +3,9 @@
 import re
 from typing import Any, NamedTuple, Self
 
-import httpx
 import numpy as np
 
+from bench.serving.local_client import local_client
 from rq_ep.core.arrays import FloatArray, IntArray
 
 COMPUTE_S = re.compile(r"^rq_ep_compute_seconds_total\{.*\} (\S+)$", re.MULTILINE)
@@ -23,7 +23,7 @@ class ServedLoads(NamedTuple):
     @classmethod
     def read(cls, url: str) -> Self:
         """Read a server that has answered requests, the last of them `SETTLED_S` ago."""
-        with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        with local_client(url, 60) as client:
             total = client.get("/v1/ep/load").raise_for_status().json()["total"]
             (compute_s,) = COMPUTE_S.findall(client.get("/metrics").raise_for_status().text)
         calls_L = np.array(total["num_calls_L"])

@@ -12,6 +12,7 @@ from typing import IO
 import httpx
 import psutil
 
+from bench.serving.local_client import local_client
 from bench.serving.ports import free_port
 from rq_ep.config import child_environment
 from rq_ep.core.errors import UserError
@@ -123,9 +124,10 @@ def _start(command: list[str], log: IO[bytes]) -> psutil.Process:
 
 def _wait_until_well(process: psutil.Process, url: str, log: Path) -> None:
     end_s = time.monotonic() + START_TIMEOUT_S
+    client = local_client(url)
     while time.monotonic() < end_s and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         try:
-            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+            if client.get("/health").status_code == 200:
                 return
         except httpx.TransportError:
             pass

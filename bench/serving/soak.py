@@ -23,7 +23,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import httpx
 import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bench.options import bench_parser, check_positive
 from bench.result import result_document
 from bench.serving.load_generator import Answer, Job, drive, random_jobs
+from bench.serving.local_client import local_client
 from bench.serving.server_process import NAME, server
 from rq_ep.core.files.documents import check_writable, write_json
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
@@ -194,6 +194,7 @@ def is_right(answer: Answer, expected: dict[Job, list[tuple[int, float]]], token
 def _unfinished(url: str) -> int:
     """Requests left in the server a second after the last client has gone."""
     time.sleep(1)
-    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    with local_client(url) as client:
+        lines = client.get("/metrics").text.splitlines()
     values = [line.rpartition(" ")[2] for line in lines if line.startswith("rq_ep_num_requests_unfinished{")]
     return int(float(values[0]))

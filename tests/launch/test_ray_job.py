@@ -46,7 +46,7 @@ def actors(server: Server) -> list[psutil.Process]:
 
 def members(server: Server) -> list[int]:
     try:
-        members: list[int] = httpx.get(f"{server.url}/v1/ep/ranks", timeout=60).json()["members"]
+        members: list[int] = server.client.get("/v1/ep/ranks").json()["members"]
     except (httpx.TransportError, ValueError):
         return []
     return members
@@ -65,15 +65,15 @@ def test_a_server_goes_on_when_an_actor_dies_and_comes_back_when_all_have_died(
     arguments += ["--placement", str(tmp_path / "placement.json")]
     body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "stream": True, "ignore_eos": True}
     with running(tmp_path / "log", 2, *arguments, launcher=ray) as server:
-        url = f"{server.url}/v1/completions"
-        with httpx.stream("POST", url, json=body, timeout=120) as answer:
+        url = "/v1/completions"
+        with server.client.stream("POST", url, json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
             actors(server)[1].kill()
             last = [line for line in lines if line][-1]
         assert last == "data: [DONE]"
         until(lambda: members(server) == [0, 1] and "the other ranks go on" in server.log.read_text())
-        with httpx.stream("POST", url, json=body, timeout=120) as answer:
+        with server.client.stream("POST", url, json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
             for actor in actors(server):
@@ -81,7 +81,7 @@ def test_a_server_goes_on_when_an_actor_dies_and_comes_back_when_all_have_died(
             last = [line for line in lines if line][-1]
         assert "the server failed: " in last
         server.wait_until_ready()
-        again = httpx.post(url, json={**body, "max_tokens": 3, "stream": False}, timeout=120).json()
+        again = server.client.post(url, json={**body, "max_tokens": 3, "stream": False}).json()
         assert again["usage"]["completion_tokens"] == 3
         server.process.terminate()
         assert server.wait(server.tree(), 120) == 0

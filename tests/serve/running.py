@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from bench.serving.local_client import local_client
 from bench.serving.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,7 @@ class Server:
     def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         self.process = process
         self.url = url
+        self.client = local_client(url, 120)
         self.log = log
         self.seen: list[str] = []  # what /health said until it was well
 
@@ -109,7 +111,7 @@ class Server:
         while time.monotonic() < end_s:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             try:
-                answer = httpx.get(f"{self.url}/health")
+                answer = self.client.get("/health", timeout=5)
                 if answer.status_code == 200:
                     return
                 self.seen.append(answer.json()["error"]["message"])
@@ -179,6 +181,7 @@ def running(log: Path, num_ranks: int, *arguments: str, launcher: Launcher = tor
             yield server
         finally:
             now = server.tree() if process.poll() is None else []  # others than at the start, if it was restarted
+            server.client.close()
             for left in {*processes, *now}:
                 try:
                     left.kill()

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -48,8 +47,8 @@ def test_a_served_answer_is_that_of_the_same_bytes(files: dict[str, Path], tmp_p
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1, "ignore_eos": True}
     more = ["--served-model-name", "tiny", "--dtype", "float32", "--device", "cpu"]
     with running(tmp_path / "log", NUM_RANKS, *flags, *more) as server:
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()["choices"][0]
-        info = httpx.get(f"{server.url}/server_info").json()
+        answer = server.client.post("/v1/completions", json=body).json()["choices"][0]
+        info = server.client.get("/server_info").json()
     assert str(files["experts"]) in str(info)
 
     tokenizer = read_tokenizer(files["model"])

@@ -139,7 +139,7 @@ def test_a_killed_rank_ends_the_group_and_is_named(
             capfd.readouterr().err
         )
 
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.rank(1).kill()
@@ -150,4 +150,4 @@ def test_a_killed_rank_ends_the_group_and_is_named(
         assert server.wait(processes, 120) != 0
     assert "the group has failed: rank 1 died" in log.read_text()
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{server.url}/health")
+        server.client.get("/health")

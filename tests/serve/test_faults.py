@@ -20,7 +20,6 @@ from tests.serve.running import Server, restarting, running, until
 MODEL = "tiny"
 NUM_RANKS = 2
 ERROR_WITHIN_S = 60  # long before the collectives of the other ranks time out
-CLIENT = httpx.Client(timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -37,7 +36,7 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 def ask(server: Server, **body: Any) -> httpx.Response:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 4, "temperature": 0, "ignore_eos": True, **body}
-    return CLIENT.post(f"{server.url}/v1/completions", json=body)
+    return server.client.post("/v1/completions", json=body)
 
 
 def answered(server: Server) -> None:
@@ -47,7 +46,7 @@ def answered(server: Server) -> None:
 
 
 def unfinished(server: Server) -> float:
-    lines = CLIENT.get(f"{server.url}/metrics").text.splitlines()
+    lines = server.client.get("/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("rq_ep_num_requests_unfinished{"))
 
 
@@ -73,22 +72,24 @@ def fault(server: Server, rank: int, number: signal.Signals, bodies: list[dict[s
 
 def healthy(server: Server) -> bool:
     try:
-        return CLIENT.get(f"{server.url}/health").status_code == 200
+        return server.client.get("/health").status_code == 200
     except httpx.TransportError:
         return False
 
 
 def test_a_poisoned_request_harms_only_itself(server: Server) -> None:
-    url = f"{server.url}/v1/completions"
     headers = {"Content-Type": "application/json"}
     good = ThreadPoolExecutor(1).submit(ask, server, max_tokens=300)
     assert ask(server, prompt="a" * 5000).status_code == 400
     assert ask(server, prompt=[5] * 20_000).status_code == 400
     assert ask(server, max_tokens=10**9).status_code == 400
     assert ask(server, prompt="x" * 10_000_000).status_code == 413
-    assert httpx.post(url, content=b'{"model": "tiny", "prompt": "\xff\xfe"}', headers=headers).status_code == 400
-    assert httpx.post(url, content=b'{"model": "tiny", "prompt": "\\ud800"}', headers=headers).status_code == 400
-    assert httpx.post(url, content=b"[" * 90_000, headers=headers).status_code == 400
+    for content in (
+        b'{"model": "tiny", "prompt": "\xff\xfe"}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b"[" * 90_000,
+    ):
+        assert server.client.post("/v1/completions", content=content, headers=headers).status_code == 400
     assert ask(server, stop=["\U0001f600"], seed=-(2**63)).status_code == 200
     assert good.result().json()["usage"]["completion_tokens"] == 300
 
@@ -137,7 +138,7 @@ def test_a_rank_killed_in_a_drain_is_named(server: Server) -> None:
         until(lambda: unfinished(server) == 1)
         rank_1 = server.rank(1)
         server.signal(0, signal.SIGTERM)
-        until(lambda: "draining" in CLIENT.get(f"{server.url}/health").text)
+        until(lambda: "draining" in server.client.get("/health").text)
         rank_1.kill()
         assert "the server failed: rank 1 died" in answer.result().json()["error"]["message"]
 

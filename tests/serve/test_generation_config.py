@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -33,7 +32,7 @@ def test_an_answer_stops_at_the_tokenizers_end_token_and_is_greedy_by_the_models
         (folder / name).write_text(json.dumps(document | changes))
     with running(tmp_path / "log", 1, "--model", str(folder), "--dtype", "float32", launcher=by_hand) as server:
         body = {"model": str(folder), "prompt": PROMPT, "max_tokens": 40}
-        choice = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+        choice = server.client.post("/v1/completions", json=body).json()
     assert choice["choices"][0]["text"] == bytes(answer[: answer.index(end)]).decode()
     assert choice["choices"][0]["finish_reason"] == "stop"
     assert choice["usage"]["completion_tokens"] == answer.index(end) + 1

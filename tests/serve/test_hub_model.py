@@ -3,7 +3,6 @@
 from copy import deepcopy
 from pathlib import Path
 
-import httpx
 import pytest
 
 from rq_ep.model.text.byte_tokenizer import byte_tokenizer
@@ -24,9 +23,9 @@ def test_a_name_of_the_hub_is_served_by_two_ranks_offline(tmp_path: Path, monkey
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with running(tmp_path / "log", 2, "--model", NAME, "--device", "cpu") as server:
-        assert [model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]] == [NAME]
+        assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == [NAME]
         body = {"model": NAME, "prompt": "once", "max_tokens": 4, "ignore_eos": True}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        answer = server.client.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == NAME
         assert answer.json()["usage"]["completion_tokens"] == 4

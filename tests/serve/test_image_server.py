@@ -48,7 +48,7 @@ class Chats:
             "max_tokens": MAX_TOKENS,
             "temperature": 0,
         }
-        return httpx.post(f"{self.server.url}/v1/chat/completions", json=body | fields, timeout=120)
+        return self.server.client.post("/v1/chat/completions", json=body | fields)
 
     def answer(self, *content: str | bytes) -> str:
         text: str = self.post(*content).raise_for_status().json()["choices"][0]["message"]["content"]
@@ -131,6 +131,6 @@ def test_what_cannot_be_answered_is_refused_and_the_server_goes_on(chats: Chats)
     assert "65 images, more than 64" in chats.refusal(*[RED] * 65)
     assert "the model's processor refuses the images" in chats.refusal("<|img|>", RED)
     assert "this server takes at most 128" in chats.post(RED, max_tokens=120).json()["error"]["message"]
-    assert httpx.get(f"{chats.server.url}/health").status_code == 200
+    assert chats.server.client.get("/health").status_code == 200
     assert chats.answer("b", BLUE) == chats.dense("b", BLUE)
     assert "images in chat" in preview(chats.config, 1, 1)

@@ -4,7 +4,6 @@ import signal
 import subprocess
 from pathlib import Path
 
-import httpx
 import openai
 import psutil
 import pytest
@@ -43,18 +42,18 @@ def test_it_begins_with_the_rank_that_is_there_and_the_other_joins_it(tiny_check
     with running(tmp_path / "log", 2, *arguments, launcher=by_ones) as server:
 
         def answer() -> str:
-            text: str = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+            text: str = server.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
             return text
 
         alone = answer()
         reason = "1 of 2 ranks serve: rank 1 is expected (it has not come yet)"
-        assert httpx.get(f"{server.url}/health").json() == {"status": "degraded", "reason": reason}
+        assert server.client.get("/health").json() == {"status": "degraded", "reason": reason}
         first = psutil.Process(server.process.pid)
         with (tmp_path / "late").open("wb") as log:
             environment = first.environ() | {"RANK": "1", "LOCAL_RANK": "1"}
             late = subprocess.Popen(first.cmdline(), env=environment, cwd=ROOT, stdout=log, stderr=log)
         try:
-            until(lambda: httpx.get(f"{server.url}/health").json() == {"status": "ok"})
+            until(lambda: server.client.get("/health").json() == {"status": "ok"})
             assert answer() == alone
             server.signal(0, signal.SIGTERM)
             assert (server.wait(server.tree(), 30), late.wait(30)) == (0, 0)

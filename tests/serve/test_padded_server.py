@@ -5,7 +5,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
 from rq_ep.config import ServeConfig
@@ -40,7 +39,7 @@ def test_requests_at_once_get_the_answers_of_generate(tiny_checkpoint: Path, tmp
 
     def ask(number: int) -> str:
         body = {"model": "tiny", "prompt": [number + 40] * (1 + 4 * number), "max_tokens": 6, "temperature": 0}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body | {"ignore_eos": True}, timeout=120)
+        answer = server.client.post("/v1/completions", json=body | {"ignore_eos": True})
         text: str = answer.raise_for_status().json()["choices"][0]["text"]
         return text
 

@@ -31,25 +31,24 @@ def test_a_server_becomes_balanced_by_itself_and_loses_no_request(tiny_checkpoin
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(json.dumps(settings))  # which is YAML too
     with running(tmp_path / "log", 2, "--config", str(tmp_path / "config.yaml")) as server:
-        first = httpx.get(f"{server.url}/v1/ep/placement").json()
+        first = server.client.get("/v1/ep/placement").json()
         assert {replica["format"] for layer in first["layers"] for replica in layer["replicas"]} == {"fp32"}
         assert first["bytes"] == first["budget_bytes"], "it starts in the bytes of standard EP"
-        httpx.post(f"{server.url}/v1/ep/record/start")
+        server.client.post("/v1/ep/record/start")
         statuses: list[int] = []
         is_over = threading.Event()
 
         def ask(number: int) -> None:
-            with httpx.Client(base_url=server.url, timeout=120) as client:
-                model = client.get("/v1/models").json()["data"][0]["id"]
-                for at in range(number, 10**6, 4):
-                    if is_over.is_set():
-                        return
-                    prompt = text[100 * at % 10_000 :][:100]
-                    body = {"model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
-                    statuses.append(client.post("/v1/completions", json=body).status_code)
+            model = server.client.get("/v1/models").json()["data"][0]["id"]
+            for at in range(number, 10**6, 4):
+                if is_over.is_set():
+                    return
+                prompt = text[100 * at % 10_000 :][:100]
+                body = {"model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+                statuses.append(server.client.post("/v1/completions", json=body).status_code)
 
         def state() -> dict[str, Any]:
-            return httpx.get(f"{server.url}/v1/ep/rebalance", timeout=60).json()
+            return server.client.get("/v1/ep/rebalance").json()
 
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
         for thread in threads:
@@ -62,21 +61,21 @@ def test_a_server_becomes_balanced_by_itself_and_loses_no_request(tiny_checkpoin
             for thread in threads:
                 thread.join()
         assert set(statuses) == {200}
-        recorded = httpx.post(f"{server.url}/v1/ep/record/stop", timeout=60).json()
+        recorded = server.client.post("/v1/ep/record/stop").json()
         # Another one may follow on the last steps.
-        until(lambda: json.loads(saved.read_text()) == httpx.get(f"{server.url}/v1/ep/placement").json())
+        until(lambda: json.loads(saved.read_text()) == server.client.get("/v1/ep/placement").json())
         until(lambda: state()["state"] == "idle")
         placement = Placement.load(saved)
         assert placement.budget_bytes_R is not None
         assert all(held <= most for held, most in zip(placement.bytes_R, placement.budget_bytes_R, strict=True))
         assert state()["moved_bytes"] > 0
-        metrics = httpx.get(f"{server.url}/metrics").text
+        metrics = server.client.get("/metrics").text
         assert 'result="committed"' in metrics
         trace = RoutingTrace.load(recorded["path"])
         shown_LE = trace.counts(2).sum(axis=(0, 2))  # logical experts, whatever moved
 
         def total_LE() -> np.ndarray:
-            return np.array(httpx.get(f"{server.url}/v1/ep/load").json()["total"]["counts_LE"])
+            return np.array(server.client.get("/v1/ep/load").json()["total"]["counts_LE"])
 
         until(lambda: total_LE().sum() >= shown_LE.sum())  # the figures come once a second
         counts_LE = total_LE()
@@ -94,16 +93,16 @@ def test_answers_in_the_native_format_are_the_same_before_amid_and_after_many_re
         "--model", str(tiny_checkpoint), "--strategy", "eplb", "--dtype", "float32",
         "--rebalance", "auto", "--rebalance-window", "32", "--rebalance-interval", "8",
     ]  # fmt: skip
-    with running(tmp_path / "log", 2, *settings) as server, httpx.Client(base_url=server.url, timeout=120) as client:
-        model = client.get("/v1/models").json()["data"][0]["id"]
+    with running(tmp_path / "log", 2, *settings) as server:
+        model = server.client.get("/v1/models").json()["data"][0]["id"]
         answers: dict[str, set[str]] = {}
         num_committed = 0
         while num_committed < 5:  # eplb takes whatever it plans
             for at in range(8):
                 body = {"model": model, "prompt": text[100 * at :][:100], "max_tokens": 16, "ignore_eos": True}
-                answer = client.post("/v1/completions", json=body | {"temperature": 0}).json()
+                answer = server.client.post("/v1/completions", json=body | {"temperature": 0}).json()
                 answers.setdefault(body["prompt"], set()).add(answer["choices"][0]["text"])
-            num_committed = client.get("/v1/ep/rebalance").json().get("results", {}).get("committed", 0)
+            num_committed = server.client.get("/v1/ep/rebalance").json().get("results", {}).get("committed", 0)
         assert all(len(of_prompt) == 1 for of_prompt in answers.values())
 
 
@@ -119,7 +118,7 @@ def changing_traffic(server: Server, text: str) -> Iterator[None]:
             prompt = text[300 * (at // 20) + number :][:60]
             body = {"model": "tiny", "prompt": prompt, "max_tokens": 6, "ignore_eos": True}
             try:
-                httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+                server.client.post("/v1/completions", json=body)
             except httpx.TransportError:
                 is_over.wait(0.2)
 
@@ -136,7 +135,7 @@ def changing_traffic(server: Server, text: str) -> Iterator[None]:
 
 def rebalancing(server: Server) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = httpx.get(f"{server.url}/v1/ep/rebalance", timeout=60).json()
+        state: dict[str, Any] = server.client.get("/v1/ep/rebalance").json()
     except (httpx.TransportError, ValueError):
         return {}
     return state
@@ -163,7 +162,7 @@ def test_a_rank_killed_amid_moves_brings_back_the_last_placement_and_a_shutdown_
         kept = json.loads(saved.read_text())
         until(lambda: rebalancing(server).get("state") == "idle", 240)
         assert rank.pid != server.rank(1).pid
-        answer = httpx.get(f"{server.url}/v1/ep/placement", timeout=60).json()
+        answer = server.client.get("/v1/ep/placement").json()
         assert answer["layers"] == kept["layers"], "the placement that was saved last"
         with changing_traffic(server, text):
             until(lambda: rebalancing(server).get("state") == "moving")

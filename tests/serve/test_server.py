@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import openai
 import psutil
@@ -168,7 +167,7 @@ def test_a_prompt_is_scored_as_the_dense_model_scores_it(client: openai.OpenAI, 
 
 
 def record(server: Server, action: str) -> Any:
-    return httpx.post(f"{server.url}/v1/ep/record/{action}", timeout=120).json()
+    return server.client.post(f"/v1/ep/record/{action}").json()
 
 
 def complete_three(client: openai.OpenAI, max_tokens: int) -> list[int]:
@@ -212,15 +211,15 @@ def test_a_recording_ends_at_its_limit(client: openai.OpenAI, server: Server) ->
 
 
 def test_the_balance_is_told(server: Server) -> None:
-    placement = httpx.get(f"{server.url}/v1/ep/placement").json()
+    placement = server.client.get("/v1/ep/placement").json()
     assert (placement["num_ranks"], len(placement["layers"])) == (NUM_RANKS, 2)
     until(lambda: metric(server, "rq_ep_tokens_routed_total") > 0)  # figures are sent once a second
-    load = httpx.get(f"{server.url}/v1/ep/load").json()
+    load = server.client.get("/v1/ep/load").json()
     pairs_LR, counts_LE = load["total"]["pairs_LR"], load["total"]["counts_LE"]
     assert [sum(pairs) for pairs in pairs_LR] == [sum(counts) for counts in counts_LE]
     assert len(counts_LE[0]) == 8
     assert load["history"]
-    assert "setInterval(refresh" in httpx.get(f"{server.url}/dashboard").text
+    assert "setInterval(refresh" in server.client.get("/dashboard").text
 
 
 def test_clients_that_come_and_go_lose_nothing(
@@ -246,7 +245,7 @@ def test_errors_are_those_of_openai(client: openai.OpenAI, server: Server) -> No
         client.completions.create(model=MODEL, prompt="a", n=10**6)
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-5'"):
         client.completions.create(model="gpt-5", prompt="a")
-    answer = httpx.post(f"{server.url}/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    answer = server.client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
@@ -258,7 +257,7 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
 def test_a_client_that_leaves_makes_room(server: Server) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 500, "temperature": 0, "stream": True, "ignore_eos": True}
     before = metric(server, "rq_ep_generation_tokens_total")
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+    with server.client.stream("POST", "/v1/completions", json=body) as answer:
         next(answer.iter_lines())
     until(lambda: metric(server, "rq_ep_num_requests_unfinished") == 0 == metric(server, "rq_ep_num_requests_running"))
     assert metric(server, "rq_ep_generation_tokens_total") < before + 500
@@ -266,7 +265,7 @@ def test_a_client_that_leaves_makes_room(server: Server) -> None:
 
 def metric(server: Server, name: str) -> float:
     """Sum of a metric's series."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    lines = server.client.get("/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
 
 
@@ -277,20 +276,20 @@ def test_metrics_tell_of_loads_and_bytes(server: Server) -> None:
     layout = ExpertLayout({"gate_up_proj": (2 * 32, 64), "down_proj": (64, 32)})
     assert metric(server, "rq_ep_expert_weight_bytes") == 2 * 8 * get_format("fp32").nbytes(layout)
     assert metric(server, "rq_ep_time_to_first_token_seconds_count") > 10
-    assert httpx.get(f"{server.url}/server_info").json()["num_ranks"] == NUM_RANKS
+    assert server.client.get("/server_info").json()["num_ranks"] == NUM_RANKS
 
 
 def test_sigterm_lets_streams_finish_and_leaves_nothing_behind(server: Server) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "temperature": 0, "stream": True, "ignore_eos": True}
     processes = server.tree()
     assert len(processes) == 1 + 2 * NUM_RANKS + 1, "a supervisor for each rank"
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+    with server.client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
         server.signal(0, signal.SIGTERM)
         draining = None
         for _ in range(50):
-            draining = httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": "b", "max_tokens": 1})
+            draining = server.client.post("/v1/completions", json={"model": MODEL, "prompt": "b", "max_tokens": 1})
             if draining.status_code == 503:
                 break
             time.sleep(0.05)
