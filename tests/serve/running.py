@@ -179,6 +179,9 @@ def running(log: Path, num_ranks: int, *arguments: str, launcher: Launcher = tor
             server.wait_until_ready()
             processes = server.tree()
             yield server
+        except BaseException:  # pytest's own of a timeout too
+            print(f"the log of the server ends with:\n{log.read_text()[-5000:]}")
+            raise
         finally:
             now = server.tree() if process.poll() is None else []  # others than at the start, if it was restarted
             server.client.close()
