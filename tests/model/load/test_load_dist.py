@@ -29,6 +29,13 @@ MODELS: dict[str, PretrainedConfig] = {
     "two_experts": type(FAMILIES["mixtral"])(**{**FAMILIES["mixtral"].to_dict(), "num_local_experts": 2}),
 }
 
+
+def strategies_of(name: str, num_ranks: int) -> list[str]:
+    """Three ranks hold unequal numbers of eight experts: a search then goes on for seconds, so one model is enough."""
+    searches = num_ranks == 2 or name in ("olmoe", "two_experts")
+    return [strategy for strategy in NATIVE_STRATEGIES if searches or not strategy.startswith("rq")]
+
+
 pytestmark = pytest.mark.dist
 
 
@@ -52,7 +59,7 @@ def work(rank: int, directory: Path) -> None:
     for group in (world, TorchGroup("cpu", ranks=[0, 1], timeout_s=TIMEOUT_S) if rank < 2 else None):
         if group is not None:
             for name in MODELS:
-                findings[f"error/{name}/{group.size}"] = run_strategies(directory / name, MODELS[name], group)
+                findings[f"error/{name}/{group.size}"] = run_strategies(directory, name, group)
     for name in GENERATING:
         findings[f"tokens/{name}"] = generate(directory / name, GENERATING[name], world)
     default = load(directory / "olmoe", device="cpu").rq_ep.layers[0].group
@@ -65,13 +72,13 @@ def work(rank: int, directory: Path) -> None:
 
 
 @torch.no_grad()
-def run_strategies(path: Path, config: PretrainedConfig, group: TorchGroup) -> dict[str, float]:
+def run_strategies(directory: Path, name: str, group: TorchGroup) -> dict[str, float]:
     """Largest deviation from the dense logits, relative to the largest of them; the last rank has no tokens."""
-    tokens = prompt(2, 5 + 3 * group.rank, seed=group.rank)
+    config, tokens = MODELS[name], prompt(2, 5 + 3 * group.rank, seed=group.rank)
     expected = logits(random_model(config), tokens)
     errors = {}
-    for strategy in NATIVE_STRATEGIES:
-        model = load(path, strategy=strategy, group=group, attn_implementation="eager")
+    for strategy in strategies_of(name, group.size):
+        model = load(directory / name, strategy=strategy, group=group, attn_implementation="eager")
         if group.rank == group.size - 1:
             top_k = getattr(config, "num_experts_per_tok", 1)
             for layer in model.rq_ep.layers:
@@ -91,7 +98,7 @@ def generate(path: Path, config: PretrainedConfig, group: TorchGroup) -> list[li
         "do_sample": False,
         "attention_mask": torch.ones_like(tokens),
     }
-    model = load(path, strategy="rq", group=group, attn_implementation="eager")
+    model = load(path, strategy="llep", group=group, attn_implementation="eager")
     return [each.generate(tokens, **options)[0].tolist() for each in (model, random_model(config))]
 
 
@@ -117,7 +124,7 @@ def problem(action: Callable[[], Any]) -> str:
 def test_every_strategy_equals_the_dense_model(findings: list[dict[str, Any]], name: str, num_ranks: int) -> None:
     for rank in range(num_ranks):
         errors = findings[rank][f"error/{name}/{num_ranks}"]
-        assert errors.keys() == set(NATIVE_STRATEGIES)
+        assert errors.keys() == set(strategies_of(name, num_ranks))
         assert all(error < 1e-5 for error in errors.values()), f"rank {rank}: {errors}"
 
 
