@@ -5,14 +5,13 @@ order, with zero rows, while others have some.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from rq_ep.core.errors import UserError
 from rq_ep.moe import EPExperts
-from rq_ep.moe.telemetry import Telemetry
 
 # Of the prompt that every rank runs, with a token after it, before requests come
 WARMUP_TOKENS = 16
@@ -31,11 +30,11 @@ def first_steps(layers: Sequence[EPExperts]) -> Iterator[None]:
     Raises:
         UserError: the model fails inside, by its own code; running out of memory is not meant.
     """
-    recorders = [(layer.telemetry, layer.output_norms) for layer in layers]
-    for layer in layers:
-        layer.telemetry, layer.output_norms = Telemetry(max_records=0), None
     try:
-        yield
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.recording_nothing())
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -45,9 +44,6 @@ def first_steps(layers: Sequence[EPExperts]) -> Iterator[None]:
         raise UserError(
             f"the model fails in its first step ({type(error).__name__}: {reason}): see its config.json"
         ) from error
-    finally:
-        for layer, (telemetry, output_norms) in zip(layers, recorders, strict=True):
-            layer.telemetry, layer.output_norms = telemetry, output_norms
 
 
 def empty_step(model: nn.Module, layers: Sequence[nn.Module]) -> Callable[[], None]:

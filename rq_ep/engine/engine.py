@@ -276,7 +276,7 @@ def _rows_announcer(layers: Sequence[EPExperts], group: TorchGroup) -> Callable[
             rows_R = np.zeros(group.size, np.int64)
             rows_R[list(group.members)] = num_rows
         for exchange in exchanges:
-            exchange.rows_R = rows_R
+            exchange.announce_rows(rows_R)
 
     return announce
 

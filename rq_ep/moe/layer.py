@@ -1,6 +1,7 @@
 """The expert-parallel MoE layer, which takes the place of a model's experts module."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -42,6 +43,7 @@ class EPExperts(nn.Module):
         *,
         exchange: Exchange | None = None,
         telemetry: CallRecorder | None = None,
+        joins_later: bool = False,
         borrow_buffers: BorrowBuffers | None = None,
         expert_buffers: ExpertBuffers | None = None,
     ) -> None:
@@ -54,6 +56,7 @@ class EPExperts(nn.Module):
             group: the ranks that share the experts.
             exchange: moves the rows, in the same way on every rank; default: as suits the group's device.
             telemetry: records every call; default: nothing is recorded.
+            joins_later: until `join`, every output is zero, and no other rank is asked.
             borrow_buffers: for borrowed experts, which layers may share; default: this layer's own.
             expert_buffers: for replicas that come and go, which layers may share; default: they lie together.
         """
@@ -69,9 +72,31 @@ class EPExperts(nn.Module):
             family.layout, placement.replicas, group.rank, group.device, borrow_buffers, placement.index,
             expert_buffers,
         )  # fmt: skip
-        self.telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
-        self.output_norms: OutputNorms | None = None  # samples steps, if it is set
-        self.is_apart = False  # whether the rank has yet to join the others: every output is zero, and nobody is asked
+        self._telemetry: CallRecorder = Telemetry(max_records=0) if telemetry is None else telemetry
+        self._output_norms: OutputNorms | None = None
+        self._is_apart = joins_later
+
+    def join(self) -> None:
+        """Take part in the exchange from the next call on."""
+        self._is_apart = False
+
+    def record_with(self, telemetry: CallRecorder) -> None:
+        """Record calls there from the next one on."""
+        self._telemetry = telemetry
+
+    def sample_norms(self, output_norms: OutputNorms) -> None:
+        """Have the norms of experts' outputs added up there, in the steps that it samples."""
+        self._output_norms = output_norms
+
+    @contextmanager
+    def recording_nothing(self) -> Iterator[None]:
+        """Inside, calls are neither recorded nor sampled."""
+        telemetry, output_norms = self._telemetry, self._output_norms
+        self._telemetry, self._output_norms = Telemetry(max_records=0), None
+        try:
+            yield
+        finally:
+            self._telemetry, self._output_norms = telemetry, output_norms
 
     def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
         """Serve another placement of this layer from the next call on. Every rank does so between the same two calls.
@@ -91,8 +116,8 @@ class EPExperts(nn.Module):
     def discard_step(self) -> None:
         """Forget what a step that was cut off has left behind."""
         self.bank.borrow_buffers.discard()
-        if self.output_norms is not None:
-            self.output_norms.discard()
+        if self._output_norms is not None:
+            self._output_norms.discard()
 
     @torch.no_grad()
     def forward(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
@@ -106,7 +131,7 @@ class EPExperts(nn.Module):
         Raises:
             RankFailure: this rank or another cannot go on; the message names rank and layer.
         """
-        if self.is_apart:
+        if self._is_apart:
             return torch.zeros_like(hidden_TD)
         try:
             return self._forward(hidden_TD, topk_ids_TK, topk_weights_TK)
@@ -121,7 +146,7 @@ class EPExperts(nn.Module):
         rows_R = self.exchange.rows_to_gather(len(hidden_TD), row_bytes)
         if rows_R is not None:
             return self._forward_gathered(hidden_TD, topk_ids_TK, topk_weights_TK, rows_R)
-        timer = self.telemetry.timer(self.group)
+        timer = self._telemetry.timer(self.group)
         counts = RoutingCounts.gather(topk_ids_TK, self.sole_holders, self.group)
         timer.mark("gather")
         plan = self.planner(counts.counts_RE)
@@ -144,7 +169,7 @@ class EPExperts(nn.Module):
     def _forward_gathered(
         self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows_R: IntArray
     ) -> Tensor:
-        timer = self.telemetry.timer(self.group)
+        timer = self._telemetry.timer(self.group)
         gathered = GatheredRows.gather(hidden_TD, topk_ids_TK, topk_weights_TK, rows_R, self.group)
         counts_RE = gathered.counts_RE(self.placement.num_experts)
         timer.mark("gather")
@@ -161,9 +186,9 @@ class EPExperts(nn.Module):
         return out_TD
 
     def _norms_VE(self) -> Tensor | None:
-        if self.output_norms is None:
+        if self._output_norms is None:
             return None
-        return self.output_norms.sums_of(self.placement.index, self.placement.num_experts, self.group.device)
+        return self._output_norms.sums_of(self.placement.index, self.placement.num_experts, self.group.device)
 
     def _record(
         self, counts_RE: IntArray, plan: DispatchPlan, timer: PhaseTimer, received_bytes: Mapping[str, int]
@@ -172,7 +197,7 @@ class EPExperts(nn.Module):
             self.placement.index, self.group.rank, counts_RE, plan, timer, received_bytes,
             partial(transfer_bytes, plan, self.family),
         )  # fmt: skip
-        self.telemetry.record(call)
+        self._telemetry.record(call)
 
     def extra_repr(self) -> str:
         held = len(self.bank.experts)

@@ -68,7 +68,11 @@ class Exchange:
         if settings is None:
             settings = ExchangeSettings.for_device(group.device.type, is_alone=group.size == 1)
         self.settings = settings
-        self.rows_R: IntArray | None = None  # rows of each rank in this step; None: the ranks have not agreed on them
+        self._rows_R: IntArray | None = None  # of this step, if the ranks have agreed on them
+
+    def announce_rows(self, rows_R: IntArray | None) -> None:
+        """Learn with how many rows each rank enters the next calls; None: the ranks have not agreed on that."""
+        self._rows_R = rows_R
 
     def rows_to_gather(self, num_rows: int, row_bytes: int) -> IntArray | None:
         """[R] rows of each rank, if they are known and so few that every rank shall get all of them.
@@ -77,7 +81,7 @@ class Exchange:
             num_rows: of this rank; one that is alone knows all by that.
             row_bytes: of a row.
         """
-        rows_R = np.array([num_rows]) if self.group.size == 1 else self.rows_R
+        rows_R = np.array([num_rows]) if self.group.size == 1 else self._rows_R
         return None if rows_R is None or int(rows_R.sum()) * row_bytes > self.settings.max_gathered_bytes else rows_R
 
     def dispatch(

@@ -88,11 +88,11 @@ def test_small_steps_of_announced_rows_need_no_counts_and_give_the_same_bits(
         step = batch.hidden_TD, batch.ids_TK, batch.weights_TK
         with patch.object(group, "gather_counts", wraps=group.gather_counts) as gather_counts:
             usual = experts(*step)
-            experts.exchange.rows_R = rows_R
+            experts.exchange.announce_rows(rows_R)
             small = experts(*step)
             assert gather_counts.call_count == 1
             experts.exchange = exchange(group, max_gathered_bytes=-1)
-            experts.exchange.rows_R = rows_R
+            experts.exchange.announce_rows(rows_R)
             assert torch.equal(usual, experts(*step))
             assert gather_counts.call_count == 2, "a step that is too large goes the usual way"
         return usual, small

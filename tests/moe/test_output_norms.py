@@ -24,7 +24,8 @@ def test_the_ranks_together_have_the_weighted_norms_and_the_pairs_of_every_exper
     def main(group: EPGroup) -> np.ndarray:
         experts = EPExperts(family, layer, planner, group)
         cases.fill(experts, weights)
-        norms = experts.output_norms = OutputNorms()
+        norms = OutputNorms()
+        experts.sample_norms(norms)
         batch = ranks[group.rank]
         plain = experts(batch.hidden_TD, batch.ids_TK, batch.weights_TK)
         norms._is_sampled = True

@@ -102,7 +102,7 @@ def load(
         room_bytes: of a rank, beside its budget, for experts that arrive meanwhile; they count when memory is checked.
         keeps_stacks: experts of a layer stay in one buffer, as fast kernels want it, and are copied when some move.
         joins_later: this rank is to join others that serve already: it reads no experts, and its layers give zeros
-            until then (`EPExperts.is_apart`).
+            until then (`EPExperts.join`).
         revision: branch, tag or commit of a model of the hub.
         strict_weights: refuse a checkpoint with tensors that the model does not know, instead of leaving them unread.
 
@@ -251,10 +251,10 @@ class _Loader:
                     ranks.group,
                     exchange=Exchange(ranks.group, exchange_settings),
                     telemetry=telemetry,
+                    joins_later=self._arguments.joins_later,
                     borrow_buffers=borrow_buffers[0],
                     expert_buffers=expert_buffers,
                 )
-                layer.is_apart = self._arguments.joins_later
             self._model.set_submodule(module.name, layer)
             layers.append(layer)
         return tuple(layers)

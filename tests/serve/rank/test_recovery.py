@@ -105,6 +105,12 @@ class ServingLayer(Layer):
     telemetry: Any = None
     num_discarded = 0
 
+    def record_with(self, telemetry: Any) -> None:
+        self.telemetry = telemetry
+
+    def join(self) -> None:
+        pass
+
     def discard_step(self) -> None:
         self.num_discarded += 1
 

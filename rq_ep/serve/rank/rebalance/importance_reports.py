@@ -34,7 +34,7 @@ class ImportanceReports:
         self._clock = clock
         self._sent_at_s = clock()
         for layer in layers:
-            layer.output_norms = self._norms
+            layer.sample_norms(self._norms)
 
     def between_steps(self) -> None:
         """A step has ended; on the engine's thread."""

@@ -182,7 +182,7 @@ class GroupRecovery:
         self._home = plan.home
         for layer, placed in zip(self._layers, plan.current.layers, strict=True):
             layer.replace_placement(placed, self._moves.planner_of(placed))
-            layer.is_apart = False
+            layer.join()
         if plan.rounds:
             self._carry_out(Migration(migration + 1, plan.goal, plan.rounds))
         served_s = time.perf_counter()
@@ -199,7 +199,7 @@ class GroupRecovery:
         """Lead the group from now on, or follow; `mark`: the last one that any rank was given."""
         leads = change.leader == self._group.rank
         for layer in self._layers:
-            layer.telemetry = self._loads.recorder(leads)
+            layer.record_with(self._loads.recorder(leads))
         self._moves.regroup(change, self._loads.recent_pairs_LE(len(self._layers)))
         self._recording.regroup(mark, leads)
 
