@@ -254,6 +254,14 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert client.models.retrieve(MODEL).id == MODEL
 
 
+def test_the_http_process_does_without_torch(server: Server) -> None:
+    has_torch = {}
+    for process in server.tree():
+        for module in {"rq_ep.serve.http.http_process", "rq_ep.serve.rank.rank_process"} & set(process.cmdline()):
+            has_torch[module.split(".")[2]] = any("libtorch" in file.path for file in process.memory_maps())
+    assert has_torch == {"http": False, "rank": True}
+
+
 def test_a_client_that_leaves_makes_room(server: Server) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 500, "temperature": 0, "stream": True, "ignore_eos": True}
     before = metric(server, "rq_ep_generation_tokens_total")

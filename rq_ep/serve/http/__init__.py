@@ -1,1 +1,1 @@
-"""The HTTP process: routes, metrics, and the ranks as it sees them. It does not import torch."""
+"""The HTTP process: routes, metrics, and the ranks as it sees them. It imports torch only to read images."""
