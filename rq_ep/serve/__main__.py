@@ -7,7 +7,7 @@ from pathlib import Path
 from rq_ep.config import Environment, FlagParser, ServeConfig, add_flags, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.model.model_names import check_is_there
-from rq_ep.serve.process import exit_quickly, print_user_error, set_up_logging
+from rq_ep.serve.process import exit_quickly, importing, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.supervisor.http_parent import HttpProcess
 from rq_ep.serve.supervisor.rank_start import HubAddress
@@ -69,7 +69,8 @@ def main(
                         raise
                     problem = str(error)  # raised once the ranks have met, on all of them
             try:
-                from rq_ep.serve.rank.rank_server import serve
+                with importing():
+                    from rq_ep.serve.rank.rank_server import serve
 
                 return serve(config, None if http is None else http.hub, problem, early_end)
             finally:

@@ -4,7 +4,7 @@ from rq_ep.config import Environment
 from rq_ep.core.errors import UserError
 from rq_ep.serve.check_settings import check_settings
 from rq_ep.serve.control import ControlClient
-from rq_ep.serve.process import exit_quickly, print_user_error, set_up_logging
+from rq_ep.serve.process import exit_quickly, importing, print_user_error, set_up_logging
 from rq_ep.serve.rank.early_end import EarlyEnd
 from rq_ep.serve.rank.supervisor_link import SupervisorLink
 from rq_ep.serve.supervisor.rank_start import Ending
@@ -24,7 +24,8 @@ def main() -> int:
         try:
             if start.rejoin is None:
                 check_settings(start.config, environment.world_size)
-            from rq_ep.serve.rank.rank_server import serve
+            with importing():
+                from rq_ep.serve.rank.rank_server import serve
 
             status = serve(start.config, start.hub, start.problem, early_end, start.rejoin)
         except UserError as error:
