@@ -33,7 +33,7 @@ def set_up_logging(level: str) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Collect no garbage inside: to walk modules again and again, which stay, takes a tenth of the time of an import."""
+    """Collect no garbage inside: to walk modules again and again, which stay, takes a tenth of an import."""
     gc.disable()
     try:
         yield

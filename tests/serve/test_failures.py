@@ -148,6 +148,6 @@ def test_a_killed_rank_ends_the_group_and_is_named(
         assert time.monotonic() - killed_s < 60, "long before the collectives of the other ranks time out"
         assert "the server failed: rank 1 died" in last
         assert server.wait(processes, 120) != 0
+        with pytest.raises(httpx.ConnectError):
+            server.client.get("/health")
     assert "the group has failed: rank 1 died" in log.read_text()
-    with pytest.raises(httpx.ConnectError):
-        server.client.get("/health")
