@@ -4,7 +4,7 @@ A round's experts arrive on a thread, in buffers that do not serve yet. Each ran
 every step how far it has come. When all have staged a round, all let it serve between the same two steps, and the next
 round begins. If any rank fails, all give the migration up between the same two steps: the round that was committed last
 serves on every rank. A rank that fails or is asked to stop takes part in the messages of its round to their end, so
-that no other waits for it: a word before each piece says whether one comes.
+that no other waits for it: a word before the first piece, and with each, says whether another one comes.
 
 Connections may be what has failed. So after a migration that was given up, the next one begins with new ones.
 
@@ -13,6 +13,7 @@ rank that has not heard of the last agreement then commits the round that others
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format
 from rq_ep.moe.expert_bank import ExpertBank
-from rq_ep.parallel.ep_group import PIECE_BYTES, HostChannel, MessagesLost
+from rq_ep.parallel.ep_group import HostChannel, MessagesLost
+from rq_ep.rebalancing.pace import rest_s
 from rq_ep.solver.migration.move_rounds import MoveRound
 
 ROUNDS_PER_GENERATION = 1 << 20
+MAX_PIECE_BYTES = 4 << 20  # of an expert, after which its way to another rank can be given up
 
 # Reads an expert from the checkpoint: (index of the layer, expert, format) -> packed, uint8 [nbytes].
 ReadExpert = Callable[[int, int, str], Tensor]
@@ -87,18 +90,32 @@ class _Progress:
 
 
 class _Transfer:
-    """An expert on its way to or from another rank, piece by piece."""
+    """An expert on its way to or from another rank, in pieces of the same size."""
 
-    def __init__(self, peer: int, nbytes: int, buffer: Tensor | None) -> None:
+    def __init__(self, peer: int, nbytes: int, max_piece: int) -> None:
         self.peer = peer
-        self.nbytes = nbytes
-        self.buffer = buffer  # on the host; None where this rank has failed
-        self.comes = torch.ones(1, dtype=torch.uint8)  # whether there is another piece
+        self.num_pieces = -(-nbytes // max_piece)
+        self.buffer: Tensor | None = None  # on the host; None where this rank has failed
+        self._nbytes = nbytes
+        self._word = torch.ones(1, dtype=torch.uint8)
+        self._comes = self._word.numpy()  # without a call of torch, in which other threads take the interpreter
 
-    def piece(self, offset: int, size: int) -> Tensor:
-        if self.buffer is None:
-            return torch.empty(min(size, self.nbytes - offset), dtype=torch.uint8)
-        return self.buffer[offset : offset + size]
+    @property
+    def comes(self) -> bool:
+        """Whether the next piece comes; at the end, whether all have come."""
+        return bool(self._comes[0])
+
+    @comes.setter
+    def comes(self, comes: bool) -> None:
+        self._comes[0] = comes
+
+    def messages(self, number: int) -> list[Tensor]:
+        """What travels together: a piece, numbered from 1, and a word on the next one."""
+        return [self._piece(number)] * (number > 0) + [self._word] * (number < self.num_pieces)
+
+    def _piece(self, number: int) -> Tensor:
+        start, stop = (at * self._nbytes // self.num_pieces for at in (number - 1, number))
+        return torch.empty(stop - start, dtype=torch.uint8) if self.buffer is None else self.buffer[start:stop]
 
 
 class ExpertMover:
@@ -110,7 +127,8 @@ class ExpertMover:
         planner_of: the strategy's planner for a layer.
         read_expert: for experts that no rank holds in a format they can be made from; None: there is no checkpoint.
         reads_formats: an expert in another format than a rank holds is read too, instead of converted there.
-        bytes_per_step: of an expert that leave a rank in a step at most; None: no bound.
+        bytes_per_step: of an expert that leave a rank in a step at most; None: as many as its thread moves in its
+            share of the time (`rq_ep.rebalancing.pace`).
         wake: called on any thread when the ranks are to agree on a step soon, though nobody may have tokens.
         on_round: called on the engine's thread when a round serves, with the positions of its layers.
         on_end: called on the engine's thread when a migration has ended, with its generation and why this rank gave it
@@ -149,6 +167,7 @@ class ExpertMover:
         self._is_suspended = False
         self._reconnects = False  # before the next migration: the one before was given up
         self.committed = (0, 0)  # the migration of the last round that serves, and its rounds that do
+        self._rested = (0.0, 0.0)  # when the thread last did, and the CPU time that it had taken
         self._given_up = (0, "")  # the last generation that this rank gave up before it knew of others, and why
         self._closes = False
         # For whoever looks for a rank that is stuck; any thread may read them.
@@ -360,7 +379,7 @@ class ExpertMover:
                 nbytes = get_format(move.format).nbytes(self._layers[position].bank.layout)
                 peer = move.source if rank == move.rank else move.rank
                 assert peer is not None
-                transfers[position, move] = _Transfer(peer, nbytes, None)
+                transfers[position, move] = _Transfer(peer, nbytes, self._bytes_per_step or MAX_PIECE_BYTES)
         return transfers
 
     def _prepare(
@@ -403,51 +422,56 @@ class ExpertMover:
         return self._read_expert(layer.placement.index, move.expert, move.format)
 
     def _exchange(self, migration: Migration, transfers: Mapping[tuple[int, Move], _Transfer]) -> bool:
-        """Send and receive piece by piece; a word before each piece says whether it comes. Whether all has come."""
+        """Send and receive piece by piece. Whether all has come."""
         rank = self._channel.rank
         outgoing = [transfer for (_, move), transfer in transfers.items() if move.source == rank]
         incoming = [transfer for (_, move), transfer in transfers.items() if move.rank == rank]
-        size = PIECE_BYTES if self._bytes_per_step is None else self._bytes_per_step
         peers = sorted({transfer.peer for transfer in transfers.values()})
         self.activity, self.is_exchanging = f"exchanges experts with rank {', '.join(map(str, peers))}", True
         lost: set[int] = set()  # ranks that are out of reach; the others wait for this one's messages all the same
-
-        def send_and_receive(message: Callable[[_Transfer], Tensor]) -> None:
-            sends, receives = ([(message(one), one.peer) for one in many] for many in (outgoing, incoming))
+        for number in range(max((transfer.num_pieces for transfer in transfers.values()), default=-1) + 1):
+            outgoing, incoming = (
+                [one for one in many if one.comes and number <= one.num_pieces and one.peer not in lost]
+                for many in (outgoing, incoming)
+            )
+            goes_on = self._flags.failed < migration.generation
+            for transfer in outgoing:
+                if number < transfer.num_pieces:
+                    transfer.comes = goes_on and transfer.buffer is not None
+            sends, receives = (
+                [(message, one.peer) for one in many for message in one.messages(number)]
+                for many in (outgoing, incoming)
+            )
             try:
                 self._channel.exchange(sends, receives)
             except MessagesLost as error:
                 lost.update(error.peers)
                 self.abort(migration.generation, str(error))
-
-        for offset in range(0, max((transfer.nbytes for transfer in transfers.values()), default=0), size):
-            outgoing, incoming = (
-                [one for one in many if offset < one.nbytes and one.peer not in lost] for many in (outgoing, incoming)
-            )
-            goes_on = self._flags.failed < migration.generation
-            for transfer in outgoing:
-                transfer.comes.fill_(goes_on and transfer.buffer is not None)
-            send_and_receive(lambda one: one.comes)
-            outgoing, incoming = (
-                [one for one in many if one.comes and one.peer not in lost] for many in (outgoing, incoming)
-            )
-            send_and_receive(lambda one: one.piece(offset, size))  # noqa: B023
-            self.num_pieces += 1
-            if self._bytes_per_step is not None:
-                self._wait_for_a_step(migration)
+            if number > 0:
+                self.num_pieces += 1
+                self._rest(migration)
         self.is_exchanging = False
         return not lost and all(transfer.comes for transfer in transfers.values())
 
-    def _wait_for_a_step(self, migration: Migration) -> None:
-        """Wait until a step has passed, however long it takes; not where the group is idle, or nothing more is sent."""
+    def _rest(self, migration: Migration) -> None:
+        """Wait until a step has passed or, without a bound of bytes, as long as the pace asks for.
+
+        Not where the group is idle, or nothing more is sent.
+        """
 
         def may_go_on() -> bool:
             is_given_up = self._closes or self._flags.failed >= migration.generation
-            return self._is_idle or is_given_up or self._num_steps > num_steps
+            has_passed = self._bytes_per_step is not None and self._num_steps > num_steps
+            return self._is_idle or is_given_up or has_passed
 
+        timeout_s = None
+        if self._bytes_per_step is None:
+            now, rested = (time.monotonic(), time.thread_time()), self._rested
+            timeout_s = rest_s(now[0] - rested[0], now[1] - rested[1])
         with self._changed:
             num_steps = self._num_steps
-            self._changed.wait_for(may_go_on)
+            self._changed.wait_for(may_go_on, timeout_s)
+        self._rested = (time.monotonic(), time.thread_time())
 
 
 def _named_expert(layer: MovableLayer, expert: int) -> str:

@@ -13,7 +13,6 @@ from rq_ep.core.arrays import IntArray
 from rq_ep.parallel.receive_buffers import ReceiveBuffers
 
 PeerTensor = tuple[Tensor, int]  # a packed expert, uint8 [nbytes], and the rank that it goes to or comes from
-PIECE_BYTES = 4 << 20  # of a large message, where it is cut: how soon it can be given up, and memory that ranks share
 
 
 class RankFailure(RuntimeError):

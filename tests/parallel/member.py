@@ -128,7 +128,7 @@ def growth_since(before: tuple[int, int, int]) -> str:
     """What this process has in use beyond `before`, once what ends by itself has had time to; empty if nothing."""
     for _ in range(100):
         after = in_use()
-        if after <= before:
+        if all(now <= then for now, then in zip(after, before, strict=True)):
             return ""
         time.sleep(0.1)
     return f"{before} before, {after} after"

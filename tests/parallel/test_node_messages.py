@@ -1,5 +1,6 @@
 """Messages through the memory that ranks of one node share, and over gloo where there is none."""
 
+import ctypes
 import os
 import socket
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from rq_ep.parallel.ep_group import MessagesLost
+from rq_ep.parallel.processes.link_operations import copy, hear, say, undone_of
 from rq_ep.parallel.processes.node_messages import SEGMENT_BYTES, NodeLink, open_links, portions
 from rq_ep.parallel.processes.seat import Seat
 from tests.parallel.member import Member, State, growth_since, in_use, open_store, reform
@@ -32,20 +34,35 @@ MEMBERS = [0, 1, 2]
 def test_portions_fill_the_segment_with_all_bytes_in_their_order(sizes: list[int], of_portions: list[int]) -> None:
     tensors = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
     filled = portions(tensors)
-    assert [sum(len(part) for _, part in portion) for portion in filled] == of_portions
-    segment, arrived = np.zeros(SEGMENT_BYTES, np.uint8), b""
+    assert [sum(part.nbytes for part in portion) for portion in filled] == of_portions
+    segment, arrived = bytearray(SEGMENT_BYTES), b""
     for portion in filled:
-        for place, part in portion:
-            segment[place] = part
-        arrived += segment[: sum(len(part) for _, part in portion)].tobytes()
+        for place, address, nbytes in portion:
+            segment[place : place + nbytes] = ctypes.string_at(address, nbytes)
+        arrived += segment[: sum(part.nbytes for part in portion)]
     assert arrived == b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
-def test_numbers_of_any_type_are_written_in_place() -> None:
-    target = torch.zeros(2, 3, dtype=torch.bfloat16)
-    for _, part in portions([target])[0]:
-        part[:] = np.frombuffer(torch.full((6,), 1.5, dtype=torch.bfloat16).view(torch.uint8).numpy(), np.uint8)
-    assert target.tolist() == [[1.5] * 3] * 2
+def test_numbers_of_any_type_are_bytes() -> None:
+    sent = torch.full((2, 3), 1.5, dtype=torch.bfloat16)
+    ((_, address, nbytes),) = portions([sent])[0]
+    assert ctypes.string_at(address, nbytes) == b"\xc0\x3f" * 6
+
+
+def test_operations_end_at_the_first_that_fails_and_say_why() -> None:
+    own, other = socket.socketpair()
+    with own, other:
+        sent, received = np.arange(100, dtype=np.uint8), np.zeros(100, np.uint8)
+        copied = copy(received.ctypes.data, sent.ctypes.data, 100)
+        assert undone_of([say(own.fileno()), hear(other.fileno()), copied]) == (3, "")
+        assert np.array_equal(received, sent)
+        received[:] = 0
+        other.close()
+        number, reason = undone_of([say(own.fileno()), copied])
+        assert (number, received.any()) == (0, False)
+        assert "Broken pipe" in reason
+        assert undone_of([copied, hear(own.fileno())]) == (1, "its connection has ended")
+        assert np.array_equal(received, sent)
 
 
 class Gathers:

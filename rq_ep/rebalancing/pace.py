@@ -1,0 +1,13 @@
+"""How fast experts move beside the steps, where no bound of bytes was set: by the time that moving takes of a core."""
+
+SHARE = 0.04  # of a core's time; all ranks wait for the one whose core computes a step and moves an expert
+
+
+def rest_s(elapsed_s: float, busy_s: float) -> float:
+    """Seconds that a thread is to rest so that it has worked for its share of the time. To wait is to rest.
+
+    Args:
+        elapsed_s: since its last rest.
+        busy_s: CPU time that it has taken of them.
+    """
+    return max(busy_s / SHARE - elapsed_s, 0.0)
