@@ -42,16 +42,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from bench.options import bench_parser, check_positive
+from bench.options import bench_parser
 from bench.serving.faults_figure import draw
 from bench.serving.faults_figures import binned, goals, mean_of_each, pauses_after, spread
 from bench.serving.load_generator import TIMEOUT_S, Answer, Job, ask, drive, figures, random_jobs
-from bench.serving.parts import run_parts
+from bench.serving.parts import read_options, run_parts
 from bench.serving.server_process import NAME, rank_processes, server
 from bench.serving.soak import dense_answer, is_right
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import check_choice
-from rq_ep.core.files.documents import check_writable
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
@@ -97,13 +95,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: an option makes no sense, or a server does not start.
     """
-    options = parser().parse_args(argv)
-    if options.quick:
-        vars(options).update(QUICK)
-    asked = [check_choice("part", name, PARTS) for name in options.parts.split(",")]
-    check_positive(options, "num_ranks", "kills", "cycles", "rounds", "requests", "max_concurrency")
-    for path in filter(None, (options.json, options.png)):
-        check_writable(path)
+    positive = ("num_ranks", "kills", "cycles", "rounds", "requests", "max_concurrency")
+    options, asked = read_options(parser(), argv, PARTS, positive, QUICK)
     bench = Workload(options)
     result = run_parts("faults", argv, options, asked, {name: partial(part, bench) for name, part in PARTS.items()})
     show(result)

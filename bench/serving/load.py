@@ -32,15 +32,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import OlmoeConfig
 
-from bench.options import bench_parser, check_positive
+from bench.options import bench_parser
 from bench.serving.load_generator import Job, ask
-from bench.serving.parts import run_parts
+from bench.serving.parts import read_options, run_parts
 from bench.serving.random_checkpoint import random_checkpoint
 from bench.serving.server_process import NAME, rank_processes, server
 from rq_ep.commands.console import wide_console
 from rq_ep.config import child_environment
-from rq_ep.core.errors import UserError, check_choice, check_number
-from rq_ep.core.files.documents import check_writable
+from rq_ep.core.errors import UserError, check_number
 from rq_ep.core.placement import Placement
 from rq_ep.engine.kv_cache import kv_bytes_per_token
 from rq_ep.model.checkpoint.checkpoint_files import INDEX
@@ -84,12 +83,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: an option makes no sense, or a stage fails.
     """
-    options = parser().parse_args(argv)
-    check_positive(options, "num_ranks", "layers", "tokens")
+    options, asked = read_options(parser(), argv, PARTS, ("num_ranks", "layers", "tokens"))
     check_number("--budget", options.budget, 0.0)
-    if options.json:
-        check_writable(options.json)
-    asked = [check_choice("part", name, PARTS) for name in options.parts.split(",")]
     work = Work(options, Path(options.work_dir), Console(stderr=True))
     parts: dict[str, Callable[[], dict[str, Any]]] = dict(
         zip(PARTS, (partial(part, work) for part in (checkpoint, calibrate, place, serve)), strict=True)

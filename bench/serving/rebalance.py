@@ -10,9 +10,9 @@ domains  Traffic whose text changes its domain, the same requests to one server 
          calibrated on the first domain; the same, and `eplb`, with `--rebalance auto`; `rq` that begins with no
          statistics at all.
 cost     Traffic that changes so often that the placement is replaced again and again, on a model of large experts
-         (`bench.serving.large_experts`): armed and never moving, planning as often and never moving, moving, moving
-         a few bytes a step (`--rebalance-bytes-per-step`), and the moves made while the whole group waits
-         (`bench.serving.stop_the_world`); each in turns with a server that is off.
+         (`bench.serving.large_experts`): armed and never moving, planning as often and never moving, moving, and the
+         moves made while the whole group waits (`bench.serving.stop_the_world`); each in turns with a server that is
+         off.
 answers  Greedy answers in fp32 across re-placements, each compared with the dense model's as `soak` does.
 
 The last two let `rq` move every 16 steps to whatever it has planned (`bench.serving.restless`), without its gate.
@@ -40,11 +40,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.options import bench_parser, check_positive
+from bench.options import bench_parser
 from bench.serving.large_experts import large_experts
 from bench.serving.load_generator import Answer, Job, drive, random_jobs
 from bench.serving.local_client import local_client
-from bench.serving.parts import run_parts
+from bench.serving.parts import read_options, run_parts
 from bench.serving.rebalance_figure import draw
 from bench.serving.rebalance_figures import (
     STEP_TOKENS,
@@ -62,8 +62,7 @@ from bench.serving.rebalance_figures import (
 from bench.serving.server_process import NAME, own_bytes, rank_processes, server
 from bench.serving.soak import dense_answer, is_right
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import UserError, check_choice
-from rq_ep.core.files.documents import check_writable
+from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem, standard_ep_bytes
 from rq_ep.core.stats import ExpertStats
@@ -80,7 +79,6 @@ PARTS = ("domains", "cost", "answers")
 STOP_THE_WORLD = "bench.serving.stop_the_world"
 RESTLESS = "bench.serving.restless:Restless"
 LARGE_TOKENS = 2048  # of the calibration of large experts
-PACE = "4MiB"  # of an expert that leave a rank in a step at most, where moves are spread over steps
 STRETCHES = 8  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
@@ -123,13 +121,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: an option makes no sense, or a server does not start.
     """
-    options = parser().parse_args(argv)
-    if options.quick:
-        vars(options).update(QUICK)
-    asked = [check_choice("part", name, PARTS) for name in options.parts.split(",")]
-    check_positive(options, "num_ranks", "num_prompts", "rounds", "num_requests")
-    for path in filter(None, (options.json, options.png)):
-        check_writable(path)
+    positive = ("num_ranks", "num_prompts", "rounds", "num_requests")
+    options, asked = read_options(parser(), argv, PARTS, positive, QUICK)
     bench = Workload(options)
     parts = {"domains": domains, "cost": cost, "answers": answers}
     result = run_parts("rebalance", argv, options, asked, {name: partial(parts[name], bench) for name in PARTS})
@@ -436,7 +429,6 @@ def cost(bench: Workload) -> dict[str, Any]:
             ("armed", [*rq, *auto, *never], "rq_ep.serve"),
             ("planning", [*restless, *auto, *never], "rq_ep.serve"),
             ("moving", [*restless, *auto], "rq_ep.serve"),
-            ("moving, paced", [*restless, *auto, "--rebalance-bytes-per-step", PACE], "rq_ep.serve"),
             ("stop-the-world", [*restless, *auto], STOP_THE_WORLD),
         ):
             with bench.start(name, str(large), *arguments, module=module) as served:
@@ -469,7 +461,6 @@ def cost(bench: Workload) -> dict[str, Any]:
         "planner_share": planner_share,
         "peak_bytes": peak_bytes,
         "room_bytes": max(stats.expert_bytes.values()),
-        "pace": PACE,
         "num_lost": sum(row["num_lost"] for row in rows),
     }
 

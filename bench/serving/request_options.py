@@ -44,17 +44,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from bench.options import bench_parser, check_positive
+from bench.options import bench_parser
 from bench.serving.balance import SHAPE, model_config
 from bench.serving.grammar_masks import mask_rows
 from bench.serving.load_generator import TIMEOUT_S, Job, random_jobs
 from bench.serving.local_client import local_client
-from bench.serving.parts import run_parts
+from bench.serving.parts import read_options, run_parts
 from bench.serving.random_checkpoint import random_checkpoint
 from bench.serving.server_process import NAME, cpu_s, pinned_apart, server
 from rq_ep.commands.console import wide_console
-from rq_ep.core.errors import UserError, check_choice
-from rq_ep.core.files.documents import check_writable
+from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 
 PARTS = ("costs", "prefix", "large", "n", "masks")
@@ -96,11 +95,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: an option makes no sense, the server does not start, or a request failed.
     """
-    options = parser().parse_args(argv)
-    asked = [check_choice("part", name, PARTS) for name in options.parts.split(",")]
-    check_positive(options, "num_ranks", "rounds", "at_once", "input_len", "output_len", "prefix_len")
-    if options.json:
-        check_writable(options.json)
+    positive = ("num_ranks", "rounds", "at_once", "input_len", "output_len", "prefix_len")
+    options, asked = read_options(parser(), argv, PARTS, positive)
     with ExitStack() as stack:
 
         @cache

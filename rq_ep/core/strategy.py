@@ -52,7 +52,7 @@ class RebalanceRule:
     # What moving as many bytes as all experts take must gain besides; None: by the experts of a layer (`price_among`).
     price: float | None = None
     room_bytes: int | None = None  # of a rank, for what arrives; None: one expert of the largest format
-    bytes_per_step: int | None = None  # that reach a rank in a step at most; None: no bound
+    bytes_per_step: int | None = None  # that reach a rank in a step at most; None: by the time that it takes
 
     def price_among(self, num_experts: int) -> float:
         """The price in layers of so many experts; of few, each is a large part of the bytes, and has to move."""

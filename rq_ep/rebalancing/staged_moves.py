@@ -15,7 +15,8 @@ class StagedMoves:
         rounds: in their order.
         num_ranks: of the group.
         expert_bytes: format -> bytes of one expert.
-        bytes_per_step: that reach a rank in a step at most; None: a round arrives within a step.
+        bytes_per_step: that reach a rank in a step at most; None: a round arrives within a step, however
+            long that may take.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
+from rq_ep.moe import expert_mover
 from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags
 from rq_ep.moe.integrity import DamagedExpert
 from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
@@ -347,6 +348,21 @@ def test_no_more_bytes_than_allowed_leave_a_rank_in_a_step_however_long_it_takes
         time.sleep(0.1 if num_steps < 4 else 0.001)
     group.close()
     assert (max(sent.values()) <= limit) != is_idle
+
+
+def test_without_a_bound_of_bytes_ranks_rest_beside_steps_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_mover, "rest_s", lambda elapsed_s, busy_s: 60.0)
+    before, after = drawn(0), drawn(100)
+    group = Group(before)
+    group.begin(migration(before, after))
+    for _ in range(50):
+        group.step()
+        time.sleep(0.002)
+    assert any(mover.num_pieces for mover in group.movers)
+    assert not group.ends
+    while len(group.ends) < NUM_RANKS:
+        group.step(is_idle=True)
+    group.close()
 
 
 @pytest.mark.parametrize("seed", range(5))

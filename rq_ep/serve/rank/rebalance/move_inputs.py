@@ -68,7 +68,7 @@ class MoveInputs:
 
     @property
     def bytes_per_step(self) -> int | None:
-        """Bytes of experts that leave a rank in a step at most; None: no bound."""
+        """Bytes of experts that leave a rank in a step at most; None: by the time that moving takes."""
         return self.config.bytes_per_step
 
     @property
