@@ -87,7 +87,7 @@ class LeadingRank:
         loads: of steps.
         send: sends a message to the HTTP process.
         abort: gives a migration up.
-        planner: makes the decisions.
+        planner: makes the decisions; whoever has made it closes it.
         clock: seconds.
     """
 
@@ -164,7 +164,6 @@ class LeadingRank:
         self._controller.refuse(GROUP_CHANGES)
         while not self._commands.empty():
             self.answer(self._commands.get().number, GROUP_CHANGES, None)
-        self._planner.close()
 
     # The ranks that take part, renumbered
 

@@ -91,8 +91,9 @@ class LiveRebalancing:
         )
         self._leading = threading.Lock()  # held while the leader is at work, or changes
         self._leader: Leader | None = None
+        self._planner = planner  # while this rank leads a group that rebalances
         if leads and loads is not None:
-            self._leader = self._rebalancing_leader(report.placement, group.members, 0, loads, planner)
+            self._leader = self._rebalancing_leader(report.placement, group.members, 0, loads)
         self.mover.observe(self._leader)
         self._reports = ImportanceReports(layers, send) if inputs.measures_importance else None
         self.flags = self.mover.flags
@@ -137,6 +138,9 @@ class LiveRebalancing:
             if self._leader is not None:
                 self._leader.close()
                 self._leader = None
+            if self._planner is not None and not (change.leader == self._rank and self._planner.is_free):
+                self._planner.close()  # else it goes on, as its imports take seconds
+                self._planner = None
             if change.leader == self._rank:
                 self._leader = self._new_leader(change, counts_LE)
                 Served(self._inputs, self._send).all(change.migration, change.placement)
@@ -156,12 +160,12 @@ class LiveRebalancing:
         members: Sequence[int],
         migration: int,
         loads: StepLoads,
-        planner: PlannerSide | None = None,
     ) -> LeadingRank:
+        self._planner = self._planner or PlannerProcess()
         inputs = cast("RebalanceInputs", self._inputs)  # there are loads of steps for it alone
         return LeadingRank(
             inputs, placement, members, migration, loads, self._send, self.mover.abort,
-            planner or PlannerProcess(), self._clock,
+            self._planner, self._clock,
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -173,3 +177,5 @@ class LiveRebalancing:
         self.mover.close()
         if self._leader is not None:
             self._leader.close()
+        if self._planner is not None:
+            self._planner.close()

@@ -60,6 +60,7 @@ class PlannerProcess:
         self._command = command or [sys.executable, "-c", f"from {__name__} import main; main()"]
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
+        self._num_awaited = 0  # placements that were asked for, whose answers were not taken
         self._killed_for = ""
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
@@ -67,14 +68,22 @@ class PlannerProcess:
 
     def ask(self, request: Request) -> None:
         """Have a decision made, a placement found, or one saved."""
+        self._num_awaited += not isinstance(request, SaveRequest)
         self._requests.put(request)
 
     def take(self) -> Answer | None:
         """The answer to the last request for a placement, or the failure of any; None if there is none yet."""
         try:
-            return self._answers.get_nowait()
+            answer = self._answers.get_nowait()
         except queue.Empty:
             return None
+        self._num_awaited -= not (isinstance(answer, PlannerFailure) and not answer.of_decision)
+        return answer
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it answers nothing that somebody else has asked for."""
+        return self._num_awaited == 0
 
     def kill(self, reason: str) -> None:
         """End a process that does not answer; its request fails for this reason."""

@@ -167,6 +167,8 @@ class ScriptedPlanner:
     def __init__(self) -> None:
         self.answers: list[Answer] = []
         self.num_asked = 0
+        self.is_free = True
+        self.is_closed = False
 
     def ask(self, request: Request) -> None:
         self.num_asked += isinstance(request, RebalanceRequest)
@@ -175,7 +177,9 @@ class ScriptedPlanner:
         return self.answers.pop(0) if self.answers else None
 
     def kill(self, reason: str) -> None: ...
-    def close(self) -> None: ...
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 class MovingGroup:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from rq_ep.rebalancing.rebalancer import Decision
 from rq_ep.serve.messages import RebalanceCommand
+from rq_ep.serve.rank.rebalance import live_rebalancing
 from rq_ep.serve.rank.rebalance.live_rebalancing import GroupChange
 from rq_ep.serve.rank.rebalance.planner_process import PlannerFailure
 from tests.moe.test_expert_mover import NUM_RANKS, SIZES, states
-from tests.serve.rank.rebalance.moving_group import MovingGroup, flipped, migration_of, placements
+from tests.serve.rank.rebalance.moving_group import MovingGroup, ScriptedPlanner, flipped, migration_of, placements
 
 SEEDS = (10, 19, 26, 38, 41)  # in which experts are sent, read and converted, over three to five rounds
 NAMED_WITHIN_S = 10
@@ -288,6 +289,24 @@ def test_commands_are_answered_when_the_group_changes_before_they_are_obeyed() -
     assert [(answer.number, answer.refusal) for answer in group.answers] == [
         (number, "the ranks of the group change: ask again") for number in (1, 2, 3)
     ]
+    group.close()
+
+
+@pytest.mark.parametrize(("leader", "is_free"), [(0, True), (0, False), (1, True)])
+def test_a_planner_goes_on_where_its_rank_leads_on_unless_it_is_at_work(
+    leader: int, is_free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, _, _ = placements(SEEDS[0])
+    group, following = MovingGroup(before), ScriptedPlanner()
+    monkeypatch.setattr(live_rebalancing, "PlannerProcess", lambda: following)
+    group.planner.is_free = is_free
+    change = GroupChange(range(NUM_RANKS), leader, before, before, 1_000_001)
+    group.lives[0].regroup(change, counts_LE=None)
+    goes_on = leader == 0 and is_free
+    assert group.planner.is_closed != goes_on
+    group.lives[0].handle(RebalanceCommand(1, "start"))
+    group.lives[0].tick()
+    assert (group.planner.num_asked, following.num_asked) == (int(goes_on), int(leader == 0 and not is_free))
     group.close()
 
 

@@ -44,7 +44,9 @@ def test_a_process_of_its_own_decides_as_this_one_would(tmp_path: Path) -> None:
     planner = PlannerProcess()
     try:
         planner.ask(request)
+        assert not planner.is_free
         answer, expected = answer_of(planner), decide(request)
+        assert planner.is_free
         assert isinstance(answer, Decision)
         assert answer.placement is not None
         assert (answer.reason, answer.rounds) == (expected.reason, expected.rounds)
@@ -99,6 +101,7 @@ def test_a_silent_process_can_be_ended() -> None:
     planner.ask(SaveRequest(BEFORE, "unused"))
     until(lambda: planner._process is not None)
     assert planner.take() is None
+    assert planner.is_free, "nobody waits for what is saved"
     planner.kill("it took too long")
     assert answer_of(planner) == PlannerFailure("it took too long", of_decision=False)
     planner.close()
