@@ -41,7 +41,7 @@ UNREACHABLE = (AttributeError, OSError, TypeError, ValueError)
 Bytes = NDArray[np.uint8]
 
 
-class Part(NamedTuple):
+class MessagePart(NamedTuple):
     """A part of a message, and its place in a segment."""
 
     place: int
@@ -49,7 +49,7 @@ class Part(NamedTuple):
     nbytes: int
 
 
-Portion = list[Part]
+Portion = list[MessagePart]
 
 
 class NodeLink:
@@ -170,7 +170,7 @@ def portions(tensors: Iterable[Tensor]) -> list[Portion]:
                 filled.append([])
                 stop = 0
             nbytes = min(end - address, SEGMENT_BYTES - stop)
-            filled[-1].append(Part(stop, address, nbytes))
+            filled[-1].append(MessagePart(stop, address, nbytes))
             address, stop = address + nbytes, stop + nbytes
     return filled
 
