@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--eplb-window", type=int, default=63, help="steps that eplb decides on: 1000 / 16")
     made.add_argument("--eplb-interval", type=int, default=188, help="steps between its decisions: 3000 / 16")
     made.add_argument("--num-prompts", type=int, default=160, help="requests of a domain")
-    made.add_argument("--rounds", type=int, default=3, help="of the part on cost")
+    made.add_argument("--rounds", type=int, default=3, help="of the part on cost; twice as many where experts move")
     made.add_argument("--num-requests", type=int, default=2000, help="of the part on answers")
     made.add_argument("--calibration-tokens", type=int, default=32_768, help="of each domain")
     made.add_argument("--num-experts", type=int, default=64, help="of a layer, in the part on cost")
@@ -433,7 +433,8 @@ def cost(bench: Workload) -> dict[str, Any]:
         ):
             with bench.start(name, str(large), *arguments, module=module) as served:
                 warm_up(bench, served)
-                for number in range(options.rounds):
+                num_rounds = options.rounds * (2 if name == "moving" else 1)  # so that many re-placements happen
+                for number in range(num_rounds):
                     for one in (off, served) if number % 2 == 0 else (served, off):
                         found = latency(one.ask(jobs, 4))
                         rows.append({"server": one.name, "beside": name, "round": number, **found})
