@@ -9,12 +9,10 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
-
-from filelock import FileLock
 
 numba: Any  # the compiler, None where it is missing
 try:
@@ -39,9 +37,12 @@ class _MachineCodeCache(Cache):  # type: ignore[misc]
     Of processes that miss an entry at once, such as the ranks of a server, one compiles and the others wait for it.
     """
 
-    def __init__(self, function: Callable[..., object]) -> None:
-        super().__init__(function)
-        self._turn = FileLock(f"{self._cache_file._index_path}.lock", timeout=COMPILING_S)
+    @cached_property
+    def _turn(self) -> Any:
+        """The lock of the process that compiles."""
+        from filelock import FileLock  # here, as most processes compile nothing, and its import takes 0.07 s
+
+        return FileLock(f"{self._cache_file._index_path}.lock", timeout=COMPILING_S)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         loaded = super().load_overload(signature, context)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray
-from rq_ep.core.placement import Placement
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.rules import Rules
 from rq_ep.solver.certificate.generalization import mean_of
@@ -15,6 +15,7 @@ from rq_ep.solver.certificate.lower_bound import CLOSE, Bound, lower_bound
 from rq_ep.solver.certificate.relaxation import BoundLimits
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.objective import is_plain, least_ratio_S
+from rq_ep.solver.workers import workers
 
 PROGRAMS_TIME = 0.1  # of a time limit: what linear programs may take in addition to the search
 
@@ -70,17 +71,20 @@ def _inside_limits(
         mixes=any(layer.replicas.mixed_formats for layer in placement.layers),
     )
     is_over = _clock(problem.time_limit_s)
-    overall = lower_bound(steps, pairs_LE, limits, fewest_LE, most_LE, is_over)
-    bounds = []
-    for i, layer in enumerate(placement.layers):
+
+    def of_layer(i: int, layer: LayerPlacement) -> Bound:
         inside = replace(
             limits,
             max_bytes=None if is_lending else sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
             max_low_pairs=layer.low_pairs(pairs_LE[i], stats.native_format),
         )
         fewest, most = (None if array is None else array[[i]] for array in (fewest_LE, most_LE))
-        bounds.append(lower_bound([steps[i]], pairs_LE[[i]], inside, fewest, most, is_over))
-    return overall, bounds
+        return lower_bound([steps[i]], pairs_LE[[i]], inside, fewest, most, is_over)
+
+    with workers(problem.num_workers) as threads:
+        overall = threads.ahead(lower_bound, steps, pairs_LE, limits, fewest_LE, most_LE, is_over)
+        bounds = threads.map(of_layer, range(len(steps)), placement.layers)
+        return overall(), list(bounds)
 
 
 def _clock(time_limit_s: float | None) -> Callable[[], bool]:

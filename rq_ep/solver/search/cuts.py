@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled, compiled_part
+from rq_ep.solver.compiled import compiled, compiled_beside, compiled_part
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex
 from rq_ep.solver.split.heaviest_first import heaviest_first
 
@@ -77,7 +77,7 @@ def initial_cuts(index: ReplicaIndex, loads_SE: FloatArray, num_ranks: int, proo
     return cuts
 
 
-@compiled
+@compiled_beside
 def _add_cuts(cuts: Cuts, index: ReplicaIndex, sets_GR: BoolArray) -> None:
     for set_R in sets_GR:
         add_cut(cuts, index, set_R)

@@ -1,7 +1,7 @@
 """Greedy use of the bytes that first replicas leave: replicas by gain per byte over all layers, then more bits."""
 
 from collections.abc import Callable, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import combinations
 
 import numpy as np
@@ -10,43 +10,55 @@ from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.objective.precision import Formats
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, Addition, LayerSplit
 from rq_ep.solver.search.neighborhood import LayerLimits
+from rq_ep.solver.workers import Workers
 
 LEAST_GAIN = 1e-6  # of max/mean: below it a replica is not worth its bytes
 OPTIMIZE_EVERY = 8  # additions to a layer between two exact splits of its steps
 
 
 def add_replicas(
-    layers: Sequence[LayerSplit], limits: Sequence[LayerLimits], is_over: Callable[[], bool], at_once: int = 1
+    layers: list[LayerSplit],
+    limits: Sequence[LayerLimits],
+    is_over: Callable[[], bool],
+    workers: Workers,
+    at_once: int = 1,
 ) -> None:
     """Add replicas to `layers`, the largest gain per byte first, while they fit; several at a time for many ranks.
 
+    What comes next is seldom in doubt: a layer's next replicas nearly always fit when it is their turn. So workers add
+    them to every layer ahead of its turn; only their bytes are taken in order.
+
     Args:
-        layers: left with exact splits.
+        layers: replaced by layers with exact splits.
         limits: of each layer; they share `free_R` and `move_budget`, which are kept current.
         is_over: whether the time is over.
+        workers: compute layers ahead.
         at_once: how many are added to a layer before their gains are computed anew.
     """
-
-    def next_additions(i: int) -> tuple[float, int, list[Addition]]:
-        additions = layers[i].best_additions(limits[i], at_once) if layers[i].value > GOOD_ENOUGH else []
-        return -additions[0].gain if additions else 0.0, i, additions
-
+    gains = list(workers.map(lambda layer: layer.gains_ER, layers))
     num_added = [0] * len(layers)
-    queue = [next_additions(i) for i in range(len(layers))]
-    heapify(queue)
-    while queue and not is_over():
-        _, i, additions = heappop(queue)
+    queue: list[tuple[float, int, list[Addition], Callable[[], tuple[LayerSplit, FloatArray]]]] = []
+
+    def line_up(i: int) -> None:
+        layer = layers[i]
+        additions = layer.best_additions(gains[i], limits[i], at_once) if layer.value > GOOD_ENOUGH else []
         worthwhile = [one for one in additions if one.gain * limits[i].bytes_E[one.expert] > LEAST_GAIN]
+        if worthwhile:
+            heappush(queue, (-additions[0].gain, i, worthwhile, add(i, worthwhile)))
+
+    def add(i: int, additions: list[Addition]) -> Callable[[], tuple[LayerSplit, FloatArray]]:
+        return workers.ahead(layers[i].with_added, additions, (num_added[i] + 1) % OPTIMIZE_EVERY == 0)
+
+    for i in range(len(layers)):
+        line_up(i)
+    while queue and not is_over():
+        _, i, worthwhile, added = heappop(queue)
         fitting = [one for one in worthwhile if _takes(limits[i], one)]
         if fitting:
-            layers[i].add(fitting)
+            layers[i], gains[i] = (added if fitting == worthwhile else add(i, fitting))()
             num_added[i] += 1
-            if num_added[i] % OPTIMIZE_EVERY == 0:
-                layers[i].optimize()
-        if worthwhile:
-            heappush(queue, next_additions(i))
-    for layer in layers:
-        layer.optimize()
+        line_up(i)
+    layers[:] = workers.map(LayerSplit.optimized, layers)
 
 
 def _takes(limits: LayerLimits, addition: Addition) -> bool:

@@ -4,13 +4,13 @@ Axes: P replicas in any order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled, compiled_part
+from rq_ep.solver.compiled import compiled, compiled_beside, compiled_part
 from rq_ep.solver.search.max_flow import TOLERANCE, Splits, augment, index_replicas, water_fill
 from rq_ep.solver.search.neighborhood import LayerLimits, exceeds_node_spread
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex, rank_search
@@ -79,13 +79,27 @@ class LayerSplit:
         _optimize_all(self.splits, cuts_SR)
         return cuts_SR
 
-    def add(self, additions: Sequence["Addition"]) -> None:
-        """Add replicas, and bring the splits close to the optimum again."""
+    def optimized(self) -> "LayerSplit":
+        """The layer with the optimal split of every step."""
+        layer = replace(
+            self, quotas_SP=self.quotas_SP.copy(), loads_SR=self.loads_SR.copy(), values_S=self.values_S.copy()
+        )
+        layer.optimize()
+        return layer
+
+    def with_added(self, additions: Sequence["Addition"], is_exact: bool) -> tuple["LayerSplit", FloatArray]:
+        """The layer with further replicas, and its `gains_ER`.
+
+        The splits are brought close to the optimum or, if `is_exact`, to it.
+        """
         experts, ranks = (np.array(column, np.int64) for column in list(zip(*additions, strict=True))[1:])
-        experts_P, ranks_P = np.append(self.index.experts_P, experts), np.append(self.index.ranks_P, ranks)
-        self.index = index_replicas(experts_P, ranks_P, self.loads_SE.shape[1], self.loads_SR.shape[1])
-        self.quotas_SP = np.concatenate([self.quotas_SP, np.zeros((len(self.quotas_SP), len(additions)))], axis=1)
-        _refill(self.splits, experts)
+        splits, gains_ER = _with_added(self.splits, experts, ranks, is_exact)
+        return LayerSplit(*splits), gains_ER
+
+    @property
+    def gains_ER(self) -> FloatArray:
+        """[E, R] by how much a new replica of the expert there would relieve the fullest ranks, all steps together."""
+        return _gains(self.splits)
 
     def without(self, dropped_P: IntArray) -> "LayerSplit":
         """The layer without these replicas, of which each expert keeps another; only their experts are filled anew."""
@@ -102,14 +116,14 @@ class LayerSplit:
         layer.optimize()
         return layer
 
-    def best_additions(self, limits: LayerLimits, at_once: int = 1) -> list["Addition"]:
+    def best_additions(self, gains_ER: FloatArray, limits: LayerLimits, at_once: int = 1) -> list["Addition"]:
         """The replica of the largest gain among those that fit, or as many as asked for `at_once`; none if none gains.
 
         With many ranks, a few more come along, of other experts on other ranks, which gain nearly as much: to look for
         each anew would take as long as all the rest.
         """
         max_additions = max(self.loads_SR.shape[1] // RANKS_PER_ADDITION, at_once)
-        gain_E, rank_E = _best_ranks(self.splits, limits, max_additions > 1)
+        gain_E, rank_E = _best_ranks(gains_ER, self.index, limits, len(self.loads_SE), max_additions > 1)
         additions: dict[int, Addition] = {}
         for expert in np.argsort(-gain_E, kind="stable").tolist():
             if gain_E[expert] <= 0 or gain_E[expert] < NEARLY_BEST * gain_E.max() or len(additions) == max_additions:
@@ -118,7 +132,7 @@ class LayerSplit:
         return list(additions.values())
 
 
-@compiled
+@compiled_beside
 def _split_all(splits: Splits) -> None:
     """Split every step from zero: experts of one replica, then the others in several sweeps, the heaviest first."""
     index, loads_SE, quotas_SP, loads_SR, _ = splits
@@ -132,7 +146,7 @@ def _split_all(splits: Splits) -> None:
                     water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
 
 
-@compiled
+@compiled_beside
 def _optimize_all(splits: Splits, cuts_SR: BoolArray) -> None:
     index, _, quotas_SP, loads_SR, values_S = splits
     search = rank_search(loads_SR.shape[1], len(index.first_E) - 1)
@@ -144,7 +158,7 @@ def _optimize_all(splits: Splits, cuts_SR: BoolArray) -> None:
         values_S[step] = augment(index, quotas_SP[step], loads_SR[step], mean, cuts_SR[step], search)
 
 
-@compiled
+@compiled_beside
 def _fill_again(splits: Splits, experts: IntArray) -> None:
     """Fill some experts anew in every step."""
     index, loads_SE, quotas_SP, loads_SR, _ = splits
@@ -154,7 +168,25 @@ def _fill_again(splits: Splits, experts: IntArray) -> None:
             water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
 
 
-@compiled
+@compiled_beside
+def _with_added(splits: Splits, experts: IntArray, ranks: IntArray, is_exact: bool) -> tuple[Splits, FloatArray]:
+    """The splits after further replicas, brought close to the optimum or to it, and their gains."""
+    index, loads_SE, quotas_SP, loads_SR, values_S = splits
+    num_before, num = len(index.ranks_P), len(index.ranks_P) + len(ranks)
+    experts_P, ranks_P = np.empty(num, np.int64), np.empty(num, np.int64)
+    new_quotas_SP = np.zeros((len(loads_SE), num))
+    experts_P[:num_before], experts_P[num_before:] = index.experts_P, experts
+    ranks_P[:num_before], ranks_P[num_before:] = index.ranks_P, ranks
+    new_quotas_SP[:, :num_before] = quotas_SP
+    new_index = index_replicas(experts_P, ranks_P, loads_SE.shape[1], loads_SR.shape[1])
+    new = Splits(new_index, loads_SE, new_quotas_SP, loads_SR.copy(), values_S.copy())
+    _refill(new, experts)
+    if is_exact:
+        _optimize_all(new, np.empty(loads_SR.shape, np.bool_))
+    return new, _gains(new)
+
+
+@compiled_part
 def _refill(splits: Splits, experts: IntArray) -> None:
     """Fill some experts anew, then every one of several replicas once, in the steps that are not balanced."""
     index, loads_SE, quotas_SP, loads_SR, values_S = splits
@@ -175,16 +207,14 @@ def _refill(splits: Splits, experts: IntArray) -> None:
 
 
 @compiled
-def _best_ranks(splits: Splits, limits: LayerLimits, scatters: bool) -> tuple[FloatArray, IntArray]:
+def _best_ranks(
+    gains_ER: FloatArray, index: ReplicaIndex, limits: LayerLimits, num_steps: int, scatters: bool
+) -> tuple[FloatArray, IntArray]:
     """[E] gain per byte of each expert's best new replica, and [E] its rank, -1 if none gains.
 
     Of equally good ranks the first is taken or, where it `scatters`, a different one for each expert.
     """
-    index, num_steps = splits.replicas, len(splits.values_S)
     num_experts, num_ranks = limits.allowed_ER.shape
-    gains_ER = _gains(splits)
-    for p in range(len(index.ranks_P)):
-        gains_ER[index.experts_P[p], index.ranks_P[p]] = 0.0
     best_E, rank_E = np.zeros(num_experts), np.empty(num_experts, np.int64)
     for expert in range(num_experts):
         rank_E[expert] = -1
@@ -206,12 +236,12 @@ def _best_ranks(splits: Splits, limits: LayerLimits, scatters: bool) -> tuple[Fl
     return best_E, rank_E
 
 
-@compiled_part
+@compiled_beside
 def _gains(splits: Splits) -> FloatArray:
     """[E, R] load that the full ranks could hand over to a new replica of the expert there, all steps together.
 
     It is limited by the room below the fullest rank. The full ranks of a step share its gain: its maximum falls only
-    when all of them are relieved.
+    when all of them are relieved. Where the expert has a replica it is 0.
     """
     index, loads_SE, quotas_SP, loads_SR, values_S = splits
     num_experts, num_ranks = loads_SE.shape[1], loads_SR.shape[1]
@@ -239,6 +269,8 @@ def _gains(splits: Splits) -> FloatArray:
                 if slack > fullest * FULL_TOLERANCE:
                     gains_ER[expert, rank] += min(on_full_E[expert], slack) / num_full
             on_full_E[expert] = 0.0
+    for p in range(len(index.ranks_P)):
+        gains_ER[index.experts_P[p], index.ranks_P[p]] = 0.0
     return gains_ER
 
 

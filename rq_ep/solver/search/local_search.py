@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled, compiled_part
+from rq_ep.solver.compiled import compiled, compiled_beside, compiled_part
 from rq_ep.solver.search.cuts import (
     MAX_RANKS_ENUMERATED,
     Changes,
@@ -93,7 +93,7 @@ def _without_dear(layer: LayerSplit, cuts: Cuts, limits: LayerLimits, tail_weigh
     return layer
 
 
-@compiled
+@compiled_beside
 def _dear(splits: Splits, cuts: Cuts, limits: LayerLimits, tail_weight: float) -> IntArray:
     """Replicas to drop, one of an expert at most, the lightest experts first; `cuts` is brought up to date."""
     index, loads_SE = splits.replicas, splits.loads_SE
@@ -135,7 +135,7 @@ def tail_weighted_mean(values_S: FloatArray, tail_weight: float) -> float:
     return (1 - tail_weight) * mean + tail_weight * (worst / num_worst)
 
 
-@compiled
+@compiled_beside
 def _search(
     splits: Splits, held_ER: BoolArray, cuts: Cuts, limits: LayerLimits, draws_AU: FloatArray, tail_weight: float
 ) -> Splits:

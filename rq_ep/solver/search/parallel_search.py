@@ -1,12 +1,8 @@
-"""Search of all layers side by side, on several processes if asked for; between rounds layers share the bytes left."""
+"""Search of all layers side by side, by several workers if asked for; between rounds layers share the bytes left."""
 
-import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,11 +10,10 @@ from rq_ep.solver.search.greedy_fill import add_replicas
 from rq_ep.solver.search.layer_state import LayerSplit
 from rq_ep.solver.search.local_search import improve
 from rq_ep.solver.search.neighborhood import LayerLimits
+from rq_ep.solver.workers import Workers
 
 NUM_ROUNDS = 3
 DEARER = 2.5  # times, that moving a byte costs more in each round than in the next: what gains most for it comes first
-Task = TypeVar("Task")
-Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -45,21 +40,14 @@ class _LayerTask:
     entropy: tuple[int, ...]
 
 
-class OrderedMap(Protocol):
-    """The built-in `map` of one iterable, or one that runs on processes."""
-
-    def __call__(self, function: Callable[[Task], Done], tasks: Iterable[Task], /) -> Iterator[Done]:
-        """The function's results, in the order of the tasks."""
-
-
 def search_layers(
     layers: Sequence[LayerSplit],
     limits: Sequence[LayerLimits],
     effort: Effort,
-    run: OrderedMap,
+    workers: Workers,
     on_progress: Callable[[float], None],
 ) -> list[LayerSplit]:
-    """Improve all layers, whose `limits` share `free_R` and `move_budget`. The result does not depend on `run`.
+    """Improve all layers, whose `limits` share `free_R` and `move_budget`. The result does not depend on the workers.
 
     In a round, each rank's free bytes are lent to one layer, and bytes that may still be moved are divided evenly, so
     that layers do not depend on one another.
@@ -83,12 +71,12 @@ def search_layers(
         ]
         free_R[:] = 0
         move_budget[0] -= share * num_layers
-        for i, improved in enumerate(run(_improved, tasks)):
+        for i, improved in enumerate(workers.map(_improved, tasks)):
             layers[i] = improved.layer
             free_R += improved.limits.free_R
             move_budget += improved.limits.move_budget
             on_progress((round_index + (i + 1) / num_layers) / NUM_ROUNDS)
-        add_replicas(layers, limits, effort.is_over)
+        add_replicas(layers, limits, effort.is_over, workers)
         if effort.is_over():
             break
     return layers
@@ -99,25 +87,3 @@ def _improved(task: _LayerTask) -> _LayerTask:
     num_moves = task.effort.max_moves // NUM_ROUNDS
     layer = improve(task.layer, task.limits, task.effort.tail_weight, num_moves, generator, task.effort.is_over)
     return _LayerTask(layer, task.limits, task.effort, task.entropy)
-
-
-@contextmanager
-def process_map(num_processes: int, num_tasks: int) -> Iterator[OrderedMap]:
-    """A `map` over processes, no more of them than there are tasks; results come in order.
-
-    The processes start at once, beside what is done before the first call. The function and the tasks must be
-    picklable. With one process everything stays in this one.
-    """
-    num_processes = min(num_processes, num_tasks)
-    if num_processes <= 1:
-        yield map
-        return
-    # Spawned: a forked process would inherit the locks of the threads that numerical libraries keep.
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for _ in range(num_processes):
-            pool.submit(_load_search)
-        yield pool.map
-
-
-def _load_search() -> None:
-    """Nothing: that a process can do it, it has to import the search."""

@@ -18,7 +18,8 @@ from rq_ep.solver.search.greedy_fill import add_replicas
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.local_search import tail_weighted_mean
 from rq_ep.solver.search.neighborhood import LayerLimits
-from rq_ep.solver.search.parallel_search import Effort, OrderedMap, search_layers
+from rq_ep.solver.search.parallel_search import Effort, search_layers
+from rq_ep.solver.workers import ALONE, Workers
 
 UNLIMITED = 2**60
 
@@ -42,12 +43,12 @@ class SearchContext:
     allowed_LER: BoolArray
     fixed_LER: BoolArray
     effort: Effort
-    run: OrderedMap  # over layers
+    workers: Workers
     current: Solution | None  # the placement that serves already
 
     @classmethod
     def of(
-        cls, problem: PlacementProblem, max_moves: int, current: Placement | None, run: OrderedMap = map
+        cls, problem: PlacementProblem, max_moves: int, current: Placement | None, workers: Workers = ALONE
     ) -> "SearchContext":
         """Raises a `UserError` if `current` has formats that the problem may not use."""
         stats, topology = problem.stats, problem.topology
@@ -69,7 +70,7 @@ class SearchContext:
             problem.rules.allowed_LER(stats, topology),
             problem.rules.fixed_LER(stats, topology),
             Effort(max_moves, problem.seed, problem.tail_weight, deadline),
-            run,
+            workers,
             serving,
         )
 
@@ -121,8 +122,12 @@ class SearchState:
         self.limits = _limits(context, initial)
         self.layers: list[LayerSplit] = []
         self.scales: list[FloatArray] = []  # [S] total load of each step in that of native experts
-        for layer, held_ER, format_E in zip(steps, initial.held_LER, initial.format_LE, strict=True):
-            self.layers.append(LayerSplit.of(loads_SE(context.problem, context.formats, layer, format_E), held_ER))
+        loads = [
+            loads_SE(context.problem, context.formats, layer, format_E)
+            for layer, format_E in zip(steps, initial.format_LE, strict=True)
+        ]
+        self.layers = list(context.workers.map(LayerSplit.of, loads, initial.held_LER))
+        for layer, format_E in zip(steps, initial.format_LE, strict=True):
             totals = [
                 weights_SE(context.problem, context.formats, layer, of_experts).sum(axis=1)
                 for of_experts in (format_E, np.zeros_like(format_E))
@@ -171,12 +176,12 @@ class SearchState:
 
     def add_replicas(self, at_once: int = 1) -> "SearchState":
         """Add replicas greedily while they fit and gain, to a layer several `at_once`."""
-        add_replicas(self.layers, self.limits, self.context.effort.is_over, at_once)
+        add_replicas(self.layers, self.limits, self.context.effort.is_over, self.context.workers, at_once)
         return self
 
     def search(self, on_progress: Callable[[float], None]) -> None:
         """Improve every layer by local search."""
-        self.layers = search_layers(self.layers, self.limits, self.context.effort, self.context.run, on_progress)
+        self.layers = search_layers(self.layers, self.limits, self.context.effort, self.context.workers, on_progress)
 
 
 def _limits(context: SearchContext, initial: Solution) -> list[LayerLimits]:

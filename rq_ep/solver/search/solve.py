@@ -30,10 +30,10 @@ from rq_ep.solver.search.initial_solutions import (
     random_solutions,
 )
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH
-from rq_ep.solver.search.parallel_search import process_map
 from rq_ep.solver.search.ruin_recreate import ruin_and_recreate
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution
 from rq_ep.solver.search.spare_replicas import drop_spares
+from rq_ep.solver.workers import workers
 
 TINY = 2**10  # layers times steps, experts and ranks, up to which the search begins from every initial solution
 FEWER_FROM_CURRENT = 6  # times fewer moves: a search that begins from a placement that serves begins near its end
@@ -65,8 +65,8 @@ def solve(
             the problem may not use.
     """
     num_moves = max_moves if current is None else max_moves // FEWER_FROM_CURRENT
-    with process_map(problem.num_workers, problem.stats.num_layers) as run:
-        context = SearchContext.of(problem, num_moves, current, run)
+    with workers(problem.num_workers) as threads:
+        context = SearchContext.of(problem, num_moves, current, threads)
         solution = _solution(context, calibration_steps(problem, max_steps), candidates)
     placement = certified(problem, strategy, max_steps, context.formats, solution.held_LER, solution.format_LE)
     problem.on_progress(1.0)

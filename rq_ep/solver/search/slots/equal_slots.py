@@ -22,9 +22,9 @@ from rq_ep.core.rules import Rules
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.certify import certify
 from rq_ep.solver.objective.calibration_steps import LayerSteps, calibration_steps
-from rq_ep.solver.search.parallel_search import process_map
 from rq_ep.solver.search.slots.rank_leveling import leveled
 from rq_ep.solver.search.slots.slot_search import even_imbalance, improve_slots
+from rq_ep.solver.workers import workers
 
 MAX_STEPS = 256  # of calibration that the search looks at; 64 leave up to 0.03 more of max/mean on held-out steps
 MAX_MOVES = 20_000  # attempted in each layer; three times as many gain less than 0.01
@@ -64,8 +64,8 @@ def place_slots(
         for i, (layer, steps, allowed_ER) in enumerate(rows)
     ]
     layers = []
-    with process_map(problem.num_workers, len(tasks)) as run:
-        for layer, slots_RJ in zip(start, run(_improved, tasks), strict=True):
+    with workers(problem.num_workers) as threads:
+        for layer, slots_RJ in zip(start, threads.map(_improved, tasks), strict=True):
             layers.append(_layer_of(layer, slots_RJ, problem.stats.native_format))
             problem.on_progress(len(layers) / len(tasks))
     before = [even_imbalance(task.steps, task.slots_RJ) for task in tasks]
