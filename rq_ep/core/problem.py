@@ -72,7 +72,7 @@ class SolverOptions:
     num_workers: int = option(
         1,
         flag="--workers",
-        help="processes that solve layers; the answer does not depend on them",
+        help="threads that solve layers; the answer does not depend on them",
         minimum=1,
         maximum=MAX_WORKERS,
         group=SEARCH,

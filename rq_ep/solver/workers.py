@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 Done = TypeVar("Done")
@@ -21,8 +21,10 @@ class Workers:
         return map(function, *columns) if self.pool is None else self.pool.map(function, *columns)
 
     def ahead(self, function: Callable[..., Done], *arguments: Any) -> Callable[[], Done]:
-        """What returns the function's result: a worker computes it from now on; without workers, the call does."""
-        return partial(function, *arguments) if self.pool is None else self.pool.submit(function, *arguments).result
+        """What returns the function's result: a worker computes it from now on, or the first call does."""
+        if self.pool is None:
+            return cache(partial(function, *arguments))
+        return self.pool.submit(function, *arguments).result
 
 
 ALONE = Workers()

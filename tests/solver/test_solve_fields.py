@@ -131,8 +131,7 @@ def test_out_of_time_there_is_a_placement_all_the_same() -> None:
     assert hurried.certificate["predicted"] <= hurried.certificate["standard"]
 
 
-@pytest.mark.slow
-def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
+def test_workers_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
     instance = problem(recorded(20, num_layers=3, pairs=60), 10)
     for number in (1, 2):
         solve(replace(instance, num_workers=number), RQ, 64, 300).save(tmp_path / f"{number}.json")

@@ -18,6 +18,7 @@ import numpy as np
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.solver.objective.calibration_steps import LayerSteps
+from rq_ep.solver.workers import ALONE, Workers
 
 NOISY = 0.2  # share of noise in the variance between steps above which resampling pays
 FEW_PAIRS = 8  # of an expert in a step, on average; from here on it gains a few thousandths for four times the search
@@ -27,19 +28,22 @@ MIN_DRAWS, MAX_DRAWS = 2, 6  # steps drawn for a recorded one; a single one is w
 MAX_WORK = 2**26  # draws times layers, steps, experts and ranks, as far as `MIN_DRAWS` allow
 
 
-def denoise_steps(problem: PlacementProblem, layers: Sequence[LayerSteps]) -> list[LayerSteps]:
+def denoise_steps(
+    problem: PlacementProblem, layers: Sequence[LayerSteps], workers: Workers = ALONE
+) -> list[LayerSteps]:
     """The steps to place for: as recorded, or resampled in layers whose counts are mostly noise.
 
     Only prefill steps are resampled: a memory-bound rank waits for experts of a single pair, which rates predict worst.
     """
     size = sum(layer.counts_SE.size * layer.num_ranks for layer in layers)
     num_draws = min(max(MAX_WORK // max(size, 1), MIN_DRAWS), MAX_DRAWS)
-    return [
-        _resampled(layer, num_draws, np.random.default_rng((problem.seed, i)))
-        if problem.objective == "prefill" and _is_noisy(layer.counts_SE)
-        else layer
-        for i, layer in enumerate(layers)
-    ]
+
+    def denoised(i: int, layer: LayerSteps) -> LayerSteps:
+        if problem.objective != "prefill" or not _is_noisy(layer.counts_SE):
+            return layer
+        return _resampled(layer, num_draws, np.random.default_rng((problem.seed, i)))
+
+    return list(workers.map(denoised, range(len(layers)), layers))
 
 
 def _is_noisy(counts_SE: IntArray) -> bool:

@@ -103,7 +103,7 @@ def best_initial(context: SearchContext, steps: Sequence[LayerSteps], solutions:
 def filled_in_time(context: SearchContext, steps: Sequence[LayerSteps], solution: Solution) -> Solution:
     """The solution or, where little time is left for a new placement, with replicas that were chosen coarsely."""
     effort, started = context.effort, time.monotonic()
-    if effort.deadline is None or context.current is not None:
+    if effort.deadline is None or effort.is_over() or context.current is not None:
         return solution
     few_steps = [layer.some(COARSE_STEPS) for layer in steps]
     coarse = SearchState(context, few_steps, solution).add_replicas(COARSE_AT_ONCE).solution

@@ -18,6 +18,9 @@ from rq_ep.solver.split.heaviest_first import heaviest_first
 
 GOOD_ENOUGH = 1.0005  # max/mean at which a step needs nothing more
 FULL_TOLERANCE = 0.002  # ranks within this of the fullest count as full, so that equally full ones are relieved in turn
+LEAST_GAIN = 1e-6  # of max/mean: below it a replica is not worth its bytes
+OPTIMIZE_EVERY = 8  # times that replicas are added to a layer between two exact splits of its steps
+ROOM = 12  # replicas that a rank must have room for, if one is chosen before its turn: other layers use it as well
 SWEEPS = 3  # more of them gain less than the first augmenting path costs
 RANKS_PER_ADDITION = 64  # one replica is added at a time for each so many ranks
 NEARLY_BEST = 0.5  # of the best gain: what gains less is not added along with it
@@ -29,6 +32,14 @@ class Addition(NamedTuple):
     gain: float
     expert: int
     rank: int
+
+
+class Grown(NamedTuple):
+    """A layer with further replicas, its `gains_ER`, and those of the replicas that were chosen on the way."""
+
+    layer: "LayerSplit"
+    gains_ER: FloatArray
+    chosen: list[Addition]
 
 
 @dataclass
@@ -87,14 +98,23 @@ class LayerSplit:
         layer.optimize()
         return layer
 
-    def with_added(self, additions: Sequence["Addition"], is_exact: bool) -> tuple["LayerSplit", FloatArray]:
-        """The layer with further replicas, and its `gains_ER`.
+    def grown(
+        self, additions: Sequence["Addition"], limits: LayerLimits, *, at_once: bool, num_added: int, num_more: int
+    ) -> "Grown":
+        """The layer with further replicas: the given ones, then at most `num_more`, each the best inside the limits.
 
-        The splits are brought close to the optimum or, if `is_exact`, to it.
+        Args:
+            additions: given.
+            limits: changed, as replicas take their bytes.
+            at_once: whether the given ones are added together, else one by one.
+            num_added: times that replicas have been added before; every `OPTIMIZE_EVERY`th time, splits become exact.
+            num_more: as many as this.
         """
-        experts, ranks = (np.array(column, np.int64) for column in list(zip(*additions, strict=True))[1:])
-        splits, gains_ER = _with_added(self.splits, experts, ranks, is_exact)
-        return LayerSplit(*splits), gains_ER
+        experts_X, ranks_X = (np.array([one[column] for one in additions], np.int64) for column in (1, 2))
+        grown = _grown(self.splits, experts_X, ranks_X, limits, at_once, num_added, num_more)
+        splits, gains_ER, gains_Y, experts_Y, ranks_Y = grown
+        rows = zip(gains_Y.tolist(), experts_Y.tolist(), ranks_Y.tolist(), strict=True)
+        return Grown(LayerSplit(*splits), gains_ER, [Addition(*row) for row in rows])
 
     @property
     def gains_ER(self) -> FloatArray:
@@ -169,21 +189,67 @@ def _fill_again(splits: Splits, experts: IntArray) -> None:
 
 
 @compiled_beside
-def _with_added(splits: Splits, experts: IntArray, ranks: IntArray, is_exact: bool) -> tuple[Splits, FloatArray]:
-    """The splits after further replicas, brought close to the optimum or to it, and their gains."""
-    index, loads_SE, quotas_SP, loads_SR, values_S = splits
-    num_before, num = len(index.ranks_P), len(index.ranks_P) + len(ranks)
-    experts_P, ranks_P = np.empty(num, np.int64), np.empty(num, np.int64)
-    new_quotas_SP = np.zeros((len(loads_SE), num))
-    experts_P[:num_before], experts_P[num_before:] = index.experts_P, experts
-    ranks_P[:num_before], ranks_P[num_before:] = index.ranks_P, ranks
-    new_quotas_SP[:, :num_before] = quotas_SP
-    new_index = index_replicas(experts_P, ranks_P, loads_SE.shape[1], loads_SR.shape[1])
-    new = Splits(new_index, loads_SE, new_quotas_SP, loads_SR.copy(), values_S.copy())
-    _refill(new, experts)
-    if is_exact:
-        _optimize_all(new, np.empty(loads_SR.shape, np.bool_))
-    return new, _gains(new)
+def _grown(
+    splits: Splits,
+    experts_X: IntArray,
+    ranks_X: IntArray,
+    limits: LayerLimits,
+    at_once: bool,
+    num_added: int,
+    num_more: int,
+) -> tuple[Splits, FloatArray, FloatArray, IntArray, IntArray]:
+    """The splits with further replicas, `gains_ER`, and the gains, experts and ranks of those that were chosen."""
+    num, num_given = len(splits.replicas.ranks_P), len(experts_X)
+    num_all = num + num_given + num_more
+    experts_P, ranks_P, gains_P = np.empty(num_all, np.int64), np.empty(num_all, np.int64), np.empty(num_all)
+    quotas_SP = np.zeros((len(splits.values_S), num_all))
+    experts_P[:num], ranks_P[:num], quotas_SP[:, :num] = (
+        splits.replicas.experts_P,
+        splits.replicas.ranks_P,
+        splits.quotas_SP,
+    )
+    experts_P[num : num + num_given], ranks_P[num : num + num_given] = experts_X, ranks_X
+    loads_SR, values_S, cuts_SR = (
+        splits.loads_SR.copy(),
+        splits.values_S.copy(),
+        np.empty(splits.loads_SR.shape, np.bool_),
+    )
+    num_experts, num_ranks = splits.loads_SE.shape[1], loads_SR.shape[1]
+    given, first_more = num + num_given, num + num_given
+    new, gains_ER = splits, np.zeros((0, 0))
+    while True:
+        if num < given:
+            before, num = num, given if at_once else num + 1
+        elif num < num_all:
+            total = 0.0
+            for value in values_S:
+                total += value
+            if total <= GOOD_ENOUGH * len(values_S):
+                break
+            gain_E, rank_E = _best_ranks(gains_ER, new.replicas, limits, len(values_S), False)
+            best = np.argmax(gain_E)
+            size = limits.bytes_E[best]
+            if gain_E[best] * size <= LEAST_GAIN or limits.free_R[rank_E[best]] < ROOM * size:
+                break
+            experts_P[num], ranks_P[num], gains_P[num] = best, rank_E[best], gain_E[best]
+            before, num = num, num + 1
+        else:
+            break
+        for p in range(before, num):
+            size = limits.bytes_E[experts_P[p]]
+            limits.free_R[ranks_P[p]] -= size
+            if not limits.present_ER[experts_P[p], ranks_P[p]]:
+                limits.move_budget[0] -= size
+        index = index_replicas(experts_P[:num], ranks_P[:num], num_experts, num_ranks)
+        new = Splits(index, splits.loads_SE, quotas_SP, loads_SR, values_S)
+        _refill(new, experts_P[before:num])
+        num_added += 1
+        if num_added % OPTIMIZE_EVERY == 0:
+            _optimize_all(new, cuts_SR)
+        if num >= given:
+            gains_ER = _gains(new)
+    new = Splits(new.replicas, splits.loads_SE, quotas_SP[:, :num].copy(), loads_SR, values_S)
+    return new, gains_ER, gains_P[first_more:num], experts_P[first_more:num], ranks_P[first_more:num]
 
 
 @compiled_part
@@ -219,8 +285,10 @@ def _best_ranks(
     for expert in range(num_experts):
         rank_E[expert] = -1
         size = limits.bytes_E[expert]
-        best_tie = -1
+        best_tie, least_gain = -1, 0.0
         for rank in range(num_ranks):
+            if gains_ER[expert, rank] <= 0 or gains_ER[expert, rank] < least_gain:  # most of them: refused at once
+                continue
             tie = _tie_break(expert, rank) if scatters else 0
             gain = gains_ER[expert, rank] / (size * num_steps)
             if not limits.present_ER[expert, rank]:
@@ -233,6 +301,8 @@ def _best_ranks(
                 continue
             if not exceeds_node_spread(index, limits, expert, -1, rank):
                 best_E[expert], rank_E[expert], best_tie = gain, rank, tie
+                if limits.price == 0:
+                    least_gain = gains_ER[expert, rank]
     return best_E, rank_E
 
 

@@ -78,7 +78,7 @@ def _solution(
 ) -> Solution:
     """The best solution that the search finds for these steps, from the current one, if there is one."""
     problem = context.problem
-    steps = denoise_steps(problem, recorded)
+    steps = recorded if context.effort.is_over() else denoise_steps(problem, recorded, context.workers)
     if context.current is not None:
         return _search(context, steps, completed(context, steps, context.current)).solution
     known = known_solutions(context, [contiguous(problem), *candidates])
@@ -92,9 +92,11 @@ def _solution(
     are_recorded = all(one is other for one, other in zip(steps, recorded, strict=True))
     rating = best.rating if are_recorded else _rating(context, recorded, best.solution)
     for solution in known:  # on recorded steps, the result must not be worse than any of these
-        could_win = least_value(context, recorded, solution) < rating[0] + ROUNDING
-        if could_win and _rating(context, recorded, solution) < rating:
-            steps, best = recorded, _search(context, recorded, solution)
+        if least_value(context, recorded, solution) >= rating[0] + ROUNDING:
+            continue
+        state = SearchState(context, recorded, solution)
+        if state.rating < rating:
+            steps, best = recorded, state if context.effort.is_over() else _search(context, recorded, solution)
             rating = best.rating
     return _refined(context, steps, best)
 

@@ -86,12 +86,12 @@ def test_small_layers_come_close_to_the_best_of_all_placements(seed: int, num_ex
     assert best - 1e-9 <= imbalance <= 1.03 * best
 
 
-@pytest.mark.slow
-def test_processes_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
+def test_workers_do_not_change_a_bit_of_the_answer(tmp_path: Path) -> None:
     case = problem(correlated(16, 32, 3, seed=1), 4, 4)
     for number in (1, 2):
-        case_on_processes = replace(case, num_workers=number)
-        place_slots(case_on_processes, Eplb(), eplb(case), max_moves=500).save(tmp_path / f"{number}.json")
+        place_slots(replace(case, num_workers=number), Eplb(), eplb(case), max_moves=500).save(
+            tmp_path / f"{number}.json"
+        )
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
 
 

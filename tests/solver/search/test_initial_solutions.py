@@ -1,14 +1,15 @@
-"""What a search begins with: bounded without a split, and filled coarsely where time is short."""
+"""What a search begins with: bounded without a split, filled ahead of turns, and coarsely where time is short."""
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rq_ep.core.problem import contiguous
 from rq_ep.solver.objective.calibration_steps import calibration_steps
-from rq_ep.solver.search import initial_solutions
+from rq_ep.solver.search import greedy_fill, initial_solutions
 from rq_ep.solver.search.initial_solutions import constructed, filled_in_time, known_solutions, least_value
 from rq_ep.solver.search.search_state import SearchContext, SearchState
 from tests.solver.instances import problem, skewed
@@ -24,6 +25,29 @@ def test_no_state_is_below_the_bound_that_takes_no_split() -> None:
     for solution in constructed(context, STEPS)[0]:
         state = SearchState(context, STEPS, solution).add_replicas()
         assert least_value(context, STEPS, state.solution) <= state.value + 1e-9
+
+
+def test_replicas_that_are_added_ahead_are_those_that_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts_SLE = np.stack([skewed(16, 4000, seed, 6) for seed in range(24)], axis=1)
+    instance = problem(counts_SLE, 4, max_low_precision_share=0.05)
+    context, steps = SearchContext.of(instance, 0, None), calibration_steps(instance, 6)
+    solution, counts, held = constructed(context, steps)[0][-1], [], []
+    grow = greedy_fill._LayerFill._grow
+
+    def counted(*arguments: Any) -> greedy_fill.Grown:
+        grown = grow(*arguments)
+        counts[-1] += len(grown.chosen)
+        return grown
+
+    monkeypatch.setattr(greedy_fill._LayerFill, "_grow", counted)
+    for ahead in (1, 8):
+        monkeypatch.setattr(greedy_fill, "AHEAD", ahead)
+        counts.append(0)
+        state = SearchState(context, steps, solution).add_replicas()
+        held.append(state.held_LER)
+        assert 0 <= state.free_R.min() <= state.free_R.max() < 1000  # others took the bytes of some that were chosen
+    assert counts[0] == 0 < counts[1]
+    np.testing.assert_array_equal(*held)
 
 
 def test_with_little_time_the_bytes_are_filled_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:

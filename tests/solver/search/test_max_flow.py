@@ -40,7 +40,7 @@ def test_another_replica_is_worth_what_it_gains() -> None:
     (best,) = layer.best_additions(layer.gains_ER, limits)
     assert best.gain > 0
     assert not layer.held_ER[best.expert, best.rank]
-    layer, _ = layer.with_added([best], is_exact=True)
+    layer = layer.grown([best], limits, at_once=False, num_added=0, num_more=0).layer.optimized()
     np.testing.assert_allclose(layer.values_S, optimum_S(layer), atol=3e-5)
     assert layer.value < before
 
@@ -65,7 +65,8 @@ def test_with_many_ranks_some_at_a_time() -> None:
     assert len(additions) == 3
     assert len({one.rank for one in additions}) == len({one.expert for one in additions}) == 3
     assert all(one.gain >= other.gain for one, other in itertools.pairwise(additions))
-    layer, _ = layer.with_added(additions, is_exact=True)
+    limits = no_limits(64, num_ranks)
+    layer = layer.grown(additions, limits, at_once=True, num_added=0, num_more=0).layer.optimized()
     np.testing.assert_allclose(layer.values_S, optimum_S(layer), rtol=3e-5)
 
 
