@@ -13,6 +13,7 @@ from rq_ep.solver.search.neighborhood import LayerLimits
 from rq_ep.solver.workers import ALONE, Workers
 
 AHEAD = 8  # replicas that are added to a layer ahead of their turn
+FOR_WORKERS = 2**17  # steps times experts and ranks of a layer; in less, a replica takes 0.1 ms, as to ask a worker
 
 
 def add_replicas(
@@ -35,6 +36,8 @@ def add_replicas(
         workers: compute layers ahead.
         at_once: how many are added to a layer before their gains are computed anew.
     """
+    if max(layer.loads_SE.size * layer.loads_SR.shape[1] for layer in layers) < FOR_WORKERS:
+        workers = ALONE
     begin = workers.map(lambda layer: layer.gains_ER, layers)
     fills = [
         _LayerFill(layer, gains_ER, within, workers, at_once)
