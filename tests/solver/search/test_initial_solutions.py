@@ -12,6 +12,7 @@ from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.solver.search import greedy_fill, initial_solutions
 from rq_ep.solver.search.initial_solutions import constructed, filled_in_time, known_solutions, least_value
 from rq_ep.solver.search.search_state import SearchContext, SearchState
+from rq_ep.solver.workers import workers
 from tests.solver.instances import problem, skewed
 
 INSTANCE = problem(np.stack([skewed(16, 4000, seed, 20) for seed in range(3)], axis=1), 4)
@@ -40,14 +41,17 @@ def test_replicas_that_are_added_ahead_are_those_that_come_one_by_one(monkeypatc
         return grown
 
     monkeypatch.setattr(greedy_fill._LayerFill, "_grow", counted)
-    for ahead in (1, 8):
+    monkeypatch.setattr(greedy_fill, "FOR_WORKERS", 0)
+    for ahead, number in ((1, 1), (8, 1), (8, 3)):
         monkeypatch.setattr(greedy_fill, "AHEAD", ahead)
         counts.append(0)
-        state = SearchState(context, steps, solution).add_replicas()
+        with workers(number) as threads:
+            state = SearchState(replace(context, workers=threads), steps, solution).add_replicas()
         held.append(state.held_LER)
         assert 0 <= state.free_R.min() <= state.free_R.max() < 1000  # others took the bytes of some that were chosen
-    assert counts[0] == 0 < counts[1]
-    np.testing.assert_array_equal(*held)
+    assert counts[0] == 0 < min(counts[1:])
+    for others_LER in held[1:]:
+        np.testing.assert_array_equal(others_LER, held[0])
 
 
 def test_with_little_time_the_bytes_are_filled_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
