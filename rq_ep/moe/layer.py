@@ -76,6 +76,11 @@ class EPExperts(nn.Module):
         self._output_norms: OutputNorms | None = None
         self._is_apart = joins_later
 
+    @property
+    def telemetry(self) -> CallRecorder:
+        """Where calls are recorded."""
+        return self._telemetry
+
     def join(self) -> None:
         """Take part in the exchange from the next call on."""
         self._is_apart = False

@@ -155,7 +155,7 @@ def test_value_and_the_way_from_nothing_are_taken_on_steps_that_were_not_placed_
         for name, row in loads.items()
     }  # fmt: skip
     before, after = (bench.place("rq", bench.halves(name)[0]) for name in loads)
-    served = Served("rq live", "", None, ())  # type: ignore[arg-type]  # no process
+    served = Served("rq live", "", None, (), None)  # type: ignore[arg-type]  # no process
     served.samples = [LoadSample(0.0, (1,), (1.0,), ((0, 0),)), LoadSample(10.0, (9,), (1.0,), ((8192, 8192),))]
     served.placements = [(0.0, before), (7.5, after)]
     value = value_after_change(bench, served, [{"server": "rq live", "moved_bytes": 100}], 8192)
