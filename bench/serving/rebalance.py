@@ -208,8 +208,8 @@ class Workload:
         log = self.folder / f"{name.replace(' ', '-')}.log"
         self.console.print(f"starting {name} (log: {log})")
         settings = ["--model", model, "--device", "cpu", *arguments]
-        with server(self.options.num_ranks, settings, log, module) as (url, process):
-            yield Served(name, url, process, tuple(rank_processes(process).values()), local_client(url, 30))
+        with server(self.options.num_ranks, settings, log, module) as (url, process), local_client(url, 30) as client:
+            yield Served(name, url, process, tuple(rank_processes(process).values()), client)
 
 
 @dataclass

@@ -32,7 +32,7 @@ ALONE = Workers()
 
 @contextmanager
 def workers(number: int) -> Iterator[Workers]:
-    """So many workers; one is the caller. What nobody has waited for in the end is given up."""
+    """So many threads, or the caller alone for one. What nobody has waited for in the end is given up."""
     if number == 1:
         yield ALONE
         return
