@@ -109,7 +109,7 @@ class Bank:
 
     @property
     def staged_bytes(self) -> int:
-        return sum(buffer.nbytes for _, buffer in self.staged.values())
+        return sum(buffer.nbytes for _, buffer in list(self.staged.values()))  # while a thread stages more
 
     def stage(self, expert: int, name: str) -> Tensor:
         buffer = torch.zeros(SIZES[name], dtype=torch.uint8)
