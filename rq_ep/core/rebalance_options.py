@@ -59,7 +59,8 @@ class RebalanceOptions:
     bytes_per_step: int | None = option(
         None,
         flag="--rebalance-bytes-per-step",
-        help="bytes that reach a rank in a step at most, such as 4MiB; default: those of a 25th of a core's time",
+        help="bytes that reach a rank in a step at most, such as 4MiB; default: those that a thread moves in a 25th of "
+        "a core's time or, where each rank has a core to spare, in half of it",
         minimum=1,
         metavar="BYTES",
         parse=lambda size: parse_bytes(str(size), "--rebalance-bytes-per-step"),

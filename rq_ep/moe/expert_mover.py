@@ -30,7 +30,7 @@ from rq_ep.core.strategy import Planner
 from rq_ep.formats import get_format
 from rq_ep.moe.expert_bank import ExpertBank
 from rq_ep.parallel.ep_group import HostChannel, MessagesLost
-from rq_ep.rebalancing.pace import rest_s
+from rq_ep.rebalancing.pace import Pace
 from rq_ep.solver.migration.move_rounds import MoveRound
 
 ROUNDS_PER_GENERATION = 1 << 20
@@ -127,8 +127,7 @@ class ExpertMover:
         planner_of: the strategy's planner for a layer.
         read_expert: for experts that no rank holds in a format they can be made from; None: there is no checkpoint.
         reads_formats: an expert in another format than a rank holds is read too, instead of converted there.
-        bytes_per_step: of an expert that leave a rank in a step at most; None: as many as its thread moves in its
-            share of the time (`rq_ep.rebalancing.pace`).
+        pace: how fast experts move while there are steps.
         wake: called on any thread when the ranks are to agree on a step soon, though nobody may have tokens.
         on_round: called on the engine's thread when a round serves, with the positions of its layers.
         on_end: called on the engine's thread when a migration has ended, with its generation and why this rank gave it
@@ -143,7 +142,7 @@ class ExpertMover:
         read_expert: ReadExpert | None,
         *,
         reads_formats: bool = False,
-        bytes_per_step: int | None = None,
+        pace: Pace,
         wake: Callable[[], None] = lambda: None,
         on_round: Callable[[Sequence[int]], None] = lambda positions: None,
         on_end: Callable[[int, MigrationEnd, str], None] = lambda generation, end, reason: None,
@@ -153,7 +152,7 @@ class ExpertMover:
         self._planner_of = planner_of
         self._read_expert = read_expert
         self._reads_formats = reads_formats
-        self._bytes_per_step = bytes_per_step
+        self._pace = pace
         self._wake = wake
         self._on_round = on_round
         self._on_end = on_end
@@ -379,7 +378,7 @@ class ExpertMover:
                 nbytes = get_format(move.format).nbytes(self._layers[position].bank.layout)
                 peer = move.source if rank == move.rank else move.rank
                 assert peer is not None
-                transfers[position, move] = _Transfer(peer, nbytes, self._bytes_per_step or MAX_PIECE_BYTES)
+                transfers[position, move] = _Transfer(peer, nbytes, self._pace.bytes_per_step or MAX_PIECE_BYTES)
         return transfers
 
     def _prepare(
@@ -454,20 +453,19 @@ class ExpertMover:
         return not lost and all(transfer.comes for transfer in transfers.values())
 
     def _rest(self, migration: Migration) -> None:
-        """Wait until a step has passed or, without a bound of bytes, as long as the pace asks for.
+        """Wait until a step has passed or, without a bound of bytes, as long as the thread's share of a core asks for.
 
         Not where the group is idle, or nothing more is sent.
         """
 
         def may_go_on() -> bool:
             is_given_up = self._closes or self._flags.failed >= migration.generation
-            has_passed = self._bytes_per_step is not None and self._num_steps > num_steps
+            has_passed = is_bounded and self._num_steps > num_steps
             return self._is_idle or is_given_up or has_passed
 
-        timeout_s = None
-        if self._bytes_per_step is None:
-            now, rested = (time.monotonic(), time.thread_time()), self._rested
-            timeout_s = rest_s(now[0] - rested[0], now[1] - rested[1])
+        is_bounded = self._pace.bytes_per_step is not None
+        now, rested = (time.monotonic(), time.thread_time()), self._rested
+        timeout_s = None if is_bounded else self._pace.rest_s(now[0] - rested[0], now[1] - rested[1])
         with self._changed:
             num_steps = self._num_steps
             self._changed.wait_for(may_go_on, timeout_s)

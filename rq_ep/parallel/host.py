@@ -48,6 +48,11 @@ def short_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
+def num_usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def all_cores(num_sharing: int) -> Iterator[None]:
     """While open, torch computes with this process's part of the cores, if that is more than it was given.
@@ -58,8 +63,7 @@ def all_cores(num_sharing: int) -> Iterator[None]:
         num_sharing: processes that share the cores.
     """
     num_threads = torch.get_num_threads()
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(num_threads, num_cores // num_sharing))
+    torch.set_num_threads(max(num_threads, num_usable_cores() // num_sharing))
     try:
         yield
     finally:

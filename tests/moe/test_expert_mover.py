@@ -17,10 +17,10 @@ from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
-from rq_ep.moe import expert_mover
 from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags
 from rq_ep.moe.integrity import DamagedExpert
 from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
+from rq_ep.rebalancing.pace import Pace
 from rq_ep.solver.migration.move_rounds import move_rounds
 from tests.moe import cases
 
@@ -29,6 +29,7 @@ LAYOUT: ExpertLayout = FAMILY.layout
 SIZES = {name: get_format(name).nbytes(LAYOUT) for name in ("fp32", "int8")}
 NUM_EXPERTS, NUM_RANKS = 6, 3
 ROOM = 3 * SIZES["fp32"]
+UNBOUNDED = Pace()
 WEIGHTS = cases.expert_weights(FAMILY, NUM_EXPERTS)
 
 
@@ -157,7 +158,7 @@ class Layer:
 class Group:
     """All ranks in one process, and their steps."""
 
-    def __init__(self, before: Placement, bytes_per_step: int | None = None, reads_formats: bool = False) -> None:
+    def __init__(self, before: Placement, pace: Pace = UNBOUNDED, reads_formats: bool = False) -> None:
         self.wires = Wires()
         self.ends: list[tuple[int, int, MigrationEnd]] = []
         self.reasons: list[str] = []
@@ -170,7 +171,7 @@ class Group:
                 lambda placement: None,  # type: ignore[arg-type,return-value]
                 lambda layer, expert, name: packed(expert, name),
                 reads_formats=reads_formats,
-                bytes_per_step=bytes_per_step,
+                pace=pace,
                 wake=self.woken[rank].set,
                 on_end=lambda generation, end, reason, rank=rank: self.end(rank, generation, end, reason),  # type: ignore[misc]
             )
@@ -337,7 +338,7 @@ def test_no_more_bytes_than_allowed_leave_a_rank_in_a_step_however_long_it_takes
     """Where nobody has tokens there is no step that bytes could delay: all that goes at once is one piece."""
     before, after = drawn(0), drawn(100)
     limit = SIZES["int8"] // 4
-    group = Group(before, bytes_per_step=limit)
+    group = Group(before, Pace(limit))
     sent: Counter[tuple[int, int]] = Counter()  # by rank and step
     group.wires.on_send = lambda src, message: sent.update({(src, num_steps): max(len(message) - 1, 0)})
     num_steps = 0
@@ -351,7 +352,7 @@ def test_no_more_bytes_than_allowed_leave_a_rank_in_a_step_however_long_it_takes
 
 
 def test_without_a_bound_of_bytes_ranks_rest_beside_steps_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_mover, "rest_s", lambda elapsed_s, busy_s: 60.0)
+    monkeypatch.setattr(Pace, "rest_s", lambda pace, elapsed_s, busy_s: 60.0)
     before, after = drawn(0), drawn(100)
     group = Group(before)
     group.begin(migration(before, after))
@@ -371,7 +372,7 @@ def test_a_fault_leaves_the_placement_of_one_round_on_all_ranks(fault: str, seed
     before, after = drawn(seed), drawn(seed + 100)
     plan = migration(before, after)
     generator = np.random.default_rng(seed)
-    group = Group(before, bytes_per_step=SIZES["int8"] // 3)
+    group = Group(before, Pace(SIZES["int8"] // 3))
     victim = int(generator.integers(NUM_RANKS))
     number = int(generator.integers(2, 12))
     if fault == "flipped byte":

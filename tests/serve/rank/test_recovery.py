@@ -17,6 +17,7 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.engine.step_loop import GroupNumbers
 from rq_ep.model.load.memory import available_bytes, free_bytes, spare_bytes
 from rq_ep.parallel.ep_group import PeerLost
+from rq_ep.rebalancing.pace import Pace
 from rq_ep.serve.messages import (
     CannotContinue,
     CheckMembers,
@@ -134,7 +135,7 @@ class Rank:
 
         planner_of: Any = lambda layer: None  # noqa: E731
         mover = GroupMover(
-            self.layers, Channel(wires, rank), planner_of, read, False, None,  # type: ignore[arg-type]
+            self.layers, Channel(wires, rank), planner_of, read, False, Pace(),  # type: ignore[arg-type]
             lambda: None, lambda generation, reason: None,
         )  # fmt: skip
         self.mover = mover

@@ -14,6 +14,7 @@ from rq_ep.engine.step_agreement import GroupFlags
 from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags, ReadExpert
 from rq_ep.parallel.ep_group import HostChannel
+from rq_ep.rebalancing.pace import Pace
 from rq_ep.serve.messages import BeginMigration
 from rq_ep.solver.migration.move_rounds import MoveRound
 
@@ -36,7 +37,7 @@ class GroupMover:
     """Begins migrations one after another, each when the one before has ended on this rank.
 
     Args:
-        layers, channel, planner_of, read_expert, reads_formats, bytes_per_step: as for `ExpertMover`.
+        layers, channel, planner_of, read_expert, reads_formats, pace: as for `ExpertMover`.
         wake: has the ranks agree on a step soon, though nobody may have tokens.
         on_failure: called with the generation of a migration that this rank has given up, and why, unless somebody
             observes it here.
@@ -49,7 +50,7 @@ class GroupMover:
         planner_of: Callable[[LayerPlacement], Planner],
         read_expert: ReadExpert,
         reads_formats: bool,
-        bytes_per_step: int | None,
+        pace: Pace,
         wake: Callable[[], None],
         on_failure: Callable[[int, str], None],
     ) -> None:
@@ -62,7 +63,7 @@ class GroupMover:
         self._outcome: tuple[MigrationEnd, str] | None = None  # of the last one that has ended
         self._mover = ExpertMover(
             layers, channel, planner_of, read_expert, reads_formats=reads_formats,
-            bytes_per_step=bytes_per_step, wake=wake, on_round=self._round_serves, on_end=self._ended,
+            pace=pace, wake=wake, on_round=self._round_serves, on_end=self._ended,
         )  # fmt: skip
 
     # While the group changes, on the engine's thread

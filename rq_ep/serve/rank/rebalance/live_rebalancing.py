@@ -85,7 +85,7 @@ class LiveRebalancing:
             self.planner_of,
             inputs.read_expert(),
             inputs.reads_formats,
-            inputs.bytes_per_step,
+            inputs.pace,
             wake,
             lambda generation, reason: send(MigrationGivenUp(generation, reason)),
         )

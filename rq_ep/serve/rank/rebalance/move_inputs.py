@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from rq_ep.config import ServeConfig
+from rq_ep.config import Environment, ServeConfig
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.options import options_of
@@ -24,6 +25,8 @@ from rq_ep.model.load.memory import travelling_formats
 from rq_ep.model.load.opened_model import OpenedModel
 from rq_ep.model.seam.expert_modules import experts_per_token
 from rq_ep.moe import ExpertFamily
+from rq_ep.parallel.host import num_usable_cores
+from rq_ep.rebalancing.pace import Pace, share_of_a_core
 from rq_ep.serve.check_settings import chosen_strategy
 from rq_ep.solver.migration.members import planner_for_members
 from rq_ep.solver.migration.recover import Recovery, recover
@@ -67,9 +70,10 @@ class MoveInputs:
         return self.opened.experts[0].family.layout
 
     @property
-    def bytes_per_step(self) -> int | None:
-        """Bytes of experts that leave a rank in a step at most; None: by the time that moving takes."""
-        return self.config.bytes_per_step
+    def pace(self) -> Pace:
+        """How fast experts move on this host."""
+        num_ranks = Environment.from_os().local_world_size
+        return Pace(self.config.bytes_per_step, share_of_a_core(num_usable_cores(), num_ranks, torch.get_num_threads()))
 
     @property
     def keeps_stacks(self) -> bool:

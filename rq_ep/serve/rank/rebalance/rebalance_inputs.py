@@ -10,6 +10,7 @@ from rq_ep.model.checkpoint.model_identity import model_identity
 from rq_ep.model.checkpoint.packed_experts import PackedExperts
 from rq_ep.model.checkpoint.quantized_checkpoint import expert_format
 from rq_ep.model.load.opened_model import OpenedModel
+from rq_ep.rebalancing.pace import Pace
 from rq_ep.serve.check_settings import chosen_strategy
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs, known_stats, stored_formats
 from rq_ep.strategies import choose_strategy
@@ -51,8 +52,8 @@ class RebalanceInputs(MoveInputs):
         return False
 
     @property
-    def bytes_per_step(self) -> int | None:
-        return self.rule.bytes_per_step
+    def pace(self) -> Pace:
+        return replace(super().pace, bytes_per_step=self.rule.bytes_per_step)
 
     @property
     def measures_importance(self) -> bool:

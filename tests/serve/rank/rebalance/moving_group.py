@@ -27,6 +27,7 @@ from rq_ep.moe import EPExperts
 from rq_ep.moe.expert_mover import Migration
 from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
 from rq_ep.parallel.local_group import LocalGroup, LocalWorld
+from rq_ep.rebalancing.pace import Pace
 from rq_ep.rebalancing.rebalancer import Decision, RebalanceRequest
 from rq_ep.serve.http.views.rebalance_view import RebalanceView
 from rq_ep.serve.messages import (
@@ -234,7 +235,7 @@ class MovingGroup:
         for rank, group in enumerate(self.world.groups):
             inputs = SimpleNamespace(
                 rule=rule, strategy=strategy, stats=stats, layout=LAYOUT,
-                measures_importance=False, reads_formats=False, bytes_per_step=rule.bytes_per_step,
+                measures_importance=False, reads_formats=False, pace=Pace(bytes_per_step),
                 config=SimpleNamespace(placement_out=None),
                 planner_of=lambda family, placement, members: planner_of,
                 read_expert=lambda rank=rank: partial(self._read, rank),
