@@ -20,6 +20,8 @@ from rq_ep.core.errors import UserError
 from rq_ep.core.placement import Placement
 from rq_ep.rebalancing.rebalancer import Decision, RebalanceRequest, decide
 from rq_ep.rebalancing.settle import Settlement, SettleRequest, settle
+from rq_ep.rebalancing.warm_up import warm_up
+from rq_ep.strategies import make_strategy
 
 NICENESS = 10  # a tenth of a core where all are busy; at 19, where it gets a hundredth, no decision comes in time
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -193,6 +195,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a launcher's, to all processes: rank 0 decides what they mean
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
+    threading.Thread(target=lambda: warm_up(make_strategy("rq")), name="rq_ep warm-up", daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     serve(sys.stdin.buffer, answers, lambda: os._exit(0))
