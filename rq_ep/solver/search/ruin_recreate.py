@@ -12,13 +12,14 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray
 from rq_ep.solver.search.cuts import initial_cuts, price_changes
-from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
+from rq_ep.solver.search.layer_state import LayerSplit
 from rq_ep.solver.search.local_search import LEAST_GAIN, improve, tail_weighted_mean
 from rq_ep.solver.search.neighborhood import LayerLimits, may_leave, removal
 from rq_ep.solver.search.search_state import SearchState
 
 MIN_ITERATIONS, MAX_ITERATIONS = 2, 100  # fewer are not worth the costs of every replica
 MAX_WORK = 2**21  # iterations times layers, steps, experts and ranks: 8 for 8 layers of 64 experts on 8 ranks
+RUINS_OF_REPLICA = 8  # iterations for each replica that may be dropped: few replicas leave few ways to ruin
 NUM_RANKS, NUM_REPLICAS = 2, 2  # ranks that are ruined in an iteration, and replicas that each drops; fewer gain less
 NUM_MOVES = 300  # attempted afterwards in each layer that has changed
 
@@ -28,11 +29,12 @@ def ruin_and_recreate(state: SearchState, on_progress: Callable[[float], None]) 
     effort, limits = state.context.effort, state.limits
     size = sum(layer.loads_SE.size * layer.loads_SR.shape[1] for layer in state.layers)
     num_iterations = min(MAX_WORK // max(size, 1), MAX_ITERATIONS)
-    if num_iterations < MIN_ITERATIONS:
+    if num_iterations < MIN_ITERATIONS or state.is_settled:
         return
     costs_LER = np.stack([removal_costs(*pair, effort.tail_weight) for pair in zip(state.layers, limits, strict=True)])
+    num_iterations = min(num_iterations, RUINS_OF_REPLICA * int(np.isfinite(costs_LER).sum()))
     for iteration in range(num_iterations):
-        if state.value <= GOOD_ENOUGH or effort.is_over():
+        if state.is_settled or effort.is_over():
             break
         generator = np.random.default_rng((effort.seed, iteration))
         before, held_LER = state.value, state.held_LER

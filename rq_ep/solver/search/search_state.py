@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -10,13 +11,14 @@ from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
+from rq_ep.solver.certificate.pigeonholes import least_fullest_S, least_sum
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.expert_weights import loads_SE, weights_SE
 from rq_ep.solver.objective.precision import Formats, damage_FLE
 from rq_ep.solver.search.first_replicas import complete_first_replicas, drop_beyond_node_spread
 from rq_ep.solver.search.greedy_fill import add_replicas
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
-from rq_ep.solver.search.local_search import tail_weighted_mean
+from rq_ep.solver.search.local_search import LEAST_GAIN, tail_weighted_mean
 from rq_ep.solver.search.neighborhood import LayerLimits
 from rq_ep.solver.search.parallel_search import Effort, search_layers
 from rq_ep.solver.workers import ALONE, Workers
@@ -164,10 +166,41 @@ class SearchState:
 
     def layer_value(self, i: int, layer: LayerSplit) -> float:
         """The tail-weighted max/mean of layer i, held so."""
-        scale_S = self.scales[i]
+        return self._objective(layer.values_S, self.scales[i])
+
+    def _objective(self, values_S: FloatArray, scale_S: FloatArray) -> float:
         if not len(scale_S):
             return GOOD_ENOUGH
-        return tail_weighted_mean(np.maximum(layer.values_S, GOOD_ENOUGH) * scale_S, self.context.problem.tail_weight)
+        return tail_weighted_mean(np.maximum(values_S, GOOD_ENOUGH) * scale_S, self.context.problem.tail_weight)
+
+    @cached_property
+    def floor(self) -> float:
+        """What no placement in these formats and inside the budget can be below.
+
+        Every step counts as balanced well enough at best, and less where too few replicas fit (`pigeonholes`).
+        """
+        bytes_LE = self.context.formats.bytes_of(self.format_LE)
+        spare = max(sum(self.context.budget_R.tolist()) - int(bytes_LE.sum()), 0)
+        num_more = min(spare // int(bytes_LE.min()), bytes_LE.size)
+        costs = [
+            self._floors(layer, scale_S, num_more) for layer, scale_S in zip(self.layers, self.scales, strict=True)
+        ]
+        return least_sum(costs, num_more) / len(costs)
+
+    def _floors(self, layer: LayerSplit, scale_S: FloatArray, num_more: int) -> FloatArray:
+        """[M] the same of one layer with 0 up to `num_more` replicas beyond the first ones, as far as these gain."""
+        least, floors = self._objective(np.zeros(len(scale_S)), scale_S), []
+        for number in range(num_more + 1):
+            fullest_S = least_fullest_S(layer.loads_SE, layer.loads_SR.shape[1], number)
+            floors.append(self._objective(fullest_S, scale_S))
+            if floors[-1] <= least:
+                break
+        return np.array(floors)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no search can improve the objective any more, rounding errors aside."""
+        return self.value <= self.floor + LEAST_GAIN
 
     @property
     def rating(self) -> tuple[float, float]:

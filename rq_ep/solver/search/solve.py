@@ -29,7 +29,7 @@ from rq_ep.solver.search.initial_solutions import (
     least_value,
     random_solutions,
 )
-from rq_ep.solver.search.layer_state import GOOD_ENOUGH
+from rq_ep.solver.search.local_search import LEAST_GAIN
 from rq_ep.solver.search.ruin_recreate import ruin_and_recreate
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution
 from rq_ep.solver.search.spare_replicas import drop_spares
@@ -109,9 +109,9 @@ def _best_search(context: SearchContext, steps: Sequence[LayerSteps], solutions:
         return best
     quiet = replace(context, problem=replace(context.problem, on_progress=ignore_progress))
     for solution in [*solutions, *random_solutions(context, steps, solutions)]:
-        if best.value <= GOOD_ENOUGH or context.effort.is_over():
-            break
-        if solution is not initial:
+        if solution is initial or context.effort.is_over():
+            continue
+        if SearchState(quiet, steps, solution).floor < best.value - LEAST_GAIN:
             best = min(best, _search(quiet, steps, solution), key=lambda state: state.rating)
     return best
 
