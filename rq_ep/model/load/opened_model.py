@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.checkpoint.checkpoint_files import Checkpoint, read_config
@@ -108,7 +109,11 @@ def empty_model(
         UserError: its settings are damaged.
     """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with transformers_errors(f"{path}/config.json"), init_empty_weights(include_buffers=False):
+    with (
+        transformers_errors(f"{path}/config.json"),
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),  # else most of the time goes into drawing values that no parameter keeps
+    ):
         model = adapter_for(config.model_type).build(config, dtype, **options)
     model.name_or_path = model.config.name_or_path = str(path)  # of the text part of a model it is empty
     stored = model.state_dict().keys()
