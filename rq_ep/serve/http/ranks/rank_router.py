@@ -202,6 +202,7 @@ class RankRouter:
                 self._observer.on_checked(message)
             case Ready():
                 self._life.begin(message.members, message.generation)
+                self._watchdog.watch(self.membership.members)
                 self._observer.on_ready(message)
             case Loaded():
                 self._changes.checks.note_free(rank, message.free_bytes)

@@ -18,7 +18,7 @@ class Stall(NamedTuple):
 
 
 class Watchdog:
-    """Keeps the time and content of each rank's last progress report. At first, ranks are watched from their first on.
+    """Keeps the time and content of each rank's last progress report.
 
     Args:
         limit_s: how long a rank may be silent, or all of them without progress.
@@ -40,7 +40,7 @@ class Watchdog:
         self._reports.pop(rank, None)
 
     def watch(self, ranks: Iterable[int]) -> None:
-        """Watch these ranks and no others, from now on."""
+        """Watch these ranks and no others, from now on, whether or not they have reported."""
         self._reports = dict.fromkeys(ranks, (self._clock(), Progress(0, None, None, 0.0)))
 
     def check(self) -> Stall | None:
