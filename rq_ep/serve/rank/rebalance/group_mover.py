@@ -59,7 +59,8 @@ class GroupMover:
         self._observer: MigrationObserver | None = None
         self._to_begin: deque[Migration] = deque()
         self._is_moving = False
-        self._newest = 0  # generation of those that were asked for
+        self._asked_for = 0  # the migration that was begun last by a message
+        self._newest = 0  # or in another way
         self._outcome: tuple[MigrationEnd, str] | None = None  # of the last one that has ended
         self._mover = ExpertMover(
             layers, channel, planner_of, read_expert, reads_formats=reads_formats,
@@ -72,6 +73,11 @@ class GroupMover:
     def committed(self) -> tuple[int, int]:
         """The migration of the last round that serves here, and its rounds that do."""
         return self._mover.committed
+
+    @property
+    def newest(self) -> int:
+        """The highest number of a migration that this rank has heard of."""
+        return max(self._newest, self._mover.flags.failed)
 
     def suspend(self) -> None:
         """Move nothing more, and return when nothing is under way here; messages must have been ended by the group."""
@@ -86,6 +92,7 @@ class GroupMover:
         """
         self._observer = None
         self._to_begin.clear()
+        self._newest = generation
         self._mover.resume(committed, generation)
 
     def carry_out(
@@ -98,6 +105,7 @@ class GroupMover:
             gather: the flags of all ranks.
         """
         self._outcome = None
+        self._newest = migration.generation
         self._mover.begin(migration)
         while self._outcome is None:
             self._mover.wait_for_round()
@@ -115,7 +123,7 @@ class GroupMover:
     def begin(self, message: BeginMigration) -> None:
         """Begin a migration before one of the next steps."""
         placement = Placement.from_dict(message.placement)
-        self._newest = message.generation
+        self._asked_for = self._newest = message.generation
         self._to_begin.append(Migration(message.generation, placement, read_rounds(message.rounds)))
 
     def abort(self, generation: int, reason: str) -> None:
@@ -124,8 +132,8 @@ class GroupMover:
 
     def stop(self) -> None:
         """Give up what is under way: the engine is about to stop."""
-        if self._newest:
-            self._mover.abort(self._newest, "the server was shut down")
+        if self._asked_for:
+            self._mover.abort(self._asked_for, "the server was shut down")
 
     def close(self) -> None:
         """End, after the engine; messages that other ranks wait for are sent first."""

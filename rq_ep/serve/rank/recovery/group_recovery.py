@@ -41,7 +41,6 @@ from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.recovery.recovery_plan import RecoveryPlan, RecoveryPlanner
 from rq_ep.serve.rank.trace_recording import TraceRecording
 
-MIGRATIONS_PER_GENERATION = 1_000_000  # their numbers rise with the generation of the group
 END_TIMEOUT_S = 10.0  # for the HTTP process to end this rank, once it knows that the group cannot go on
 
 
@@ -50,6 +49,7 @@ class MemberSummary:
     """What a member tells the others first."""
 
     committed: tuple[int, int]  # the migration of the last round that serves on it, and its rounds that do
+    migration: int  # the highest number of one that it has heard of
     mark: int
     num_announced: int
     free_bytes: int | None  # memory of its device; None: not known
@@ -174,9 +174,9 @@ class GroupRecovery:
         group.reform(generation, message.members, message.store, lambda: self._newest is not message)
         formed_s = time.perf_counter()
 
-        own = MemberSummary(mover.committed, numbers.mark, numbers.num_announced, free_bytes(group.device))
+        own = MemberSummary(mover.committed, mover.newest, numbers.mark, numbers.num_announced, free_bytes(group.device))
         states = [state for state in group.all_gather_object(own) if state is not None]
-        migration = generation * MIGRATIONS_PER_GENERATION
+        migration = max(state.migration for state in states) + 1  # those that only the last leader knew never begin
         mover.resume(max(state.committed for state in states), migration)
         plan = self._shared_plan(leader, [state.free_bytes for state in states])
         self._home = plan.home
