@@ -1,5 +1,6 @@
 """Ranks that go on without another one, as threads: who waits for whom, what they hold, and what they say."""
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from rq_ep.model.load.memory import available_bytes, free_bytes, spare_bytes
 from rq_ep.parallel.ep_group import PeerLost
 from rq_ep.rebalancing.pace import Pace
 from rq_ep.serve.messages import (
+    BeginMigration,
     CannotContinue,
     CheckMembers,
     FromRank,
@@ -187,6 +189,9 @@ def held(rank: Rank) -> list[list[Replica]]:
 @pytest.mark.parametrize("error", [PeerLost("cut off"), None])
 def test_what_only_the_lost_rank_held_is_read_and_all_agree(error: PeerLost | None) -> None:
     ranks = survivors(budget=12 * SIZES["fp32"])
+    ranks[1].mover.begin(
+        BeginMigration(7, json.loads(json.dumps(BEFORE.to_dict())), [])
+    )  # the other one was not told any more
     for rank in ranks:
         rank.recovery.announce(Regroup(1, [0, 1], STORE, []))
     run(ranks, error)
@@ -200,6 +205,7 @@ def test_what_only_the_lost_rank_held_is_read_and_all_agree(error: PeerLost | No
         assert [type(message) for message in rank.sent] == [Regrouped]
         ((change,), leads) = rank.changes, rank.group.rank == 0
         assert (change.members, change.leader, rank.marks) == ((0, 1), 0, [(2, leads)])
+        assert change.migration == 7 + 2
         assert all(layer.telemetry is not None for layer in rank.layers)
         assert [layer.telemetry is rank.loads.totals for layer in rank.layers] == [leads] * 2
         assert change.placement.bytes_R[2] == 0
@@ -221,6 +227,7 @@ def test_a_newer_membership_starts_the_recovery_over() -> None:
     run(ranks)
     assert isinstance(ranks[1].result, RuntimeError)
     assert first.result == GroupNumbers(2, 0, 5)
+    assert [change.migration for change in first.changes] == [4], "1 and 2 were those of the first try"
     for replicas in held(first):
         assert [(one.rank, one.expert) for one in replicas] == [(0, expert) for expert in range(NUM_EXPERTS)]
     assert [type(message) for message in first.sent] == [Regrouped]

@@ -174,7 +174,9 @@ class GroupRecovery:
         group.reform(generation, message.members, message.store, lambda: self._newest is not message)
         formed_s = time.perf_counter()
 
-        own = MemberSummary(mover.committed, mover.newest, numbers.mark, numbers.num_announced, free_bytes(group.device))
+        own = MemberSummary(
+            mover.committed, mover.newest, numbers.mark, numbers.num_announced, free_bytes(group.device)
+        )
         states = [state for state in group.all_gather_object(own) if state is not None]
         migration = max(state.migration for state in states) + 1  # those that only the last leader knew never begin
         mover.resume(max(state.committed for state in states), migration)
