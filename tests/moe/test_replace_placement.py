@@ -1,6 +1,5 @@
 """Replicas come and go between two calls: the layer computes as one that was built so, in the placement's bytes."""
 
-import multiprocessing
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from rq_ep.moe.integrity import DamagedExpert, MissingExpert
 from rq_ep.parallel import TorchGroup
 from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
 from rq_ep.strategies import make_strategy
+from tests.forkserver import forkserver
 from tests.moe import cases
 
 LENDING = {"min_tokens_per_gemm": 1, "fallback_ratio": 1.0}
@@ -283,7 +283,7 @@ def serve_two_placements(rank: int, store: str, results: Any) -> None:
 
 @pytest.mark.dist
 def test_processes_replace_a_placement_between_two_calls(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     results = context.Queue()
     ranks = [
         context.Process(target=serve_two_placements, args=(rank, str(tmp_path / "store"), results)) for rank in range(2)

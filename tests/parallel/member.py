@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from rq_ep.parallel import TorchGroup
+from tests.forkserver import forkserver
 
 NUM_RANKS = 4
 TIMEOUT_S = 60
@@ -27,8 +27,7 @@ class Member:
     """
 
     def __init__(self, rank: int, port: int | None) -> None:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["tests.parallel.member"])  # torch is imported once
+        context = forkserver()
         self._pipe, other = context.Pipe()
         self.rank = rank
         self.process = context.Process(target=_run, args=(other, rank, port), daemon=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rq_ep.__main__ import main
 from rq_ep.config import StrategyConfig
@@ -22,6 +21,7 @@ from rq_ep.moe import Telemetry
 from rq_ep.parallel import TorchGroup
 from rq_ep.placing.place import place
 from rq_ep.strategies import make_strategy
+from tests.forkserver import run_forked
 from tests.model.families import FAMILIES, logits, prompt, random_model, save
 from tests.strategies.cases import CASES, Case
 from tests.strategies.conformance import check_planners
@@ -150,7 +150,7 @@ def test_what_cannot_be_used_is_refused_by_name(
 @pytest.mark.dist
 def test_the_example_serves_two_ranks(example: str, tmp_path: Path) -> None:
     save(random_model(FAMILIES["olmoe"]), tmp_path / "model")
-    mp.start_processes(work, (tmp_path, example), 2, start_method="spawn")
+    run_forked(work, (tmp_path, example), 2)
     for rank in range(2):
         report = json.loads((tmp_path / f"report-{rank}.json").read_text())
         assert report["strategy"] == [example, example]

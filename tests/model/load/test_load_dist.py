@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import PretrainedConfig
 
 from rq_ep.core.errors import UserError
 from rq_ep.model.load.load_model import load
 from rq_ep.parallel import TorchGroup
 from rq_ep.strategies import NATIVE_STRATEGIES
+from tests.forkserver import run_forked
 from tests.model.families import FAMILIES, SWITCH, logits, prompt, random_model, save
 
 NUM_PROCESSES = 3
@@ -45,7 +45,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("dist")
     for name, config in MODELS.items():
         save(random_model(config), directory / name)
-    mp.start_processes(work, (directory,), NUM_PROCESSES, start_method="spawn")
+    run_forked(work, (directory,), NUM_PROCESSES)
     return [json.loads((directory / f"findings-{rank}.json").read_text()) for rank in range(NUM_PROCESSES)]
 
 
