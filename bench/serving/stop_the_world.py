@@ -8,7 +8,7 @@ a migration, all of them make all of its moves on their engines' threads, betwee
 
 import sys
 
-from rq_ep.moe.expert_mover import ExpertMover, Migration, _code, _Progress
+from rq_ep.moe.migration.expert_mover import ExpertMover, Migration, _code, _Progress
 from rq_ep.serve.__main__ import main
 from rq_ep.serve.process import exit_quickly
 from rq_ep.serve.rank.rebalance import group_mover

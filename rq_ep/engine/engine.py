@@ -28,7 +28,7 @@ from rq_ep.engine.step_agreement import GroupFlags, flags_exchange
 from rq_ep.engine.step_loop import Recover, StepLoop
 from rq_ep.engine.tokens.grammars import GrammarError, Grammars
 from rq_ep.moe import EPExperts, StepRouting
-from rq_ep.moe.expert_mover import MoverFlags
+from rq_ep.moe.migration.expert_mover import MoverFlags
 from rq_ep.parallel import TorchGroup
 
 SCORING_CHUNK = 512

@@ -23,7 +23,7 @@ from rq_ep.engine.step_agreement import (
     merge,
     next_action,
 )
-from rq_ep.moe.expert_mover import MoverFlags
+from rq_ep.moe.migration.expert_mover import MoverFlags
 
 POLL_S = 0.001
 

@@ -9,7 +9,7 @@ from rq_ep.engine.progress import ProgressTracker
 from rq_ep.engine.requests import Batch
 from rq_ep.engine.step_agreement import UNKNOWN, StepFlags
 from rq_ep.engine.step_loop import Recover, StepLoop
-from rq_ep.moe.expert_mover import MoverFlags
+from rq_ep.moe.migration.expert_mover import MoverFlags
 
 BATCH = Batch([("old", 1), ("new", 3)], True)
 

@@ -17,8 +17,8 @@ from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.core.topology import Topology
 from rq_ep.formats import ExpertLayout, WeightFormat, get_format, is_intact
-from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags
 from rq_ep.moe.integrity import DamagedExpert
+from rq_ep.moe.migration.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags
 from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
 from rq_ep.rebalancing.pace import Pace
 from rq_ep.solver.migration.move_rounds import move_rounds

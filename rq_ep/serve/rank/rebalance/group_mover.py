@@ -12,7 +12,8 @@ from rq_ep.core.strategy import Planner
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.engine.step_agreement import GroupFlags
 from rq_ep.moe import EPExperts
-from rq_ep.moe.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags, ReadExpert
+from rq_ep.moe.migration.expert_mover import ExpertMover, Migration, MigrationEnd, MoverFlags
+from rq_ep.moe.migration.round_staging import ReadExpert
 from rq_ep.parallel.ep_group import HostChannel
 from rq_ep.rebalancing.pace import Pace
 from rq_ep.serve.messages import BeginMigration

@@ -23,7 +23,7 @@ from rq_ep.core.placement import Placement
 from rq_ep.engine.step_loop import GroupNumbers
 from rq_ep.model.load.memory import free_bytes
 from rq_ep.moe import EPExperts
-from rq_ep.moe.expert_mover import Migration, MigrationEnd, MoverFlags
+from rq_ep.moe.migration.expert_mover import Migration, MigrationEnd, MoverFlags
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.ep_group import PeerLost
 from rq_ep.serve.messages import (

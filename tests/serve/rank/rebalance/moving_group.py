@@ -24,7 +24,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.engine.step_agreement import StepFlags, merge
 from rq_ep.formats import ExpertBuffers
 from rq_ep.moe import EPExperts
-from rq_ep.moe.expert_mover import Migration
+from rq_ep.moe.migration.expert_mover import Migration
 from rq_ep.parallel.ep_group import MessagesLost, PeerTensor
 from rq_ep.parallel.local_group import LocalGroup, LocalWorld
 from rq_ep.rebalancing.pace import Pace

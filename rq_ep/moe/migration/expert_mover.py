@@ -3,8 +3,7 @@
 A round's experts arrive on a thread, in buffers that do not serve yet. Each rank announces in the agreement that starts
 every step how far it has come. When all have staged a round, all let it serve between the same two steps, and the next
 round begins. If any rank fails, all give the migration up between the same two steps: the round that was committed last
-serves on every rank. A rank that fails or is asked to stop takes part in the messages of its round to their end, so
-that no other waits for it: a word before the first piece, and with each, says whether another one comes.
+serves on every rank.
 
 Connections may be what has failed. So after a migration that was given up, the next one begins with new ones.
 
@@ -15,41 +14,20 @@ rank that has not heard of the last agreement then commits the round that others
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from rq_ep.core.errors import UserError
-from rq_ep.core.moves import Move
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.strategy import Planner
-from rq_ep.formats import get_format
-from rq_ep.moe.expert_bank import ExpertBank
+from rq_ep.moe.migration.expert_transfers import MAX_PIECE_BYTES, carry
+from rq_ep.moe.migration.round_staging import Arrivals, MovableLayer, ReadExpert, RoundStaging, Transfers
 from rq_ep.parallel.ep_group import HostChannel, MessagesLost
 from rq_ep.rebalancing.pace import Pace
 from rq_ep.solver.migration.move_rounds import MoveRound
 
 ROUNDS_PER_GENERATION = 1 << 20
-MAX_PIECE_BYTES = 4 << 20  # of an expert, after which its way to another rank can be given up
-
-# Reads an expert from the checkpoint: (index of the layer, expert, format) -> packed, uint8 [nbytes].
-ReadExpert = Callable[[int, int, str], Tensor]
-
-
-class MovableLayer(Protocol):
-    """An expert-parallel layer whose replicas may change between two steps."""
-
-    @property
-    def placement(self) -> LayerPlacement: ...
-    @property
-    def bank(self) -> ExpertBank: ...
-
-    def replace_placement(self, placement: LayerPlacement, planner: Planner) -> None:
-        """Serve these replicas from the next call on."""
 
 
 @dataclass(frozen=True)
@@ -89,44 +67,13 @@ class _Progress:
         self.is_dropped = False  # no other rank waits for its messages
 
 
-class _Transfer:
-    """An expert on its way to or from another rank, in pieces of the same size."""
-
-    def __init__(self, peer: int, nbytes: int, max_piece: int) -> None:
-        self.peer = peer
-        self.num_pieces = -(-nbytes // max_piece)
-        self.buffer: Tensor | None = None  # on the host; None where this rank has failed
-        self._nbytes = nbytes
-        self._word = torch.ones(1, dtype=torch.uint8)
-        self._comes = self._word.numpy()  # without a call of torch, in which other threads take the interpreter
-
-    @property
-    def comes(self) -> bool:
-        """Whether the next piece comes; at the end, whether all have come."""
-        return bool(self._comes[0])
-
-    @comes.setter
-    def comes(self, comes: bool) -> None:
-        self._comes[0] = comes
-
-    def messages(self, number: int) -> list[Tensor]:
-        """What travels together: a piece, numbered from 1, and a word on the next one."""
-        return [self._piece(number)] * (number > 0) + [self._word] * (number < self.num_pieces)
-
-    def _piece(self, number: int) -> Tensor:
-        start, stop = (at * self._nbytes // self.num_pieces for at in (number - 1, number))
-        return torch.empty(stop - start, dtype=torch.uint8) if self.buffer is None else self.buffer[start:stop]
-
-
 class ExpertMover:
     """One rank's part in the migrations of its group.
 
     Args:
-        layers: of the model, in the order of its placement.
+        layers, read_expert, reads_formats: as for `RoundStaging`.
         channel: to the other ranks, for this alone.
         planner_of: the strategy's planner for a layer.
-        read_expert: for experts that no rank holds in a format they can be made from; None: there is no checkpoint.
-        reads_formats: an expert in another format than a rank holds is read too, instead of converted there.
         pace: how fast experts move while there are steps.
         wake: called on any thread when the ranks are to agree on a step soon, though nobody may have tokens.
         on_round: called on the engine's thread when a round serves, with the positions of its layers.
@@ -150,9 +97,11 @@ class ExpertMover:
         self._layers = layers
         self._channel = channel
         self._planner_of = planner_of
-        self._read_expert = read_expert
-        self._reads_formats = reads_formats
         self._pace = pace
+        max_piece_bytes = pace.bytes_per_step or MAX_PIECE_BYTES
+        self._staging = RoundStaging(
+            layers, channel.rank, read_expert, reads_formats, max_piece_bytes, self._note_activity
+        )
         self._wake = wake
         self._on_round = on_round
         self._on_end = on_end
@@ -342,21 +291,16 @@ class ExpertMover:
     def _stage(self, progress: _Progress, number: int, moves: MoveRound) -> None:
         """This rank's part of a round: send, receive, convert, read, verify, and announce it."""
         migration = progress.migration
-        transfers = self._transfers(moves)
+        transfers = self._staging.transfers(moves)
+        arrivals: Arrivals = {}
         try:
-            arrivals = self._prepare(moves, transfers)
+            arrivals = self._staging.prepare(moves, transfers)
         except Exception as error:  # the other ranks wait for messages all the same
             self.abort(migration.generation, self._named(error))
-            arrivals = {}
         try:
-            if not self._exchange(migration, transfers) or self._flags.failed >= migration.generation:
+            if not self._carry(migration, transfers) or self._flags.failed >= migration.generation:
                 return  # given up, here or elsewhere: the next agreement says so
-            for (position, expert), (buffer, host) in arrivals.items():
-                layer = self._layers[position]
-                self.activity = f"verifies {_named_expert(layer, expert)}"
-                if buffer is not host:
-                    buffer.copy_(host)
-                layer.bank.verify_staged(expert)
+            self._staging.verify(arrivals)
         except Exception as error:
             self.abort(migration.generation, self._named(error))
             return
@@ -366,91 +310,30 @@ class ExpertMover:
             self._flags = self._flags._replace(staged=_code(migration, number + 1))
         self._wake()
 
+    def _note_activity(self, activity: str) -> None:
+        self.activity = activity
+
     def _named(self, error: Exception) -> str:
         return f"rank {self._channel.rank}: {error}"
 
-    def _transfers(self, moves: MoveRound) -> dict[tuple[int, Move], _Transfer]:
-        """What this rank sends and receives in a round, without buffers."""
-        rank = self._channel.rank
-        transfers = {}
-        for position, move in moves.receives:
-            if move.source not in (None, move.rank) and rank in (move.source, move.rank):
-                nbytes = get_format(move.format).nbytes(self._layers[position].bank.layout)
-                peer = move.source if rank == move.rank else move.rank
-                assert peer is not None
-                transfers[position, move] = _Transfer(peer, nbytes, self._pace.bytes_per_step or MAX_PIECE_BYTES)
-        return transfers
-
-    def _prepare(
-        self, moves: MoveRound, transfers: Mapping[tuple[int, Move], _Transfer]
-    ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-        """Give transfers their buffers; (position, expert) -> the buffer of what arrives here, and where it lands.
-
-        What comes from this rank itself or from the checkpoint is in its buffer already.
-        """
-        rank, arrivals = self._channel.rank, {}
-        for position, move in moves.receives:
-            layer = self._layers[position]
-            if move.rank == rank:
-                self.activity = f"makes room for {_named_expert(layer, move.expert)}"
-                buffer = layer.bank.stage(move.expert, move.format)
-                host = buffer
-                if move.source == rank:
-                    buffer.copy_(self._converted(layer, move))
-                elif move.source is None:
-                    buffer.copy_(self._read(layer, move))
-                else:
-                    host = buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu")
-                    transfers[position, move].buffer = host
-                arrivals[position, move.expert] = (buffer, host)
-            elif move.source == rank:
-                transfers[position, move].buffer = self._converted(layer, move).cpu()
-        return arrivals
-
-    def _converted(self, layer: MovableLayer, move: Move) -> Tensor:
-        """An expert that this rank holds, in the format of a move."""
-        if self._reads_formats and layer.bank.format_of(move.expert).name != move.format:
-            return self._read(layer, move)
-        self.activity = f"converts {_named_expert(layer, move.expert)}"
-        return layer.bank.converted(move.expert, move.format)
-
-    def _read(self, layer: MovableLayer, move: Move) -> Tensor:
-        if self._read_expert is None:
-            raise UserError(f"{_named_expert(layer, move.expert)}: no checkpoint to read")
-        self.activity = f"reads {_named_expert(layer, move.expert)} from the checkpoint"
-        return self._read_expert(layer.placement.index, move.expert, move.format)
-
-    def _exchange(self, migration: Migration, transfers: Mapping[tuple[int, Move], _Transfer]) -> bool:
-        """Send and receive piece by piece. Whether all has come."""
-        rank = self._channel.rank
-        outgoing = [transfer for (_, move), transfer in transfers.items() if move.source == rank]
-        incoming = [transfer for (_, move), transfer in transfers.items() if move.rank == rank]
+    def _carry(self, migration: Migration, transfers: Transfers) -> bool:
+        """Send and receive piece by piece, as slowly as the pace asks for. Whether all has come."""
         peers = sorted({transfer.peer for transfer in transfers.values()})
         self.activity, self.is_exchanging = f"exchanges experts with rank {', '.join(map(str, peers))}", True
-        lost: set[int] = set()  # ranks that are out of reach; the others wait for this one's messages all the same
-        for number in range(max((transfer.num_pieces for transfer in transfers.values()), default=-1) + 1):
-            outgoing, incoming = (
-                [one for one in many if one.comes and number <= one.num_pieces and one.peer not in lost]
-                for many in (outgoing, incoming)
-            )
-            goes_on = self._flags.failed < migration.generation
-            for transfer in outgoing:
-                if number < transfer.num_pieces:
-                    transfer.comes = goes_on and transfer.buffer is not None
-            sends, receives = (
-                [(message, one.peer) for one in many for message in one.messages(number)]
-                for many in (outgoing, incoming)
-            )
-            try:
-                self._channel.exchange(sends, receives)
-            except MessagesLost as error:
-                lost.update(error.peers)
-                self.abort(migration.generation, str(error))
-            if number > 0:
-                self.num_pieces += 1
-                self._rest(migration)
+
+        def on_piece() -> None:
+            self.num_pieces += 1
+            self._rest(migration)
+
+        has_come = carry(
+            list(transfers.values()),
+            self._channel,
+            goes_on=lambda: self._flags.failed < migration.generation,
+            on_loss=lambda error: self.abort(migration.generation, str(error)),
+            on_piece=on_piece,
+        )
         self.is_exchanging = False
-        return not lost and all(transfer.comes for transfer in transfers.values())
+        return has_come
 
     def _rest(self, migration: Migration) -> None:
         """Wait until a step has passed or, without a bound of bytes, as long as the thread's share of a core asks for.
@@ -470,10 +353,6 @@ class ExpertMover:
             num_steps = self._num_steps
             self._changed.wait_for(may_go_on, timeout_s)
         self._rested = (time.monotonic(), time.thread_time())
-
-
-def _named_expert(layer: MovableLayer, expert: int) -> str:
-    return f"expert {expert} of layer {layer.placement.index}"
 
 
 def _code(migration: Migration, num_rounds: int) -> int:
