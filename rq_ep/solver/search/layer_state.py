@@ -156,14 +156,20 @@ class LayerSplit:
 def _split_all(splits: Splits) -> None:
     """Split every step from zero: experts of one replica, then the others in several sweeps, the heaviest first."""
     index, loads_SE, quotas_SP, loads_SR, _ = splits
-    by_load_R = np.empty(loads_SR.shape[1], np.int64)
+    by_load_R, shared_E = np.empty(loads_SR.shape[1], np.int64), np.empty(loads_SE.shape[1], np.int64)
     for step in range(len(loads_SE)):
-        order_E = heaviest_first(loads_SE[step])
-        for sweep in range(SWEEPS + 1):
-            for expert in order_E:
-                num = index.first_E[expert + 1] - index.first_E[expert]
-                if (num == 1) == (sweep == 0) and loads_SE[step, expert] > 0:
-                    water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
+        num_shared = 0
+        for expert in heaviest_first(loads_SE[step]):
+            if loads_SE[step, expert] <= 0:
+                break
+            if index.first_E[expert + 1] - index.first_E[expert] == 1:
+                water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
+            else:
+                shared_E[num_shared] = expert
+                num_shared += 1
+        for _ in range(SWEEPS):
+            for expert in shared_E[:num_shared]:
+                water_fill(index, expert, loads_SE[step, expert], quotas_SP[step], loads_SR[step], by_load_R)
 
 
 @compiled_beside

@@ -26,12 +26,16 @@ from rq_ep.solver.workers import ALONE, Workers
 UNLIMITED = 2**60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """A placement of all layers: which rank holds which expert, and the format that each is stored in."""
 
     held_LER: BoolArray
     format_LE: IntArray  # number among the formats of the problem
+
+    def equals(self, other: "Solution") -> bool:
+        """Whether the other is the same placement."""
+        return np.array_equal(self.held_LER, other.held_LER) and np.array_equal(self.format_LE, other.format_LE)
 
 
 @dataclass(frozen=True)

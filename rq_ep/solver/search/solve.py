@@ -92,7 +92,7 @@ def _solution(
     are_recorded = all(one is other for one, other in zip(steps, recorded, strict=True))
     rating = best.rating if are_recorded else _rating(context, recorded, best.solution)
     for solution in known:  # on recorded steps, the result must not be worse than any of these
-        if least_value(context, recorded, solution) >= rating[0] + ROUNDING:
+        if solution.equals(best.solution) or least_value(context, recorded, solution) >= rating[0] + ROUNDING:
             continue
         state = SearchState(context, recorded, solution)
         if state.rating < rating:
