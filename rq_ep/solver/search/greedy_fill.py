@@ -8,11 +8,12 @@ import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.objective.precision import Formats
-from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LEAST_GAIN, RANKS_PER_ADDITION, Addition, Grown, LayerSplit
+from rq_ep.solver.search.layer_growth import LEAST_GAIN, RANKS_PER_ADDITION, Addition, Growth
+from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
 from rq_ep.solver.search.neighborhood import LayerLimits
 from rq_ep.solver.workers import ALONE, Workers
 
-AHEAD = 8  # replicas that are added to a layer ahead of their turn
+AHEAD = 8  # turns of a layer that a worker computes in a row
 FOR_WORKERS = 2**17  # steps times experts and ranks of a layer; in less, a replica takes 0.1 ms, as to ask a worker
 
 
@@ -26,7 +27,7 @@ def add_replicas(
     """Add replicas to `layers`, the largest gain per byte first, while they fit; several at a time for many ranks.
 
     What comes next is seldom in doubt, as long as bytes are left: a layer's next replicas nearly always fit when it is
-    their turn. So a few are added ahead of it, in every layer by itself; only their bytes are taken in order. As bytes
+    their turn. So they are added ahead of it, in every layer by itself; only their bytes are taken in order. As bytes
     only become fewer, what was chosen among more and fits is still the best.
 
     Args:
@@ -38,108 +39,111 @@ def add_replicas(
     """
     if max(layer.loads_SE.size * layer.loads_SR.shape[1] for layer in layers) < FOR_WORKERS:
         workers = ALONE
-    begin = workers.map(lambda layer: layer.gains_ER, layers)
-    fills = [
-        _LayerFill(layer, gains_ER, within, workers, at_once)
-        for layer, gains_ER, within in zip(layers, begin, limits, strict=True)
-    ]
+    begin = workers.map(Growth.of, layers)
+    fills = [_LayerFill(growth, within, workers, at_once) for growth, within in zip(begin, limits, strict=True)]
     queue = [(-fill.line_up(), i) for i, fill in enumerate(fills)]
     heapify(queue)
     while queue and queue[0][0] < 0 and not is_over():
         fill = fills[queue[0][1]]
-        fill.take()
+        fill.take_turn()
         heapreplace(queue, (-fill.line_up(), queue[0][1]))
     layers[:] = workers.map(_LayerFill.filled, fills)
 
 
 class _LayerFill:
-    """A layer that is filled: which replicas come next, and what the layer is with them and a few more."""
+    """A layer that is filled turn by turn, and how it is expected to go on."""
 
-    def __init__(
-        self, layer: LayerSplit, gains_ER: FloatArray, limits: LayerLimits, workers: Workers, at_once: int
-    ) -> None:
-        self._layer, self._gains_ER, self._limits, self._workers = layer, gains_ER, limits, workers
-        self._at_once = max(layer.loads_SR.shape[1] // RANKS_PER_ADDITION, at_once)
-        self._num_added = 0  # times that replicas were added to reach `_layer`
-        self._next: list[Addition] = []  # whose turn is to come: first those that `_grown` begins with
-        self._first: list[Addition] = []
-        self._num_taken = 0  # times that replicas have had their turn since
-        self._grown: Callable[[], Grown]
+    def __init__(self, growth: Growth, limits: LayerLimits, workers: Workers, at_once: int) -> None:
+        self._limits, self._workers = limits, workers
+        self._at_once = max(growth.layer.loads_SR.shape[1] // RANKS_PER_ADDITION, at_once)
+        self._num_ahead = AHEAD if self._at_once == 1 else 1
+        self._growth = growth
+        self._ahead: list[Callable[[], Growth]] = []  # each goes on from the one before, the first from `_growth`
+        self._num_over = 0  # turns of the first of these that are over
+        self._next: Sequence[Addition] = ()  # whose turn comes
 
     def line_up(self) -> float:
-        """Choose what comes next, and begin to add it; its gain, or 0 if nothing is worth its bytes."""
-        if self._num_taken:
-            chosen = self._grown().chosen
-            if self._num_taken <= len(chosen) and self._fits(chosen[self._num_taken - 1]):
-                self._next = [chosen[self._num_taken - 1]]
-                return self._next[0].gain
-            self._settle()
-        if self._layer.value <= GOOD_ENOUGH:
-            return 0.0
-        additions = self._layer.best_additions(self._gains_ER, self._limits, self._at_once)
-        self._next = [one for one in additions if one.gain * self._limits.bytes_E[one.expert] > LEAST_GAIN]
-        if not self._next:
-            return 0.0
-        self._first = self._next
-        self._grown = self._workers.ahead(
-            self._grow, self._first, AHEAD - 1 if self._at_once == 1 else 0, self._limits_now()
-        )
-        return additions[0].gain
+        """Say what comes next, and begin to add it; its gain, or 0 if nothing is worth its bytes."""
+        self._next = self._expected() or self._best()
+        return self._next[0].gain if self._next else 0.0
 
-    def take(self) -> None:
+    def take_turn(self) -> None:
         """Take the bytes of what comes next, as far as there are enough."""
-        fitting = [one for one in self._next if self._takes(one)]
-        if fitting == self._next:
-            self._num_taken += 1
-        elif self._num_taken:
-            self._settle()
-        elif fitting:
-            self._first, self._num_taken = fitting, 1
-            self._grown = ALONE.ahead(self._grow, fitting, 0, self._limits_now())
-            self._settle()
+        fitting = []
+        for one in self._next:
+            if self._fits(one):
+                _take(self._limits, one)
+                fitting.append(one)
+        if len(fitting) == len(self._next):
+            self._num_over += 1
+            return
+        self._give_up()
+        if fitting:
+            self._growth = self._growth.grown([fitting], self._limits)
 
     def filled(self) -> LayerSplit:
         """The layer with all that has had its turn, split exactly."""
-        self._settle()
-        return self._layer.optimized()
+        self._give_up()
+        return self._growth.layer.optimized()
 
-    def _settle(self) -> None:
-        """Begin anew from what has had its turn."""
-        if not self._num_taken:
-            return
-        grown = self._grown()
-        if self._num_taken <= len(grown.chosen):
-            grown = self._grow(self._first + grown.chosen[: self._num_taken - 1], 0, self._limits_now())
-        self._layer, self._gains_ER, _ = grown
-        self._num_added += self._num_taken
-        self._num_taken = 0
+    def _expected(self) -> Sequence[Addition]:
+        """What was expected to come next, if it fits; where it is the first of its row, the next row begins."""
+        while self._ahead:
+            growth = self._ahead[0]()
+            if self._num_over < len(growth.turns):
+                coming = growth.turns[self._num_over]
+                if not all(map(self._fits, coming)):
+                    break
+                if len(self._ahead) == 1 and len(growth.turns) == self._num_ahead > 1:
+                    self._look_ahead(growth, [], growth.turns[self._num_over :])
+                return coming
+            self._growth, self._num_over = growth, 0
+            del self._ahead[0]
+        self._give_up()
+        return ()
 
-    def _grow(self, additions: list[Addition], num_more: int, limits: LayerLimits) -> Grown:
-        return self._layer.grown(
-            additions, limits, at_once=self._at_once > 1, num_added=self._num_added, num_more=num_more
-        )
+    def _best(self) -> Sequence[Addition]:
+        """What is best now, if it is worth its bytes."""
+        if self._growth.layer.value <= GOOD_ENOUGH:
+            return ()
+        best = self._growth.best(self._limits, self._at_once)
+        best = [one for one in best if one.gain * self._limits.bytes_E[one.expert] > LEAST_GAIN]
+        if best:
+            self._look_ahead(self._growth, [best], [best])
+        return best
 
-    def _limits_now(self) -> LayerLimits:
-        """The limits as they are now, which others change."""
-        return self._limits._replace(free_R=self._limits.free_R.copy(), move_budget=self._limits.move_budget.copy())
+    def _look_ahead(self, growth: Growth, turns: list[list[Addition]], not_over: Sequence[Sequence[Addition]]) -> None:
+        """Begin a row that goes on from `growth` with these turns, beside the bytes of those that are not over."""
+        limits = self._limits._replace(free_R=self._limits.free_R.copy(), move_budget=self._limits.move_budget.copy())
+        for turn in not_over:
+            for one in turn:
+                _take(limits, one)
+        self._ahead.append(self._workers.ahead(growth.grown, turns, limits, self._num_ahead - len(turns)))
 
-    def _takes(self, addition: Addition) -> bool:
-        """Take the bytes of a new replica off the limits; False if these have too few."""
-        if not self._fits(addition):
-            return False
-        size, moved = self._sizes(addition)
-        self._limits.free_R[addition.rank] -= size
-        self._limits.move_budget[0] -= moved
-        return True
+    def _give_up(self) -> None:
+        """Go back to what has had its turn."""
+        if self._num_over:
+            growth = self._ahead[0]()
+            is_all = self._num_over == len(growth.turns)
+            self._growth = growth if is_all else self._growth.grown(growth.turns[: self._num_over], self._limits)
+        self._ahead, self._num_over = [], 0
 
-    def _fits(self, addition: Addition) -> bool:
-        size, moved = self._sizes(addition)
-        return bool(self._limits.free_R[addition.rank] >= size and self._limits.move_budget[0] >= moved)
+    def _fits(self, one: Addition) -> bool:
+        size, moved = _sizes(self._limits, one)
+        return bool(self._limits.free_R[one.rank] >= size and self._limits.move_budget[0] >= moved)
 
-    def _sizes(self, addition: Addition) -> tuple[int, int]:
-        """The bytes of a new replica, and those of them that have to be moved."""
-        size = int(self._limits.bytes_E[addition.expert])
-        return size, 0 if self._limits.present_ER[addition.expert, addition.rank] else size
+
+def _take(limits: LayerLimits, one: Addition) -> None:
+    """Take the bytes of a new replica off the limits."""
+    size, moved = _sizes(limits, one)
+    limits.free_R[one.rank] -= size
+    limits.move_budget[0] -= moved
+
+
+def _sizes(limits: LayerLimits, one: Addition) -> tuple[int, int]:
+    """The bytes of a new replica, and those of them that have to be moved."""
+    size = int(limits.bytes_E[one.expert])
+    return size, 0 if limits.present_ER[one.expert, one.rank] else size
 
 
 def raise_formats(

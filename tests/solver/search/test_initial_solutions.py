@@ -11,6 +11,8 @@ from rq_ep.core.problem import contiguous
 from rq_ep.solver.objective.calibration_steps import calibration_steps
 from rq_ep.solver.search import greedy_fill, initial_solutions
 from rq_ep.solver.search.initial_solutions import constructed, filled_in_time, known_solutions, least_value
+from rq_ep.solver.search.layer_growth import Growth
+from rq_ep.solver.search.neighborhood import LayerLimits
 from rq_ep.solver.search.search_state import SearchContext, SearchState
 from rq_ep.solver.workers import workers
 from tests.solver.instances import problem, skewed
@@ -32,24 +34,28 @@ def test_replicas_that_are_added_ahead_are_those_that_come_one_by_one(monkeypatc
     counts_SLE = np.stack([skewed(16, 4000, seed, 6) for seed in range(24)], axis=1)
     instance = problem(counts_SLE, 4, max_low_precision_share=0.05)
     context, steps = SearchContext.of(instance, 0, None), calibration_steps(instance, 6)
-    solution, counts, held = constructed(context, steps)[0][-1], [], []
-    grow = greedy_fill._LayerFill._grow
+    solution, held, numbers = constructed(context, steps)[0][-1], [], []
+    grown = Growth.grown
 
-    def counted(*arguments: Any) -> greedy_fill.Grown:
-        grown = grow(*arguments)
-        counts[-1] += len(grown.chosen)
-        return grown
+    def counted(self: Growth, turns: Any, limits: LayerLimits, num_more: int = 0) -> Growth:
+        growth = grown(self, turns, limits, num_more)
+        numbers[-1].append((len(turns), len(growth.turns)))
+        return growth
 
-    monkeypatch.setattr(greedy_fill._LayerFill, "_grow", counted)
+    monkeypatch.setattr(Growth, "grown", counted)
     monkeypatch.setattr(greedy_fill, "FOR_WORKERS", 0)
-    for ahead, number in ((1, 1), (8, 1), (8, 3)):
+    for ahead, number in ((1, 1), (3, 1), (3, 3)):
         monkeypatch.setattr(greedy_fill, "AHEAD", ahead)
-        counts.append(0)
+        numbers.append([])
         with workers(number) as threads:
             state = SearchState(replace(context, workers=threads), steps, solution).add_replicas()
         held.append(state.held_LER)
         assert 0 <= state.free_R.min() <= state.free_R.max() < 1000  # others took the bytes of some that were chosen
-    assert counts[0] == 0 < min(counts[1:])
+    assert set(numbers[0]) == {(1, 1)}
+    for of_run in numbers[1:]:
+        assert max(after - before for before, after in of_run) > 1
+        assert max(after for before, after in of_run if before == 0) > 1  # rows went on where others ended
+        assert any(before == after > 1 for before, after in of_run)  # and some were given up halfway
     for others_LER in held[1:]:
         np.testing.assert_array_equal(others_LER, held[0])
 
