@@ -82,9 +82,8 @@ def _inside_limits(
         return lower_bound([steps[i]], pairs_LE[[i]], inside, fewest, most, is_over)
 
     with workers(problem.num_workers) as threads:
-        overall = threads.ahead(lower_bound, steps, pairs_LE, limits, fewest_LE, most_LE, is_over)
         bounds = threads.map(of_layer, range(len(steps)), placement.layers)
-        return overall(), list(bounds)
+        return lower_bound(steps, pairs_LE, limits, fewest_LE, most_LE, is_over, threads), list(bounds)
 
 
 def _clock(time_limit_s: float | None) -> Callable[[], bool]:

@@ -9,6 +9,7 @@ import numpy as np
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.solver.certificate.relaxation import BoundLayer, BoundLimits, Prices, solve_jointly, solve_priced
 from rq_ep.solver.objective.calibration_steps import LayerSteps
+from rq_ep.solver.workers import ALONE, Workers
 
 CLOSE = 1e-6  # of max/mean: what differs by less is equal
 MAX_ROWS = 6000  # of a linear program of all layers; one of more rows takes seconds
@@ -44,6 +45,7 @@ def lower_bound(
     fewest_LE: IntArray | None = None,
     most_LE: IntArray | None = None,
     is_over: Callable[[], bool] = lambda: False,
+    workers: Workers = ALONE,
 ) -> Bound:
     """The balance that no placement of these layers together inside `limits` can beat, under any split of the steps.
 
@@ -54,6 +56,7 @@ def lower_bound(
         fewest_LE: replicas that each expert has at least; default one.
         most_LE: replicas that it has at most; default one on every usable rank.
         is_over: whether the time is over, so that no linear program may be solved.
+        workers: solve linear programs of single layers.
     """
     used = [i for i, layer in enumerate(steps) if len(layer.counts_SE)]
     idle = 1 - len(used) / len(steps)  # layers without pairs are balanced
@@ -76,7 +79,7 @@ def lower_bound(
     else:
         # Lagrangian relaxation: any prices give a bound, layer by layer; those of a few layers are nearly the best.
         prices = _prices_of_some_layers(layers, limits, MAX_ROWS / num_rows)
-        value = solve_priced(layers, weight, limits, prices)
+        value = solve_priced(layers, weight, limits, prices, workers)
     value += idle
     if value <= floor + CLOSE:
         return Bound(floor, "mean")

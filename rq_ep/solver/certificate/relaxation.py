@@ -16,6 +16,7 @@ import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.solver.objective.calibration_steps import LayerSteps
+from rq_ep.solver.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,18 @@ def solve_jointly(layers: Sequence[BoundLayer], weight: float, limits: BoundLimi
     return float(solution.fun), Prices(byte, float(prices[1]) / program.num_pairs)
 
 
-def solve_priced(layers: Sequence[BoundLayer], weight: float, limits: BoundLimits, prices: Prices) -> float:
+def solve_priced(
+    layers: Sequence[BoundLayer], weight: float, limits: BoundLimits, prices: Prices, workers: Workers = ALONE
+) -> float:
     """A lower bound on `solve_jointly`, layer by layer, for any prices of the limits (Lagrangian relaxation)."""
     value = -prices.pair * limits.max_low_pairs
     if limits.max_bytes is not None:
         value -= prices.byte * limits.max_bytes
-    return value + sum(float(_LinearProgram.of([layer], weight, limits).solve(prices, limits).fun) for layer in layers)
+
+    def of_layer(layer: BoundLayer) -> float:
+        return float(_LinearProgram.of([layer], weight, limits).solve(prices, limits).fun)
+
+    return value + sum(workers.map(of_layer, layers))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rq_ep.solver.search.neighborhood import LayerLimits
 from rq_ep.solver.workers import ALONE, Workers
 
 AHEAD = 8  # turns of a layer that a worker computes in a row
-FOR_WORKERS = 2**17  # steps times experts and ranks of a layer; in less, a replica takes 0.1 ms, as to ask a worker
+FOR_WORKERS = 2**15  # steps times experts and ranks of a layer; in less, a row takes hardly longer than to ask for it
 
 
 def add_replicas(
