@@ -1,22 +1,19 @@
 """`python -m bench drift`: lending pays in large steps of a load that was not calibrated, and only there."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from bench.__main__ import main
 
-BENCH = (sys.executable, "-m", "bench", "drift")
+pytestmark = pytest.mark.slow
 
 
 def test_lends_where_it_pays(tmp_path: Path) -> None:
     out = tmp_path / "drift.json"
     options = ["--tokens-per-rank", "16", "8192", "--drifts", "0", "1", "--steps", "4", "--json", str(out)]
-    done = subprocess.run([*BENCH, *options], timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    main(["drift", *options])
     rows = {(row["row"], row["tokens_per_rank"], row["drift"]): row for row in json.loads(out.read_text())["rows"]}
     for tokens, drift in ((16, 0), (16, 1), (8192, 0), (8192, 1)):
         assert rows["rq_llep", tokens, drift]["layer_s"] <= rows["rq", tokens, drift]["layer_s"]

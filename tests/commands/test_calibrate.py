@@ -1,15 +1,13 @@
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.serving.ports import free_port
 from rq_ep.__main__ import main
 from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibration.loaded_model import LoadedModel
 from rq_ep.model.evaluation import evaluate
-from tests.serve.running import torchrun
+from tests.parallel.processes import exit_codes
 
 
 def test_writes_statistics_and_prints_a_row_for_each_layer(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:
@@ -43,11 +41,9 @@ def test_two_ranks_write_what_one_process_writes(tiny_checkpoint: Path, tmp_path
                "float32", "--sequence-length", "32", "--device", "cpu", "--formats", "int4_g32", "--out"]  # fmt: skip
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     assert main([*command, str(one)]) == 0
-    with free_port() as port:
-        launched = [*torchrun(2, port), "-m", "rq_ep", *command, str(two)]
-        done = subprocess.run(launched, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("int4_g32 error") == done.stdout.count("2048 tokens of prose") == 1
+    codes, printed = exit_codes(2, ["rq_ep", *command, str(two)], tmp_path, timeout_s=120)
+    assert codes == [0, 0], printed
+    assert printed.count("int4_g32 error") == printed.count("2048 tokens of prose") == 1
     expected, sharded = (ExpertStats.load(path) for path in (one, two))
     assert np.array_equal(sharded.counts, expected.counts)
     for name in ("importance", "gate_mass", "error"):

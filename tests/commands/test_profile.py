@@ -1,17 +1,15 @@
 """`rq-ep profile` from options to a file that prices plans."""
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.serving.ports import free_port
 from rq_ep.__main__ import main
 from rq_ep.core.stats import ExpertStats
 from rq_ep.costs import Profile
 from rq_ep.costs.shapes import SHAPES
-from tests.serve.running import torchrun
+from tests.parallel.processes import exit_codes
 
 pytestmark = pytest.mark.slow
 
@@ -92,13 +90,12 @@ def test_mistakes_are_one_line(
 
 
 @pytest.mark.dist
-def test_ranks_of_torchrun_time_their_link(tmp_path: Path) -> None:
+def test_two_ranks_time_their_link(tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
-    with free_port() as port:
-        command = [*torchrun(2, port), "-m", "rq_ep", "profile", "--out", str(out), "--device", "cpu", *SMALL]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("figures of a CPU") == 1  # rank 0 speaks
+    command = ["rq_ep", "profile", "--out", str(out), "--device", "cpu", *SMALL]
+    codes, printed = exit_codes(2, command, tmp_path, timeout_s=120)
+    assert codes == [0, 0], printed
+    assert printed.count("figures of a CPU") == 1  # rank 0 speaks
     profile = Profile.load(out)
     assert profile.num_ranks == 2
     assert profile.link.source == "measured between 2 ranks, gloo"
