@@ -51,7 +51,7 @@ class _MachineCodeCache(Cache):  # type: ignore[misc]
                 self._turn.acquire()
             loaded = super().load_overload(signature, context)
             if loaded is None:
-                _say_once("compiling loops: this takes some seconds, once for an installation")
+                _say_once("compiling loops: this can take half a minute, once for an installation")
             else:
                 self._turn.release(force=True)
         return loaded
@@ -71,8 +71,8 @@ class _NoFolder(NoCache):  # type: ignore[misc]
 
     def load_overload(self, signature: Any, context: Any) -> None:
         _say_once(
-            "compiling loops: this takes some seconds in every process, as neither the folder of the package nor the "
-            "user's cache folder can be written; name another in NUMBA_CACHE_DIR"
+            "compiling loops: this can take half a minute in every process, as neither the folder of the package nor "
+            "the user's cache folder can be written; name another in NUMBA_CACHE_DIR"
         )
 
 
