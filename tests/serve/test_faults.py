@@ -133,14 +133,16 @@ def test_a_stalled_rank_is_named(server: Server) -> None:
 def test_a_rank_killed_in_a_drain_is_named(server: Server) -> None:
     """The launcher then signals the other rank, for which this is the second SIGTERM."""
     server.wait_until_ready()
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, server, max_tokens=500)
-        until(lambda: unfinished(server) == 1)
-        rank_1 = server.rank(1)
+    rank_1, num_requests = server.rank(1), 24  # more than are answered until it is killed
+    with ThreadPoolExecutor(num_requests) as pool:
+        answers = [pool.submit(ask, server, max_tokens=500) for _ in range(num_requests)]
+        until(lambda: unfinished(server) == num_requests)
         server.signal(0, signal.SIGTERM)
         until(lambda: "draining" in server.client.get("/health").text)
         rank_1.kill()
-        assert "the server failed: rank 1 died" in answer.result().json()["error"]["message"]
+        errors = [error for answer in answers if (error := answer.result().json().get("error"))]
+    assert errors
+    assert all("the server failed: rank 1 died" in error["message"] for error in errors)
 
 
 def test_nobody_survives_the_launcher(server: Server) -> None:
