@@ -97,9 +97,13 @@ class LayerPlacement:
         **notes: Any,
     ) -> "LayerPlacement":
         """A layer whose replicas share their expert's pairs evenly."""
-        table = Replicas.of(replicas, mixed_formats)
-        copies_E = np.bincount(table.experts_P, minlength=num_experts)
-        return cls(index, num_experts, table, 1 / np.maximum(copies_E, 1)[table.experts_P], **notes)
+        return cls.sharing_evenly(index, num_experts, Replicas.of(replicas, mixed_formats), **notes)
+
+    @classmethod
+    def sharing_evenly(cls, index: int, num_experts: int, replicas: Replicas, **notes: Any) -> "LayerPlacement":
+        """The same of replicas in their order."""
+        copies_E = np.bincount(replicas.experts_P, minlength=num_experts)
+        return cls(index, num_experts, replicas, 1 / np.maximum(copies_E, 1)[replicas.experts_P], **notes)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,42 @@ class Replicas:
         numbers = Counter(expert for expert, _ in stored)
         return tuple(sorted(expert for expert, number in numbers.items() if number > 1))
 
+    def changed(self, arrived: Iterable[Replica], dropped: Iterable[tuple[int, int]]) -> "Replicas":
+        """These with replicas that arrive, some in place of others of the same rank and expert, and without some.
+
+        Args:
+            arrived: none of them is dropped.
+            dropped: rank and expert of replicas that are there.
+        """
+        coming = sorted(arrived)
+        ranks_A, experts_A = np.array([one[:2] for one in coming], np.int64).reshape(-1, 2).T
+        ranks_D, experts_D = np.array(list(dropped), np.int64).reshape(-1, 2).T
+        num_experts = int(max(self.experts_P.max(initial=0), experts_A.max(initial=0))) + 1
+        place_P = self.ranks_P * num_experts + self.experts_P  # ascending
+        place_A, place_D = ranks_A * num_experts + experts_A, ranks_D * num_experts + experts_D
+        kept_P = np.ones(len(self), bool)
+        kept_P[_found(place_A, place_P)] = False
+        in_place_D = _found(place_D, place_P)
+        assert len(in_place_D) == len(place_D), "what is dropped is there"
+        kept_P[in_place_D] = False
+        at_A = np.searchsorted(place_P[kept_P], place_A)
+        formats = list(compress(self.formats_P, kept_P.tolist()))
+        for at, one in zip(reversed(at_A.tolist()), reversed(coming), strict=True):
+            formats.insert(at, one.format)
+        ranks_P, experts_P = (
+            np.insert(old_P[kept_P], at_A, new_A)
+            for old_P, new_A in ((self.ranks_P, ranks_A), (self.experts_P, experts_A))
+        )
+        return Replicas(ranks_P, experts_P, tuple(formats), self.mixed_formats)
+
+    def are_those_of(self, other: "Replicas") -> bool:
+        """Whether both are the same replicas in the same formats."""
+        return (
+            self.formats_P == other.formats_P
+            and np.array_equal(self.ranks_P, other.ranks_P)
+            and np.array_equal(self.experts_P, other.experts_P)
+        )
+
     def joined(self, borrowed: Sequence[Replica], mixed_formats: tuple[str, ...]) -> tuple["Replicas", IntArray]:
         """Merge borrowed replicas in; also return the permutation from (these, then the borrowed) to the result."""
         ranks_P = np.concatenate([self.ranks_P, np.array([replica.rank for replica in borrowed], np.int64)])
@@ -113,3 +150,11 @@ def replica_bytes(replicas: Iterable[Replica], num_ranks: int, expert_bytes: Map
     for rank, _, name in replicas:
         bytes_of[rank] += expert_bytes[name]
     return np.array(bytes_of, np.int64)
+
+
+def _found(values: IntArray, ascending: IntArray) -> IntArray:
+    """Where those of the values are that are in an array."""
+    at = np.searchsorted(ascending, values)
+    at, values = at[at < len(ascending)], values[at < len(ascending)]
+    found: IntArray = at[ascending[at] == values]
+    return found

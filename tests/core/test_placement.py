@@ -252,3 +252,23 @@ def test_homes_are_contiguous_blocks_of_nearly_equal_size(num_experts: int, num_
         PlacementProblem(stats, Topology(num_ranks))
     ))  # fmt: skip
     assert max(placement.bytes_R) == standard_ep_bytes(stats, num_ranks) == 2 * 7 * sizes.max()
+
+
+def test_replicas_come_go_and_change_their_format() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        pairs = [(int(rank), int(expert)) for rank, expert in np.argwhere(generator.random((4, 6)) < 0.4)]
+        stored = {pair: ("bf16", "int8")[generator.integers(2)] for pair in pairs}
+        dropped = [pair for pair in pairs if generator.random() < 0.3]
+        arrived = {
+            (int(rank), int(expert)): ("bf16", "fp8")[generator.integers(2)]
+            for rank, expert in np.argwhere(generator.random((4, 8)) < 0.2)
+            if (rank, expert) not in dropped
+        }
+        left = {pair: name for pair, name in (stored | arrived).items() if pair not in dropped}
+        expected = Replicas.of(Replica(*pair, name) for pair, name in left.items())
+        before = Replicas.of((Replica(*pair, name) for pair, name in stored.items()), ("int8", "bf16"))
+        after = before.changed([Replica(*pair, name) for pair, name in arrived.items()], dropped)
+        assert after.are_those_of(expected)
+        assert after.mixed_formats == ("int8", "bf16")
+        assert before.are_those_of(after) == (stored == left)

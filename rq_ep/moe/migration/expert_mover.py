@@ -65,6 +65,7 @@ class _Progress:
         self.num_staged = 0  # rounds that this rank is done with, well or not
         self.has_ended = False
         self.is_dropped = False  # no other rank waits for its messages
+        self.layers: dict[int, tuple[LayerPlacement, Planner]] = {}  # that the round staged last changes, by position
 
 
 class ExpertMover:
@@ -217,13 +218,11 @@ class ExpertMover:
 
     def _commit(self, current: _Progress) -> None:
         migration = current.migration
-        moves = migration.rounds[current.num_committed]
-        after = moves.applied_to([layer.placement for layer in self._layers], migration.placement)
         current.num_committed += 1
         self.committed = (migration.generation, current.num_committed)
-        for position in moves.layers:
-            self._layers[position].replace_placement(after[position], self._planner_of(after[position]))
-        self._on_round(moves.layers)
+        for position, (placement, planner) in current.layers.items():
+            self._layers[position].replace_placement(placement, planner)
+        self._on_round(tuple(current.layers))
         if current.num_committed == len(migration.rounds):
             self._end(current, MigrationEnd.COMMITTED)
 
@@ -301,6 +300,10 @@ class ExpertMover:
             if not self._carry(migration, transfers) or self._flags.failed >= migration.generation:
                 return  # given up, here or elsewhere: the next agreement says so
             self._staging.verify(arrivals)
+            after = moves.applied_to([layer.placement for layer in self._layers], migration.placement)
+            progress.layers = {
+                position: (after[position], self._planner_of(after[position])) for position in moves.layers
+            }
         except Exception as error:
             self.abort(migration.generation, self._named(error))
             return

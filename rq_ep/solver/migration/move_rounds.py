@@ -10,12 +10,12 @@ every round serves all ranks that are that busy (Koenig, Ueber Graphen und ihre 
 edges of a bipartite graph need as many colours as its largest degree).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
-from rq_ep.core.moves import RECEIVE, Held, LayerMoves, Move, Moves
+from rq_ep.core.moves import Held, LayerMoves, Move, Moves
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.replicas import Replica
 from rq_ep.solver.migration.rounds.format_changes import FormatChanges, LowCap
@@ -46,20 +46,20 @@ class MoveRound(NamedTuple):
         A layer that has reached the goal takes its shares. In others that have changed, replicas of an expert share
         its pairs evenly.
         """
-        stored = {layer: _stored(layers[layer].replicas) for layer in self.layers}
-        for layer, move in (*self.receives, *self.drops):
-            if move.do == RECEIVE:
-                stored[layer][move.rank, move.expert] = move.format
-            else:
-                del stored[layer][move.rank, move.expert]
+        arrived: dict[int, list[Replica]] = {layer: [] for layer in self.layers}
+        dropped: dict[int, list[tuple[int, int]]] = {layer: [] for layer in self.layers}
+        for layer, move in self.receives:
+            arrived[layer].append(Replica(move.rank, move.expert, move.format))
+        for layer, move in self.drops:
+            dropped[layer].append((move.rank, move.expert))
         result = list(layers)
-        for layer, formats in stored.items():
-            if goal is not None and formats == _stored(goal.layers[layer].replicas):
-                result[layer] = goal.layers[layer]
-                continue
+        for layer in self.layers:
             old = layers[layer]
-            replicas = [Replica(rank, expert, name) for (rank, expert), name in formats.items()]
-            result[layer] = LayerPlacement.even(old.index, old.num_experts, replicas, old.replicas.mixed_formats)
+            replicas = old.replicas.changed(arrived[layer], dropped[layer])
+            if goal is not None and replicas.are_those_of(goal.layers[layer].replicas):
+                result[layer] = goal.layers[layer]
+            else:
+                result[layer] = LayerPlacement.sharing_evenly(old.index, old.num_experts, replicas)
         return result
 
 
@@ -122,7 +122,3 @@ def with_early_drops(rounds: Sequence[MoveRound]) -> list[MoveRound]:
             drops[min(at, arrivals.get((layer, move.expert), at))].append((layer, move))
     early = [MoveRound(one.receives, tuple(dropped)) for one, dropped in zip(rounds, drops, strict=True)]
     return [one for one in early if one.receives or one.drops]
-
-
-def _stored(replicas: Iterable[Replica]) -> dict[tuple[int, int], str]:
-    return {(one.rank, one.expert): one.format for one in replicas}
