@@ -26,9 +26,10 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
     @router.get("/v1/ep/placement")
     async def placement() -> dict[str, Any]:
         """The placement that is served, as `placement.json` holds it."""
-        if service.placement is None:
+        document = service.placement.document()
+        if document is None:
             raise ApiError(503, "not serving: the model is loading")
-        return service.placement
+        return document
 
     @router.get("/v1/ep/load")
     async def load() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from rq_ep.serve.http.views.membership_view import MembershipView
 from rq_ep.serve.http.views.rebalance_view import RebalanceView
 from rq_ep.serve.messages import (
     Checked,
+    MigrationPlanned,
     PlacementServed,
     RankStats,
     Ready,
@@ -33,6 +34,7 @@ from rq_ep.serve.messages import (
     RebalanceStatus,
     Recorded,
     RecordingFailed,
+    RoundServed,
 )
 from rq_ep.serve.process import exit_quickly, log_repeats_once_a_minute, set_up_logging
 
@@ -104,15 +106,16 @@ class ServingProcess:
     def on_recorded(self, result: Recorded | RecordingFailed) -> None:
         self.recording.end(result)
 
-    def on_rebalance(self, message: RebalanceStatus | RebalanceAnswer | PlacementServed) -> None:
+    def on_rebalance(self, message: RebalanceStatus | RebalanceAnswer) -> None:
         self.rebalancing.take(message)
-        match message:
-            case RebalanceStatus():
-                self.metrics.rebalancing(message)
-            case PlacementServed():
-                self.service.take_placement(message)
-                if message.expert_bytes is not None:
-                    self.metrics.weights(message.expert_bytes)
+        if isinstance(message, RebalanceStatus):
+            self.metrics.rebalancing(message)
+
+    def on_placement(self, message: MigrationPlanned | RoundServed | PlacementServed) -> None:
+        self.service.placement.take(message)
+        if isinstance(message, PlacementServed):
+            self.rebalancing.on_commit(message.generation)
+            self.metrics.weights(message.expert_bytes)
 
     def on_rank_lost(self, rank: int, was_member: bool) -> None:
         self.metrics.rank_lost(rank, was_member)

@@ -24,8 +24,8 @@ from rq_ep.serve.http.served_model import ModelLimits, ServedModel
 from rq_ep.serve.http.views.history import History
 from rq_ep.serve.http.views.load_view import LoadView
 from rq_ep.serve.http.views.membership_view import MembershipView
+from rq_ep.serve.http.views.placement_view import PlacementView
 from rq_ep.serve.http.views.rebalance_view import RebalanceView
-from rq_ep.serve.messages import PlacementServed
 
 MAX_ECHOED_TOKENS = 512  # of a prompt, with their scores, in one chunk: the event loop is busy while it writes it
 
@@ -73,7 +73,7 @@ class Service:
         self.metrics = metrics
         self.info = dict(info or {})
         self.limits: ModelLimits | None = None
-        self.placement: dict[str, Any] | None = None
+        self.placement = PlacementView()
         self.load_view = LoadView()
         self.history = History(metrics)
         self.recording = recording
@@ -104,7 +104,7 @@ class Service:
             info: of the ranks, beside that of the server.
         """
         self.limits = limits
-        self.placement = placement
+        self.placement.begin(placement)
         self.info |= info
         self._complete()
 
@@ -113,15 +113,6 @@ class Service:
             encoder = PromptEncoder(self._model.tokenizer, self.limits.max_model_len)
             self._prompts = PromptReader(self.model_name, self._model, self.limits, encoder)
             self._request_factory = RequestFactory(self._seed, self._model, self.limits, encoder)
-
-    def take_placement(self, served: PlacementServed) -> None:
-        """Take what serves from now on: some layers, or all of a placement."""
-        if served.placement is not None:
-            self.placement = served.placement
-        elif self.placement is not None:
-            changed = {layer["layer"]: layer for layer in served.layers}
-            layers = [changed.get(layer["layer"], layer) for layer in self.placement["layers"]]
-            self.placement = {**self.placement, "layers": layers, "bytes": served.bytes_R, "certificate": {}}
 
     # Whether the model can be asked
 

@@ -38,6 +38,7 @@ from rq_ep.serve.messages.from_rank import (
     Recorded,
     RecordingFailed,
     Regrouped,
+    RoundServed,
 )
 from rq_ep.serve.messages.request_parts import (
     images_of,
@@ -107,6 +108,7 @@ __all__ = [
     "Outputs",
     "PeerUnreachable",
     "PlacementServed",
+    "RoundServed",
     "PromptPart",
     "RankEnded",
     "RankGivenUp",

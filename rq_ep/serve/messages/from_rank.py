@@ -92,17 +92,24 @@ class MigrationPlanned:
     generation: int
     placement: dict[str, Any]  # the goal, as `placement.json` holds it
     rounds: list[Any]  # of each: what arrives and what is dropped, as (position of a layer, fields of a `Move`)
+    expert_bytes: dict[str, int]  # of one expert, by weight format
+
+
+@dataclass(frozen=True)
+class RoundServed:
+    """Rank 0: so many rounds of a migration serve on all ranks."""
+
+    generation: int
+    num_rounds: int
 
 
 @dataclass(frozen=True)
 class PlacementServed:
-    """Rank 0: on all ranks these layers serve, or all of a placement."""
+    """Rank 0: a placement serves on all ranks, at the end of a migration or after a change of the members."""
 
     generation: int
-    layers: list[dict[str, Any]]  # those that have changed, as `placement.json` holds them
-    placement: dict[str, Any] | None = None  # at the end of a migration
-    expert_bytes: list[dict[str, int]] | None = None  # with it, of each rank, by weight format
-    bytes_R: list[int] | None = None  # without it, of each rank
+    placement: dict[str, Any]  # as `placement.json` holds it
+    expert_bytes: list[dict[str, int]]  # of each rank, by weight format
 
 
 @dataclass(frozen=True)
@@ -221,6 +228,7 @@ FromRank: TypeAlias = (
     | Recorded
     | RecordingFailed
     | MigrationPlanned
+    | RoundServed
     | PlacementServed
     | RebalanceStatus
     | RebalanceAnswer
@@ -245,6 +253,7 @@ FROM_RANK: Mapping[str, type] = {
     "recorded": Recorded,
     "recording_failed": RecordingFailed,
     "migration": MigrationPlanned,
+    "round": RoundServed,
     "served": PlacementServed,
     "rebalance": RebalanceStatus,
     "rebalance_answer": RebalanceAnswer,

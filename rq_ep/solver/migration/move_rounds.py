@@ -11,7 +11,7 @@ edges of a bipartite graph need as many colours as its largest degree).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.errors import UserError
@@ -122,3 +122,10 @@ def with_early_drops(rounds: Sequence[MoveRound]) -> list[MoveRound]:
             drops[min(at, arrivals.get((layer, move.expert), at))].append((layer, move))
     early = [MoveRound(one.receives, tuple(dropped)) for one, dropped in zip(rounds, drops, strict=True)]
     return [one for one in early if one.receives or one.drops]
+
+
+def read_rounds(rows: Sequence[Any]) -> tuple[MoveRound, ...]:
+    """The rounds of a message: of each what arrives and what goes, as (position of a layer, fields of a `Move`)."""
+    return tuple(
+        MoveRound(*(tuple((position, Move(*move)) for position, move in moves) for moves in row)) for row in rows
+    )

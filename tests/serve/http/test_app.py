@@ -869,7 +869,7 @@ def test_load_is_told_since_the_start_and_lately(bench: Bench) -> None:
 
 def test_the_placement_is_the_file(bench: Bench) -> None:
     error(Bench(is_loading=True).call("GET", "/v1/ep/placement"), 503)
-    bench.service.take_placement(PlacementServed(0, [], {"format": "rq_ep.placement/1"}))
+    bench.service.placement.take(PlacementServed(0, {"format": "rq_ep.placement/1"}, []))
     assert bench.call("GET", "/v1/ep/placement").json() == {"format": "rq_ep.placement/1"}
 
 

@@ -1,6 +1,8 @@
 """Rebalancing over HTTP, in process: its state, commands and their refusals, metrics, and the naming of a stall."""
 
 import asyncio
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,14 @@ from rq_ep.engine.progress import MoverProgress
 from rq_ep.rebalancing.rebalancer import Decision
 from rq_ep.serve.http.openai.api_errors import ApiError
 from rq_ep.serve.http.views.rebalance_view import RebalanceView
-from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
+from rq_ep.serve.messages import (
+    MigrationPlanned,
+    PlacementServed,
+    RebalanceAnswer,
+    RebalanceCommand,
+    RebalanceStatus,
+    RoundServed,
+)
 from rq_ep.serve.rank.rebalance.rebalance_controller import described
 from tests.serve.http.test_app import Bench, conforming, error
 
@@ -191,31 +200,39 @@ def test_metrics_count_what_was_decided_and_moved(bench: RebalancingBench) -> No
         assert line in text
 
 
-def test_the_placement_that_is_shown_is_the_one_that_serves(bench: RebalancingBench) -> None:
-    bench.service.begin(
-        bench.limits, {"strategy": "rq", "certificate": {"x": 1}, "layers": [{"layer": 3}, {"layer": 5}]}, {}
-    )
-    bench.service.take_placement(PlacementServed(1, [{"layer": 5, "replicas": []}]))
-    shown = bench.get("/v1/ep/placement").json()
-    assert shown["layers"] == [{"layer": 3}, {"layer": 5, "replicas": []}]
-    bench.service.take_placement(PlacementServed(1, [], {"layers": []}))
-    assert bench.get("/v1/ep/placement").json() == {"layers": []}
-
-
 def test_a_placement_that_is_saved_amid_a_migration_can_be_served(bench: RebalancingBench, tmp_path: Path) -> None:
     sizes = {"bf16": 100, "int8": 60}
 
     def placed(*replicas: Replica) -> Placement:
         layers = (LayerPlacement.even(3, 2, replicas), LayerPlacement.even(5, 2, replicas[:2]))
         bytes_R = tuple(bytes_by_rank(layers, 2, sizes).tolist())
-        return Placement(layers, "rq", Topology(2), bytes_R, (300, 300))
+        return Placement(layers, "rq", Topology(2), bytes_R, (300, 300), certificate={"predicted": 1.0})
 
-    before = placed(Replica(0, 0, "bf16"), Replica(1, 1, "bf16"))
-    amid = placed(Replica(0, 0, "bf16"), Replica(1, 1, "bf16"), Replica(1, 0, "bf16"))
-    bench.service.begin(bench.limits, before.to_dict(), {})
-    bench.service.take_placement(PlacementServed(1, amid.to_dict()["layers"][:1], bytes_R=list(amid.bytes_R)))
-    assert conforming(bench)(bench.get("/v1/ep/placement").json(), "Placement")
-    saved = tmp_path / "placement.json"
-    saved.write_text(bench.get("/v1/ep/placement").text)
-    Placement.load(saved).check_bytes(sizes)
-    assert Placement.load(saved).to_dict() == amid.to_dict()
+    def sent(placement: Placement) -> Any:
+        return json.loads(json.dumps(placement.to_dict()))
+
+    def shown() -> Placement:
+        assert conforming(bench)(bench.get("/v1/ep/placement").json(), "Placement")
+        saved = tmp_path / "placement.json"
+        saved.write_text(bench.get("/v1/ep/placement").text)
+        Placement.load(saved).check_bytes(sizes)
+        return Placement.load(saved)
+
+    first, second, third = (Replica(1, 0, "bf16"), Replica(0, 1, "bf16"), Replica(1, 1, "bf16"))
+    before = placed(Replica(0, 0, "bf16"), third)
+    amid = placed(Replica(0, 0, "bf16"), third, first)
+    after = placed(Replica(0, 0, "bf16"), third, first, second)
+    rounds = [[[(0, Move("receive", one.rank, one.expert, one.format, 0))], []] for one in (first, second)]
+    view = bench.service.placement
+    bench.service.begin(bench.limits, sent(before), {})
+    assert shown().to_dict() == before.to_dict()
+    view.take(MigrationPlanned(4, sent(after), rounds, sizes))
+    assert shown().to_dict() == before.to_dict()
+    view.take(RoundServed(4, 1))
+    assert shown().to_dict() == replace(amid, certificate={}).to_dict()
+    view.take(RoundServed(3, 2))
+    assert shown().to_dict() == replace(amid, certificate={}).to_dict(), "an earlier migration's"
+    view.take(RoundServed(4, 2))
+    assert [list(layer.replicas) for layer in shown().layers] == [list(layer.replicas) for layer in after.layers]
+    view.take(PlacementServed(4, sent(after), [{"bf16": 100}] * 2))
+    assert shown().to_dict() == after.to_dict()

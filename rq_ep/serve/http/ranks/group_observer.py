@@ -5,6 +5,7 @@ from typing import Protocol
 
 from rq_ep.serve.messages import (
     Checked,
+    MigrationPlanned,
     PlacementServed,
     RankStats,
     Ready,
@@ -12,6 +13,7 @@ from rq_ep.serve.messages import (
     RebalanceStatus,
     Recorded,
     RecordingFailed,
+    RoundServed,
 )
 
 
@@ -30,8 +32,11 @@ class GroupObserver(Protocol):
     def on_recorded(self, result: Recorded | RecordingFailed) -> None:
         """A recording has ended."""
 
-    def on_rebalance(self, message: RebalanceStatus | RebalanceAnswer | PlacementServed) -> None:
+    def on_rebalance(self, message: RebalanceStatus | RebalanceAnswer) -> None:
         """Something has changed in the re-placements."""
+
+    def on_placement(self, message: MigrationPlanned | RoundServed | PlacementServed) -> None:
+        """Another placement is to serve, or more of it does, or all."""
 
     def on_rank_lost(self, rank: int, was_member: bool) -> None:
         """A rank is lost."""

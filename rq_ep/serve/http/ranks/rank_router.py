@@ -53,6 +53,7 @@ from rq_ep.serve.messages import (
     Recorded,
     RecordingFailed,
     Regrouped,
+    RoundServed,
 )
 from rq_ep.serve.process import BackgroundTasks
 
@@ -193,11 +194,14 @@ class RankRouter:
             case Recorded() | RecordingFailed():
                 self._observer.on_recorded(message)
             case MigrationPlanned():
+                self._observer.on_placement(message)
                 self._changes.planned(rank, message)
             case ImportanceReport() | MigrationGivenUp():
                 self._connections.send(self.membership.leader, message)
-            case RebalanceStatus() | RebalanceAnswer() | PlacementServed():
+            case RebalanceStatus() | RebalanceAnswer():
                 self._observer.on_rebalance(message)
+            case RoundServed() | PlacementServed():
+                self._observer.on_placement(message)
             case Checked():
                 self._observer.on_checked(message)
             case Ready():

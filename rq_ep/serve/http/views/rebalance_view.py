@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.serve.http.openai.api_errors import ApiError
-from rq_ep.serve.messages import PlacementServed, RebalanceAnswer, RebalanceCommand, RebalanceStatus
+from rq_ep.serve.messages import RebalanceAnswer, RebalanceCommand, RebalanceStatus
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -48,7 +48,7 @@ class RebalanceView:
 
     # What comes from the ranks
 
-    def take(self, message: RebalanceStatus | RebalanceAnswer | PlacementServed) -> None:
+    def take(self, message: RebalanceStatus | RebalanceAnswer) -> None:
         match message:
             case RebalanceStatus():
                 self.status, self._came_at_s = message, self._clock()
@@ -56,11 +56,12 @@ class RebalanceView:
                 answer = self._answers.get(message.number)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
-            case PlacementServed():
-                if message.placement is not None:
-                    decision = None if self.status is None else self.status.decision
-                    about = {key: (decision or {}).get(key) for key in ("reason", "moved_bytes")}
-                    self._commits.append({"time": time.time(), "generation": message.generation, **about})
+
+    def on_commit(self, generation: int) -> None:
+        """A placement serves, after this migration."""
+        decision = None if self.status is None else self.status.decision
+        about = {key: (decision or {}).get(key) for key in ("reason", "moved_bytes")}
+        self._commits.append({"time": time.time(), "generation": generation, **about})
 
     def on_progress(self, rank: int, mover: MoverProgress) -> None:
         """Take how far a rank has come."""

@@ -4,9 +4,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from rq_ep.core.moves import Move
 from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.strategy import Planner
 from rq_ep.engine.progress import MoverProgress
@@ -17,7 +16,7 @@ from rq_ep.moe.migration.round_staging import ReadExpert
 from rq_ep.parallel.ep_group import HostChannel
 from rq_ep.rebalancing.pace import Pace
 from rq_ep.serve.messages import BeginMigration
-from rq_ep.solver.migration.move_rounds import MoveRound
+from rq_ep.solver.migration.move_rounds import read_rounds
 
 log = logging.getLogger("rq_ep.serve")
 
@@ -174,10 +173,3 @@ class GroupMover:
         elif reason and not is_committed:
             log.warning("re-placement %d was given up: %s", generation, reason)
             self._on_failure(generation, reason)
-
-
-def read_rounds(rows: Sequence[Any]) -> tuple[MoveRound, ...]:
-    """The rounds of a message."""
-    return tuple(
-        MoveRound(*(tuple((position, Move(*move)) for position, move in moves) for moves in row)) for row in rows
-    )

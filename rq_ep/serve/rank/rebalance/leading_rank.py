@@ -18,6 +18,7 @@ from rq_ep.serve.messages import (
     PlacementServed,
     RebalanceAnswer,
     RebalanceCommand,
+    RoundServed,
 )
 from rq_ep.serve.rank.loads.step_loads import StepLoads
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
@@ -63,17 +64,11 @@ class Served:
         self._layout = inputs.layout
         self._send = send
 
-    def layers(self, generation: int, placement: Placement, positions: Sequence[int]) -> None:
-        """Layers at these positions serve as they are in the placement."""
-        changed = replace(placement, layers=tuple(placement.layers[position] for position in sorted(positions)))
-        bytes_R = list(placement.bytes_R)
-        self._send(PlacementServed(generation, changed.to_dict()["layers"], bytes_R=bytes_R))
-
-    def all(self, generation: int, placement: Placement) -> None:
+    def __call__(self, generation: int, placement: Placement) -> None:
         """The placement serves."""
         ranks = range(placement.topology.num_ranks)
         sizes = [expert_bytes(placement, self._layout, [rank]) for rank in ranks]
-        self._send(PlacementServed(generation, [], placement.to_dict(), sizes))
+        self._send(PlacementServed(generation, placement.to_dict(), sizes))
 
 
 class LeadingRank:
@@ -193,15 +188,16 @@ class LeadingRank:
             generation, decision.reason, f"{decision.moved_bytes:,}", len(decision.rounds),
         )  # fmt: skip
         rounds = lifted_rounds(decision.rounds, self._members)
-        self._send(MigrationPlanned(generation, self._lifted(decision.placement).to_dict(), list(rounds)))
+        goal, sizes = self._lifted(decision.placement), dict(self._inputs.stats.expert_bytes)
+        self._send(MigrationPlanned(generation, goal.to_dict(), list(rounds), sizes))
 
-    def served(self, generation: int, placement: Placement, positions: tuple[int, ...] | None) -> None:
+    def round_served(self, generation: int, num_rounds: int) -> None:
+        log.debug("%d rounds of re-placement %d serve", num_rounds, generation)
+        self._send(RoundServed(generation, num_rounds))
+
+    def served(self, generation: int, placement: Placement) -> None:
         placement = self._lifted(placement)
-        if positions is not None:
-            log.debug("a round of re-placement %d serves", generation)
-            self._served.layers(generation, placement, positions)
-            return
-        self._served.all(generation, placement)
+        self._served(generation, placement)
         self._save(placement)
 
     def _save(self, placement: Placement) -> None:

@@ -143,7 +143,7 @@ class LiveRebalancing:
                 self._planner = None
             if change.leader == self._rank:
                 self._leader = self._new_leader(change, counts_LE)
-                Served(self._inputs, self._send).all(change.migration, change.placement)
+                Served(self._inputs, self._send)(change.migration, change.placement)
             self.mover.observe(self._leader)
 
     def _new_leader(self, change: GroupChange, counts_LE: IntArray | None) -> Leader:

@@ -8,7 +8,14 @@ from dataclasses import replace
 from rq_ep.core.arrays import IntArray
 from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
 from rq_ep.rebalancing.settle import Settlement, SettleRequest
-from rq_ep.serve.messages import FromRank, ImportanceReport, MigrationGivenUp, MigrationPlanned, RebalanceCommand
+from rq_ep.serve.messages import (
+    FromRank,
+    ImportanceReport,
+    MigrationGivenUp,
+    MigrationPlanned,
+    RebalanceCommand,
+    RoundServed,
+)
 from rq_ep.serve.rank.rebalance.leading_rank import Served
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure
@@ -49,6 +56,7 @@ class PlacementRestorer:
         self._send = send
         self._served = Served(inputs, send)
         self._layers = list(placement.layers)  # as they serve
+        self._num_rounds = 0  # that serve
         self._goal: Placement | None = None
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._planner: PlannerSide | None = None  # while it is at work
@@ -90,18 +98,20 @@ class PlacementRestorer:
         if rounds := answer.rounds:
             self._goal = answer.placement
             log.info("experts go to where they are balanced among ranks %s, in %d rounds", self._members, len(rounds))
-            self._send(MigrationPlanned(self._generation, answer.placement.to_dict(), list(rounds)))
+            sizes = dict(self._inputs.stats.expert_bytes)
+            self._send(MigrationPlanned(self._generation, answer.placement.to_dict(), list(rounds), sizes))
 
     def _take_round(self, layers: Mapping[int, LayerPlacement]) -> None:
         for position, layer in layers.items():
             self._layers[position] = layer
-        self._served.layers(self._generation, self._placement_now(), tuple(layers))
+        self._num_rounds += 1
+        self._send(RoundServed(self._generation, self._num_rounds))
 
     def _end(self, is_committed: bool, reason: str) -> None:
         assert self._goal is not None
         if not is_committed:
             log.warning("the balance was not brought back: %s", reason or "another rank gave it up")
-        self._served.all(self._generation, self._goal if is_committed else self._placement_now())
+        self._served(self._generation, self._goal if is_committed else self._placement_now())
 
     def _placement_now(self) -> Placement:
         bytes_R = bytes_by_rank(self._layers, self._placement.topology.num_ranks, self._inputs.stats.expert_bytes)

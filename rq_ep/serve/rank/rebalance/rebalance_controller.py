@@ -56,8 +56,11 @@ class MigrationHost(Protocol):
     def abort(self, generation: int, reason: str) -> None:
         """Give a migration up on every rank; its end is reported as ever."""
 
-    def served(self, generation: int, placement: Placement, positions: tuple[int, ...] | None) -> None:
-        """A placement serves from now on; `positions` of the layers that have changed, None: the migration is over."""
+    def round_served(self, generation: int, num_rounds: int) -> None:
+        """So many rounds of a migration serve."""
+
+    def served(self, generation: int, placement: Placement) -> None:
+        """A placement serves from now on: the migration is over."""
 
     def answer(self, number: int, refusal: str | None, decision: Mapping[str, Any] | None) -> None:
         """Answer a command."""
@@ -164,7 +167,7 @@ class RebalanceController:
         self._moved_bytes += self._round_bytes[self._num_rounds]
         self._num_rounds += 1
         self._progress_at_s = self._clock()
-        self._host.served(self._generation, self._placement_now(), tuple(layers))
+        self._host.round_served(self._generation, self._num_rounds)
 
     def on_given_up(self, generation: int, reason: str) -> None:
         """Another rank says why it has given a migration up; its end may have come before."""
@@ -191,7 +194,7 @@ class RebalanceController:
         self._results["committed" if is_committed else "aborted"] += 1
         self._goal = None
         self._to(RebalanceState.IDLE)
-        self._host.served(self._generation, placement, None)
+        self._host.served(self._generation, placement)
 
     # What is to be seen
 

@@ -116,6 +116,8 @@ class Stage:
 
     def on_recorded(self, result: Recorded | RecordingFailed) -> None: ...
 
+    def on_placement(self, message: object) -> None: ...
+
     def on_rebalance(self, message: object) -> None:
         self.rebalances.append(message)
 
@@ -637,7 +639,7 @@ def test_a_migration_of_rank_0_reaches_every_rank_and_a_command_or_report_rank_0
             assert it.router.rebalance(RebalanceCommand(1, "start")) == 0
             assert await it.ranks[0].receive(RebalanceCommand) == RebalanceCommand(1, "start")
             it.ranks[0].send(RebalanceAnswer(1, None, None))
-            it.ranks[0].send(MigrationPlanned(1, {"layers": []}, [[[], []]]))
+            it.ranks[0].send(MigrationPlanned(1, {"layers": []}, [[[], []]], {}))
             for rank in it.ranks:
                 assert await rank.receive(BeginMigration) == BeginMigration(1, {"layers": []}, [[[], []]])
             assert it.rebalances == [RebalanceAnswer(1, None, None)]
@@ -767,9 +769,9 @@ def test_a_migration_that_was_planned_before_a_loss_is_not_begun() -> None:
         it.ranks[2].die()
         await it.ranks[0].receive(Regroup)
         await it.ranks[0].receive(Wake)
-        it.ranks[0].send(MigrationPlanned(1, {"layers": []}, []))
+        it.ranks[0].send(MigrationPlanned(1, {"layers": []}, [], {}))
         it.ranks[0].send(Regrouped(1, {}))
-        it.ranks[0].send(MigrationPlanned(2, {"layers": []}, []))
+        it.ranks[0].send(MigrationPlanned(2, {"layers": []}, [], {}))
         await asyncio.sleep(0.1)
         assert it.ranks[0].received.empty(), "rank 1 does not serve yet"
         it.ranks[1].send(Regrouped(1, {}))

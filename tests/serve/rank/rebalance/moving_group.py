@@ -283,8 +283,10 @@ class MovingGroup:
                         live.handle(decode_to_rank(encode(begin)))  # type: ignore[arg-type]
             case MigrationGivenUp():
                 self.lives[0].handle(message)
-            case RebalanceStatus() | PlacementServed():
+            case RebalanceStatus():
                 self.view.take(message)
+            case PlacementServed():
+                self.view.on_commit(message.generation)
             case RebalanceAnswer():
                 self.answers.append(message)
 
