@@ -22,8 +22,11 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
     rm -rf .venv
     "$python" -m venv .venv
     # torch comes first and by exact version, so that nothing else chooses a build of it.
-    .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' launch/constraints.txt)"
-    .venv/bin/pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable ".[dev]"
+    .venv/bin/pip install --no-compile --quiet --disable-pip-version-check "$(grep '^torch==' launch/constraints.txt)"
+    .venv/bin/pip install --no-compile --quiet --disable-pip-version-check --constraint launch/constraints.txt \
+        --editable ".[dev]"
+    # All cores compile; pip would use one. Templates among the packages' files cannot be compiled, and need not be.
+    .venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null || true
     echo "$stamp" > .venv/stamp
 fi
 source .venv/bin/activate
