@@ -26,7 +26,7 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
     .venv/bin/pip install --no-compile --quiet --disable-pip-version-check --constraint launch/constraints.txt \
         --editable ".[dev]"
     # All cores compile; pip would use one. Templates among the packages' files cannot be compiled, and need not be.
-    .venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null || true
+    .venv/bin/python -m compileall -q -j 0 .venv/lib &> /dev/null || true
     echo "$stamp" > .venv/stamp
 fi
 source .venv/bin/activate
