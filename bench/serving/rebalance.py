@@ -83,6 +83,7 @@ STRETCHES = 8  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
 IDLE_TIMEOUT_S = 10.0  # for a decision or a migration that is under way when the requests have ended
+NUM_TEXTS = 40  # of a domain that prompts are cut out of
 SLACK = 0.02  # within which a placement counts as good as the calibrated one
 QUICK = {
     "num_ranks": 2, "domains": "code,table", "num_prompts": 48, "rounds": 1, "num_requests": 200,
@@ -102,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--interval", type=int, default=16, help="steps between its decisions")
     made.add_argument("--eplb-window", type=int, default=63, help="steps that eplb decides on: 1000 / 16")
     made.add_argument("--eplb-interval", type=int, default=188, help="steps between its decisions: 3000 / 16")
-    made.add_argument("--num-prompts", type=int, default=160, help="requests of a domain")
+    made.add_argument("--num-prompts", type=int, default=320, help="requests of a domain")
     made.add_argument("--rounds", type=int, default=3, help="of the part on cost; twice as many where experts move")
     made.add_argument("--num-requests", type=int, default=2000, help="of the part on answers")
     made.add_argument("--calibration-tokens", type=int, default=32_768, help="of each domain")
@@ -181,7 +182,8 @@ class Workload:
 
     def _texts(self, domain: str, longest: int) -> list[list[int]]:
         files = sorted(file for file in self._paths[domain].rglob("*") if file.is_file())
-        texts = [self.tokenizer.encode(file.read_text(errors="replace")[:20_000]) for file in files[:40]]
+        some = files[:: max(len(files) // NUM_TEXTS, 1)]  # all kinds, as in calibration
+        texts = [self.tokenizer.encode(file.read_text(errors="replace")[:20_000]) for file in some]
         texts = [text for text in texts if len(text) >= longest]
         if not texts:
             raise UserError(f"--text {self._paths[domain]}: no text of {longest} tokens there")
@@ -417,7 +419,7 @@ def cost(bench: Workload) -> dict[str, Any]:
     jobs = [
         job
         for stretch in range(STRETCHES)
-        for job in bench.jobs(ends[stretch % 2], max(options.num_prompts // 20, 1), 8, 40, seed=stretch)
+        for job in bench.jobs(ends[stretch % 2], max(options.num_prompts // 40, 1), 8, 40, seed=stretch)
     ]
     rows: list[dict[str, Any]] = []
     states: dict[str, dict[str, Any]] = {}
