@@ -182,9 +182,9 @@ def _cost_goals(part: Mapping[str, Any]) -> list[Goal]:
             "vLLM sync stalls 0.9 s",
         ),
         Goal(
-            "R3 memory of the rank that has most, beside that of one that never moves",
+            "R3 memory of the rank that has most, beside that of one that plans as often and stays",
             f"<= {part['room_bytes'] / 2**20:.0f} MiB",
-            f"{(part['peak_bytes']['moving'] - part['peak_bytes']['armed']) / 2**20:+.0f} MiB",
+            f"{(part['peak_bytes']['moving'] - part['peak_bytes']['planning']) / 2**20:+.0f} MiB",
             "one whole layer's experts",
         ),
         Goal(

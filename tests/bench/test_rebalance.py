@@ -109,7 +109,7 @@ def parts() -> dict[str, Any]:
             "noise": {"p99_itl_ms": 1.04, "output_throughput": 1.02},
             "longest_gap_ms": {"off": 40.0, "moving": 50.0, "stop-the-world": 500.0},
             "planner_share": {"moving": 0.05, "armed": 0.01},
-            "peak_bytes": {"armed": 900 << 20, "moving": 905 << 20},
+            "peak_bytes": {"planning": 900 << 20, "moving": 905 << 20},
             "room_bytes": 12 << 20,
         },
         "answers": {"num_requests": 2000, "num_committed": 25, "num_lost": 0, "num_wrong": 1},
