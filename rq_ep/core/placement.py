@@ -1,7 +1,7 @@
 """Placement: which rank holds a replica of which expert, in which format, for what share of its pairs."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,11 @@ class Placement:
             )
         if model is not None and self.model is not None:
             model.check(self.model, what)
+
+    def with_layers(self, layers: Sequence[LayerPlacement], expert_bytes: Mapping[str, int]) -> "Placement":
+        """The placement with other layers, which its certificate does not hold for."""
+        bytes_R = bytes_by_rank(layers, self.topology.num_ranks, expert_bytes)
+        return replace(self, layers=tuple(layers), bytes_R=tuple(bytes_R.tolist()), certificate={})
 
     def to_dict(self) -> dict[str, Any]:
         """The placement as `placement.json` holds it."""

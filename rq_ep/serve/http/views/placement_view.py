@@ -1,9 +1,8 @@
 """The placement that serves, as `placement.json` holds it, in the middle of a migration too."""
 
-from dataclasses import replace
 from typing import Any
 
-from rq_ep.core.placement import Placement, bytes_by_rank
+from rq_ep.core.placement import Placement
 from rq_ep.serve.messages import MigrationPlanned, PlacementServed, RoundServed
 from rq_ep.solver.migration.move_rounds import read_rounds
 
@@ -39,5 +38,4 @@ class PlacementView:
         layers = list(before.layers)
         for moves in read_rounds(self._planned.rounds[: self._num_rounds]):
             layers = moves.applied_to(layers, goal)
-        bytes_R = bytes_by_rank(layers, before.topology.num_ranks, self._planned.expert_bytes)
-        return replace(before, layers=tuple(layers), bytes_R=tuple(bytes_R.tolist()), certificate={}).to_dict()
+        return before.with_layers(layers, self._planned.expert_bytes).to_dict()

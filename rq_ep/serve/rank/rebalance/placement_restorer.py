@@ -3,10 +3,9 @@
 import logging
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.rebalancing.settle import Settlement, SettleRequest
 from rq_ep.serve.messages import (
     FromRank,
@@ -114,5 +113,4 @@ class PlacementRestorer:
         self._served(self._generation, self._goal if is_committed else self._placement_now())
 
     def _placement_now(self) -> Placement:
-        bytes_R = bytes_by_rank(self._layers, self._placement.topology.num_ranks, self._inputs.stats.expert_bytes)
-        return replace(self._placement, layers=tuple(self._layers), bytes_R=tuple(bytes_R.tolist()), certificate={})
+        return self._placement.with_layers(self._layers, self._inputs.stats.expert_bytes)

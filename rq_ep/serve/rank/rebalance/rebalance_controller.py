@@ -11,12 +11,11 @@ calls. All of it is on one thread.
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
 
 from rq_ep.core.arrays import IntArray
-from rq_ep.core.placement import LayerPlacement, Placement, bytes_by_rank
+from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.rebalancing.rebalancer import Decision, Rebalancer
 from rq_ep.serve.messages import RebalanceStatus
 from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure, Request
@@ -283,9 +282,7 @@ class RebalanceController:
 
     def _placement_now(self) -> Placement:
         """What serves in the middle of a migration: without the certificate of what served before."""
-        current = self._rebalancer.current
-        bytes_R = bytes_by_rank(self._layers, current.topology.num_ranks, self._expert_bytes)
-        return replace(current, layers=tuple(self._layers), bytes_R=tuple(bytes_R.tolist()), certificate={})
+        return self._rebalancer.current.with_layers(self._layers, self._expert_bytes)
 
 
 def described(decision: Decision) -> dict[str, Any]:
