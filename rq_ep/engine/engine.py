@@ -89,6 +89,12 @@ class Engine:
             self._grammars = Grammars(read_tokenizer, vocab_size(model), self.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
         self._routed_experts = RoutedExpertsCapturer(layers, layers[0].placement.num_experts, self._requests)
+        self._outputs = OutputProcessor(
+            self._requests,
+            on_outputs,
+            lambda request_id: self._manager.cancel_request(request_id),
+            self._routed_experts.collect,
+        )
         rotary = SequenceRotary(model)
         forward = DenseForward(model, rotary)
         self._scorer = PromptScorer(
@@ -101,19 +107,9 @@ class Engine:
             lambda request: self._outputs.fail(request, NOT_FINITE),
         )
         self._tracker = ProgressTracker(layers, [layer.placement.index for layer in layers], lambda: group.operation)
-
         announce_rows = _rows_announcer(layers, group)
         # Prepared before the manager gives the model an attention that only its own batches can use.
-        shapes: list[set[torch.Size]] = []
-        watching = StepRouting(layers, lambda ids_L, _: shapes.append({ids_TK.shape for ids_TK in ids_L}))
-        with first_steps(layers), watching:
-            run_empty_step = empty_step(model, layers)
-            announce_rows([0] * len(group.members))
-            run_empty_step()  # what a step of announced rows compiles is compiled now
-            announce_rows(None)
-        # Whether all layers get a step's tokens, with as many experts each.
-        self.routes_evenly = not watching.has_gaps and len(shapes[0]) == 1
-
+        run_empty_step, self.routes_evenly = _first_empty_steps(model, layers, announce_rows, len(group.members))
         wake_up = threading.Event()
         self._step_loop = StepLoop(
             gather_flags=flags_exchange(group if group.size > 1 else None),
@@ -130,35 +126,27 @@ class Engine:
             heartbeat_s=heartbeat_s,
             wake_up=wake_up,
         )
-        self._outputs = OutputProcessor(
-            self._requests,
-            on_outputs,
-            lambda request_id: self._manager.cancel_request(request_id),
-            self._routed_experts.collect,
-        )
+        self._manager = self._make_manager(model, config, forward, rotary, wake_up, on_failure)
+        start_s = time.perf_counter()
+        with first_steps(layers):
+            self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
+        self.warmup_s = time.perf_counter() - start_s
+        if recover is not None and group.device.type == "cuda":
+            model.register_forward_hook(lambda *_: _wait_unless_aborted(group))
+        self.max_request_tokens = self._manager.max_request_tokens
+
+    def _make_manager(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        forward: DenseForward,
+        rotary: SequenceRotary,
+        wake_up: threading.Event,
+        on_failure: Callable[[BaseException], None],
+    ) -> LockstepManager | PaddedManager:
         kv_cache_tokens = cache_size(config.kv_cache_tokens, model.device.type)
-        self._manager: LockstepManager | PaddedManager
-        if config.cache == PAGED:
-            self._manager = LockstepManager(
-                model,
-                GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
-                batching_config(
-                    max_num_seqs=config.max_num_seqs,
-                    max_num_batched_tokens=config.max_num_batched_tokens,
-                    kv_cache_tokens=kv_cache_tokens,
-                    # Where frequencies follow the length of a sequence, so do the keys of its prefix.
-                    shares_prefixes=config.prefix_caching and not rotary.follows_length,
-                ),
-                step=self._step_loop.step,
-                wake_up=wake_up,
-                outputs=self._outputs,
-                rotary=rotary,
-                requests=self._requests,
-                routed_experts=self._routed_experts,
-                on_failure=on_failure,
-            )
-        else:
-            self._manager = PaddedManager(
+        if config.cache != PAGED:
+            return PaddedManager(
                 forward,
                 step=self._step_loop.step,
                 wake_up=wake_up,
@@ -169,13 +157,24 @@ class Engine:
                 requests=self._requests,
                 on_failure=on_failure,
             )
-        start_s = time.perf_counter()
-        with first_steps(layers):
-            self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
-        self.warmup_s = time.perf_counter() - start_s
-        if recover is not None and group.device.type == "cuda":
-            model.register_forward_hook(lambda *_: _wait_unless_aborted(group))
-        self.max_request_tokens = self._manager.max_request_tokens
+        return LockstepManager(
+            model,
+            GenerationConfig(do_sample=False, eos_token_id=self.eos_token_ids or -1),
+            batching_config(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                kv_cache_tokens=kv_cache_tokens,
+                # Where frequencies follow the length of a sequence, so do the keys of its prefix.
+                shares_prefixes=config.prefix_caching and not rotary.follows_length,
+            ),
+            step=self._step_loop.step,
+            wake_up=wake_up,
+            outputs=self._outputs,
+            rotary=rotary,
+            requests=self._requests,
+            routed_experts=self._routed_experts,
+            on_failure=on_failure,
+        )
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -264,6 +263,23 @@ def vocab_size(model: PreTrainedModel) -> int:
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     return embedding.weight.shape[0]
+
+
+def _first_empty_steps(
+    model: PreTrainedModel,
+    layers: Sequence[EPExperts],
+    announce_rows: Callable[[Sequence[int] | None], None],
+    num_members: int,
+) -> tuple[Callable[[], None], bool]:
+    """The empty step, and whether all layers get a step's tokens, with as many experts each; every rank calls this."""
+    shapes: list[set[torch.Size]] = []
+    watching = StepRouting(layers, lambda ids_L, _: shapes.append({ids_TK.shape for ids_TK in ids_L}))
+    with first_steps(layers), watching:
+        run_empty_step = empty_step(model, layers)
+        announce_rows([0] * num_members)
+        run_empty_step()  # what a step of announced rows compiles is compiled now
+        announce_rows(None)
+    return run_empty_step, not watching.has_gaps and len(shapes[0]) == 1
 
 
 def _rows_announcer(layers: Sequence[EPExperts], group: TorchGroup) -> Callable[[Sequence[int] | None], None]:
