@@ -3,7 +3,7 @@
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse
 
 from rq_ep.serve.http.openai.api_errors import ApiError
@@ -13,17 +13,17 @@ from rq_ep.serve.http.openai.request_body import BodyReader
 from rq_ep.serve.http.service import Service
 
 
-def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
-    """The routes of a service.
+def add_ep_routes(app: FastAPI, service: Service, bodies: BodyReader) -> None:
+    """Add the routes of a service.
 
     Args:
+        app: that they are added to.
         service: answers them.
         bodies: reads the bodies of requests.
     """
-    router = APIRouter()
     page = (files("rq_ep.serve.http") / "dashboard.html").read_text()
 
-    @router.get("/v1/ep/placement")
+    @app.get("/v1/ep/placement")
     async def placement() -> dict[str, Any]:
         """The placement that is served, as `placement.json` holds it."""
         document = service.placement.document()
@@ -31,13 +31,13 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
             raise ApiError(503, "not serving: the model is loading")
         return document
 
-    @router.get("/v1/ep/load")
+    @app.get("/v1/ep/load")
     async def load() -> dict[str, Any]:
         """Routed pairs of ranks and experts, since the start and lately; speed and latency over the last minutes."""
         load = service.load_view.view()
         return {"model": service.model_name, **load, "history": service.history.view()}
 
-    @router.post("/v1/ep/record/start")
+    @app.post("/v1/ep/record/start")
     async def start() -> dict[str, Any]:
         """Record the router's choice for every token, on every rank, until the recording is stopped.
 
@@ -47,7 +47,7 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
         service.check_available()
         return {"recording": True, **service.recording.start()}
 
-    @router.post("/v1/ep/record/stop")
+    @app.post("/v1/ep/record/stop")
     async def stop() -> dict[str, Any]:
         """End the recording and name the trace on the server's disk, for `trace:FILE` and `rq-ep simulate --trace`.
 
@@ -55,24 +55,24 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
         """
         return {"recording": False, **await service.recording.stop()}
 
-    @router.get("/v1/ep/rebalance")
+    @app.get("/v1/ep/rebalance")
     async def rebalance() -> dict[str, Any]:
         """The state of rebalancing, its last decision with the reason, bytes done and left, seconds since progress."""
         return {"model": service.model_name, **service.rebalancing.view()}
 
-    @router.post("/v1/ep/rebalance", openapi_extra=body_schema(RebalanceBody))
+    @app.post("/v1/ep/rebalance", openapi_extra=body_schema(RebalanceBody))
     async def command(http: Request) -> dict[str, Any]:
         """Decide now instead of when it is due, give up what is under way, or say what a decision would move."""
         service.check_available()
         body = await bodies.read(http, RebalanceBody)
         return await service.rebalancing.command(body.action)
 
-    @router.get("/v1/ep/ranks")
+    @app.get("/v1/ep/ranks")
     async def ranks() -> dict[str, Any]:
         """State, reason, generation, times and numbers of each rank, and what has happened to them lately."""
         return {"model": service.model_name, **service.members.view()}
 
-    @router.post("/v1/ep/ranks", openapi_extra=body_schema(RanksBody))
+    @app.post("/v1/ep/ranks", openapi_extra=body_schema(RanksBody))
     async def change(http: Request) -> dict[str, Any]:
         """Have ranks leave, once their requests have finished or have gone to other ranks, or have them come back.
 
@@ -82,8 +82,6 @@ def ep_routes(service: Service, bodies: BodyReader) -> APIRouter:
         body = await bodies.read(http, RanksBody)
         return {"model": service.model_name, **await service.members.change(body)}
 
-    @router.get("/dashboard", include_in_schema=False)
+    @app.get("/dashboard", include_in_schema=False)
     async def dashboard() -> HTMLResponse:
         return HTMLResponse(page)
-
-    return router
