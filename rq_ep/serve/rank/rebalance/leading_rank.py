@@ -52,23 +52,11 @@ class Leader(Protocol):
         """End; what was asked for is refused."""
 
 
-class Served:
-    """Tells the HTTP process which placement serves.
-
-    Args:
-        inputs: what was checked.
-        send: sends a message to the HTTP process.
-    """
-
-    def __init__(self, inputs: MoveInputs, send: Callable[[FromRank], None]) -> None:
-        self._layout = inputs.layout
-        self._send = send
-
-    def __call__(self, generation: int, placement: Placement) -> None:
-        """The placement serves."""
-        ranks = range(placement.topology.num_ranks)
-        sizes = [expert_bytes(placement, self._layout, [rank]) for rank in ranks]
-        self._send(PlacementServed(generation, placement.to_dict(), sizes))
+def placement_served(inputs: MoveInputs, generation: int, placement: Placement) -> PlacementServed:
+    """What tells the HTTP process that a placement serves."""
+    ranks = range(placement.topology.num_ranks)
+    sizes = [expert_bytes(placement, inputs.layout, [rank]) for rank in ranks]
+    return PlacementServed(generation, placement.to_dict(), sizes)
 
 
 class LeadingRank:
@@ -103,7 +91,6 @@ class LeadingRank:
         self._members = members
         self._loads = loads
         self._send = send
-        self._served = Served(inputs, send)
         self.abort = abort
         self._planner = planner
         self._clock = clock
@@ -197,7 +184,7 @@ class LeadingRank:
 
     def served(self, generation: int, placement: Placement) -> None:
         placement = self._lifted(placement)
-        self._served(generation, placement)
+        self._send(placement_served(self._inputs, generation, placement))
         self._save(placement)
 
     def _save(self, placement: Placement) -> None:

@@ -24,7 +24,7 @@ from rq_ep.serve.messages import (
 from rq_ep.serve.rank.loads.step_loads import StepLoads
 from rq_ep.serve.rank.rebalance.group_mover import GroupMover
 from rq_ep.serve.rank.rebalance.importance_reports import ImportanceReports
-from rq_ep.serve.rank.rebalance.leading_rank import GROUP_CHANGES, Leader, LeadingRank, Served
+from rq_ep.serve.rank.rebalance.leading_rank import GROUP_CHANGES, Leader, LeadingRank, placement_served
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.placement_restorer import PlacementRestorer
 from rq_ep.serve.rank.rebalance.planner_process import PlannerProcess
@@ -143,7 +143,7 @@ class LiveRebalancing:
                 self._planner = None
             if change.leader == self._rank:
                 self._leader = self._new_leader(change, counts_LE)
-                Served(self._inputs, self._send)(change.migration, change.placement)
+                self._send(placement_served(self._inputs, change.migration, change.placement))
             self.mover.observe(self._leader)
 
     def _new_leader(self, change: GroupChange, counts_LE: IntArray | None) -> Leader:

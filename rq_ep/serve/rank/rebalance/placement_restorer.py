@@ -15,7 +15,7 @@ from rq_ep.serve.messages import (
     RebalanceCommand,
     RoundServed,
 )
-from rq_ep.serve.rank.rebalance.leading_rank import Served
+from rq_ep.serve.rank.rebalance.leading_rank import placement_served
 from rq_ep.serve.rank.rebalance.move_inputs import MoveInputs
 from rq_ep.serve.rank.rebalance.planner_process import Answer, PlannerFailure
 from rq_ep.serve.rank.rebalance.rebalance_controller import PlannerSide
@@ -53,7 +53,6 @@ class PlacementRestorer:
         self._members = members
         self._generation = generation
         self._send = send
-        self._served = Served(inputs, send)
         self._layers = list(placement.layers)  # as they serve
         self._num_rounds = 0  # that serve
         self._goal: Placement | None = None
@@ -110,7 +109,8 @@ class PlacementRestorer:
         assert self._goal is not None
         if not is_committed:
             log.warning("the balance was not brought back: %s", reason or "another rank gave it up")
-        self._served(self._generation, self._goal if is_committed else self._placement_now())
+        placement = self._goal if is_committed else self._placement_now()
+        self._send(placement_served(self._inputs, self._generation, placement))
 
     def _placement_now(self) -> Placement:
         return self._placement.with_layers(self._layers, self._inputs.stats.expert_bytes)
