@@ -56,28 +56,33 @@ def main(
         set_up_logging(config.log_level if rank == 0 else "warning")
         if config.on_rank_failure == "continue":
             return Supervisor(config, environment, on_serving=on_serving, joined=joined).run()
-        # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
-        http, problem = None, None
-        early_end = EarlyEnd(rank)
-        with early_end.watching(environment.has_launcher):
-            if rank == 0:
-                try:
-                    http = HttpProcess(config, environment)
-                    early_end.client = http.client
-                except UserError as error:
-                    if environment.is_one_node:  # its launcher ends the other ranks
-                        raise
-                    problem = str(error)  # raised once the ranks have met, on all of them
-            try:
-                with importing():
-                    from rq_ep.serve.rank.rank_server import serve
-
-                return serve(config, None if http is None else http.hub, problem, early_end)
-            finally:
-                if http is not None:
-                    http.close()
+        return _serve_unsupervised(config, environment)
     except UserError as error:
         return print_user_error(error, is_first_of_node)
+
+
+def _serve_unsupervised(config: ServeConfig, environment: Environment) -> int:
+    """Serve as a rank without a supervisor, whose failure ends the group; returns the exit status."""
+    # The port is bound before anything slow: a clash shows at once, and /health answers while the model loads.
+    http, problem = None, None
+    early_end = EarlyEnd(environment.rank)
+    with early_end.watching(environment.has_launcher):
+        if environment.rank == 0:
+            try:
+                http = HttpProcess(config, environment)
+                early_end.client = http.client
+            except UserError as error:
+                if environment.is_one_node:  # its launcher ends the other ranks
+                    raise
+                problem = str(error)  # raised once the ranks have met, on all of them
+        try:
+            with importing():
+                from rq_ep.serve.rank.rank_server import serve
+
+            return serve(config, None if http is None else http.hub, problem, early_end)
+        finally:
+            if http is not None:
+                http.close()
 
 
 def _check_files(config: ServeConfig) -> None:

@@ -12,6 +12,7 @@ from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.step_agreement import GroupFlags
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.load_report import report_of
+from rq_ep.moe.telemetry import CallRecorder
 from rq_ep.parallel import TorchGroup
 from rq_ep.parallel.agreement import run_on_all_ranks
 from rq_ep.serve.messages import Checked, FromRank, Outputs
@@ -95,16 +96,7 @@ def load_rank(
     if survives:
         warming_up.start()  # what plans a recovery is compiled beside the reading of the weights
     loads = LoadRecorders(lambda: group.members, survives=survives, rebalances=rebalancing_inputs is not None)
-    placement: Placement | str | None = config.placement
-    home: Placement | None = None  # None: that of the model
-    if len(group.members) < group.size and not joins_later:
-        assert moves is not None
-        home, placement = run_on_all_ranks(group, lambda: place_first(config, group, moves))
-    model = run_on_all_ranks(
-        group, lambda: load_served_model(config, placement, group, loads.recorder(leads), moves, joins_later)
-    )
-    assert model.generation_config is not None
-    model.generation_config.eos_token_id = checked.end_token_ids
+    model, home = _load_model(config, checked, group, loads.recorder(leads), moves, joins_later)
     report = report_of(model)
     layers = ep_layers(report)
 
@@ -120,9 +112,8 @@ def load_rank(
         )
         if survives:
             recovery = GroupRecovery(
-                group, layers, home or report.placement, rebalancing, moves, loads, recording, send,
-                config.rank_timeout,
-            )  # fmt: skip
+                group, layers, home, rebalancing, moves, loads, recording, send, config.rank_timeout
+            )
 
     def on_agreement(flags: GroupFlags) -> None:
         loads.between_steps(flags.any_prefill)
@@ -133,13 +124,7 @@ def load_rank(
         model,
         layers,
         group,
-        EngineConfig(
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            config.kv_cache_tokens,
-            checked.cache,
-            config.prefix_caching != "off",
-        ),
+        _engine_config(config, checked),
         on_outputs=lambda outputs: send(Outputs(outputs)),
         on_failure=on_failure,
         on_mark=recording.mark,
@@ -152,3 +137,33 @@ def load_rank(
         warming_up.join()
     inbox = RankInbox(engine, rebalancing, recovery)
     return LoadedRank(config, checked, model, engine, loads, rebalancing, recovery, inbox)
+
+
+def _load_model(
+    config: ServeConfig,
+    checked: CheckedInputs,
+    group: TorchGroup,
+    recorder: CallRecorder | None,
+    moves: MoveInputs | None,
+    joins_later: bool,
+) -> tuple[PreTrainedModel, Placement]:
+    """The model of a rank, and the placement for all ranks: it may begin without some of them."""
+    home: Placement | None = None  # None: that of the model
+    placement: Placement | str | None = config.placement
+    if len(group.members) < group.size and not joins_later:
+        assert moves is not None
+        home, placement = run_on_all_ranks(group, lambda: place_first(config, group, moves))
+    model = run_on_all_ranks(group, lambda: load_served_model(config, placement, group, recorder, moves, joins_later))
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = checked.end_token_ids
+    return model, home or report_of(model).placement
+
+
+def _engine_config(config: ServeConfig, checked: CheckedInputs) -> EngineConfig:
+    return EngineConfig(
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.kv_cache_tokens,
+        checked.cache,
+        config.prefix_caching != "off",
+    )
