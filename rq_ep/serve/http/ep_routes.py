@@ -26,7 +26,7 @@ def add_ep_routes(app: FastAPI, service: Service, bodies: BodyReader) -> None:
     @app.get("/v1/ep/placement")
     async def placement() -> dict[str, Any]:
         """The placement that is served, as `placement.json` holds it."""
-        document = service.placement.document()
+        document = await service.placement.document()
         if document is None:
             raise ApiError(503, "not serving: the model is loading")
         return document

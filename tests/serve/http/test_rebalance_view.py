@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rq_ep.core.topology import Topology
 from rq_ep.engine.progress import MoverProgress
 from rq_ep.rebalancing.rebalancer import Decision
 from rq_ep.serve.http.openai.api_errors import ApiError
+from rq_ep.serve.http.views import placement_view
 from rq_ep.serve.http.views.rebalance_view import RebalanceView
 from rq_ep.serve.messages import (
     MigrationPlanned,
@@ -198,6 +200,19 @@ def test_metrics_count_what_was_decided_and_moved(bench: RebalancingBench) -> No
         f"rq_ep_rebalance_seconds_since_progress{{{model}}} 2.5",
     ):
         assert line in text
+
+
+def test_a_placement_amid_a_migration_is_made_out_beside_the_event_loop(
+    bench: RebalancingBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_out(*_: Any) -> dict[str, bool]:
+        return {"beside": threading.current_thread() is not threading.main_thread()}
+
+    monkeypatch.setattr(placement_view, "_amid", make_out)
+    bench.service.begin(bench.limits, {}, {})
+    bench.service.placement.take(MigrationPlanned(4, {}, [[[], []]], {}))
+    bench.service.placement.take(RoundServed(4, 1))
+    assert asyncio.run(bench.service.placement.document()) == {"beside": True}
 
 
 def test_a_placement_that_is_saved_amid_a_migration_can_be_served(bench: RebalancingBench, tmp_path: Path) -> None:

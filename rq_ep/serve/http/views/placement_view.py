@@ -1,5 +1,6 @@
 """The placement that serves, as `placement.json` holds it, in the middle of a migration too."""
 
+import asyncio
 from typing import Any
 
 from rq_ep.core.placement import Placement
@@ -30,12 +31,18 @@ class PlacementView:
             case PlacementServed():
                 self.begin(message.placement)
 
-    def document(self) -> dict[str, Any] | None:
+    async def document(self) -> dict[str, Any] | None:
         """The placement; None: none serves yet."""
         if self._document is None or self._planned is None or self._num_rounds == 0:
             return self._document
-        before, goal = Placement.from_dict(self._document), Placement.from_dict(self._planned.placement)
-        layers = list(before.layers)
-        for moves in read_rounds(self._planned.rounds[: self._num_rounds]):
-            layers = moves.applied_to(layers, goal)
-        return before.with_layers(layers, self._planned.expert_bytes).to_dict()
+        # For many layers and rounds it takes most of a second, in which the event loop has other clients to answer.
+        return await asyncio.to_thread(_amid, self._document, self._planned, self._num_rounds)
+
+
+def _amid(document: dict[str, Any], planned: MigrationPlanned, num_rounds: int) -> dict[str, Any]:
+    """The placement once some rounds of a migration serve."""
+    before, goal = Placement.from_dict(document), Placement.from_dict(planned.placement)
+    layers = list(before.layers)
+    for moves in read_rounds(planned.rounds[:num_rounds]):
+        layers = moves.applied_to(layers, goal)
+    return before.with_layers(layers, planned.expert_bytes).to_dict()
