@@ -19,6 +19,7 @@ from rq_ep.rebalancing.replan import moved_bytes, price_of, replan
 from rq_ep.rebalancing.staged_moves import StagedMoves
 from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
 from rq_ep.solver.migration.rounds.format_changes import LowCap
+from rq_ep.solver.migration.rounds.relief import relief_of_arrivals
 
 LOW_SLACK = 0.01  # of all pairs, by which formats that serve may exceed the cap before they have to change
 MIN_STEPS = 16  # sampled steps below which nothing is decided: a block of steps would be a single one
@@ -137,22 +138,21 @@ def decide(request: RebalanceRequest) -> Decision:
 
 
 def _with_rounds(request: RebalanceRequest, decision: Decision, placement: Placement) -> Decision:
-    """The decision with the rounds of its moves, those first that relieve full ranks most for a byte."""
+    """The decision with the rounds of its moves, those first that relieve their layer most for a byte."""
     stats, current = request.problem.stats, request.current
     room_bytes = request.rule.room_bytes or max(stats.expert_bytes.values())
-    pairs_LE = request.loads.counts_SLE.sum(axis=0)
-    relief_L = []
-    for old, new, pairs_E in zip(current.layers, placement.layers, pairs_LE, strict=True):
-        loads_R = old.loads_R(pairs_E, placement.topology.num_ranks)
-        excess = loads_R.max() / max(loads_R.mean(), 1.0) - 1
-        pairs_P = pairs_E[new.replicas.experts_P] * new.shares_P / max(int(pairs_E.sum()), 1)
-        relief_L.append(dict(zip(new.replicas, (excess * pairs_P).tolist(), strict=True)))
+    counts_SLE = request.loads.counts_SLE
+    relief_L = [
+        relief_of_arrivals(pairs_SE, old.replicas, new.replicas, stats.expert_bytes, placement.topology.num_ranks)
+        for pairs_SE, old, new in zip(counts_SLE.swapaxes(0, 1), current.layers, placement.layers, strict=True)
+    ]
     held = [list(layer.replicas) for layer in current.layers]
+    pairs_LE = counts_SLE.sum(axis=0)
     low_cap = LowCap(pairs_LE, request.problem.max_low_precision_share * int(pairs_LE.sum()))
     try:
         rounds = move_rounds(
             held, placement, stats.expert_bytes, stats.native_format, room_bytes,
-            lambda layer, replica: relief_L[layer][replica], low_cap,
+            lambda layer, replica: relief_L[layer].get(replica, 0.0), low_cap,
         )  # fmt: skip
     except UserError as error:
         return replace(decision, placement=None, reason=f"{decision.reason}, but {error}")

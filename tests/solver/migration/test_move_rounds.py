@@ -192,3 +192,15 @@ def test_a_replica_can_be_dropped_as_soon_as_another_one_serves() -> None:
         layers = one.applied_to(layers)
         assert all(len(layer.replicas) == 8 for layer in layers)
     assert [list(layer.replicas) for layer in layers] == [list(layer.replicas) for layer in after.layers]
+
+
+def test_a_replica_stays_as_long_as_another_one_of_its_expert_is_awaited() -> None:
+    """When expert 2 arrives on rank 0, it could drop expert 0 or 1; expert 0 arrives on rank 3 only after expert 1."""
+    kept = [Replica(0, 3, "bf16"), Replica(1, 0, "bf16"), Replica(2, 1, "bf16"), Replica(3, 2, "bf16")]
+    before = [[Replica(0, 0, "bf16"), Replica(0, 1, "bf16"), *kept]]
+    arriving = [Replica(0, 2, "bf16"), Replica(3, 0, "bf16"), Replica(3, 1, "bf16")]
+    after = placed([[*arriving, *kept]], 4, 4, 3000)
+    first, last, *_ = move_rounds(before, after, SIZES, "bf16", ROOM, lambda layer, replica: float(replica.expert))
+    assert [(move.rank, move.expert) for _, move in first.receives] == [(3, 1), (0, 2)]
+    assert [(move.rank, move.expert) for _, move in first.drops] == [(0, 1)]
+    assert [(move.rank, move.expert) for _, move in last.receives] == [(3, 0)]

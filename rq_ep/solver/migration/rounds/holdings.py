@@ -44,7 +44,8 @@ class Holdings:
         self._bytes_R: list[int] = bytes_R.tolist()
         self._limit_R: list[int] = byte_limits(bytes_R, after).tolist()
         self._spare: set[Slot] = set()  # surplus replicas that may go: a rank holds the expert that does so in the end
-        self._spare_of: list[list[Slot]] = [[] for _ in self._bytes_R]  # of each rank, as a heap, also after they went
+        # Of each rank, as a heap, also after they went: those of experts of which no other replica is awaited go first.
+        self._spare_of: list[list[tuple[bool, Slot]]] = [[] for _ in self._bytes_R]
         self.spare_R = [0] * num_ranks  # their bytes
         for of, holders in self.holders.items():
             if holders & self.homes[of]:
@@ -89,7 +90,7 @@ class Holdings:
             self._release(of)
         for rank, spare in enumerate(self._spare_of):
             while self._bytes_R[rank] > self._limit_R[rank] and spare:
-                if (slot := heappop(spare)) in self._spare:
+                if (slot := heappop(spare)[1]) in self._spare:
                     drops.append(self._drop(slot))
         return drops
 
@@ -99,10 +100,12 @@ class Holdings:
 
     def _release(self, of: Expert) -> None:
         """Let the surplus replicas of an expert go when bytes ask for it."""
+        is_awaited = not self.holders[of] >= self.homes[of]
         for rank in self.holders[of] - self.homes[of]:
-            if (slot := Slot(of, rank)) not in self._spare:
+            slot = Slot(of, rank)
+            heappush(self._spare_of[rank], (is_awaited, slot))
+            if slot not in self._spare:
                 self._spare.add(slot)
-                heappush(self._spare_of[rank], slot)
                 self.spare_R[rank] += self.expert_bytes[self.stored[slot]]
 
     def _drop(self, slot: Slot) -> tuple[int, Move]:
