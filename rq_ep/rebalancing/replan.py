@@ -13,12 +13,15 @@ from rq_ep.solver.migration.refit_formats import refit_formats, saved_bytes
 from rq_ep.solver.objective.precision import Formats
 
 WORTH_REFITTING = 1.1  # times as many experts in few bits, for which more than the least number changes its format
+FEW_EXPERTS = 32  # of a layer, up to which it searches at several prices
+PRICES_OF_FEW = (1, 2, 4)  # times the price: a search seldom takes back what it has moved, and of few each is much
 
 
 def replan(problem: PlacementProblem, strategy: Strategy, current: Placement) -> Placement | None:
     """The placement that the strategy finds for the problem's statistics; None if it finds none inside the limits.
 
-    Where it begins from the one that serves, a move must gain more than `problem.move_price` asks for its bytes.
+    Where it begins from the one that serves, a move must gain more than `problem.move_price` asks for its bytes. Of few
+    experts, the best of several searches is taken.
 
     Args:
         problem: the load to place for, and the limits.
@@ -32,9 +35,23 @@ def replan(problem: PlacementProblem, strategy: Strategy, current: Placement) ->
         bytes_R = bytes_by_rank(layers, problem.topology.num_ranks, problem.stats.expert_bytes)
         beginning = Placement(tuple(layers), strategy.name, problem.topology, tuple(bytes_R.tolist()))
         held = [list(layer.replicas) for layer in current.layers]
-        return strategy.place(replace(problem, held=held), beginning)
+        is_priced = problem.move_price > 0 and problem.stats.num_experts <= FEW_EXPERTS
+        factors = PRICES_OF_FEW if is_priced else PRICES_OF_FEW[:1]
+        limit_s = None if problem.time_limit_s is None else problem.time_limit_s / len(factors)
+        placements = [
+            strategy.place(
+                replace(problem, held=held, time_limit_s=limit_s, move_price=factor * problem.move_price), beginning
+            )
+            for factor in factors
+        ]
     except UserError:  # from there, the search does not get inside the limits
         return None
+
+    def with_price(placement: Placement) -> float:
+        price = price_of(problem, moved_bytes(problem, current, placement))
+        return float(placement.certificate["predicted"]) + price
+
+    return min(placements, key=with_price)
 
 
 def moved_bytes(problem: PlacementProblem, current: Placement, placement: Placement) -> int:
