@@ -82,6 +82,7 @@ LARGE_TOKENS = 2048  # of the calibration of large experts
 STRETCHES = 8  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
+PLANNER_TIMEOUT_S = 120.0  # for a planner process that compiles, once for an installation
 IDLE_TIMEOUT_S = 10.0  # for a decision or a migration that is under way when the requests have ended
 NUM_TEXTS = 40  # of a domain that prompts are cut out of
 SLACK = 0.02  # within which a placement counts as good as the calibrated one
@@ -251,6 +252,13 @@ class Served:
         self._look()
         self.answers += answers
         return answers
+
+    def wait_for_planner(self) -> None:
+        """Wait until its planner process, if it has one, rests: at first it imports and compiles what it needs."""
+        before_s, end_s = -1.0, time.monotonic() + PLANNER_TIMEOUT_S
+        while (cpu_s := self._planner_cpu_s()) > before_s and time.monotonic() < end_s:
+            before_s = cpu_s
+            time.sleep(SETTLE_S)
 
     def state(self) -> dict[str, Any]:
         """What `/v1/ep/rebalance` says."""
@@ -492,9 +500,10 @@ def answers(bench: Workload) -> dict[str, Any]:
 
 
 def warm_up(bench: Workload, served: Served) -> None:
-    """A few requests, so that nothing is done for the first time later."""
+    """A few requests, and what the planner process begins with, so that nothing is done for the first time later."""
     asyncio.run(drive(served.url, NAME, bench.jobs(bench.domains[0], 8, 48, 4), max_concurrency=8))
     time.sleep(SETTLE_S)
+    served.wait_for_planner()
 
 
 def brief(row: Mapping[str, Any]) -> str:
