@@ -351,6 +351,20 @@ def _replan() -> str:
     return _table([*header, "rounds", "steps to half of the gain", "CPU s, again", "CPU s, anew"], lines)
 
 
+def _replan_demo() -> str:
+    lines = [
+        [
+            row["change"], *(f"{row[key]:.3f}" for key in ("stale", "replanned", "fresh")),
+            *(f"{row[key]:.0%}" for key in ("gain_share", "moved_of_eplb", "least_bytes")),
+            f"{row['found']:.3f} for {row['found_bytes']:.0%}",
+        ]
+        for row in _load("replan_demo")["rows"]
+        if "least_bytes" in row
+    ]  # fmt: skip
+    header = ["change", "stale", "planned again", "placed anew", "gain", "bytes, of EPLB's map change"]
+    return _table([*header, "90 % of the gain takes at least", "on single steps"], lines)
+
+
 def _drift() -> str:
     rows = _key(_load("drift_h200_gpt-oss-120b")["rows"], "tokens_per_rank", "drift", "row")
     columns = ("standard", "llep", "llep auto", "rq", "rq_llep")
@@ -567,6 +581,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine_moves": _engine_moves,
     "engines_58_layers": _engines_58_layers,
     "replan": _replan,
+    "replan_demo": _replan_demo,
     "drift": _drift,
     "breakeven": _breakeven,
     "breakeven_speed_up": _breakeven_speed_up,

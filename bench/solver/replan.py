@@ -205,14 +205,15 @@ def measure(change: Change, args: argparse.Namespace) -> list[dict[str, Any]]:
         goal = decision.placement or current
         line = timeline(change, current, decision.rounds, goal)
         replanned = change.score(goal)
+        moved = 0 if decision.stays else decision.moved_bytes
         rows.append(
             figures
             | {
                 "price": price,
                 "replanned": replanned,
                 "gain_share": None if to_gain < SLACK else (figures["stale"] - replanned) / to_gain,
-                "moved": decision.moved_bytes / budget,
-                "moved_of_eplb": decision.moved_bytes / max(of_eplb, 1),
+                "moved": moved / budget,
+                "moved_of_eplb": moved / max(of_eplb, 1),
                 "rounds": len(decision.rounds),
                 "cpu_s": cpu_s,
                 "half_step": line.step_of((line.imbalance[0] + line.imbalance[-1]) / 2),
