@@ -129,7 +129,7 @@ class Engine:
         self._manager = self._make_manager(model, config, forward, rotary, wake_up, on_failure)
         start_s = time.perf_counter()
         with first_steps(layers):
-            self._manager.warmup()  # makes the cache, so that it is known to fit before the first request
+            self._manager.begin(group)  # makes the cache, so that it is known to fit before the first request
         self.warmup_s = time.perf_counter() - start_s
         if recover is not None and group.device.type == "cuda":
             model.register_forward_hook(lambda *_: _wait_unless_aborted(group))

@@ -25,6 +25,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestStatus
 from transformers.generation.continuous_batching.requests import RequestState as RequestRecord
 
+from rq_ep.core.errors import UserError
 from rq_ep.engine.empty_step import WARMUP_TOKENS
 from rq_ep.engine.kv_cache import PAGE_SIZE, cache_config, pad_cache
 from rq_ep.engine.nonfinite import NOT_FINITE, NonFiniteTokens
@@ -33,6 +34,8 @@ from rq_ep.engine.requests import Batch, Request
 from rq_ep.engine.rotary import SequenceRotary
 from rq_ep.engine.routed_experts import RoutedExpertsCapturer
 from rq_ep.engine.step_loop import Batches
+from rq_ep.parallel import TorchGroup
+from rq_ep.parallel.agreement import run_on_all_ranks
 
 
 class LockstepManager(ContinuousBatchingManager):
@@ -78,15 +81,27 @@ class LockstepManager(ContinuousBatchingManager):
         self._is_running = False  # whether a forward pass is under way
         self._keeps_batch = False  # whether the batch that was prepared last is to be run again
 
-    def warmup(self) -> None:
-        """Make the cache, and run a prompt and a token after it, whose output nobody wants; every rank calls this."""
-        super().warmup()
+    def begin(self, group: TorchGroup) -> None:
+        """Make the cache, and run a prompt and a token after it, whose output nobody wants; every rank calls this.
+
+        Raises:
+            UserError: the cache does not fit a rank's memory.
+        """
+        run_on_all_ranks(group, self._make_cache)
+        self.warmup()
         self.add_request([0] * WARMUP_TOKENS, request_id="warm-up", max_new_tokens=2, eos_token_id=-1)
         self.current_batch = 0
         with torch.inference_mode():
             while self.prepare():
                 self.run()
         self.processor.cache.reset()
+
+    def _make_cache(self) -> None:
+        try:
+            self.batch_processor = self._create_batch_processor()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the KV cache does not fit ({reason}): lower --kv-cache-tokens") from None
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
         self._wake_up_loop.set()  # `stop` has just asked for the end: an idle loop must not sleep over it
@@ -130,7 +145,7 @@ class LockstepManager(ContinuousBatchingManager):
 
     @property
     def processor(self) -> ContinuousBatchProcessor:
-        """The scheduler and cache, which are there from `warmup` on."""
+        """The scheduler and cache, which are there from `begin` on."""
         assert self.batch_processor is not None
         return self.batch_processor
 
@@ -150,7 +165,7 @@ class LockstepManager(ContinuousBatchingManager):
 
     @property
     def max_request_tokens(self) -> int:
-        """The longest request that an empty cache can hold; to be asked for after `warmup`."""
+        """The longest request that an empty cache can hold; to be asked for after `begin`."""
         return int(infer_max_single_request_tokens(self.processor.cache))
 
     @property

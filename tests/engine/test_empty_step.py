@@ -1,5 +1,6 @@
 """The steps of a model before its first request."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from rq_ep.core.errors import UserError
 from rq_ep.engine import lockstep
 from rq_ep.engine.empty_step import empty_step, first_steps
-from rq_ep.engine.engine import Engine
+from rq_ep.engine.engine import Engine, EngineConfig
 from rq_ep.engine.servable import set_attention
 from rq_ep.model.load.load_model import load
 from rq_ep.model.load.load_report import report_of
@@ -48,6 +49,13 @@ def test_a_model_that_its_cache_does_not_fit_is_refused_at_start(
 
 
 @pytest.mark.slow
+def test_a_cache_that_does_not_fit_is_refused_at_start(gloo_of_one: TorchGroup, tmp_path: Path) -> None:
+    config = replace(CONFIG, kv_cache_tokens=10**12)
+    with pytest.raises(UserError, match=r"the KV cache does not fit \(.*\): lower --kv-cache-tokens"):
+        engine_of("mixtral", gloo_of_one, tmp_path, config=config)
+
+
+@pytest.mark.slow
 def test_first_steps_leave_no_trace(gloo_of_one: TorchGroup, tmp_path: Path) -> None:
     delivered: list[Any] = []
     telemetry, norms = Telemetry(max_records=100), OutputNorms()
@@ -72,6 +80,7 @@ def engine_of(
     telemetry: Telemetry | None = None,
     norms: OutputNorms | None = None,
     delivered: list[Any] | None = None,
+    config: EngineConfig = CONFIG,
 ) -> Engine:
     model = load(save(random_model(FAMILIES[family]), path), strategy="standard", group=group, telemetry=telemetry)
     set_attention(model, None)
@@ -79,4 +88,4 @@ def engine_of(
     if norms is not None:
         for layer in layers:
             layer.sample_norms(norms)
-    return Engine(model, layers, group, CONFIG, on_outputs=(delivered or []).append, on_failure=pytest.fail)
+    return Engine(model, layers, group, config, on_outputs=(delivered or []).append, on_failure=pytest.fail)

@@ -34,6 +34,8 @@ from rq_ep.engine.output_processor import RequestState, choose_tokens
 from rq_ep.engine.padded.row_groups import DenseForward, RowGroup, SequenceRow
 from rq_ep.engine.requests import Batch, Request
 from rq_ep.engine.step_loop import Batches
+from rq_ep.parallel import TorchGroup
+from rq_ep.parallel.agreement import run_on_all_ranks
 
 MEMORY_SHARE = 0.6  # of a GPU's free memory for rows: a layer's keys and values are there twice while they grow
 
@@ -48,7 +50,7 @@ class PaddedManager:
         outputs: gets what each step has made.
         max_num_seqs: rows at once.
         max_num_batched_tokens: tokens of prompts between two rounds of answers, and of one chunk.
-        kv_cache_tokens: positions of all rows, padding included; None: what a GPU has left, known after `warmup`.
+        kv_cache_tokens: positions of all rows, padding included; None: what a GPU has left, known after `begin`.
         requests: the requests of this rank that are still wanted, by id.
         on_failure: called with an error that ends the loop; the others wait for this rank, so it must end the process.
     """
@@ -88,26 +90,31 @@ class PaddedManager:
         self._next: tuple[RowGroup, int] | None = None  # the group of the next step, and how many tokens of each row
         self._is_running = False  # a forward pass over that group
 
-    def warmup(self) -> None:
+    def begin(self, group: TorchGroup) -> None:
         """Run a prompt and a token after it, so that a forward pass that fails does so now; every rank calls this.
 
         Where the room was not given it follows from what these tokens took.
+
+        Raises:
+            UserError: a rank has no room.
         """
         row = SequenceRow(Request("warm-up", [0] * WARMUP_TOKENS, 1), [0] * (WARMUP_TOKENS + 1), 0.0)
-        group = RowGroup(row, self._forward.new_cache())
+        rows = RowGroup(row, self._forward.new_cache())
         with torch.inference_mode():
             for num_tokens in (WARMUP_TOKENS, 1):
-                self._forward(group, num_tokens)
+                self._forward(rows, num_tokens)
         if self._kv_cache_tokens is None:
-            row_bytes, position_bytes = group.cache_bytes()
-            free_bytes = torch.cuda.mem_get_info(self._forward.device)[0]
-            room = int(MEMORY_SHARE * free_bytes) - self._max_num_seqs * row_bytes
-            if room < position_bytes:
-                raise UserError(
-                    f"--max-num-seqs {self._max_num_seqs}: the states of so many requests, {row_bytes:,} bytes each, "
-                    f"do not fit into {free_bytes:,} bytes of GPU memory: lower it"
-                )
-            self._kv_cache_tokens = room // max(position_bytes, 1)
+            self._kv_cache_tokens = run_on_all_ranks(group, lambda: self._num_positions_free(*rows.cache_bytes()))
+
+    def _num_positions_free(self, row_bytes: int, position_bytes: int) -> int:
+        free_bytes = torch.cuda.mem_get_info(self._forward.device)[0]
+        room = int(MEMORY_SHARE * free_bytes) - self._max_num_seqs * row_bytes
+        if room < position_bytes:
+            raise UserError(
+                f"--max-num-seqs {self._max_num_seqs}: the states of so many requests, {row_bytes:,} bytes each, "
+                f"do not fit into {free_bytes:,} bytes of GPU memory: lower it"
+            )
+        return room // max(position_bytes, 1)
 
     def start(self) -> None:
         """Start the thread."""
