@@ -112,7 +112,10 @@ def send_signal(pid: int, number: int) -> None:
 
 
 class Stopper:
-    """Handles SIGTERM: passes it on to a rank, and remembers it, as a job that is to end must not be restarted."""
+    """Handles SIGTERM: passes it on to a rank, and remembers it, as a job that is to end must not be restarted.
+
+    Before ranks run there is only a wait for room, which may be long: it ends as by Ctrl-C.
+    """
 
     def __init__(self) -> None:
         self.was_asked = False
@@ -120,9 +123,10 @@ class Stopper:
 
     def __call__(self, number: int, _frame: object) -> None:
         self.was_asked = True
-        if self.seat is not None:
-            affinity = NodeAffinitySchedulingStrategy(self.seat.node_id, soft=False)
-            send_signal.options(scheduling_strategy=affinity).remote(self.seat.pid, number)
+        if self.seat is None:
+            raise KeyboardInterrupt
+        affinity = NodeAffinitySchedulingStrategy(self.seat.node_id, soft=False)
+        send_signal.options(scheduling_strategy=affinity).remote(self.seat.pid, number)
 
 
 class Run:
@@ -151,8 +155,6 @@ class Run:
         come, _ = ray.wait(seating, num_returns=min_ranks, timeout=START_TIMEOUT_S)
         if len(come) >= min_ranks:
             come, _ = ray.wait(seating, num_returns=num_ranks, timeout=self._options.wait_for_ranks)
-        if self._stopper.was_asked:
-            return None, "stopped before it had begun"
         if len(come) < min_ranks:
             what = f"the cluster has room for {len(come)} of {num_ranks} ranks within {START_TIMEOUT_S} s"
             return None, f"{what}, and --min-ranks asks for {min_ranks}"
@@ -246,7 +248,8 @@ def run_once(options: argparse.Namespace, stopper: Stopper) -> tuple[list[Any] |
     if options.min_ranks == options.num_ranks:
         group = placement_group([bundle] * options.num_ranks, strategy="PACK")
     try:
-        if group is not None and not group.wait(START_TIMEOUT_S):
+        # One wait for all of the time would hear no signal.
+        if group is not None and not any(group.wait(1) for _ in range(START_TIMEOUT_S)):
             return None, f"the cluster has no room for {options.num_ranks} x {bundle} within {START_TIMEOUT_S} s"
         run = Run(options, stopper, group)
         try:
@@ -300,11 +303,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.wait_for_ranks = 30.0
     if options.min_ranks is None:
         options.min_ranks = options.num_ranks
+    if options.num_ranks < 1:
+        parser.error(f"--num-ranks {options.num_ranks}: must be at least 1")
     if not 1 <= options.min_ranks <= options.num_ranks:
         parser.error(f"--min-ranks {options.min_ranks}: must lie in 1..{options.num_ranks} (--num-ranks)")
     if options.min_ranks < options.num_ranks and options.program != "serve":
         parser.error(f"--min-ranks {options.min_ranks}: only serve begins without some of its ranks")
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("ray_job: stopped", file=sys.stderr)
+        return 130
 
+
+def run(options: argparse.Namespace) -> int:
+    """Run the program, again where it fails and may be restarted. Returns the exit status."""
     local = {"address": "local", "num_cpus": options.num_ranks * options.cpus_per_rank, "include_dashboard": False}
     ray.init(log_to_driver=True, **({} if "RAY_ADDRESS" in os.environ else local))
     stopper = Stopper()

@@ -38,6 +38,22 @@ def test_dead_actor_ends_the_job_by_name() -> None:
     assert "ray_job: error: rank 1 on " in run.stderr
 
 
+@naming_lack_of_memory()
+def test_a_job_that_waits_for_room_can_be_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, "launch/ray_job.py", "--num-ranks=2", "--gpus-per-rank=1", "tests/launch/program.py"]
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        without_gpu = environment() | {"CUDA_VISIBLE_DEVICES": ""}
+        job = subprocess.Popen(command, cwd=ROOT, env=without_gpu, stdout=file, stderr=file)
+    try:
+        until(lambda: "No available node types" in log.read_text())
+        job.terminate()
+        assert job.wait(120) == 130
+    finally:
+        job.kill()
+    assert log.read_text().endswith("ray_job: stopped\n")
+
+
 def actors(server: Server) -> list[psutil.Process]:
     """The actors of the ranks, in order."""
     found = [process for process in server.tree() if process.cmdline()[:1] == ["ray::Rank.run"]]
