@@ -7,12 +7,20 @@ keep=false port=8000
 while [ $# -gt 0 ]; do
     case $1 in
         --keep) keep=true ;;
-        --port) port=$2; shift ;;
+        --port) port=${2-}; [ $# -eq 1 ] || shift ;;
         -h | --help) sed -n '2,3s/^# *//p' "$0"; exit ;;
         *) echo "demo: error: unknown option $1; try --help" >&2; exit 2 ;;
     esac
     shift
 done
+if ! [[ $port =~ ^[0-9]{1,5}$ ]] || ((10#$port < 1 || 10#$port > 65535)); then
+    echo "demo: error: --port '$port': must be a number from 1 to 65535" >&2
+    exit 2
+fi
+if (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
+    echo "demo: error: --port $port: something listens there already; name another" >&2
+    exit 1
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 export DS_ACCELERATOR=cpu # an installed deepspeed would warn about it otherwise
@@ -20,11 +28,6 @@ export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1 # the server is here, whatever prox
 run=runs/demo ranks=4
 mkdir -p "$run"
 step() { printf '\n== %s\n' "$*"; "$@"; }
-
-if python -c "import socket; socket.create_connection(('127.0.0.1', $port), 1)" 2>/dev/null; then
-    echo "demo: error: --port $port: something listens there already; name another" >&2
-    exit 1
-fi
 
 step rq-ep tiny-model --out "$run/model"
 step rq-ep calibrate --model "$run/model" --text "$run/model/text/train" --out "$run/stats.safetensors"
