@@ -1,6 +1,7 @@
 """Settings of the server."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
@@ -282,6 +283,7 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
             )
         self._check_rebalancing(num_ranks, on_failure)
         self._check_image_networks()
+        self._check_origins()
         min_ranks, wait_s = self._first_ranks(num_ranks, on_failure)
         return replace(self, on_rank_failure=on_failure, min_ranks=min_ranks, wait_for_ranks=wait_s)
 
@@ -311,6 +313,12 @@ class ServeConfig(CheckpointOptions, RebalanceOptions):
                 ip_network(network)
             except ValueError as error:
                 raise UserError(f"--allowed-image-networks: {error}") from None
+
+    def _check_origins(self) -> None:
+        """Refuse what no browser names as the origin of a page, with a path or in capitals."""
+        for origin in self.allowed_origins or ():
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+", origin):
+                raise UserError(f"--allowed-origins {origin}: not an origin; write one as https://example.org, or *")
 
     def _first_ranks(self, num_ranks: int, on_failure: str) -> tuple[int | None, float | None]:
         """How many ranks the group may begin with, and how long it waits for the others; None: it waits for all."""

@@ -160,6 +160,8 @@ def test_a_group_begins_with_fewer_ranks_only_where_the_others_can_join() -> Non
         ({"placement_out": "p"}, 2, "--placement-out p: needs --rebalance auto"),
         ({"experts": "e"}, 2, "--experts e: without --placement no expert is stored in low bits"),
         ({"attn_implementation": "flex"}, 2, "--attn-implementation flex: continuous batching runs on sdpa, eager"),
+        ({"allowed_origins": ("*", "https://a.example/")}, 2, "--allowed-origins https://a.example/: not an origin"),
+        ({"allowed_origins": ("a.example",)}, 2, "--allowed-origins a.example: not an origin"),
         ({"allowed_image_networks": ("10.0.0.0/8",)}, 2, "networks 10.0.0.0/8: without --allow-remote-images no image"),
         (
             {"allowed_image_networks": ("10.0.0.1/8",), "allow_remote_images": True},
