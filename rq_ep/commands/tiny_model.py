@@ -16,13 +16,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from rq_ep.model.tiny_recipe import TrainingRecipe
+
+    recipe = TrainingRecipe(family=args.family, steps=args.steps, seed=args.seed)
+
     from rq_ep.commands.common import quiet_libraries
     from rq_ep.commands.progress_bar import progress_bar
     from rq_ep.model.tiny import tiny_model
-    from rq_ep.model.tiny_recipe import TrainingRecipe
 
     quiet_libraries()
-    recipe = TrainingRecipe(family=args.family, steps=args.steps, seed=args.seed)
     with progress_bar("{task.fields[loss]}", "{task.fields[speed]}") as bar:
         task = bar.add_task("training", total=recipe.steps, loss="", speed="")
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig
-
 from rq_ep.core.errors import check_choice, check_integer
 from rq_ep.model.text.byte_tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
@@ -38,6 +36,8 @@ class TrainingRecipe:
 
 def transformers_config(recipe: TrainingRecipe) -> Any:
     """The transformers configuration of `recipe`."""
+    from transformers import AutoConfig  # whose import takes seconds: a mistake in a recipe shows at once
+
     return AutoConfig.for_model(
         recipe.family, vocab_size=VOCAB_SIZE, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
         **FAMILIES[recipe.family](recipe),
