@@ -81,12 +81,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _calibrate(options: CalibrateOptions, group: "EPGroup") -> ExpertStats:
     """The statistics, the same on every rank; rank 0 shows how far it is."""
+    from rq_ep.commands.common import check_outputs
     from rq_ep.commands.progress_bar import showing
-    from rq_ep.core.files.documents import check_writable
     from rq_ep.model.calibration.calibrate import calibrate
     from rq_ep.parallel.agreement import run_on_all_ranks
 
-    run_on_all_ranks(group, lambda: check_writable(options.out) if group.rank == 0 else None)
+    outputs = {"--out": options.out, "--trace": options.trace} if group.rank == 0 else {}
+    run_on_all_ranks(group, lambda: check_outputs(outputs))
     with showing(group.rank == 0) as show:
         return calibrate(
             options.model,

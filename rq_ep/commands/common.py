@@ -1,7 +1,7 @@
 """Options and set-up that several commands share."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rq_ep.config import DTYPES
 from rq_ep.core.errors import UserError, check_choice
+from rq_ep.core.files.documents import check_writable
 from rq_ep.core.files.yaml_files import parse_yaml
 from rq_ep.core.options import option
 from rq_ep.core.strategy import Strategy
@@ -100,6 +101,26 @@ def check_inputs(model: str, texts: Iterable[Path] = ()) -> None:
     for path in texts:
         if not path.exists():
             raise UserError(f"--text {path}: no such file or directory")
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None] = ()) -> None:
+    """Raise a `UserError` for a file that cannot be written, or that the command also reads or writes otherwise.
+
+    Args:
+        outputs: flag -> the file that it names, if any.
+        inputs: files that are read, and would be lost.
+    """
+    taken = {Path(path).resolve() for path in inputs if path is not None}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        if Path(path).resolve() in taken:
+            raise UserError(f"{flag} {path}: the command reads or writes this file already; name another one")
+        taken.add(Path(path).resolve())
+        try:
+            check_writable(path)
+        except UserError as error:
+            raise UserError(f"{flag} {error}") from None
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rq_ep.commands.common import parse_names
+from rq_ep.commands.common import check_outputs, parse_names
 from rq_ep.config import add_flags, read_settings
 from rq_ep.core.errors import UserError, check_choice
-from rq_ep.core.files.documents import check_writable
 from rq_ep.core.options import option
 from rq_ep.core.placement import Placement
 from rq_ep.core.stats import ExpertStats
@@ -160,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
         if not path.exists():
             raise UserError(f"{path}: no such file or directory")
     source = options.source or _guess(paths, target)
-    check_writable(options.out)
+    check_outputs({"--out": options.out}, [*args.files, options.stats])
     if target == STATS:
         check_choice("--from for statistics", source, STATS_FORMATS)
         _to_stats(paths, source, options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq_ep.commands.common import StrategyOptions, check_inputs, parse_strategies, quiet_libraries
+from rq_ep.commands.common import StrategyOptions, check_inputs, check_outputs, parse_strategies, quiet_libraries
 from rq_ep.config import MODEL_HELP, add_flags, as_mapping, read_settings
 from rq_ep.core.errors import UserError
 from rq_ep.core.options import option
@@ -59,14 +59,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.core.files.documents import check_writable, write_json
+    from rq_ep.core.files.documents import write_json
     from rq_ep.costs import cost_model
 
     options = read_settings(EvalOptions, args)
     check_inputs(options.model, options.text)
     machine = None if options.machine is None else cost_model(options.machine)
-    for path in filter(None, (options.json, options.plot)):
-        check_writable(path)
+    check_outputs({"--json": options.json, "--plot": options.plot}, [*options.placement, options.machine])
     candidates, num_ranks = _candidates(options)
 
     from rq_ep.commands.progress_bar import showing

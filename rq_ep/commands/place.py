@@ -59,16 +59,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import layer_cost
+    from rq_ep.commands.common import check_outputs, layer_cost
     from rq_ep.commands.progress_bar import progress_bar
     from rq_ep.commands.reports.place_report import draw, report
-    from rq_ep.core.files.documents import check_writable
     from rq_ep.placing.place import place
 
     options = read_settings(PlaceOptions, args)
     stats = ExpertStats.load(options.stats)
-    for path in filter(None, (options.out, options.moves)):
-        check_writable(path)
+    check_outputs({"--out": options.out, "--moves": options.moves}, [options.stats])
     if options.moves and not options.current:
         raise UserError(f"--moves {options.moves}: moves lead from --current: name that")
     if options.engine is not None:

@@ -65,11 +65,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import check_inputs, launched_ranks, parse_dtype, quiet_libraries
-    from rq_ep.core.files.documents import check_writable
+    from rq_ep.commands.common import check_inputs, check_outputs, launched_ranks, parse_dtype, quiet_libraries
 
     options = read_settings(ProfileOptions, args)
-    check_writable(options.out)
+    check_outputs({"--out": options.out})
     shape = _shape(options)
     if options.model is not None:
         check_inputs(options.model)

@@ -47,19 +47,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rq_ep.commands.common import check_inputs, launched_ranks, quiet_libraries
+    from rq_ep.commands.common import check_inputs, check_outputs, launched_ranks, quiet_libraries
 
     options = read_settings(QuantizeOptions, args)
     check_inputs(options.model, options.text or ())
     from rq_ep.commands.progress_bar import showing
-    from rq_ep.core.files.documents import check_writable
     from rq_ep.model.calibration.quantize import quantize
     from rq_ep.parallel.agreement import run_on_all_ranks
 
     quiet_libraries()
     with launched_ranks("quantize", options.device) as group, showing(group.rank == 0) as show:
         path = options.placement
-        run_on_all_ranks(group, lambda: check_writable(Path(options.out, "layer")) if group.rank == 0 else None)
+        outputs = {"--out": str(Path(options.out, "layer"))} if group.rank == 0 else {}
+        run_on_all_ranks(group, lambda: check_outputs(outputs))
         packed = quantize(
             options.model,
             options.out,

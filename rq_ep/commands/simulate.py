@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq_ep.commands.common import StrategyOptions, layer_cost, parse_strategies
+from rq_ep.commands.common import StrategyOptions, check_outputs, layer_cost, parse_strategies
 from rq_ep.commands.place import PlaceOptions
 from rq_ep.commands.reports.simulate_report import UNIFORM, rebalancing_of, report, row_of
 from rq_ep.config import add_flags, read_settings
 from rq_ep.core.errors import UserError
-from rq_ep.core.files.documents import check_writable, write_json
+from rq_ep.core.files.documents import write_json
 from rq_ep.core.options import option, options_of, same_option
 from rq_ep.core.rebalance_options import REBALANCING, RebalanceOptions
 from rq_ep.core.stats import ExpertStats
@@ -114,8 +114,9 @@ def run(args: argparse.Namespace) -> None:
     stats = ExpertStats.load(options.stats)
     trace = None if options.trace is None else RoutingTrace.load(options.trace)
     replayed = ReplayedSteps.of(stats, trace, options.max_steps)
-    if options.json:
-        check_writable(options.json)
+    check_outputs(
+        {"--json": options.json}, [options.stats, options.trace, options.calibration, options.start, *options.placement]
+    )
     cost = layer_cost(options.machine, stats)
     rows = []
     with progress_bar() as bar:

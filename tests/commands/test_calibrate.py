@@ -66,7 +66,7 @@ def test_users_mistakes_are_one_line_each_before_weights_are_read(
         ("--sequence-length", "9999", "reads at most 512 tokens"),
         ("--seed", "-1", "--seed -1: must be at least 0"),
         ("--out", str(tmp_path), "is a directory"),
-        ("--trace", str(tmp_path), "is a directory"),
+        ("--trace", str(tmp_path / "s"), "reads or writes this file already"),
         ("--experts", str(tmp_path / "nowhere"), "nowhere"),
     ):
         arguments = [word for pair in {**good, flag: value}.items() for word in pair]

@@ -150,7 +150,7 @@ def test_many_layers_and_ranks_fit_one_screen(tmp_path: Path, capsys: pytest.Cap
         (["--budget", "-5"], "'-5' is not a size"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--max-low-precision-share", "nan"], "must be a number"),
-        (["--out", "/"], "/: is a directory"),
+        (["--out", "/"], "--out /: is a directory"),
         (["--out", "/dev/null/p.json"], "/dev/null/p.json: cannot be written"),
     ],
 )
@@ -163,3 +163,13 @@ def test_mistakes_are_one_line(
     assert error.startswith("rq-ep place: error:")
     assert message in error
     assert not out.exists()
+
+
+def test_what_the_command_reads_or_writes_is_not_overwritten(
+    stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, out = Path(stats).read_bytes(), str(tmp_path / "placement.json")
+    for flags in (["--out", f"{tmp_path}/../{tmp_path.name}/stats.safetensors"], ["--out", out, "--moves", out]):
+        assert main(["place", "--stats", stats, "--num-ranks", "2", *flags]) == 2
+        assert f"{flags[-2]} {flags[-1]}: the command reads or writes this file already" in capsys.readouterr().err
+    assert Path(stats).read_bytes() == before

@@ -82,7 +82,7 @@ def test_without_placements_everything_is_placed_on_uniform_load(
         ("abc", 16, "4", ["--strategies", "llap"], "did you mean 'llep'"),
         ("abc", 16, "4", ["--machine", "h200"], "hidden_size"),
         ("abc", 16, "4", ["--machine", "h300"], "did you mean 'h200'"),
-        ("abc", 16, "4", ["--json", "/"], "is a directory"),
+        ("abc", 16, "4", ["--json", "/"], "--json /: is a directory"),
         ("abc", 16, "4", ["--strategies", "rq+1"], "only eplb takes slots beside the budget"),
         ("abc", 16, "4", ["--strategies", "eplb+"], "only eplb takes slots beside the budget"),
         ("abc", 16, "4", ["--strategies", "eplb+0"], "must be at least 1"),
