@@ -66,7 +66,7 @@ def report(rows: Sequence[Mapping[str, Any]], replayed: ReplayedSteps, machine: 
     """
     from rich.table import Table
 
-    from rq_ep.commands.console import wide_console
+    from rq_ep.commands.console import MIN_WIDTH, wide_console
 
     phases = replayed.by_phase
     shown_phases = list(phases) if len(phases) > 1 else []
@@ -96,7 +96,7 @@ def report(rows: Sequence[Mapping[str, Any]], replayed: ReplayedSteps, machine: 
         if machine:
             cells.append(f"{1000 * row['modelled_step_s']:.3g}")
         table.add_row(*cells)
-    wide_console().print(table)
+    wide_console(130 if rebalances else MIN_WIDTH).print(table)
     parts = ", ".join(f"{places_S.size} of {name}" for name, places_S in phases.items())
     of_phases = f" ({parts})" if parts else ""
     print(
