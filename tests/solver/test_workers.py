@@ -1,0 +1,40 @@
+"""Tasks of the solver: their order, the threads that compute them, and errors."""
+
+from threading import Event
+
+import pytest
+
+from rq_ep.solver.workers import workers
+
+LONG = 60.0  # seconds until a test that hangs fails
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_results_come_in_the_order_of_the_rows(number: int) -> None:
+    with workers(number) as threads:
+        ahead = threads.ahead(pow, 2, 10)
+        assert list(threads.map(divmod, range(50), [7] * 50)) == [divmod(one, 7) for one in range(50)]
+        assert ahead() == ahead() == 1024
+
+
+def test_whoever_waits_works() -> None:
+    begun, helped = Event(), Event()
+
+    def waiting() -> bool:
+        begun.set()
+        return helped.wait(LONG)
+
+    with workers(2) as threads:
+        first = threads.ahead(waiting)
+        assert begun.wait(LONG)
+        threads.ahead(helped.set)  # the only thread waits for this
+        assert first()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_error_comes_to_whoever_asks(number: int) -> None:
+    with workers(number) as threads:
+        results = threads.map(int, ["1", "one", "2"])
+        assert next(results) == 1
+        with pytest.raises(ValueError, match="'one'"):
+            next(results)
