@@ -8,12 +8,14 @@ import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
 from rq_ep.solver.objective.precision import Formats
-from rq_ep.solver.search.layer_growth import LEAST_GAIN, RANKS_PER_ADDITION, Addition, Growth
-from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit
-from rq_ep.solver.search.neighborhood import LayerLimits
+from rq_ep.solver.search.layer_growth import Addition, Growth
+from rq_ep.solver.search.layer_state import LayerSplit
+from rq_ep.solver.search.neighborhood import LayerLimits, fits, take
 from rq_ep.solver.workers import ALONE, Workers
 
 AHEAD = 8  # turns of a layer that a worker computes in a row
+SPREAD = 3  # standard deviations (Poisson) by which a rank may get more replicas than others meanwhile
+RANKS_PER_ADDITION = 64  # one replica is added at a time for each so many ranks
 FOR_WORKERS = 2**15  # steps times experts and ranks of a layer; in less, a row takes hardly longer than to ask for it
 
 
@@ -37,10 +39,13 @@ def add_replicas(
         workers: compute layers ahead.
         at_once: how many are added to a layer before their gains are computed anew.
     """
-    if max(layer.loads_SE.size * layer.loads_SR.shape[1] for layer in layers) < FOR_WORKERS:
+    num_ranks = layers[0].loads_SR.shape[1]
+    if max(layer.loads_SE.size for layer in layers) * num_ranks < FOR_WORKERS:
         workers = ALONE
-    begin = workers.map(Growth.of, layers)
-    fills = [_LayerFill(growth, within, workers, at_once) for growth, within in zip(begin, limits, strict=True)]
+    at_once = max(num_ranks // RANKS_PER_ADDITION, at_once)
+    begin = workers.map(Growth.of, layers, limits, [at_once] * len(layers))
+    num_meanwhile = len(layers) / num_ranks
+    fills = [_LayerFill(*pair, workers, at_once, num_meanwhile) for pair in zip(begin, limits, strict=True)]
     queue = [(-fill.line_up(), i) for i, fill in enumerate(fills)]
     heapify(queue)
     while queue and queue[0][0] < 0 and not is_over():
@@ -53,10 +58,12 @@ def add_replicas(
 class _LayerFill:
     """A layer that is filled turn by turn, and how it is expected to go on."""
 
-    def __init__(self, growth: Growth, limits: LayerLimits, workers: Workers, at_once: int) -> None:
-        self._limits, self._workers = limits, workers
-        self._at_once = max(growth.layer.loads_SR.shape[1] // RANKS_PER_ADDITION, at_once)
-        self._num_ahead = AHEAD if self._at_once == 1 else 1
+    def __init__(
+        self, growth: Growth, limits: LayerLimits, workers: Workers, at_once: int, num_meanwhile: float
+    ) -> None:
+        self._limits, self._workers, self._at_once = limits, workers, at_once
+        self._num_meanwhile = num_meanwhile  # replicas that a rank gets from one turn to the next, of all layers
+        self._num_ahead = AHEAD if at_once == 1 else 1
         self._growth = growth
         self._ahead: list[Callable[[], Growth]] = []  # each goes on from the one before, the first from `_growth`
         self._num_over = 0  # turns of the first of these that are over
@@ -71,15 +78,15 @@ class _LayerFill:
         """Take the bytes of what comes next, as far as there are enough."""
         fitting = []
         for one in self._next:
-            if self._fits(one):
-                _take(self._limits, one)
+            if fits(self._limits, one.expert, one.rank):
+                take(self._limits, one.expert, one.rank)
                 fitting.append(one)
         if len(fitting) == len(self._next):
             self._num_over += 1
             return
         self._give_up()
         if fitting:
-            self._growth = self._growth.grown([fitting], self._limits)
+            self._growth = self._growth.grown([fitting], self._limits, self._at_once)
 
     def filled(self) -> LayerSplit:
         """The layer with all that has had its turn, split exactly."""
@@ -92,10 +99,10 @@ class _LayerFill:
             growth = self._ahead[0]()
             if self._num_over < len(growth.turns):
                 coming = growth.turns[self._num_over]
-                if not all(map(self._fits, coming)):
+                if not self._fit(coming):
                     break
-                if len(self._ahead) == 1 and len(growth.turns) == self._num_ahead > 1:
-                    self._look_ahead(growth, [], growth.turns[self._num_over :])
+                if len(self._ahead) == self._at_once == 1 and growth.coming:
+                    self._look_ahead(growth, [*growth.turns[self._num_over :], growth.coming])
                 return coming
             self._growth, self._num_over = growth, 0
             del self._ahead[0]
@@ -104,46 +111,34 @@ class _LayerFill:
 
     def _best(self) -> Sequence[Addition]:
         """What is best now, if it is worth its bytes."""
-        if self._growth.layer.value <= GOOD_ENOUGH:
-            return ()
-        best = self._growth.best(self._limits, self._at_once)
-        best = [one for one in best if one.gain * self._limits.bytes_E[one.expert] > LEAST_GAIN]
+        best = self._growth.coming
+        if self._at_once > 1 or not self._fit(best):
+            best = self._growth.best(self._limits, self._at_once)
         if best:
-            self._look_ahead(self._growth, [best], [best])
+            self._look_ahead(self._growth, [best])
         return best
 
-    def _look_ahead(self, growth: Growth, turns: list[list[Addition]], not_over: Sequence[Sequence[Addition]]) -> None:
-        """Begin a row that goes on from `growth` with these turns, beside the bytes of those that are not over."""
+    def _look_ahead(self, growth: Growth, coming: Sequence[Sequence[Addition]]) -> None:
+        """Begin a row that goes on from `growth` with the last of the coming turns; `growth` has had the others."""
         limits = self._limits._replace(free_R=self._limits.free_R.copy(), move_budget=self._limits.move_budget.copy())
-        for turn in not_over:
+        for turn in coming:
             for one in turn:
-                _take(limits, one)
-        self._ahead.append(self._workers.ahead(growth.grown, turns, limits, self._num_ahead - len(turns)))
+                take(limits, one.expert, one.rank)
+        taken_M = self._num_meanwhile * (len(coming) + np.arange(self._num_ahead - 1))
+        rooms_M = 1 + taken_M + SPREAD * np.sqrt(taken_M)
+        self._ahead.append(self._workers.ahead(growth.grown, coming[-1:], limits, self._at_once, rooms_M))
 
     def _give_up(self) -> None:
         """Go back to what has had its turn."""
         if self._num_over:
             growth = self._ahead[0]()
-            is_all = self._num_over == len(growth.turns)
-            self._growth = growth if is_all else self._growth.grown(growth.turns[: self._num_over], self._limits)
+            if self._num_over < len(growth.turns):
+                growth = self._growth.grown(growth.turns[: self._num_over], self._limits, self._at_once)
+            self._growth = growth
         self._ahead, self._num_over = [], 0
 
-    def _fits(self, one: Addition) -> bool:
-        size, moved = _sizes(self._limits, one)
-        return bool(self._limits.free_R[one.rank] >= size and self._limits.move_budget[0] >= moved)
-
-
-def _take(limits: LayerLimits, one: Addition) -> None:
-    """Take the bytes of a new replica off the limits."""
-    size, moved = _sizes(limits, one)
-    limits.free_R[one.rank] -= size
-    limits.move_budget[0] -= moved
-
-
-def _sizes(limits: LayerLimits, one: Addition) -> tuple[int, int]:
-    """The bytes of a new replica, and those of them that have to be moved."""
-    size = int(limits.bytes_E[one.expert])
-    return size, 0 if limits.present_ER[one.expert, one.rank] else size
+    def _fit(self, additions: Sequence[Addition]) -> bool:
+        return all(fits(self._limits, one.expert, one.rank) for one in additions)
 
 
 def raise_formats(

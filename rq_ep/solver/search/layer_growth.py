@@ -13,15 +13,14 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.solver.compiled import compiled, compiled_beside, compiled_part
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH, LayerSplit, optimize_all
 from rq_ep.solver.search.max_flow import TOLERANCE, Splits, index_replicas, water_fill
-from rq_ep.solver.search.neighborhood import LayerLimits, exceeds_node_spread
+from rq_ep.solver.search.neighborhood import LayerLimits, exceeds_node_spread, take
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex
 
 FULL_TOLERANCE = 0.002  # ranks within this of the fullest count as full, so that equally full ones are relieved in turn
 LEAST_GAIN = 1e-6  # of max/mean: below it a replica is not worth its bytes
 OPTIMIZE_EVERY = 8  # turns between two exact splits of the steps
-ROOM = 12  # replicas that a rank must have room for, if one is chosen before its turn: other layers use it as well
-RANKS_PER_ADDITION = 64  # one replica is added at a time for each so many ranks
 NEARLY_BEST = 0.5  # of the best gain: what gains less is not added along with it
+NO_MORE = np.zeros(0)
 
 
 class Addition(NamedTuple):
@@ -32,51 +31,63 @@ class Addition(NamedTuple):
     rank: int
 
 
+class Additions(NamedTuple):
+    """The same of several, for compiled code."""
+
+    gains_M: FloatArray
+    experts_M: IntArray
+    ranks_M: IntArray
+
+    def rows(self) -> list[Addition]:
+        return list(map(Addition, self.gains_M.tolist(), self.experts_M.tolist(), self.ranks_M.tolist()))
+
+
 class Growth(NamedTuple):
     """A layer that has grown so far."""
 
     layer: LayerSplit
     gains_ER: FloatArray  # by how much a new replica there would relieve the fullest ranks, all steps together
+    coming: Sequence[Addition]  # what is best now, beside all bytes that were left; none if none is worth its bytes
     num_turns: int = 0  # in which replicas have been added
     turns: Sequence[Sequence[Addition]] = ()  # those since the growth that this one was made from
 
     @classmethod
-    def of(cls, layer: LayerSplit) -> "Growth":
-        return cls(layer, _gains(layer.splits))
+    def of(cls, layer: LayerSplit, limits: LayerLimits, at_once: int = 1) -> "Growth":
+        """A layer that has not grown yet, with as many replicas to come as are added `at_once`."""
+        gains_ER, coming = _begun(layer.splits, limits, at_once)
+        return cls(layer, gains_ER, coming.rows())
 
-    def best(self, limits: LayerLimits, at_once: int = 1) -> list[Addition]:
-        """The replica of the largest gain among those that fit, or as many as asked for `at_once`; none if none gains.
+    def best(self, limits: LayerLimits, at_once: int = 1) -> Sequence[Addition]:
+        """What is to come now that other layers have taken some of the bytes."""
+        return _best(self.layer.splits, self.gains_ER, limits, at_once).rows()
 
-        With many ranks, a few more come along, of other experts on other ranks, which gain nearly as much: to look for
-        each anew would take as long as all the rest.
-        """
-        max_additions = max(self.layer.loads_SR.shape[1] // RANKS_PER_ADDITION, at_once)
-        index, num_steps = self.layer.index, len(self.layer.loads_SE)
-        gain_E, rank_E = _best_ranks(self.gains_ER, index, limits, num_steps, max_additions > 1)
-        additions: dict[int, Addition] = {}
-        for expert in np.argsort(-gain_E, kind="stable").tolist():
-            if gain_E[expert] <= 0 or gain_E[expert] < NEARLY_BEST * gain_E.max() or len(additions) == max_additions:
-                break
-            additions.setdefault(int(rank_E[expert]), Addition(float(gain_E[expert]), expert, int(rank_E[expert])))
-        return list(additions.values())
-
-    def grown(self, turns: Sequence[Sequence[Addition]], limits: LayerLimits, num_more: int = 0) -> "Growth":
-        """With the replicas of these turns, and then at most `num_more`, each in a turn of its own and the best then.
+    def grown(
+        self, turns: Sequence[Sequence[Addition]], limits: LayerLimits, at_once: int = 1, rooms_M: FloatArray = NO_MORE
+    ) -> "Growth":
+        """With the replicas of these turns, and then some more, each in a turn of its own and the best then.
 
         Args:
             turns: what is given.
             limits: what is left beside it; changed as others take their bytes.
-            num_more: as many as this.
+            at_once: how many are to come together afterwards.
+            rooms_M: one more for each of these, as long as its rank has room for so many replicas.
         """
         given = [one for turn in turns for one in turn]
         experts_X, ranks_X = (np.array([one[column] for one in given], np.int64) for column in (1, 2))
         ends_Y = np.cumsum([len(turn) for turn in turns], dtype=np.int64)
-        splits, gains_ER, gains_M, experts_M, ranks_M = _grown(
-            self.layer.splits, self.gains_ER, limits, experts_X, ranks_X, ends_Y, self.num_turns, num_more
+        splits, gains_ER, chosen, coming = _grown(
+            self.layer.splits, self.gains_ER, limits, experts_X, ranks_X, ends_Y, self.num_turns, at_once, rooms_M
         )
-        rows = zip(gains_M.tolist(), experts_M.tolist(), ranks_M.tolist(), strict=True)
-        all_turns = [*turns, *([Addition(*row)] for row in rows)]
-        return Growth(LayerSplit(*splits), gains_ER, self.num_turns + len(all_turns), all_turns)
+        all_turns = [*turns, *([one] for one in chosen.rows())]
+        layer, num_turns = LayerSplit(*splits), self.num_turns + len(all_turns)
+        return Growth(layer, gains_ER, coming.rows(), num_turns, all_turns)
+
+
+@compiled_beside
+def _begun(splits: Splits, limits: LayerLimits, at_once: int) -> tuple[FloatArray, Additions]:
+    """The gains of new replicas, and the best ones."""
+    gains_ER = _gains(splits)
+    return gains_ER, _best(splits, gains_ER, limits, at_once)
 
 
 @compiled_beside
@@ -88,10 +99,12 @@ def _grown(
     ranks_X: IntArray,
     ends_Y: IntArray,
     num_turns: int,
-    num_more: int,
-) -> tuple[Splits, FloatArray, FloatArray, IntArray, IntArray]:
-    """The splits with further replicas, `gains_ER`, and the gains, experts and ranks of those that were chosen."""
+    at_once: int,
+    rooms_M: FloatArray,
+) -> tuple[Splits, FloatArray, Additions, Additions]:
+    """The splits with further replicas, `gains_ER`, what was chosen, and what is to come."""
     first, end = len(splits.replicas.ranks_P), len(splits.replicas.ranks_P) + len(experts_X)
+    num_more = len(rooms_M)
     experts_P, ranks_P = np.empty(end + num_more, np.int64), np.empty(end + num_more, np.int64)
     quotas_SP, gains_M = np.zeros((len(splits.values_S), end + num_more)), np.empty(num_more)
     experts_P[:first], experts_P[first:end] = splits.replicas.experts_P, experts_X
@@ -105,17 +118,17 @@ def _grown(
         new = _joined(new, experts_P[:num], ranks_P[:num], before, num_turns)
     if num > first:
         gains_ER = _gains(new)
-    for m in range(num_more):
-        gains_M[m], experts_P[num], ranks_P[num] = _chosen(new, gains_ER, limits)
-        if gains_M[m] <= 0:
-            break
-        _take(limits, experts_P[num], ranks_P[num])
+    coming = _best(new, gains_ER, limits, at_once)
+    while num < end + num_more and _has_room(coming, limits, rooms_M[num - end]):
+        gains_M[num - end], experts_P[num], ranks_P[num] = coming.gains_M[0], coming.experts_M[0], coming.ranks_M[0]
+        take(limits, experts_P[num], ranks_P[num])
         num += 1
         num_turns += 1
         new = _joined(new, experts_P[:num], ranks_P[:num], num - 1, num_turns)
         gains_ER = _gains(new)
+        coming = _best(new, gains_ER, limits, at_once)
     new = Splits(new.replicas, new.loads_SE, quotas_SP[:, :num].copy(), new.loads_SR, new.values_S)
-    return new, gains_ER, gains_M[: num - end], experts_P[end:num], ranks_P[end:num]
+    return new, gains_ER, Additions(gains_M[: num - end], experts_P[end:num], ranks_P[end:num]), coming
 
 
 @compiled_part
@@ -131,27 +144,38 @@ def _joined(splits: Splits, experts_P: IntArray, ranks_P: IntArray, before: int,
 
 
 @compiled_part
-def _chosen(splits: Splits, gains_ER: FloatArray, limits: LayerLimits) -> tuple[float, int, int]:
-    """The gain, expert and rank of the best new replica; a gain of 0 if none is worth its bytes or room is scarce."""
-    total = 0.0
+def _has_room(coming: Additions, limits: LayerLimits, room: float) -> bool:
+    """Whether there is something to come, on a rank with room for so many replicas."""
+    if len(coming.ranks_M) == 0:
+        return False
+    return bool(limits.free_R[coming.ranks_M[0]] >= room * limits.bytes_E[coming.experts_M[0]])
+
+
+@compiled
+def _best(splits: Splits, gains_ER: FloatArray, limits: LayerLimits, at_once: int) -> Additions:
+    """The best new replicas among those that fit, as far as they are worth their bytes.
+
+    Where several are added at once, they are of different experts on different ranks, and all gain nearly as much as
+    the best: to look for each anew would take as long as all the rest.
+    """
+    gains_M, experts_M, ranks_M = np.empty(at_once), np.empty(at_once, np.int64), np.empty(at_once, np.int64)
+    num, total = 0, 0.0
     for value in splits.values_S:
         total += value
-    if total <= GOOD_ENOUGH * len(splits.values_S):
-        return 0.0, 0, 0
-    gain_E, rank_E = _best_ranks(gains_ER, splits.replicas, limits, len(splits.values_S), False)
-    best = int(np.argmax(gain_E))
-    size = limits.bytes_E[best]
-    if gain_E[best] * size <= LEAST_GAIN or limits.free_R[rank_E[best]] < ROOM * size:
-        return 0.0, 0, 0
-    return gain_E[best], best, rank_E[best]
-
-
-@compiled_part
-def _take(limits: LayerLimits, expert: int, rank: int) -> None:
-    """Take the bytes of a new replica."""
-    limits.free_R[rank] -= limits.bytes_E[expert]
-    if not limits.present_ER[expert, rank]:
-        limits.move_budget[0] -= limits.bytes_E[expert]
+    if total > GOOD_ENOUGH * len(splits.values_S):
+        gain_E, rank_E = _best_ranks(gains_ER, splits.replicas, limits, len(splits.values_S), at_once > 1)
+        nearly_best, is_taken_R = NEARLY_BEST * gain_E.max(), np.zeros(len(limits.free_R), np.bool_)
+        while num < at_once:
+            expert = int(np.argmax(gain_E))
+            gain, rank = gain_E[expert], rank_E[expert]
+            if gain * limits.bytes_E[expert] <= LEAST_GAIN or gain < nearly_best:
+                break
+            gain_E[expert] = 0.0
+            if not is_taken_R[rank]:
+                is_taken_R[rank] = True
+                gains_M[num], experts_M[num], ranks_M[num] = gain, expert, rank
+                num += 1
+    return Additions(gains_M[:num], experts_M[:num], ranks_M[:num])
 
 
 @compiled_part
@@ -174,7 +198,7 @@ def _refill(splits: Splits, experts: IntArray) -> None:
                 values_S[step] = max(values_S[step], rank_load)
 
 
-@compiled
+@compiled_part
 def _best_ranks(
     gains_ER: FloatArray, index: ReplicaIndex, limits: LayerLimits, num_steps: int, scatters: bool
 ) -> tuple[FloatArray, IntArray]:

@@ -33,6 +33,23 @@ class LayerLimits(NamedTuple):
 
 
 @compiled_part
+def fits(limits: LayerLimits, expert: int, rank: int) -> bool:
+    """Whether the bytes are left for a new replica."""
+    size = limits.bytes_E[expert]
+    if limits.free_R[rank] < size:
+        return False
+    return bool(limits.present_ER[expert, rank] or limits.move_budget[0] >= size)
+
+
+@compiled_part
+def take(limits: LayerLimits, expert: int, rank: int) -> None:
+    """Take the bytes of a new replica."""
+    limits.free_R[rank] -= limits.bytes_E[expert]
+    if not limits.present_ER[expert, rank]:
+        limits.move_budget[0] -= limits.bytes_E[expert]
+
+
+@compiled_part
 def propose(
     index: ReplicaIndex,
     cuts: Cuts,
