@@ -17,6 +17,7 @@ from rq_ep.solver.search.first_replicas import assign_first_replicas
 from rq_ep.solver.search.layer_state import GOOD_ENOUGH
 from rq_ep.solver.search.local_search import tail_weighted_mean
 from rq_ep.solver.search.search_state import SearchContext, SearchState, Solution, solution_of
+from rq_ep.solver.workers import ALONE
 
 STEPS_TO_CHOOSE, LAYERS_TO_CHOOSE = 16, 8  # enough to tell a good initial solution from a bad one
 GROUPINGS = (0, 1, 2)  # of `assign_first_replicas`
@@ -88,12 +89,17 @@ def best_initial(context: SearchContext, steps: Sequence[LayerSteps], solutions:
         num_layers, at_once = COARSE_LAYERS, COARSE_AT_ONCE
     chosen_layers = np.unique(np.linspace(0, len(steps) - 1, num_layers).astype(np.int64))
     few_steps = [steps[i].some(STEPS_TO_CHOOSE) for i in chosen_layers]
+    alone = replace(context, workers=ALONE)  # the workers take whole solutions
+
+    def rating_of(solution: Solution) -> tuple[float, float]:
+        part, part_solution = _some_layers(alone, solution, chosen_layers)
+        return SearchState(part, few_steps, part_solution).add_replicas(at_once).rating
+
     ratings = []
-    for number, solution in enumerate(solutions):
-        part, part_solution = _some_layers(context, solution, chosen_layers)
-        ratings.append(SearchState(part, few_steps, part_solution).add_replicas(at_once).rating)
-        context.problem.on_progress(PROGRESS_AT_START * (number + 1) / len(solutions))
-        if ratings[-1][0] <= GOOD_ENOUGH or context.effort.is_over():
+    for rating in context.workers.map(rating_of, solutions):
+        ratings.append(rating)
+        context.problem.on_progress(PROGRESS_AT_START * len(ratings) / len(solutions))
+        if rating[0] <= GOOD_ENOUGH or context.effort.is_over():
             break
     best = min(value for value, _ in ratings)
     as_good = [rating for rating in ratings if rating[0] <= best + SAME_BALANCE]
