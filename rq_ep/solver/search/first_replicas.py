@@ -6,8 +6,9 @@ Axes: H nodes.
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
-from rq_ep.solver.compiled import compiled
+from rq_ep.solver.compiled import compiled, compiled_part
 from rq_ep.solver.objective.precision import Formats
+from rq_ep.solver.split.heaviest_first import heaviest_first
 
 
 def assign_first_replicas(
@@ -26,54 +27,56 @@ def assign_first_replicas(
         grouping: 0: a rank gets one expert at a time; 1: as many of a format as make room for a whole native replica,
             which helps where ranks have few experts; 2: one more.
     """
-    free_R = budget_R.copy()
     ranks_LE = np.empty(format_LE.shape, np.int64)
-    sizes = formats.bytes_F.tolist()
-    for mean_E, format_E, ranks_E in zip(mean_LE, format_LE, ranks_LE, strict=True):
-        by_format: list[tuple[int, IntArray]] = []
-        for number, size in reversed(list(enumerate(sizes))):
-            group_size = sizes[0] // (sizes[0] - size) + grouping - 1 if number and grouping else 1
-            number_R = _experts_per_rank(int((format_E == number).sum()), size, group_size, free_R)
-            if number_R is None:
-                return None
-            by_format.append((number, number_R))
-        load_R = np.zeros(len(budget_R))
-        for number, number_R in reversed(by_format):
-            experts = np.flatnonzero(format_E == number)
-            heaviest_first = experts[np.argsort(-mean_E[experts], kind="stable")]
-            _assign(heaviest_first, mean_E, number_R, load_R, ranks_E)
-    return ranks_LE
+    fit = _assign_all(mean_LE, format_LE, formats.bytes_F, budget_R.copy(), grouping, ranks_LE)
+    return ranks_LE if fit else None
 
 
 @compiled
-def _assign(experts_X: IntArray, mean_E: FloatArray, number_R: IntArray, load_R: FloatArray, ranks_E: IntArray) -> None:
-    """Give each of the experts, in their order, to the least loaded rank that may take another; changes the others."""
-    for expert in experts_X:
-        to = -1
-        for rank in range(len(load_R)):
-            if number_R[rank] > 0 and (to < 0 or load_R[rank] < load_R[to]):
-                to = rank
-        ranks_E[expert] = to
-        number_R[to] -= 1
-        load_R[to] += mean_E[expert]
+def _assign_all(
+    mean_LE: FloatArray, format_LE: IntArray, bytes_F: IntArray, free_R: IntArray, grouping: int, ranks_LE: IntArray
+) -> bool:
+    """Write the rank of every expert; False if they do not fit. Changes `free_R`."""
+    num_formats, native_bytes = len(bytes_F), bytes_F[0]
+    for i in range(len(mean_LE)):
+        number_F = np.zeros(num_formats, np.int64)
+        for number in format_LE[i]:
+            number_F[number] += 1
+        number_FR = np.zeros((num_formats, len(free_R)), np.int64)
+        for number in range(num_formats - 1, -1, -1):
+            saved, group_size = native_bytes - bytes_F[number], 1
+            if number > 0 and grouping > 0:
+                group_size = native_bytes // saved + grouping - 1
+            if not _deal(number_F[number], bytes_F[number], group_size, free_R, number_FR[number]):
+                return False
+        load_R, order_E = np.zeros(len(free_R)), heaviest_first(mean_LE[i])
+        for number in range(num_formats):
+            for expert in order_E:
+                if format_LE[i, expert] == number:
+                    rank = _least_loaded(load_R, number_FR[number])
+                    ranks_LE[i, expert] = rank
+                    number_FR[number, rank] -= 1
+                    load_R[rank] += mean_LE[i, expert]
+    return True
 
 
-def _experts_per_rank(number: int, size: int, group_size: int, free_R: IntArray) -> IntArray | None:
-    """[R] how many of `number` experts of equal size each rank gets; takes their bytes off `free_R`."""
-    number_R = np.zeros(len(free_R), np.int64)
-    return number_R if _deal(number, size, group_size, free_R, number_R) else None
+@compiled_part
+def _least_loaded(load_R: FloatArray, number_R: IntArray) -> int:
+    """The least loaded of the ranks that may take another expert."""
+    least = -1
+    for rank in range(len(load_R)):
+        if number_R[rank] > 0 and (least < 0 or load_R[rank] < load_R[least]):
+            least = rank
+    return least
 
 
-@compiled
+@compiled_part
 def _deal(number: int, size: int, group_size: int, free_R: IntArray, number_R: IntArray) -> bool:
-    """Deal groups of experts to the rank with most bytes left or, of more than one, with fewest experts; whether all
+    """Deal experts in groups to the rank with most bytes left or, of more than one, with fewest experts; whether all
     fit. Changes both arrays."""
     while number > 0:
-        most_free = free_R.max()
-        if most_free < size:
-            return False
         count = min(group_size, number)
-        if most_free < count * size:
+        if free_R.max() < count * size:
             count = 1
         to = -1
         for rank in range(len(free_R)):
@@ -83,6 +86,8 @@ def _deal(number: int, size: int, group_size: int, free_R: IntArray, number_R: I
                     is_emptier = number_R[rank] < number_R[to]
                 if is_emptier:
                     to = rank
+        if to < 0:
+            return False
         number_R[to] += count
         free_R[to] -= count * size
         number -= count
