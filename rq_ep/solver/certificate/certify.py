@@ -15,7 +15,7 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.generalization import generalization, mean_of
 from rq_ep.solver.certificate.layer_bounds import bounds_of, holds_for
 from rq_ep.solver.objective.calibration_steps import LayerSteps, layer_steps, spread_steps
-from rq_ep.solver.objective.objective import busiest_S, described, evaluator_of, step_balance
+from rq_ep.solver.objective.objective import busiest_S, described, evaluator_of, step_balance, step_balances
 from rq_ep.solver.objective.precision import Formats, error_LE
 from rq_ep.solver.objective.step_balance import EvenSplit
 
@@ -36,7 +36,9 @@ def certified(
     """
     stats = problem.stats
     layers = [
-        LayerPlacement.even(number, stats.num_experts, Replicas.from_mask(held_ER, formats.names_of(format_E)))
+        LayerPlacement.sharing_evenly(
+            number, stats.num_experts, Replicas.from_mask(held_ER, formats.names_of(format_E))
+        )
         for number, held_ER, format_E in zip(stats.layers, held_LER, format_LE, strict=True)
     ]
     return certify(problem, strategy, layers, max_steps)
@@ -65,15 +67,15 @@ def certify(
     split = evaluator_of(problem, strategy)
     seen_S = spread_steps(problem, strategy.max_steps if max_steps is None else max_steps)
     steps = layer_steps(problem, seen_S)
-    balances = [step_balance(problem, layer, of_layer, split) for layer, of_layer in zip(layers, steps, strict=True)]
+    balances = step_balances(problem, layers, steps, split)
     if strategy.split == "exact":
         layers = [with_shares(layer, balance.pairs_P) for layer, balance in zip(layers, balances, strict=True)]
     ratios = [balance.ratio_S for balance in balances]
-    layers = [replace(layer, predicted=mean_of([ratio_S])) for layer, ratio_S in zip(layers, ratios, strict=True)]
     placement = problem.placement(strategy.name, layers)
     overall, bounds = bounds_of(problem, placement, steps, is_lending=strategy.lends and strategy.split is None)
     layers = [
-        replace(layer, bound=bound.value, binding=bound.binding) for layer, bound in zip(layers, bounds, strict=True)
+        replace(layer, predicted=mean_of([ratio_S]), bound=bound.value, binding=bound.binding)
+        for layer, ratio_S, bound in zip(layers, ratios, bounds, strict=True)
     ]
     predicted = mean_of(ratios)
     on_other_steps = generalization(problem, layers, split, seen_S, ratios)

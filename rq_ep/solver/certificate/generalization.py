@@ -10,7 +10,7 @@ from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.solver.objective.calibration_steps import layer_steps, pairs_by_step
-from rq_ep.solver.objective.objective import step_balance
+from rq_ep.solver.objective.objective import step_balances
 from rq_ep.solver.objective.step_balance import SplitEvaluator
 
 FEWEST_STEPS = 16  # with fewer, held-out balance is clearly worse (measured: twice the excess at 8 steps)
@@ -57,9 +57,7 @@ def generalization(
     if len(rest_S):
         spread_S = rest_S[np.unique(np.linspace(0, len(rest_S) - 1, max(num_seen, 1)).astype(np.int64))]
         steps = layer_steps(problem, spread_S)
-        others = [
-            step_balance(problem, layer, of_layer, split).ratio_S for layer, of_layer in zip(layers, steps, strict=True)
-        ]
+        others = [balance.ratio_S for balance in step_balances(problem, layers, steps, split)]
         unseen = {"steps": len(spread_S), "predicted": mean_of(others)}
         if mean_of(others) > mean_of(ratios) and _differ(ratios, others):
             warnings.append(

@@ -11,7 +11,7 @@ from rq_ep.core.placement import LayerPlacement, Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.rules import Rules
 from rq_ep.solver.certificate.generalization import mean_of
-from rq_ep.solver.certificate.lower_bound import CLOSE, Bound, lower_bound
+from rq_ep.solver.certificate.lower_bound import CLOSE, Bound, BoundedLayers, lower_bound
 from rq_ep.solver.certificate.relaxation import BoundLimits
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.objective.objective import is_plain, least_ratio_S
@@ -72,18 +72,22 @@ def _inside_limits(
     )
     is_over = _clock(problem.time_limit_s)
 
-    def of_layer(i: int, layer: LayerPlacement) -> Bound:
+    def of_layer(i: int, layer: LayerPlacement) -> BoundedLayers:
         inside = replace(
             limits,
             max_bytes=None if is_lending else sum(stats.expert_bytes[name] for name in layer.replicas.formats_P),
             max_low_pairs=layer.low_pairs(pairs_LE[i], stats.native_format),
         )
         fewest, most = (None if array is None else array[[i]] for array in (fewest_LE, most_LE))
-        return lower_bound([steps[i]], pairs_LE[[i]], inside, fewest, most, is_over)
+        return BoundedLayers.of([steps[i]], pairs_LE[[i]], inside, fewest, most)
 
+    layers = [of_layer(i, layer) for i, layer in enumerate(placement.layers)]
+    closed = [layer.closed() for layer in layers]
+    left = [layer for layer, bound in zip(layers, closed, strict=True) if bound is None]
     with workers(problem.num_workers) as threads:
-        bounds = threads.map(of_layer, range(len(steps)), placement.layers)
-        return lower_bound(steps, pairs_LE, limits, fewest_LE, most_LE, is_over, threads), list(bounds)
+        programmed = threads.map(lambda layer: layer.programmed(is_over), left)
+        overall = lower_bound(steps, pairs_LE, limits, fewest_LE, most_LE, is_over, threads)
+        return overall, [bound or next(programmed) for bound in closed]
 
 
 def _clock(time_limit_s: float | None) -> Callable[[], bool]:

@@ -1,12 +1,13 @@
 """The lower bound that no placement inside the same limits can beat: closed cases, else the LP relaxation."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from rq_ep.core.arrays import FloatArray, IntArray
+from rq_ep.solver.certificate.generalization import mean_of
 from rq_ep.solver.certificate.relaxation import BoundLayer, BoundLimits, Prices, solve_jointly, solve_priced
 from rq_ep.solver.objective.calibration_steps import LayerSteps
 from rq_ep.solver.workers import ALONE, Workers
@@ -38,6 +39,64 @@ def least_first_replica_bytes(pairs_LE: IntArray, limits: BoundLimits) -> int:
     return pairs_LE.size * limits.native_bytes - num_low * saved
 
 
+@dataclass(frozen=True)
+class BoundedLayers:
+    """Layers to find the balance for that no placement of them together inside `limits` can beat, under any split."""
+
+    layers: Sequence[BoundLayer]
+    pairs_LE: IntArray
+    limits: BoundLimits
+
+    @classmethod
+    def of(
+        cls,
+        steps: Sequence[LayerSteps],
+        pairs_LE: IntArray,
+        limits: BoundLimits,
+        fewest_LE: IntArray | None = None,
+        most_LE: IntArray | None = None,
+    ) -> "BoundedLayers":
+        """Those of some steps; the arguments are those of `lower_bound`."""
+        usable = limits.num_usable
+        fewest_LE = np.ones_like(pairs_LE) if fewest_LE is None else np.maximum(fewest_LE, 1)
+        most_LE = np.full_like(pairs_LE, usable) if most_LE is None else np.minimum(most_LE, usable)
+        rows = zip(steps, pairs_LE, fewest_LE, most_LE, strict=True)
+        return cls([BoundLayer.of(layer, limits, *of_experts) for layer, *of_experts in rows], pairs_LE, limits)
+
+    def closed(self) -> Bound | None:
+        """The bound where it takes no linear program."""
+        layers, limits, floor = self.layers, self.limits, self._floor
+        if _balance_fits(layers, limits):
+            return Bound(floor, "mean")
+        if limits.max_bytes is None or any((layer.fewest_E > 1).any() for layer in layers):
+            return None
+        if limits.max_bytes - least_first_replica_bytes(self.pairs_LE, limits) >= limits.low_bytes:
+            return None
+        value = mean_of([layer.alone_S for layer in layers])
+        return Bound(value, "hot expert") if value > floor + CLOSE else Bound(floor, "mean")
+
+    def programmed(self, is_over: Callable[[], bool], workers: Workers = ALONE) -> Bound:
+        """The bound by linear programs, if there is time for them."""
+        layers, limits, floor = self.layers, self.limits, self._floor
+        if is_over():
+            return Bound(floor, "time")
+        num_rows, weight = sum(layer.num_chords for layer in layers), 1 / len(layers)
+        if len(layers) == 1 or num_rows <= MAX_ROWS:
+            value, prices = solve_jointly(layers, weight, limits)
+        else:
+            # Lagrangian relaxation: any prices give a bound, layer by layer; those of a few layers are nearly the best.
+            prices = _prices_of_some_layers(layers, limits, MAX_ROWS / num_rows)
+            value = solve_priced(layers, weight, limits, prices, workers)
+        value += weight * sum(not len(layer.floor_S) for layer in layers)  # those without pairs are balanced
+        if value <= floor + CLOSE:
+            return Bound(floor, "mean")
+        return Bound(value, "bytes" if prices.byte > 0 else "replicas", prices.byte, prices.pair)
+
+    @property
+    def _floor(self) -> float:
+        return mean_of([layer.floor_S for layer in self.layers])
+
+
 def lower_bound(
     steps: Sequence[LayerSteps],
     pairs_LE: IntArray,
@@ -58,32 +117,8 @@ def lower_bound(
         is_over: whether the time is over, so that no linear program may be solved.
         workers: solve linear programs of single layers.
     """
-    used = [i for i, layer in enumerate(steps) if len(layer.counts_SE)]
-    idle = 1 - len(used) / len(steps)  # layers without pairs are balanced
-    fewest_LE = np.ones_like(pairs_LE) if fewest_LE is None else np.maximum(fewest_LE, 1)
-    most_LE = np.full_like(pairs_LE, limits.num_usable) if most_LE is None else np.minimum(most_LE, limits.num_usable)
-    layers = [BoundLayer.of(layer, limits, *rows) for layer, *rows in zip(steps, pairs_LE, fewest_LE, most_LE)]
-    weight = 1 / len(steps)
-    floor = idle + weight * sum(float(layers[i].floor_S.mean()) for i in used)
-    if _balance_fits(layers, limits):
-        return Bound(floor, "mean")
-    left = None if limits.max_bytes is None else limits.max_bytes - least_first_replica_bytes(pairs_LE, limits)
-    if left is not None and left < limits.low_bytes and (fewest_LE == 1).all():
-        value = idle + weight * sum(float(layers[i].alone_S.mean()) for i in used)
-        return Bound(value, "hot expert") if value > floor + CLOSE else Bound(floor, "mean")
-    if is_over():
-        return Bound(floor, "time")
-    num_rows = sum(layer.num_chords for layer in layers)
-    if len(layers) == 1 or num_rows <= MAX_ROWS:
-        value, prices = solve_jointly(layers, weight, limits)
-    else:
-        # Lagrangian relaxation: any prices give a bound, layer by layer; those of a few layers are nearly the best.
-        prices = _prices_of_some_layers(layers, limits, MAX_ROWS / num_rows)
-        value = solve_priced(layers, weight, limits, prices, workers)
-    value += idle
-    if value <= floor + CLOSE:
-        return Bound(floor, "mean")
-    return Bound(value, "bytes" if prices.byte > 0 else "replicas", prices.byte, prices.pair)
+    bounded = BoundedLayers.of(steps, pairs_LE, limits, fewest_LE, most_LE)
+    return bounded.closed() or bounded.programmed(is_over, workers)
 
 
 def _prices_of_some_layers(layers: Sequence[BoundLayer], limits: BoundLimits, fraction: float) -> Prices:

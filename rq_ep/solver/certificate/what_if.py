@@ -9,7 +9,7 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.generalization import mean_of
 from rq_ep.solver.objective.calibration_steps import layer_steps, spread_steps
-from rq_ep.solver.objective.objective import evaluator_of, step_balance
+from rq_ep.solver.objective.objective import evaluator_of, step_balances
 
 GIB = 2**30
 MORE_BUDGET = 0.1  # of the budget
@@ -72,8 +72,7 @@ def _predicted(placement: Placement, problem: PlacementProblem, strategy: Strate
     """max/mean of a placement on the steps of another problem that the strategy's certificate would look at."""
     split = evaluator_of(problem, strategy)
     steps = layer_steps(problem, spread_steps(problem, strategy.max_steps))
-    pairs = zip(placement.layers, steps, strict=True)
-    return mean_of([step_balance(problem, layer, of_layer, split).ratio_S for layer, of_layer in pairs])
+    return mean_of([balance.ratio_S for balance in step_balances(problem, placement.layers, steps, split)])
 
 
 def _some_steps(stats: ExpertStats, chosen: slice) -> ExpertStats:

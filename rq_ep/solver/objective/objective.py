@@ -1,5 +1,8 @@
 """The objective of a problem: to balance pairs, their seconds, or the reading of activated experts."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 
 from rq_ep.core.arrays import BoolArray, FloatArray
@@ -12,6 +15,7 @@ from rq_ep.solver.objective.expert_weights import weights_SE
 from rq_ep.solver.objective.planner_replay import PlannerReplay
 from rq_ep.solver.objective.precision import Formats
 from rq_ep.solver.objective.step_balance import EvenSplit, ExactSplit, SplitEvaluator, StepBalance
+from rq_ep.solver.workers import workers
 
 
 def described(problem: PlacementProblem) -> str:
@@ -53,6 +57,14 @@ def step_balance(
     ratio_S[~reads_S] = computed.ratio_S
     ratio_S[reads_S] = read.ratio_S
     return StepBalance(ratio_S, computed.pairs_P + read.pairs_P)
+
+
+def step_balances(
+    problem: PlacementProblem, layers: Sequence[LayerPlacement], steps: Sequence[LayerSteps], split: SplitEvaluator
+) -> list[StepBalance]:
+    """The balance of each layer, computed by the problem's workers."""
+    with workers(problem.num_workers) as threads:
+        return list(threads.map(partial(step_balance, problem, split=split), layers, steps))
 
 
 def busiest_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, ratio_S: FloatArray) -> FloatArray:

@@ -161,12 +161,15 @@ class SearchState:
 
         Steps that are balanced well enough count alike.
         """
-        values = [self.layer_value(i, layer) for i, layer in enumerate(self.layers)]
+        value = float(np.mean([self.layer_value(i, layer) for i, layer in enumerate(self.layers)]))
+        price = self.limits[0].price
+        if price == 0:
+            return value
         moved = sum(
             int(((layer.held_ER & ~within.present_ER) * within.bytes_E[:, None]).sum())
             for layer, within in zip(self.layers, self.limits, strict=True)
         )
-        return float(np.mean(values)) + self.limits[0].price * moved / len(values)
+        return value + price * moved / len(self.layers)
 
     def layer_value(self, i: int, layer: LayerSplit) -> float:
         """The tail-weighted max/mean of layer i, held so."""

@@ -16,7 +16,7 @@ import numpy as np
 from rq_ep.core.arrays import BoolArray, IntArray
 from rq_ep.core.errors import UserError
 from rq_ep.core.replicas import Replicas
-from rq_ep.solver.compiled import compiled, compiled_part
+from rq_ep.solver.compiled import compiled, compiled_beside, compiled_part
 from rq_ep.solver.split.augmenting_paths import ReplicaIndex, push_or_cut, rank_search
 from rq_ep.solver.split.heaviest_first import heaviest_first
 
@@ -95,7 +95,7 @@ def check_totals(by_expert: ByExpert, totals_E: IntArray) -> IntArray:
     return totals_E
 
 
-@compiled
+@compiled_beside
 def split_steps(
     totals_SE: IntArray, first_E: IntArray, ranks_C: IntArray, num_ranks: int
 ) -> tuple[IntArray, IntArray, BoolArray]:
