@@ -56,6 +56,7 @@ from rq_ep.core.stats import ExpertStats
 from rq_ep.model.calibration.calibrate import calibrate
 from rq_ep.model.checkpoint.tokenizer_files import read_tokenizer
 from rq_ep.model.load.whole_model import load_whole_model
+from rq_ep.model.model_names import check_folder
 from rq_ep.placing.place import place
 from rq_ep.sim.simulator import simulate
 from rq_ep.solver.migration.members import lowered
@@ -112,6 +113,7 @@ class Workload:
         self.console = Console(stderr=True)
         self.folder = Path(mkdtemp(prefix="rq_ep-bench-faults-"))
         self.model = str(self.folder / "model")
+        check_folder(options.model)
         in_fp32(options.model, Path(self.model))
         self.tokenizer = read_tokenizer(self.model)
         self.draw = random.Random(options.seed)

@@ -25,7 +25,7 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint in directory `path`; a `UserError` if there is none, or none that works."""
     directory = Path(path)
     # Without a file, transformers would build an empty tokenizer.
-    if directory.is_dir() and not any((directory / name).exists() for name in TOKENIZER_FILES):
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; copy {TOKENIZER_FILES[0]} and tokenizer_config.json of the model there")
     for pattern in SMALL_FILES:
         for file in directory.glob(pattern):

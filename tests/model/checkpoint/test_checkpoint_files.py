@@ -251,3 +251,8 @@ def test_a_missing_or_damaged_tokenizer_is_refused(
         (path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="tokenizer"):
         read_tokenizer(path)
+
+
+def test_the_tokenizer_of_a_folder_that_is_not_there_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no tokenizer"):
+        read_tokenizer(tmp_path / "nowhere")
