@@ -22,6 +22,8 @@ class Workers:
 
     def map(self, function: Callable[..., Done], *columns: Iterable[Any]) -> Iterator[Done]:
         """The function's results for the rows of `columns`, in their order."""
+        if self._tasks is None:
+            return map(function, *columns)
         results = [self.ahead(function, *row) for row in zip(*columns, strict=True)]
         return (result() for result in results)
 

@@ -94,14 +94,14 @@ class _LayerFill:
         return self._growth.layer.optimized()
 
     def _expected(self) -> Sequence[Addition]:
-        """What was expected to come next, if it fits; where it is the first of its row, the next row begins."""
+        """What was expected to come next, if it fits; where it is the first of a whole row, the next row begins."""
         while self._ahead:
             growth = self._ahead[0]()
             if self._num_over < len(growth.turns):
                 coming = growth.turns[self._num_over]
                 if not self._fit(coming):
                     break
-                if len(self._ahead) == self._at_once == 1 and growth.coming:
+                if len(self._ahead) == 1 and len(growth.turns) == self._num_ahead > 1 and growth.coming:
                     self._look_ahead(growth, [*growth.turns[self._num_over :], growth.coming])
                 return coming
             self._growth, self._num_over = growth, 0

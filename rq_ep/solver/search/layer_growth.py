@@ -46,16 +46,15 @@ class Growth(NamedTuple):
     """A layer that has grown so far."""
 
     layer: LayerSplit
-    gains_ER: FloatArray  # by how much a new replica there would relieve the fullest ranks, all steps together
-    coming: Sequence[Addition]  # what is best now, beside all bytes that were left; none if none is worth its bytes
+    gains_ER: FloatArray = np.zeros((0, 0))  # by how much a new replica there would relieve the fullest ranks
+    coming: Sequence[Addition] = ()  # what is best now, beside the bytes that were left; none if none is worth it
     num_turns: int = 0  # in which replicas have been added
     turns: Sequence[Sequence[Addition]] = ()  # those since the growth that this one was made from
 
     @classmethod
     def of(cls, layer: LayerSplit, limits: LayerLimits, at_once: int = 1) -> "Growth":
         """A layer that has not grown yet, with as many replicas to come as are added `at_once`."""
-        gains_ER, coming = _begun(layer.splits, limits, at_once)
-        return cls(layer, gains_ER, coming.rows())
+        return cls(layer).grown([], limits, at_once)
 
     def best(self, limits: LayerLimits, at_once: int = 1) -> Sequence[Addition]:
         """What is to come now that other layers have taken some of the bytes."""
@@ -76,7 +75,7 @@ class Growth(NamedTuple):
         experts_X, ranks_X = (np.array([one[column] for one in given], np.int64) for column in (1, 2))
         ends_Y = np.cumsum([len(turn) for turn in turns], dtype=np.int64)
         splits, gains_ER, chosen, coming = _grown(
-            self.layer.splits, self.gains_ER, limits, experts_X, ranks_X, ends_Y, self.num_turns, at_once, rooms_M
+            self.layer.splits, limits, experts_X, ranks_X, ends_Y, self.num_turns, at_once, rooms_M
         )
         all_turns = [*turns, *([one] for one in chosen.rows())]
         layer, num_turns = LayerSplit(*splits), self.num_turns + len(all_turns)
@@ -84,16 +83,8 @@ class Growth(NamedTuple):
 
 
 @compiled_beside
-def _begun(splits: Splits, limits: LayerLimits, at_once: int) -> tuple[FloatArray, Additions]:
-    """The gains of new replicas, and the best ones."""
-    gains_ER = _gains(splits)
-    return gains_ER, _best(splits, gains_ER, limits, at_once)
-
-
-@compiled_beside
 def _grown(
     splits: Splits,
-    gains_ER: FloatArray,
     limits: LayerLimits,
     experts_X: IntArray,
     ranks_X: IntArray,
@@ -102,9 +93,9 @@ def _grown(
     at_once: int,
     rooms_M: FloatArray,
 ) -> tuple[Splits, FloatArray, Additions, Additions]:
-    """The splits with further replicas, `gains_ER`, what was chosen, and what is to come."""
-    first, end = len(splits.replicas.ranks_P), len(splits.replicas.ranks_P) + len(experts_X)
-    num_more = len(rooms_M)
+    """The splits with further replicas, what others would gain, those that were chosen, and what is to come."""
+    first, num_more = len(splits.replicas.ranks_P), len(rooms_M)
+    end = first + len(experts_X)
     experts_P, ranks_P = np.empty(end + num_more, np.int64), np.empty(end + num_more, np.int64)
     quotas_SP, gains_M = np.zeros((len(splits.values_S), end + num_more)), np.empty(num_more)
     experts_P[:first], experts_P[first:end] = splits.replicas.experts_P, experts_X
@@ -116,8 +107,7 @@ def _grown(
         before, num = num, first + end_y
         num_turns += 1
         new = _joined(new, experts_P[:num], ranks_P[:num], before, num_turns)
-    if num > first:
-        gains_ER = _gains(new)
+    gains_ER = _gains(new)
     coming = _best(new, gains_ER, limits, at_once)
     while num < end + num_more and _has_room(coming, limits, rooms_M[num - end]):
         gains_M[num - end], experts_P[num], ranks_P[num] = coming.gains_M[0], coming.experts_M[0], coming.ranks_M[0]

@@ -32,7 +32,6 @@ class LayerLimits(NamedTuple):
     move_budget: IntArray  # [1] bytes that may still be moved
 
 
-@compiled_part
 def fits(limits: LayerLimits, expert: int, rank: int) -> bool:
     """Whether the bytes are left for a new replica."""
     size = limits.bytes_E[expert]

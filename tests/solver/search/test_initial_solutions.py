@@ -39,7 +39,8 @@ def test_replicas_that_are_added_ahead_are_those_that_come_one_by_one(monkeypatc
 
     def counted(self: Growth, turns: Any, limits: LayerLimits, *more: Any) -> Growth:
         growth = grown(self, turns, limits, *more)
-        numbers[-1].append((len(turns), len(growth.turns)))
+        if turns:  # else nothing has been added yet
+            numbers[-1].append((len(turns), len(growth.turns)))
         return growth
 
     monkeypatch.setattr(Growth, "grown", counted)
