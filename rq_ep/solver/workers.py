@@ -56,7 +56,7 @@ class _Task(Future[Done]):
     def run(self) -> None:
         try:
             self.set_result(self._work())
-        except BaseException as error:  # whoever waits raises it
+        except Exception as error:  # whoever waits raises it; an interrupt ends the caller at once
             self.set_exception(error)
 
 

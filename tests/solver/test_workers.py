@@ -38,3 +38,22 @@ def test_an_error_comes_to_whoever_asks(number: int) -> None:
         assert next(results) == 1
         with pytest.raises(ValueError, match="'one'"):
             next(results)
+
+
+def test_an_interrupt_ends_the_caller_at_once() -> None:
+    begun, go_on = Event(), Event()
+
+    def waiting() -> bool:
+        begun.set()
+        return go_on.wait(LONG)
+
+    def interrupted() -> None:
+        go_on.set()
+        raise KeyboardInterrupt
+
+    with workers(2) as threads:
+        first = threads.ahead(waiting)
+        assert begun.wait(LONG)
+        threads.ahead(interrupted)  # by the caller, as the only thread waits
+        with pytest.raises(KeyboardInterrupt):
+            first()
