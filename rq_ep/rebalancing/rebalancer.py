@@ -15,7 +15,7 @@ from rq_ep.core.strategy import RebalanceRule, Strategy
 from rq_ep.rebalancing.gain import Gain, gain_of, low_share, planned_and_held_out
 from rq_ep.rebalancing.load_window import LoadWindow, ObservedLoads
 from rq_ep.rebalancing.observed_importance import ObservedImportance
-from rq_ep.rebalancing.replan import moved_bytes, price_of, replan
+from rq_ep.rebalancing.replan import moved_bytes, price_of, refined, replan
 from rq_ep.rebalancing.staged_moves import StagedMoves
 from rq_ep.solver.migration.move_rounds import MoveRound, move_rounds
 from rq_ep.solver.migration.rounds.format_changes import LowCap
@@ -162,24 +162,37 @@ def _with_rounds(request: RebalanceRequest, decision: Decision, placement: Place
 
 
 def _decide(request: RebalanceRequest) -> Decision:
-    strategy, rule, current, loads = request.strategy, request.rule, request.current, request.loads
+    strategy, current, loads = request.strategy, request.current, request.loads
     num_steps = len(loads.phase_S)
     if num_steps < MIN_STEPS:
         return Decision(None, f"{num_steps} steps were observed, fewer than {MIN_STEPS}")
-    everything = _with_loads(request, loads)
-    planned, held_out = everything, everything
-    if rule.min_gain is not None:
-        planned, held_out = (_with_loads(request, loads.take(half)) for half in planned_and_held_out(num_steps))
-    placement = replan(planned, strategy, current)
+    planned, held_out = loads, loads
+    if request.rule.min_gain is not None:
+        planned, held_out = (loads.take(half) for half in planned_and_held_out(num_steps))
+    problem = _with_loads(request, planned)
+    placement = replan(problem, strategy, current)
     if placement is None:
         return Decision(None, "no placement was found inside the limits")
+    decision = _judged(request, problem, held_out, placement)
+    if decision.stays:
+        return decision
+    other = refined(problem, strategy, current, placement)  # only now: most decisions are to stay
+    refined_decision = decision if other is placement else _judged(request, problem, held_out, other)
+    return decision if refined_decision.stays else refined_decision
+
+
+def _judged(
+    request: RebalanceRequest, planned: PlacementProblem, held_out: ObservedLoads, placement: Placement
+) -> Decision:
+    """Whether a placement that was planned is better on the held-out steps by more than it costs."""
+    strategy, rule, current = request.strategy, request.rule, request.current
     num_bytes = moved_bytes(planned, current, placement)
-    gain = gain_of(held_out, strategy, current.layers, placement.layers)
+    gain = gain_of(_with_loads(request, held_out), strategy, current.layers, placement.layers)
     figures = f"max/mean {gain.before:.3f} -> {gain.after:.3f}"
     if rule.min_gain is None:
         return Decision(placement, f"{figures}, whatever it gains", gain, num_bytes)
     figures += " on steps that were not planned for"
-    cap = request.problem.max_low_precision_share
+    cap, everything = request.problem.max_low_precision_share, _with_loads(request, request.loads)
     low_before, low_after = (low_share(everything, layers) for layers in (current.layers, placement.layers))
     if low_before.surely_exceeds(cap + LOW_SLACK) and low_after.mean < low_before.mean:
         figures += f", low pairs {low_before.mean:.1%} -> {low_after.mean:.1%} (cap {cap:.1%})"

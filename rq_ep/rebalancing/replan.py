@@ -13,20 +13,22 @@ from rq_ep.solver.migration.refit_formats import refit_formats, saved_bytes
 from rq_ep.solver.objective.precision import Formats
 
 WORTH_REFITTING = 1.1  # times as many experts in few bits, for which more than the least number changes its format
-FEW_EXPERTS = 32  # of a layer, up to which it searches at several prices
-PRICES_OF_FEW = (1, 2, 4)  # times the price: a search seldom takes back what it has moved, and of few each is much
+FEW_EXPERTS = 32  # of a layer, up to which a search at a higher price may be better: each is much, and a search
+HIGHER_PRICES = (2, 4)  # seldom takes back what it has moved
 
 
-def replan(problem: PlacementProblem, strategy: Strategy, current: Placement) -> Placement | None:
+def replan(
+    problem: PlacementProblem, strategy: Strategy, current: Placement, price_factor: float = 1.0
+) -> Placement | None:
     """The placement that the strategy finds for the problem's statistics; None if it finds none inside the limits.
 
-    Where it begins from the one that serves, a move must gain more than `problem.move_price` asks for its bytes. Of few
-    experts, the best of several searches is taken.
+    Where it begins from the one that serves, a move must gain more than `problem.move_price` asks for its bytes.
 
     Args:
         problem: the load to place for, and the limits.
         strategy: places.
         current: what serves.
+        price_factor: times the price, that the search asks for.
     """
     try:
         if not strategy.begins_from_current:
@@ -35,23 +37,27 @@ def replan(problem: PlacementProblem, strategy: Strategy, current: Placement) ->
         bytes_R = bytes_by_rank(layers, problem.topology.num_ranks, problem.stats.expert_bytes)
         beginning = Placement(tuple(layers), strategy.name, problem.topology, tuple(bytes_R.tolist()))
         held = [list(layer.replicas) for layer in current.layers]
-        is_priced = problem.move_price > 0 and problem.stats.num_experts <= FEW_EXPERTS
-        factors = PRICES_OF_FEW if is_priced else PRICES_OF_FEW[:1]
-        limit_s = None if problem.time_limit_s is None else problem.time_limit_s / len(factors)
-        placements = [
-            strategy.place(
-                replace(problem, held=held, time_limit_s=limit_s, move_price=factor * problem.move_price), beginning
-            )
-            for factor in factors
-        ]
+        priced = replace(problem, held=held, move_price=price_factor * problem.move_price)
+        return strategy.place(priced, beginning)
     except UserError:  # from there, the search does not get inside the limits
         return None
 
-    def with_price(placement: Placement) -> float:
-        price = price_of(problem, moved_bytes(problem, current, placement))
-        return float(placement.certificate["predicted"]) + price
 
-    return min(placements, key=with_price)
+def refined(problem: PlacementProblem, strategy: Strategy, current: Placement, placement: Placement) -> Placement:
+    """The placement or, where experts are few, one found at a higher price, if it is better at the price itself.
+
+    Args:
+        problem, strategy, current: as for `replan`.
+        placement: what that has found.
+    """
+    if not strategy.begins_from_current or problem.stats.num_experts > FEW_EXPERTS or not problem.move_price:
+        return placement
+
+    def with_price(one: Placement) -> float:
+        return float(one.certificate["predicted"]) + price_of(problem, moved_bytes(problem, current, one))
+
+    others = (replan(problem, strategy, current, factor) for factor in HIGHER_PRICES)
+    return min([placement, *(one for one in others if one is not None)], key=with_price)
 
 
 def moved_bytes(problem: PlacementProblem, current: Placement, placement: Placement) -> int:

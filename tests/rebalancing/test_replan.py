@@ -7,7 +7,7 @@ import pytest
 from rq_ep.core.placement import Placement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.rebalancing import replan as module
-from rq_ep.rebalancing.replan import moved_bytes, price_of, replan
+from rq_ep.rebalancing.replan import moved_bytes, price_of, refined, replan
 from rq_ep.strategies.rq import ReplicateQuantize
 from tests.rebalancing.cases import problem_of, steps_SLE
 
@@ -25,19 +25,27 @@ def objective(problem: PlacementProblem, current: Placement, placement: Placemen
     return placement.certificate["predicted"] + price_of(problem, moved_bytes(problem, current, placement))
 
 
-def test_of_few_experts_the_best_of_several_searches_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_few_experts_the_best_of_several_searches_is_taken() -> None:
     gains = []
     for seed in range(4):
         problem, current = changed(seed)
-        best = replan(problem, RQ, current)
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "FEW_EXPERTS", 0)
-            single = replan(problem, RQ, current)
-        assert best is not None
-        assert single is not None
-        gains.append(objective(problem, current, single) - objective(problem, current, best))
+        first = replan(problem, RQ, current)
+        assert first is not None
+        best = refined(problem, RQ, current, first)
+        gains.append(objective(problem, current, first) - objective(problem, current, best))
     assert min(gains) >= 0
     assert max(gains) > 0.001
+
+
+def test_where_moving_costs_nothing_and_where_experts_are_many_it_is_searched_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem, current = changed(0)
+    first = replan(problem, RQ, current)
+    assert first is not None
+    assert refined(replace(problem, move_price=0.0), RQ, current, first) is first
+    monkeypatch.setattr(module, "FEW_EXPERTS", problem.stats.num_experts - 1)
+    assert refined(problem, RQ, current, first) is first
 
 
 def test_without_a_placement_inside_the_limits_there_is_none() -> None:
