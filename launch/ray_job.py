@@ -240,6 +240,16 @@ class Run:
             self._coming[actor.seat.remote()] = (rank, actor)
 
 
+def has_room(group: PlacementGroup, ranks: str) -> bool:
+    """Wait for room for the ranks of a group, a second at a time: one wait for all of the time would hear no signal."""
+    for waited_s in range(START_TIMEOUT_S):
+        if group.wait(1):
+            return True
+        if waited_s == 0:
+            print(f"ray_job: waiting for room for {ranks}", file=sys.stderr, flush=True)
+    return False
+
+
 def run_once(options: argparse.Namespace, stopper: Stopper) -> tuple[list[Any] | None, str]:
     """Run the program on all ranks. Returns every rank's result, or None and what went wrong."""
     bundle = {"CPU": options.cpus_per_rank, "GPU": options.gpus_per_rank}
@@ -248,8 +258,7 @@ def run_once(options: argparse.Namespace, stopper: Stopper) -> tuple[list[Any] |
     if options.min_ranks == options.num_ranks:
         group = placement_group([bundle] * options.num_ranks, strategy="PACK")
     try:
-        # One wait for all of the time would hear no signal.
-        if group is not None and not any(group.wait(1) for _ in range(START_TIMEOUT_S)):
+        if group is not None and not has_room(group, f"{options.num_ranks} x {bundle}"):
             return None, f"the cluster has no room for {options.num_ranks} x {bundle} within {START_TIMEOUT_S} s"
         run = Run(options, stopper, group)
         try:

@@ -46,11 +46,12 @@ def test_a_job_that_waits_for_room_can_be_stopped(tmp_path: Path) -> None:
         without_gpu = environment() | {"CUDA_VISIBLE_DEVICES": ""}
         job = subprocess.Popen(command, cwd=ROOT, env=without_gpu, stdout=file, stderr=file)
     try:
-        until(lambda: "No available node types" in log.read_text())
+        until(lambda: "ray_job: waiting for room for 2 x" in log.read_text())
         job.terminate()
         assert job.wait(120) == 130
     finally:
         job.kill()
+        job.wait()
     assert log.read_text().endswith("ray_job: stopped\n")
 
 
