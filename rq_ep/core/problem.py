@@ -172,7 +172,7 @@ class PlacementProblem(SolverOptions):
                 )
         held_LER = np.zeros((len(layers), self.stats.num_experts, self.topology.num_ranks), bool)
         for held_ER, layer in zip(held_LER, layers, strict=True):
-            held_ER[layer.replicas.experts_P, layer.replicas.ranks_P] = True
+            held_ER[:] = layer.replicas.mask(*held_ER.shape)
         self.rules.check(held_LER, self.stats, self.topology, f"strategy {strategy!r}")
         return Placement(
             layers=tuple(layers),

@@ -49,6 +49,12 @@ class Replicas:
         formats = tuple(formats_E[expert] for expert in experts_P.tolist()) if formats_E else ("",) * len(ranks_P)
         return cls(ranks_P.astype(np.int64), experts_P.astype(np.int64), formats)
 
+    def mask(self, num_experts: int, num_ranks: int) -> BoolArray:
+        """[E, R] whether the rank holds the expert."""
+        held_ER = np.zeros((num_experts, num_ranks), bool)
+        held_ER[self.experts_P, self.ranks_P] = True
+        return held_ER
+
     def __len__(self) -> int:
         return len(self.formats_P)
 

@@ -13,7 +13,7 @@ from rq_ep.core.placement import LayerPlacement
 from rq_ep.core.problem import PlacementProblem
 from rq_ep.core.strategy import Strategy
 from rq_ep.solver.objective.calibration_steps import layer_steps, pairs_by_step
-from rq_ep.solver.objective.objective import evaluator_of, is_plain, step_balance
+from rq_ep.solver.objective.objective import evaluator_of, is_plain, step_balances
 
 NUM_BLOCKS = 32  # of consecutive steps; those of one block resemble each other, as they run the same requests
 NOISES = 3.0  # standard errors by which a mean must exceed a limit: by chance it does so in one of about 700 decisions
@@ -109,7 +109,8 @@ def _imbalance_S(problem: PlacementProblem, strategy: Strategy, layers: Sequence
     split = evaluator_of(problem, strategy)
     counts_SLE = problem.stats.counts
     imbalance_SL = np.ones(counts_SLE.shape[:2])
-    for i, (layer, steps) in enumerate(zip(layers, layer_steps(problem, np.arange(len(counts_SLE))), strict=True)):
-        imbalance_SL[counts_SLE[:, i].any(axis=1), i] = step_balance(problem, layer, steps, split).ratio_S
+    balances = step_balances(problem, layers, layer_steps(problem, np.arange(len(counts_SLE))), split)
+    for i, balance in enumerate(balances):
+        imbalance_SL[counts_SLE[:, i].any(axis=1), i] = balance.ratio_S
     mean_S: FloatArray = imbalance_SL.mean(axis=1)
     return mean_S

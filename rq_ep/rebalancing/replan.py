@@ -13,8 +13,8 @@ from rq_ep.solver.migration.refit_formats import refit_formats, saved_bytes
 from rq_ep.solver.objective.precision import Formats
 
 WORTH_REFITTING = 1.1  # times as many experts in few bits, for which more than the least number changes its format
-FEW_EXPERTS = 32  # of a layer, up to which a search at a higher price may be better: each is much, and a search
-HIGHER_PRICES = (2, 4)  # seldom takes back what it has moved
+FEW_EXPERTS = 32  # of a layer, up to which one expert is so large a part of the bytes that a higher price may be better
+HIGHER_PRICES = (2, 4)  # times the price: a search seldom takes back what it has moved
 
 
 def replan(

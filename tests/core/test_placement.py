@@ -272,3 +272,8 @@ def test_replicas_come_go_and_change_their_format() -> None:
         assert after.are_those_of(expected)
         assert after.mixed_formats == ("int8", "bf16")
         assert before.are_those_of(after) == (stored == left)
+
+
+def test_a_mask_of_replicas_is_the_one_that_they_come_from() -> None:
+    held_ER = np.random.default_rng(0).random((5, 3)) < 0.5
+    assert (Replicas.from_mask(held_ER).mask(5, 3) == held_ER).all()

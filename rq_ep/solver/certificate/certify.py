@@ -15,7 +15,7 @@ from rq_ep.core.strategy import Strategy
 from rq_ep.solver.certificate.generalization import generalization, mean_of
 from rq_ep.solver.certificate.layer_bounds import bounds_of, holds_for
 from rq_ep.solver.objective.calibration_steps import LayerSteps, layer_steps, spread_steps
-from rq_ep.solver.objective.objective import busiest_S, described, evaluator_of, step_balance, step_balances
+from rq_ep.solver.objective.objective import busiest_S, described, evaluator_of, step_balances
 from rq_ep.solver.objective.precision import Formats, error_LE
 from rq_ep.solver.objective.step_balance import EvenSplit
 
@@ -171,7 +171,7 @@ def _beside_standard(
     """`standard`: max/mean of standard EP. `of_standard`: load of the busiest rank as a share of standard EP's."""
     plain = contiguous(problem)
     home = EvenSplit(problem.topology.num_ranks, "home")
-    standard = [step_balance(problem, one, of_layer, home).ratio_S for one, of_layer in zip(plain, steps, strict=True)]
+    standard = [balance.ratio_S for balance in step_balances(problem, plain, steps, home)]
 
     def carried(placed: Sequence[LayerPlacement], placed_ratios: Sequence[FloatArray]) -> float:
         rows = zip(placed, steps, placed_ratios, strict=True)

@@ -114,7 +114,7 @@ def solution_of(problem: PlacementProblem, formats: Formats, layers: Sequence[La
         table = layer.replicas
         if table.mixing_experts or not set(formats.names).issuperset(table.formats_P):
             return None
-        held_LER[i, table.experts_P, table.ranks_P] = True
+        held_LER[i] = table.mask(stats.num_experts, problem.topology.num_ranks)
         format_LE[i, table.experts_P] = [formats.names.index(name) for name in table.formats_P]
     return Solution(held_LER, format_LE)
 

@@ -17,8 +17,7 @@ def held(*pairs: tuple[int, int], name: str = "bf16") -> Replicas:
 
 
 def balance(pairs_SE: np.ndarray, replicas: Replicas, num_ranks: int) -> float:
-    held_ER = np.zeros((pairs_SE.shape[1], num_ranks), bool)
-    held_ER[replicas.experts_P, replicas.ranks_P] = True
+    held_ER = replicas.mask(pairs_SE.shape[1], num_ranks)
     return LayerSplit.of(pairs_SE / (pairs_SE.sum(axis=1, keepdims=True) / num_ranks), held_ER).value
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from rq_ep.core.arrays import BoolArray, FloatArray, IntArray
+from rq_ep.core.arrays import FloatArray, IntArray
 from rq_ep.core.replicas import Replica, Replicas
 from rq_ep.solver.compiled import compiled_beside, compiled_part
 from rq_ep.solver.search.cuts import Changes, Cuts, apply_changes, initial_cuts, price_changes
@@ -45,7 +45,7 @@ def relief_of_arrivals(
     if not arriving or not len(sums_SE):
         return {}
     loads_SE = sums_SE / (sums_SE.sum(axis=1, keepdims=True) / num_ranks)
-    splits = [LayerSplit.of(loads_SE, _held_ER(replicas, sums_SE.shape[1], num_ranks)) for replicas in (before, after)]
+    splits = [LayerSplit.of(loads_SE, replicas.mask(sums_SE.shape[1], num_ranks)) for replicas in (before, after)]
     cuts_SR = np.concatenate([one.optimize() for one in splits])
     cuts = initial_cuts(splits[0].index, loads_SE, num_ranks, cuts_SR)
     experts_X, on_X = (np.array([one[column] for one in arriving], np.int64) for column in (1, 0))
@@ -71,12 +71,6 @@ def _arrivals(before: Replicas, after: Replicas) -> tuple[list[Replica], IntArra
     arriving = [one for one in after if (one.expert, one.rank) not in held]
     off = [surplus[one.expert].pop() if surplus[one.expert] else -1 for one in arriving]
     return arriving, np.array(off, np.int64)
-
-
-def _held_ER(replicas: Replicas, num_experts: int, num_ranks: int) -> BoolArray:
-    held_ER = np.zeros((num_experts, num_ranks), bool)
-    held_ER[replicas.experts_P, replicas.ranks_P] = True
-    return held_ER
 
 
 @compiled_beside
