@@ -13,7 +13,7 @@ from bench.formats.formats_table import markdown
 from bench.options import bench_parser
 from bench.serving import balance, faults_figures, load, rebalance_figures, request_options
 from bench.serving.serve import medians
-from bench.solver.solver import speed_up
+from bench.solver.solver import speed_up_cell
 from rq_ep.core.cost import LAYER_PHASES
 from rq_ep.core.files.documents import read_json, replacing
 from rq_ep.strategies import strategy_class
@@ -248,7 +248,7 @@ def _solver_58_layers() -> str:
         [
             f"{row['num_experts']}, {row['num_ranks']}", f"{row['cap']:.0%}", f"{row['tokens']:,}",
             f"{row['fractional']:.3f}", f"{row['bytes_used']:.1%}",
-            f"{row['first_s']:.1f}" if "first_s" in row else "-", f"{row['cpu_s']:.1f}", speed_up(row),
+            f"{row['first_s']:.1f}" if "first_s" in row else "-", f"{row['cpu_s']:.1f}", speed_up_cell(row),
         ]
         for row in _load("solver_cpu_58_layers")["rows"]
     ]  # fmt: skip

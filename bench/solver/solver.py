@@ -14,9 +14,10 @@ import argparse
 import re
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ SIZES_HELP = (
     "experts x ranks : cap on the share of low pairs : native experts that fit a rank and layer (standard EP's)"
 )
 NATIVE_BYTES = 1000
+NUM_PAIRS = 5  # of runs with one worker and with several, in turns
 LOW_BYTES = {"int8": 500, "int8:504": 504, "int4": 270}  # exactly half; half and scales; a quarter and scales
 
 
@@ -112,11 +114,6 @@ def measure(problem: PlacementProblem, trace: Trace, args: argparse.Namespace) -
     started, started_cpu = time.perf_counter(), time.process_time()
     placement = strategy.place(problem)
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
-    with_workers = {}
-    if args.workers > 1:
-        started = time.perf_counter()
-        strategy.place(replace(problem, num_workers=args.workers))
-        with_workers["seconds_with_workers"] = time.perf_counter() - started
     held_out = score(placement, trace.held_out_SLE)
     return {
         "fractional": held_out.fractional,
@@ -131,8 +128,21 @@ def measure(problem: PlacementProblem, trace: Trace, args: argparse.Namespace) -
         "seconds": seconds,
         "cpu_s": cpu_s,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        **with_workers,
+        **({"speed_up": speed_up(problem, strategy, args.workers)} if args.workers > 1 else {}),
     }
+
+
+def speed_up(problem: PlacementProblem, strategy: ReplicateQuantize, num_workers: int) -> float:
+    """How many times faster several workers are than one: median of pairs, as the machine's speed varies."""
+    ratios = []
+    for pair in range(NUM_PAIRS):
+        seconds = {}
+        for workers in (1, num_workers) if pair % 2 == 0 else (num_workers, 1):
+            started = time.perf_counter()
+            strategy.place(replace(problem, num_workers=workers))
+            seconds[workers] = time.perf_counter() - started
+        ratios.append(seconds[1] / seconds[num_workers])
+    return median(ratios)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -178,14 +188,14 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             f"{row['first_s']:.2f}",
             f"{row['seconds']:.1f}",
             f"{row['cpu_s']:.1f}",
-            speed_up(row),
+            speed_up_cell(row),
         )
     return table
 
 
-def speed_up(row: dict[str, Any]) -> str:
-    """How many times faster several workers were than one; "-" where there was one alone."""
-    return f"{row['seconds'] / row['seconds_with_workers']:.2f}" if "seconds_with_workers" in row else "-"
+def speed_up_cell(row: Mapping[str, Any]) -> str:
+    """How many times faster several workers were; "-" where there was one alone."""
+    return f"{row['speed_up']:.2f}" if "speed_up" in row else "-"
 
 
 def check(args: argparse.Namespace) -> None:
