@@ -4,20 +4,21 @@
     python -m bench rebalance --model runs/demo/model --num-ranks 2 --parts cost --json OUT.json
     python -m bench rebalance --model runs/demo/model --quick
 
-Three parts; `--parts` runs some of them, and keeps the others of an earlier `--json FILE`:
+Four parts; `--parts` runs some of them, and keeps the others of an earlier `--json FILE`:
 
 domains  Traffic whose text changes its domain, the same requests to one server after another: `standard`; `rq`
          calibrated on the first domain; the same, and `eplb`, with `--rebalance auto`; `rq` that begins with no
          statistics at all.
+armed    A server that plans by the default rule and never moves, in short turns with two that are off: what they
+         differ by among themselves is the noise.
 cost     Traffic that changes so often that the placement is replaced again and again, on a model of large experts
-         (`bench.serving.large_experts`): armed and never moving, planning as often and never moving, moving, and the
-         moves made while the whole group waits (`bench.serving.stop_the_world`); each in turns with a server that is
-         off.
+         (`bench.serving.large_experts`): planning as often and never moving, moving, and the moves made while the
+         whole group waits (`bench.serving.stop_the_world`); each in turns with a server that is off.
 answers  Greedy answers in fp32 across re-placements, each compared with the dense model's as `soak` does.
 
 The last two let `rq` move every 16 steps to whatever it has planned (`bench.serving.restless`), without its gate.
 A server decides on fewer steps here than it would by default (`--window`, `--interval`, and EPLB's in the same
-proportion), because a phase has some hundred steps. At most two servers are up at a time: a rank takes up to a GiB.
+proportion), because a phase has some hundred steps. Of large experts, at most two servers are up at a time.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -75,10 +76,15 @@ from rq_ep.rebalancing.replan import moved_bytes
 from rq_ep.sim.simulator import simulate
 from rq_ep.strategies import make_strategy
 
-PARTS = ("domains", "cost", "answers")
+AUTO = ("--rebalance", "auto")
+NEVER = ("--rebalance-min-gain", "1000")
+PARTS = ("domains", "armed", "cost", "answers")
 STOP_THE_WORLD = "bench.serving.stop_the_world"
 RESTLESS = "bench.serving.restless:Restless"
 LARGE_TOKENS = 2048  # of the calibration of large experts
+LARGE_WINDOW = 64  # steps that their placements are planned for: in fewer, few of many experts have tokens
+NUM_MIGRATIONS = 20  # that are to happen beside the requests
+MORE_ROUNDS = 8  # times as many rounds as asked for, at most, until they have
 STRETCHES = 8  # of the part on cost: how often the domain changes in a run
 SAMPLE_S = 0.25  # between two looks at a server under load; its ranks report once a second
 SETTLE_S = 1.3  # until the last steps are reported
@@ -87,7 +93,7 @@ IDLE_TIMEOUT_S = 10.0  # for a decision or a migration that is under way when th
 NUM_TEXTS = 40  # of a domain that prompts are cut out of
 SLACK = 0.02  # within which a placement counts as good as the calibrated one
 QUICK = {
-    "num_ranks": 2, "domains": "code,table", "num_prompts": 48, "rounds": 1, "num_requests": 200,
+    "num_ranks": 2, "domains": "code,table", "num_prompts": 48, "turns": 2, "rounds": 1, "num_requests": 200,
     "calibration_tokens": 8192, "num_experts": 8, "intermediate_size": 512,
 }  # fmt: skip
 
@@ -105,10 +111,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--eplb-window", type=int, default=63, help="steps that eplb decides on: 1000 / 16")
     made.add_argument("--eplb-interval", type=int, default=188, help="steps between its decisions: 3000 / 16")
     made.add_argument("--num-prompts", type=int, default=320, help="requests of a domain")
-    made.add_argument("--rounds", type=int, default=3, help="of the part on cost; twice as many where experts move")
+    made.add_argument("--turns", type=int, default=40, help="of each server in the part on a server that is armed")
+    made.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help=f"of the part on cost; where experts move, until they have {NUM_MIGRATIONS} times",
+    )
     made.add_argument("--num-requests", type=int, default=2000, help="of the part on answers")
     made.add_argument("--calibration-tokens", type=int, default=32_768, help="of each domain")
-    made.add_argument("--num-experts", type=int, default=64, help="of a layer, in the part on cost")
+    made.add_argument("--num-experts", type=int, default=256, help="of a layer, in the part on cost")
     made.add_argument("--intermediate-size", type=int, default=4096, help="of experts in the part on cost")
     made.add_argument("--seed", type=int, default=0, help="of the requests")
     made.add_argument("--quick", action="store_true", help=f"does it run? {QUICK}")
@@ -123,10 +135,10 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: an option makes no sense, or a server does not start.
     """
-    positive = ("num_ranks", "num_prompts", "rounds", "num_requests")
+    positive = ("num_ranks", "num_prompts", "turns", "rounds", "num_requests")
     options, asked = read_options(parser(), argv, PARTS, positive, QUICK)
     bench = Workload(options)
-    parts = {"domains": domains, "cost": cost, "answers": answers}
+    parts = {"domains": domains, "armed": armed, "cost": cost, "answers": answers}
     result = run_parts("rebalance", argv, options, asked, {name: partial(parts[name], bench) for name in PARTS})
     show(result)
     if options.png and "domains" in result["parts"]:
@@ -311,7 +323,7 @@ def domains(bench: Workload) -> dict[str, Any]:
     eplb = ["--strategy", "eplb", "--placement", bench.calibrated("eplb")]
 
     def live(window: int, interval: int) -> list[str]:
-        return ["--rebalance", "auto", "--rebalance-window", str(window), "--rebalance-interval", str(interval)]
+        return [*AUTO, "--rebalance-window", str(window), "--rebalance-interval", str(interval)]
 
     follows = live(options.window, options.interval)
     jobs = {
@@ -410,6 +422,34 @@ def way_from_nothing(bench: Workload, served: Served, end_pairs: float) -> dict[
     }  # fmt: skip
 
 
+def armed(bench: Workload) -> dict[str, Any]:
+    """A server that is ready to move, and stays, in short turns with two that are off."""
+    options, draw_order = bench.options, random.Random(bench.options.seed)
+    rq = ["--strategy", "rq", "--placement", bench.calibrated("rq", bench.formats[:1])]
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        settings = {"off": [], "off again": [], "armed": [*AUTO, *NEVER]}
+        servers = [stack.enter_context(bench.start(name, options.model, *rq, *more)) for name, more in settings.items()]
+        for served in servers:
+            warm_up(bench, served)
+        for number in range(options.turns):
+            jobs = bench.jobs(bench.domains[number % len(bench.domains)], 32, 24, 32, seed=number)
+            for served in draw_order.sample(servers, len(servers)):
+                rows.append({"server": served.name, "round": number, **latency(served.ask(jobs, 16))})
+                bench.console.print(f"turn {number}: {served.name}: {brief(rows[-1])}")
+        last = servers[-1]
+        return {
+            "rows": rows,
+            "ratios": {
+                figure: {name: ratio_by_round(rows, figure, name, "off") for name in settings}
+                for figure in ("p99_itl_ms", "median_itl_ms", "output_throughput")
+            },
+            "results": last.state()["results"],
+            "planner_share": last.planner_s / last.busy_s,
+            "num_lost": sum(row["num_lost"] for row in rows),
+        }
+
+
 def cost(bench: Workload) -> dict[str, Any]:
     """Traffic that has the placement replaced again and again, each server in turns with one that never moves.
 
@@ -422,7 +462,7 @@ def cost(bench: Workload) -> dict[str, Any]:
     stats = bench.calibrate(large, bench.domains[0], native, LARGE_TOKENS)
     bench.place("rq", stats, native).save(placement)
     rq, restless = (["--strategy", name, "--placement", str(placement)] for name in ("rq", RESTLESS))
-    auto, never = ["--rebalance", "auto"], ["--rebalance-min-gain", "1000"]
+    plans_often = [*restless, *AUTO, "--rebalance-window", str(LARGE_WINDOW)]
     ends = (bench.domains[0], bench.domains[-1])
     jobs = [
         job
@@ -436,15 +476,15 @@ def cost(bench: Workload) -> dict[str, Any]:
     with bench.start("off", str(large), *rq) as off:
         warm_up(bench, off)
         for name, arguments, module in (
-            ("armed", [*rq, *auto, *never], "rq_ep.serve"),
-            ("planning", [*restless, *auto, *never], "rq_ep.serve"),
-            ("moving", [*restless, *auto], "rq_ep.serve"),
-            ("stop-the-world", [*restless, *auto], STOP_THE_WORLD),
+            ("planning", [*plans_often, *NEVER], "rq_ep.serve"),
+            ("moving", plans_often, "rq_ep.serve"),
+            ("stop-the-world", plans_often, STOP_THE_WORLD),
         ):
             with bench.start(name, str(large), *arguments, module=module) as served:
                 warm_up(bench, served)
-                num_rounds = options.rounds * (2 if name == "moving" else 1)  # so that many re-placements happen
-                for number in range(num_rounds):
+                for number in range(options.rounds * MORE_ROUNDS):
+                    if number >= options.rounds and (name != "moving" or served.num_committed >= NUM_MIGRATIONS):
+                        break
                     for one in (off, served) if number % 2 == 0 else (served, off):
                         found = latency(one.ask(jobs, 4))
                         rows.append({"server": one.name, "beside": name, "round": number, **found})
