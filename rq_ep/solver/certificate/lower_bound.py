@@ -21,14 +21,11 @@ class Bound(NamedTuple):
 
     `binding` is `mean` (perfect balance is not excluded), `bytes`, `replicas` (an expert may have no more of them), or
     `hot expert` (no bytes are left for a second replica of any expert); or the `time` was over, and the value is what
-    whole pairs and usable ranks allow. `per_byte` and `per_pair` are shadow prices: a few more bytes or low pairs lower
-    the value by as much for each.
+    whole pairs and usable ranks allow.
     """
 
     value: float
     binding: str
-    per_byte: float = 0.0
-    per_pair: float = 0.0
 
 
 def least_first_replica_bytes(pairs_LE: IntArray, limits: BoundLimits) -> int:
@@ -90,7 +87,7 @@ class BoundedLayers:
         value += weight * sum(not len(layer.floor_S) for layer in layers)  # those without pairs are balanced
         if value <= floor + CLOSE:
             return Bound(floor, "mean")
-        return Bound(value, "bytes" if prices.byte > 0 else "replicas", prices.byte, prices.pair)
+        return Bound(value, "bytes" if prices.byte > 0 else "replicas")
 
     @property
     def _floor(self) -> float:
