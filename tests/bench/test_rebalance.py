@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench.serving.load_generator import Answer, Job
-from bench.serving.rebalance import Served, Workload, main, value_after_change, way_from_nothing
+from bench.serving.rebalance import main, value_after_change, way_from_nothing
 from bench.serving.rebalance_figure import draw
 from bench.serving.rebalance_figures import (
     LoadSample,
@@ -25,6 +25,7 @@ from bench.serving.rebalance_figures import (
     share_of_gain,
     spread,
 )
+from bench.serving.rebalance_workload import Served, Workload
 from bench.serving.stop_the_world import StopTheWorldMover
 from rq_ep.core.errors import UserError
 from rq_ep.core.stats import ExpertStats
