@@ -16,7 +16,7 @@ cost     Traffic that changes so often that the placement is replaced again and 
          whole group waits (`bench.serving.stop_the_world`); each in turns with a server that is off.
 answers  Greedy answers in fp32 across re-placements, each compared with the dense model's as `soak` does.
 
-The last two let `rq` move every 16 steps to whatever it has planned (`bench.serving.restless`), without its gate.
+The last two let `rq` move as often as it can to whatever it has planned (`bench.serving.restless`), without its gate.
 A server decides on fewer steps here than it would by default (`--window`, `--interval`, and EPLB's in the same
 proportion), because a phase has some hundred steps. Of large experts, at most two servers are up at a time.
 """
