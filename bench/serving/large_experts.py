@@ -36,8 +36,7 @@ def large_experts(directory: Path, num_experts: int, intermediate_size: int) -> 
         "num_attention_heads": heads, "num_key_value_heads": heads,
     }  # fmt: skip
     config = Qwen3MoeConfig(vocab_size=256, **shape, max_position_embeddings=MAX_TOKENS, eos_token_id=None)
-    random_checkpoint(directory, config, torch.bfloat16, embedding_std=1.0)
     tokenizer = byte_tokenizer(MAX_TOKENS)
     tokenizer.backend_tokenizer.decoder = Fuse()  # shows the characters by which bytes are represented
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token = None  # which show nothing
-    tokenizer.save_pretrained(directory)
+    random_checkpoint(directory, config, torch.bfloat16, embedding_std=1.0, tokenizer=tokenizer)

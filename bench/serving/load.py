@@ -35,7 +35,7 @@ from transformers import OlmoeConfig
 from bench.options import bench_parser
 from bench.serving.load_generator import Job, ask
 from bench.serving.parts import read_options, run_parts
-from bench.serving.random_checkpoint import random_checkpoint
+from bench.serving.random_checkpoint import MAX_SHARD_BYTES, random_checkpoint
 from bench.serving.server_process import NAME, rank_processes, server
 from rq_ep.commands.console import wide_console
 from rq_ep.config import child_environment
@@ -149,9 +149,9 @@ class Work:
 
 def checkpoint(work: Work) -> dict[str, Any]:
     """Make the checkpoint and its text, unless they are there."""
-    limit = {"max_shard_bytes": QUICK_SHARD_BYTES} if work.options.quick else {}
+    max_shard_bytes = QUICK_SHARD_BYTES if work.options.quick else MAX_SHARD_BYTES
     work.console.print(f"making {work.model}, unless it is there")
-    is_new = random_checkpoint(work.model, work.config, DTYPE, EMBEDDING_STD, **limit)
+    is_new = random_checkpoint(work.model, work.config, DTYPE, EMBEDDING_STD, max_shard_bytes)
     write_corpus(work.folder / "text")
     shards = len(list(work.model.glob("*.safetensors")))
     return {"is_new": is_new, "bytes": work.total_bytes, "dense_bytes": work.dense_bytes, "shards": shards}

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from rq_ep.core.errors import UserError
 from rq_ep.core.files.documents import write_json
@@ -39,6 +39,7 @@ def random_checkpoint(
     dtype: torch.dtype,
     embedding_std: float = STD,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> bool:
     """Write a checkpoint, unless the directory holds it already. Takes the memory of one tensor.
 
@@ -51,6 +52,7 @@ def random_checkpoint(
         embedding_std: of the embeddings. With small ones all tokens become alike in the layers, and routers choose the
             same experts for most of them.
         max_shard_bytes: of one file.
+        tokenizer: of the model; None: one whose tokens are bytes.
 
     Returns:
         True if it was written.
@@ -65,7 +67,7 @@ def random_checkpoint(
         raise UserError(f"{directory}: holds another model: name another directory, or remove that one")
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
-    byte_tokenizer(config.max_position_embeddings).save_pretrained(directory)
+    (tokenizer or byte_tokenizer(config.max_position_embeddings)).save_pretrained(directory)
     shards = _shards(list(_stored(config)), dtype, max_shard_bytes)
     random = torch.Generator().manual_seed(0)
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]

@@ -67,6 +67,7 @@ LARGE_WINDOW = 64  # steps that their placements are planned for: in fewer, few 
 NUM_MIGRATIONS = 20  # that are to happen beside the requests
 MORE_ROUNDS = 8  # times as many rounds as asked for, at most, until they have
 STRETCHES = 8  # of the part on cost: how often the domain changes in a run
+COMPARED = ("p99_itl_ms", "median_itl_ms", "output_throughput")  # figures of two servers that take turns
 SLACK = 0.02  # within which a placement counts as good as the calibrated one
 QUICK = {
     "num_ranks": 2, "domains": "code,table", "num_prompts": 48, "turns": 2, "rounds": 1, "num_requests": 200,
@@ -248,8 +249,7 @@ def armed(bench: Workload) -> dict[str, Any]:
         return {
             "rows": rows,
             "ratios": {
-                figure: {name: ratio_by_round(rows, figure, name, "off") for name in settings}
-                for figure in ("p99_itl_ms", "median_itl_ms", "output_throughput")
+                figure: {name: ratio_by_round(rows, figure, name, "off") for name in settings} for figure in COMPARED
             },
             "results": last.state()["results"],
             "planner_share": last.planner_s / last.busy_s,
@@ -303,7 +303,7 @@ def cost(bench: Workload) -> dict[str, Any]:
         figure: {
             name: ratio_by_round([row for row in rows if row["beside"] == name], figure, name, "off") for name in states
         }
-        for figure in ("p99_itl_ms", "median_itl_ms", "output_throughput")
+        for figure in COMPARED
     }
     offs = [row for row in rows if row["server"] == "off"]
     return {
