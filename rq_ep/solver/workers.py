@@ -5,8 +5,9 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, TypeVar
+from weakref import ref
 
 Done = TypeVar("Done")
 
@@ -14,10 +15,11 @@ Done = TypeVar("Done")
 class Workers:
     """The caller, and beside it threads that take tasks from a queue. Results are the same for any number of them.
 
-    While the caller waits for a task that a thread has begun, it takes tasks from the queue, too.
+    The caller does itself what it waits for and no thread has begun. While a thread does that, it takes other tasks.
+    A task whose result nobody can ask for any more is not begun.
     """
 
-    def __init__(self, tasks: "SimpleQueue[_Task[Any] | None] | None" = None) -> None:
+    def __init__(self, tasks: "_Queue | None" = None) -> None:
         self._tasks = tasks  # None: there are no threads
 
     def map(self, function: Callable[..., Done], *columns: Iterable[Any]) -> Iterator[Done]:
@@ -33,16 +35,15 @@ class Workers:
         if self._tasks is None:
             return cache(work)
         task = _Task(work)
-        self._tasks.put(task)
+        self._tasks.put(ref(task))
         return partial(self._result, self._tasks, task)
 
     @staticmethod
-    def _result(tasks: "SimpleQueue[_Task[Any] | None]", task: "_Task[Done]") -> Done:
+    def _result(tasks: "_Queue", task: "_Task[Done]") -> Done:
+        task.run()
         with suppress(Empty):
             while not task.done():
-                other = tasks.get_nowait()
-                if other is not None:
-                    other.run()
+                _run(tasks.get_nowait())
         return task.result()
 
 
@@ -51,15 +52,19 @@ class _Task(Future[Done]):
 
     def __init__(self, work: Callable[[], Done]) -> None:
         super().__init__()
-        self._work = work
+        self._work, self._is_begun = work, Lock()
 
     def run(self) -> None:
+        """Do the work, unless somebody has begun it."""
+        if not self._is_begun.acquire(blocking=False):
+            return
         try:
             self.set_result(self._work())
         except Exception as error:  # whoever waits raises it; an interrupt ends the caller at once
             self.set_exception(error)
 
 
+_Queue = SimpleQueue[ref[_Task[Any]] | None]  # None ends a thread
 ALONE = Workers()
 
 
@@ -69,7 +74,7 @@ def workers(number: int) -> Iterator[Workers]:
     if number == 1:
         yield ALONE
         return
-    tasks: SimpleQueue[_Task[Any] | None] = SimpleQueue()
+    tasks: _Queue = SimpleQueue()
     threads = [Thread(target=_run_all, args=(tasks,), name="rq_ep solver", daemon=True) for _ in range(number - 1)]
     for thread in threads:
         thread.start()
@@ -85,6 +90,12 @@ def workers(number: int) -> Iterator[Workers]:
             thread.join()
 
 
-def _run_all(tasks: "SimpleQueue[_Task[Any] | None]") -> None:
+def _run_all(tasks: _Queue) -> None:
     for task in iter(tasks.get, None):
+        _run(task)
+
+
+def _run(waiting: "ref[_Task[Any]] | None") -> None:
+    task = None if waiting is None else waiting()
+    if task is not None:
         task.run()

@@ -1,5 +1,6 @@
 """Tasks of the solver: their order, the threads that compute them, and errors."""
 
+from collections.abc import Callable
 from threading import Event
 
 import pytest
@@ -27,8 +28,45 @@ def test_whoever_waits_works() -> None:
     with workers(2) as threads:
         first = threads.ahead(waiting)
         assert begun.wait(LONG)
-        threads.ahead(helped.set)  # the only thread waits for this
+        second = threads.ahead(helped.set)  # the only thread waits for this
         assert first()
+        assert second() is None
+
+
+def test_the_caller_does_what_it_waits_for_before_the_rest() -> None:
+    begun, go_on, done = Event(), Event(), list[int]()
+
+    def waiting() -> bool:
+        begun.set()
+        return go_on.wait(LONG)
+
+    with workers(2) as threads:
+        first = threads.ahead(waiting)
+        assert begun.wait(LONG)  # from now on, the only thread takes nothing
+        results = [threads.ahead(done.append, number) for number in range(3)]
+        results[2]()
+        assert done == [2]
+        go_on.set()
+        assert first()
+
+
+def test_what_nobody_can_ask_for_is_not_begun() -> None:
+    begun, go_on, done = Event(), Event(), list[int]()
+
+    def waiting() -> bool:
+        begun.set()
+        return go_on.wait(LONG)
+
+    with workers(2) as threads:
+        first = threads.ahead(waiting)
+        assert begun.wait(LONG)
+        results = [threads.ahead(done.append, number) for number in range(3)]
+        del results[0]
+        go_on.set()
+        assert first()
+        for result in results:
+            result()
+        assert sorted(done) == [1, 2]
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -52,8 +90,8 @@ def test_an_interrupt_ends_the_caller_at_once() -> None:
         raise KeyboardInterrupt
 
     with workers(2) as threads:
-        first = threads.ahead(waiting)
+        results: list[Callable[[], object]] = [threads.ahead(waiting)]
         assert begun.wait(LONG)
-        threads.ahead(interrupted)  # by the caller, as the only thread waits
+        results.append(threads.ahead(interrupted))  # by the caller, as the only thread waits
         with pytest.raises(KeyboardInterrupt):
-            first()
+            results[0]()

@@ -1,7 +1,6 @@
 """The objective of a problem: to balance pairs, their seconds, or the reading of activated experts."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from rq_ep.solver.objective.expert_weights import weights_SE
 from rq_ep.solver.objective.planner_replay import PlannerReplay
 from rq_ep.solver.objective.precision import Formats
 from rq_ep.solver.objective.step_balance import EvenSplit, ExactSplit, SplitEvaluator, StepBalance
-from rq_ep.solver.workers import workers
 
 
 def described(problem: PlacementProblem) -> str:
@@ -62,9 +60,8 @@ def step_balance(
 def step_balances(
     problem: PlacementProblem, layers: Sequence[LayerPlacement], steps: Sequence[LayerSteps], split: SplitEvaluator
 ) -> list[StepBalance]:
-    """The balance of each layer, computed by the problem's workers."""
-    with workers(problem.num_workers) as threads:
-        return list(threads.map(partial(step_balance, problem, split=split), layers, steps))
+    """The balance of each layer."""
+    return [step_balance(problem, layer, of_layer, split) for layer, of_layer in zip(layers, steps, strict=True)]
 
 
 def busiest_S(problem: PlacementProblem, layer: LayerPlacement, steps: LayerSteps, ratio_S: FloatArray) -> FloatArray:

@@ -13,7 +13,7 @@ from rq_ep.solver.search.layer_state import LayerSplit
 from rq_ep.solver.search.neighborhood import LayerLimits, fits, take
 from rq_ep.solver.workers import ALONE, Workers
 
-AHEAD = 8  # turns of a layer that a worker computes in a row
+AHEAD = 24  # turns of a layer that a worker computes in a row
 SPREAD = 3  # standard deviations (Poisson) by which a rank may get more replicas than others meanwhile
 RANKS_PER_ADDITION = 64  # one replica is added at a time for each so many ranks
 FOR_WORKERS = 2**15  # steps times experts and ranks of a layer; in less, a row takes hardly longer than to ask for it
