@@ -1,13 +1,29 @@
 """Tasks of the solver: their order, the threads that compute them, and errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Event
 
 import pytest
 
-from rq_ep.solver.workers import workers
+from rq_ep.solver.workers import Workers, workers
 
 LONG = 60.0  # seconds until a test that hangs fails
+
+
+@contextmanager
+def the_only_thread_busy() -> Iterator[tuple[Workers, Callable[[], bool], Event]]:
+    """The caller and a thread, a task that the thread has begun, and the event that it waits for."""
+    begun, go_on = Event(), Event()
+
+    def waiting() -> bool:
+        begun.set()
+        return go_on.wait(LONG)
+
+    with workers(2) as threads:
+        first = threads.ahead(waiting)
+        assert begun.wait(LONG)
+        yield threads, first, go_on
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -19,30 +35,15 @@ def test_results_come_in_the_order_of_the_rows(number: int) -> None:
 
 
 def test_whoever_waits_works() -> None:
-    begun, helped = Event(), Event()
-
-    def waiting() -> bool:
-        begun.set()
-        return helped.wait(LONG)
-
-    with workers(2) as threads:
-        first = threads.ahead(waiting)
-        assert begun.wait(LONG)
-        second = threads.ahead(helped.set)  # the only thread waits for this
+    with the_only_thread_busy() as (threads, first, go_on):
+        second = threads.ahead(go_on.set)
         assert first()
         assert second() is None
 
 
 def test_the_caller_does_what_it_waits_for_before_the_rest() -> None:
-    begun, go_on, done = Event(), Event(), list[int]()
-
-    def waiting() -> bool:
-        begun.set()
-        return go_on.wait(LONG)
-
-    with workers(2) as threads:
-        first = threads.ahead(waiting)
-        assert begun.wait(LONG)  # from now on, the only thread takes nothing
+    done = list[int]()
+    with the_only_thread_busy() as (threads, first, go_on):
         results = [threads.ahead(done.append, number) for number in range(3)]
         results[2]()
         assert done == [2]
@@ -51,15 +52,8 @@ def test_the_caller_does_what_it_waits_for_before_the_rest() -> None:
 
 
 def test_what_nobody_can_ask_for_is_not_begun() -> None:
-    begun, go_on, done = Event(), Event(), list[int]()
-
-    def waiting() -> bool:
-        begun.set()
-        return go_on.wait(LONG)
-
-    with workers(2) as threads:
-        first = threads.ahead(waiting)
-        assert begun.wait(LONG)
+    done = list[int]()
+    with the_only_thread_busy() as (threads, first, go_on):
         results = [threads.ahead(done.append, number) for number in range(3)]
         del results[0]
         go_on.set()
@@ -79,19 +73,12 @@ def test_an_error_comes_to_whoever_asks(number: int) -> None:
 
 
 def test_an_interrupt_ends_the_caller_at_once() -> None:
-    begun, go_on = Event(), Event()
-
-    def waiting() -> bool:
-        begun.set()
-        return go_on.wait(LONG)
-
     def interrupted() -> None:
         go_on.set()
         raise KeyboardInterrupt
 
-    with workers(2) as threads:
-        results: list[Callable[[], object]] = [threads.ahead(waiting)]
-        assert begun.wait(LONG)
-        results.append(threads.ahead(interrupted))  # by the caller, as the only thread waits
+    with the_only_thread_busy() as (threads, first, go_on):
+        second = threads.ahead(interrupted)  # by the caller, as the only thread waits
         with pytest.raises(KeyboardInterrupt):
-            results[0]()
+            first()
+        del second  # kept so far, as otherwise nobody would begin it
